@@ -1,0 +1,351 @@
+"""Reading and writing model folders: safetensors only, lazily in, atomically out.
+
+``CheckpointReader`` knows names, shapes and dtypes from the headers and reads a tensor when it is asked for, so a 16 GB
+folder costs nothing to open. Pickle files are refused: unpickling runs code.
+
+``CheckpointWriter`` builds the folder beside its destination and renames it into place when it is whole: every file is
+fsynced, shards are written as they fill, and the index and config come last. An interrupted run leaves a hidden
+``.NAME.partial`` folder that no loader takes for a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmquant.errors import CheckpointError, UsageError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Everything beside the weights that a served model needs; copied when present.
+SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
+)  # fmt: skip
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_tensor(tensor: Tensor) -> str:
+    """Hex sha256 of a tensor's dtype, shape and bytes."""
+    h = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        h.update(flat.view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, unreadable or not an object; names the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path} is missing; is {path.parent} a Hugging Face model folder?") from e
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{path} cannot be read as JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    """Parse one shard's header and check its length against the file, without reading weights."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if length > min(size - 8, 100_000_000):
+                raise CheckpointError(f"{path} is truncated or not safetensors: its header claims {length} bytes")
+            header = json.loads(f.read(length))
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from e
+    except (struct.error, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{path} is truncated or not safetensors: {e}") from e
+    header.pop("__metadata__", None)
+    infos: dict[str, TensorInfo] = {}
+    end = 0
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        end = max(end, stop)
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} has dtype {entry['dtype']}, which llmquant does not read")
+        infos[name] = TensorInfo(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), stop - start)
+    if 8 + length + end != size:
+        raise CheckpointError(
+            f"{path} is damaged: its header describes {8 + length + end} bytes, the file has {size}; fetch it again"
+        )
+    return infos
+
+
+class CheckpointReader:
+    """Lazy tensors by name over one or many safetensors shards.
+
+    Args:
+        path: a model folder.
+
+    Raises:
+        CheckpointError: no folder, no config.json, no safetensors, only pickle files, or a damaged shard.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is not a folder; give a local model folder or a hub name like org/model")
+        self.config = read_json(self.path / "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in self._shards():
+            infos = _header(shard)
+            twice = sorted(self.tensors.keys() & infos.keys())
+            if twice:
+                raise CheckpointError(f"{shard}: tensor {twice[0]} is also in {self.tensors[twice[0]].file.name}")
+            self.tensors.update(infos)
+
+    def _shards(self) -> list[Path]:
+        index = self.path / INDEX
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map", {})
+            names = sorted(set(weight_map.values()))
+            missing = [n for n in names if not (self.path / n).is_file()]
+            if missing or not names:
+                raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing) or '(none)'}")
+            return [self.path / n for n in names]
+        if (self.path / SINGLE).is_file():
+            return [self.path / SINGLE]
+        others = sorted(self.path.glob("*.safetensors"))
+        if len(others) == 1:
+            return others
+        if others:
+            raise CheckpointError(f"{self.path} has {len(others)} safetensors files but no {INDEX}; fetch the index too")
+        pickles = [p.name for pattern in _PICKLES for p in sorted(self.path.glob(pattern))]
+        if pickles:
+            raise CheckpointError(
+                f"{self.path} holds only pickle files ({', '.join(pickles[:3])}), which can run code when loaded; "
+                "convert the model to safetensors first"
+            )
+        raise CheckpointError(f"{self.path} has no safetensors weights")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        try:
+            return self.tensors[name]
+        except KeyError as e:
+            raise CheckpointError(f"{self.path}: no tensor named {name}") from e
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor (memory-mapped; pages are loaded as they are touched).
+
+        Raises:
+            CheckpointError: no such tensor, or a damaged file.
+        """
+        info = self.info(name)
+        try:
+            with safe_open(info.file, framework="pt") as f:
+                tensor: Tensor = f.get_tensor(name)
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {e}") from e
+        return tensor
+
+    def files(self) -> list[Path]:
+        """Shards in name order."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def digest(self) -> str:
+        """sha256 over config.json and every shard: the identity of the weights."""
+        h = hashlib.sha256()
+        for path in [self.path / "config.json", *self.files()]:
+            h.update(f"{path.name}:{sha256_file(path)}\n".encode())
+        return h.hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file through a temporary name, fsync and rename: whole or absent, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    fsync_path(temporary)
+    temporary.replace(path)
+    fsync_path(path.parent)
+
+
+class CheckpointWriter:
+    """An output folder that appears whole or not at all.
+
+    Use as a context manager: leaving it normally renames the folder into place, leaving it by an exception removes
+    what was written.
+
+    Args:
+        path: destination; must not exist, or be an empty folder, unless ``overwrite``.
+        max_shard_size: bytes after which a shard is written out.
+
+    Raises:
+        UsageError: the destination exists and is not empty.
+        CheckpointError: the disk refused (full, read-only).
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, max_shard_size: int = 5_000_000_000, overwrite: bool = False
+    ) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.max_shard_size = max_shard_size
+        self.overwrite = overwrite
+        check_destination(self.path, overwrite)
+        self.partial = self.path.with_name(f".{self.path.name}.partial")
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shard_of: dict[str, int] = {}
+        self._shards = 0
+        self.total_bytes = 0
+
+    def __enter__(self) -> CheckpointWriter:
+        try:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+        except OSError as e:
+            raise CheckpointError(f"cannot write beside {self.path}: {e.strerror or e}") from e
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue a tensor; writes a shard when the queue is full."""
+        if name in self._shard_of:
+            raise CheckpointError(f"tensor {name} was written twice")
+        nbytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + nbytes > self.max_shard_size:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._shard_of[name] = self._shards
+        self._pending_bytes += nbytes
+        self.total_bytes += nbytes
+
+    def _flush(self) -> None:
+        shard = self.partial / f"shard-{self._shards:05d}.safetensors"
+        with self._disk():
+            save_file(self._pending, shard, metadata={"format": "pt"})
+            fsync_path(shard)
+        self._pending, self._pending_bytes = {}, 0
+        self._shards += 1
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f"writing to {self.partial} failed: {e}; free some space and run again") from e
+
+    def finish_weights(self) -> None:
+        """Write the last shard, give the shards their final names and write the index."""
+        if self._pending:
+            self._flush()
+        if self._shards == 0:
+            raise CheckpointError("nothing was written: the model has no tensors")
+        with self._disk():
+            names = [self._final_name(i) for i in range(self._shards)]
+            for i, name in enumerate(names):
+                (self.partial / f"shard-{i:05d}.safetensors").rename(self.partial / name)
+            if self._shards > 1:
+                weight_map = {t: names[i] for t, i in sorted(self._shard_of.items())}
+                index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+                self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+
+    def _final_name(self, shard: int) -> str:
+        return SINGLE if self._shards == 1 else f"model-{shard + 1:05d}-of-{self._shards:05d}.safetensors"
+
+    def write_text(self, name: str, text: str) -> None:
+        with self._disk():
+            (self.partial / name).write_text(text, encoding="utf-8")
+            fsync_path(self.partial / name)
+
+    def copy_side_files(self, source: Path) -> list[str]:
+        """Carry the tokenizer, chat template and generation config along; returns the names copied."""
+        names = [n for n in SIDE_FILES if (source / n).is_file()]
+        for name in names:
+            with self._disk():
+                shutil.copyfile(source / name, self.partial / name)
+                fsync_path(self.partial / name)
+        return names
+
+    def publish(self) -> None:
+        """Rename the finished folder into place."""
+        with self._disk():
+            fsync_path(self.partial)
+            retired = self.path.with_name(f".{self.path.name}.replaced")
+            if self.path.exists():
+                shutil.rmtree(retired, ignore_errors=True)
+                self.path.rename(retired)
+            self.partial.rename(self.path)
+            fsync_path(self.path.parent)
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def check_destination(path: Path, overwrite: bool) -> None:
+    """Refuse a destination that holds something, before any work is done.
+
+    Raises:
+        UsageError: it exists and is not an empty folder (and, with ``overwrite``, is not a model folder either).
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UsageError(f"{path} is a file; choose a folder that does not exist yet")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{path} already exists and is not empty; choose another -o, or pass --overwrite")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path} is not a model folder, so --overwrite will not delete it; choose another -o")
+
+
+def file_hashes(path: Path, exclude: Mapping[str, str] | None = None) -> dict[str, str]:
+    """sha256 of every file in a model folder but the excluded names, by name."""
+    skip = exclude or {}
+    return {p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file() and p.name not in skip}

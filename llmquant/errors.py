@@ -1,0 +1,62 @@
+"""Every error a user can meet, in one tree.
+
+    LlmquantError                 exit 1: the work failed
+      UsageError                  exit 2: the request cannot be right as written
+        SpecError                 a number format that cannot exist (bits, group size)
+        RecipeError               a recipe file or override that does not parse or contradicts itself
+        SourceError               a text source that cannot be read or has nothing in it
+      CheckpointError             a model folder that is missing, incomplete, unsafe or damaged
+      ArchitectureError           a model whose blocks or linears we cannot find
+      QuantizationError           the arithmetic failed: NaN, Inf, nothing quantized
+      FormatError                 numbers that a file layout cannot hold, or bytes it cannot mean
+      ProofError                  what lies on disk is not what the algorithm returned
+
+A message says what went wrong, which object it was, and what to do next. Nothing here imports torch:
+the command line must be able to report an error before it has paid for that import.
+"""
+
+from __future__ import annotations
+
+
+class LlmquantError(Exception):
+    """Base of all errors raised on purpose. ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(LlmquantError):
+    """The caller asked for something that cannot be done as written."""
+
+    exit_code = 2
+
+
+class SpecError(UsageError, ValueError):
+    """A quantization spec that is impossible in itself or for a given weight shape."""
+
+
+class RecipeError(UsageError, ValueError):
+    """A recipe that cannot be read or that contradicts itself."""
+
+
+class SourceError(UsageError):
+    """A text source (``hf:``, ``file:``, ``jsonl:``) that cannot be read, or that yields nothing."""
+
+
+class CheckpointError(LlmquantError):
+    """A checkpoint folder that is missing, incomplete, unsafe or damaged."""
+
+
+class ArchitectureError(LlmquantError):
+    """The model's decoder blocks or linears could not be located."""
+
+
+class QuantizationError(LlmquantError):
+    """Quantization produced, or was given, numbers that cannot be right."""
+
+
+class FormatError(LlmquantError):
+    """A file layout cannot hold these numbers, or these bytes cannot be read as one."""
+
+
+class ProofError(LlmquantError):
+    """Bytes on disk disagree with what the algorithm returned or with the manifest."""

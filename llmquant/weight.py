@@ -1,0 +1,134 @@
+"""QuantizedWeight: the narrow waist. Algorithms produce it, formats store it, kernels multiply by it.
+
+For a weight ``[out, in]`` with ``G`` groups per row::
+
+    codes   uint8   [out, in]   0 … 2**bits - 1, natural column order
+    zeros   uint8   [out, G]    the code that means 0.0 (symmetric: all 2**(bits-1))
+    scales  float32 [out, G]    finite, > 0
+    g_idx   int32   [in]        group of each column; None means column // group_size
+
+``dequantize()`` is the definition of truth: ``(code - zero) * scale`` in float32. The difference has at most
+9 bits with sign and a portable scale 8 significant bits, so the float32 product is exact; an engine that
+computes it in fp16 or bf16 therefore rounds once, from the same number, whatever its dtype (see
+:func:`portable`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import QuantizationError
+from llmquant.spec import QuantSpec
+
+# fp16's normal range; a portable scale stays inside it, with the 8 significant bits of bf16.
+_FP16_MIN_NORMAL = 2.0**-14
+_FP16_MAX_8_BITS = 65280.0
+
+
+def portable(scale: Tensor) -> Tensor:
+    """Round positive scales to values exact in both fp16 and bf16.
+
+    Args:
+        scale: float tensor of any shape, finite and > 0.
+
+    Returns:
+        float32, same shape: 8 significant bits (bf16's), clamped to fp16's normal range 2**-14 … 65280.
+    """
+    rounded = scale.to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS).to(torch.bfloat16)
+    return rounded.to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS)
+
+
+def is_portable(scale: Tensor) -> bool:
+    """Whether every scale is the same number in float32, fp16 and bf16."""
+    return all(bool(torch.equal(scale.to(d).to(torch.float32), scale)) for d in (torch.float16, torch.bfloat16))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """One quantized matrix; refuses to exist with shapes, dtypes or values that contradict its spec.
+
+    Raises:
+        QuantizationError: on construction, saying which field is wrong.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    spec: QuantSpec
+    g_idx: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise QuantizationError(f"invalid quantized weight ({self.spec}): {problem}")
+
+    def _problem(self) -> str | None:
+        if self.codes.dtype != torch.uint8 or self.codes.ndim != 2:
+            return f"codes must be uint8 [out, in], got {self.codes.dtype} {list(self.codes.shape)}"
+        out_features, in_features = self.codes.shape
+        if self.spec.group_size is not None and in_features % self.spec.group_size:
+            return f"group_size {self.spec.group_size} does not divide {in_features} columns"
+        params = (out_features, self.spec.groups(in_features))
+        if self.scales.dtype != torch.float32 or tuple(self.scales.shape) != params:
+            return f"scales must be float32 {list(params)}, got {self.scales.dtype} {list(self.scales.shape)}"
+        if self.zeros.dtype != torch.uint8 or tuple(self.zeros.shape) != params:
+            return f"zeros must be uint8 {list(params)}, got {self.zeros.dtype} {list(self.zeros.shape)}"
+        if self.codes.numel() == 0:
+            return "it has no elements"
+        if int(self.codes.max()) > self.spec.max_code or int(self.zeros.max()) > self.spec.max_code:
+            return f"a code or zero-point exceeds {self.spec.max_code}"
+        if self.spec.symmetric and not bool((self.zeros == self.spec.middle).all()):
+            return f"a symmetric weight needs every zero-point at {self.spec.middle}"
+        if not bool(torch.isfinite(self.scales).all()) or not bool((self.scales > 0).all()):
+            return "a scale is NaN, infinite, zero or negative"
+        return self._g_idx_problem(in_features)
+
+    def _g_idx_problem(self, in_features: int) -> str | None:
+        if self.g_idx is None:
+            return None
+        if self.g_idx.dtype != torch.int32 or tuple(self.g_idx.shape) != (in_features,):
+            return f"g_idx must be int32 [{in_features}], got {self.g_idx.dtype} {list(self.g_idx.shape)}"
+        groups = self.spec.groups(in_features)
+        if int(self.g_idx.min()) < 0 or int(self.g_idx.max()) >= groups:
+            return f"g_idx must lie in 0 … {groups - 1}"
+        return None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out_features, in_features = self.codes.shape
+        return out_features, in_features
+
+    def column_groups(self) -> Tensor:
+        """int64 ``[in]``: the group of each column, ``g_idx`` or its default."""
+        if self.g_idx is not None:
+            return self.g_idx.to(torch.int64)
+        in_features = self.codes.shape[1]
+        return torch.arange(in_features, device=self.codes.device) // self.spec.width(in_features)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``(code - zero) * scale`` computed in float32, then rounded once to ``dtype``; ``[out, in]``."""
+        out_features, in_features = self.codes.shape
+        if self.g_idx is None:
+            blocks = self.codes.view(out_features, -1, self.spec.width(in_features)).to(torch.float32)
+            weight = blocks.sub_(self.zeros.unsqueeze(-1)).mul_(self.scales.unsqueeze(-1))
+            return weight.view(out_features, in_features).to(dtype)
+        group = self.column_groups()
+        weight = self.codes.to(torch.float32).sub_(self.zeros[:, group]).mul_(self.scales[:, group])
+        return weight.to(dtype)
+
+    def digest(self) -> str:
+        """sha256 over spec, shape, codes, scales, zeros and the effective group of each column."""
+        h = hashlib.sha256(f"{self.spec}|{self.shape}".encode())
+        for t in (self.codes, self.scales, self.zeros, self.column_groups().to(torch.int32)):
+            h.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return h.hexdigest()
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        g_idx = None if self.g_idx is None else self.g_idx.to(device)
+        return QuantizedWeight(
+            self.codes.to(device), self.scales.to(device), self.zeros.to(device), self.spec, g_idx
+        )
