@@ -4,7 +4,7 @@ For a weight ``[out, in]`` with ``G`` groups per row::
 
     codes   uint8   [out, in]   0 … 2**bits - 1, natural column order
     zeros   uint8   [out, G]    the code that means 0.0 (symmetric: all 2**(bits-1))
-    scales  float32 [out, G]    finite, > 0
+    scales  float32 [out, G]    finite; negative ones are legal (they mirror a group's asymmetric code range)
     g_idx   int32   [in]        group of each column; None means column // group_size
 
 ``dequantize()`` is the definition of truth: ``(code - zero) * scale`` in float32. The difference has at most
@@ -30,16 +30,18 @@ _FP16_MAX_8_BITS = 65280.0
 
 
 def portable(scale: Tensor) -> Tensor:
-    """Round positive scales to values exact in both fp16 and bf16.
+    """Round scales to values exact in both fp16 and bf16.
 
     Args:
-        scale: float tensor of any shape, finite and > 0.
+        scale: float tensor of any shape, finite. 0 counts as positive.
 
     Returns:
-        float32, same shape: 8 significant bits (bf16's), clamped to fp16's normal range 2**-14 … 65280.
+        float32, same shape and sign: 8 significant bits (bf16's), the magnitude inside fp16's normal range
+        2**-14 … 65280.
     """
-    rounded = scale.to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS).to(torch.bfloat16)
-    return rounded.to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS)
+    magnitude = scale.abs().to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS).to(torch.bfloat16)
+    magnitude = magnitude.to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS)
+    return torch.where(scale < 0, -magnitude, magnitude)
 
 
 def is_portable(scale: Tensor) -> bool:
@@ -83,8 +85,8 @@ class QuantizedWeight:
             return f"a code or zero-point exceeds {self.spec.max_code}"
         if self.spec.symmetric and not bool((self.zeros == self.spec.middle).all()):
             return f"a symmetric weight needs every zero-point at {self.spec.middle}"
-        if not bool(torch.isfinite(self.scales).all()) or not bool((self.scales > 0).all()):
-            return "a scale is NaN, infinite, zero or negative"
+        if not bool(torch.isfinite(self.scales).all()):
+            return "a scale is NaN or infinite"
         return self._g_idx_problem(in_features)
 
     def _g_idx_problem(self, in_features: int) -> str | None:

@@ -5,11 +5,12 @@ scales and clipping have something to do. Two rows of the first k_proj are all p
 asymmetric quantizer puts their zero points at the two ends of the code range, where formats go wrong.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 OUT = Path(__file__).resolve().parent / "base"
 CONFIG = LlamaConfig(
@@ -19,7 +20,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
-    vocab_size=128,
+    vocab_size=64,
     max_position_embeddings=256,
     tie_word_embeddings=False,
     attention_bias=False,
@@ -52,6 +53,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+
+
+def first_layers(layers: int, folder: Path) -> Path:
+    """A copy of `base/` in `folder` with fewer layers: most fixtures need only one, and git keeps them all."""
+    AutoModelForCausalLM.from_pretrained(OUT, dtype="auto", num_hidden_layers=layers).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(OUT / name, folder / name)
+    return folder
 
 
 if __name__ == "__main__":

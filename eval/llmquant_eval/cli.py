@@ -1,0 +1,121 @@
+"""``llmquant eval``: the command that proves what quantization cost.
+
+Registered through the entry-point group ``llmquant.commands``. Importing this module must stay cheap, because every
+``llmquant`` command does it: typer and the standard library here, torch and the models inside the command.
+People get a table on stdout and progress on stderr; with ``--json`` stdout holds the Report and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmquant.errors import LlmquantError, UsageError
+
+if TYPE_CHECKING:
+    from llmquant_eval.evaluate import Progress
+    from llmquant_eval.report import Report
+
+
+_LOG_WIDTH = 120
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``eval`` to the command line."""
+    app.command("eval")(eval_command)
+
+
+def eval_command(
+    model: Annotated[list[str], typer.Argument(help="Model folders or hub names, dense or packed.", metavar="MODEL…")],
+    text: Annotated[str, typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD].")],
+    reference: Annotated[str | None, typer.Option(help="Model that the others are compared with (KL, ratio).")] = None,
+    protocol: Annotated[str | None, typer.Option(help="ppl/gptq-N; --window N says the same.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window [default: 2048, or the context].")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16), bfloat16, float16 or float32, for all models.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    kernel: Annotated[str | None, typer.Option(help="Kernel of packed layers [default: chosen].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per batch [default: about 2048 tokens].")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the Report there as JSON.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Put the table into each candidate's README.md.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the Report as JSON and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Measure load time, speed and memory.")] = True,
+    noise_floor: Annotated[bool, typer.Option(help="Measure the KL of rounding alone, on a few windows.")] = True,
+) -> None:
+    """Measure perplexity, divergence from a reference, size, speed and memory."""
+    from llmquant_eval.plan import Request
+
+    request = Request(
+        candidates=tuple(model), text=text, reference=reference, protocol=protocol, window=window,
+        max_windows=max_windows, dtype=dtype, device=device, kernel=kernel, batch_size=batch_size, cost=cost,
+        noise_floor=noise_floor,
+    )  # fmt: skip
+    if card:
+        _check_card_folders(request.candidates)
+    if output is not None and not output.resolve().parent.is_dir():
+        raise UsageError(f"--output {output}: the folder {output.resolve().parent} does not exist; make it first")
+    from llmquant_eval.evaluate import evaluate
+
+    with _progress(hidden=quiet or as_json) as progress:
+        report = evaluate(request, progress)
+    _write(report, output, card)
+    if as_json:
+        sys.stdout.write(report.to_json())
+    else:
+        _show(report)
+
+
+def _check_card_folders(candidates: tuple[str, ...]) -> None:
+    """A card belongs to a folder of the user's, not to a cached download."""
+    for source in candidates:
+        if not Path(source).is_dir():
+            raise UsageError(f"--card writes into a model folder and {source} is not one; leave out --card")
+
+
+def _write(report: Report, output: Path | None, card: bool) -> None:
+    from llmquant_eval.card import replace_file, write_card
+
+    if output is not None:
+        try:
+            replace_file(output, report.to_json())
+        except OSError as e:
+            raise LlmquantError(f"{output} cannot be written: {e}") from e
+    for result in report.models:
+        if card and result.role == "candidate":
+            write_card(Path(result.source), report, result.label)
+
+
+def _show(report: Report) -> None:
+    from rich.console import Console
+
+    from llmquant_eval.table import render
+
+    # rich takes 80 columns where it sees no terminal; a log or a pipe has room for the whole table.
+    console = Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+    console.print(render(report, console.width))
+
+
+@contextmanager
+def _progress(hidden: bool) -> Iterator[Progress]:
+    """A bar with the time left per stage, on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Bars(*columns, console=Console(stderr=True), disable=hidden) as bars:
+        tasks: dict[str, object] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield advance

@@ -1,0 +1,121 @@
+"""How far a candidate's next-token distribution is from the reference's, token by token.
+
+``KL(reference ‖ candidate) = Σ p (log p - log q)`` over the *full* vocabulary, in float32 from both models' logits, in
+nats. It sees what perplexity cannot: changes that leave the true token's probability alone, and losses and gains that
+cancel in the mean. With it come the share of positions where both name the same most likely token, and the root mean
+square change of the true token's probability (llama.cpp's RMS Δp).
+
+A term with p = 0 is 0. A candidate that gives probability zero to a token that the reference thinks possible has an
+infinite KL there; such positions are counted, reported and left out of the mean and the quantiles.
+Values are not clamped at 0: rounding can leave -1e-8, and hiding that would hide a wrong sign as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmquant.errors import QuantizationError
+from llmquant_eval.perplexity import position_chunks
+from llmquant_eval.statistics import Estimate, Floats, ratio_of_sums, root
+
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenDivergence:
+    """Per position ``[positions]``: KL in nats, agreement of the top token, change of the true token's probability."""
+
+    kl: Tensor
+    same_top: Tensor
+    delta_p: Tensor
+
+
+def token_divergence(reference: Tensor, candidate: Tensor, targets: Tensor) -> TokenDivergence:
+    """Compare two models' logits at the same positions.
+
+    Args:
+        reference, candidate: ``[positions, vocabulary]`` logits of the same shape, any float dtype.
+        targets: int64 ``[positions]``, the token that came next.
+
+    Returns:
+        float32, bool and float32 tensors ``[positions]``.
+    """
+    kl = torch.empty(len(targets), dtype=torch.float32, device=reference.device)
+    same_top = torch.empty(len(targets), dtype=torch.bool, device=reference.device)
+    delta_p = torch.empty_like(kl)
+    for part in position_chunks(*reference.shape):
+        log_p = torch.log_softmax(reference[part], dim=-1, dtype=torch.float32)
+        log_q = torch.log_softmax(candidate[part], dim=-1, dtype=torch.float32)
+        target = targets[part].unsqueeze(1)
+        delta_p[part] = (log_q.gather(1, target).exp() - log_p.gather(1, target).exp()).squeeze(1)
+        # From the logits: the rounding of log-softmax can make two different logits tie.
+        same_top[part] = reference[part].argmax(dim=-1) == candidate[part].argmax(dim=-1)
+        p = log_p.exp()
+        terms = log_p.sub_(log_q).masked_fill_(p == 0, 0.0).mul_(p)
+        kl[part] = terms.sum(dim=-1)
+    return TokenDivergence(kl, same_top, delta_p)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Divergence:
+    """Float64 arrays ``[windows, predictions]`` of what :class:`TokenDivergence` holds, and what follows from them.
+
+    Raises:
+        QuantizationError: on construction, when no position has a finite divergence.
+    """
+
+    kl: Floats
+    same_top: Floats
+    delta_p: Floats
+    label: str
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.kl).any():
+            raise QuantizationError(
+                f"{self.label}: its divergence from the reference is infinite or NaN at every token; "
+                "try --dtype float32, or inspect the checkpoint"
+            )
+
+    @property
+    def finite(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        return np.isfinite(self.kl)
+
+    @property
+    def excluded(self) -> int:
+        """Positions whose KL is not finite."""
+        return int((~self.finite).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Positions that count."""
+        return int(self.finite.sum())
+
+    def _mean(self, values: Floats) -> Estimate:
+        finite = self.finite
+        return ratio_of_sums(np.where(finite, values, 0.0).sum(axis=1), finite.sum(axis=1).astype(np.float64))
+
+    @property
+    def mean_kl(self) -> Estimate:
+        return self._mean(self.kl)
+
+    @property
+    def top1_agreement(self) -> Estimate:
+        """Share of positions (0 … 1) where both models name the same token first."""
+        return self._mean(self.same_top)
+
+    @property
+    def rms_delta_p(self) -> Estimate:
+        return root(self._mean(self.delta_p**2))
+
+    @property
+    def max_kl(self) -> float:
+        return float(self.kl[self.finite].max())
+
+    def quantiles(self) -> dict[float, float]:
+        """KL at each of :data:`QUANTILES`, linearly interpolated between order statistics."""
+        values = np.quantile(self.kl[self.finite], QUANTILES)
+        return dict(zip(QUANTILES, map(float, values), strict=True))

@@ -1,0 +1,123 @@
+"""One door to models: any folder or hub name, dense or packed, through llmquant's public API.
+
+The reference and the candidates are loaded at the *same* dtype and scored by the same code, so that a difference
+between them is the quantization's. ``auto`` is bfloat16, the dtype in which int4 kernels compute; ``--dtype float32``
+takes the rounding of activations out of the comparison at the price of speed (packed layers then use the reference
+kernel).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmquant.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPath:
+    """A model as the user named it, where it lies, and the short unique name it goes by in tables."""
+
+    source: str
+    path: Path
+    label: str
+
+
+def resolve_models(sources: Sequence[str]) -> list[ModelPath]:
+    """Find every model and give each a short name: the folder's, or the whole source where two would be the same.
+
+    Raises:
+        UsageError: the same model twice.
+        CheckpointError: one that is not a model.
+    """
+    import llmquant
+
+    paths = [Path(llmquant.resolve(source)) for source in sources]
+    twice = [s for i, s in enumerate(sources) if paths[i].resolve() in [p.resolve() for p in paths[:i]]]
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice; name each model once")
+    names = [source.rstrip("/").rsplit("/", 1)[-1] for source in sources]
+    seen = Counter(names)
+    return [
+        ModelPath(source, path, name if seen[name] == 1 else source)
+        for source, path, name in zip(sources, paths, names, strict=True)
+    ]
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` → cuda where there is one, else cpu.
+
+    Raises:
+        UsageError: a device that torch does not know or does not have.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as e:
+        raise UsageError(f"--device {device} is not a device: give auto, cpu or cuda") from e
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch finds no CUDA device here; give --device cpu")
+    return device
+
+
+def resolve_dtype(dtype: str) -> str:
+    """``auto`` → bfloat16.
+
+    Raises:
+        UsageError: a name that is not in :data:`DTYPES`.
+    """
+    if dtype == "auto":
+        return "bfloat16"
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(DTYPES)}")
+    return dtype
+
+
+def other_dtype(dtype: str) -> str:
+    """The dtype whose rounding sets the noise floor: float32 for the short ones, bfloat16 for float32."""
+    return "bfloat16" if dtype == "float32" else "float32"
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """A name of :data:`DTYPES` as torch's."""
+    import torch
+
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def load_model(path: Path, dtype: str, device: str, kernel: str | None) -> Any:
+    """A model ready to score: loaded, on its device, in evaluation mode."""
+    import llmquant
+
+    return llmquant.load(path, dtype=torch_dtype(dtype), device=device, kernel=kernel).eval()
+
+
+def max_positions(path: Path) -> int | None:
+    """The longest input the model was made for, in tokens, or None where its config does not say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(positions) if positions else None
+
+
+def kernels_used(model: Any) -> dict[str, int]:
+    """Kernel name → how many linears it multiplies; empty for a dense model."""
+    used: Counter[str] = Counter()
+    for module in model.modules():
+        name = getattr(getattr(module, "kernel", None), "name", None)
+        if isinstance(name, str):
+            used[name] += 1
+    return dict(used)

@@ -1,0 +1,18 @@
+"""Rounding algorithms: pure functions from a weight (and input statistics) to a QuantizedWeight."""
+
+from llmquant.algorithms.gptq import Factor, GPTQOptions, factorize, gptq, layer_error
+from llmquant.algorithms.grid import MINMAX, ScaleSearch, fit, round_to_codes
+from llmquant.algorithms.rtn import rtn
+
+__all__ = [
+    "MINMAX",
+    "Factor",
+    "GPTQOptions",
+    "ScaleSearch",
+    "factorize",
+    "fit",
+    "gptq",
+    "layer_error",
+    "round_to_codes",
+    "rtn",
+]

@@ -1,0 +1,221 @@
+"""GPTQ: round one column at a time and let the columns still to come absorb the error (arXiv:2210.17323).
+
+For a layer ``y = W x`` with ``H = sum x x^T`` the objective is ``tr((W - Q) H (W - Q)^T)``. Rounding column ``i`` to ``q``
+and moving the remaining columns to their optimum costs ``err = (w_i - q) / U_ii`` and shifts column ``j > i`` by
+``-err * U_ij``, where ``U`` is the upper triangle with ``H^-1 = U^T U``. We get ``U`` without forming ``H^-1``: with ``J``
+the reversal, ``J H J = L L^T`` gives ``H = R R^T`` for the upper triangular ``R = J L J``, hence ``U = R^-1``. One
+Cholesky, one triangular inverse; linears that share an input share both.
+
+Work goes in blocks of columns: inside a block every column is updated at once, columns behind it get the block's errors
+in one matrix product. That is the same arithmetic in another order; the tests hold it equal to the one-column loop.
+
+Orders: ``static`` (default) visits columns by falling ``H_jj`` but keeps the groups and their parameters of the natural
+order, so no engine needs to know; ``off`` visits them left to right; ``group`` forms the groups themselves in visiting
+order, which needs a stored ``g_idx``. With ``off`` and ``group`` a group's parameters are fitted when its first column is
+reached, on weights that already carry the errors so far.
+
+Columns whose inputs were all zero ("dead") are rounded to nearest and take no part in the updates: after damping ``H``
+is diagonal there. Zeroing them, as the reference code does, would delete weights that other text may need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmquant.algorithms.grid import ScaleSearch, fit, round_to_codes
+from llmquant.algorithms.rtn import check_weight
+from llmquant.errors import QuantizationError, SpecError
+from llmquant.spec import QuantSpec
+from llmquant.weight import QuantizedWeight
+
+ActOrder = Literal["static", "off", "group"]
+_MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GPTQOptions:
+    """GPTQ's knobs.
+
+    Attributes:
+        block_size: columns per block (rounded so that groups never straddle a block).
+        damping: fraction of the Hessian's mean diagonal added to it; raised tenfold while Cholesky fails, up to 1.
+        act_order: visiting order of the columns, see the module text.
+        search: how group parameters are found.
+    """
+
+    block_size: int = 128
+    damping: float = 0.01
+    act_order: ActOrder = "static"
+    search: ScaleSearch = ScaleSearch()
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or not 0 < self.damping <= _MAX_DAMPING:
+            raise SpecError(f"GPTQ needs block_size >= 1 and 0 < damping <= {_MAX_DAMPING}, got {self}")
+        if self.act_order not in ("static", "off", "group"):
+            raise SpecError(f"act_order={self.act_order!r} is not one of static, off, group")
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """What GPTQ needs of a Hessian; shared by every linear that reads the same input.
+
+    Attributes:
+        order: int64 ``[in]`` visiting order of the columns.
+        upper: ``[in, in]`` upper triangular ``U`` in visiting order, ``(H + damping)^-1 = U^T U``.
+        importance: ``[in]`` Hessian diagonal, natural order.
+        damping: the fraction that was finally used.
+        dead: number of columns that saw only zeros.
+    """
+
+    order: Tensor
+    upper: Tensor
+    importance: Tensor
+    damping: float
+    dead: int
+
+
+def factorize(hessian: Tensor, options: GPTQOptions, module: str = "weight") -> Factor:
+    """Order, damp and factorize a Hessian ``[in, in]`` (float32 or float64).
+
+    Raises:
+        QuantizationError: the Hessian is zero or not finite, or no damping up to 1 makes it positive definite.
+    """
+    diagonal = hessian.diagonal().clone()
+    if not bool(torch.isfinite(hessian).all()):
+        raise QuantizationError(f"{module}: its calibration statistics overflowed; use a wider --dtype")
+    if float(diagonal.max()) <= 0:
+        raise QuantizationError(f"{module}: its inputs were zero for every calibration token, so GPTQ has nothing to go by")
+    order = _visiting_order(diagonal, options.act_order)
+    damping = options.damping
+    mean = diagonal.mean()
+    while True:
+        damped = hessian[order][:, order]
+        damped.diagonal().add_(damping * mean)
+        upper = _inverse_upper(damped)
+        if upper is not None:
+            dead = int((diagonal == 0).sum())
+            return Factor(order, upper, diagonal, damping, dead)
+        if damping >= _MAX_DAMPING:
+            raise QuantizationError(f"{module}: its Hessian is not positive definite even at damping {damping:g}")
+        damping = min(damping * 10, _MAX_DAMPING)
+
+
+def _visiting_order(diagonal: Tensor, act_order: ActOrder) -> Tensor:
+    if act_order == "off":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
+def _inverse_upper(h: Tensor) -> Tensor | None:
+    """``U`` with ``h^-1 = U^T U``, or None when ``h`` is not numerically positive definite."""
+    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if int(info) != 0:
+        return None
+    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    return upper if bool(torch.isfinite(upper).all()) else None
+
+
+@dataclass(slots=True)
+class _Grid:
+    """Group parameters in visiting order: each visited column's group, and parameters filled in as they are known."""
+
+    group_of: Tensor  # int64 [in]: group of each visited column
+    scales: Tensor  # [out, groups]
+    zeros: Tensor  # [out, groups], same dtype as scales
+    fitted_ahead: bool
+
+
+def gptq(
+    weight: Tensor, factor: Factor, spec: QuantSpec, options: GPTQOptions, module: str = "weight"
+) -> QuantizedWeight:
+    """Quantize ``[out, in]`` given its input's factorized Hessian.
+
+    Args:
+        weight: float; computed in the dtype of ``factor.upper``.
+        factor: from :func:`factorize` with the same options.
+        spec: the grid; ``act_order="group"`` needs a group size.
+        options: see :class:`GPTQOptions`.
+        module: name used in errors.
+    """
+    w = check_weight(weight, spec, module).to(factor.upper.dtype)
+    if options.act_order == "group" and spec.group_size is None:
+        raise SpecError(f"{module}: act_order group needs a group size; one group per row has no order (use static)")
+    grid = _start_grid(w, factor, spec, options)
+    codes = _visit(w[:, factor.order], grid, factor, spec, options)
+    natural = torch.empty_like(codes)
+    natural[:, factor.order] = codes
+    g_idx = None
+    if options.act_order == "group":
+        g_idx = torch.empty_like(factor.order)
+        g_idx[factor.order] = grid.group_of
+    return QuantizedWeight(
+        natural.to(torch.uint8),
+        grid.scales.to(torch.float32),
+        grid.zeros.to(torch.uint8),
+        spec,
+        None if g_idx is None else g_idx.to(torch.int32),
+    )
+
+
+def _start_grid(w: Tensor, factor: Factor, spec: QuantSpec, options: GPTQOptions) -> _Grid:
+    out_features, in_features = w.shape
+    width = spec.width(in_features)
+    visited = torch.arange(in_features, device=w.device)
+    if options.act_order == "static":
+        importance = factor.importance if options.search.weighted else None
+        scales, zeros = fit(w, spec, options.search, importance)
+        return _Grid(factor.order // width, scales, zeros.to(w.dtype), True)
+    empty = torch.empty(out_features, spec.groups(in_features), dtype=w.dtype, device=w.device)
+    return _Grid(visited // width, empty, empty.clone(), False)
+
+
+def _fit_group(w: Tensor, start: int, grid: _Grid, factor: Factor, spec: QuantSpec, options: GPTQOptions) -> None:
+    """Fit the group that begins at visited column ``start`` on the weights as they now stand."""
+    width = spec.width(w.shape[1])
+    columns = slice(start, start + width)
+    importance = factor.importance[factor.order[columns]] if options.search.weighted else None
+    scale, zero = fit(w[:, columns], QuantSpec(spec.bits, None, spec.symmetric), options.search, importance)
+    grid.scales[:, start // width] = scale[:, 0]
+    grid.zeros[:, start // width] = zero[:, 0].to(w.dtype)
+
+
+def _block_size(wanted: int, width: int) -> int:
+    """Columns per block: whole groups, so that a group's first column is only reached with all errors applied."""
+    return width * max(1, wanted // width)
+
+
+def _visit(w: Tensor, grid: _Grid, factor: Factor, spec: QuantSpec, options: GPTQOptions) -> Tensor:
+    """The blocked GPTQ loop over ``w`` ``[out, in]`` in visiting order (overwritten); returns codes as floats."""
+    in_features = w.shape[1]
+    width = spec.width(in_features)
+    block = options.block_size if grid.fitted_ahead else _block_size(options.block_size, width)
+    codes = torch.empty_like(w)
+    group_of: list[int] = grid.group_of.tolist()
+    for start in range(0, in_features, block):
+        stop = min(start + block, in_features)
+        errors = torch.empty(w.shape[0], stop - start, dtype=w.dtype, device=w.device)
+        for column in range(start, stop):
+            if not grid.fitted_ahead and column % width == 0:
+                _fit_group(w, column, grid, factor, spec, options)
+            group = group_of[column]
+            scale, zero = grid.scales[:, group], grid.zeros[:, group]
+            code = round_to_codes(w[:, column], scale, zero, spec.max_code)
+            error = (w[:, column] - (code - zero) * scale) / factor.upper[column, column]
+            codes[:, column] = code
+            errors[:, column - start] = error
+            w[:, column + 1 : stop].addr_(error, factor.upper[column, column + 1 : stop], alpha=-1)
+        w[:, stop:].addmm_(errors, factor.upper[start:stop, stop:], alpha=-1)
+    return codes
+
+
+def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """Relative output error ``tr(D H D^T) / tr(W H W^T)`` with ``D = W - Q``; 0 when the outputs are all zero."""
+    w = weight.to(hessian.dtype)
+    delta = w - quantized.to(hessian.dtype)
+    signal = float(((w @ hessian) * w).sum())
+    return float(((delta @ hessian) * delta).sum()) / signal if signal > 0 else 0.0

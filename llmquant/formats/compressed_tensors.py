@@ -1,0 +1,184 @@
+"""compressed-tensors ``pack-quantized``: the default export, native to vLLM and transformers.
+
+For a module ``X`` with weight ``[out, in]``, ``b`` bits and ``G`` groups per row::
+
+    X.weight_packed      int32 [out, ceil(in*b/32)]   dense bit stream along the input dimension
+    X.weight_scale       model dtype [out, G]
+    X.weight_shape       int64 [2]
+    X.weight_zero_point  int32 [ceil(out*b/32), G]    asymmetric only: packed along the output dimension
+    X.weight_g_idx       int32 [in]                   only with a non-trivial order (config: actorder "group")
+
+Stored values are the signed code plus ``2**(b-1)``, which is the waist's unsigned code, so packing moves bits and does
+no arithmetic. The library of the same name is the oracle in the tests; nothing of it is imported here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant import bitpack
+from llmquant.errors import FormatError
+from llmquant.formats.base import Scheme
+from llmquant.spec import QuantSpec
+from llmquant.weight import QuantizedWeight
+
+_PACKED = "weight_packed"
+_FORMAT = "pack-quantized"
+
+
+class CompressedTensors:
+    """The :class:`~llmquant.formats.base.Format` for ``quant_method: compressed-tensors``, ``pack-quantized``."""
+
+    name = "compressed-tensors"
+
+    def tensor_suffixes(self) -> frozenset[str]:
+        return frozenset({_PACKED, "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"})
+
+    def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if scheme.g_idx and scheme.spec.group_size is None:
+            return "a g_idx has no meaning with one group per row"
+        return None
+
+    def pack(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        scale = weight.scales.to(dtype)
+        if not torch.equal(scale.to(torch.float32), weight.scales):
+            raise FormatError(f"a scale is not exact in {dtype}, so engines would not use the evaluated numbers")
+        bits = weight.spec.bits
+        tensors = {
+            _PACKED: bitpack.pack(weight.codes, bits),
+            "weight_scale": scale.contiguous(),
+            "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+        }
+        if not weight.spec.symmetric:
+            tensors["weight_zero_point"] = bitpack.pack(weight.zeros.T.contiguous(), bits).T.contiguous()
+        if weight.g_idx is not None:
+            tensors["weight_g_idx"] = weight.g_idx.contiguous()
+        return tensors
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        spec = scheme.spec
+        for needed in (_PACKED, "weight_scale", "weight_shape"):
+            if needed not in tensors:
+                raise FormatError(f"{needed} is missing beside {', '.join(sorted(tensors))}")
+        shape = tensors["weight_shape"].tolist()
+        if len(shape) != 2 or min(shape) < 1:
+            raise FormatError(f"weight_shape holds {shape}, not [out, in]")
+        out_features, in_features = shape
+        packed, scales = tensors[_PACKED], tensors["weight_scale"]
+        if spec.group_size is not None and in_features % spec.group_size:
+            raise FormatError(f"group_size {spec.group_size} does not divide the {in_features} columns of weight_shape")
+        groups = spec.groups(in_features)
+        if packed.shape[0] != out_features or list(scales.shape) != [out_features, groups]:
+            raise FormatError(
+                f"weight_shape says {shape} with {groups} groups a row, but {_PACKED} is {list(packed.shape)} "
+                f"and weight_scale {list(scales.shape)}"
+            )
+        codes = bitpack.unpack(packed, spec.bits, in_features)
+        g_idx = tensors.get("weight_g_idx")
+        return QuantizedWeight(
+            codes,
+            scales.to(torch.float32),
+            self._zeros(tensors, spec, out_features, groups),
+            spec,
+            None if g_idx is None or not scheme.g_idx else g_idx.to(torch.int32),
+        )
+
+    def _zeros(self, tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, groups: int) -> Tensor:
+        if spec.symmetric:
+            return torch.full((out_features, groups), spec.middle, dtype=torch.uint8)
+        if "weight_zero_point" not in tensors:
+            raise FormatError("the config says asymmetric but there is no weight_zero_point")
+        packed = tensors["weight_zero_point"]
+        if packed.ndim != 2 or packed.shape[1] != groups:
+            raise FormatError(f"weight_zero_point is {list(packed.shape)}, not [.., {groups}]")
+        return bitpack.unpack(packed.T.contiguous(), spec.bits, out_features).T.contiguous()
+
+    def config(self, schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
+        members: dict[Scheme, list[str]] = {}
+        for module, scheme in schemes.items():
+            members.setdefault(scheme, []).append(module)
+        uniform = len(members) == 1
+        groups = {
+            f"group_{i}": {
+                "targets": ["Linear"] if uniform else modules,
+                "weights": _weights(scheme),
+                "input_activations": None,
+                "output_activations": None,
+                "format": _FORMAT,
+            }
+            for i, (scheme, modules) in enumerate(members.items())
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": _FORMAT,
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": sorted(ignore),
+            "kv_cache_scheme": None,
+        }
+
+    def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
+        suffix = f".{_PACKED}"
+        names = frozenset(tensor_names)
+        modules = sorted(n.removesuffix(suffix) for n in names if n.endswith(suffix))
+        groups = list(config.get("config_groups", {}).values())
+        ignore = list(config.get("ignore") or [])
+        found: dict[str, Scheme] = {}
+        for module in modules:
+            if any(_priority(pattern, module) in (0, 1) for pattern in ignore):
+                raise FormatError(f"{module} has packed weights but the config's ignore list names it")
+            found[module] = _parse(_group_of(module, groups), module, f"{module}.weight_g_idx" in names)
+        return found
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    spec = scheme.spec
+    return {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": "channel" if spec.group_size is None else "group",
+        "group_size": spec.group_size,
+        "actorder": "group" if scheme.g_idx else None,
+        "dynamic": False,
+    }
+
+
+def _priority(target: str, module: str) -> int | None:
+    """compressed-tensors' order of matching: exact name, then regular expression, then class name."""
+    if target == module:
+        return 0
+    if target.startswith("re:"):
+        return 1 if re.match(target[3:], module) else None
+    return 2 if target == "Linear" else None
+
+
+def _group_of(module: str, groups: Collection[Mapping[str, Any]]) -> Mapping[str, Any]:
+    ranked = [
+        (priority, i, group)
+        for i, group in enumerate(groups)
+        for target in group.get("targets", [])
+        if (priority := _priority(target, module)) is not None
+    ]
+    if not ranked:
+        raise FormatError(f"{module} has packed weights but no config group targets it")
+    return min(ranked, key=lambda r: r[:2])[2]
+
+
+def _parse(group: Mapping[str, Any], module: str, has_g_idx: bool) -> Scheme:
+    args = group.get("weights") or {}
+    if group.get("input_activations"):
+        raise FormatError(f"{module}: packed weights with quantized activations are not supported")
+    strategy, bits = args.get("strategy"), args.get("num_bits")
+    if args.get("type", "int") != "int" or strategy not in ("group", "channel") or not isinstance(bits, int):
+        raise FormatError(f"{module}: cannot read weights of type {args.get('type')}, strategy {strategy}, {bits} bits")
+    group_size = None if strategy == "channel" else args.get("group_size")
+    by_group = args.get("actorder") in ("group", "dynamic")
+    if by_group and not has_g_idx:
+        raise FormatError(f"{module}: the config says actorder {args['actorder']} but there is no weight_g_idx")
+    return Scheme(QuantSpec(bits, group_size, bool(args.get("symmetric", True))), g_idx=has_g_idx)

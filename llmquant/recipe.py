@@ -1,0 +1,164 @@
+"""Recipe: everything needed to repeat a run, as YAML. Unknown keys are errors, so a typo cannot change a result silently.
+
+A recipe holds no torch objects: it is read by ``llmquant --help``-fast code and turned into the algorithms' options where
+they are used. ``recipes/*.yaml`` can be named without folder or ending (``--recipe gptq-w4g128``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from llmquant.errors import RecipeError, SpecError
+from llmquant.spec import QuantSpec
+
+_SHIPPED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Weights(_Strict):
+    """The grid. ``group_size: -1`` is one group per row."""
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+
+    @property
+    def spec(self) -> QuantSpec:
+        return QuantSpec(self.bits, None if self.group_size == -1 else self.group_size, self.symmetric)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Weights:
+        _ = self.spec  # raises SpecError, a ValueError, which pydantic reports with its place
+        return self
+
+
+class Scales(_Strict):
+    """Scale search; see :class:`llmquant.algorithms.grid.ScaleSearch`. ``steps: 0`` is plain min-max."""
+
+    steps: int = Field(48, ge=0, le=1000)
+    smallest: float = Field(0.35, gt=0, le=1)
+    norm: float = Field(2.0, gt=0)
+    weighted: bool = True
+
+
+class GPTQ(_Strict):
+    """See :class:`llmquant.algorithms.gptq.GPTQOptions`."""
+
+    block_size: int = Field(128, ge=1)
+    damping: float = Field(0.01, gt=0, le=1)
+    act_order: Literal["static", "off", "group"] = "static"
+    true_sequential: bool = True
+
+
+class CalibrationOptions(_Strict):
+    """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``."""
+
+    source: str | None = None
+    nsamples: int = Field(128, ge=1)
+    seqlen: int = Field(2048, ge=8)
+    packing: Literal["concat", "sample"] = "concat"
+    batch_size: int = Field(8, ge=1)
+
+
+class Recipe(_Strict):
+    """One quantization run. The same recipe, model, seed and versions give the same bytes."""
+
+    description: str = ""
+    method: Literal["rtn", "gptq"] = "gptq"
+    weights: Weights = Weights()
+    scales: Scales = Scales()
+    gptq: GPTQ = GPTQ()
+    include: tuple[str, ...] = ("*",)
+    ignore: tuple[str, ...] = ("lm_head",)
+    calibration: CalibrationOptions = CalibrationOptions()
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+    seed: int = Field(0, ge=0)
+
+    @field_validator("include", "ignore")
+    @classmethod
+    def _no_empty_pattern(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not p for p in patterns):
+            raise ValueError("a module pattern is empty")
+        return patterns
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.method == "gptq" and self.gptq.act_order == "group" and self.weights.group_size == -1:
+            raise ValueError("gptq.act_order: group needs a group size; with one group per row use static")
+        return self
+
+    def selects(self, module: str) -> bool:
+        """Whether a linear's full name matches ``include`` and not ``ignore`` (shell patterns, or part of the name's tail)."""
+        return any(matches(p, module) for p in self.include) and not any(matches(p, module) for p in self.ignore)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+    def updated(self, changes: dict[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced (``{"weights.bits": 3}``), validated anew.
+
+        Raises:
+            RecipeError: an unknown key or an impossible value.
+        """
+        data = self.model_dump()
+        for key, value in changes.items():
+            *path, last = key.split(".")
+            place = data
+            for part in path:
+                place = place[part]
+            place[last] = value
+        return _validate(data, "the command line's options")
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Shell-style match of a full module name; a pattern without wildcards also matches dotted name tails."""
+    return fnmatch.fnmatchcase(module, pattern) or module == pattern or module.endswith(f".{pattern}")
+
+
+def _validate(data: object, origin: str) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as e:
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc'])) or 'recipe'}: {p['msg'].removeprefix('Value error, ')}" for p in e.errors()
+        )
+        raise RecipeError(f"{origin}: {problems}") from e
+    except SpecError as e:
+        raise RecipeError(f"{origin}: {e}") from e
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with llmquant, by bare name."""
+    folder = next((d for d in _SHIPPED if d.is_dir()), None)
+    return {} if folder is None else {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe from a file, or by the bare name of a shipped one.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, or values that do not validate; says where.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        known = shipped()
+        if str(name_or_path) not in known:
+            raise RecipeError(f"no recipe {str(name_or_path)!r}: not a file, and the shipped ones are {', '.join(known)}")
+        path = known[str(name_or_path)]
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise RecipeError(f"{path} cannot be read as YAML: {e}") from e
+    return _validate(data if data is not None else {}, str(path))

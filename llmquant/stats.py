@@ -1,0 +1,65 @@
+"""InputStats: what a linear's calibration inputs leave behind, in one matrix.
+
+GPTQ needs ``H = X^T X`` over all calibration tokens; activation-weighted scale search needs its diagonal; AWQ needs mean
+magnitudes. All are sums over tokens, so they accumulate batch by batch and merge across devices by addition, and linears
+that share an input share one object. Rows holding NaN or Inf would poison every entry: they are counted and left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import QuantizationError
+
+
+class InputStats:
+    """Sums over calibration tokens of one input of width ``in_features``.
+
+    Attributes:
+        hessian: float32 ``[in, in]``, the sum of ``x x^T`` (no factor 2, not divided by the count).
+        tokens: rows added.
+        dropped: rows left out because they held NaN or Inf.
+    """
+
+    def __init__(
+        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.hessian = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self._abs_sum = torch.zeros(in_features, dtype=dtype, device=device)
+        self.tokens = 0
+        self.dropped = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.hessian.shape[0]
+
+    def add(self, x: Tensor) -> None:
+        """Accumulate activations ``[..., in]`` of any float dtype."""
+        rows = x.reshape(-1, self.in_features).to(self.hessian.dtype)
+        finite = torch.isfinite(rows).all(dim=1)
+        if not bool(finite.all()):
+            self.dropped += int((~finite).sum())
+            rows = rows[finite]
+        self.hessian.addmm_(rows.T, rows)
+        self._abs_sum += rows.abs().sum(dim=0)
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: InputStats) -> None:
+        """Add another accumulator of the same width (another device's share of the tokens)."""
+        if other.in_features != self.in_features:
+            raise QuantizationError(f"cannot merge statistics of widths {self.in_features} and {other.in_features}")
+        self.hessian += other.hessian.to(self.hessian.device)
+        self._abs_sum += other._abs_sum.to(self._abs_sum.device)
+        self.tokens += other.tokens
+        self.dropped += other.dropped
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """``[in]`` mean magnitude of each channel."""
+        return self._abs_sum / max(self.tokens, 1)
+
+    @property
+    def importance(self) -> Tensor:
+        """``[in]`` mean square of each channel: the Hessian's diagonal per token."""
+        return self.hessian.diagonal() / max(self.tokens, 1)

@@ -1,0 +1,308 @@
+"""The walk: block by block through a model of which only the current block exists in memory.
+
+The model is built on the meta device. Each decoder block is filled from the checkpoint, its linears are quantized in
+execution order, the block is run once more *with* its quantized weights to make the next block's inputs (so later layers
+compensate for earlier errors), and it is emptied again. What leaves is a stream of :class:`BlockResult`; the walk
+knows no file layout and writes nothing.
+
+With ``true_sequential`` the inputs of each set of linears are observed after the sets before it were quantized; without
+it all inputs of a block are observed in one pass with its original weights. A data-free recipe never runs the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmquant.algorithms import Factor, GPTQOptions, ScaleSearch, factorize, gptq, layer_error, rtn
+from llmquant.architectures import Architecture, blocks_of, norm_of
+from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
+from llmquant.checkpoint import CheckpointReader
+from llmquant.errors import CheckpointError, QuantizationError
+from llmquant.recipe import Recipe
+from llmquant.spec import QuantSpec
+from llmquant.stats import InputStats
+from llmquant.weight import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """What happened to one linear.
+
+    Attributes:
+        name: full module name.
+        spec: its grid.
+        digest: :meth:`QuantizedWeight.digest` as the algorithm returned it.
+        weight_error: ``|W - Q|^2 / |W|^2``.
+        output_error: relative output error on the calibration inputs, None for a data-free method.
+        damping: GPTQ's damping as finally used; larger than the recipe's when Cholesky failed.
+        dead: input channels that were zero for every calibration token.
+        tokens: calibration tokens seen.
+        dropped: tokens left out for NaN or Inf.
+        seconds: time spent rounding; not part of the manifest.
+    """
+
+    name: str
+    spec: QuantSpec
+    digest: str
+    weight_error: float
+    output_error: float | None = None
+    damping: float | None = None
+    dead: int = 0
+    tokens: int = 0
+    dropped: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """The quantized linears of one decoder block (``index`` None: of the head), by full name."""
+
+    index: int | None
+    weights: dict[str, tuple[QuantizedWeight, ModuleReport]]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where the walk is: ``block`` of ``blocks`` (the head counts as one), and the module being worked on."""
+
+    block: int
+    blocks: int
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class WalkPlan:
+    """What to walk: the meta model, where its tensors are, and the spec of every linear to quantize, by full name."""
+
+    model: PreTrainedModel
+    architecture: Architecture
+    reader: CheckpointReader
+    specs: Mapping[str, QuantSpec]
+    recipe: Recipe
+    device: torch.device
+    dtype: torch.dtype
+    head: str | None = None
+
+    @property
+    def search(self) -> ScaleSearch:
+        s = self.recipe.scales
+        return ScaleSearch(s.steps, s.smallest, s.norm, s.weighted)
+
+    @property
+    def gptq_options(self) -> GPTQOptions:
+        g = self.recipe.gptq
+        return GPTQOptions(g.block_size, g.damping, g.act_order, self.search)
+
+
+def walk(plan: WalkPlan, windows: Sequence[Tensor], on_progress: Callable[[Progress], None]) -> Iterator[BlockResult]:
+    """Quantize block after block.
+
+    Args:
+        plan: see :class:`WalkPlan`.
+        windows: calibration token ids, each ``[positions]``; empty for a data-free method.
+        on_progress: called before each module.
+
+    Raises:
+        QuantizationError: NaN or Inf where there must be none; names the module.
+        CheckpointError: a tensor of the model is missing from the checkpoint.
+    """
+    walker = _DataFree(plan, on_progress) if not windows else _Calibrated(plan, on_progress, windows)
+    blocks = blocks_of(plan.model, plan.architecture)
+    for index in range(len(blocks)):
+        prefix = f"{plan.architecture.blocks}.{index}"
+        names = [n for n in plan.specs if n.startswith(f"{prefix}.")]
+        yield BlockResult(index, walker.block(index, blocks[index], prefix, names))
+    if plan.head is not None:
+        yield BlockResult(None, walker.head(plan.head))
+
+
+class _DataFree:
+    """Reads one weight at a time; the model is never run."""
+
+    def __init__(self, plan: WalkPlan, on_progress: Callable[[Progress], None]) -> None:
+        self.plan = plan
+        self._on_progress = on_progress
+        self._total = len(blocks_of(plan.model, plan.architecture)) + (plan.head is not None)
+
+    def announce(self, index: int, module: str) -> None:
+        self._on_progress(Progress(index, self._total, module))
+
+    def original(self, name: str) -> Tensor:
+        return self.plan.reader.read(f"{name}.weight").to(self.plan.device, torch.float32)
+
+    def block(
+        self, index: int, block: nn.Module, prefix: str, names: Sequence[str]
+    ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+        results = {}
+        for name in names:
+            self.announce(index, name)
+            results[name] = self.round_to_nearest(name)
+        return results
+
+    def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+        self.announce(self._total - 1, name)
+        return {name: self.round_to_nearest(name)}
+
+    def round_to_nearest(self, name: str) -> tuple[QuantizedWeight, ModuleReport]:
+        start = time.perf_counter()
+        weight = self.original(name)
+        quantized = rtn(weight, self.plan.specs[name], self.plan.search, None, name)
+        error = _weight_error(weight, quantized)
+        report = ModuleReport(name, quantized.spec, quantized.digest(), error, seconds=time.perf_counter() - start)
+        return quantized, report
+
+
+class _Calibrated(_DataFree):
+    """Runs each block on the calibration windows and hands every linear its input statistics."""
+
+    def __init__(
+        self, plan: WalkPlan, on_progress: Callable[[Progress], None], windows: Sequence[Tensor]
+    ) -> None:
+        super().__init__(plan, on_progress)
+        outer = _outer_names(plan)
+        with _materialized(plan, plan.model, "", outer):
+            batches = [b.to(plan.device) for b in batched(windows, plan.recipe.calibration.batch_size)]
+            blocks = blocks_of(plan.model, plan.architecture)
+            self.inputs: list[BlockInput] = first_inputs(plan.model, blocks, batches)
+
+    def block(
+        self, index: int, block: nn.Module, prefix: str, names: Sequence[str]
+    ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+        results: dict[str, tuple[QuantizedWeight, ModuleReport]] = {}
+        with _materialized(self.plan, block, f"{prefix}."):
+            linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
+            sets = stages(block, linears, self.inputs[0]) if linears else []
+            passes = [[s] for s in sets] if self.plan.recipe.gptq.true_sequential else [sets]
+            for together in passes:
+                stats = observe(block, {s[0]: linears[s[0]] for s in together}, self.inputs) if together else {}
+                for members in together:
+                    full = [f"{prefix}.{m}" for m in members]
+                    results.update(self.quantize_set(index, full, stats[members[0]]))
+                    for member, name in zip(members, full, strict=True):
+                        linears[member].weight.data.copy_(results[name][0].dequantize(self.plan.dtype))
+            self._advance(block, index)
+        return results
+
+    def _advance(self, block: nn.Module, index: int) -> None:
+        for batch in self.inputs:
+            hidden = run_block(block, batch)
+            if not bool(torch.isfinite(hidden).all()):
+                raise QuantizationError(
+                    f"block {index} gave NaN or Inf on the calibration text at {self.plan.dtype}; use --dtype float32"
+                )
+            batch.hidden = hidden
+
+    def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+        norm = norm_of(self.plan.model, self.plan.architecture)
+        stats = InputStats(self.plan.reader.info(f"{name}.weight").shape[1], self.plan.device)
+        with _materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
+            for batch in self.inputs:
+                stats.add(norm(batch.hidden))
+        return self.quantize_set(self._total - 1, [name], stats)
+
+    def quantize_set(
+        self, index: int, names: Sequence[str], stats: InputStats
+    ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+        """Quantize linears that share an input: one Hessian, one factorization."""
+        if stats.tokens == 0:
+            raise QuantizationError(f"{names[0]} saw no finite calibration token ({stats.dropped} dropped)")
+        factor = factorize(stats.hessian, self.plan.gptq_options, names[0]) if self.plan.recipe.method == "gptq" else None
+        results = {}
+        for name in names:
+            self.announce(index, name)
+            results[name] = self._with_stats(name, stats, factor)
+        return results
+
+    def _with_stats(self, name: str, stats: InputStats, factor: Factor | None) -> tuple[QuantizedWeight, ModuleReport]:
+        start = time.perf_counter()
+        weight, spec = self.original(name), self.plan.specs[name]
+        if factor is None:
+            quantized = rtn(weight, spec, self.plan.search, stats.importance, name)
+        else:
+            quantized = gptq(weight, factor, spec, self.plan.gptq_options, name)
+        dequantized = quantized.dequantize()
+        report = ModuleReport(
+            name=name,
+            spec=spec,
+            digest=quantized.digest(),
+            weight_error=_weight_error(weight, quantized),
+            output_error=layer_error(weight, dequantized, stats.hessian),
+            damping=factor.damping if factor else None,
+            dead=int((stats.hessian.diagonal() == 0).sum()),
+            tokens=stats.tokens,
+            dropped=stats.dropped,
+            seconds=time.perf_counter() - start,
+        )
+        return quantized, report
+
+
+def batched(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    """Stack windows of equal length ``[batch, positions]``; no padding, so no token is ever seen twice or masked."""
+    by_length: dict[int, list[Tensor]] = {}
+    for window in windows:
+        by_length.setdefault(window.numel(), []).append(window)
+    return [
+        torch.stack(same[i : i + batch_size])
+        for _, same in sorted(by_length.items(), reverse=True)
+        for i in range(0, len(same), batch_size)
+    ]
+
+
+def _weight_error(weight: Tensor, quantized: QuantizedWeight) -> float:
+    norm = float(weight.square().sum())
+    return float((weight - quantized.dequantize()).square().sum()) / norm if norm > 0 else 0.0
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _outer_names(plan: WalkPlan) -> list[str]:
+    """Tensors outside the blocks and the head: embeddings and norms, what the forward pass needs before block 0."""
+    head = plan.model.get_output_embeddings()
+    inside = [f"{n}." for n, m in plan.model.named_modules() if m is head and m is not None]
+    inside.append(f"{plan.architecture.blocks}.")
+    return [name for name, _ in plan.model.named_parameters() if not name.startswith(tuple(inside))]
+
+
+class _materialized:  # noqa: N801 - used as a with-statement verb
+    """Fill a module's meta parameters from the checkpoint; put them back on meta afterwards."""
+
+    def __init__(self, plan: WalkPlan, module: nn.Module, prefix: str, only: Sequence[str] | None = None) -> None:
+        self.plan, self.module, self.prefix = plan, module, prefix
+        self.names = list(only) if only is not None else [n for n, _ in module.named_parameters()]
+        self._meta: dict[str, nn.Parameter] = {}
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.module.get_submodule(path), leaf
+
+    def __enter__(self) -> None:
+        for name in self.names:
+            owner, leaf = self._owner(name)
+            parameter = getattr(owner, leaf)
+            full = f"{self.prefix}{name}"
+            if full not in self.plan.reader:
+                raise CheckpointError(f"{self.plan.reader.path}: tensor {full} of the model is not in the checkpoint")
+            tensor = self.plan.reader.read(full)
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{full} is {list(tensor.shape)} in the checkpoint, config.json makes it {list(parameter.shape)}"
+                )
+            self._meta[name] = parameter
+            # A copy even when no cast is needed: quantized weights are written into it, never into the mapped file.
+            value = tensor.to(self.plan.device, self.plan.dtype, copy=True)
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+
+    def __exit__(self, *exc: object) -> None:
+        for name, parameter in self._meta.items():
+            owner, leaf = self._owner(name)
+            setattr(owner, leaf, parameter)

@@ -1,0 +1,98 @@
+"""Cost is measured in a process of its own, and a process that fails says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from llmquant_eval.cost import _Clock, _generate_once, main, measure_apart
+from llmquant_eval.machine import hardware, peak_resident_bytes, resident_bytes, versions
+
+from llmquant.errors import LlmquantError
+
+
+def test_a_model_is_measured_apart(base_model: Path) -> None:
+    cost = measure_apart(base_model, "float32", "cpu", None, prompt_tokens=32, new_tokens=5, repeats=1)
+    assert (cost.prompt_tokens, cost.new_tokens, cost.repeats, cost.device_peak_bytes) == (32, 5, 1, None)
+    assert cost.load_seconds > 0
+    assert cost.prefill_tokens_per_second > 0
+    assert cost.decode_tokens_per_second > 0
+    assert 50e6 < cost.memory_floor_bytes < cost.peak_memory_bytes
+
+
+def test_a_failed_process_is_an_error_with_its_last_words(base_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(base_model, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(LlmquantError, match=r"broken failed \(exit \d+\)(.|\n)*--no-cost"):
+        measure_apart(folder, "float32", "cpu", None, prompt_tokens=8, new_tokens=2, repeats=1)
+
+
+def test_the_child_prints_json_and_shortens_the_prompt_to_the_context(
+    base_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(base_model), "--dtype", "float32", "--new-tokens", "3", "--repeats", "1"]
+    assert main([*options, "--prompt-tokens", "512"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 256 - 3 - 1
+
+
+def test_a_context_without_room_is_misuse(base_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(base_model), "--new-tokens", "256"]) == 2
+    assert "takes 256 tokens: too few for 256 new ones" in capsys.readouterr().err
+
+
+def test_prefill_ends_with_the_first_new_token_and_decode_begins_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    now = iter([10.0, 12.0, 12.5, 13.0])  # prompt seen, then three tokens
+    monkeypatch.setattr("llmquant_eval.cost.time.perf_counter", lambda: next(now))
+
+    class Model:
+        asked: dict[str, object] = {}  # noqa: RUF012
+
+        def generate(self, streamer: _Clock, **options: object) -> None:
+            self.asked.update(options)
+            for _ in range(1 + 3):
+                streamer.put(None)
+
+    model = Model()
+    assert _generate_once(model, torch.zeros(1, 4, dtype=torch.int64), 2) == (2.0, 1.0)
+    assert model.asked["min_new_tokens"] == model.asked["max_new_tokens"] == 3
+    assert model.asked["do_sample"] is False
+
+
+def test_too_few_tokens_are_an_error_rather_than_a_speed() -> None:
+    import torch
+
+    class Short:
+        def generate(self, streamer: _Clock, **options: object) -> None:
+            streamer.put(None)
+            streamer.put(None)
+
+    with pytest.raises(LlmquantError, match="generated 1 tokens where 9 were asked for"):
+        _generate_once(Short(), torch.zeros(1, 4, dtype=torch.int64), 8)
+
+
+def test_the_peak_of_a_child_is_not_its_parent_s() -> None:
+    ballast = bytearray(400_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    assert peak_resident_bytes() > 400_000_000
+    code = "from llmquant_eval.machine import peak_resident_bytes as peak; print(peak())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < 200_000_000
+    del ballast
+
+
+def test_machine() -> None:
+    here = hardware("cpu")
+    assert here.processor
+    assert here.threads >= 1
+    assert here.cores >= 1
+    assert 0 < resident_bytes() <= here.memory_bytes
+    assert resident_bytes() <= peak_resident_bytes() * 1.01  # the kernel counts pages in per-thread batches
+    assert {"python", "torch", "transformers"} <= versions().keys()

@@ -1,0 +1,179 @@
+"""The one pass: equal to the slow obvious loop, whatever the batch and the chunk; NaN is an error."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import llmquant_eval.perplexity as perplexity_module
+import numpy as np
+import pytest
+import torch
+from llmquant_eval.perplexity import position_chunks, token_nll
+from llmquant_eval.protocols import GptqProtocol
+from llmquant_eval.scoring import score
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmquant.errors import QuantizationError, UsageError
+
+VOCABULARY, WINDOW = 50, 16
+
+
+def random_llama(seed: int, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return random_llama(0)
+
+
+@pytest.fixture(scope="module")
+def candidate() -> Any:
+    return random_llama(1)
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, VOCABULARY, (7 * WINDOW + 5,), generator=torch.Generator().manual_seed(2))
+
+
+def plain_loop(model: Any, base: Any, ids: Tensor, window: int) -> dict[str, float]:
+    """The protocols as one would write them on a blackboard: a window, a token, a sum, in float64."""
+    window_means, divergences, same, squares = [], [], [], []
+    for begin in range(0, len(ids) - window + 1, window):
+        tokens = ids[begin : begin + window]
+        with torch.no_grad():
+            q = model(tokens[None]).logits[0].double().softmax(-1)
+            p = base(tokens[None]).logits[0].double().softmax(-1)
+        losses = []
+        for t in range(window - 1):
+            truth = int(tokens[t + 1])
+            losses.append(-math.log(q[t, truth]))
+            divergences.append(sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p[t], q[t], strict=True)))
+            same.append(int(p[t].argmax()) == int(q[t].argmax()))
+            squares.append(float(q[t, truth] - p[t, truth]) ** 2)
+        window_means.append(sum(losses) / len(losses))
+    return {
+        "perplexity": math.exp(sum(window_means) / len(window_means)),
+        "kl": sum(divergences) / len(divergences), "kl_max": max(divergences),
+        "top1": sum(same) / len(same), "rms": math.sqrt(sum(squares) / len(squares)),
+    }  # fmt: skip
+
+
+def test_one_pass_is_the_plain_loop(reference: Any, candidate: Any, ids: Tensor) -> None:
+    expected = plain_loop(candidate, reference, ids, WINDOW)
+    windows = GptqProtocol(WINDOW).windows(len(ids))
+    scores = score({"c": candidate, "r": reference}, ids, windows, reference="r")
+    divergence = scores["c"].divergence
+    assert divergence is not None
+    assert scores["r"].divergence is None
+    assert scores["c"].perplexity.estimate.value == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert divergence.mean_kl.value == pytest.approx(expected["kl"], rel=1e-5)
+    assert divergence.max_kl == pytest.approx(expected["kl_max"], rel=1e-5)
+    assert divergence.top1_agreement.value == pytest.approx(expected["top1"], abs=1e-12)
+    assert divergence.rms_delta_p.value == pytest.approx(expected["rms"], rel=1e-5)
+    assert divergence.tokens == 7 * (WINDOW - 1)
+
+
+def test_the_reference_is_scored_as_it_is_alone(reference: Any, candidate: Any, ids: Tensor) -> None:
+    windows = GptqProtocol(WINDOW).windows(len(ids))
+    together = score({"c": candidate, "r": reference}, ids, windows, reference="r")["r"]
+    alone = score({"r": reference}, ids, windows)["r"]
+    assert np.array_equal(together.perplexity.losses, alone.perplexity.losses)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100], ids=lambda n: f"batch {n}")
+def test_the_batch_size_changes_only_rounding(batch_size: int, reference: Any, candidate: Any, ids: Tensor) -> None:
+    windows = GptqProtocol(WINDOW).windows(len(ids))
+    pair = {"r": reference, "c": candidate}
+    expected = score(pair, ids, windows, reference="r", batch_size=1)["c"]
+    got = score(pair, ids, windows, reference="r", batch_size=batch_size)["c"]
+    np.testing.assert_allclose(got.perplexity.losses, expected.perplexity.losses, atol=2e-5)
+    assert got.divergence is not None
+    assert expected.divergence is not None
+    np.testing.assert_allclose(got.divergence.kl, expected.divergence.kl, atol=2e-5)
+
+
+def test_a_model_is_no_distance_from_itself(reference: Any, ids: Tensor) -> None:
+    windows = GptqProtocol(WINDOW).windows(len(ids))
+    scores = score({"r": reference, "same": reference}, ids, windows, reference="r")
+    divergence = scores["same"].divergence
+    assert divergence is not None
+    assert not divergence.kl.any()
+    assert divergence.top1_agreement.value == 1.0
+    assert scores["same"].perplexity.ratio_to(scores["r"].perplexity).value == 1.0
+
+
+@pytest.mark.parametrize("elements", [1, 60, 1000, 1 << 22], ids=lambda n: f"{n} elements")
+def test_chunks_change_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(23, 50, generator=torch.Generator().manual_seed(3)).bfloat16()
+    targets = torch.arange(23)
+    expected = -logits.float().log_softmax(-1)[torch.arange(23), targets]
+    monkeypatch.setattr(perplexity_module, "CHUNK_ELEMENTS", elements)
+    covered = [i for part in position_chunks(23, 50) for i in range(23)[part]]
+    assert covered == list(range(23))
+    assert torch.equal(token_nll(logits, targets), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_log_softmax_is_float32_whatever_the_logits(dtype: torch.dtype) -> None:
+    logits = (8 * torch.randn(40, 500, generator=torch.Generator().manual_seed(4))).to(dtype)
+    targets = torch.arange(40)
+    exact = -logits.double().log_softmax(-1)[torch.arange(40), targets]
+    nll = token_nll(logits, targets)
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+class Scripted:
+    """A model whose logits are zero but for what ``spoil`` does to those of chosen windows."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, spoil: dict[int, float] | None = None, vocabulary: int = VOCABULARY) -> None:
+        self.spoil, self.vocabulary, self.windows = spoil or {}, vocabulary, 0
+
+    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
+        logits = torch.zeros(*input_ids.shape, self.vocabulary)
+        for row in range(len(input_ids)):
+            if self.windows in self.spoil:
+                logits[row, 3] = self.spoil[self.windows]
+            self.windows += 1
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=["NaN", "inf", "-inf"])
+def test_a_broken_model_is_named_as_soon_as_it_breaks(value: float, ids: Tensor) -> None:
+    windows = GptqProtocol(WINDOW).windows(len(ids))
+    done: list[int] = []
+    with pytest.raises(QuantizationError, match=r"sick gave a NaN or infinite loss at 1 of 30 tokens.*window 4"):
+        score(
+            {"sick": Scripted({4: value})}, ids, windows, batch_size=2, advance=lambda n, total: done.append(n)
+        )  # fmt: skip
+    assert done == [2, 4]  # windows 6 and 7 were not fed
+
+
+def test_a_uniform_model_has_the_vocabulary_for_perplexity(ids: Tensor) -> None:
+    windows = GptqProtocol(WINDOW).windows(len(ids))
+    estimate = score({"uniform": Scripted()}, ids, windows)["uniform"].perplexity.estimate
+    assert estimate.value == pytest.approx(VOCABULARY, rel=1e-6)
+    assert estimate.standard_error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_vocabularies_of_different_sizes_are_refused(ids: Tensor) -> None:
+    windows = GptqProtocol(WINDOW).windows(len(ids))
+    with pytest.raises(UsageError, match="wide has a vocabulary of 51 and r of 50"):
+        score({"r": Scripted(), "wide": Scripted(vocabulary=51)}, ids, windows, reference="r")
+
+
+def test_a_batch_of_none_is_refused(ids: Tensor) -> None:
+    with pytest.raises(UsageError, match="--batch-size 0"):
+        score({"m": Scripted()}, ids, GptqProtocol(WINDOW).windows(len(ids)), batch_size=0)
