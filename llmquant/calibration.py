@@ -254,8 +254,16 @@ def measure_overlap(windows: Sequence[Ids], evaluation: Documents, tokenizer: Pr
     """The share of the windows' shingles that occur in the evaluation text, over all and by window."""
     known = [shingles(row) for row in tokenize(evaluation, tokenizer, Counter(), specials=False)]
     table = np.unique(np.concatenate(known)) if known else np.zeros(0, np.uint64)
-    hits = [np.isin(shingles(window), table) for window in windows]
+    hits = [_found(shingles(window), table) for window in windows]
     count = sum(map(len, hits))
     over = sum(bool(len(hit)) and float(hit.mean()) > OVERLAP_THRESHOLD for hit in hits)
     fraction = sum(int(hit.sum()) for hit in hits) / count if count else 0.0
     return Overlap(evaluation.source, fraction, over)
+
+
+def _found(values: NDArray[np.uint64], table: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which values are in a sorted table (``np.isin`` would sort the table again for every window)."""
+    places = np.searchsorted(table, values)
+    inside = places < len(table)
+    inside[inside] = table[places[inside]] == values[inside]
+    return inside

@@ -305,6 +305,9 @@ class CheckpointWriter:
             (self.partial / name).write_text(text, encoding="utf-8")
             fsync_path(self.partial / name)
 
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
     def copy_side_files(self, source: Path) -> list[str]:
         """Carry the tokenizer, chat template and generation config along; returns the names copied."""
         names = [n for n in SIDE_FILES if (source / n).is_file()]
@@ -344,8 +347,3 @@ def check_destination(path: Path, overwrite: bool) -> None:
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} is not a model folder, so --overwrite will not delete it; choose another -o")
 
-
-def file_hashes(path: Path, exclude: Mapping[str, str] | None = None) -> dict[str, str]:
-    """sha256 of every file in a model folder but the excluded names, by name."""
-    skip = exclude or {}
-    return {p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file() and p.name not in skip}

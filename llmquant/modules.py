@@ -1,8 +1,8 @@
 """PackedLinear: an ``nn.Linear`` whose weight is whatever buffers a kernel wants. Moves like a module, is never cast.
 
-The buffers are numbers, not approximations of numbers: ``.half()`` on a bf16 scale would change the model. So a cast of the
-module changes only the activation dtype and the bias, and only where the kernel's buffers serve any dtype (``reference``); a
-kernel prepared for one dtype or device refuses and says how to load for the other.
+The buffers are numbers, not approximations of numbers: ``.half()`` on a bf16 scale would change the model. So a cast
+of the module changes only the activation dtype and the bias, and only where the kernel's buffers serve any dtype
+(``reference``); a kernel prepared for one dtype or device refuses and says how to load for the other.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class PackedLinear(nn.Module):
         probe = fn(torch.empty(0, dtype=self.dtype, device=here))
         if (probe.dtype, probe.device) != (self.dtype, here):
             self._check_move(probe.dtype, probe.device)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = probe.dtype
         for name, before in held.items():
             after = self._buffers[name]

@@ -47,7 +47,7 @@ class Scales(_Strict):
     steps: int = Field(48, ge=0, le=1000)
     smallest: float = Field(0.35, gt=0, le=1)
     norm: float = Field(2.0, gt=0)
-    weighted: bool = True
+    weighted: bool = False
 
 
 class GPTQ(_Strict):

@@ -39,7 +39,7 @@ def measured_section(report: Report, label: str) -> str:
     """
     shown = [m for m in report.models if m.role == "reference"] + [report.model(label)]
     rows = [[_name(m), *(" ".join(filter(None, pair)) for pair in row(m))] for m in shown]
-    lines = ["## Measured", "", *_markdown_table(["model", *HEADERS], rows), ""]
+    lines = [*_markdown_table(["model", *HEADERS], rows), ""]
     metrics = report.model(label).metrics
     if "kl_mean" in metrics:
         details = [" ".join(filter(None, metric_cell(metrics, name))) for _, name in _DETAILS]
@@ -59,7 +59,7 @@ def measured_section(report: Report, label: str) -> str:
 
 
 def splice(card: str, section: str) -> str:
-    """``card`` with ``section`` between its markers, which are added at the end where there are none.
+    """``card`` with ``section`` between its markers, which are added under a heading at the end where there are none.
 
     Raises:
         UsageError: one marker without the other, markers in the wrong order, or more than one pair.
@@ -67,7 +67,7 @@ def splice(card: str, section: str) -> str:
     starts, ends = card.count(START), card.count(END)
     block = f"{START}\n{section}\n{END}"
     if starts == ends == 0:
-        return (card.rstrip("\n") + "\n\n" if card.strip() else "") + block + "\n"
+        return (card.rstrip("\n") + "\n\n" if card.strip() else "") + f"## Measured\n\n{block}\n"
     begin, end = card.find(START), card.find(END)
     if (starts, ends) != (1, 1) or end < begin:
         raise UsageError(f"the card has {starts} start and {ends} end markers; leave one {START} before one {END}")

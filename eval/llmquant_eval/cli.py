@@ -39,7 +39,7 @@ def eval_command(
     max_windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), bfloat16, float16 or float32, for all models.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    kernel: Annotated[str | None, typer.Option(help="Kernel of packed layers [default: chosen].")] = None,
+    kernel: Annotated[str, typer.Option(help="Kernel of packed layers: auto, or one by name.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Windows per batch [default: about 2048 tokens].")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the Report there as JSON.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Put the table into each candidate's README.md.")] = False,
@@ -60,8 +60,12 @@ def eval_command(
         _check_card_folders(request.candidates)
     if output is not None and not output.resolve().parent.is_dir():
         raise UsageError(f"--output {output}: the folder {output.resolve().parent} does not exist; make it first")
+    from transformers.utils import logging as transformers_logging
+
     from llmquant_eval.evaluate import evaluate
 
+    # transformers' own bars would be drawn across ours, and in spite of --quiet.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _progress(hidden=quiet or as_json) as progress:
         report = evaluate(request, progress)
     _write(report, output, card)

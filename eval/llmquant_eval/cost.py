@@ -71,7 +71,7 @@ def _plain_greedy(model: Any) -> None:
     model.generation_config = type(kept)(eos_token_id=kept.eos_token_id, pad_token_id=pad)
 
 
-def measure(path: Path, dtype: str, device: str, kernel: str | None, prompt: int, new: int, repeats: int) -> Cost:
+def measure(path: Path, dtype: str, device: str, kernel: str, prompt: int, new: int, repeats: int) -> Cost:
     """Measure one model in *this* process; :func:`measure_apart` is what to call from a process that did other work.
 
     Raises:
@@ -113,7 +113,7 @@ def measure(path: Path, dtype: str, device: str, kernel: str | None, prompt: int
 
 
 def measure_apart(
-    path: Path, dtype: str, device: str, kernel: str | None, *,
+    path: Path, dtype: str, device: str, kernel: str, *,
     prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS, repeats: int = REPEATS,
 ) -> Cost:  # fmt: skip
     """Measure one model in a fresh process.
@@ -122,8 +122,8 @@ def measure_apart(
         LlmquantError: the process failed; carries the end of its stderr.
     """
     command = [sys.executable, "-m", "llmquant_eval.cost", "--model", str(path), "--dtype", dtype, "--device", device]
+    command += ["--kernel", kernel]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens), "--repeats", str(repeats)]
-    command += [] if kernel is None else ["--kernel", kernel]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise LlmquantError(
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--kernel")
+    parser.add_argument("--kernel", default="auto")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--repeats", type=int, default=REPEATS)

@@ -51,7 +51,7 @@ def evaluate(request: Request, progress: Progress = _silent) -> Report:
         torch.set_float32_matmul_precision(precision)
 
 
-def _costs(plan: Plan, kernel: str | None, progress: Progress) -> dict[str, Cost]:
+def _costs(plan: Plan, kernel: str, progress: Progress) -> dict[str, Cost]:
     costs = {}
     for done, model in enumerate(plan.models):
         progress("speed and memory", done, len(plan.models))
@@ -87,7 +87,7 @@ def _noise_floor(
     """The reference against itself at the other dtype, on the first few windows."""
     dtype = models.other_dtype(plan.dtype)
     other = f"{reference.label} in {dtype}"
-    twins = {reference.label: model, other: models.load_model(reference.path, dtype, plan.device, None)}
+    twins = {reference.label: model, other: models.load_model(reference.path, dtype, plan.device, "auto")}
     scores = score(
         twins, plan.ids, plan.windows[: max(2, NOISE_TOKENS // plan.protocol.window)], reference=reference.label,
         batch_size=request.batch_size, advance=lambda done, total: progress("noise floor", done, total),

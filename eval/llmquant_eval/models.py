@@ -12,12 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmquant.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
+from llmquant.errors import CheckpointError, UsageError
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -89,35 +86,31 @@ def other_dtype(dtype: str) -> str:
     return "bfloat16" if dtype == "float32" else "float32"
 
 
-def torch_dtype(dtype: str) -> torch.dtype:
-    """A name of :data:`DTYPES` as torch's."""
-    import torch
-
-    found: torch.dtype = getattr(torch, dtype)
-    return found
-
-
-def load_model(path: Path, dtype: str, device: str, kernel: str | None) -> Any:
+def load_model(path: Path, dtype: str, device: str, kernel: str) -> Any:
     """A model ready to score: loaded, on its device, in evaluation mode."""
     import llmquant
 
-    return llmquant.load(path, dtype=torch_dtype(dtype), device=device, kernel=kernel).eval()
+    return llmquant.load(path, dtype=dtype, device=device, kernel=kernel)
 
 
 def max_positions(path: Path) -> int | None:
-    """The longest input the model was made for, in tokens, or None where its config does not say."""
+    """The longest input the model was made for, in tokens, or None where its config does not say.
+
+    Raises:
+        CheckpointError: the folder has no config that transformers knows.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} has no model config that transformers can read: {e}") from e
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(positions) if positions else None
 
 
 def kernels_used(model: Any) -> dict[str, int]:
     """Kernel name → how many linears it multiplies; empty for a dense model."""
-    used: Counter[str] = Counter()
-    for module in model.modules():
-        name = getattr(getattr(module, "kernel", None), "name", None)
-        if isinstance(name, str):
-            used[name] += 1
-    return dict(used)
+    import llmquant
+
+    return dict(llmquant.describe(model).kernels)

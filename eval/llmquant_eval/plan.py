@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from llmquant.errors import UsageError
@@ -33,7 +33,7 @@ class Request:
     max_windows: int | None = None
     dtype: str = "auto"
     device: str = "auto"
-    kernel: str | None = None
+    kernel: str = "auto"
     batch_size: int | None = None
     cost: bool = True
     noise_floor: bool = True
@@ -47,18 +47,14 @@ class Request:
             raise UsageError("--protocol and --window both set the window; give one of them")
 
     def command(self) -> str:
-        """The command line that repeats this run."""
+        """The command line that repeats this run; options that stand at their default are left out."""
         words = ["llmquant", "eval", *self.candidates, "--text", self.text]
-        options = {
-            "--reference": self.reference, "--protocol": self.protocol, "--window": self.window,
-            "--max-windows": self.max_windows, "--dtype": None if self.dtype == "auto" else self.dtype,
-            "--device": None if self.device == "auto" else self.device, "--kernel": self.kernel,
-            "--batch-size": self.batch_size,
-        }  # fmt: skip
-        for name, value in options.items():
-            words += [] if value is None else [name, str(value)]
-        words += [] if self.cost else ["--no-cost"]
-        words += [] if self.noise_floor else ["--no-noise-floor"]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in ("candidates", "text") or value == option.default:
+                continue
+            name = option.name.replace("_", "-")
+            words += [f"--no-{name}"] if value is False else [f"--{name}", str(value)]
         return shlex.join(words)
 
 

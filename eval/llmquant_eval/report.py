@@ -100,11 +100,11 @@ class Text(_Strict):
 
 
 class Settings(_Strict):
-    """How the models were run. ``batch_size`` and ``kernel`` None: chosen automatically."""
+    """How the models were run, as asked for: ``kernel`` "auto" and ``batch_size`` None were chosen automatically."""
 
     dtype: str
     device: str
-    kernel: str | None
+    kernel: str
     batch_size: int | None
 
 

@@ -28,14 +28,18 @@ HEADERS = (
 def with_error(value: float, error: float | None, scale: float = 1.0) -> tuple[str, str]:
     """``(value, ±error)``: the error at two significant digits, the value at the same decimal place.
 
-    The second is empty where there is no error; a value without one is given four digits.
+    The second is empty where there is no error; a value without one is given four digits. Below a thousandth both take
+    the value's power of ten.
     """
     value *= scale
     if error is None or error == 0.0:
         return f"{value:.4g}", ""
     error *= scale
+    power = math.floor(math.log10(abs(value))) if value else 0
+    unit, suffix = (10.0**power, f"e{power:03d}") if power < -3 else (1.0, "")
+    value, error = value / unit, error / unit
     decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{decimals}f}", f"±{error:.{decimals}f}"
+    return f"{value:.{decimals}f}{suffix}", f"±{error:.{decimals}f}{suffix}"
 
 
 def metric_cell(metrics: dict[str, Metric], name: str, scale: float = 1.0) -> tuple[str, str]:
@@ -106,8 +110,8 @@ def _cost_notes(report: Report) -> list[str]:
         f"of the whole process, {size(first.memory_floor_bytes)} of it before the model"
     )  # fmt: skip
     return [
-        f"Speed at batch 1, prompt of {first.prompt_tokens} and {first.new_tokens} new tokens, {first.threads} threads "
-        f"({report.hardware.processor}); peak memory {where}."
+        f"Speed at batch 1, prompt of {first.prompt_tokens} and {first.new_tokens} new tokens, "
+        f"threads: {first.threads} ({report.hardware.processor}); peak memory {where}."
     ]
 
 

@@ -33,13 +33,14 @@ class ScaleSearch:
         steps: candidate ranges per sign; 0 means plain min-max.
         smallest: the narrowest candidate as a fraction of the widest.
         norm: exponent of the error.
-        weighted: weigh errors by input-channel importance where statistics are at hand.
+        weighted: weigh errors by input-channel importance where statistics are at hand. Off by default: under GPTQ the
+            unweighted search measures better (docs/decisions.md).
     """
 
     steps: int = 48
     smallest: float = 0.35
     norm: float = 2.0
-    weighted: bool = True
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0 or not 0 < self.smallest <= 1 or self.norm <= 0:

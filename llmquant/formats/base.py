@@ -59,3 +59,10 @@ class Format(Protocol):
 
     def tensor_suffixes(self) -> frozenset[str]:
         """Every tensor name :meth:`pack` may give."""
+
+    def shape_of(self, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[int, int]:
+        """``(out, in)`` from the tensors' shapes alone.
+
+        Raises:
+            FormatError: a tensor of the layout is missing.
+        """

@@ -98,6 +98,15 @@ class CompressedTensors:
             raise FormatError(f"weight_zero_point is {list(packed.shape)}, not [.., {groups}]")
         return bitpack.unpack(packed.T.contiguous(), spec.bits, out_features).T.contiguous()
 
+    def shape_of(self, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[int, int]:
+        if _PACKED not in shapes or "weight_scale" not in shapes:
+            raise FormatError(f"{_PACKED} or weight_scale is missing beside {', '.join(sorted(shapes))}")
+        out_features, n_words = shapes[_PACKED]
+        group_size = scheme.spec.group_size
+        # The scales pin the width exactly; per row, the words do for every width that fills them.
+        in_features = n_words * 32 // scheme.spec.bits if group_size is None else shapes["weight_scale"][1] * group_size
+        return out_features, in_features
+
     def config(self, schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
         members: dict[Scheme, list[str]] = {}
         for module, scheme in schemes.items():

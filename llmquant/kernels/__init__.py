@@ -1,4 +1,4 @@
-"""Kernels by name, in order of preference, and the choice among them: ask each why not, take the first that has no reason.
+"""Kernels by name in order of preference, and the choice among them: the first that has no reason against it.
 
 ``auto`` never takes ``dense``: a packed model that quietly became a dense one would not be what was asked for.
 """
@@ -56,7 +56,9 @@ def choose(
         refusals[name] = reason
         log.info("kernel %s cannot take a %s weight %s at %s on %s: %s", name, spec, list(shape), dtype, device, reason)
     # `reference` refuses nothing, so with `auto` this point is not reached.
-    raise UsageError(f"kernel {prefer} cannot take a {spec} weight {list(shape)}: {refusals[prefer]}; use --kernel auto")
+    raise UsageError(
+        f"kernel {prefer} cannot take a {spec} weight {list(shape)}: {refusals[prefer]}; use --kernel auto"
+    )
 
 
 __all__ = ["AUTO", "KERNELS", "Kernel", "Prepared", "choose"]

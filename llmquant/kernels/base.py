@@ -1,9 +1,9 @@
 """The Kernel contract: a linear layer over a QuantizedWeight. A kernel never knows a file layout.
 
-``prepare`` turns the waist into whatever buffers the kernel multiplies by; ``linear`` uses them. Selection asks twice:
-``why_not`` knows spec, shape, device and dtype, so a plan can be made before any tensor is read; ``why_not_weight`` looks
-at the numbers (a scale with too many bits for the kernel's registers). ``reference`` never refuses and is every other
-kernel's twin.
+``prepare`` turns the waist into whatever buffers the kernel multiplies by; ``linear`` uses them. Selection asks
+twice: ``why_not`` knows spec, shape, device and dtype, so a plan can be made before any tensor is read;
+``why_not_weight`` looks at the numbers (a scale with too many bits for the kernel's registers). ``reference`` never
+refuses and is every other kernel's twin.
 
 Whatever the kernel, ``weight(prepared, ...)`` equals ``QuantizedWeight.dequantize(dtype)`` bit for bit.
 """

@@ -1,18 +1,22 @@
 """``cpu_int4``: 4-bit weights on a CPU in bf16. torch's int4 operator for few rows, dequantize + GEMM for many.
 
-One packed copy of the weight serves both. The operator computes ``sum_k x_k * ((q - 8) * s + zero)`` in float32 from bf16 ``s``
-and ``zero`` and rounds once, reading half a byte a weight: it is bound by memory, so at one row it beats a dense bf16 linear.
-With many rows it is bound by arithmetic, and a GEMM over a weight dequantized to bf16 a tile at a time wins although it
-dequantizes anew each time. ``CROSSOVER_ROWS`` is where, as measured by bench/crossover.py.
+One packed copy of the weight serves both. The operator computes ``sum_k x_k * ((q - 8) * s + zero)`` in float32 from
+bf16 ``s`` and ``zero`` and rounds once, reading half a byte a weight: it is bound by memory, so at one row it beats a
+dense bf16 linear. With many rows it is bound by arithmetic, and a GEMM over a weight dequantized to bf16 a tile at a
+time wins although it dequantizes anew each time. ``CROSSOVER_ROWS`` is where, as measured by bench/crossover.py.
+Ratios of time to a dense bf16 linear there (a CPU with AMX): 0.3 to 0.5 at 1 row, 1.1 to 1.5 at 8, 5 to 6 at the
+crossover, 2 to 3 at 512 rows and 1.3 to 1.6 at 2048: who evaluates or prefills should offer many rows at once.
 
-Exactness. ``zero`` should be ``(8 - z) * s``, up to 12 significant bits of which bf16 holds 8. What does not fit is again exact in
-bf16 (at most 4 bits): the *residual*. Multiplied with the group sums of x, a matmul ``[rows, G] x [G, out]``, it puts the missing
-part back. A scale that is not exact in bf16 (fp16 scales of other tools) is split the same way, ``s = high + low``, and the
-operator runs a second time with ``low``; our own portable scales never need that.
+Exactness. ``zero`` should be ``(8 - z) * s``, up to 12 significant bits of which bf16 holds 8. What does not fit is
+again exact in bf16 (at most 4 bits): the *residual*. Multiplied with the group sums of x, a matmul ``[rows, G] x [G,
+out]``, it puts the missing part back. A scale that is not exact in bf16 (fp16 scales of other tools) is split the
+same way, ``s = high + low``, and the operator runs a second time with ``low``; our own portable scales never need
+that. (Only where such a scale meets a zero-point does anything remain, below 2**-16 of the zero term; the dequantized
+weight is exact throughout.)
 
-Group sizes. The operator knows 32, 64, 128 and 256. A wider group, or a whole row, is the same numbers repeated over groups of
-the widest of these that divides it. Columns with an order of their own (``g_idx``) are stored sorted by group and x is
-permuted, if every group has equally many.
+Group sizes. The operator knows 32, 64, 128 and 256. A wider group, or a whole row, is the same numbers repeated over
+groups of the widest of these that divides it. Columns with an order of their own (``g_idx``) are stored sorted by
+group and x is permuted, if every group has equally many.
 """
 
 from __future__ import annotations
@@ -26,12 +30,14 @@ from llmquant.kernels.base import Prepared
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
-# Rows from which dequantize + GEMM is faster, over shapes and thread counts: bench/results/crossover.json.
-CROSSOVER_ROWS = 48
+# Rows from which dequantize + GEMM is faster, median over shapes and thread counts: bench/results/crossover.json.
+CROSSOVER_ROWS = 76
 # bf16 bytes of dequantized weight that exist at a time. glibc keeps a freed chunk of up to 32 MiB for reuse instead of
 # returning its pages, which would be faulted in again at every layer.
 _TILE_BYTES = 16 << 20
 _GROUPS = (256, 128, 64, 32)
+# Looked up once: a decode step calls it for every linear, and two attribute lookups cost a tenth of a small call.
+_operator = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
 
 
 def operator_group(width: int) -> int | None:
@@ -42,9 +48,9 @@ def operator_group(width: int) -> int | None:
 class CpuInt4:
     """torch's int4 CPU operator, and dequantize + GEMM from the same bytes.
 
-    Buffers: ``packed`` uint8 ``[rows, in/2]`` (rows = out padded to 64), ``scales_and_zeros`` bf16 ``[G, rows, 2]``; if asymmetric
-    ``shift`` int8 ``[G, rows]`` (8 - z) and, where needed, ``residual`` bf16 ``[G, rows]``; ``low`` bf16 ``[G, rows, 2]`` if a scale
-    is not exact in bf16; ``columns`` int64 ``[in]`` if the columns are stored sorted by group.
+    Buffers: ``packed`` uint8 ``[rows, in/2]`` (rows = out padded to 64); ``scales_and_zeros`` bf16 ``[G, rows, 2]``;
+    ``shift`` int8 ``[G, rows]``, 8 - z, and ``residual`` bf16 ``[G, rows]`` where a zero-point needs them; ``low`` bf16
+    ``[G, rows, 2]`` where a scale is not exact in bf16; ``columns`` int64 ``[in]`` if columns are sorted by group.
     """
 
     name = "cpu_int4"
@@ -62,7 +68,8 @@ class CpuInt4:
         if operator_group(spec.width(shape[1])) is None:
             return f"groups of {spec.width(shape[1])} columns are not a multiple of 32"
         if int4pack.block_rows() is None:
-            return f"torch's int4 layout on this CPU ({torch.backends.cpu.get_cpu_capability()}) is not one it can read back"
+            capability = torch.backends.cpu.get_cpu_capability()
+            return f"torch's int4 layout on this CPU ({capability}) is not one it can read back"
         return None
 
     def why_not_weight(self, weight: QuantizedWeight) -> str | None:
@@ -90,15 +97,17 @@ class CpuInt4:
 
     def linear(self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
         if x.dtype is not torch.bfloat16:
-            raise UsageError(f"kernel cpu_int4 was loaded for bfloat16 activations and was given {x.dtype}; load with that dtype")
+            raise UsageError(
+                f"kernel cpu_int4 was loaded for bfloat16 activations and was given {x.dtype}; load with that dtype"
+            )
         out_features, in_features = shape
         rows = x.reshape(-1, in_features)
         columns = prepared.get("columns")
         rows = rows.contiguous() if columns is None else rows.index_select(1, columns)
         y = _few(rows, prepared) if rows.shape[0] < CROSSOVER_ROWS else _many(rows, prepared)
         if y.shape[1] != out_features:
-            y = y[:, :out_features]
-        return y.reshape(*x.shape[:-1], out_features)
+            y = y[:, :out_features].contiguous()
+        return y.view(*x.shape[:-1], out_features)
 
     def weight(self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         packed, columns = prepared["packed"], prepared.get("columns")
@@ -154,14 +163,15 @@ def _few(x: Tensor, prepared: Prepared) -> Tensor:
     """``[M, in]`` → ``[M, rows]`` by the int4 operator, plus what its bf16 parameters could not hold."""
     packed, high = prepared["packed"], prepared["scales_and_zeros"]
     assert high is not None
+    assert _operator is not None
     groups = high.shape[0]
     width = x.shape[1] // groups
-    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, width, high)
+    y: Tensor = _operator(x, packed, width, high)
     residual, low = prepared.get("residual"), prepared.get("low")
     if residual is not None:
         y = torch.addmm(y, x.view(-1, groups, width).sum(-1), residual)
     elif low is not None:
-        y += torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, width, low)
+        y += _operator(x, packed, width, low)
     return y
 
 

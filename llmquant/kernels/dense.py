@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmquant.errors import UsageError
 from llmquant.kernels.base import Prepared
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -37,7 +38,15 @@ class Dense:
         return torch.nn.functional.linear(x, weight)
 
     def weight(self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight as prepared; only its own dtype can be had without rounding twice."""
+        """The weight as prepared.
+
+        Raises:
+            UsageError: another dtype is asked for; it would be rounded twice, or not at all.
+        """
         weight = prepared["dense"]
         assert weight is not None
-        return weight.to(dtype)
+        if weight.dtype != dtype:
+            raise UsageError(
+                f"kernel dense keeps the weight in {weight.dtype} only; load with kernel reference for {dtype}"
+            )
+        return weight

@@ -1,25 +1,30 @@
 """The byte layout of torch's int4 CPU operator, and reading it back fast enough to feed a GEMM.
 
-``_convert_weight_to_int4pack_for_cpu`` cuts a weight ``[out, in]`` into blocks of B rows (B = 64 with AVX-512, 32 with AVX2)
+``_convert_weight_to_int4pack_for_cpu`` cuts a weight ``[out, in]`` into blocks of B rows (B = 64 with AVX-512, 32
+with AVX2)
 and stores each block column by column, B/2 bytes a column. With ``h = B/2``::
 
     byte [block, k, j]    low nibble  = code[block*B + j,     k]
                           high nibble = code[block*B + j + h, k]
 
-A last block of fewer rows, and CPUs without either instruction set, are laid out otherwise; :func:`pack` pads the rows to a
-multiple of 64 so that no such block exists, and :func:`block_rows` packs a probe and reads it back before anything trusts the
-layout. Nothing here assumes a torch version: if the bytes move, the probe fails and the kernel refuses.
+A last block of fewer rows, and CPUs without either instruction set, are laid out otherwise; :func:`pack` pads the
+rows to a multiple of 64 so that no such block exists, and :func:`block_rows` packs a probe and reads it back before
+anything trusts the layout. Nothing here assumes a torch version: if the bytes move, the probe fails and the kernel
+refuses.
 
-:func:`dequantize_tile` turns a range of blocks into bf16 ``[in, rows]``, the right-hand side of ``x @ W``. torch has no
-fused unpacking, and strided bit operations are ten times slower than contiguous ones, so it works on int32 words (4
-adjacent rows, both nibbles): mask one nibble set, fold it to a 16-bit number, look four bf16 integers up at once in a table
-of 65536 (512 KiB: it stays in L2), multiply by the scale into place. ``code - 8`` and ``code - zero`` are exact in bf16 and
-torch multiplies bf16 in float32 and rounds once, so the tile equals ``QuantizedWeight.dequantize(bfloat16)`` bit for bit.
+:func:`dequantize_tile` turns a range of blocks into bf16 ``[in, rows]``, the right-hand side of ``x @ W``. torch has
+no fused unpacking, and strided bit operations are ten times slower than contiguous ones, so it works on int32 words
+(4 adjacent rows, both nibbles): mask one nibble set, fold it to a 16-bit number, look four bf16 integers up at once
+in a table of 65536 (512 KiB: it stays in L2), multiply by the scale into place. ``code - 8`` and ``code - zero`` are
+exact in bf16 and torch multiplies bf16 in float32 and rounds once, so the tile equals
+``QuantizedWeight.dequantize(bfloat16)`` bit for bit.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import threading
 
 import torch
 from torch import Tensor
@@ -77,8 +82,27 @@ def _table() -> Tensor:
     return quads.to(torch.bfloat16).contiguous().view(torch.int64).squeeze(-1)
 
 
+class _Scratch(threading.local):
+    """One growing buffer per purpose and thread. Fresh pages would cost as much as the arithmetic (measured: 2x)."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[str, Tensor] = {}
+
+    def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialized tensor, valid until the next ``take`` for the same purpose on this thread."""
+        size = math.prod(shape) * dtype.itemsize
+        held = self._bytes.get(purpose)
+        if held is None or held.numel() < size:
+            with torch.inference_mode(False):  # usable in and out of inference mode
+                held = self._bytes[purpose] = torch.empty(size, dtype=torch.uint8)
+        return held[:size].view(dtype).view(shape)
+
+
+_scratch = _Scratch()
+
+
 def dequantize_tile(packed: Tensor, block: int, rows: slice, scales: Tensor, shift: Tensor | None) -> Tensor:
-    """bf16 ``[in, stop - start]`` of the rows ``start … stop - 1``, both multiples of 64.
+    """bf16 ``[in, stop - start]`` of the rows ``start … stop - 1``, multiples of 64; valid until the next call.
 
     Args:
         packed: uint8 ``[padded rows, in/2]``.
@@ -89,7 +113,7 @@ def dequantize_tile(packed: Tensor, block: int, rows: slice, scales: Tensor, shi
     groups, blocks = scales.shape[0], count // block
     width = in_features // groups
     words = packed[rows].view(torch.int32).view(blocks, in_features, half // 4)
-    weight = torch.empty(in_features, count, dtype=torch.bfloat16)
+    weight = _scratch.take("weight", (in_features, count), torch.bfloat16)
     target = weight.view(groups, width, blocks, 2, half)
     factors = scales.view(groups, 1, blocks, 2, half)
     shifts = None if shift is None else shift.view(groups, 1, blocks, 2, half)
@@ -98,9 +122,11 @@ def dequantize_tile(packed: Tensor, block: int, rows: slice, scales: Tensor, shi
         bs = slice(b, min(b + _TILE_BLOCKS, blocks))
         for g in range(0, groups, step):
             gs = slice(g, min(g + step, groups))
-            piece = words[bs, g * width : gs.stop * width].transpose(0, 1).contiguous()
+            shape = (gs.stop - g, width, bs.stop - b, half)
+            piece = _scratch.take("piece", (shape[0] * width, shape[2], half // 4), torch.int32)
+            piece.copy_(words[bs, g * width : gs.stop * width].transpose(0, 1))
             for nibble in (0, 1):
-                codes = _lookup(piece, 4 * nibble).view(gs.stop - g, width, bs.stop - b, half)
+                codes = _lookup(piece, 4 * nibble).view(shape)
                 if shifts is not None:
                     codes.add_(shifts[gs, :, bs, nibble])
                 torch.mul(codes, factors[gs, :, bs, nibble], out=target[gs, :, bs, nibble])
@@ -108,7 +134,14 @@ def dequantize_tile(packed: Tensor, block: int, rows: slice, scales: Tensor, shi
 
 
 def _lookup(words: Tensor, bit: int) -> Tensor:
-    """``nibble - 8`` in bf16 of every byte's nibble at ``bit``, in byte order; flat, 4 per int32 word."""
-    index = torch.bitwise_right_shift(words, bit).bitwise_and_(_NIBBLES) if bit else torch.bitwise_and(words, _NIBBLES)
-    index.bitwise_or_(torch.bitwise_right_shift(index, 12)).bitwise_and_(0xFFFF)
-    return _table().index_select(0, index.view(-1)).view(torch.bfloat16)
+    """``nibble - 8`` in bf16 of every byte's nibble at ``bit`` (0, then 4: words are shifted), in byte order."""
+    shape = tuple(words.shape)
+    index, fold = _scratch.take("index", shape, torch.int32), _scratch.take("fold", shape, torch.int32)
+    if bit:
+        words.bitwise_right_shift_(bit)
+    torch.bitwise_and(words, _NIBBLES, out=index)
+    torch.bitwise_right_shift(index, 12, out=fold)
+    index.bitwise_or_(fold).bitwise_and_(0xFFFF)
+    quads = _scratch.take("quads", (words.numel(),), torch.int64)
+    torch.index_select(_table(), 0, index.view(-1), out=quads)
+    return quads.view(torch.bfloat16)

@@ -1,9 +1,10 @@
 """``reference``: the slow, obvious kernel. It takes everything and every other kernel is tested against it.
 
 Buffers: ``codes`` int32, a dense bit stream per row; ``scales`` in the narrowest of bf16, fp16 and fp32 that holds them
-exactly; ``zeros`` uint8 unless symmetric; ``g_idx`` int32 if the columns have an order of their own. Each forward unpacks,
-dequantizes in float32, rounds once to the activations' dtype and calls ``F.linear``; that is the definition of the
-packed model, whatever the dtype. Rows are dequantized a slice at a time so the float32 intermediate stays small.
+exactly; ``zeros`` uint8 unless symmetric; ``g_idx`` int32 if the columns have an order of their own. Each forward
+unpacks, dequantizes in float32, rounds once to the activations' dtype and calls ``F.linear``; that is the definition
+of the packed model, whatever the dtype. Rows are dequantized a slice at a time so the float32 intermediate stays
+small.
 """
 
 from __future__ import annotations

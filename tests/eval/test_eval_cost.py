@@ -16,7 +16,7 @@ from llmquant.errors import LlmquantError
 
 
 def test_a_model_is_measured_apart(base_model: Path) -> None:
-    cost = measure_apart(base_model, "float32", "cpu", None, prompt_tokens=32, new_tokens=5, repeats=1)
+    cost = measure_apart(base_model, "float32", "cpu", "auto", prompt_tokens=32, new_tokens=5, repeats=1)
     assert (cost.prompt_tokens, cost.new_tokens, cost.repeats, cost.device_peak_bytes) == (32, 5, 1, None)
     assert cost.load_seconds > 0
     assert cost.prefill_tokens_per_second > 0
@@ -30,7 +30,7 @@ def test_a_failed_process_is_an_error_with_its_last_words(base_model: Path, tmp_
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(LlmquantError, match=r"broken failed \(exit \d+\)(.|\n)*--no-cost"):
-        measure_apart(folder, "float32", "cpu", None, prompt_tokens=8, new_tokens=2, repeats=1)
+        measure_apart(folder, "float32", "cpu", "auto", prompt_tokens=8, new_tokens=2, repeats=1)
 
 
 def test_the_child_prints_json_and_shortens_the_prompt_to_the_context(

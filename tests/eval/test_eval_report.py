@@ -65,7 +65,7 @@ def report(*models: ModelResult) -> Report:
         text=Text(
             source="file:t.txt", sha256="c" * 64, tokens=124008, windows=120, windows_available=242, window=512
         ),
-        settings=Settings(dtype="bfloat16", device="cpu", kernel=None, batch_size=None),
+        settings=Settings(dtype="bfloat16", device="cpu", kernel="auto", batch_size=None),
         reference="base",
         noise_floor=floor,
         models=list(models) or [result("base", "reference"), result("small", "candidate")],
@@ -124,6 +124,9 @@ def test_what_is_no_json_is_refused(content: bytes | None, tmp_path: Path) -> No
         (5432.1, 123.4, 1, ("5432", "±123")),
         (0.347370, None, 1, ("0.3474", "")),
         (1.0, 0.0, 1, ("1", "")),
+        (7.1234e-6, 2.5e-7, 1, ("7.12e-06", "±0.25e-06")),
+        (-3.2e-9, 4.1e-9, 1, ("-3.2e-09", "±4.1e-09")),
+        (0.0, 1.3e-5, 1, ("0.000000", "±0.000013")),
     ],
 )
 def test_a_value_is_given_to_the_place_of_its_error(
@@ -186,8 +189,8 @@ def test_rows_are_models_where_there_is_room(width: int, by_row: bool) -> None:
 def test_footnotes_say_protocol_share_floor_and_exclusions() -> None:
     notes = "\n".join(footnotes(report(result("base", "reference"), result("sick", "candidate", excluded_tokens=7))))
     for part in ("ppl/gptq-512, kl/top-512 on file:t.txt", "first 120 of 242 windows of 512", "bfloat16 on cpu",
-                 "base against itself in float32: KL 0.0002100 ±0.0000030, top-1 98.3 %", "sick: 7 tokens",
-                 "prompt of 512 and 64 new tokens, 2 threads (A CPU)", "352 MB of it before the model"):  # fmt: skip
+                 "base against itself in float32: KL 2.100e-04 ±0.030e-04, top-1 98.3 %", "sick: 7 tokens",
+                 "prompt of 512 and 64 new tokens, threads: 2 (A CPU)", "352 MB of it before the model"):  # fmt: skip
         assert part in notes
 
 
@@ -204,8 +207,8 @@ def test_the_card_section_has_both_models_and_the_command() -> None:
 @pytest.mark.parametrize(
     ("card", "expected"),
     [
-        ("", f"{START}\nNEW\n{END}\n"),
-        ("# Title\n", f"# Title\n\n{START}\nNEW\n{END}\n"),
+        ("", f"## Measured\n\n{START}\nNEW\n{END}\n"),
+        ("# Title\n", f"# Title\n\n## Measured\n\n{START}\nNEW\n{END}\n"),
         (f"a\n{START}\nold\n{END}\nz", f"a\n{START}\nNEW\n{END}\nz"),
         (f"{START}{END}", f"{START}\nNEW\n{END}"),
     ],
@@ -235,13 +238,17 @@ def test_the_card_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path)
     once = path.read_text(encoding="utf-8")
     write_card(tmp_path, report(), "small")
     assert path.read_text(encoding="utf-8") == once
-    assert once.startswith("# Mine\n\n" + START)
+    assert once.startswith("# Mine\n\n## Measured\n\n" + START)
     assert path.stat().st_mode & 0o777 == 0o640
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_a_folder_without_a_card_gets_one(tmp_path: Path) -> None:
-    assert write_card(tmp_path, report(), "small").read_text(encoding="utf-8").startswith(f"# small\n\n{START}")
+    assert (
+        write_card(tmp_path, report(), "small")
+        .read_text(encoding="utf-8")
+        .startswith(f"# small\n\n## Measured\n\n{START}")
+    )
 
 
 def test_a_card_that_cannot_be_written(tmp_path: Path) -> None:

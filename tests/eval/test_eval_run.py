@@ -86,6 +86,22 @@ def test_the_model_itself_under_another_name_has_no_loss(
     assert metrics["top1_agreement"].value == 1.0
 
 
+def test_a_packed_model_is_scored_as_loaded_from_disk(base_model: Path, words: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    shutil.copytree(base_model.parent / "llmcompressor-w4-sym", packed)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base_model / name, packed / name)
+    request = Request((str(packed),), str(words), reference=str(base_model), window=WINDOW, dtype="float32", cost=False)
+    reference, result = evaluate(request).models
+    assert reference.kernels == {}
+    assert sum(result.kernels.values()) == result.quantized_linears > 0
+    assert result.scheme.startswith("W4")
+    assert result.bits_per_weight is not None
+    assert 4 < result.bits_per_weight < 5
+    assert result.bytes_on_disk < reference.bytes_on_disk
+    assert result.metrics["kl_mean"].value > 0
+
+
 def test_without_a_reference_there_is_perplexity_alone(base_model: Path, words: Path) -> None:
     report = evaluate(Request((str(base_model),), str(words), cost=False, max_windows=2))
     assert report.text.window == 256  # the model's context
@@ -135,8 +151,19 @@ def test_the_recorded_command_repeats_the_run(base_model: Path, words: Path, alt
     assert [m.metrics for m in again.models] == [m.metrics for m in first.models]
 
 
-def test_defaults_are_left_out_of_the_command() -> None:
-    assert Request(("a", "b"), "file:t").command() == "llmquant eval a b --text file:t"
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "llmquant eval a b --text file:t"),
+        ({"reference": "a model", "window": 64}, "llmquant eval a b --text file:t --reference 'a model' --window 64"),
+        ({"max_windows": 3, "batch_size": 2}, "llmquant eval a b --text file:t --max-windows 3 --batch-size 2"),
+        ({"cost": False, "noise_floor": False}, "llmquant eval a b --text file:t --no-cost --no-noise-floor"),
+        ({"dtype": "float32", "kernel": "dense"}, "llmquant eval a b --text file:t --dtype float32 --kernel dense"),
+    ],
+    ids=["defaults left out", "quoted", "numbers", "switches", "names"],
+)  # fmt: skip
+def test_the_command_line_of_a_request(options: dict[str, Any], expected: str) -> None:
+    assert Request(("a", "b"), "file:t", **options).command() == expected
 
 
 @pytest.mark.parametrize(
@@ -156,7 +183,7 @@ def test_defaults_are_left_out_of_the_command() -> None:
         pytest.param(["--text", "{short}"], SourceError, "less than one window", id="short text"),
         pytest.param(["--text", "file:no/such"], SourceError, "no/such", id="no text"),
         pytest.param(["--output", "no/such/r.json"], UsageError, "does not exist", id="output folder"),
-        pytest.param(["--card", "someone/some-model"], UsageError, "someone/some-model is not one", id="card of a hub name"),
+        pytest.param(["--card", "someone/some-model"], UsageError, "some-model is not one", id="card of a hub name"),
         pytest.param(["{empty_folder}"], CheckpointError, "nothing-here", id="not a model"),
     ],
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Write `autoround-*/`: checkpoints that AutoRound exported of one layer of `base/`, and what AutoRound reads in them.
 
-Run it in an environment that has AutoRound; README.md says which version. Rounding is to nearest (no tuning): only the
-bytes matter here. `expected.safetensors` holds what AutoRound's own CPU layers compute from the saved tensors: the layer
-is applied to the identity matrix, which yields its weight with no rounding of its own.
+Run it in an environment that has AutoRound; README.md says which version. Rounding is to nearest (no tuning): only
+the bytes matter here. `expected.safetensors` holds what AutoRound's own CPU layers compute from the saved tensors: the
+layer is applied to the identity matrix, which yields its weight with no rounding of its own.
 """
 
 import json
@@ -24,7 +24,6 @@ CASES = {
     "auto_round-sym": ("auto_round", 4, True, False),
     "auto_round-asym": ("auto_round", 4, False, False),
     "auto_round-model-free-asym": ("auto_round", 4, False, True),
-    "auto_round-gptqmodel-asym": ("auto_round:gptqmodel", 4, False, False),
     "auto_round-w3-asym": ("auto_round", 3, False, False),
     "auto_gptq-sym": ("auto_gptq", 4, True, False),
     "auto_gptq-asym": ("auto_gptq", 4, False, False),
@@ -62,7 +61,7 @@ def dequantize(config: dict, state: dict[str, torch.Tensor]) -> torch.Tensor:
     layer_class = (qlinear_torch_zp if minus_one else qlinear_torch).QuantLinear
     rows, columns = state["scales"].shape[1], state["qweight"].shape[0] * 32 // bits
     layer = layer_class(bits, size, columns, rows, bias=False)
-    # AutoRound's inference, too, leaves the group index out: it is trivial, and the branch that takes it fails for out > in.
+    # AutoRound's inference, too, leaves the group index out: it is trivial, and the branch for it fails where out > in.
     layer.load_state_dict({name: t for name, t in state.items() if name != "g_idx"})
     return layer(torch.eye(columns, dtype=torch.float16)).T
 

@@ -1,25 +1,28 @@
 """Write `base/`: a two-layer random Llama in fp16, small enough to live in git.
 
-The weights are drawn from a fixed seed, normal with std 0.05, and one weight in two hundred is six times larger, so that
-scales and clipping have something to do. Two rows of the first k_proj are all positive and two all negative: an
-asymmetric quantizer puts their zero points at the two ends of the code range, where formats go wrong.
+The weights are drawn from a fixed seed, normal with std 0.05, and one weight in two hundred is six times larger, so
+that scales and clipping have something to do. Two rows of the first k_proj are all positive and two all negative: an
+asymmetric quantizer puts their zero points at the two ends of the code range, where formats go wrong. A head has 32
+dimensions because vLLM's CPU attention refuses 16.
 """
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 OUT = Path(__file__).resolve().parent / "base"
 CONFIG = LlamaConfig(
     hidden_size=64,
     intermediate_size=128,
     num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
     vocab_size=64,
     max_position_embeddings=256,
     tie_word_embeddings=False,
@@ -57,9 +60,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def first_layers(layers: int, folder: Path) -> Path:
     """A copy of `base/` in `folder` with fewer layers: most fixtures need only one, and git keeps them all."""
-    AutoModelForCausalLM.from_pretrained(OUT, dtype="auto", num_hidden_layers=layers).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(OUT / name, folder / name)
+    shutil.copytree(OUT, folder)
+    config = json.loads((OUT / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}, indent=2))
+    dropped = tuple(f"model.layers.{i}." for i in range(layers, config["num_hidden_layers"]))
+    kept = {name: t for name, t in load_file(OUT / "model.safetensors").items() if not name.startswith(dropped)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

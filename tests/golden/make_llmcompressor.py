@@ -1,8 +1,8 @@
 """Write `llmcompressor-*/`: checkpoints that llm-compressor made of `base/`, and what compressed-tensors reads in them.
 
 Run it in an environment that has llm-compressor; README.md says which version and how each file came about. Under
-release 0.12 it writes `llmcompressor-0.12-*/` instead: what later releases refuse (act-order with a group index) or pack
-in another way (3 bits: ten values a word then, a dense stream of bits since).
+release 0.12 it writes `llmcompressor-0.12-*/` instead: what later releases refuse (act-order with a group index) or
+pack in another way (3 bits: ten values a word then, a dense stream of bits since).
 `expected.safetensors` holds, for every quantized linear, the weight that the library's own decompressor yields.
 """
 
@@ -37,7 +37,7 @@ LINEAR = ["Linear"]
 INT8_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 # case -> (layers kept of the base, config groups)
 CASES = {
-    "w4-sym": (2, {"g": {"targets": LINEAR, "weights": group(4)}}),
+    "w4-sym": (1, {"g": {"targets": LINEAR, "weights": group(4)}}),
     "w4-asym": (1, {"g": {"targets": LINEAR, "weights": group(4, symmetric=False)}}),
     "w8-sym": (1, {"g": {"targets": LINEAR, "weights": group(8)}}),
     "w8-asym": (1, {"g": {"targets": LINEAR, "weights": group(8, symmetric=False)}}),
@@ -80,7 +80,7 @@ def calibration() -> Dataset:
 
 def write(layers: int, groups: dict, out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        # The tool writes the config.json of the folder that it loaded, so the layers are dropped there and not in memory.
+        # The tool writes the config.json of the folder that it loaded, so the layers are dropped there, not in memory.
         base = first_layers(layers, Path(scratch) / "base")
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         actorder = next(iter(groups.values()))["weights"]["actorder"]  # the tool insists that both places agree

@@ -1,0 +1,70 @@
+"""llmquant: quantize a Hugging Face LLM, prove what it cost, and serve it.
+
+The names below are the public API. They are loaded on first use, so that ``import llmquant`` and ``llmquant --help`` do not
+pay for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmquant.calibration import Calibration, calibrate
+    from llmquant.hub import resolve
+    from llmquant.inspection import Inspection, inspect
+    from llmquant.loading import describe, load
+    from llmquant.manifest import verify
+    from llmquant.pipeline import QuantizeOptions, QuantizeResult, quantize
+    from llmquant.recipe import Recipe, load_recipe
+    from llmquant.sources import Documents, read_documents
+    from llmquant.spec import QuantSpec
+    from llmquant.weight import QuantizedWeight
+
+_HOMES = {
+    "Calibration": "calibration",
+    "calibrate": "calibration",
+    "resolve": "hub",
+    "Inspection": "inspection",
+    "inspect": "inspection",
+    "describe": "loading",
+    "load": "loading",
+    "verify": "manifest",
+    "QuantizeOptions": "pipeline",
+    "QuantizeResult": "pipeline",
+    "quantize": "pipeline",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "Documents": "sources",
+    "read_documents": "sources",
+    "QuantSpec": "spec",
+    "QuantizedWeight": "weight",
+}
+
+__all__ = [
+    "Calibration",
+    "Documents",
+    "Inspection",
+    "QuantSpec",
+    "QuantizeOptions",
+    "QuantizeResult",
+    "QuantizedWeight",
+    "Recipe",
+    "calibrate",
+    "describe",
+    "inspect",
+    "load",
+    "load_recipe",
+    "quantize",
+    "read_documents",
+    "resolve",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmquant' has no attribute {name!r}")
+    value = getattr(import_module(f"llmquant.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

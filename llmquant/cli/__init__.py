@@ -1,0 +1,71 @@
+"""The command line: ``llmquant quantize | inspect | generate | recipes`` and whatever installed packages add.
+
+Importing this package must not import torch, so that ``--help`` and a mistyped option answer at once: commands import what
+they need when they run. Further commands join through the entry-point group ``llmquant.commands`` (each entry a function
+``register(app)``), so the library never imports the packages above it.
+
+Exit codes: 0 done, 1 the work failed, 2 the request cannot be right, 130 interrupted. Errors go to stderr, one paragraph,
+no traceback; results to stdout.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points, version
+from typing import Annotated
+
+import typer
+
+from llmquant.cli.generate import generate_command
+from llmquant.cli.inspect import inspect_command
+from llmquant.cli.quantize import quantize_command
+from llmquant.cli.recipes import recipes_command
+from llmquant.errors import LlmquantError
+
+app = typer.Typer(
+    name="llmquant",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmquant {version('llmquant')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Quantize a Hugging Face LLM, prove what it cost, and serve it."""
+
+
+app.command("quantize")(quantize_command)
+app.command("inspect")(inspect_command)
+app.command("generate")(generate_command)
+app.command("recipes")(recipes_command)
+
+
+def main() -> None:
+    """Entry point: run the app, turn our errors into a message and an exit code."""
+    for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
+        entry.load()(app)
+    try:
+        app()
+    except LlmquantError as e:
+        sys.stderr.write(f"error: {e}\n")
+        raise SystemExit(e.exit_code) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was left half-written\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our stdout has gone (a pager was closed): not an error, and nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None

@@ -1,0 +1,71 @@
+"""``llmquant generate``: a short reply from a model folder, packed or not, streamed as it is made."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate_command(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name, packed or dense.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to make.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, when sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text; do not use the chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on CPU), bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
+    kernel: Annotated[str, typer.Option(help="Kernel of packed layers: auto, or one by name.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Generate from PROMPT with MODEL; uses the chat template when there is one."""
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    import torch
+    from transformers import AutoTokenizer, TextStreamer
+    from transformers.utils import logging as transformers_logging
+
+    from llmquant.hub import resolve
+    from llmquant.loading import load
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    path = resolve(model)
+    loaded = load(path, dtype=dtype, device=device, kernel=kernel)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    ids = _encode(tokenizer, prompt, raw).to(loaded.device)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=not raw, skip_special_tokens=True)
+    started = time.perf_counter()
+    out = loaded.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+    )
+    seconds = time.perf_counter() - started
+    new = out[0, ids.shape[1] :]
+    if as_json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        record = {"text": text, "prompt_tokens": ids.shape[1], "new_tokens": new.numel(), "seconds": seconds}
+        sys.stdout.write(json.dumps(record) + "\n")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Any:
+    """Token ids ``[1, n]``: of the text itself, or of one user turn in the model's chat template."""
+    if raw or tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]
+    turns = [{"role": "user", "content": prompt}]
+    encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return encoded["input_ids"]

@@ -1,0 +1,192 @@
+"""``llmquant quantize``: a model in, a proved folder out. Options override the recipe; the result is kept as recipe.yaml."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmquant.calibration import Calibration
+    from llmquant.pipeline import Events, QuantizeResult
+    from llmquant.recipe import Recipe
+
+
+class Method(StrEnum):
+    rtn = "rtn"
+    gptq = "gptq"
+
+
+class Packing(StrEnum):
+    concat = "concat"
+    sample = "sample"
+
+
+class ActOrder(StrEnum):
+    static = "static"
+    off = "off"
+    group = "group"
+
+
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
+    recipe: Annotated[str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")] = None,
+    method: Annotated[Method | None, typer.Option(help="Rounding algorithm.")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
+    act_order: Annotated[ActOrder | None, typer.Option(help="GPTQ's column order.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD].")
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    packing: Annotated[Packing | None, typer.Option(help="Windows across rows, or one row each.")] = None,
+    eval_text: Annotated[str | None, typer.Option(help="Report how far calibration overlaps this text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the calibration windows.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only linears that match (repeatable).")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Leave these alone, beside the recipe's (repeatable).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of calibration passes: auto (float32), bfloat16, float16.")] = "auto",
+    base_model: Annotated[str | None, typer.Option(help="Name for the model card's base_model.")] = None,
+    max_shard_size: Annotated[int, typer.Option(help="Bytes per weight file.")] = 5_000_000_000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")] = False,
+) -> None:
+    """Quantize MODEL's linear layers and write a compressed-tensors folder."""
+    from llmquant.recipe import Recipe, load_recipe
+
+    chosen = load_recipe(recipe) if recipe else Recipe()
+    changes: dict[str, Any] = {
+        "method": method,
+        "weights.bits": bits,
+        "weights.group_size": group_size,
+        "weights.symmetric": sym,
+        "gptq.act_order": act_order,
+        "calibration.source": calibration,
+        "calibration.nsamples": nsamples,
+        "calibration.seqlen": seqlen,
+        "calibration.packing": packing,
+        "seed": seed,
+        "include": tuple(include) if include else None,
+        "ignore": (*chosen.ignore, *ignore) if ignore else None,
+    }
+    given = {k: v.value if isinstance(v, StrEnum) else v for k, v in changes.items() if v is not None}
+    chosen = chosen.updated(given)
+    from llmquant.pipeline import QuantizeOptions, quantize
+
+    options = QuantizeOptions(
+        device=device, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size, base_model=base_model,
+        evaluation=eval_text,
+    )  # fmt: skip
+    if max_shard_size < 1_000_000:
+        raise UsageError(f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000")
+    started = time.perf_counter()
+    with _progress(hidden=quiet or as_json) as events:
+        result = quantize(model, output, chosen, options, events)
+    seconds = time.perf_counter() - started
+    if as_json:
+        sys.stdout.write(json.dumps(_as_dict(result, seconds)) + "\n")
+    elif not quiet:
+        _show(result, seconds)
+    for warning in result.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+
+
+def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
+    return {
+        "path": str(result.path),
+        "recipe": result.recipe.model_dump(mode="json"),
+        "bits_per_weight": result.bits_per_weight,
+        "source_bytes": result.source_bytes,
+        "bytes_written": result.bytes_written,
+        "seconds": seconds,
+        "calibration": result.calibration.summary.as_dict() if result.calibration else None,
+        "modules": [
+            {
+                "name": m.name, "scheme": str(m.spec), "weight_error": m.weight_error, "output_error": m.output_error,
+                "damping": m.damping, "dead": m.dead, "tokens": m.tokens, "dropped": m.dropped, "seconds": m.seconds,
+            }
+            for m in result.modules
+        ],
+        "skipped": dict(result.skipped),
+        "warnings": list(result.warnings),
+    }  # fmt: skip
+
+
+@contextmanager
+def _progress(hidden: bool) -> Iterator[Events]:
+    """A bar over blocks with the time left and the current module, on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from llmquant.pipeline import Events
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def on_calibration(calibration: Calibration) -> None:
+            if not hidden:
+                console.print(f"calibration  {calibration.source}", highlight=False)
+                for line in calibration.summary.lines():
+                    console.print(f"  {line}", highlight=False)
+            progress.update(task, description="calibrating")
+
+        events = Events(
+            on_calibration=on_calibration,
+            on_progress=lambda p: progress.update(task, description=p.module, completed=p.block, total=p.blocks),
+            on_phase=lambda phase: progress.update(task, description=phase, completed=progress.tasks[0].total or 0),
+        )
+        yield events
+
+
+def _show(result: QuantizeResult, seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result.path}", title_justify="left", box=None, pad_edge=False)
+    for column in ("linears", "scheme"):
+        table.add_column(column)
+    for column in ("count", "weight error", "output error, mean", "worst"):
+        table.add_column(column, justify="right")
+    kinds: dict[tuple[str, str], list[Any]] = {}
+    for m in result.modules:
+        kinds.setdefault((m.name.rpartition(".")[2], str(m.spec)), []).append(m)
+    for (leaf, spec), reports in kinds.items():
+        outputs = [r.output_error for r in reports if r.output_error is not None]
+        table.add_row(
+            leaf,
+            spec,
+            str(len(reports)),
+            f"{sum(r.weight_error for r in reports) / len(reports):.2e}",
+            f"{sum(outputs) / len(outputs):.2e}" if outputs else "–",
+            f"{max(outputs):.2e}" if outputs else "–",
+        )
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console.print(table)
+    skipped = ", ".join(f"{n} ({why})" for n, why in result.skipped.items()) or "none"
+    console.print(f"left alone   {skipped}", highlight=False)
+    console.print(
+        f"size         {result.source_bytes / 1e6:,.2f} MB → {result.bytes_written / 1e6:,.2f} MB; "
+        f"{result.bits_per_weight:.3f} bits per quantized weight",
+        highlight=False,
+    )
+    console.print(
+        f"proved       every tensor re-read from disk and equal to what was computed; {seconds:.1f} s", highlight=False
+    )

@@ -1,0 +1,294 @@
+"""load: a model folder → a transformers model in eval mode, quantized linears still packed. Any model, one door.
+
+A quantized folder is built on the meta device, so nothing dense is ever allocated for a packed linear: the tensors of
+one module are read from the mapped shard, turned into a QuantizedWeight and from there into a kernel's buffers, one
+module at a time; everything else is assigned straight from the mapped file, cast only if its dtype differs.
+transformers' own quantizers are not involved. An unquantized folder goes through ``from_pretrained``, which knows
+every historical renaming.
+
+``dtype="auto"`` means bfloat16 on a CPU, for both kinds of folder, so that two models compared are rounded alike: the
+int4 operator and the fast GEMMs of current CPUs exist in bf16, and fp16 arithmetic there is slower than fp32. On
+other devices it is the checkpoint's own dtype. A dtype that is given is obeyed.
+
+What is in the folder and what is in the model must match tensor by tensor; a difference is an error that names it. Code
+from a model folder is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from llmquant.checkpoint import CheckpointReader
+from llmquant.errors import ArchitectureError, CheckpointError, FormatError, QuantizationError, UsageError
+from llmquant.formats import for_config
+from llmquant.formats.base import Format, Scheme
+from llmquant.hub import resolve
+from llmquant.kernels import AUTO
+from llmquant.modules import PackedLinear
+
+log = logging.getLogger(__name__)
+
+DTYPES = {
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
+    "float32": torch.float32, "fp32": torch.float32,
+}  # fmt: skip
+# Tables that old checkpoints carry and models compute for themselves.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    kernel: str = AUTO,
+) -> PreTrainedModel:
+    """A causal language model in eval mode without gradients, packed if the folder is.
+
+    Args:
+        model: a folder, or a hub name.
+        dtype: of activations and unquantized tensors: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        kernel: ``auto``, or the name of one that every quantized linear must take.
+
+    Raises:
+        UsageError: no such dtype, device or kernel, or the kernel refuses a weight.
+        CheckpointError: a folder that is missing, damaged, or does not fit the model its config describes.
+        FormatError: quantized tensors that cannot be read.
+        ArchitectureError: a model type that transformers does not know.
+    """
+    reader = CheckpointReader(resolve(model))
+    where = _device(device)
+    torch_dtype = _dtype(dtype, where, reader)
+    quantization = reader.config.get("quantization_config")
+    if quantization:
+        loaded = _load_packed(reader, quantization, torch_dtype, where, kernel)
+    else:
+        loaded = _load_dense(reader, torch_dtype, where)
+    loaded.train(False)
+    loaded.requires_grad_(False)
+    return loaded
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as e:  # torch asserts when it was built without the device
+        raise UsageError(f"device {device!s} cannot be used here: {str(e).splitlines()[0]}") from e
+    return where
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device, reader: CheckpointReader) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise UsageError(f"dtype {dtype} is not a floating-point type")
+        return dtype
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype != "auto":
+        raise UsageError(f"dtype {dtype!r} does not exist; choose auto, {', '.join(DTYPES)}")
+    if device.type == "cpu":
+        return torch.bfloat16
+    declared = reader.config.get("dtype") or reader.config.get("torch_dtype") or "bfloat16"
+    return DTYPES.get(declared, torch.bfloat16)
+
+
+def _config(path: Path) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise ArchitectureError(f"transformers cannot read {path / 'config.json'}: {str(e).splitlines()[0]}") from e
+    return config
+
+
+def _load_dense(reader: CheckpointReader, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    config = _config(reader.path)
+    try:
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            reader.path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, RuntimeError) as e:
+        raise CheckpointError(f"{reader.path} cannot be loaded: {str(e).splitlines()[0]}") from e
+    model, info = result
+    _refuse_mismatch(reader.path, info["missing_keys"], info["unexpected_keys"])
+    loaded: PreTrainedModel = model.to(device)
+    return loaded
+
+
+def _load_packed(
+    reader: CheckpointReader, quantization: Mapping[str, Any], dtype: torch.dtype, device: torch.device, kernel: str
+) -> PreTrainedModel:
+    layout = for_config(quantization)
+    schemes = layout.schemes(quantization, list(reader.tensors))
+    if not schemes:
+        raise CheckpointError(f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed")
+    model = _skeleton(reader, dtype)
+    if "lm_head" in schemes:
+        model.config.tie_word_embeddings = False  # a packed head has no weight to share
+    packed = _packed_names(reader.tensors, schemes, layout)
+    for name, scheme in schemes.items():
+        _replace(model, name, reader, packed[name], scheme, layout, dtype, device, kernel)
+    used = {tensor for names in packed.values() for tensor in names.values()}
+    _assign(model, reader, [n for n in reader.tensors if n not in used], set(schemes), dtype, device)
+    return model
+
+
+def _skeleton(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with every parameter on the meta device; computed buffers (rotary tables) are real."""
+    config = _config(reader.path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers must not see it: its quantizers would take over
+    try:
+        with init_empty_weights(include_buffers=False):
+            auto: Any = AutoModelForCausalLM
+            model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as e:
+        raise ArchitectureError(f"{reader.path} is not a causal language model: {str(e).splitlines()[0]}") from e
+    model.config._name_or_path = str(reader.path)
+    if (reader.path / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(reader.path, local_files_only=True)
+        except (OSError, ValueError, TypeError, json.JSONDecodeError) as e:
+            raise CheckpointError(f"{reader.path / 'generation_config.json'} cannot be read: {e}") from e
+    return model
+
+
+def _packed_names(names: Iterable[str], schemes: Mapping[str, Scheme], layout: Format) -> dict[str, dict[str, str]]:
+    """Quantized module → {name relative to it: full tensor name}."""
+    suffixes = layout.tensor_suffixes()
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        module, _, suffix = name.rpartition(".")
+        if module in schemes and suffix in suffixes:
+            found[module][suffix] = name
+    return found
+
+
+def _replace(
+    model: PreTrainedModel,
+    name: str,
+    reader: CheckpointReader,
+    tensors: Mapping[str, str],
+    scheme: Scheme,
+    layout: Format,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: str,
+) -> None:
+    """Put a PackedLinear where the model has the linear ``name``."""
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError as e:
+        raise CheckpointError(
+            f"{reader.path} has packed weights for {name}, which {type(model).__name__} has not"
+        ) from e
+    if type(linear) is not nn.Linear:
+        raise ArchitectureError(f"{name} is packed but is a {type(linear).__name__}, not a plain Linear")
+    try:
+        weight = layout.unpack({suffix: reader.read(full) for suffix, full in tensors.items()}, scheme)
+    except (FormatError, QuantizationError) as e:
+        raise FormatError(f"{reader.path}: {name}: {e}") from e
+    if weight.shape != (linear.out_features, linear.in_features):
+        wanted = [linear.out_features, linear.in_features]
+        raise CheckpointError(f"{reader.path}: {name} is {list(weight.shape)}, the config wants {wanted}")
+    bias = None
+    if linear.bias is not None:
+        bias = _checked(reader, f"{name}.bias", linear.bias)
+    try:
+        replacement = PackedLinear(weight, bias, dtype=dtype, device=device, kernel=kernel)
+    except UsageError as e:
+        raise UsageError(f"{name}: {e}") from e
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, replacement)
+
+
+def _checked(reader: CheckpointReader, name: str, like: Tensor) -> Tensor:
+    """Read a tensor that must have the shape of ``like``."""
+    if name not in reader:
+        raise CheckpointError(f"{reader.path}: tensor {name} is missing")
+    shape = reader.info(name).shape
+    if shape != tuple(like.shape):
+        raise CheckpointError(f"{reader.path}: {name} is {list(shape)}, the config wants {list(like.shape)}")
+    return reader.read(name)
+
+
+def _assign(
+    model: PreTrainedModel,
+    reader: CheckpointReader,
+    names: Iterable[str],
+    packed: set[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give every remaining parameter its tensor, tie what is tied, move computed buffers; nothing may be left over."""
+    wanted: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    wanted |= {n: b for n, b in model.named_buffers() if n in reader}
+    wanted = {n: t for n, t in wanted.items() if n.rpartition(".")[0] not in packed}
+    tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+    biases = {f"{n}.bias" for n in packed if model.get_submodule(n).bias is not None}
+    leftover = [n for n in names if n not in wanted and n not in biases]
+    missing = [n for n in wanted if n not in reader and n not in tied]
+    _refuse_mismatch(reader.path, missing, leftover)
+    for name, like in wanted.items():
+        if name not in reader:
+            continue
+        tensor = _checked(reader, name, like)
+        if name in tied:
+            _check_tied(reader, name, tied[name], tensor)
+            continue
+        value = tensor.to(device, like.dtype if not like.is_floating_point() else dtype)
+        _set(model, name, nn.Parameter(value, requires_grad=False) if isinstance(like, nn.Parameter) else value)
+    model.tie_weights()
+    for module in model.modules():
+        if not isinstance(module, PackedLinear):
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+    stuck = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if stuck:
+        raise CheckpointError(f"{reader.path} leaves {_some(stuck)} of {type(model).__name__} without values")
+
+
+def _check_tied(reader: CheckpointReader, name: str, source: str, tensor: Tensor) -> None:
+    """A stored copy of a tied tensor must equal what it is tied to."""
+    if source in reader and not torch.equal(tensor, reader.read(source)):
+        raise CheckpointError(
+            f"{reader.path}: config.json ties {name} to {source}, but the two differ; set tie_word_embeddings to false"
+        )
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, value)
+
+
+def _refuse_mismatch(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    lacking = sorted(missing)
+    extra = sorted(n for n in unexpected if not _COMPUTED.search(n))
+    ignored = sorted(n for n in unexpected if _COMPUTED.search(n))
+    if ignored:
+        log.info("%s: %s are computed by the model, not read", path, _some(ignored))
+    if lacking:
+        raise CheckpointError(f"{path} lacks {_some(lacking)}; the folder is incomplete, fetch or quantize it again")
+    if extra:
+        raise CheckpointError(f"{path} has tensors that its config.json gives no place for: {_some(extra)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

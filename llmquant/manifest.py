@@ -1,0 +1,140 @@
+"""manifest.json: the record that lets anyone check a folder against its run, and the check itself.
+
+It holds hashes of what went in (model, recipe, calibration ids) and of every file that came out, versions, seed and, per module,
+its grid, error, damping and the digest of its numbers. It holds no time and no path, so the same run gives the same bytes.
+README.md is not hashed: measured tables are added to it later.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmquant.checkpoint import CheckpointReader, read_json, sha256_file
+from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError
+from llmquant.formats import Format, Scheme, for_config
+from llmquant.weight import QuantizedWeight
+
+MANIFEST = "manifest.json"
+UNHASHED = frozenset({MANIFEST, "README.md"})
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModuleEntry(_Strict):
+    """One quantized linear; see :class:`llmquant.walk.ModuleReport`."""
+
+    spec: str
+    shape: tuple[int, int]
+    digest: str
+    weight_error: float
+    output_error: float | None
+    damping: float | None
+    dead: int
+    tokens: int
+    dropped: int
+
+
+class Manifest(_Strict):
+    """The whole record."""
+
+    schema_version: Literal[1] = 1
+    base_model: str
+    base_weights_sha256: str
+    recipe_sha256: str
+    calibration: dict[str, Any] | None
+    seed: int
+    device: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+    bits_per_weight: float
+    modules: dict[str, ModuleEntry]
+    skipped: dict[str, str]
+    files: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result's bytes."""
+    packages = ("llmquant", "torch", "transformers", "tokenizers", "safetensors", "datasets")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CheckpointError when the file is missing or not a manifest."""
+    try:
+        return Manifest.model_validate(read_json(folder / MANIFEST))
+    except ValidationError as e:
+        raise CheckpointError(f"{folder / MANIFEST} is not a manifest of this version: {e.errors()[0]['msg']}") from e
+
+
+def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
+    """Re-read every quantized module through its format and compare its numbers with the digests.
+
+    Raises:
+        ProofError: a module is missing, extra, damaged, or holds other numbers.
+    """
+    layout, schemes = stored_schemes(reader)
+    missing, extra = sorted(digests.keys() - schemes.keys()), sorted(schemes.keys() - digests.keys())
+    if missing or extra:
+        raise ProofError(f"{reader.path}: quantized modules missing on disk: {missing or 'none'}; unexpected: {extra or 'none'}")
+    for name, expected in digests.items():
+        try:
+            weight = read_module(reader, layout, name, schemes[name])
+        except (FormatError, QuantizationError) as e:
+            raise ProofError(f"{reader.path}: {name} cannot be read back: {e}") from e
+        if not bool(torch.isfinite(weight.dequantize()).all()):
+            raise ProofError(f"{reader.path}: {name} dequantizes to NaN or Inf")
+        if weight.digest() != expected:
+            raise ProofError(f"{reader.path}: {name} does not hold the numbers the algorithm returned")
+
+
+def stored_schemes(reader: CheckpointReader) -> tuple[Format, dict[str, Scheme]]:
+    """The layout of a quantized folder and the scheme of each of its modules.
+
+    Raises:
+        CheckpointError: the folder is not quantized.
+    """
+    config = reader.config.get("quantization_config")
+    if not config:
+        raise CheckpointError(f"{reader.path} is not quantized: its config.json has no quantization_config")
+    layout = for_config(config)
+    return layout, layout.schemes(config, reader.tensors.keys())
+
+
+def read_module(reader: CheckpointReader, layout: Format, name: str, scheme: Scheme) -> QuantizedWeight:
+    """One quantized module of a folder."""
+    tensors = {s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader}
+    return layout.unpack(tensors, scheme)
+
+
+def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Manifest:
+    """Check every file's hash and every module's numbers against the manifest.
+
+    Raises:
+        ProofError: naming the file or module that differs.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest.files.items():
+        on_file(name)
+        if not (folder / name).is_file():
+            raise ProofError(f"{folder / name} is in the manifest but not in the folder")
+        if sha256_file(folder / name) != expected:
+            raise ProofError(f"{folder / name} is not the file that was written: its sha256 differs from the manifest's")
+    extra = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in manifest.files)
+    if extra:
+        raise ProofError(f"{folder} holds weight files that are not in the manifest: {', '.join(extra)}")
+    prove_modules(CheckpointReader(folder), {n: m.digest for n, m in manifest.modules.items()})
+    return manifest

@@ -1,0 +1,400 @@
+"""quantize: from a model and a recipe to a proved folder. The only place where the nouns meet.
+
+Everything that can be refused is refused before a weight is touched: the destination, the recipe against the model, the
+calibration text. Then blocks stream from the walk into the writer, the finished folder is read back and compared with what
+the algorithm returned, and only then does it get its name.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llmquant import architectures
+from llmquant.calibration import Calibration, calibrate
+from llmquant.card import front_matter, model_card
+from llmquant.checkpoint import CheckpointReader, CheckpointWriter, check_destination, sha256_file, sha256_tensor
+from llmquant.errors import CheckpointError, ProofError, QuantizationError, SourceError, UsageError
+from llmquant.formats import FORMATS, Format, Scheme
+from llmquant.hub import resolve
+from llmquant.manifest import MANIFEST, UNHASHED, Manifest, ModuleEntry, prove_modules, versions
+from llmquant.recipe import Recipe
+from llmquant.selection import Selection, select
+from llmquant.skeleton import empty_model
+from llmquant.sources import Documents, read_documents
+from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, walk
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeOptions:
+    """Where and how a run happens; nothing here is meant to change what is computed but ``dtype`` and ``device``.
+
+    Attributes:
+        device: torch device that holds the current block.
+        dtype: in which blocks are run for calibration: float32 (``auto``), bfloat16 or float16. Statistics and rounding
+            are float32 whatever it is.
+        overwrite: replace an existing model folder.
+        max_shard_size: bytes per safetensors file.
+        base_model: name for the model card; default: the model as it was given.
+        evaluation: text that calibration must not overlap with, as a source.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    overwrite: bool = False
+    max_shard_size: int = 5_000_000_000
+    base_model: str | None = None
+    evaluation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What came out."""
+
+    path: Path
+    recipe: Recipe
+    modules: tuple[ModuleReport, ...]
+    skipped: Mapping[str, str]
+    bits_per_weight: float
+    source_bytes: int
+    bytes_written: int
+    calibration: Calibration | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Events:
+    """Callbacks of a run, all optional: calibration is ready, a module begins, a phase begins."""
+
+    on_calibration: Callable[[Calibration], None] = lambda _: None
+    on_progress: Callable[[Progress], None] = lambda _: None
+    on_phase: Callable[[str], None] = lambda _: None
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What the proof and the manifest need of each tensor written."""
+
+    modules: dict[str, ModuleReport] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    copied: dict[str, str] = field(default_factory=dict)
+    packed_bytes: int = 0
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    recipe: Recipe,
+    options: QuantizeOptions | None = None,
+    events: Events | None = None,
+) -> QuantizeResult:
+    """Quantize a checkpoint into a new folder.
+
+    Args:
+        model: folder or hub name of an unquantized decoder LLM.
+        output: folder to make; appears whole, after its proof, or not at all.
+        recipe: what to do.
+        options: where to do it.
+        events: callbacks.
+
+    Raises:
+        UsageError: the request is impossible as written (destination, recipe, text source, group size, device).
+        CheckpointError, ArchitectureError: the model cannot be read or walked.
+        QuantizationError: NaN or Inf in weights, activations or results.
+        ProofError: what was written is not what was computed.
+    """
+    options, events = options or QuantizeOptions(), events or Events()
+    check_destination(Path(os.path.abspath(output)), options.overwrite)
+    reader = CheckpointReader(resolve(model))
+    _refuse_quantized(reader)
+    if Path(os.path.abspath(output)) == reader.path.resolve():
+        raise UsageError(f"-o {output} is the model itself; choose another folder")
+    device, dtype = _device(options.device), _dtype(options.dtype)
+    skeleton = empty_model(reader, dtype)
+    architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
+    layout = FORMATS[recipe.format]
+    tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
+    selection = select(skeleton, architecture, recipe, layout, tied=tied)
+    _check_names(reader, selection)
+    calibration = _calibrate(reader, recipe, options, int(skeleton.config.vocab_size), _positions(skeleton.config))
+    if calibration is not None:
+        events.on_calibration(calibration)
+    plan = WalkPlan(skeleton, architecture, reader, selection.specs, recipe, device, dtype, selection.head)
+    windows = calibration.windows if calibration is not None else ()
+    outcome = _Outcome()
+    with _deterministic(recipe.seed), CheckpointWriter(
+        output, max_shard_size=options.max_shard_size, overwrite=options.overwrite
+    ) as writer:
+        for block in walk(plan, windows, events.on_progress):
+            _write_block(block, architecture.blocks, reader, writer, layout, outcome)
+        events.on_phase("writing")
+        _copy(reader, writer, outcome, [n for n in reader.tensors if n not in outcome.copied], selection)
+        writer.finish_weights()
+        manifest = _finish(writer, reader, recipe, options, model, layout, selection, outcome, calibration, dtype)
+        events.on_phase("proving")
+        _prove(writer, reader, outcome, manifest)
+        writer.publish()
+    return QuantizeResult(
+        path=Path(output),
+        recipe=recipe,
+        modules=tuple(outcome.modules.values()),
+        skipped=selection.skipped,
+        bits_per_weight=manifest.bits_per_weight,
+        source_bytes=sum(i.nbytes for i in reader.tensors.values()),
+        bytes_written=writer.total_bytes,
+        calibration=calibration,
+        warnings=tuple(_warnings(outcome, recipe)),
+    )
+
+
+def _refuse_quantized(reader: CheckpointReader) -> None:
+    config = reader.config.get("quantization_config")
+    if config:
+        raise UsageError(
+            f"{reader.path} is already quantized ({config.get('quant_method')}); give the original FP16 or BF16 model"
+        )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch asserts when it was built without the device
+        raise UsageError(f"device {name} cannot be used here: {str(e).splitlines()[0]}") from e
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        return torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} does not exist; choose auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _positions(config: object) -> int | None:
+    value = getattr(config, "max_position_embeddings", None)
+    return value if isinstance(value, int) else None
+
+
+def _check_names(reader: CheckpointReader, selection: Selection) -> None:
+    for name in selection.specs:
+        if f"{name}.weight" not in reader:
+            raise CheckpointError(
+                f"{reader.path} has no tensor {name}.weight though its model has that linear; its tensors are named otherwise"
+            )
+
+
+def _calibrate(
+    reader: CheckpointReader, recipe: Recipe, options: QuantizeOptions, vocab_size: int, positions: int | None
+) -> Calibration | None:
+    wanted = recipe.calibration
+    if wanted.source is None:
+        if recipe.method == "rtn":
+            return None
+        raise SourceError(
+            f"method {recipe.method} needs a calibration text: --calibration file:PATH, jsonl:PATH#FIELD or "
+            "hf:NAME[:CONFIG]:SPLIT[:FIELD] (or --method rtn, which needs none)"
+        )
+    documents = read_documents(wanted.source)
+    evaluation: Documents | None = read_documents(options.evaluation) if options.evaluation else None
+    return calibrate(
+        documents,
+        _tokenizer(reader.path),
+        nsamples=wanted.nsamples,
+        seqlen=wanted.seqlen,
+        seed=recipe.seed,
+        packing=wanted.packing,
+        evaluation=evaluation,
+        vocab_size=vocab_size,
+        max_positions=positions,
+    )
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+    except (ValueError, OSError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path} has no tokenizer that transformers can read: {str(e).splitlines()[0]}") from e
+    return tokenizer
+
+
+class _deterministic:  # noqa: N801 - used as a with-statement verb
+    """Seed torch and switch TF32 off for the length of a run; both are put back afterwards."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self._rng = torch.get_rng_state()
+        self._precision = torch.get_float32_matmul_precision()
+        torch.manual_seed(self.seed)
+        torch.set_float32_matmul_precision("highest")
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_rng_state(self._rng)
+        torch.set_float32_matmul_precision(self._precision)
+        gc.collect()
+
+
+def _write_block(
+    block: BlockResult,
+    blocks_path: str,
+    reader: CheckpointReader,
+    writer: CheckpointWriter,
+    layout: Format,
+    outcome: _Outcome,
+) -> None:
+    """Pack a block's linears and carry its other tensors over."""
+    for name, (weight, report) in block.weights.items():
+        stored = reader.info(f"{name}.weight").dtype
+        for suffix, tensor in layout.pack(weight, stored).items():
+            writer.add(f"{name}.{suffix}", tensor)
+            if suffix != "weight_shape":
+                outcome.packed_bytes += tensor.numel() * tensor.element_size()
+        outcome.modules[name] = report
+        outcome.shapes[name] = weight.shape
+        outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None)
+    if block.index is not None:
+        prefix = f"{blocks_path}.{block.index}."
+        names = [n for n in reader.tensors if n.startswith(prefix)]
+        _copy(reader, writer, outcome, names, None)
+
+
+def _copy(
+    reader: CheckpointReader,
+    writer: CheckpointWriter,
+    outcome: _Outcome,
+    names: list[str],
+    selection: Selection | None,
+) -> None:
+    """Carry tensors that are not replaced by packed ones over, byte for byte."""
+    for name in names:
+        if name.removesuffix(".weight") in outcome.modules and name.endswith(".weight"):
+            continue
+        tensor = reader.read(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise QuantizationError(f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
+        writer.add(name, tensor)
+        outcome.copied[name] = sha256_tensor(tensor)
+
+
+def _finish(
+    writer: CheckpointWriter,
+    reader: CheckpointReader,
+    recipe: Recipe,
+    options: QuantizeOptions,
+    model: str | os.PathLike[str],
+    layout: Format,
+    selection: Selection,
+    outcome: _Outcome,
+    calibration: Calibration | None,
+    dtype: torch.dtype,
+) -> Manifest:
+    """Everything beside the weights: config, tokenizer, recipe, manifest, model card."""
+    writer.copy_side_files(reader.path)
+    config = {k: v for k, v in reader.config.items() if k != "quantization_config"}
+    config["quantization_config"] = layout.config(outcome.schemes, selection.skipped)
+    writer.write_json("config.json", config)
+    writer.write_text("recipe.yaml", recipe.to_yaml())
+    weights = sum(o * i for o, i in outcome.shapes.values())
+    manifest = Manifest(
+        base_model=options.base_model or _base_name(os.fspath(model)),
+        base_weights_sha256=reader.digest(),
+        recipe_sha256=recipe.sha256(),
+        calibration=None if calibration is None else _calibration_entry(calibration),
+        seed=recipe.seed,
+        device=options.device,
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        bits_per_weight=outcome.packed_bytes * 8 / weights,
+        modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
+        skipped=dict(selection.skipped),
+        files={p.name: sha256_file(p) for p in _hashed(writer.partial)},
+    )
+    writer.write_text(MANIFEST, manifest.to_json())
+    scheme = ", ".join(sorted({str(s.spec) for s in outcome.schemes.values()}))
+    card = model_card(manifest, recipe.to_yaml(), scheme, front_matter(reader.path / "README.md"))
+    writer.write_text("README.md", card)
+    return manifest
+
+
+def _hashed(folder: Path) -> Iterator[Path]:
+    yield from (p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in UNHASHED)
+
+
+def _base_name(model: str) -> str:
+    """A hub name as it is; of a folder only its own name, since a path means nothing on another machine."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _calibration_entry(calibration: Calibration) -> dict[str, object]:
+    return {
+        "source": calibration.source,
+        "source_sha256": calibration.source_sha256,
+        "ids_sha256": calibration.sha256,
+        **calibration.summary.as_dict(),
+    }
+
+
+def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
+    return ModuleEntry(
+        spec=str(report.spec),
+        shape=shape,
+        digest=report.digest,
+        weight_error=report.weight_error,
+        output_error=report.output_error,
+        damping=report.damping,
+        dead=report.dead,
+        tokens=report.tokens,
+        dropped=report.dropped,
+    )
+
+
+def _prove(writer: CheckpointWriter, source: CheckpointReader, outcome: _Outcome, manifest: Manifest) -> None:
+    """Open the written folder as a stranger would and compare it with the run, tensor by tensor.
+
+    Raises:
+        ProofError: naming what differs.
+    """
+    written = CheckpointReader(writer.partial)
+    prove_modules(written, {n: r.digest for n, r in outcome.modules.items()})
+    for name, expected in outcome.copied.items():
+        if name not in written or sha256_tensor(written.read(name)) != expected:
+            raise ProofError(f"{writer.partial}: tensor {name} is not the original's")
+    lost = [
+        n
+        for n in source.tensors
+        if n not in written and not (n.endswith(".weight") and n.removesuffix(".weight") in outcome.modules)
+    ]
+    if lost:
+        raise ProofError(f"{writer.partial}: tensors of the original are missing: {', '.join(lost[:3])}")
+    for name, expected in manifest.files.items():
+        if sha256_file(writer.partial / name) != expected:
+            raise ProofError(f"{writer.partial / name} changed while it was being written")
+
+
+def _warnings(outcome: _Outcome, recipe: Recipe) -> Iterator[str]:
+    """What a user should know though the run succeeded."""
+    for report in outcome.modules.values():
+        if report.damping is not None and report.damping > recipe.gptq.damping:
+            yield (
+                f"{report.name}: Cholesky failed at damping {recipe.gptq.damping:g}, {report.damping:g} was used; "
+                "more calibration tokens make this rarer"
+            )
+        if report.dropped:
+            yield f"{report.name}: {report.dropped} of {report.dropped + report.tokens} calibration tokens were NaN or Inf"
+        if report.dead:
+            yield f"{report.name}: {report.dead} input channels were zero on all calibration tokens; rounded to nearest"

@@ -1,0 +1,100 @@
+"""What a run will quantize, decided before any work: every linear gets a spec or a reason why it was left alone.
+
+Refused here, so that nobody waits hours for it: a pattern that matches nothing, a group size that does not divide, a scheme
+the format cannot hold, parts of a fused engine layer that would differ, a tied head, a recipe that selects nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmquant.architectures import Architecture, blocks_of
+from llmquant.errors import ArchitectureError, FormatError, UsageError
+from llmquant.formats.base import Format, Scheme
+from llmquant.recipe import Recipe, matches
+from llmquant.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Full module name → spec, module name → why it stays as it is, and the head's name if it is selected."""
+
+    specs: Mapping[str, QuantSpec]
+    skipped: Mapping[str, str]
+    head: str | None
+
+
+def select(
+    model: PreTrainedModel, architecture: Architecture, recipe: Recipe, layout: Format, *, tied: bool
+) -> Selection:
+    """Choose the linears of a (meta) model.
+
+    Raises:
+        UsageError: nothing selected, a pattern without a match, a tied head selected.
+        SpecError: a group size that does not divide; names the module and sizes that do.
+        FormatError: a scheme the layout cannot hold.
+        ArchitectureError: a selected linear outside blocks and head.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    _check_patterns(recipe, linears)
+    head = next((n for n, m in linears.items() if m is model.get_output_embeddings()), None)
+    specs: dict[str, QuantSpec] = {}
+    skipped: dict[str, str] = {}
+    for name, linear in linears.items():
+        if not recipe.selects(name):
+            skipped[name] = _why_skipped(recipe, name)
+            continue
+        if name == head and tied:
+            raise UsageError(f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore")
+        spec = recipe.weights.spec
+        spec.check(linear.in_features, name)
+        reason = layout.why_not(_scheme(recipe, spec), (linear.out_features, linear.in_features))
+        if reason:
+            raise FormatError(f"{name}: format {layout.name} cannot hold {spec}: {reason}")
+        specs[name] = spec
+    if not specs:
+        raise UsageError(f"the recipe selects none of the model's {len(linears)} linears; check --include and --ignore")
+    _check_places(specs, architecture, model, head)
+    _check_fused(specs, architecture, model)
+    return Selection(specs, skipped, head if head in specs else None)
+
+
+def _scheme(recipe: Recipe, spec: QuantSpec) -> Scheme:
+    return Scheme(spec, g_idx=recipe.method == "gptq" and recipe.gptq.act_order == "group")
+
+
+def _why_skipped(recipe: Recipe, name: str) -> str:
+    pattern = next((p for p in recipe.ignore if matches(p, name)), None)
+    return f"ignore pattern {pattern}" if pattern else f"no include pattern of {', '.join(recipe.include)} matches"
+
+
+def _check_patterns(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> None:
+    # A default such as lm_head may be absent from a model; a pattern somebody wrote should not be.
+    default = Recipe.model_fields["ignore"].default
+    for pattern in (*recipe.include, *(p for p in recipe.ignore if p not in default)):
+        if not any(matches(pattern, name) for name in linears):
+            some = ", ".join(list(linears)[:3])
+            raise UsageError(f"pattern {pattern!r} matches none of the model's {len(linears)} linears (such as {some})")
+
+
+def _check_places(
+    specs: Mapping[str, QuantSpec], architecture: Architecture, model: PreTrainedModel, head: str | None
+) -> None:
+    prefixes = tuple(f"{architecture.blocks}.{i}." for i in range(len(blocks_of(model, architecture))))
+    for name in specs:
+        if name != head and not name.startswith(prefixes):
+            raise ArchitectureError(f"{name} is neither in a decoder block nor the head; add it to --ignore")
+
+
+def _check_fused(specs: Mapping[str, QuantSpec], architecture: Architecture, model: PreTrainedModel) -> None:
+    for i in range(len(blocks_of(model, architecture))):
+        for together in architecture.fused:
+            names = [f"{architecture.blocks}.{i}.{m}" for m in together]
+            kinds = {str(specs.get(n, "unquantized")) for n in names}
+            if len(kinds) > 1:
+                told = ", ".join(f"{n}: {specs.get(n, 'unquantized')}" for n in names)
+                raise UsageError(f"engines fuse these linears, so they need one scheme, but the recipe gives {told}")
