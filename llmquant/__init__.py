@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from llmquant.calibration import Calibration, calibrate
     from llmquant.hub import resolve
     from llmquant.inspection import Inspection, inspect
-    from llmquant.loading import describe, load
+    from llmquant.loading import load
     from llmquant.manifest import verify
+    from llmquant.modules import describe
     from llmquant.pipeline import QuantizeOptions, QuantizeResult, quantize
     from llmquant.recipe import Recipe, load_recipe
     from llmquant.sources import Documents, read_documents
@@ -27,7 +28,7 @@ _HOMES = {
     "resolve": "hub",
     "Inspection": "inspection",
     "inspect": "inspection",
-    "describe": "loading",
+    "describe": "modules",
     "load": "loading",
     "verify": "manifest",
     "QuantizeOptions": "pipeline",

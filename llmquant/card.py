@@ -55,7 +55,7 @@ def model_card(manifest: Manifest, recipe_yaml: str, scheme: str, inherited: Map
 # {name}, {scheme}
 
 Quantized from `{manifest.base_model}` with llmquant {manifest.versions["llmquant"]}:
-{len(manifest.modules)} linear layers, {manifest.bits_per_weight:.3f} bits per quantized weight, everything else as in the original.
+{len(manifest.modules)} linear layers, {manifest.bits_per_weight:.3f} bits per quantized weight, the rest as in the original.
 The largest relative {kind} error of a layer is {value:.3g} (`{worst}`). `manifest.json` has them all, with the hashes of what
 went in and came out; `llmquant inspect --verify` checks them.
 

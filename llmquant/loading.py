@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import ArchitectureError, CheckpointError, FormatError, QuantizationError, UsageError
@@ -37,6 +36,7 @@ from llmquant.formats.base import Format, Scheme
 from llmquant.hub import resolve
 from llmquant.kernels import AUTO
 from llmquant.modules import PackedLinear
+from llmquant.skeleton import empty_model, read_config
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +105,6 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, reader: CheckpointRea
     return DTYPES.get(declared, torch.bfloat16)
 
 
-def _config(path: Path) -> PreTrainedConfig:
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        raise ArchitectureError(f"transformers cannot read {path / 'config.json'}: {str(e).splitlines()[0]}") from e
-    return config
-
-
 def _load_dense(reader: CheckpointReader, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     config = _config(reader.path)
     try:
@@ -151,17 +143,8 @@ def _load_packed(
 
 
 def _skeleton(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with every parameter on the meta device; computed buffers (rotary tables) are real."""
-    config = _config(reader.path)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # transformers must not see it: its quantizers would take over
-    try:
-        with init_empty_weights(include_buffers=False):
-            auto: Any = AutoModelForCausalLM
-            model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as e:
-        raise ArchitectureError(f"{reader.path} is not a causal language model: {str(e).splitlines()[0]}") from e
-    model.config._name_or_path = str(reader.path)
+    """The empty model with the folder's generation config."""
+    model = empty_model(reader, dtype)
     if (reader.path / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(reader.path, local_files_only=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.errors import UsageError
-from llmquant.kernels import AUTO, Kernel, choose
+from llmquant.kernels import AUTO, choose
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -155,4 +155,4 @@ def describe(model: nn.Module) -> Description:
     )
 
 
-__all__ = ["Description", "Kernel", "PackedLinear", "describe"]
+__all__ = ["Description", "PackedLinear", "describe"]

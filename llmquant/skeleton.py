@@ -23,9 +23,10 @@ def read_config(path: Path) -> PreTrainedConfig:
         ArchitectureError: an unknown model type or impossible values.
     """
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise ArchitectureError(f"transformers cannot read {path / 'config.json'}: {str(e).splitlines()[0]}") from e
+    return config
 
 
 def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
@@ -43,4 +44,5 @@ def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel
     except ValueError as e:
         raise ArchitectureError(f"{reader.path} is not a causal language model: {str(e).splitlines()[0]}") from e
     model.config._name_or_path = str(reader.path)
-    return model.eval()
+    model.eval()
+    return model

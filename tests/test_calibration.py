@@ -26,9 +26,7 @@ SHARED = ROOT.parent / "shared"
 WIKITEXT_ROWS = Path(__file__).parent / "data" / "wikitext2_test_rows_0_200.json"
 BOS = 0  # <|begin_of_text|> of tiny-llama
 WORDS = ("the", "river", "ran", "over", "old", "stones", "while", "seven", "small", "boats", "wait", "for", "a", "wind")
-CHATS = tuple(
-    (Message("user", f"What is {i} and {i}?"), Message("assistant", f"It is {2 * i}, I believe.")) for i in range(12)
-)
+CHATS = tuple((Message("user", f"What is {i} and {i}?"), Message("assistant", f"It is {2 * i}, I believe.")) for i in range(12))
 
 
 def sentence(seed: int, words: int) -> str:
@@ -53,9 +51,7 @@ def token_lists(rows: Any, tokenizer: Any) -> list[list[int]]:
     return [
         tokenizer(row, verbose=False)["input_ids"]
         if isinstance(row, str)
-        else tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in row], tokenize=True)[
-            "input_ids"
-        ]
+        else tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in row], tokenize=True)["input_ids"]
         for row in rows
     ]
 
@@ -217,15 +213,9 @@ ENOUGH = {"nsamples": 2, "seqlen": 16, "seed": 0}
         pytest.param(TEXTS, {"nsamples": 0}, UsageError, "nsamples=0, seqlen=16, seed=0 cannot be", id="no samples"),
         pytest.param(TEXTS, {"seqlen": 7}, UsageError, "seqlen=7.*give at least 1, 8 and 0", id="no length"),
         pytest.param(TEXTS, {"seed": -1}, UsageError, "seed=-1", id="negative seed"),
-        pytest.param(
-            TEXTS, {"packing": "pad"}, UsageError, "packing='pad' is unknown; choose concat or sample", id="packing"
-        ),
-        pytest.param(
-            TEXTS, {"max_positions": 15}, UsageError, "more than the model's 15 positions; give 15", id="positions"
-        ),
-        pytest.param(
-            TEXTS, {"vocab_size": 300}, SourceError, "token id .* has 300 rows; .*another model", id="vocabulary"
-        ),
+        pytest.param(TEXTS, {"packing": "pad"}, UsageError, "packing='pad' is unknown; choose concat or sample", id="packing"),
+        pytest.param(TEXTS, {"max_positions": 15}, UsageError, "more than the model's 15 positions; give 15", id="positions"),
+        pytest.param(TEXTS, {"vocab_size": 300}, SourceError, "token id .* has 300 rows; .*another model", id="vocabulary"),
         pytest.param(["", " "], {}, SourceError, r"memory gives 0 tokens in 0 rows.*; give more text$", id="nothing"),
         pytest.param(["a b"], {}, SourceError, "too little for 2 windows of 16 tokens; give more text$", id="tiny"),
     ],
@@ -259,6 +249,14 @@ def test_too_little_says_what_would_work_and_it_does(
         assert len(calibrate(documents(*TEXTS), tokenizer, **settings).windows) == settings["nsamples"]
         with pytest.raises(SourceError):  # and it is the most that would
             calibrate(documents(*TEXTS), tokenizer, **(settings | {name: int(value) + 1}))
+
+
+def test_the_last_id_of_the_vocabulary_is_allowed(tokenizer: Any) -> None:
+    given = calibrate(documents(*TEXTS), tokenizer, **ENOUGH)
+    highest = max(int(window.max()) for window in given.windows)
+    assert same(calibrate(documents(*TEXTS), tokenizer, vocab_size=highest + 1, **ENOUGH), given)
+    with pytest.raises(SourceError, match=f"token id {highest}, but the model's embedding has {highest} rows"):
+        calibrate(documents(*TEXTS), tokenizer, vocab_size=highest, **ENOUGH)
 
 
 @pytest.mark.parametrize("template", [None, {"tool_use": "x"}], ids=["none", "no default"])
@@ -313,13 +311,22 @@ def test_overlap_at_both_ends(tokenizer: Any, evaluation: Any, fraction: float, 
     rows = [row for row in TEXTS if len(row.split()) > 100]
     given = calibrate(documents(*rows), tokenizer, nsamples=1, seqlen=64, seed=0, packing="sample")
     assert given.summary.overlap is None
-    s = calibrate(
-        documents(*TEXTS[-4:]), tokenizer, nsamples=4, seqlen=64, seed=0, packing="sample", evaluation=evaluation()
-    )
+    s = calibrate(documents(*TEXTS[-4:]), tokenizer, nsamples=4, seqlen=64, seed=0, packing="sample", evaluation=evaluation())
     assert s.summary.overlap is not None
     # The BOS before each row is not in the evaluation text, so one shingle of 52 is its own.
     assert s.summary.overlap.fraction == pytest.approx(fraction * 51 / 52, abs=0)
     assert s.summary.overlap.windows == windows
+
+
+def test_every_shingle_of_the_evaluation_text_is_found(tokenizer: Any) -> None:
+    text = sentence(7, 200)
+    length = len(encode_text(text, tokenizer))
+    s = calibrate(
+        documents(text), tokenizer, nsamples=1, seqlen=length, seed=0, packing="sample", evaluation=documents(text)
+    ).summary
+    assert s.overlap is not None
+    shingle_count = length - SHINGLE + 1
+    assert s.overlap.fraction == (shingle_count - 1) / shingle_count  # all but the one with the BOS
 
 
 # ---------------------------------------------------------------- the summary
@@ -327,9 +334,7 @@ def test_overlap_at_both_ends(tokenizer: Any, evaluation: Any, fraction: float, 
 
 def test_summary_for_people_and_for_the_manifest(tokenizer: Any) -> None:
     given = documents(*TEXTS, "", dropped={"null": 2})
-    s = calibrate(
-        given, tokenizer, nsamples=4, seqlen=64, seed=0, packing="sample", evaluation=documents(*TEXTS)
-    ).summary
+    s = calibrate(given, tokenizer, nsamples=4, seqlen=64, seed=0, packing="sample", evaluation=documents(*TEXTS)).summary
     assert json.loads(json.dumps(s.as_dict()))["dropped"] == {"empty": 1, "null": 2}
     text = "\n".join(s.lines())
     for fact in ("4 of 16 available", "used of 19 read", "1 empty, 2 null", "13-token shingles stand in memory"):

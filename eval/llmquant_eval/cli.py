@@ -65,7 +65,7 @@ def eval_command(
     from llmquant_eval.evaluate import evaluate
 
     # transformers' own bars would be drawn across ours, and in spite of --quiet.
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     with _progress(hidden=quiet or as_json) as progress:
         report = evaluate(request, progress)
     _write(report, output, card)

@@ -20,7 +20,7 @@ is diagonal there. Zeroing them, as the reference code does, would delete weight
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -50,7 +50,7 @@ class GPTQOptions:
     block_size: int = 128
     damping: float = 0.01
     act_order: ActOrder = "static"
-    search: ScaleSearch = ScaleSearch()
+    search: ScaleSearch = field(default_factory=ScaleSearch)
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or not 0 < self.damping <= _MAX_DAMPING:

@@ -12,6 +12,7 @@ import typer
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -40,9 +41,9 @@ def generate_command(
     from llmquant.hub import resolve
     from llmquant.loading import load
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     path = resolve(model)
-    loaded = load(path, dtype=dtype, device=device, kernel=kernel)
+    loaded: Any = load(path, dtype=dtype, device=device, kernel=kernel)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     ids = _encode(tokenizer, prompt, raw).to(loaded.device)
     torch.manual_seed(seed)
@@ -62,10 +63,12 @@ def generate_command(
         sys.stdout.write(json.dumps(record) + "\n")
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Any:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:
     """Token ids ``[1, n]``: of the text itself, or of one user turn in the model's chat template."""
     if raw or tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt")["input_ids"]
+        plain: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        return plain
     turns = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return encoded["input_ids"]
+    encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids: Tensor = encoded["input_ids"]
+    return ids

@@ -18,7 +18,6 @@ from llmquant.errors import UsageError
 if TYPE_CHECKING:
     from llmquant.calibration import Calibration
     from llmquant.pipeline import Events, QuantizeResult
-    from llmquant.recipe import Recipe
 
 
 class Method(StrEnum):
@@ -129,7 +128,14 @@ def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
 def _progress(hidden: bool) -> Iterator[Events]:
     """A bar over blocks with the time left and the current module, on stderr."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from llmquant.pipeline import Events
 

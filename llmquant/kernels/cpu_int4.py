@@ -4,7 +4,7 @@ One packed copy of the weight serves both. The operator computes ``sum_k x_k * (
 bf16 ``s`` and ``zero`` and rounds once, reading half a byte a weight: it is bound by memory, so at one row it beats a
 dense bf16 linear. With many rows it is bound by arithmetic, and a GEMM over a weight dequantized to bf16 a tile at a
 time wins although it dequantizes anew each time. ``CROSSOVER_ROWS`` is where, as measured by bench/crossover.py.
-Ratios of time to a dense bf16 linear there (a CPU with AMX): 0.3 to 0.5 at 1 row, 1.1 to 1.5 at 8, 5 to 6 at the
+Ratios of time to a dense bf16 linear there (a CPU with AMX): 0.3 to 0.5 at 1 row, 1.1 to 1.5 at 8, 4 to 7 at the
 crossover, 2 to 3 at 512 rows and 1.3 to 1.6 at 2048: who evaluates or prefills should offer many rows at once.
 
 Exactness. ``zero`` should be ``(8 - z) * s``, up to 12 significant bits of which bf16 holds 8. What does not fit is

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from llmquant_eval.cost import _Clock, _generate_once, main, measure_apart
-from llmquant_eval.machine import hardware, peak_resident_bytes, resident_bytes, versions
 
 from llmquant.errors import LlmquantError
+from llmquant_eval.cost import _Clock, _generate_once, main, measure_apart
+from llmquant_eval.machine import hardware, peak_resident_bytes, resident_bytes, versions
 
 
 def test_a_model_is_measured_apart(base_model: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-import llmquant_eval.perplexity as perplexity_module
 import numpy as np
 import pytest
 import torch
-from llmquant_eval.divergence import Divergence, token_divergence
 from scipy.special import rel_entr, softmax
 
+import llmquant_eval.perplexity as perplexity_module
 from llmquant.errors import QuantizationError
+from llmquant_eval.divergence import Divergence, token_divergence
 
 POSITIONS, VOCABULARY = 60, 37
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llmquant_eval.protocols import GptqProtocol, Window, default_window, parse_protocol
-from llmquant_eval.text import check_same_tokens, encode, load_tokenizer, select_windows, tokenizer_sha256
 
 from llmquant.errors import SourceError, UsageError
+from llmquant_eval.protocols import GptqProtocol, Window, default_window, parse_protocol
+from llmquant_eval.text import check_same_tokens, encode, load_tokenizer, select_windows, tokenizer_sha256
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
+from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.card import END, START, measured_section, splice, write_card
 from llmquant_eval.report import (
     Cost,
@@ -21,9 +24,6 @@ from llmquant_eval.report import (
     read_report,
 )
 from llmquant_eval.table import HEADERS, footnotes, render, row, size, speed, with_error
-from rich.console import Console
-
-from llmquant.errors import LlmquantError, UsageError
 
 
 def metric(value: float, error: float | None, unit: Any, protocol: str = "kl/top-512") -> Metric:

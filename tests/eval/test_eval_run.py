@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
+
+from llmquant.errors import CheckpointError, LlmquantError, QuantizationError, SourceError, UsageError
 from llmquant_eval.cli import register
 from llmquant_eval.evaluate import evaluate
 from llmquant_eval.models import other_dtype, resolve_dtype
 from llmquant_eval.plan import Request, make_plan
 from llmquant_eval.report import Report, read_report
-from typer.testing import CliRunner
-
-from llmquant.errors import CheckpointError, LlmquantError, QuantizationError, SourceError, UsageError
 
 WINDOW = 64
 

@@ -6,17 +6,17 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-import llmquant_eval.perplexity as perplexity_module
 import numpy as np
 import pytest
 import torch
-from llmquant_eval.perplexity import position_chunks, token_nll
-from llmquant_eval.protocols import GptqProtocol
-from llmquant_eval.scoring import score
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import llmquant_eval.perplexity as perplexity_module
 from llmquant.errors import QuantizationError, UsageError
+from llmquant_eval.perplexity import position_chunks, token_nll
+from llmquant_eval.protocols import GptqProtocol
+from llmquant_eval.scoring import score
 
 VOCABULARY, WINDOW = 50, 16
 

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from llmquant_eval.statistics import Estimate, exponential, perplexity, perplexity_ratio, ratio_of_sums, root
 from scipy import stats as scipy_stats
+
+from llmquant_eval.statistics import Estimate, exponential, perplexity, perplexity_ratio, ratio_of_sums, root
 
 
 def test_equal_windows_give_the_plain_standard_error_of_the_mean() -> None:

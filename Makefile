@@ -1,0 +1,45 @@
+# Every chore, the same locally and in CI. `make demo` and `make test` need only Python >= 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := out/demo
+MODEL := examples/tiny-llama
+# Test workers; each runs torch on one thread, since two OpenMP teams on the same cores slow each other down.
+JOBS ?= auto
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: setup demo test lint clean help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## make the virtual environment and install everything
+
+# torch first and by its pinned version: a later package must not choose another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmquant needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,serve,dev]"
+	touch $@
+
+demo: setup  ## quantize the example model, prove what it cost, talk to it
+	rm -rf $(DEMO)
+	$(BIN)/llmquant quantize $(MODEL) -o $(DEMO) --recipe gptq-w4g128 --base-model llmquant/tiny-llama \
+	  --calibration file:$(MODEL)/calibration.txt --nsamples 64 --seqlen 512 --eval-text file:$(MODEL)/heldout.txt
+	$(BIN)/llmquant eval $(DEMO) --reference $(MODEL) --text file:$(MODEL)/heldout.txt --window 512 --max-windows 120 \
+	  --card --output $(DEMO).json
+	@echo
+	@echo "> Tell me about the history of the river."
+	$(BIN)/llmquant generate $(DEMO) "Tell me about the history of the river." --max-new-tokens 60 --temperature 0.7 --top-p 0.9
+
+test: setup  ## all tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: setup  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove what make made
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
