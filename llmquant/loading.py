@@ -106,7 +106,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, reader: CheckpointRea
 
 
 def _load_dense(reader: CheckpointReader, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    config = _config(reader.path)
+    config = read_config(reader.path)
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             reader.path,
