@@ -2,39 +2,63 @@
 
 A format is pure. It sees one :class:`QuantizedWeight` at a time and never a file, an algorithm or a kernel. Tensor names
 are relative to the module (``weight_packed``, not ``model.layers.0.self_attn.q_proj.weight_packed``).
+
+What a layout cannot hold is refused three times, as early as it can be known: ``why_not`` looks at one module's scheme
+and shape, ``why_not_together`` at all modules and their names, ``pack`` at the numbers themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from llmquant.errors import FormatError
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
+
+Activations = Literal["none", "int8-dynamic"]
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What a config must say of one quantized module: its grid, and whether a non-trivial ``g_idx`` is stored."""
+    """What a config must say of one quantized module.
+
+    Attributes:
+        spec: its grid.
+        g_idx: whether a non-trivial ``g_idx`` is stored (GPTQ's ``desc_act``, compressed-tensors' actorder ``group``).
+        activations: what an engine does to the module's input: nothing, or int8 per token with a scale found as it runs.
+    """
 
     spec: QuantSpec
     g_idx: bool = False
+    activations: Activations = "none"
 
 
 class Format(Protocol):
-    """One byte layout."""
+    """One byte layout.
+
+    Attributes:
+        name: what a user writes to ask for it.
+        activations: what engines do to the inputs of modules stored this way; goes into their :class:`Scheme`.
+    """
 
     name: str
+    activations: Activations
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Why a weight ``[out, in]`` of this scheme cannot be stored, or None."""
 
-    def pack(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    def why_not_together(self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()) -> str | None:
+        """Why these modules (full name → scheme) cannot stand in one config, ``ignore`` left unquantized, or None."""
+
+    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
         """Tensors to store, by name relative to the module. ``dtype`` is the model's (for scales).
+
+        ``activations`` chooses among a layout's tensors where it has several; others do without it.
 
         Raises:
             FormatError: when a number would not survive.
@@ -48,7 +72,14 @@ class Format(Protocol):
         """
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
-        """``quantization_config`` for modules (full name → scheme) and the linears left alone."""
+        """``quantization_config`` for modules (full name → scheme) and the linears left alone.
+
+        Raises:
+            FormatError: for what :meth:`why_not_together` refuses.
+        """
+
+    def side_files(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Files beside config.json that this layout's readers expect: name → text."""
 
     def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
         """Module name → scheme for every quantized module among ``tensor_names`` (full names).
@@ -66,3 +97,39 @@ class Format(Protocol):
         Raises:
             FormatError: a tensor of the layout is missing.
         """
+
+
+class Plain:
+    """What most layouts answer to the optional questions: any mix is fine, no further files, activations untouched."""
+
+    activations: Activations = "none"
+
+    def why_not_together(self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()) -> str | None:
+        return None
+
+    def side_files(self, config: Mapping[str, Any]) -> dict[str, str]:
+        return {}
+
+
+def exact(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the dtype they are stored in.
+
+    Raises:
+        FormatError: for a scale that ``dtype`` would round: engines would then not use the evaluated numbers.
+    """
+    stored = scales.to(dtype)
+    wrong = stored.to(torch.float32) != scales
+    if bool(wrong.any()):
+        first = float(scales[wrong][0])
+        raise FormatError(
+            f"{int(wrong.sum())} of {scales.numel()} scales are not exact in {str(dtype).removeprefix('torch.')} "
+            f"(the first is {first!r}), so engines would not use the evaluated numbers; quantize with portable scales"
+        )
+    return stored
+
+
+def require(tensors: Collection[str], *names: str) -> None:
+    """Raises FormatError naming the tensors of a module that are missing."""
+    missing = [n for n in names if n not in tensors]
+    if missing:
+        raise FormatError(f"{', '.join(missing)} missing beside {', '.join(sorted(tensors)) or 'nothing'}")
