@@ -121,7 +121,7 @@ def quantize(
     device, dtype = _device(options.device), _dtype(options.dtype)
     skeleton = empty_model(reader, dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
-    layout = FORMATS[recipe.format]
+    layout = _layout(recipe.format)
     tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
     selection = select(skeleton, architecture, recipe, layout, tied=tied)
     _check_names(reader, selection)
@@ -135,7 +135,7 @@ def quantize(
         output, max_shard_size=options.max_shard_size, overwrite=options.overwrite
     ) as writer:
         for block in walk(plan, windows, events.on_progress):
-            _write_block(block, architecture.blocks, reader, writer, layout, outcome)
+            _write_block(block, architecture.blocks, reader, writer, layout, selection, outcome)
         events.on_phase("writing")
         _copy(reader, writer, outcome, [n for n in reader.tensors if n not in outcome.copied], selection)
         writer.finish_weights()
@@ -162,6 +162,12 @@ def _refuse_quantized(reader: CheckpointReader) -> None:
         raise UsageError(
             f"{reader.path} is already quantized ({config.get('quant_method')}); give the original FP16 or BF16 model"
         )
+
+
+def _layout(name: str) -> Format:
+    if name not in FORMATS:
+        raise UsageError(f"format {name!r} does not exist; choose one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def _device(name: str) -> torch.device:
@@ -254,18 +260,20 @@ def _write_block(
     reader: CheckpointReader,
     writer: CheckpointWriter,
     layout: Format,
+    selection: Selection,
     outcome: _Outcome,
 ) -> None:
     """Pack a block's linears and carry its other tensors over."""
     for name, (weight, report) in block.weights.items():
         stored = reader.info(f"{name}.weight").dtype
-        for suffix, tensor in layout.pack(weight, stored).items():
+        activations = selection.schemes[name].activations
+        for suffix, tensor in layout.pack(weight, stored, activations).items():
             writer.add(f"{name}.{suffix}", tensor)
             if suffix != "weight_shape":
                 outcome.packed_bytes += tensor.numel() * tensor.element_size()
         outcome.modules[name] = report
         outcome.shapes[name] = weight.shape
-        outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None)
+        outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
     if block.index is not None:
         prefix = f"{blocks_path}.{block.index}."
         names = [n for n in reader.tensors if n.startswith(prefix)]
@@ -307,6 +315,8 @@ def _finish(
     config = {k: v for k, v in reader.config.items() if k != "quantization_config"}
     config["quantization_config"] = layout.config(outcome.schemes, selection.skipped)
     writer.write_json("config.json", config)
+    for name, text in layout.side_files(config["quantization_config"]).items():
+        writer.write_text(name, text)
     writer.write_text("recipe.yaml", recipe.to_yaml())
     weights = sum(o * i for o, i in outcome.shapes.values())
     manifest = Manifest(

@@ -25,11 +25,12 @@ class _Strict(BaseModel):
 
 
 class Weights(_Strict):
-    """The grid. ``group_size: -1`` is one group per row."""
+    """The grid. ``group_size: -1`` is one group per row; ``activations: int8-dynamic`` tells engines to quantize inputs too."""
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    activations: Literal["none", "int8-dynamic"] = "none"
 
     @property
     def spec(self) -> QuantSpec:
@@ -39,6 +40,20 @@ class Weights(_Strict):
     def _possible(self) -> Weights:
         _ = self.spec  # raises SpecError, a ValueError, which pydantic reports with its place
         return self
+
+
+class Override(_Strict):
+    """Other weights for the linears that ``match``; what is not given is as in ``Recipe.weights``. The first match counts."""
+
+    match: str = Field(min_length=1)
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    activations: Literal["none", "int8-dynamic"] | None = None
+
+    def applied_to(self, weights: Weights) -> Weights:
+        changes = self.model_dump(exclude={"match"}, exclude_none=True)
+        return Weights.model_validate({**weights.model_dump(), **changes})
 
 
 class Scales(_Strict):
@@ -75,12 +90,13 @@ class Recipe(_Strict):
     description: str = ""
     method: Literal["rtn", "gptq"] = "gptq"
     weights: Weights = Weights()
+    overrides: tuple[Override, ...] = ()
     scales: Scales = Scales()
     gptq: GPTQ = GPTQ()
     include: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ("lm_head",)
     calibration: CalibrationOptions = CalibrationOptions()
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    format: str = "compressed-tensors"
     seed: int = Field(0, ge=0)
 
     @field_validator("include", "ignore")
@@ -92,9 +108,15 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.method == "gptq" and self.gptq.act_order == "group" and self.weights.group_size == -1:
+        everything = [self.weights, *(o.applied_to(self.weights) for o in self.overrides)]
+        if self.method == "gptq" and self.gptq.act_order == "group" and any(w.group_size == -1 for w in everything):
             raise ValueError("gptq.act_order: group needs a group size; with one group per row use static")
         return self
+
+    def weights_of(self, module: str) -> Weights:
+        """The grid of a linear: that of the first override whose pattern matches its full name, or the recipe's."""
+        override = next((o for o in self.overrides if matches(o.match, module)), None)
+        return self.weights if override is None else override.applied_to(self.weights)
 
     def selects(self, module: str) -> bool:
         """Whether a linear's full name matches ``include`` and not ``ignore`` (shell patterns, or part of the name's tail)."""

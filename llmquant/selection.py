@@ -21,11 +21,15 @@ from llmquant.spec import QuantSpec
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Full module name → spec, module name → why it stays as it is, and the head's name if it is selected."""
+    """Full module name → scheme, module name → why it stays as it is, and the head's name if it is selected."""
 
-    specs: Mapping[str, QuantSpec]
+    schemes: Mapping[str, Scheme]
     skipped: Mapping[str, str]
     head: str | None
+
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        return {name: scheme.spec for name, scheme in self.schemes.items()}
 
 
 def select(
@@ -42,7 +46,7 @@ def select(
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     _check_patterns(recipe, linears)
     head = next((n for n, m in linears.items() if m is model.get_output_embeddings()), None)
-    specs: dict[str, QuantSpec] = {}
+    schemes: dict[str, Scheme] = {}
     skipped: dict[str, str] = {}
     for name, linear in linears.items():
         if not recipe.selects(name):
@@ -50,21 +54,26 @@ def select(
             continue
         if name == head and tied:
             raise UsageError(f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore")
-        spec = recipe.weights.spec
-        spec.check(linear.in_features, name)
-        reason = layout.why_not(_scheme(recipe, spec), (linear.out_features, linear.in_features))
+        scheme = _scheme(recipe, name)
+        scheme.spec.check(linear.in_features, name)
+        reason = layout.why_not(scheme, (linear.out_features, linear.in_features))
         if reason:
-            raise FormatError(f"{name}: format {layout.name} cannot hold {spec}: {reason}")
-        specs[name] = spec
-    if not specs:
+            raise FormatError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
+        schemes[name] = scheme
+    if not schemes:
         raise UsageError(f"the recipe selects none of the model's {len(linears)} linears; check --include and --ignore")
-    _check_places(specs, architecture, model, head)
-    _check_fused(specs, architecture, model)
-    return Selection(specs, skipped, head if head in specs else None)
+    _check_places(schemes, architecture, model, head)
+    _check_fused(schemes, architecture, model)
+    mixed = layout.why_not_together(schemes, skipped)
+    if mixed:
+        raise FormatError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
+    return Selection(schemes, skipped, head if head in schemes else None)
 
 
-def _scheme(recipe: Recipe, spec: QuantSpec) -> Scheme:
-    return Scheme(spec, g_idx=recipe.method == "gptq" and recipe.gptq.act_order == "group")
+def _scheme(recipe: Recipe, name: str) -> Scheme:
+    weights = recipe.weights_of(name)
+    by_group = recipe.method == "gptq" and recipe.gptq.act_order == "group"
+    return Scheme(weights.spec, g_idx=by_group, activations=weights.activations)
 
 
 def _why_skipped(recipe: Recipe, name: str) -> str:
@@ -75,26 +84,27 @@ def _why_skipped(recipe: Recipe, name: str) -> str:
 def _check_patterns(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> None:
     # A default such as lm_head may be absent from a model; a pattern somebody wrote should not be.
     default = Recipe.model_fields["ignore"].default
-    for pattern in (*recipe.include, *(p for p in recipe.ignore if p not in default)):
+    written = (*recipe.include, *(p for p in recipe.ignore if p not in default), *(o.match for o in recipe.overrides))
+    for pattern in written:
         if not any(matches(pattern, name) for name in linears):
             some = ", ".join(list(linears)[:3])
             raise UsageError(f"pattern {pattern!r} matches none of the model's {len(linears)} linears (such as {some})")
 
 
 def _check_places(
-    specs: Mapping[str, QuantSpec], architecture: Architecture, model: PreTrainedModel, head: str | None
+    schemes: Mapping[str, Scheme], architecture: Architecture, model: PreTrainedModel, head: str | None
 ) -> None:
     prefixes = tuple(f"{architecture.blocks}.{i}." for i in range(len(blocks_of(model, architecture))))
-    for name in specs:
+    for name in schemes:
         if name != head and not name.startswith(prefixes):
             raise ArchitectureError(f"{name} is neither in a decoder block nor the head; add it to --ignore")
 
 
-def _check_fused(specs: Mapping[str, QuantSpec], architecture: Architecture, model: PreTrainedModel) -> None:
+def _check_fused(schemes: Mapping[str, Scheme], architecture: Architecture, model: PreTrainedModel) -> None:
     for i in range(len(blocks_of(model, architecture))):
         for together in architecture.fused:
             names = [f"{architecture.blocks}.{i}.{m}" for m in together]
-            kinds = {str(specs.get(n, "unquantized")) for n in names}
+            kinds = {schemes.get(n) for n in names}
             if len(kinds) > 1:
-                told = ", ".join(f"{n}: {specs.get(n, 'unquantized')}" for n in names)
+                told = ", ".join(f"{n}: {schemes[n].spec if n in schemes else 'unquantized'}" for n in names)
                 raise UsageError(f"engines fuse these linears, so they need one scheme, but the recipe gives {told}")

@@ -45,6 +45,7 @@ def quantize_command(
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
     act_order: Annotated[ActOrder | None, typer.Option(help="GPTQ's column order.")] = None,
+    layout: Annotated[str | None, typer.Option("--format", help="Byte layout of the result; see docs/formats.md.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD].")
     ] = None,
@@ -63,7 +64,7 @@ def quantize_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")] = False,
 ) -> None:
-    """Quantize MODEL's linear layers and write a compressed-tensors folder."""
+    """Quantize MODEL's linear layers and write a folder that engines load."""
     from llmquant.recipe import Recipe, load_recipe
 
     chosen = load_recipe(recipe) if recipe else Recipe()
@@ -73,6 +74,7 @@ def quantize_command(
         "weights.group_size": group_size,
         "weights.symmetric": sym,
         "gptq.act_order": act_order,
+        "format": layout,
         "calibration.source": calibration,
         "calibration.nsamples": nsamples,
         "calibration.seqlen": seqlen,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmquant import bitpack
 from llmquant.errors import FormatError
-from llmquant.formats.base import Scheme
+from llmquant.formats.base import Activations, Plain, Scheme
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -31,7 +31,7 @@ _PACKED = "weight_packed"
 _FORMAT = "pack-quantized"
 
 
-class CompressedTensors:
+class CompressedTensors(Plain):
     """The :class:`~llmquant.formats.base.Format` for ``quant_method: compressed-tensors``, ``pack-quantized``."""
 
     name = "compressed-tensors"
@@ -40,11 +40,13 @@ class CompressedTensors:
         return frozenset({_PACKED, "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"})
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if scheme.activations != "none":
+            return "packed weights with quantized activations are int-quantized's business"
         if scheme.g_idx and scheme.spec.group_size is None:
             return "a g_idx has no meaning with one group per row"
         return None
 
-    def pack(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
         scale = weight.scales.to(dtype)
         if not torch.equal(scale.to(torch.float32), weight.scales):
             raise FormatError(f"a scale is not exact in {dtype}, so engines would not use the evaluated numbers")
