@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from llmquant.checkpoint import CheckpointReader
+from llmquant.devices import DTYPES, parse_device, parse_dtype
 from llmquant.errors import ArchitectureError, CheckpointError, FormatError, QuantizationError, UsageError
 from llmquant.formats import for_config
 from llmquant.formats.base import Format, Scheme
@@ -40,10 +41,6 @@ from llmquant.skeleton import empty_model, read_config
 
 log = logging.getLogger(__name__)
 
-DTYPES = {
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
-    "float32": torch.float32, "fp32": torch.float32,
-}  # fmt: skip
 # Tables that old checkpoints carry and models compute for themselves.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
 
@@ -69,8 +66,8 @@ def load(
         ArchitectureError: a model type that transformers does not know.
     """
     reader = CheckpointReader(resolve(model))
-    where = _device(device)
-    torch_dtype = _dtype(dtype, where, reader)
+    where = parse_device(device)
+    torch_dtype = parse_dtype(dtype, auto=_auto_dtype(where, reader))
     quantization = reader.config.get("quantization_config")
     if quantization:
         loaded = _load_packed(reader, quantization, torch_dtype, where, kernel)
@@ -81,24 +78,8 @@ def load(
     return loaded
 
 
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as e:  # torch asserts when it was built without the device
-        raise UsageError(f"device {device!s} cannot be used here: {str(e).splitlines()[0]}") from e
-    return where
-
-
-def _dtype(dtype: str | torch.dtype, device: torch.device, reader: CheckpointReader) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point:
-            raise UsageError(f"dtype {dtype} is not a floating-point type")
-        return dtype
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype != "auto":
-        raise UsageError(f"dtype {dtype!r} does not exist; choose auto, {', '.join(DTYPES)}")
+def _auto_dtype(device: torch.device, reader: CheckpointReader) -> torch.dtype:
+    """What ``auto`` means: see the module text."""
     if device.type == "cpu":
         return torch.bfloat16
     declared = reader.config.get("dtype") or reader.config.get("torch_dtype") or "bfloat16"

@@ -20,6 +20,7 @@ from llmquant import architectures
 from llmquant.calibration import Calibration, calibrate
 from llmquant.card import front_matter, model_card
 from llmquant.checkpoint import CheckpointReader, CheckpointWriter, check_destination, sha256_file, sha256_tensor
+from llmquant.devices import parse_device, parse_dtype
 from llmquant.errors import CheckpointError, ProofError, QuantizationError, SourceError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
@@ -29,8 +30,6 @@ from llmquant.selection import Selection, select
 from llmquant.skeleton import empty_model
 from llmquant.sources import Documents, read_documents
 from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, walk
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,7 @@ def quantize(
     _refuse_quantized(reader)
     if Path(os.path.abspath(output)) == reader.path.resolve():
         raise UsageError(f"-o {output} is the model itself; choose another folder")
-    device, dtype = _device(options.device), _dtype(options.dtype)
+    device, dtype = parse_device(options.device), parse_dtype(options.dtype, auto=torch.float32)
     skeleton = empty_model(reader, dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
     layout = _layout(recipe.format)
@@ -168,23 +167,6 @@ def _layout(name: str) -> Format:
     if name not in FORMATS:
         raise UsageError(f"format {name!r} does not exist; choose one of {', '.join(FORMATS)}")
     return FORMATS[name]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # torch asserts when it was built without the device
-        raise UsageError(f"device {name} cannot be used here: {str(e).splitlines()[0]}") from e
-    return device
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name == "auto":
-        return torch.float32
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r} does not exist; choose auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _positions(config: object) -> int | None:

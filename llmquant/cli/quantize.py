@@ -151,9 +151,9 @@ def _progress(hidden: bool) -> Iterator[Events]:
 
         def on_calibration(calibration: Calibration) -> None:
             if not hidden:
-                console.print(f"calibration  {calibration.source}", highlight=False)
+                console.print(f"calibration  {calibration.source}", highlight=False, soft_wrap=True)
                 for line in calibration.summary.lines():
-                    console.print(f"  {line}", highlight=False)
+                    console.print(f"  {line}", highlight=False, soft_wrap=True)
             progress.update(task, description="calibrating")
 
         events = Events(

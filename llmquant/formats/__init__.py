@@ -6,26 +6,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmquant.errors import FormatError
-from llmquant.formats.base import Format, Scheme
-from llmquant.formats.compressed_tensors import CompressedTensors
+from llmquant.formats.autoround import AutoRound
+from llmquant.formats.awq import Awq
+from llmquant.formats.base import Activations, Format, Scheme
+from llmquant.formats.compressed_family import CompressedFamily
+from llmquant.formats.gptq import Gptq
+from llmquant.formats.gptq_config import checkpoint_format
+from llmquant.formats.int_quantized import IntQuantized
 
-FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(),)}
+_WRITABLE: tuple[Format, ...] = (CompressedFamily(), IntQuantized(), Gptq(v2=False), Gptq(v2=True), Awq())
+FORMATS: dict[str, Format] = {f.name: f for f in _WRITABLE}
 
-_BY_QUANT_METHOD = {"compressed-tensors": "compressed-tensors"}
+_READS = ("compressed-tensors", "gptq", "awq", "auto-round")
 
 
 def for_config(quantization_config: Mapping[str, Any]) -> Format:
     """The format announced by a ``quantization_config``.
 
     Raises:
-        FormatError: for a ``quant_method`` that llmquant does not read.
+        FormatError: for a ``quant_method`` or variant of it that llmquant does not read.
     """
     method = quantization_config.get("quant_method")
-    if method not in _BY_QUANT_METHOD:
-        raise FormatError(
-            f"quant_method {method!r} is not one llmquant reads; it reads {', '.join(sorted(_BY_QUANT_METHOD))}"
-        )
-    return FORMATS[_BY_QUANT_METHOD[method]]
+    match method:
+        case "compressed-tensors" | "awq":
+            return FORMATS[method]
+        case "gptq":
+            # A label that is neither is refused by schemes(), which knows why.
+            return FORMATS["gptq_v2" if checkpoint_format(quantization_config) == "gptq_v2" else "gptq"]
+        case "auto-round" | "auto_round" | "intel/auto-round":
+            return AutoRound(quantization_config.get("packing_format"))
+    raise FormatError(f"quant_method {method!r} is not one llmquant reads; it reads {', '.join(_READS)}")
 
 
-__all__ = ["FORMATS", "Format", "Scheme", "for_config"]
+__all__ = ["FORMATS", "Activations", "Format", "Scheme", "for_config"]

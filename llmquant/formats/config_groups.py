@@ -1,0 +1,43 @@
+"""compressed-tensors' ``config_groups``: which group of the config speaks for a module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from llmquant.errors import FormatError
+
+
+def priority(target: str, module: str) -> int | None:
+    """compressed-tensors' order of matching: exact name, then regular expression, then class name; None is no match."""
+    if target == module:
+        return 0
+    if target.startswith("re:"):
+        try:
+            return 1 if re.match(target[3:], module) else None
+        except re.error as e:
+            raise FormatError(f"the config has the target {target!r}, which is no regular expression: {e}") from e
+    return 2 if target == "Linear" else None
+
+
+def group_of(module: str, groups: Collection[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The group that targets a module most specifically.
+
+    Raises:
+        FormatError: none does.
+    """
+    ranked = [
+        (rank, i, group)
+        for i, group in enumerate(groups)
+        for target in group.get("targets", [])
+        if (rank := priority(target, module)) is not None
+    ]
+    if not ranked:
+        raise FormatError(f"{module} has quantized weights but no config group targets it")
+    return min(ranked, key=lambda r: r[:2])[2]
+
+
+def ignored(ignore: Collection[str], module: str) -> bool:
+    """Whether the config's ``ignore`` names the module, by name or regular expression."""
+    return any(priority(pattern, module) in (0, 1) for pattern in ignore)
