@@ -65,7 +65,7 @@ class Gptq(Plain):
             raise FormatError(reason)
         bits = weight.spec.bits
         return {
-            "qweight": bitpack.pack(weight.codes.T.contiguous().T, bits).T.contiguous(),
+            "qweight": bitpack.pack(weight.codes, bits).T.contiguous(),
             "qzeros": bitpack.pack(self._stored(weight.zeros).T.contiguous(), bits),
             "scales": exact(weight.scales, torch.float16).T.contiguous(),
             "g_idx": weight.column_groups().to(torch.int32),
