@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmquant.checkpoint import CheckpointReader
+from llmquant.detect import quantization_config
 from llmquant.hub import resolve
 from llmquant.manifest import MANIFEST, read_manifest, stored_schemes
 
@@ -73,7 +74,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     layout = None
     modules: tuple[ModuleInfo, ...] = ()
     inside: set[str] = set()
-    if reader.config.get("quantization_config"):
+    if quantization_config(reader) is not None:
         found, schemes = stored_schemes(reader)
         layout = found.name
         suffixes = found.tensor_suffixes()

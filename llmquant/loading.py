@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from llmquant.checkpoint import CheckpointReader
+from llmquant.detect import quantization_config, refuse_shifted_zeros
 from llmquant.devices import DTYPES, parse_device, parse_dtype
 from llmquant.errors import ArchitectureError, CheckpointError, FormatError, QuantizationError, UsageError
 from llmquant.formats import for_config
@@ -68,7 +69,7 @@ def load(
     reader = CheckpointReader(resolve(model))
     where = parse_device(device)
     torch_dtype = parse_dtype(dtype, auto=_auto_dtype(where, reader))
-    quantization = reader.config.get("quantization_config")
+    quantization = quantization_config(reader)
     if quantization:
         loaded = _load_packed(reader, quantization, torch_dtype, where, kernel)
     else:
@@ -112,6 +113,7 @@ def _load_packed(
     schemes = layout.schemes(quantization, list(reader.tensors))
     if not schemes:
         raise CheckpointError(f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed")
+    refuse_shifted_zeros(reader, layout, quantization, schemes)
     model = _skeleton(reader, dtype)
     if "lm_head" in schemes:
         model.config.tie_word_embeddings = False  # a packed head has no weight to share

@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmquant.checkpoint import CheckpointReader, read_json, sha256_file
+from llmquant.detect import quantization_config
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError
 from llmquant.formats import Format, Scheme, for_config
 from llmquant.weight import QuantizedWeight
@@ -107,9 +108,9 @@ def stored_schemes(reader: CheckpointReader) -> tuple[Format, dict[str, Scheme]]
     Raises:
         CheckpointError: the folder is not quantized.
     """
-    config = reader.config.get("quantization_config")
-    if not config:
-        raise CheckpointError(f"{reader.path} is not quantized: its config.json has no quantization_config")
+    config = quantization_config(reader)
+    if config is None:
+        raise CheckpointError(f"{reader.path} is not quantized: nothing in it says how")
     layout = for_config(config)
     return layout, layout.schemes(config, reader.tensors.keys())
 

@@ -20,6 +20,7 @@ from llmquant import architectures
 from llmquant.calibration import Calibration, calibrate
 from llmquant.card import front_matter, model_card
 from llmquant.checkpoint import CheckpointReader, CheckpointWriter, check_destination, sha256_file, sha256_tensor
+from llmquant.detect import quantization_config
 from llmquant.devices import parse_device, parse_dtype
 from llmquant.errors import CheckpointError, ProofError, QuantizationError, SourceError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
@@ -156,8 +157,8 @@ def quantize(
 
 
 def _refuse_quantized(reader: CheckpointReader) -> None:
-    config = reader.config.get("quantization_config")
-    if config:
+    config = quantization_config(reader)
+    if config is not None:
         raise UsageError(
             f"{reader.path} is already quantized ({config.get('quant_method')}); give the original FP16 or BF16 model"
         )

@@ -71,7 +71,8 @@ def pack(weight: QuantizedWeight, kind: Kind) -> Tensor:
     elif kind == "Q4_0":
         parts.append(_nibbles(_within(signed, -8, 7, kind) + 8))
     else:
-        parts += [_minimum(scales, zeros), _nibbles(_within(codes.to(torch.int16), 0, 15, kind))]
+        nibbles = _nibbles(_within(codes.to(torch.int16), 0, 15, kind))
+        parts += [_minimum(scales, zeros), nibbles]
     return torch.cat(parts, -1).reshape(out_features, -1)
 
 
