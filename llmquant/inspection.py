@@ -84,7 +84,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
             inside.update(tensors.values())
             shape = found.shape_of({s: reader.info(t).shape for s, t in tensors.items()}, scheme)
             nbytes = sum(reader.info(t).nbytes for s, t in tensors.items() if s != "weight_shape")
-            infos.append(ModuleInfo(name, str(scheme.spec), shape, nbytes))
+            infos.append(ModuleInfo(name, str(scheme), shape, nbytes))
         modules = tuple(infos)
     packed = sum(math.prod(m.shape) for m in modules)
     others = {n: i for n, i in reader.tensors.items() if n not in inside}

@@ -178,7 +178,7 @@ def _replace(
     if linear.bias is not None:
         bias = _checked(reader, f"{name}.bias", linear.bias)
     try:
-        replacement = PackedLinear(weight, bias, dtype=dtype, device=device, kernel=kernel)
+        replacement = PackedLinear(weight, bias, dtype=dtype, device=device, kernel=kernel, activations=scheme.activations)
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from e
     parent, _, leaf = name.rpartition(".")

@@ -3,6 +3,9 @@
 The buffers are numbers, not approximations of numbers: ``.half()`` on a bf16 scale would change the model. So a cast
 of the module changes only the activation dtype and the bias, and only where the kernel's buffers serve any dtype
 (``reference``); a kernel prepared for one dtype or device refuses and says how to load for the other.
+
+Where the config says that engines quantize a linear's inputs (W8A8), so does this module, in plain arithmetic: per token, to
+the same integers as an int8 engine. It is not faster for that; it is what makes an evaluation here one of the served model.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.errors import UsageError
+from llmquant.formats.base import Activations
 from llmquant.kernels import AUTO, choose
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -28,6 +32,16 @@ def _without_trivial_order(weight: QuantizedWeight) -> QuantizedWeight:
     return plain if torch.equal(plain.column_groups(), weight.column_groups()) else weight
 
 
+def int8_per_token(x: Tensor) -> Tensor:
+    """Round each token's activations ``[..., in]`` to int8 with the scale ``max|x| / 127``, and back, in ``x``'s dtype.
+
+    The arithmetic is float32, as in the engines' dynamic per-token quantization; a row of zeros stays zero.
+    """
+    rows = x.to(torch.float32)
+    scale = rows.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+    return torch.round(rows / scale).clamp_(-128, 127).mul_(scale).to(x.dtype)
+
+
 class PackedLinear(nn.Module):
     """``y = x @ dequantize(weight).T + bias`` over packed buffers.
 
@@ -37,6 +51,7 @@ class PackedLinear(nn.Module):
         dtype: of the activations.
         device: where the buffers go.
         kernel: ``auto`` or a kernel's name.
+        activations: ``int8-dynamic`` rounds the input as a W8A8 engine does.
 
     Attributes:
         refusals: kernels that were asked first, and why each declined.
@@ -53,6 +68,7 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         kernel: str = AUTO,
+        activations: Activations = "none",
     ) -> None:
         super().__init__()
         weight = _without_trivial_order(weight.to(device))
@@ -60,6 +76,7 @@ class PackedLinear(nn.Module):
         self.shape = weight.shape
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
+        self.activations = activations
         self.ordered = weight.g_idx is not None
         self.kernel, self.refusals = choose(
             self.spec, self.shape, weight.codes.device, dtype, self.ordered, kernel, weight
@@ -70,6 +87,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` → ``[..., out]``."""
+        if self.activations != "none":
+            x = int8_per_token(x)
         y = self.kernel.linear(x, self._buffers, self.spec, self.shape)
         return y if self.bias is None else y + self.bias
 
@@ -114,7 +133,7 @@ class PackedLinear(nn.Module):
         bits = 8 * self.packed_bytes() / (self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.spec}, kernel={self.kernel.name}, {bits:.3f} bits per weight in memory"
+            f"{self.spec}, activations={self.activations}, kernel={self.kernel.name}, {bits:.3f} bits per weight in memory"
         )
 
 
@@ -155,4 +174,4 @@ def describe(model: nn.Module) -> Description:
     )
 
 
-__all__ = ["Description", "PackedLinear", "describe"]
+__all__ = ["Description", "PackedLinear", "describe", "int8_per_token"]

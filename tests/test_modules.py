@@ -11,7 +11,7 @@ from torch import nn
 
 from llmquant.errors import UsageError
 from llmquant.kernels import int4pack
-from llmquant.modules import PackedLinear, describe
+from llmquant.modules import PackedLinear, describe, int8_per_token
 from llmquant.spec import QuantSpec
 
 BF16 = torch.bfloat16
@@ -144,3 +144,21 @@ def test_refused_kernels_are_remembered_and_described():
     assert told.packed_weights == 64 * 128
     assert told.packed_bits_per_weight == 8.25
     assert told.other_bytes == 64 * 8 * 4
+
+
+def test_int8_activations_are_rounded_as_an_int8_engine_does() -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(torch.float32)
+    x[1] = 0
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    integers = torch.round(x / torch.where(scale == 0, 1.0, scale))
+    assert int(integers.abs().max()) == 127
+    assert torch.equal(int8_per_token(x), integers * scale)
+
+
+def test_a_w8a8_linear_multiplies_rounded_inputs() -> None:
+    weight = random_weight(QuantSpec(8, None, True), 32, 64)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    plain = PackedLinear(weight, dtype=torch.float32)
+    served = PackedLinear(weight, dtype=torch.float32, activations="int8-dynamic")
+    assert torch.equal(served(x), plain(int8_per_token(x)))
+    assert not torch.equal(served(x), plain(x))

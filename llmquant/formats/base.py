@@ -37,6 +37,9 @@ class Scheme:
     g_idx: bool = False
     activations: Activations = "none"
 
+    def __str__(self) -> str:
+        return str(self.spec) if self.activations == "none" else f"{self.spec} A8 dynamic"
+
 
 class Format(Protocol):
     """One byte layout.
