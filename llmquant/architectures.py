@@ -71,7 +71,7 @@ def find(model: nn.Module, model_type: str) -> Architecture:
         )
     parent = outer[0].rpartition(".")[0]
     norms = [n for n, _ in (_get(model, parent) or model).named_children() if "norm" in n]
-    return Architecture(outer[0], f"{parent}.{norms[-1]}" if norms else "", ())
+    return Architecture(outer[0], f"{parent}.{norms[-1]}".lstrip(".") if norms else "", ())
 
 
 def _get(model: nn.Module, path: str) -> nn.Module | None:

@@ -1,8 +1,9 @@
 """Block inputs and linear inputs, observed rather than assumed.
 
-``first_inputs`` runs the embedding part of a model whose blocks are still on the meta device: the first block is replaced by
-a catcher that keeps its arguments and stops the forward pass. From then on a block is called with exactly what
-transformers would have given it (position embeddings, mask, cache position), so no per-model code is needed here.
+``first_inputs`` runs the embedding part of a model whose blocks are still on the meta device: every block is replaced by a
+catcher that notes how it was called and hands the hidden states on untouched; the last one stops the forward pass. From
+then on each block is called with exactly what transformers would have given *it* (position embeddings, mask, cache position:
+models that mix full and sliding-window attention give different blocks different masks), so no per-model code is needed here.
 
 ``stages`` runs one batch through a block and notes which linears were called with the very same tensor, in calling order:
 those share one Hessian. ``observe`` then accumulates :class:`InputStats` for one linear of each such set.
@@ -22,27 +23,41 @@ from llmquant.errors import ArchitectureError
 from llmquant.stats import InputStats
 
 
-class _BlockReached(Exception):  # noqa: N818 - control flow, never an error that anyone sees
-    """Raised by the catcher to end the forward pass at the first block."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _LastBlockReached(Exception):  # noqa: N818 - control flow, never an error that anyone sees
+    """Raised by a catcher to end the forward pass at the last block."""
 
 
 class _EnoughSeen(Exception):  # noqa: N818 - control flow, as above
     """Raised by a hook to end a block's pass once every wanted input was seen."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class BlockInput:
-    """One batch's way into a block: hidden states ``[batch, positions, hidden]`` and everything else it is called with."""
+    """One batch's way into a block and through the blocks behind it.
+
+    Attributes:
+        hidden: hidden states ``[batch, positions, hidden]`` that the block reads.
+        calls: for this block and every later one, the positional arguments behind the hidden states and the keyword
+            arguments. Blocks that get the same mask share the tensor.
+    """
 
     hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    calls: tuple[Call, ...]
+
+    def after(self, hidden: Tensor) -> BlockInput:
+        """The way into the next block, given this one's output."""
+        return BlockInput(hidden, self.calls[1:])
 
 
 class _Catcher(nn.Module):
-    def __init__(self, block: nn.Module, caught: list[BlockInput]) -> None:
+    """Stands in for a block: notes its call."""
+
+    def __init__(self, block: nn.Module, note: Callable[[Tensor, Call], Any]) -> None:
         super().__init__()
-        self._caught = caught
+        self._note = note
         # Models read attributes such as attention_type off the block before calling it.
         self.__dict__["_block"] = block
 
@@ -51,39 +66,67 @@ class _Catcher(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
-            self.__dict__["_caught"].append(BlockInput(args[0], args[1:], kwargs))
-        else:
-            hidden = kwargs.pop("hidden_states")
-            self.__dict__["_caught"].append(BlockInput(hidden, (), kwargs))
-        raise _BlockReached
+            return self._note(args[0], (args[1:], kwargs))
+        hidden = kwargs.pop("hidden_states")
+        return self._note(hidden, ((), kwargs))
 
 
 def first_inputs(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> list[BlockInput]:
-    """What the first block is called with for each batch of token ids ``[batch, positions]``.
+    """What the first block is called with for each batch of token ids ``[batch, positions]``, and the later ones beside it.
 
     Raises:
-        ArchitectureError: the model finished without calling its first block.
+        ArchitectureError: the model finished without calling each block once, or changes the hidden states between two of
+            them, which a walk from block to block would miss.
     """
-    caught: list[BlockInput] = []
-    first = blocks[0]
-    blocks[0] = _Catcher(first, caught)
+    return [_inputs_of(model, blocks, ids) for ids in batches]
+
+
+def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> BlockInput:
+    # A block returns its hidden states, or (older models) a tuple that begins with them: the model picks item 0 of what it
+    # gets, so handing on the wrong one shows at the next block.
+    for hand_on in (lambda hidden: hidden, lambda hidden: (hidden,)):
+        caught = _catch(model, blocks, ids, hand_on)
+        if all(hidden is caught[0][0] for hidden, _ in caught):
+            return BlockInput(caught[0][0], tuple(call for _, call in caught))
+    raise ArchitectureError(
+        f"{type(model).__name__} changes the hidden states between its decoder blocks, so it cannot be calibrated block by "
+        "block; use --method rtn"
+    )
+
+
+def _catch(
+    model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hand_on: Callable[[Tensor], Any]
+) -> list[tuple[Tensor, Call]]:
+    """Hidden states and call of every block in one pass of the embedding part."""
+    originals = list(blocks)
+    caught: list[tuple[Tensor, Call]] = []
+
+    def note(hidden: Tensor, call: Call) -> Any:
+        caught.append((hidden, call))
+        if len(caught) == len(originals):
+            raise _LastBlockReached
+        return hand_on(hidden)
+
     try:
-        with torch.no_grad():
-            for ids in batches:
-                try:
-                    model(input_ids=ids, use_cache=False)
-                except _BlockReached:
-                    continue
-                raise ArchitectureError(f"{type(model).__name__} never called its first decoder block")
+        for i, block in enumerate(originals):
+            blocks[i] = _Catcher(block, note)
+        with torch.no_grad(), suppress(_LastBlockReached):
+            model(input_ids=ids, use_cache=False)
     finally:
-        blocks[0] = first
+        for i, block in enumerate(originals):
+            blocks[i] = block
+    if len(caught) < len(originals):
+        raise ArchitectureError(
+            f"{type(model).__name__} called {len(caught)} of its {len(originals)} decoder blocks in one pass"
+        )
     return caught
 
 
 def run_block(block: nn.Module, inputs: BlockInput) -> Tensor:
     """The block's hidden-state output for one batch."""
+    args, kwargs = inputs.calls[0]
     with torch.no_grad():
-        out = block(inputs.hidden, *inputs.args, **inputs.kwargs)
+        out = block(inputs.hidden, *args, **kwargs)
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
 

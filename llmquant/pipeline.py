@@ -27,7 +27,7 @@ from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
 from llmquant.manifest import MANIFEST, UNHASHED, Manifest, ModuleEntry, prove_modules, versions
 from llmquant.recipe import Recipe
-from llmquant.selection import Selection, select
+from llmquant.selection import Selection, linears_of, select
 from llmquant.skeleton import empty_model
 from llmquant.sources import Documents, read_documents
 from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, walk
@@ -122,8 +122,7 @@ def quantize(
     skeleton = empty_model(reader, dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
     layout = _layout(recipe.format)
-    tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
-    selection = select(skeleton, architecture, recipe, layout, tied=tied)
+    selection = select(linears_of(skeleton), architecture, recipe, layout)
     _check_names(reader, selection)
     calibration = _calibrate(reader, recipe, options, int(skeleton.config.vocab_size), _positions(skeleton.config))
     if calibration is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmquant.architectures import Architecture, blocks_of
+from llmquant.architectures import Architecture
 from llmquant.errors import ArchitectureError, FormatError, UsageError
 from llmquant.formats.base import Format, Scheme
 from llmquant.recipe import Recipe, matches
@@ -32,10 +32,25 @@ class Selection:
         return {name: scheme.spec for name, scheme in self.schemes.items()}
 
 
-def select(
-    model: PreTrainedModel, architecture: Architecture, recipe: Recipe, layout: Format, *, tied: bool
-) -> Selection:
-    """Choose the linears of a (meta) model.
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """A model's linears: full name → (out, in), the head's name if it has one, and whether that is tied to the embeddings."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    head: str | None
+    tied: bool
+
+
+def linears_of(model: PreTrainedModel) -> Linears:
+    """The linears of a (meta) model."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    head = next((n for n, m in found.items() if m is model.get_output_embeddings()), None)
+    shapes = {n: (m.out_features, m.in_features) for n, m in found.items()}
+    return Linears(shapes, head, bool(getattr(model.config, "tie_word_embeddings", False)))
+
+
+def select(linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format) -> Selection:
+    """Give every linear a scheme or a reason why it stays as it is.
 
     Raises:
         UsageError: nothing selected, a pattern without a match, a tied head selected.
@@ -43,27 +58,26 @@ def select(
         FormatError: a scheme the layout cannot hold.
         ArchitectureError: a selected linear outside blocks and head.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    _check_patterns(recipe, linears)
-    head = next((n for n, m in linears.items() if m is model.get_output_embeddings()), None)
+    _check_patterns(recipe, linears.shapes)
+    head = linears.head
     schemes: dict[str, Scheme] = {}
     skipped: dict[str, str] = {}
-    for name, linear in linears.items():
+    for name, shape in linears.shapes.items():
         if not recipe.selects(name):
             skipped[name] = _why_skipped(recipe, name)
             continue
-        if name == head and tied:
+        if name == head and linears.tied:
             raise UsageError(f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore")
         scheme = _scheme(recipe, name)
-        scheme.spec.check(linear.in_features, name)
-        reason = layout.why_not(scheme, (linear.out_features, linear.in_features))
+        scheme.spec.check(shape[1], name)
+        reason = layout.why_not(scheme, shape)
         if reason:
             raise FormatError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
         schemes[name] = scheme
     if not schemes:
-        raise UsageError(f"the recipe selects none of the model's {len(linears)} linears; check --include and --ignore")
-    _check_places(schemes, architecture, model, head)
-    _check_fused(schemes, architecture, model)
+        raise UsageError(f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore")
+    _check_places(schemes, architecture, head)
+    _check_fused(schemes, architecture)
     mixed = layout.why_not_together(schemes, skipped)
     if mixed:
         raise FormatError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
@@ -81,7 +95,7 @@ def _why_skipped(recipe: Recipe, name: str) -> str:
     return f"ignore pattern {pattern}" if pattern else f"no include pattern of {', '.join(recipe.include)} matches"
 
 
-def _check_patterns(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> None:
+def _check_patterns(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> None:
     # A default such as lm_head may be absent from a model; a pattern somebody wrote should not be.
     default = Recipe.model_fields["ignore"].default
     written = (*recipe.include, *(p for p in recipe.ignore if p not in default), *(o.match for o in recipe.overrides))
@@ -91,20 +105,24 @@ def _check_patterns(recipe: Recipe, linears: Mapping[str, nn.Linear]) -> None:
             raise UsageError(f"pattern {pattern!r} matches none of the model's {len(linears)} linears (such as {some})")
 
 
-def _check_places(
-    schemes: Mapping[str, Scheme], architecture: Architecture, model: PreTrainedModel, head: str | None
-) -> None:
-    prefixes = tuple(f"{architecture.blocks}.{i}." for i in range(len(blocks_of(model, architecture))))
+def _check_places(schemes: Mapping[str, Scheme], architecture: Architecture, head: str | None) -> None:
     for name in schemes:
-        if name != head and not name.startswith(prefixes):
+        if name != head and _block_of(name, architecture) is None:
             raise ArchitectureError(f"{name} is neither in a decoder block nor the head; add it to --ignore")
 
 
-def _check_fused(schemes: Mapping[str, Scheme], architecture: Architecture, model: PreTrainedModel) -> None:
-    for i in range(len(blocks_of(model, architecture))):
-        for together in architecture.fused:
-            names = [f"{architecture.blocks}.{i}.{m}" for m in together]
+def _block_of(name: str, architecture: Architecture) -> str | None:
+    """``model.layers.3`` of ``model.layers.3.mlp.up_proj``."""
+    inside = name.removeprefix(f"{architecture.blocks}.")
+    return None if inside == name else f"{architecture.blocks}.{inside.partition('.')[0]}"
+
+
+def _check_fused(schemes: Mapping[str, Scheme], architecture: Architecture) -> None:
+    blocks = dict.fromkeys(_block_of(name, architecture) for name in schemes)
+    for block in blocks:
+        for together in architecture.fused if block else ():
+            names = [f"{block}.{m}" for m in together]
             kinds = {schemes.get(n) for n in names}
             if len(kinds) > 1:
-                told = ", ".join(f"{n}: {schemes[n].spec if n in schemes else 'unquantized'}" for n in names)
+                told = ", ".join(f"{n}: {schemes.get(n, 'unquantized')}" for n in names)
                 raise UsageError(f"engines fuse these linears, so they need one scheme, but the recipe gives {told}")

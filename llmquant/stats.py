@@ -35,7 +35,13 @@ class InputStats:
         return self.hessian.shape[0]
 
     def add(self, x: Tensor) -> None:
-        """Accumulate activations ``[..., in]`` of any float dtype."""
+        """Accumulate activations ``[..., in]`` of any float dtype.
+
+        Raises:
+            QuantizationError: activations of another width.
+        """
+        if x.shape[-1] != self.in_features:
+            raise QuantizationError(f"activations {list(x.shape)} do not have {self.in_features} channels")
         rows = x.reshape(-1, self.in_features).to(self.hessian.dtype)
         finite = torch.isfinite(rows).all(dim=1)
         if not bool(finite.all()):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,8 @@ def walk(plan: WalkPlan, windows: Sequence[Tensor], on_progress: Callable[[Progr
         QuantizationError: NaN or Inf where there must be none; names the module.
         CheckpointError: a tensor of the model is missing from the checkpoint.
     """
+    if plan.recipe.method != "rtn" and not windows:
+        raise QuantizationError(f"method {plan.recipe.method} needs calibration windows and got none")
     walker = _DataFree(plan, on_progress) if not windows else _Calibrated(plan, on_progress, windows)
     blocks = blocks_of(plan.model, plan.architecture)
     for index in range(len(blocks)):
@@ -190,13 +193,13 @@ class _Calibrated(_DataFree):
         return results
 
     def _advance(self, block: nn.Module, index: int) -> None:
-        for batch in self.inputs:
+        for i, batch in enumerate(self.inputs):
             hidden = run_block(block, batch)
             if not bool(torch.isfinite(hidden).all()):
                 raise QuantizationError(
                     f"block {index} gave NaN or Inf on the calibration text at {self.plan.dtype}; use --dtype float32"
                 )
-            batch.hidden = hidden
+            self.inputs[i] = batch.after(hidden)
 
     def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         norm = norm_of(self.plan.model, self.plan.architecture)
@@ -273,36 +276,30 @@ def _outer_names(plan: WalkPlan) -> list[str]:
     return [name for name, _ in plan.model.named_parameters() if not name.startswith(tuple(inside))]
 
 
-class _materialized:  # noqa: N801 - used as a with-statement verb
-    """Fill a module's meta parameters from the checkpoint; put them back on meta afterwards."""
-
-    def __init__(self, plan: WalkPlan, module: nn.Module, prefix: str, only: Sequence[str] | None = None) -> None:
-        self.plan, self.module, self.prefix = plan, module, prefix
-        self.names = list(only) if only is not None else [n for n, _ in module.named_parameters()]
-        self._meta: dict[str, nn.Parameter] = {}
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        return self.module.get_submodule(path), leaf
-
-    def __enter__(self) -> None:
-        for name in self.names:
-            owner, leaf = self._owner(name)
-            parameter = getattr(owner, leaf)
-            full = f"{self.prefix}{name}"
-            if full not in self.plan.reader:
-                raise CheckpointError(f"{self.plan.reader.path}: tensor {full} of the model is not in the checkpoint")
-            tensor = self.plan.reader.read(full)
-            if tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{full} is {list(tensor.shape)} in the checkpoint, config.json makes it {list(parameter.shape)}"
-                )
-            self._meta[name] = parameter
-            # A copy even when no cast is needed: quantized weights are written into it, never into the mapped file.
-            value = tensor.to(self.plan.device, self.plan.dtype, copy=True)
+@contextmanager
+def _materialized(plan: WalkPlan, module: nn.Module, prefix: str, only: Sequence[str] | None = None) -> Iterator[None]:
+    """Fill a module's meta parameters from the checkpoint; put them back on meta afterwards, whatever happens."""
+    names = list(only) if only is not None else [n for n, _ in module.named_parameters()]
+    meta: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            parameter = owner.get_parameter(leaf)
+            value = _read_parameter(plan, f"{prefix}{name}", parameter.shape)
+            meta.append((owner, leaf, parameter))
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-
-    def __exit__(self, *exc: object) -> None:
-        for name, parameter in self._meta.items():
-            owner, leaf = self._owner(name)
+        yield
+    finally:
+        for owner, leaf, parameter in meta:
             setattr(owner, leaf, parameter)
+
+
+def _read_parameter(plan: WalkPlan, name: str, shape: torch.Size) -> Tensor:
+    if name not in plan.reader:
+        raise CheckpointError(f"{plan.reader.path}: tensor {name} of the model is not in the checkpoint")
+    tensor = plan.reader.read(name)
+    if tensor.shape != shape:
+        raise CheckpointError(f"{name} is {list(tensor.shape)} in the checkpoint, config.json makes it {list(shape)}")
+    # A copy even when no cast is needed: quantized weights are written into it, never into the mapped file.
+    return tensor.to(plan.device, plan.dtype, copy=True)

@@ -20,6 +20,7 @@ is diagonal there. Zeroing them, as the reference code does, would delete weight
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,7 +42,7 @@ class GPTQOptions:
     """GPTQ's knobs.
 
     Attributes:
-        block_size: columns per block (rounded so that groups never straddle a block).
+        block_size: at most this many columns per block; blocks also end where a group that is fitted late begins.
         damping: fraction of the Hessian's mean diagonal added to it; raised tenfold while Cholesky fails, up to 1.
         act_order: visiting order of the columns, see the module text.
         search: how group parameters are found.
@@ -125,8 +126,8 @@ class _Grid:
     """Group parameters in visiting order: each visited column's group, and parameters filled in as they are known."""
 
     group_of: Tensor  # int64 [in]: group of each visited column
-    scales: Tensor  # [out, groups]
-    zeros: Tensor  # [out, groups], same dtype as scales
+    scales: Tensor  # [groups, out]
+    zeros: Tensor  # [groups, out], same dtype as scales
     fitted_ahead: bool
 
 
@@ -146,17 +147,17 @@ def gptq(
     if options.act_order == "group" and spec.group_size is None:
         raise SpecError(f"{module}: act_order group needs a group size; one group per row has no order (use static)")
     grid = _start_grid(w, factor, spec, options)
-    codes = _visit(w[:, factor.order], grid, factor, spec, options)
+    codes = _visit(w.T[factor.order], grid, factor, spec, options)
     natural = torch.empty_like(codes)
-    natural[:, factor.order] = codes
+    natural[factor.order] = codes
     g_idx = None
     if options.act_order == "group":
         g_idx = torch.empty_like(factor.order)
         g_idx[factor.order] = grid.group_of
     return QuantizedWeight(
-        natural.to(torch.uint8),
-        grid.scales.to(torch.float32),
-        grid.zeros.to(torch.uint8),
+        natural.T.to(torch.uint8).contiguous(),
+        grid.scales.T.to(torch.float32).contiguous(),
+        grid.zeros.T.to(torch.uint8).contiguous(),
         spec,
         None if g_idx is None else g_idx.to(torch.int32),
     )
@@ -169,47 +170,57 @@ def _start_grid(w: Tensor, factor: Factor, spec: QuantSpec, options: GPTQOptions
     if options.act_order == "static":
         importance = factor.importance if options.search.weighted else None
         scales, zeros = fit(w, spec, options.search, importance)
-        return _Grid(factor.order // width, scales, zeros.to(w.dtype), True)
-    empty = torch.empty(out_features, spec.groups(in_features), dtype=w.dtype, device=w.device)
+        return _Grid(factor.order // width, scales.T.contiguous(), zeros.T.to(w.dtype).contiguous(), True)
+    empty = torch.empty(spec.groups(in_features), out_features, dtype=w.dtype, device=w.device)
     return _Grid(visited // width, empty, empty.clone(), False)
 
 
-def _fit_group(w: Tensor, start: int, grid: _Grid, factor: Factor, spec: QuantSpec, options: GPTQOptions) -> None:
-    """Fit the group that begins at visited column ``start`` on the weights as they now stand."""
-    width = spec.width(w.shape[1])
-    columns = slice(start, start + width)
+def _fit_group(w: Tensor, first: int, grid: _Grid, factor: Factor, spec: QuantSpec, options: GPTQOptions) -> None:
+    """Fit the group that begins at visited column ``first`` on the weights ``[in, out]`` as they now stand."""
+    width = spec.width(w.shape[0])
+    columns = slice(first, first + width)
     importance = factor.importance[factor.order[columns]] if options.search.weighted else None
-    scale, zero = fit(w[:, columns], QuantSpec(spec.bits, None, spec.symmetric), options.search, importance)
-    grid.scales[:, start // width] = scale[:, 0]
-    grid.zeros[:, start // width] = zero[:, 0].to(w.dtype)
+    scale, zero = fit(w[columns].T, QuantSpec(spec.bits, None, spec.symmetric), options.search, importance)
+    grid.scales[first // width] = scale[:, 0]
+    grid.zeros[first // width] = zero[:, 0].to(w.dtype)
 
 
-def _block_size(wanted: int, width: int) -> int:
-    """Columns per block: whole groups, so that a group's first column is only reached with all errors applied."""
-    return width * max(1, wanted // width)
+def _blocks(in_features: int, wanted: int, width: int) -> Iterator[tuple[int, int]]:
+    """``(start, stop)`` of blocks of at most ``wanted`` columns: whole groups of ``width``, or pieces of one wider group.
+
+    Either way a group begins with a block, or behind whole groups of it, so that no error is still on its way to any of its
+    columns when it is fitted.
+    """
+    span = width * max(1, wanted // width)
+    for first in range(0, in_features, span):
+        last = min(first + span, in_features)
+        for start in range(first, last, wanted):
+            yield start, min(start + wanted, last)
 
 
 def _visit(w: Tensor, grid: _Grid, factor: Factor, spec: QuantSpec, options: GPTQOptions) -> Tensor:
-    """The blocked GPTQ loop over ``w`` ``[out, in]`` in visiting order (overwritten); returns codes as floats."""
-    in_features = w.shape[1]
+    """The blocked GPTQ loop; returns codes as floats.
+
+    ``w`` (overwritten) and the codes are ``[in, out]`` in visiting order: a column of the weight is one contiguous row here,
+    which measured five times faster than striding over ``[out, in]``.
+    """
+    in_features, out_features = w.shape
     width = spec.width(in_features)
-    block = options.block_size if grid.fitted_ahead else _block_size(options.block_size, width)
     codes = torch.empty_like(w)
     group_of: list[int] = grid.group_of.tolist()
-    for start in range(0, in_features, block):
-        stop = min(start + block, in_features)
-        errors = torch.empty(w.shape[0], stop - start, dtype=w.dtype, device=w.device)
+    for start, stop in _blocks(in_features, options.block_size, 1 if grid.fitted_ahead else width):
+        errors = torch.empty(stop - start, out_features, dtype=w.dtype, device=w.device)
         for column in range(start, stop):
             if not grid.fitted_ahead and column % width == 0:
                 _fit_group(w, column, grid, factor, spec, options)
             group = group_of[column]
-            scale, zero = grid.scales[:, group], grid.zeros[:, group]
-            code = round_to_codes(w[:, column], scale, zero, spec.max_code)
-            error = (w[:, column] - (code - zero) * scale) / factor.upper[column, column]
-            codes[:, column] = code
-            errors[:, column - start] = error
-            w[:, column + 1 : stop].addr_(error, factor.upper[column, column + 1 : stop], alpha=-1)
-        w[:, stop:].addmm_(errors, factor.upper[start:stop, stop:], alpha=-1)
+            scale, zero = grid.scales[group], grid.zeros[group]
+            code = round_to_codes(w[column], scale, zero, spec.max_code)
+            error = (w[column] - (code - zero) * scale) / factor.upper[column, column]
+            codes[column] = code
+            errors[column - start] = error
+            w[column + 1 : stop].addr_(factor.upper[column, column + 1 : stop], error, alpha=-1)
+        w[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
     return codes
 
 

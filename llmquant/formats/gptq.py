@@ -10,7 +10,8 @@ For a module ``X`` with weight ``[out, in]``, ``b`` bits and ``G`` groups per ro
 ``checkpoint_format: gptq`` (v1) stores ``z - 1``, which cannot say ``z = 0``. The tools that try subtract one from the whole
 32-bit word, so a field of 0 borrows from its neighbour, and a reader that adds one field by field gets both wrong.
 Adding to the whole word gives every z back; at 3 bits, where fields cross words, GPTQModel adds by fields modulo 8. We
-read both so, and refuse to *write* a zero of 0 in v1, because other readers would misread it. ``gptq_v2`` has no such hole.
+read both so, and refuse to *write* a zero of 0 in v1, because other readers would misread it. ``gptq_v2`` has no such hole
+and is the better home of asymmetric weights: GPTQModel 7.6 refuses asymmetric v1 files of any maker but itself.
 
 In a symmetric file z is ``2**(b-1)`` by definition and engines do not look at ``qzeros``: we accept either convention's
 bytes there, and nothing else.
