@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmquant.errors import CheckpointError, UsageError
+from llmquant.shards import ShardWriter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -237,8 +237,7 @@ class CheckpointWriter:
         self.overwrite = overwrite
         check_destination(self.path, overwrite)
         self.partial = self.path.with_name(f".{self.path.name}.partial")
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
+        self._shard: ShardWriter | None = None
         self._shard_of: dict[str, int] = {}
         self._shards = 0
         self.total_bytes = 0
@@ -253,42 +252,44 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if kind is not None:
+            if self._shard is not None:
+                self._shard.discard()
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Queue a tensor; writes a shard when the queue is full."""
+        """Write a tensor's bytes; begins another shard when this one is full."""
         if name in self._shard_of:
             raise CheckpointError(f"tensor {name} was written twice")
         nbytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + nbytes > self.max_shard_size:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
+        with self._disk():
+            if self._shard is not None and self._shard.nbytes and self._shard.nbytes + nbytes > self.max_shard_size:
+                self._finish_shard()
+            if self._shard is None:
+                self._shard = ShardWriter(self.partial / f"shard-{self._shards:05d}.safetensors")
+            self._shard.add(name, tensor)
         self._shard_of[name] = self._shards
-        self._pending_bytes += nbytes
         self.total_bytes += nbytes
 
-    def _flush(self) -> None:
-        shard = self.partial / f"shard-{self._shards:05d}.safetensors"
-        with self._disk():
-            save_file(self._pending, shard, metadata={"format": "pt"})
-            fsync_path(shard)
-        self._pending, self._pending_bytes = {}, 0
+    def _finish_shard(self) -> None:
+        assert self._shard is not None
+        self._shard.finish()
+        self._shard = None
         self._shards += 1
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError) as e:
+        except OSError as e:
             raise CheckpointError(f"writing to {self.partial} failed: {e}; free some space and run again") from e
 
     def finish_weights(self) -> None:
         """Write the last shard, give the shards their final names and write the index."""
-        if self._pending:
-            self._flush()
-        if self._shards == 0:
+        if self._shard is None and self._shards == 0:
             raise CheckpointError("nothing was written: the model has no tensors")
         with self._disk():
+            if self._shard is not None:
+                self._finish_shard()
             names = [self._final_name(i) for i in range(self._shards)]
             for i, name in enumerate(names):
                 (self.partial / f"shard-{i:05d}.safetensors").rename(self.partial / name)

@@ -126,7 +126,8 @@ class QuantizedWeight:
         """sha256 over spec, shape, codes, scales, zeros and the effective group of each column."""
         h = hashlib.sha256(f"{self.spec}|{self.shape}".encode())
         for t in (self.codes, self.scales, self.zeros, self.column_groups().to(torch.int32)):
-            h.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            # A copy, because a dimension of size 1 may carry a stride that view() refuses.
+            h.update(t.detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().data)
         return h.hexdigest()
 
     def to(self, device: torch.device | str) -> QuantizedWeight:

@@ -1,0 +1,208 @@
+"""plan: what a run would make and need, from config.json and the safetensors headers alone. No weight is read.
+
+Sizes are not estimated: every distinct (scheme, shape) is packed once by the real format on two thin slices (64 and 128 rows of
+zeros), and since each tensor of every layout grows linearly with the rows, two sizes give all others. The file's own
+header is composed and measured too.
+
+Linears are recognized by name: two-dimensional ``.weight`` tensors inside the decoder blocks, and the head. The run itself
+asks the model; a test holds the two equal for every architecture in the table.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from llmquant.architectures import ARCHITECTURES, Architecture
+from llmquant.checkpoint import CheckpointReader
+from llmquant.detect import quantization_config
+from llmquant.errors import ArchitectureError, UsageError
+from llmquant.formats import FORMATS, Format, Scheme
+from llmquant.hub import resolve
+from llmquant.recipe import Recipe
+from llmquant.selection import Linears, select
+from llmquant.shards import Stored, header
+from llmquant.weight import QuantizedWeight
+
+_ROWS = (64, 128)
+@dataclass(frozen=True, slots=True)
+class PlannedModule:
+    """One quantized linear of the plan."""
+
+    name: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run would make.
+
+    Attributes:
+        modules: quantized linears.
+        skipped: linears left alone → why.
+        tensors: every tensor of the output by name.
+        source_bytes: of the original's tensors.
+        tensor_parallel: numbers of GPUs over which engines could split every quantized linear.
+        suggestions: other group sizes that divide every selected linear.
+    """
+
+    model_type: str
+    format: str
+    modules: tuple[PlannedModule, ...]
+    skipped: Mapping[str, str]
+    tensors: Mapping[str, Stored]
+    source_bytes: int
+    tensor_parallel: tuple[int, ...]
+    suggestions: tuple[int, ...]
+
+    @cached_property
+    def tensor_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @cached_property
+    def bytes_on_disk(self) -> int:
+        """Of a single weight file; each further shard adds some hundred bytes of header."""
+        return self.tensor_bytes + len(header(self.tensors))
+
+    @property
+    def bits_per_weight(self) -> float:
+        weights = sum(math.prod(m.shape) for m in self.modules)
+        return sum(m.nbytes for m in self.modules) * 8 / weights
+
+
+def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
+    """Plan a run.
+
+    Args:
+        model: folder or hub name.
+        recipe: what would be done; needs no calibration source.
+
+    Raises:
+        UsageError: already quantized, or whatever :func:`llmquant.selection.select` refuses.
+        ArchitectureError: a model type outside the table, whose blocks headers alone do not tell.
+    """
+    reader = CheckpointReader(resolve(model))
+    if quantization_config(reader) is not None:
+        raise UsageError(f"{reader.path} is already quantized; plan the original model")
+    if recipe.format not in FORMATS:
+        raise UsageError(f"format {recipe.format!r} does not exist; choose one of {', '.join(FORMATS)}")
+    layout = FORMATS[recipe.format]
+    linears, architecture = linears_by_name(reader)
+    selection = select(linears, architecture, recipe, layout)
+    sizes = _Sizes(layout)
+    tensors: dict[str, Stored] = {}
+    modules = []
+    for name, info in reader.tensors.items():
+        module = name.removesuffix(".weight")
+        if module not in selection.schemes or not name.endswith(".weight"):
+            tensors[name] = Stored(info.dtype, info.shape)
+            continue
+        scheme, shape = selection.schemes[module], linears.shapes[module]
+        stored = sizes.tensors(scheme, shape, info.dtype)
+        tensors.update({f"{module}.{suffix}": t for suffix, t in stored.items()})
+        nbytes = sum(t.nbytes for s, t in stored.items() if s != "weight_shape")
+        modules.append(PlannedModule(module, scheme, shape, nbytes))
+    return Plan(
+        model_type=str(reader.config.get("model_type")),
+        format=layout.name,
+        modules=tuple(modules),
+        skipped=selection.skipped,
+        tensors=tensors,
+        source_bytes=sum(i.nbytes for i in reader.tensors.values()),
+        tensor_parallel=_tensor_parallel(modules, reader.config),
+        suggestions=_group_sizes(modules),
+    )
+
+
+def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
+    """The linears that headers show, and where the blocks are.
+
+    Raises:
+        ArchitectureError: a model type outside the table.
+    """
+    model_type = str(reader.config.get("model_type"))
+    if model_type not in ARCHITECTURES:
+        raise ArchitectureError(
+            f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}), so a plan "
+            "cannot be made from headers alone; llmquant quantize may still find its blocks by running it"
+        )
+    architecture = ARCHITECTURES[model_type]
+    inside = re.compile(rf"{re.escape(architecture.blocks)}\.\d+\..+\.weight")
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, info in reader.tensors.items():
+        if len(info.shape) == 2 and (inside.fullmatch(name) or name == "lm_head.weight"):
+            shapes[name.removesuffix(".weight")] = (info.shape[0], info.shape[1])
+    # Absent from config.json means the class's default, which is untied for every type in the table.
+    tied = bool(reader.config.get("tie_word_embeddings", False))
+    head = "lm_head"
+    if head not in shapes and tied:
+        hidden, vocabulary = reader.config.get("hidden_size"), reader.config.get("vocab_size")
+        if isinstance(hidden, int) and isinstance(vocabulary, int):
+            shapes[head] = (vocabulary, hidden)
+    return Linears(shapes, head if head in shapes else None, tied), architecture
+
+
+class _Sizes:
+    """Shapes of a module's stored tensors, by packing thin slices; each (scheme, width, dtype) is packed once."""
+
+    def __init__(self, layout: Format) -> None:
+        self.layout = layout
+        self._known: dict[tuple[Scheme, int, torch.dtype], list[dict[str, Stored]]] = {}
+
+    def tensors(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Stored]:
+        out_features, in_features = shape
+        key = (scheme, in_features, dtype)
+        if key not in self._known:
+            self._known[key] = [self._packed(scheme, rows, in_features, dtype) for rows in _ROWS]
+        thin, thick = self._known[key]
+        return {s: Stored(thin[s].dtype, _grown(thin[s].shape, thick[s].shape, out_features)) for s in thin}
+
+    def _packed(self, scheme: Scheme, rows: int, in_features: int, dtype: torch.dtype) -> dict[str, Stored]:
+        spec = scheme.spec
+        params = (rows, spec.groups(in_features))
+        weight = QuantizedWeight(
+            torch.full((rows, in_features), spec.middle, dtype=torch.uint8),
+            torch.ones(params),
+            torch.full(params, spec.middle, dtype=torch.uint8),
+            spec,
+            self._order(spec.group_size, in_features) if scheme.g_idx else None,
+        )
+        packed = self.layout.pack(weight, dtype, scheme.activations)
+        return {suffix: Stored(t.dtype, tuple(t.shape)) for suffix, t in packed.items()}
+
+    @staticmethod
+    def _order(group_size: int | None, in_features: int) -> torch.Tensor:
+        assert group_size is not None
+        return (torch.arange(in_features - 1, -1, -1) // group_size).to(torch.int32)
+
+
+def _grown(thin: tuple[int, ...], thick: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """The shape at ``rows`` rows, each axis linear in the rows through the two measured points."""
+    span = _ROWS[1] - _ROWS[0]
+    return tuple(a + math.ceil((b - a) * (rows - _ROWS[0]) / span) for a, b in zip(thin, thick, strict=True))
+
+
+def _tensor_parallel(modules: list[PlannedModule], config: Mapping[str, object]) -> tuple[int, ...]:
+    """Splits that keep heads whole and every shard's columns in whole groups (and whole 32-bit words)."""
+    heads = [v for k in ("num_attention_heads", "num_key_value_heads") if isinstance(v := config.get(k), int)]
+    good = []
+    for parts in (1, 2, 4, 8, 16):
+        columns = all(m.shape[1] % (parts * math.lcm(m.scheme.spec.group_size or 1, 32)) == 0 for m in modules)
+        rows = all(m.shape[0] % parts == 0 for m in modules)
+        if columns and rows and all(h % parts == 0 or parts % h == 0 for h in heads[1:]) and heads[:1] and heads[0] % parts == 0:
+            good.append(parts)
+    return tuple(good)
+
+
+def _group_sizes(modules: list[PlannedModule]) -> tuple[int, ...]:
+    return tuple(g for g in (16, 32, 64, 128, 256) if all(m.shape[1] % g == 0 for m in modules))
+
+
