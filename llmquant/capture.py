@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from llmquant.errors import ArchitectureError
 from llmquant.stats import InputStats
 
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 

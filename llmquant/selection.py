@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from llmquant.architectures import Architecture
 from llmquant.errors import ArchitectureError, FormatError, UsageError
 from llmquant.formats.base import Format, Scheme
 from llmquant.recipe import Recipe, matches
 from llmquant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Role = Literal["reference", "candidate"]
+ErrorMethod = Literal["by window", "block bootstrap"]
 
 
 class _Strict(BaseModel):
@@ -29,12 +30,16 @@ class _Strict(BaseModel):
 
 
 class Metric(_Strict):
-    """One measured number. ``unit``: perplexity, ratio, nats, share (0 … 1) or probability."""
+    """One measured number. ``unit``: perplexity, ratio, nats, bits, share (0 … 1) or probability.
+
+    ``error_method`` says how ``standard_error`` was found; None where there is none.
+    """
 
     protocol: str
-    unit: Literal["perplexity", "ratio", "nats", "share", "probability"]
+    unit: Literal["perplexity", "ratio", "nats", "bits", "share", "probability"]
     value: Finite
     standard_error: Finite | None
+    error_method: ErrorMethod | None = None
     tokens: int
     windows: int
 
@@ -59,23 +64,112 @@ class Cost(_Strict):
     device_peak_bytes: int | None
 
 
+class Bucket(_Strict):
+    """The positions whose confidence or context lies in ``[lower, upper)`` (the last bucket has its upper edge)."""
+
+    lower: Finite
+    upper: Finite
+    tokens: int
+    kl_mean: Finite
+    standard_error: Finite | None
+    top1_agreement: Finite
+
+
+class Breakdown(_Strict):
+    """KL by the reference's confidence (probability of its first choice) or by context (tokens before the position)."""
+
+    protocol: str
+    by: Literal["confidence", "context"]
+    buckets: list[Bucket]
+
+
+class CompactError(_Strict):
+    """What the compact form of a cached reference changed in this model's KL: compact - exact in nats, on a sample."""
+
+    protocol: str
+    form: str
+    positions: int
+    mean: Finite
+    largest: Finite
+
+
+class TaskMetric(_Strict):
+    """One figure of one task over ``items`` documents, as lm-eval aggregates it.
+
+    ``correct`` has a ``1`` or ``0`` per item, in the task's order, where the metric is right or wrong for each.
+    """
+
+    value: Finite
+    standard_error: Finite | None
+    correct: Annotated[str, Field(pattern=r"^[01]+$")] | None
+
+
+class PairedMetric(_Strict):
+    """The same items answered by the reference and this model.
+
+    ``lost`` items the reference had right and this model has wrong, ``gained`` the other way round; ``difference`` is
+    candidate minus reference with its paired standard error; ``p_value`` is McNemar's exact test, two-sided.
+    """
+
+    lost: int
+    gained: int
+    both_right: int
+    both_wrong: int
+    difference: Finite
+    standard_error: Finite | None
+    p_value: Finite
+
+
+class SampleFile(_Strict):
+    """A JSON Lines file with everything lm-eval logged for each item; ``path`` is relative to the report."""
+
+    path: str
+    sha256: Sha256
+
+
+class TaskResult(_Strict):
+    """One lm-eval task. ``items_sha256`` is over the documents' hashes: two results are paired only if it is equal."""
+
+    task: str
+    version: str | None
+    lm_eval: str
+    few_shot: int
+    items: int
+    items_available: int
+    items_sha256: Sha256
+    metrics: dict[str, TaskMetric]
+    paired: dict[str, PairedMetric] = {}
+    samples: SampleFile | None = None
+
+    @property
+    def protocol(self) -> str:
+        return f"task/{self.task}"
+
+
 class ModelResult(_Strict):
-    """One model of the run: who it is, how big, and what it scored."""
+    """One model of the run: who it is, how big, and what it scored.
+
+    What a running server does not tell (weights, sizes) is None. Metrics of the run's first protocol go by their plain
+    name; a later protocol's metric of the same name is ``name@protocol``.
+    """
 
     label: str
     role: Role
     source: str
-    weights_sha256: Sha256
+    weights_sha256: Sha256 | None
     tokenizer_sha256: Sha256
     recipe_sha256: Sha256 | None
     scheme: str
     quantized_linears: int
     linears: int
-    parameters: int
-    bytes_on_disk: int
+    parameters: int | None
+    bytes_on_disk: int | None
     bits_per_weight: Finite | None
     kernels: dict[str, int]
     metrics: dict[str, Metric]
+    breakdowns: list[Breakdown] = []
+    cache_errors: list[CompactError] = []
+    tasks: list[TaskResult] = []
     excluded_tokens: int
     cost: Cost | None
 
@@ -88,8 +182,19 @@ class NoiseFloor(_Strict):
     top1_agreement: Metric
 
 
+class Pass(_Strict):
+    """One protocol of the run and how much of the text it scored; fewer windows than available is a partial run."""
+
+    perplexity: str
+    divergence: str | None
+    tokens: int
+    scored: int
+    windows: int
+    windows_available: int
+
+
 class Text(_Strict):
-    """The evaluation text and how much of it was scored."""
+    """The evaluation text, and how much of it the run's first protocol scored (:class:`Pass` has every protocol)."""
 
     source: str
     sha256: Sha256
@@ -125,7 +230,8 @@ class Report(_Strict):
     created: AwareDatetime
     command: str
     protocols: list[str]
-    text: Text
+    passes: list[Pass] = []
+    text: Text | None
     settings: Settings
     reference: str | None
     noise_floor: NoiseFloor | None

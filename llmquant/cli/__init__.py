@@ -19,6 +19,7 @@ import typer
 
 from llmquant.cli.generate import generate_command
 from llmquant.cli.inspect import inspect_command
+from llmquant.cli.plan import plan_command
 from llmquant.cli.quantize import quantize_command
 from llmquant.cli.recipes import recipes_command
 from llmquant.errors import LlmquantError
@@ -47,6 +48,7 @@ def root(
     """Quantize a Hugging Face LLM, prove what it cost, and serve it."""
 
 
+app.command("plan")(plan_command)
 app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)
 app.command("generate")(generate_command)

@@ -77,7 +77,7 @@ def _show(found: Inspection, verified: bool, modules: bool) -> None:
     if not found.modules:
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("linear", "shape [out, in]", "scheme"):
+    for column in ("linear", "shape (out, in)", "scheme"):
         table.add_column(column, overflow="fold")
     for column in ("count", "bits per weight"):
         table.add_column(column, justify="right")

@@ -1,0 +1,101 @@
+"""InputStats: sums over tokens, bounded against float64, and nothing that is not finite gets in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import dot_bound
+
+from llmquant.errors import QuantizationError
+from llmquant.stats import InputStats
+
+WIDTH = 24
+
+
+def activations(*lead: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*lead, WIDTH, generator=generator) * torch.linspace(0.1, 30, WIDTH)
+    return x.to(dtype)
+
+
+def of(*batches: torch.Tensor, dtype: torch.dtype = torch.float32) -> InputStats:
+    stats = InputStats(WIDTH, dtype=dtype)
+    for batch in batches:
+        stats.add(batch)
+    return stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_hessian_is_the_sum_of_outer_products(dtype):
+    batches = [activations(3, 50, seed=s, dtype=dtype) for s in range(3)]
+    rows = torch.cat([b.reshape(-1, WIDTH) for b in batches]).double()
+    stats = of(*batches)
+    bound = dot_bound(torch.float32, rows.shape[0]) * (rows.abs().T @ rows.abs())
+    assert bool(((stats.hessian.double() - rows.T @ rows).abs() <= bound).all())
+    assert stats.hessian.dtype == torch.float32
+    assert stats.tokens == 450
+
+
+def test_a_hessian_of_integers_is_exact():
+    x = torch.randint(-9, 10, (40, WIDTH), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(of(x).hessian, sum(torch.outer(row, row) for row in x))
+
+
+def test_importance_and_mean_magnitude_are_per_token():
+    x = activations(64).double()
+    stats = of(x, dtype=torch.float64)
+    torch.testing.assert_close(stats.importance, x.square().mean(0))
+    torch.testing.assert_close(stats.mean_abs, x.abs().mean(0))
+
+
+def test_of_no_tokens_everything_is_zero():
+    stats = InputStats(WIDTH)
+    assert stats.tokens == 0
+    for value in (stats.hessian, stats.importance, stats.mean_abs):
+        assert not bool(value.any())
+
+
+def test_merging_equals_one_accumulator():
+    # Small integers, so that every order of summation gives the same float32 number.
+    first, second = (torch.randint(-5, 6, (30, WIDTH), generator=torch.Generator().manual_seed(s)).float() for s in (1, 2))
+    second[3, 4] = torch.inf
+    merged, together = of(first), of(first, second)
+    merged.merge(of(second))
+    for name in ("hessian", "importance", "mean_abs"):
+        assert torch.equal(getattr(merged, name), getattr(together, name)), name
+    assert (merged.tokens, merged.dropped) == (together.tokens, together.dropped) == (59, 1)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
+def test_rows_that_are_not_finite_are_counted_and_left_out(bad):
+    x = activations(4, 10)
+    spoiled = x.clone()
+    spoiled[1, 2, 0] = spoiled[1, 2, 5] = spoiled[3, 9, WIDTH - 1] = bad
+    keep = torch.ones(40, dtype=torch.bool)
+    keep[[12, 39]] = False
+    stats, clean = of(spoiled), of(x.reshape(40, WIDTH)[keep])
+    assert (stats.tokens, stats.dropped) == (38, 2)
+    assert torch.equal(stats.hessian, clean.hessian)
+    assert torch.equal(stats.mean_abs, clean.mean_abs)
+
+
+def test_a_value_beyond_fp16_is_no_trouble_in_float32():
+    x = torch.full((2, WIDTH), 60000.0, dtype=torch.float16)
+    assert bool(torch.isfinite(of(x).hessian).all())
+
+
+def test_all_rows_lost_leaves_zero_tokens():
+    stats = of(torch.full((5, WIDTH), torch.nan))
+    assert (stats.tokens, stats.dropped) == (0, 5)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        pytest.param(lambda: InputStats(WIDTH).merge(InputStats(WIDTH + 1)), id="merge"),
+        pytest.param(lambda: InputStats(WIDTH).add(torch.zeros(WIDTH, 2 * WIDTH)), id="add a multiple of the width"),
+    ],
+)
+def test_another_width_is_refused(act):
+    with pytest.raises(QuantizationError, match=f"{WIDTH}"):
+        act()
