@@ -5,6 +5,9 @@ nats. It sees what perplexity cannot: changes that leave the true token's probab
 cancel in the mean. With it come the share of positions where both name the same most likely token, and the root mean
 square change of the true token's probability (llama.cpp's RMS Δp).
 
+Each position also keeps the reference's *confidence*, the probability of its first choice: most of a mean KL may come
+from where the reference itself was unsure, or may not (:mod:`llmquant_eval.buckets`).
+
 A term with p = 0 is 0. A candidate that gives probability zero to a token that the reference thinks possible has an
 infinite KL there; such positions are counted, reported and left out of the mean and the quantiles.
 Values are not clamped at 0: rounding can leave -1e-8, and hiding that would hide a wrong sign as well.
@@ -13,25 +16,42 @@ Values are not clamped at 0: rounding can leave -1e-8, and hiding that would hid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmquant.errors import QuantizationError
+from llmquant_eval.layout import Layout
 from llmquant_eval.perplexity import position_chunks
-from llmquant_eval.statistics import Estimate, Floats, ratio_of_sums, root
+from llmquant_eval.statistics import Estimate, Floats, root
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenDivergence:
-    """Per position ``[positions]``: KL in nats, agreement of the top token, change of the true token's probability."""
+    """Per position ``[positions]``: KL in nats, agreement of the top token, change of the true token's probability, and
+    the probability that the reference gives its top token."""
 
     kl: Tensor
     same_top: Tensor
     delta_p: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def empty(cls, positions: int, device: torch.device) -> TokenDivergence:
+        """Room for ``positions`` results: float32, but ``same_top`` bool."""
+        kl = torch.empty(positions, dtype=torch.float32, device=device)
+        return cls(kl, torch.empty_like(kl, dtype=torch.bool), torch.empty_like(kl), torch.empty_like(kl))
+
+
+def kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``Σ p (log p - log q)`` over the last dimension of float32 log-probabilities; overwrites ``log_p``."""
+    p = log_p.exp()
+    return log_p.sub_(log_q).masked_fill_(p == 0, 0.0).mul_(p).sum(dim=-1)
 
 
 def token_divergence(reference: Tensor, candidate: Tensor, targets: Tensor) -> TokenDivergence:
@@ -42,27 +62,48 @@ def token_divergence(reference: Tensor, candidate: Tensor, targets: Tensor) -> T
         targets: int64 ``[positions]``, the token that came next.
 
     Returns:
-        float32, bool and float32 tensors ``[positions]``.
+        float32, bool, float32 and float32 tensors ``[positions]``.
     """
-    kl = torch.empty(len(targets), dtype=torch.float32, device=reference.device)
-    same_top = torch.empty(len(targets), dtype=torch.bool, device=reference.device)
-    delta_p = torch.empty_like(kl)
+    found = TokenDivergence.empty(len(targets), reference.device)
     for part in position_chunks(*reference.shape):
         log_p = torch.log_softmax(reference[part], dim=-1, dtype=torch.float32)
         log_q = torch.log_softmax(candidate[part], dim=-1, dtype=torch.float32)
         target = targets[part].unsqueeze(1)
-        delta_p[part] = (log_q.gather(1, target).exp() - log_p.gather(1, target).exp()).squeeze(1)
+        found.delta_p[part] = (log_q.gather(1, target).exp() - log_p.gather(1, target).exp()).squeeze(1)
         # From the logits: the rounding of log-softmax can make two different logits tie.
-        same_top[part] = reference[part].argmax(dim=-1) == candidate[part].argmax(dim=-1)
-        p = log_p.exp()
-        terms = log_p.sub_(log_q).masked_fill_(p == 0, 0.0).mul_(p)
-        kl[part] = terms.sum(dim=-1)
-    return TokenDivergence(kl, same_top, delta_p)
+        found.same_top[part] = reference[part].argmax(dim=-1) == candidate[part].argmax(dim=-1)
+        found.confidence[part] = log_p.amax(dim=-1).exp()
+        found.kl[part] = kl_of_logs(log_p, log_q)
+    return found
+
+
+class ReferenceWindow(Protocol):
+    """The reference at the scored positions of one window, in whatever form it is at hand."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    def divergence(self, candidate: Tensor, targets: Tensor) -> TokenDivergence:
+        """Compare with a candidate's logits ``[positions, vocabulary]``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveWindow:
+    """The reference's own logits ``[positions, vocabulary]``."""
+
+    logits: Tensor
+
+    @property
+    def vocabulary(self) -> int:
+        return self.logits.shape[-1]
+
+    def divergence(self, candidate: Tensor, targets: Tensor) -> TokenDivergence:
+        return token_divergence(self.logits.to(candidate.device), candidate, targets)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Divergence:
-    """Float64 arrays ``[windows, predictions]`` of what :class:`TokenDivergence` holds, and what follows from them.
+    """Float64 arrays ``[tokens]`` of what :class:`TokenDivergence` holds, in their layout, and what follows from them.
 
     Raises:
         QuantizationError: on construction, when no position has a finite divergence.
@@ -71,6 +112,8 @@ class Divergence:
     kl: Floats
     same_top: Floats
     delta_p: Floats
+    confidence: Floats
+    layout: Layout
     label: str
 
     def __post_init__(self) -> None:
@@ -81,7 +124,7 @@ class Divergence:
             )
 
     @property
-    def finite(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    def finite(self) -> NDArray[np.bool_]:
         return np.isfinite(self.kl)
 
     @property
@@ -94,9 +137,13 @@ class Divergence:
         """Positions that count."""
         return int(self.finite.sum())
 
+    def mean_over(self, values: Floats, positions: NDArray[np.bool_]) -> Estimate:
+        """Mean of ``values`` ``[tokens]`` over those of ``positions`` whose KL is finite; at least one of them."""
+        counted = self.finite & positions
+        return self.layout.mean(np.where(counted, values, 0.0), counted.astype(np.float64))
+
     def _mean(self, values: Floats) -> Estimate:
-        finite = self.finite
-        return ratio_of_sums(np.where(finite, values, 0.0).sum(axis=1), finite.sum(axis=1).astype(np.float64))
+        return self.mean_over(values, np.ones_like(self.finite))
 
     @property
     def mean_kl(self) -> Estimate:

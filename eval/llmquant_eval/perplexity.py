@@ -10,7 +10,7 @@ it for breaking.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import QuantizationError
-from llmquant_eval.statistics import Estimate, Floats, perplexity, perplexity_ratio
+from llmquant_eval.layout import Layout
+from llmquant_eval.statistics import Estimate, Floats, exponential
 
 # Elements of one float32 chunk of [positions, vocabulary]: 16 MiB, small enough to stay near the cache.
 CHUNK_ELEMENTS = 1 << 22
@@ -48,45 +49,45 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return nll
 
 
-def check_finite(losses: Floats, label: str, first_window: int = 0) -> None:
-    """Refuse losses ``[windows, predictions]`` that are NaN or infinite; ``first_window`` is the number of row 0.
+def check_finite(losses: Floats, label: str, windows: Sequence[int]) -> None:
+    """Refuse losses (one array a window, end to end) that are NaN or infinite; ``windows`` are the windows' numbers.
 
     Raises:
-        QuantizationError: says how many tokens of how many, and where the first is.
+        QuantizationError: says how many tokens of how many, and the first window they are in.
     """
     bad = ~np.isfinite(losses)
     if bad.any():
-        window, prediction = (int(i) for i in np.argwhere(bad)[0])
+        where = f"window {windows[0]}" if len(windows) == 1 else f"windows {windows[0]} to {windows[-1]}"
         raise QuantizationError(
-            f"{label} gave a NaN or infinite loss at {int(bad.sum())} of {bad.size} tokens "
-            f"(first: window {first_window + window}, prediction {prediction}); "
+            f"{label} gave a NaN or infinite loss at {int(bad.sum())} of {bad.size} tokens of {where}; "
             "try --dtype float32, or look at the checkpoint with llmquant inspect --verify"
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Perplexity:
-    """Losses ``[windows, predictions]`` in nats, float64, and what follows from them.
+    """Losses ``[tokens]`` in nats, float64, in the order of their layout, and what follows from them.
 
     Raises:
-        QuantizationError: on construction, when a loss is NaN or infinite; says how many and where.
+        QuantizationError: on construction, when a loss is NaN or infinite.
     """
 
     losses: Floats
+    layout: Layout
     label: str
 
     def __post_init__(self) -> None:
-        check_finite(self.losses, self.label)
-
-    @property
-    def window_means(self) -> Floats:
-        means: Floats = self.losses.mean(axis=1)
-        return means
+        check_finite(self.losses, self.label, range(self.layout.windows))
 
     @property
     def estimate(self) -> Estimate:
-        return perplexity(self.window_means)
+        """``exp`` of the mean loss per token; with windows of one length that is the mean of the window means."""
+        return exponential(self.layout.mean(self.losses))
 
-    def ratio_to(self, reference: Perplexity) -> Estimate:
-        """This perplexity over the reference's, on the same windows, with the paired standard error."""
-        return perplexity_ratio(self.window_means, reference.window_means)
+    def per(self, weights: Floats) -> Estimate:
+        """Mean loss in nats per unit of ``weights`` ``[tokens]``, the share of a word or a byte that each token is."""
+        return self.layout.mean(self.losses, weights)
+
+    def ratio_to(self, reference: Perplexity, weights: Floats | None = None) -> Estimate:
+        """This perplexity over the reference's on the same tokens, with the paired standard error."""
+        return exponential(self.layout.mean(self.losses - reference.losses, weights))

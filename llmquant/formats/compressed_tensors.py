@@ -14,6 +14,7 @@ no arithmetic. The library of the same name is the oracle in the tests; nothing 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -80,7 +81,7 @@ class CompressedTensors(Plain):
                 f"weight_shape says {shape} with {groups} groups a row, but {_PACKED} is {list(packed.shape)} "
                 f"and weight_scale {list(scales.shape)}"
             )
-        codes = bitpack.unpack(packed, spec.bits, in_features)
+        codes = _unpack(packed, spec.bits, in_features)
         g_idx = tensors.get("weight_g_idx")
         return QuantizedWeight(
             codes,
@@ -98,7 +99,7 @@ class CompressedTensors(Plain):
         packed = tensors["weight_zero_point"]
         if packed.ndim != 2 or packed.shape[1] != groups:
             raise FormatError(f"weight_zero_point is {list(packed.shape)}, not [.., {groups}]")
-        return bitpack.unpack(packed.T.contiguous(), spec.bits, out_features).T.contiguous()
+        return _unpack(packed.T.contiguous(), spec.bits, out_features).T.contiguous()
 
     def shape_of(self, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[int, int]:
         if _PACKED not in shapes or "weight_scale" not in shapes:
@@ -145,6 +146,13 @@ class CompressedTensors(Plain):
                 raise FormatError(f"{module} has packed weights but the config's ignore list names it")
             found[module] = _parse(_group_of(module, groups), module, f"{module}.weight_g_idx" in names)
         return found
+
+
+def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Codes of a row, dense or, where the width says so, in the padded layout of compressed-tensors up to 0.17."""
+    if packed.shape[-1] != bitpack.words(count, bits) and packed.shape[-1] == math.ceil(count / (32 // bits)):
+        return bitpack.unpack_padded(packed, bits, count)
+    return bitpack.unpack(packed, bits, count)
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

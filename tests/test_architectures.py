@@ -1,0 +1,102 @@
+"""Finding decoder blocks: the table fits the real modules, unknown models are searched, and nothing is guessed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import CONFIGS, random_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from llmquant.architectures import ARCHITECTURES, blocks_of, find, norm_of
+from llmquant.errors import ArchitectureError
+
+
+def on_meta(kind: str) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(CONFIGS[kind])
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_row_of_the_table_fits_its_model(kind):
+    model = on_meta(kind)
+    architecture = find(model, kind)
+    assert architecture is ARCHITECTURES[kind]
+    blocks = blocks_of(model, architecture)
+    assert len(blocks) == model.config.num_hidden_layers
+    assert norm_of(model, architecture) is model.model.norm
+    for together in architecture.fused:
+        widths = {blocks[0].get_submodule(name).in_features for name in together}
+        assert len(widths) == 1, f"{together} do not read the same input"
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "norm"),
+    [
+        pytest.param("gpt_neox", "gpt_neox.layers", "gpt_neox.final_layer_norm", id="GPT-NeoX"),
+        pytest.param("opt", "model.decoder.layers", "model.decoder.final_layer_norm", id="OPT"),
+    ],
+)
+def test_a_model_that_is_not_in_the_table_is_searched(kind, blocks, norm):
+    model = on_meta(kind)
+    architecture = find(model, kind)
+    assert (architecture.blocks, architecture.norm, architecture.fused) == (blocks, norm, ())
+    assert len(blocks_of(model, architecture)) == 2
+    assert norm_of(model, architecture) is model.get_submodule(norm)
+
+
+class Block(nn.Module):
+    """A linear, and a list of two more inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+
+class Model(nn.Module):
+    """Whatever lists it is given, and a norm beside them."""
+
+    def __init__(self, norm: bool = True, **lists: nn.ModuleList) -> None:
+        super().__init__()
+        for name, modules in lists.items():
+            self.add_module(name, modules)
+        if norm:
+            self.norm = nn.LayerNorm(4)
+
+
+def of_blocks(count: int) -> nn.ModuleList:
+    return nn.ModuleList(Block() for _ in range(count))
+
+
+def test_lists_inside_blocks_do_not_count():
+    model = Model(layers=of_blocks(2))
+    architecture = find(model, "new")
+    assert architecture.blocks == "layers"
+    assert norm_of(model, architecture) is model.norm
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        pytest.param(lambda: Model(encoder=of_blocks(2), decoder=of_blocks(2)), r"has 2 lists .*encoder, decoder", id="two lists"),
+        pytest.param(lambda: Model(), r"has 0 lists of equal blocks \(none\)", id="no list"),
+        pytest.param(lambda: Model(layers=of_blocks(1)), "has 0 lists", id="a list of one"),
+        pytest.param(lambda: Model(layers=nn.ModuleList([Block(), nn.Linear(4, 4)])), "has 0 lists", id="unequal blocks"),
+        pytest.param(lambda: Model(layers=nn.ModuleList([nn.ReLU(), nn.ReLU()])), "has 0 lists", id="no linears"),
+    ],
+)
+def test_an_unknown_model_without_one_list_is_refused(model, told):
+    with pytest.raises(ArchitectureError, match=f"model type 'new' is not in llmquant's table .*{told}"):
+        find(model(), "new")
+
+
+def test_a_table_row_that_does_not_fit_is_refused():
+    with pytest.raises(ArchitectureError, match=r"GPTNeoXForCausalLM has no block list at model\.layers"):
+        find(random_model("gpt_neox"), "llama")
+
+
+def test_a_head_without_a_known_norm_is_refused():
+    model = Model(norm=False, layers=of_blocks(2))
+    with pytest.raises(ArchitectureError, match="cannot find the norm before the head of Model; --ignore lm_head"):
+        norm_of(model, find(model, "new"))

@@ -1,0 +1,60 @@
+"""Tiny random decoder models of several architectures, made in a moment and saved as real checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 64
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "initializer_range": 0.2, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_LLAMA: dict[str, Any] = {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
+_QWEN3: dict[str, Any] = {**_LLAMA, "head_dim": 8}
+
+# Windows of half the attention: the first block sees everything, the second only the last four positions.
+_MIXED: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_LLAMA),
+    "mistral": MistralConfig(**_LLAMA, sliding_window=4),
+    "qwen2": Qwen2Config(**_LLAMA),
+    "qwen3": Qwen3Config(**_QWEN3),
+    "qwen2 mixed windows": Qwen2Config(**_LLAMA, **_MIXED),
+    "gpt_neox": GPTNeoXConfig(**_SMALL, intermediate_size=48, rotary_pct=0.5),
+    "opt": OPTConfig(**_SMALL, ffn_dim=48, word_embed_proj_dim=32),
+}
+
+
+def random_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A float32 model with random weights, in eval mode; ``changes`` go into its config."""
+    config = type(CONFIGS[kind]).from_dict({**CONFIGS[kind].to_dict(), **changes})
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def save(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """The random model as a folder; ``llmquant`` and transformers read the same weights from it."""
+    random_model(kind, seed, **changes).save_pretrained(folder)
+    return folder
+
+
+def token_windows(count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
+    """Random token ids, ``count`` windows ``[length]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(3, VOCAB, (count, length), generator=generator))
