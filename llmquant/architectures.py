@@ -55,15 +55,17 @@ def find(model: nn.Module, model_type: str) -> Architecture:
         if not isinstance(_get(model, known.blocks), nn.ModuleList):
             raise ArchitectureError(f"{type(model).__name__} has no block list at {known.blocks}; is its config.json right?")
         return known
-    lists = [
-        name
+    lists = {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 1
-        and len({type(m) for m in module}) == 1
-        and any(isinstance(m, nn.Linear) for m in module.modules())
+        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
+    }
+    # A list inside another one (experts, branches) is part of a block, even where the outer list does not qualify.
+    outer = [
+        name
+        for name, blocks in lists.items()
+        if not any(name.startswith(f"{o}.") for o in lists) and len(blocks) > 1 and len({type(m) for m in blocks}) == 1
     ]
-    outer = [n for n in lists if not any(n.startswith(f"{o}.") for o in lists)]
     if len(outer) != 1:
         raise ArchitectureError(
             f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}) and has "

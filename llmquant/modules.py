@@ -35,7 +35,8 @@ def _without_trivial_order(weight: QuantizedWeight) -> QuantizedWeight:
 def int8_per_token(x: Tensor) -> Tensor:
     """Round each token's activations ``[..., in]`` to int8 with the scale ``max|x| / 127``, and back, in ``x``'s dtype.
 
-    The arithmetic is float32, as in the engines' dynamic per-token quantization; a row of zeros stays zero.
+    The arithmetic is float32, as in vLLM's dynamic per-token kernel (transformers divides by 127.5 instead); a row of zeros
+    stays zero.
     """
     rows = x.to(torch.float32)
     scale = rows.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
