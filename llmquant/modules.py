@@ -132,9 +132,10 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bits = 8 * self.packed_bytes() / (self.in_features * self.out_features)
+        inputs = "" if self.activations == "none" else f", activations={self.activations}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.spec}, activations={self.activations}, kernel={self.kernel.name}, {bits:.3f} bits per weight in memory"
+            f"{self.spec}{inputs}, kernel={self.kernel.name}, {bits:.3f} bits per weight in memory"
         )
 
 

@@ -156,7 +156,7 @@ def test_int8_activations_are_rounded_as_an_int8_engine_does() -> None:
 
 
 def test_a_w8a8_linear_multiplies_rounded_inputs() -> None:
-    weight = random_weight(QuantSpec(8, None, True), 32, 64)
+    weight = random_weight(32, 64, QuantSpec(8, None, True))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     plain = PackedLinear(weight, dtype=torch.float32)
     served = PackedLinear(weight, dtype=torch.float32, activations="int8-dynamic")
