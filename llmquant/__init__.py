@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmquant.calibration import Calibration, calibrate
+    from llmquant.conversion import ConvertOptions, ConvertResult, convert
     from llmquant.hub import resolve
     from llmquant.inspection import Inspection, inspect
+    from llmquant.integration import register_with_transformers, unregister_from_transformers
     from llmquant.loading import load
     from llmquant.manifest import verify
     from llmquant.modules import describe
@@ -25,10 +27,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "calibration",
     "calibrate": "calibration",
+    "ConvertOptions": "conversion",
+    "ConvertResult": "conversion",
+    "convert": "conversion",
     "resolve": "hub",
     "Inspection": "inspection",
     "inspect": "inspection",
     "describe": "modules",
+    "register_with_transformers": "integration",
+    "unregister_from_transformers": "integration",
     "load": "loading",
     "verify": "manifest",
     "QuantizeOptions": "pipeline",
@@ -44,6 +51,8 @@ _HOMES = {
 
 __all__ = [
     "Calibration",
+    "ConvertOptions",
+    "ConvertResult",
     "Documents",
     "Inspection",
     "QuantSpec",
@@ -52,13 +61,16 @@ __all__ = [
     "QuantizedWeight",
     "Recipe",
     "calibrate",
+    "convert",
     "describe",
     "inspect",
     "load",
     "load_recipe",
     "quantize",
     "read_documents",
+    "register_with_transformers",
     "resolve",
+    "unregister_from_transformers",
     "verify",
 ]
 

@@ -1,7 +1,8 @@
 """The model card of a quantized folder: what it is, what it came from, how to load it, and room for measured figures.
 
 The block between the two markers is where ``llmquant eval --card`` writes its table; until then it says that nothing was
-measured. Every other number comes from the manifest.
+measured. Every other number comes from the manifest. A converted folder holds the same numbers, so it keeps the table
+that was measured before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from llmquant.manifest import Manifest
 
 MEASURED_START = "<!-- llmquant:measured:start -->"
 MEASURED_END = "<!-- llmquant:measured:end -->"
+_NOTHING = "Nothing was measured yet. Run `llmquant eval THIS_FOLDER --reference BASE_MODEL --text SOURCE --card`."
+_BEFORE = "Measured before the conversion"
 # Front matter that stays true of a quantized copy.
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
@@ -34,52 +37,98 @@ def front_matter(readme: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def model_card(manifest: Manifest, recipe_yaml: str, scheme: str, inherited: Mapping[str, Any]) -> str:
-    """README.md of the quantized model."""
-    head = {k: inherited[k] for k in _INHERITED if k in inherited}
-    head |= {
-        "base_model": manifest.base_model,
-        "base_model_relation": "quantized",
-        "library_name": "transformers",
-        "tags": ["llmquant", "compressed-tensors", "int4" if " W4" in f" {scheme}" else "quantized"],
-    }
-    worst = max(manifest.modules, key=lambda n: manifest.modules[n].output_error or manifest.modules[n].weight_error)
-    error = manifest.modules[worst].output_error
-    kind = "output" if error is not None else "weight"
-    value = error if error is not None else manifest.modules[worst].weight_error
-    skipped = "\n".join(f"- `{n}`: {reason}" for n, reason in manifest.skipped.items()) or "- none"
-    name = manifest.base_model.rstrip("/").rpartition("/")[2]
-    return f"""---
-{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---
+def measured(readme: Path) -> str | None:
+    """What stands between the markers of a card, unless it says that nothing was measured."""
+    if not readme.is_file():
+        return None
+    _, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition(MEASURED_START)
+    found, end, _ = rest.partition(MEASURED_END)
+    return found.strip() if end and found.strip() not in ("", _NOTHING) else None
 
+
+def model_card(manifest: Manifest, recipe_yaml: str, scheme: str, layout: str, inherited: Mapping[str, Any]) -> str:
+    """README.md of a model that was quantized here, in the byte layout ``layout``."""
+    errors = {n: m.output_error or m.weight_error or 0.0 for n, m in manifest.modules.items()}
+    worst = max(errors, key=errors.__getitem__)
+    kind = "weight" if manifest.modules[worst].output_error is None else "output"
+    name = (manifest.base_model or "model").rstrip("/").rpartition("/")[2]
+    return f"""{_head(manifest, scheme, layout, inherited)}
 # {name}, {scheme}
 
 Quantized from `{manifest.base_model}` with llmquant {manifest.versions["llmquant"]}:
 {len(manifest.modules)} linear layers, {manifest.bits_per_weight:.3f} bits per quantized weight, the rest as in the original.
-The largest relative {kind} error of a layer is {value:.3g} (`{worst}`). `manifest.json` has them all, with the hashes of what
-went in and came out; `llmquant inspect --verify` checks them.
-
-## Measured
-
-{MEASURED_START}
-Nothing was measured yet. Run `llmquant eval THIS_FOLDER --reference BASE_MODEL --text SOURCE --card`.
-{MEASURED_END}
-
-## Use
-
-```python
-import llmquant
-model = llmquant.load("THIS_FOLDER")   # linears stay packed in memory
-```
-
-The files are compressed-tensors `pack-quantized`: vLLM and transformers read them too.
-
+The largest relative {kind} error of a layer is {errors[worst]:.3g} (`{worst}`). `manifest.json` has them all, with the
+hashes of what went in and came out; `llmquant inspect --verify` checks them.
+{_measured_and_use(_NOTHING, layout)}
 ## Left unquantized
 
-{skipped}
+{_skipped(manifest)}
 
 ## Recipe
 
 ```yaml
 {recipe_yaml}```
 """
+
+
+def converted_card(
+    manifest: Manifest, scheme: str, name: str, recipe_yaml: str | None, before: str | None, inherited: Mapping[str, Any]
+) -> str:
+    """README.md of a folder that was converted from another layout.
+
+    Args:
+        name: for the title.
+        before: the table that was measured on the folder it was converted from.
+    """
+    step = manifest.conversions[-1]
+    table = before or _NOTHING
+    if before and not before.startswith(_BEFORE):
+        table = f"{_BEFORE} as `{step.source_format}`; the weights' numbers are the same.\n\n{before}"
+    recipe = f"\n## Recipe\n\n```yaml\n{recipe_yaml}```\n" if recipe_yaml else ""
+    return f"""{_head(manifest, scheme, step.format, inherited)}
+# {name}, {scheme}, {step.format}
+
+Converted from `{step.source_format}` to `{step.format}` with llmquant {step.versions["llmquant"]}. The linear layers were
+read back and their dequantized weights compared with the source's: all are equal. Every other tensor was carried over byte for
+byte. `manifest.json` has the hashes of what went in and came out; `llmquant inspect --verify` checks them.
+{_measured_and_use(table, step.format)}
+## Left unquantized
+
+{_skipped(manifest)}
+{recipe}"""
+
+
+def _head(manifest: Manifest, scheme: str, layout: str, inherited: Mapping[str, Any]) -> str:
+    head = {k: inherited[k] for k in _INHERITED if k in inherited}
+    if manifest.base_model:
+        head |= {"base_model": manifest.base_model, "base_model_relation": "quantized"}
+    width = "int4" if " W4" in f" {scheme}" else "quantized"
+    head |= {"library_name": "transformers", "tags": ["llmquant", layout, width]}
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _measured_and_use(table: str, layout: str) -> str:
+    comment, files = ("", "The files are an ordinary unquantized checkpoint that holds the quantized numbers.")
+    if layout != "dense":
+        comment = "   # linears stay packed in memory"
+        files = f"The files' layout is `{layout}`; llmquant's docs/formats.md says which engines read it."
+    return f"""
+## Measured
+
+{MEASURED_START}
+{table}
+{MEASURED_END}
+
+## Use
+
+```python
+import llmquant
+model = llmquant.load("THIS_FOLDER"){comment}
+```
+
+{files}
+"""
+
+
+def _skipped(manifest: Manifest) -> str:
+    return "\n".join(f"- `{n}`: {reason}" for n, reason in manifest.skipped.items()) or "- none"

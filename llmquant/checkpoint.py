@@ -258,17 +258,29 @@ class CheckpointWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor's bytes; begins another shard when this one is full."""
-        if name in self._shard_of:
-            raise CheckpointError(f"tensor {name} was written twice")
-        nbytes = tensor.numel() * tensor.element_size()
+        self.add_together({name: tensor})
+
+    def add_together(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors that stay in one shard, such as those of one packed module."""
+        twice = [n for n in tensors if n in self._shard_of]
+        if twice:
+            raise CheckpointError(f"tensor {twice[0]} was written twice")
+        nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
         with self._disk():
             if self._shard is not None and self._shard.nbytes and self._shard.nbytes + nbytes > self.max_shard_size:
                 self._finish_shard()
-            if self._shard is None:
-                self._shard = ShardWriter(self.partial / f"shard-{self._shards:05d}.safetensors")
-            self._shard.add(name, tensor)
-        self._shard_of[name] = self._shards
+            for name, tensor in tensors.items():
+                if self._shard is None:
+                    self._shard = ShardWriter(self.partial / f"shard-{self._shards:05d}.safetensors")
+                self._shard.add(name, tensor)
+                self._shard_of[name] = self._shards
         self.total_bytes += nbytes
+
+    def next_shard(self) -> None:
+        """End the current shard here, full or not; does nothing when it is empty."""
+        with self._disk():
+            if self._shard is not None:
+                self._finish_shard()
 
     def _finish_shard(self) -> None:
         assert self._shard is not None

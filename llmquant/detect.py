@@ -18,6 +18,7 @@ from llmquant.formats import Format, Scheme
 from llmquant.formats.zero_points import check_zero_convention, doubtful, refuse_shifted
 from llmquant.weight import QuantizedWeight
 
+_KEYS = ("quantization_config", "compression_config")
 _SIDE_FILES = ("quantize_config.json", "quant_config.json")
 _SAMPLE = 4  # modules whose zero-points are judged
 
@@ -31,7 +32,7 @@ def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
     """
     text = reader.config.get("text_config")
     for place in (reader.config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in _KEYS:
             found = place.get(key)
             if found:
                 if not isinstance(found, dict):
@@ -43,6 +44,14 @@ def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
                 found = read_json(reader.path / name)
                 return {**found, "quant_method": found.get("quant_method") or _method(found)}
     return None
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as that of an unquantized model, in the same order."""
+    plain = {k: v for k, v in config.items() if k not in _KEYS}
+    if isinstance(plain.get("text_config"), dict):
+        plain["text_config"] = {k: v for k, v in plain["text_config"].items() if k not in _KEYS}
+    return plain
 
 
 def _method(config: Mapping[str, Any]) -> str:

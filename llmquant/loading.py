@@ -38,7 +38,9 @@ from llmquant.formats.base import Format, Scheme
 from llmquant.hub import resolve
 from llmquant.kernels import AUTO
 from llmquant.modules import PackedLinear
+from llmquant.saving import refuse_saving
 from llmquant.skeleton import empty_model, read_config
+from llmquant.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
@@ -117,11 +119,12 @@ def _load_packed(
     model = _skeleton(reader, dtype)
     if "lm_head" in schemes:
         model.config.tie_word_embeddings = False  # a packed head has no weight to share
-    packed = _packed_names(reader.tensors, schemes, layout)
+    packed = packed_names(reader.tensors, schemes, layout)
     for name, scheme in schemes.items():
         _replace(model, name, reader, packed[name], scheme, layout, dtype, device, kernel)
     used = {tensor for names in packed.values() for tensor in names.values()}
     _assign(model, reader, [n for n in reader.tensors if n not in used], set(schemes), dtype, device)
+    refuse_saving(model, reader.path)
     return model
 
 
@@ -136,7 +139,7 @@ def _skeleton(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _packed_names(names: Iterable[str], schemes: Mapping[str, Scheme], layout: Format) -> dict[str, dict[str, str]]:
+def packed_names(names: Iterable[str], schemes: Mapping[str, Scheme], layout: Format) -> dict[str, dict[str, str]]:
     """Quantized module → {name relative to it: full tensor name}."""
     suffixes = layout.tensor_suffixes()
     found: dict[str, dict[str, str]] = defaultdict(dict)
@@ -159,21 +162,11 @@ def _replace(
     kernel: str,
 ) -> None:
     """Put a PackedLinear where the model has the linear ``name``."""
-    try:
-        linear = model.get_submodule(name)
-    except AttributeError as e:
-        raise CheckpointError(
-            f"{reader.path} has packed weights for {name}, which {type(model).__name__} has not"
-        ) from e
-    if type(linear) is not nn.Linear:
-        raise ArchitectureError(f"{name} is packed but is a {type(linear).__name__}, not a plain Linear")
-    try:
-        weight = layout.unpack({suffix: reader.read(full) for suffix, full in tensors.items()}, scheme)
-    except (FormatError, QuantizationError) as e:
-        raise FormatError(f"{reader.path}: {name}: {e}") from e
-    if weight.shape != (linear.out_features, linear.in_features):
-        wanted = [linear.out_features, linear.in_features]
-        raise CheckpointError(f"{reader.path}: {name} is {list(weight.shape)}, the config wants {wanted}")
+    linear = linear_at(model, name, reader.path)
+    weight = unpacked(
+        layout, {s: reader.read(full) for s, full in tensors.items()}, scheme, (linear.out_features, linear.in_features),
+        f"{reader.path}: {name}",
+    )  # fmt: skip
     bias = None
     if linear.bias is not None:
         bias = _checked(reader, f"{name}.bias", linear.bias)
@@ -181,8 +174,46 @@ def _replace(
         replacement = PackedLinear(weight, bias, dtype=dtype, device=device, kernel=kernel, activations=scheme.activations)
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from e
+    put_module(model, name, replacement)
+
+
+def linear_at(model: nn.Module, name: str, path: Path) -> nn.Linear:
+    """The linear that a folder has packed weights for.
+
+    Raises:
+        CheckpointError: the model has no such module.
+        ArchitectureError: it is something other than a plain Linear.
+    """
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError as e:
+        raise CheckpointError(f"{path} has packed weights for {name}, which {type(model).__name__} has not") from e
+    if type(linear) is not nn.Linear:
+        raise ArchitectureError(f"{name} is packed but is a {type(linear).__name__}, not a plain Linear")
+    return linear
+
+
+def unpacked(
+    layout: Format, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], where: str
+) -> QuantizedWeight:
+    """A module's stored tensors as a weight of the shape ``(out, in)`` that the config wants; ``where`` begins the messages.
+
+    Raises:
+        FormatError, CheckpointError: they are not.
+    """
+    try:
+        weight = layout.unpack(tensors, scheme)
+    except (FormatError, QuantizationError) as e:
+        raise FormatError(f"{where}: {e}") from e
+    if weight.shape != shape:
+        raise CheckpointError(f"{where} is {list(weight.shape)}, the config wants {list(shape)}")
+    return weight
+
+
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace a submodule by its full name."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, replacement)
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _checked(reader: CheckpointReader, name: str, like: Tensor) -> Tensor:

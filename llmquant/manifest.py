@@ -3,6 +3,9 @@
 It holds hashes of what went in (model, recipe, calibration ids) and of every file that came out, versions, seed and, per module,
 its grid, error, damping and the digest of its numbers. It holds no time and no path, so the same run gives the same bytes.
 README.md is not hashed: measured tables are added to it later.
+
+A conversion carries the record over and adds to ``conversions`` which folder it read; of a folder that came without a record
+(another tool's) it can only say what it saw, and what it cannot know is null.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from llmquant.checkpoint import CheckpointReader, read_json, sha256_file
 from llmquant.detect import quantization_config
@@ -32,28 +36,37 @@ class _Strict(BaseModel):
 
 
 class ModuleEntry(_Strict):
-    """One quantized linear; see :class:`llmquant.walk.ModuleReport`."""
+    """One quantized linear; see :class:`llmquant.walk.ModuleReport`. Another tool's leaves no errors and no counts."""
 
     spec: str
     shape: tuple[int, int]
     digest: str
-    weight_error: float
-    output_error: float | None
-    damping: float | None
-    dead: int
-    tokens: int
-    dropped: int
+    weight_error: float | None = None
+    output_error: float | None = None
+    damping: float | None = None
+    dead: int = 0
+    tokens: int = 0
+    dropped: int = 0
+
+
+class Conversion(_Strict):
+    """One step from layout to layout: what was read, and by which versions."""
+
+    source_format: str
+    format: str
+    source_weights_sha256: str
+    versions: dict[str, str]
 
 
 class Manifest(_Strict):
     """The whole record."""
 
     schema_version: Literal[1] = 1
-    base_model: str
-    base_weights_sha256: str
-    recipe_sha256: str
+    base_model: str | None
+    base_weights_sha256: str | None
+    recipe_sha256: str | None
     calibration: dict[str, Any] | None
-    seed: int
+    seed: int | None
     device: str
     dtype: str
     threads: int
@@ -61,6 +74,7 @@ class Manifest(_Strict):
     bits_per_weight: float
     modules: dict[str, ModuleEntry]
     skipped: dict[str, str]
+    conversions: tuple[Conversion, ...] = ()
     files: dict[str, str]
 
     def to_json(self) -> str:
@@ -71,6 +85,17 @@ def versions() -> dict[str, str]:
     """Versions that can change a result's bytes."""
     packages = ("llmquant", "torch", "transformers", "tokenizers", "safetensors", "datasets")
     return {"python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file that the manifest answers for, by name."""
+    found = (p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in UNHASHED)
+    return {p.name: sha256_file(p) for p in found}
+
+
+def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a module's stored tensors, less the two numbers that only repeat its shape."""
+    return sum(t.numel() * t.element_size() for name, t in tensors.items() if name != "weight_shape")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -137,5 +162,6 @@ def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Man
     extra = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in manifest.files)
     if extra:
         raise ProofError(f"{folder} holds weight files that are not in the manifest: {', '.join(extra)}")
-    prove_modules(CheckpointReader(folder), {n: m.digest for n, m in manifest.modules.items()})
+    if manifest.modules:  # a dense copy has none, and its numbers are those of its files
+        prove_modules(CheckpointReader(folder), {n: m.digest for n, m in manifest.modules.items()})
     return manifest

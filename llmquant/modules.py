@@ -21,15 +21,7 @@ from llmquant.errors import UsageError
 from llmquant.formats.base import Activations
 from llmquant.kernels import AUTO, choose
 from llmquant.spec import QuantSpec
-from llmquant.weight import QuantizedWeight
-
-
-def _without_trivial_order(weight: QuantizedWeight) -> QuantizedWeight:
-    """Drop a ``g_idx`` that says what its absence says."""
-    if weight.g_idx is None:
-        return weight
-    plain = QuantizedWeight(weight.codes, weight.scales, weight.zeros, weight.spec)
-    return plain if torch.equal(plain.column_groups(), weight.column_groups()) else weight
+from llmquant.weight import QuantizedWeight, without_trivial_order
 
 
 def int8_per_token(x: Tensor) -> Tensor:
@@ -72,7 +64,7 @@ class PackedLinear(nn.Module):
         activations: Activations = "none",
     ) -> None:
         super().__init__()
-        weight = _without_trivial_order(weight.to(device))
+        weight = without_trivial_order(weight.to(device))
         self.spec: QuantSpec = weight.spec
         self.shape = weight.shape
         self.out_features, self.in_features = weight.shape

@@ -25,7 +25,7 @@ from llmquant.devices import parse_device, parse_dtype
 from llmquant.errors import CheckpointError, ProofError, QuantizationError, SourceError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
-from llmquant.manifest import MANIFEST, UNHASHED, Manifest, ModuleEntry, prove_modules, versions
+from llmquant.manifest import MANIFEST, Manifest, ModuleEntry, file_hashes, packed_bytes, prove_modules, versions
 from llmquant.recipe import Recipe
 from llmquant.selection import Selection, linears_of, select
 from llmquant.skeleton import empty_model
@@ -249,10 +249,9 @@ def _write_block(
     for name, (weight, report) in block.weights.items():
         stored = reader.info(f"{name}.weight").dtype
         activations = selection.schemes[name].activations
-        for suffix, tensor in layout.pack(weight, stored, activations).items():
-            writer.add(f"{name}.{suffix}", tensor)
-            if suffix != "weight_shape":
-                outcome.packed_bytes += tensor.numel() * tensor.element_size()
+        packed = layout.pack(weight, stored, activations)
+        writer.add_together({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
+        outcome.packed_bytes += packed_bytes(packed)
         outcome.modules[name] = report
         outcome.shapes[name] = weight.shape
         outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
@@ -295,7 +294,8 @@ def _finish(
     """Everything beside the weights: config, tokenizer, recipe, manifest, model card."""
     writer.copy_side_files(reader.path)
     config = {k: v for k, v in reader.config.items() if k != "quantization_config"}
-    config["quantization_config"] = layout.config(outcome.schemes, selection.skipped)
+    # Sorted, so that the order in which a config is written says nothing of the run: a conversion there and back is equal.
+    config["quantization_config"] = layout.config(dict(sorted(outcome.schemes.items())), selection.skipped)
     writer.write_json("config.json", config)
     for name, text in layout.side_files(config["quantization_config"]).items():
         writer.write_text(name, text)
@@ -314,17 +314,13 @@ def _finish(
         bits_per_weight=outcome.packed_bytes * 8 / weights,
         modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
         skipped=dict(selection.skipped),
-        files={p.name: sha256_file(p) for p in _hashed(writer.partial)},
+        files=file_hashes(writer.partial),
     )
     writer.write_text(MANIFEST, manifest.to_json())
     scheme = ", ".join(sorted({str(s.spec) for s in outcome.schemes.values()}))
-    card = model_card(manifest, recipe.to_yaml(), scheme, front_matter(reader.path / "README.md"))
+    card = model_card(manifest, recipe.to_yaml(), scheme, layout.name, front_matter(reader.path / "README.md"))
     writer.write_text("README.md", card)
     return manifest
-
-
-def _hashed(folder: Path) -> Iterator[Path]:
-    yield from (p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in UNHASHED)
 
 
 def _base_name(model: str) -> str:

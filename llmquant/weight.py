@@ -135,3 +135,11 @@ class QuantizedWeight:
         return QuantizedWeight(
             self.codes.to(device), self.scales.to(device), self.zeros.to(device), self.spec, g_idx
         )
+
+
+def without_trivial_order(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same weight without a ``g_idx`` that says what its absence says."""
+    if weight.g_idx is None:
+        return weight
+    plain = QuantizedWeight(weight.codes, weight.scales, weight.zeros, weight.spec)
+    return plain if torch.equal(plain.column_groups(), weight.column_groups()) else weight

@@ -79,7 +79,7 @@ def test_lists_inside_blocks_do_not_count():
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        pytest.param(lambda: Model(encoder=of_blocks(2), decoder=of_blocks(2)), r"has 2 lists .*encoder, decoder", id="two lists"),
+        pytest.param(lambda: Model(encoder=of_blocks(2), decoder=of_blocks(2)), "has 2 lists .*encoder, decoder", id="two"),
         pytest.param(lambda: Model(), r"has 0 lists of equal blocks \(none\)", id="no list"),
         pytest.param(lambda: Model(layers=of_blocks(1)), "has 0 lists", id="a list of one"),
         pytest.param(lambda: Model(layers=nn.ModuleList([Block(), nn.Linear(4, 4)])), "has 0 lists", id="unequal blocks"),

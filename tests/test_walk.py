@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_capture import STAGES
-from tiny_models import save, token_windows
+from tiny_models import STAGES, save, token_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -99,7 +98,7 @@ def steps_of(plan: WalkPlan, stages: list[tuple[str, ...]], together: bool) -> l
     found: list[list[str]] = []
     for block in range(2):
         each = [[f"{plan.architecture.blocks}.{block}.{name}" for name in stage] for stage in stages]
-        found.extend([sum(each, [])] if together else each)
+        found.extend([[name for stage in each for name in stage]] if together else each)
     return found
 
 
@@ -248,16 +247,20 @@ def changed_copy(folder: Path, target: Path, change: Callable[[dict[str, Tensor]
     return target
 
 
-def test_dead_channels_and_raised_damping_are_reported(llama, tmp_path):
+def test_dead_channels_are_reported(llama, tmp_path):
     def silence(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"][3:7] = 0
 
     folder = changed_copy(llama, tmp_path / "silent", silence)
-    found = reports(plan_of(folder, recipe_of(**{"gptq.damping": 1e-10})), WINDOWS)
-    assert found["model.layers.0.mlp.down_proj"].dead == 4
-    assert sum(report.dead for report in found.values()) == 4
-    # 48 channels, two of 4 heads' values among 78 tokens: float32 cannot factorize some Hessian at 1e-10.
-    assert all(report.damping is not None and report.damping >= 1e-10 for report in found.values())
+    found = reports(plan_of(folder, recipe_of()), WINDOWS)
+    assert {name: report.dead for name, report in found.items() if report.dead} == {"model.layers.0.mlp.down_proj": 4}
+
+
+def test_damping_that_had_to_rise_is_reported(llama):
+    # Twelve tokens leave the Hessians singular, and float32 cannot factorize them at a damping far below its roundoff.
+    found = reports(plan_of(llama, recipe_of(**{"gptq.damping": 1e-12})), WINDOWS[:1])
+    assert all(report.tokens == 12 for report in found.values())
+    assert all(report.damping is not None and 1e-9 < report.damping < 1e-3 for report in found.values())
 
 
 def poison(name: str, row: int | None = None) -> Callable[[dict[str, Tensor]], None]:

@@ -39,6 +39,26 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "opt": OPTConfig(**_SMALL, ffn_dim=48, word_embed_proj_dim=32),
 }
 
+_GATED = [
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+]
+# Linears of a block that read the same tensor, in the order in which they are called.
+STAGES = {
+    "llama": _GATED,
+    "mistral": _GATED,
+    "qwen2": _GATED,
+    "qwen3": _GATED,
+    "gpt_neox": [
+        ("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)
+    ],
+    "opt": [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",)
+    ],
+}  # fmt: skip
+
 
 def random_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A float32 model with random weights, in eval mode; ``changes`` go into its config."""

@@ -16,7 +16,7 @@ ROUNDOFF = {
     torch.float64: 2.0**-53,
 }
 
-# Two derivations of the same float64 numbers (explicit elimination and Cholesky) on well-conditioned problems of a few dozen columns.
+# Two derivations of the same float64 numbers (explicit elimination, Cholesky) on well-conditioned problems of some dozen columns.
 TWIN_ATOL = 1e-9
 
 

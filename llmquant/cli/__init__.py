@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from llmquant.cli.convert import convert_command
 from llmquant.cli.generate import generate_command
 from llmquant.cli.inspect import inspect_command
 from llmquant.cli.plan import plan_command
@@ -50,6 +51,7 @@ def root(
 
 app.command("plan")(plan_command)
 app.command("quantize")(quantize_command)
+app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("generate")(generate_command)
 app.command("recipes")(recipes_command)

@@ -65,6 +65,8 @@ class CompressedFamily(Plain):
         if others:
             readable = ", ".join(_READABLE)
             raise FormatError(f"compressed-tensors format {others[0]!r} is not one llmquant reads; it reads {readable}")
+        if config.get("transform_config"):
+            raise FormatError("the config's transform_config rotates activations as the model runs, which llmquant does not do")
         found = self.packed.schemes(config, tensor_names)
         if "int-quantized" in told:
             found |= self.int8.schemes(config, tensor_names)

@@ -1,0 +1,183 @@
+"""Imports point down, read from the syntax trees; importing does nothing; asking for help does not cost torch."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llmquant
+
+ROOT = Path(__file__).parent.parent
+
+# Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
+LAYERS = (
+    ("errors",),
+    ("spec", "shards", "devices", "hub", "local_text", "hub_text"),
+    ("weight", "bitpack", "stats"),
+    ("algorithms", "formats", "kernels"),
+    ("checkpoint", "capture", "architectures", "modules", "saving"),
+    ("recipe", "skeleton", "detect", "sources", "gguf_metadata"),
+    ("tokens", "gguf_file", "manifest", "selection"),
+    ("calibration", "walk", "loading", "inspection", "card", "conversion_source"),
+    ("plan", "conversion", "integration"),
+    ("pipeline",),
+    ("cli",),
+)
+LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+# What the packages above may import beside the names of ``llmquant`` itself: the exceptions, which cost no torch.
+PUBLIC_MODULES = {"llmquant.errors"}
+PACKAGES = {
+    "llmquant": ROOT / "llmquant",
+    "llmquant_eval": ROOT / "eval" / "llmquant_eval",
+    "llmquant_serve": ROOT / "serve" / "llmquant_serve",
+}
+
+
+def module_name(package: str, path: Path) -> str:
+    parts = path.relative_to(PACKAGES[package]).with_suffix("").parts
+    return ".".join([package, *(p for p in parts if p != "__init__")])
+
+
+def sources(package: str) -> dict[str, Path]:
+    return {module_name(package, path): path for path in sorted(PACKAGES[package].rglob("*.py"))}
+
+
+MODULES = {package: sources(package) for package in PACKAGES}
+
+
+def imports(path: Path, own: str) -> Iterator[str]:
+    """Every module that a file imports anywhere, functions and type checking included; relative ones made absolute.
+
+    ``from package import name`` counts as the module ``package.name`` where there is one, else as ``package``.
+    """
+    known = {name for modules in MODULES.values() for name in modules}
+    package = own if path.name == "__init__.py" else own.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base]).rstrip(".")
+            yield from (f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names)
+
+
+def part(module: str) -> str:
+    """``llmquant.formats.gptq`` is part of ``formats``."""
+    return module.split(".")[1]
+
+
+LIBRARY = {name: path for name, path in MODULES["llmquant"].items() if name != "llmquant"}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_library_imports_only_downwards(name):
+    assert part(name) in LAYER, f"llmquant/{part(name)} is new: give it a layer in this file"
+    for imported in imports(LIBRARY[name], name):
+        top = imported.split(".")[0]
+        assert top not in ("llmquant_eval", "llmquant_serve"), f"{name} imports {imported}, which stands above the library"
+        if top != "llmquant":
+            continue
+        assert imported != "llmquant", f"{name} imports the public face of its own package; import the module"
+        allowed = part(imported) == part(name) or LAYER[part(imported)] < LAYER[part(name)]
+        assert allowed, f"{name} (layer {LAYER[part(name)]}) imports {imported} (layer {LAYER[part(imported)]})"
+
+
+def test_the_layers_name_no_module_that_is_gone():
+    assert LAYER.keys() <= {part(name) for name in LIBRARY}
+
+
+UPPER = {name: path for package in ("llmquant_eval", "llmquant_serve") for name, path in MODULES[package].items()}
+
+
+@pytest.mark.parametrize("name", UPPER)
+def test_upper_packages_use_only_the_public_api(name):
+    package = name.split(".")[0]
+    for imported in imports(UPPER[name], name):
+        top = imported.split(".")[0]
+        assert top == package or not top.startswith("llmquant_"), f"{name} imports {imported}, its sibling"
+        assert top != "llmquant" or imported in {"llmquant", *PUBLIC_MODULES}, f"{name} imports {imported}, which is private"
+    for node in ast.walk(ast.parse(UPPER[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "llmquant":
+            assert node.attr in llmquant.__all__, f"{name} uses llmquant.{node.attr}, which is not public"
+        if isinstance(node, ast.ImportFrom) and node.module == "llmquant" and not node.level:
+            private = {alias.name for alias in node.names} - set(llmquant.__all__)
+            assert not private, f"{name} imports {', '.join(private)}, which is not public"
+
+
+def test_every_public_name_can_be_had():
+    assert sorted(llmquant.__all__) == list(llmquant.__all__)
+    for name in llmquant.__all__:
+        assert getattr(llmquant, name).__module__.startswith("llmquant."), name
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        _ = llmquant.quantise
+
+
+def does_something(node: ast.stmt) -> bool:
+    """Whether a module-level statement is more than a definition, an import or a constant."""
+    if isinstance(node, ast.Expr):
+        return not isinstance(node.value, ast.Constant) and not registers_command(node.value)
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) not in ("TYPE_CHECKING", "__name__ == '__main__'")
+    return isinstance(node, ast.For | ast.While | ast.With | ast.Raise | ast.Assert | ast.Delete)
+
+
+def registers_command(call: ast.expr) -> bool:
+    """``app.command(...)(function)`` and ``app.add_typer(...)``: typer's way of defining."""
+    return ast.unparse(call).startswith(("app.command(", "app.add_typer("))
+
+
+EVERY = {name: path for modules in MODULES.values() for name, path in modules.items()}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_importing_does_nothing(name):
+    body = ast.parse(EVERY[name].read_text(encoding="utf-8")).body
+    assert not [f"line {node.lineno}: {ast.unparse(node)}" for node in body if does_something(node)]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(ROOT), str(ROOT / "eval"), str(ROOT / "serve"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+HELP = """
+import sys
+sys.argv = ["llmquant", *{arguments!r}]
+from llmquant.cli import main
+try:
+    main()
+except SystemExit as e:
+    code = e.code
+heavy = sorted({{"torch", "transformers", "datasets", "numpy"}} & sys.modules.keys())
+print("HEAVY", heavy, "CODE", code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        pytest.param(["--help"], 0, "quantize", id="--help"),
+        pytest.param(["quantize", "--help"], 0, "--group-size", id="quantize --help"),
+        pytest.param(["inspect", "--help"], 0, "--verify", id="inspect --help"),
+        pytest.param(["eval", "--help"], 0, "--text", id="eval --help"),
+        pytest.param(["quantize", "--bitz", "4"], 2, "--bitz", id="a mistyped option"),
+    ],
+)
+def test_help_and_misuse_answer_without_torch(arguments, code, told):
+    result = run_python(HELP.format(arguments=arguments))
+    assert f"HEAVY [] CODE {code}" in result.stdout, result.stderr
+    assert told in result.stdout + result.stderr
+
+
+def test_importing_the_package_does_not_import_torch():
+    result = run_python("import sys, llmquant, llmquant.errors, llmquant.recipe; print('torch' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stderr
