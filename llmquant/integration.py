@@ -98,8 +98,13 @@ class PackedQuantizer(HfQuantizer):
         if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1:
             raise UsageError("a packed model lies on one device; give device_map as one device's name")
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Keep what transformers decided on: it is the dtype of the activations."""
+        self._dtype = dtype
+        return dtype
+
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
             raise UsageError("a packed model is loaded from a folder; from_pretrained(None, state_dict=...) has none")
@@ -107,7 +112,6 @@ class PackedQuantizer(HfQuantizer):
         given, found = {Path(f).name for f in checkpoint_files}, {f.name for f in reader.files()}
         if given != found:
             raise CheckpointError(f"{reader.path}: transformers would load {sorted(given)}, the index names {sorted(found)}")
-        self._dtype = dtype or torch.bfloat16
         self._schemes = self._layout.schemes(self.quantization_config.told, reader.tensors)
         if not self._schemes:
             raise CheckpointError(f"{reader.path}: config.json announces {self._layout.name} weights but no tensor is packed")

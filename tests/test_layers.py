@@ -21,7 +21,7 @@ LAYERS = (
     ("spec", "shards", "devices", "hub", "local_text", "hub_text"),
     ("weight", "bitpack", "stats"),
     ("algorithms", "formats", "kernels"),
-    ("checkpoint", "capture", "architectures", "modules", "saving"),
+    ("checkpoint", "capture", "architectures", "modules", "saving", "engines"),
     ("recipe", "skeleton", "detect", "sources", "gguf_metadata"),
     ("tokens", "gguf_file", "manifest", "selection"),
     ("calibration", "walk", "loading", "inspection", "card", "conversion_source"),

@@ -1,4 +1,4 @@
-"""One door to models: any folder or hub name, dense or packed, through llmquant's public API.
+"""One door to models: any folder or hub name, dense or packed, through llmquant's public API, or a running server.
 
 The reference and the candidates are loaded at the *same* dtype and scored by the same code, so that a difference
 between them is the quantization's. ``auto`` is bfloat16, the dtype in which int4 kernels compute; ``--dtype float32``
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.errors import CheckpointError, UsageError
+from llmquant_eval.endpoint import Endpoint, is_url
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -28,24 +29,42 @@ class ModelPath:
     label: str
 
 
-def resolve_models(sources: Sequence[str]) -> list[ModelPath]:
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedModel:
+    """A model that another process serves."""
+
+    source: str
+    endpoint: Endpoint
+    label: str
+
+
+AnyModel = ModelPath | ServedModel
+
+
+def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
     """Find every model and give each a short name: the folder's, or the whole source where two would be the same.
 
     Raises:
-        UsageError: the same model twice.
+        UsageError: the same model twice, or one that a server does not have.
         CheckpointError: one that is not a model.
+        LlmquantError: a server that does not answer.
     """
     import llmquant
 
-    paths = [Path(llmquant.resolve(source)) for source in sources]
-    twice = [s for i, s in enumerate(sources) if paths[i].resolve() in [p.resolve() for p in paths[:i]]]
+    found: list[Path | Endpoint] = [Endpoint(s) if is_url(s) else Path(llmquant.resolve(s)) for s in sources]
+    places = [m.resolve() if isinstance(m, Path) else (m.url, m.model) for m in found]
+    twice = [s for i, s in enumerate(sources) if places[i] in places[:i]]
     if twice:
         raise UsageError(f"{twice[0]} is given twice; name each model once")
-    names = [source.rstrip("/").rsplit("/", 1)[-1] for source in sources]
+    names = [
+        source.rstrip("/").rsplit("/", 1)[-1] if isinstance(model, Path) else f"{model.model.rsplit('/', 1)[-1]} (served)"
+        for source, model in zip(sources, found, strict=True)
+    ]
     seen = Counter(names)
+    labels = [name if seen[name] == 1 else source for source, name in zip(sources, names, strict=True)]
     return [
-        ModelPath(source, path, name if seen[name] == 1 else source)
-        for source, path, name in zip(sources, paths, names, strict=True)
+        ModelPath(source, model, label) if isinstance(model, Path) else ServedModel(source, model, label)
+        for source, model, label in zip(sources, found, labels, strict=True)
     ]
 
 

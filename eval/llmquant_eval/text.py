@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmquant.errors import CheckpointError, SourceError, UsageError
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-
-    from llmquant_eval.protocols import GptqProtocol, Window
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -55,24 +52,6 @@ def encode(tokenizer: Any, text: str, source: str) -> Tensor:
     # verbose=False: the stream is longer than the model's context on purpose; windows are cut from it.
     ids: Tensor = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     return ids
-
-
-def select_windows(protocol: GptqProtocol, tokens: int, limit: int | None, source: str) -> Sequence[Window]:
-    """The first ``limit`` windows (all when None).
-
-    Raises:
-        SourceError: the text is shorter than one window.
-        UsageError: a limit below 1.
-    """
-    if limit is not None and limit < 1:
-        raise UsageError(f"--max-windows {limit} leaves nothing to score; give 1 or more")
-    windows = protocol.windows(tokens)
-    if not windows:
-        raise SourceError(
-            f"{source} has {tokens} tokens, less than one window of {protocol.window}; "
-            f"give a longer text or --window {max(2, tokens)} or less"
-        )
-    return windows[:limit]
 
 
 def check_same_tokens(expected: Tensor, got: Tensor, first: str, second: str) -> None:

@@ -1,0 +1,66 @@
+"""What serving engines take: one table, asked by ``inspect`` and the tests before anybody waits for an engine to refuse.
+
+Each rule is a fact that was seen: the suite marked ``vllm`` loads a model for every row of it in the real engine, and finds it either
+equal to llmquant's numbers or refused. ``llmquant`` itself takes every scheme, so it has no rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from llmquant.formats import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One refusal: of which layouts, of which schemes, and why."""
+
+    layouts: frozenset[str]
+    refuses: Callable[[Scheme], bool]
+    reason: str
+
+
+_GPTQ = frozenset({"gptq", "gptq_v2"})
+_CT = frozenset({"compressed-tensors", "int-quantized"})
+_ALL = _GPTQ | _CT | {"awq", "auto-round"}
+
+
+def _weights_only(scheme: Scheme) -> bool:
+    return scheme.activations == "none"
+
+
+_VLLM_CPU = (
+    Rule(_GPTQ | _CT, lambda s: s.g_idx, "it refuses a stored g_idx (desc_act, actorder group); use static act-order"),
+    Rule(
+        _ALL, lambda s: _weights_only(s) and s.spec.bits == 8,
+        "its CPU build has no kernel for 8-bit weights with 16-bit activations (its GPU kernels take them)",
+    ),
+    Rule(_ALL, lambda s: s.spec.bits in (2, 3), "it has no kernel for 2 or 3 bits here"),
+    Rule(_GPTQ, lambda s: not s.spec.symmetric, "it takes asymmetric weights only as compressed-tensors or awq"),
+    Rule(_GPTQ, lambda s: s.spec.group_size == 16, "its GPTQ kernel has no groups of 16"),
+)  # fmt: skip
+
+_TRANSFORMERS = (
+    Rule(_GPTQ | {"awq", "auto-round"}, lambda s: True, "it asks for the compiled gptqmodel package"),
+    Rule(_CT, lambda s: s.g_idx, "compressed-tensors 0.18 and later have dropped g_idx"),
+    Rule(
+        _CT, lambda s: _weights_only(s) and not s.spec.symmetric,
+        "transformers 5.23 with compressed-tensors 0.20 mistakes packed zero-points for unpacked ones",
+    ),
+)  # fmt: skip
+
+ENGINES: Mapping[str, tuple[Rule, ...]] = {"vllm (CPU)": _VLLM_CPU, "transformers": _TRANSFORMERS}
+
+
+def why_not(engine: str, layout: str, scheme: Scheme) -> str | None:
+    """Why an engine refuses modules of this scheme in this layout, or None."""
+    return next((r.reason for r in ENGINES[engine] if layout in r.layouts and r.refuses(scheme)), None)
+
+
+def refusals(layout: str, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
+    """Engine → the distinct reasons why it would refuse a model of these modules; an empty list means that it takes it."""
+    return {
+        engine: list(dict.fromkeys(r for s in dict.fromkeys(schemes.values()) if (r := why_not(engine, layout, s))))
+        for engine in ENGINES
+    }
