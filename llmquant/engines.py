@@ -1,7 +1,7 @@
 """What serving engines take: one table, asked by ``inspect`` and the tests before anybody waits for an engine to refuse.
 
-Each rule is a fact that was seen: the suite marked ``vllm`` loads a model for every row of it in the real engine, and finds it either
-equal to llmquant's numbers or refused. ``llmquant`` itself takes every scheme, so it has no rules.
+Each rule is a fact that was seen: the suite marked ``vllm`` loads a model for every row of it in the real engine, and finds it
+either equal to llmquant's numbers or refused. ``llmquant`` itself takes every scheme, so it has no rules.
 """
 
 from __future__ import annotations

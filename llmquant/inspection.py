@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import quantization_config
+from llmquant.engines import refusals
 from llmquant.hub import resolve
 from llmquant.manifest import MANIFEST, read_manifest, stored_schemes
 
@@ -46,6 +48,7 @@ class Inspection:
         weights_sha256: over config.json and the weight files.
         recipe_sha256: of the recipe that made it, if it has a manifest.
         modules: the quantized linears.
+        engines: serving engine → why it refuses the folder; an empty tuple where it takes it.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class Inspection:
     weights_sha256: str
     recipe_sha256: str | None
     modules: tuple[ModuleInfo, ...]
+    engines: Mapping[str, tuple[str, ...]]
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:
@@ -73,6 +77,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     reader = CheckpointReader(resolve(model))
     layout = None
     modules: tuple[ModuleInfo, ...] = ()
+    engines: dict[str, tuple[str, ...]] = {}
     inside: set[str] = set()
     if quantization_config(reader) is not None:
         found, schemes = stored_schemes(reader)
@@ -86,6 +91,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
             nbytes = sum(reader.info(t).nbytes for s, t in tensors.items() if s != "weight_shape")
             infos.append(ModuleInfo(name, str(scheme), shape, nbytes))
         modules = tuple(infos)
+        engines = {e: tuple(reasons) for e, reasons in refusals(layout, schemes).items()}
     packed = sum(math.prod(m.shape) for m in modules)
     others = {n: i for n, i in reader.tensors.items() if n not in inside}
     dense_linears = [
@@ -109,6 +115,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         weights_sha256=reader.digest(),
         recipe_sha256=read_manifest(reader.path).recipe_sha256 if has_manifest else None,
         modules=modules,
+        engines=engines,
     )
 
 

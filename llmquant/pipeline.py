@@ -22,6 +22,7 @@ from llmquant.card import front_matter, model_card
 from llmquant.checkpoint import CheckpointReader, CheckpointWriter, check_destination, sha256_file, sha256_tensor
 from llmquant.detect import quantization_config
 from llmquant.devices import parse_device, parse_dtype
+from llmquant.engines import refusals
 from llmquant.errors import CheckpointError, ProofError, QuantizationError, SourceError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
@@ -72,11 +73,12 @@ class QuantizeResult:
 
 @dataclass(slots=True)
 class Events:
-    """Callbacks of a run, all optional: calibration is ready, a module begins, a phase begins."""
+    """Callbacks of a run, all optional: calibration is ready, a module begins, a phase begins, a warning before work starts."""
 
     on_calibration: Callable[[Calibration], None] = lambda _: None
     on_progress: Callable[[Progress], None] = lambda _: None
     on_phase: Callable[[str], None] = lambda _: None
+    on_warning: Callable[[str], None] = lambda _: None
 
 
 @dataclass(slots=True)
@@ -124,6 +126,8 @@ def quantize(
     layout = _layout(recipe.format)
     selection = select(linears_of(skeleton), architecture, recipe, layout)
     _check_names(reader, selection)
+    for reason in refusals(layout.name, selection.schemes)["vllm (CPU)"]:
+        events.on_warning(f"vLLM on a CPU will refuse this model: {reason}")
     calibration = _calibrate(reader, recipe, options, int(skeleton.config.vocab_size), _positions(skeleton.config))
     if calibration is not None:
         events.on_calibration(calibration)

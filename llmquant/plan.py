@@ -22,6 +22,7 @@ import torch
 from llmquant.architectures import ARCHITECTURES, Architecture
 from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import quantization_config
+from llmquant.engines import refusals
 from llmquant.errors import ArchitectureError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
@@ -52,6 +53,7 @@ class Plan:
         source_bytes: of the original's tensors.
         tensor_parallel: numbers of GPUs over which engines could split every quantized linear.
         suggestions: other group sizes that divide every selected linear.
+        engines: serving engine → why it would refuse the result; an empty tuple where it takes it.
     """
 
     model_type: str
@@ -62,6 +64,7 @@ class Plan:
     source_bytes: int
     tensor_parallel: tuple[int, ...]
     suggestions: tuple[int, ...]
+    engines: Mapping[str, tuple[str, ...]]
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -119,6 +122,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         source_bytes=sum(i.nbytes for i in reader.tensors.values()),
         tensor_parallel=_tensor_parallel(modules, reader.config),
         suggestions=_group_sizes(modules),
+        engines={e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()},
     )
 
 

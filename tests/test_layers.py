@@ -24,7 +24,7 @@ LAYERS = (
     ("checkpoint", "capture", "architectures", "modules", "saving", "engines"),
     ("recipe", "skeleton", "detect", "sources", "gguf_metadata"),
     ("tokens", "gguf_file", "manifest", "selection"),
-    ("calibration", "walk", "loading", "inspection", "card", "conversion_source"),
+    ("calibration", "walk", "loading", "inspection", "card"),
     ("plan", "conversion", "integration"),
     ("pipeline",),
     ("cli",),

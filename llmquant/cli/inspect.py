@@ -48,6 +48,7 @@ def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
         "weights_sha256": found.weights_sha256,
         "recipe_sha256": found.recipe_sha256,
         "verified": verified or None,
+        "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
         "modules": [
             {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes} for m in found.modules
         ],
@@ -71,6 +72,8 @@ def _show(found: Inspection, verified: bool, modules: bool) -> None:
         facts.add_row("size", f"{found.bits_per_weight:.3f} bits per quantized weight")
     facts.add_row("on disk", f"{found.bytes_on_disk / 1e6:,.2f} MB of weight files")
     facts.add_row("sha256", found.weights_sha256)
+    for engine, reasons in found.engines.items():
+        facts.add_row(engine, "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
     if verified:
         facts.add_row("verified", "every file and every packed weight is what was written")
     console.print(facts)

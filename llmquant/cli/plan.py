@@ -58,6 +58,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
             {"name": m.name, "scheme": str(m.scheme), "shape": list(m.shape), "bytes": m.nbytes} for m in plan.modules
         ],
         "skipped": dict(plan.skipped),
+        "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
     }
 
 
@@ -89,6 +90,8 @@ def _show(plan: Plan, modules: bool) -> None:
     )  # fmt: skip
     facts.add_row("left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none")
     facts.add_row("tensor parallel", ", ".join(map(str, plan.tensor_parallel)) or "no size splits it evenly")
+    for engine, reasons in plan.engines.items():
+        facts.add_row(engine, "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
     facts.add_row("group sizes", f"{', '.join(map(str, plan.suggestions)) or 'none of 16 … 256'} fit every linear; -1 always")
     console.print()
     console.print(facts)

@@ -156,7 +156,12 @@ def _progress(hidden: bool) -> Iterator[Events]:
                     console.print(f"  {line}", highlight=False, soft_wrap=True)
             progress.update(task, description="calibrating")
 
+        def on_warning(warning: str) -> None:
+            if not hidden:
+                console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+
         events = Events(
+            on_warning=on_warning,
             on_calibration=on_calibration,
             on_progress=lambda p: progress.update(task, description=p.module, completed=p.block, total=p.blocks),
             on_phase=lambda phase: progress.update(task, description=phase, completed=progress.tasks[0].total or 0),

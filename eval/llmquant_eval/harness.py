@@ -1,0 +1,163 @@
+"""Tasks through lm-eval: its prompts, its metrics, our models; every item's outcome kept.
+
+A task is named as lm-eval names it, from its own collection or from ``--include-path``. The tasks of this package's
+``tasks`` folder read a JSON Lines file that is given with the name, ``arc_easy_local=FILE.jsonl``, and need no network.
+
+Whether each item was right is kept in the Report as a string of ones and zeros, so that two models can be compared item by
+item (:mod:`llmquant_eval.paired`); ``--log-samples`` writes all that lm-eval logged, hashed, beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.card import replace_file
+from llmquant_eval.report import SampleFile, TaskMetric, TaskResult
+
+LOCAL_TASKS = Path(__file__).parent / "tasks"
+_BOOTSTRAP = 1000  # resamples for metrics without a formula; lm-eval's default of 100,000 takes minutes
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPlan:
+    """Tasks that exist. ``configs`` are lm-eval names or whole configurations; ``manager`` is lm-eval's TaskManager."""
+
+    configs: tuple[str | dict[str, Any], ...]
+    manager: Any
+    limit: int | None
+    samples: Path | None
+
+
+def plan_tasks(names: Sequence[str], include_path: str | None, limit: int | None, samples: str | None) -> TaskPlan:
+    """Find every task before a weight is read.
+
+    Raises:
+        UsageError: lm-eval is not installed, a task, file or folder that does not exist, a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit} asks nothing; give 1 or more")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UsageError(f"--include-path {include_path} is not a folder of task files")
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise UsageError(f"tasks run through lm-eval, which is not installed ({e}); pip install 'llmquant[eval]'") from e
+    configs = tuple(_local_task(name) if "=" in name or _local_file(name).is_file() else name for name in names)
+    plain = [c for c in configs if isinstance(c, str)]
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if any(name not in manager.all_tasks for name in plain):
+        manager = TaskManager(include_path=include_path)  # seconds: it reads thousands of files
+    missing = [name for name in plain if name not in manager.all_tasks]
+    if missing:
+        local = ", ".join(sorted(p.stem for p in LOCAL_TASKS.glob("*.yaml")))
+        raise UsageError(
+            f"--tasks {missing[0]}: no such task in lm-eval {_version()}"
+            f"{f' or {include_path}' if include_path else ''}; over a file of your own: {local} (NAME=FILE.jsonl)"
+        )
+    return TaskPlan(configs, manager, limit, None if samples is None else Path(samples))
+
+
+def _local_file(name: str) -> Path:
+    return LOCAL_TASKS / f"{name}.yaml"
+
+
+def _local_task(text: str) -> dict[str, Any]:
+    """``NAME=FILE.jsonl`` → lm-eval's configuration of it."""
+    name, _, file = text.partition("=")
+    if not _local_file(name).is_file():
+        local = ", ".join(sorted(p.stem for p in LOCAL_TASKS.glob("*.yaml")))
+        raise UsageError(f"--tasks {text}: only the tasks {local} read a file of yours")
+    if not file:
+        raise UsageError(f"--tasks {text} reads a file of yours; write {name}=FILE.jsonl")
+    if not Path(file).is_file():
+        raise UsageError(f"--tasks {text}: {file} is not a file")
+    config: dict[str, Any] = yaml.safe_load(_local_file(name).read_text(encoding="utf-8"))
+    # The file's hash in the data set's name: a changed file must not be answered from the data sets' cache.
+    return config | {"dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}}}
+
+
+def run_tasks(plan: TaskPlan, model: Any, label: str) -> list[TaskResult]:
+    """Run every task on one of lm-eval's models.
+
+    Raises:
+        LlmquantError: a task cannot be run on its data.
+    """
+    from lm_eval import simple_evaluate
+
+    # A line for every task and seed; warnings of libraries that lm-eval loads.
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = simple_evaluate(
+                model=model, tasks=list(plan.configs), task_manager=plan.manager, limit=plan.limit,
+                log_samples=True, bootstrap_iters=_BOOTSTRAP,
+            )  # fmt: skip
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as e:
+        # What a task file can do wrong in its templates and data sets; lm-eval has no error of its own.
+        raise LlmquantError(f"lm-eval cannot run {', '.join(map(_name, plan.configs))}: {type(e).__name__}: {e}") from e
+    assert found is not None  # only ranks other than 0 get none
+    return [_result(name, found, plan, label) for name in found["samples"]]
+
+
+def _name(config: str | dict[str, Any]) -> str:
+    return config if isinstance(config, str) else str(config["task"])
+
+
+def _result(task: str, found: Mapping[str, Any], plan: TaskPlan, label: str) -> TaskResult:
+    samples = sorted(found["samples"][task], key=lambda s: (s["filter"], s["doc_id"]))
+    first_filter = [s for s in samples if s["filter"] == samples[0]["filter"]]
+    identity = "\n".join(f"{s['doc_hash']} {s['target_hash']}" for s in first_filter)
+    version = found["versions"].get(task)
+    return TaskResult(
+        task=task, version=None if version is None else str(version), lm_eval=_version(),
+        few_shot=int(found["n-shot"].get(task, 0)), items=len(first_filter),
+        items_available=int(found["n-samples"][task]["original"]),
+        items_sha256=hashlib.sha256(identity.encode()).hexdigest(),
+        metrics=dict(_metrics(found["results"][task], samples)),
+        samples=None if plan.samples is None else _write_samples(plan.samples, label, task, samples),
+    )  # fmt: skip
+
+
+def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, TaskMetric]]:
+    """lm-eval's ``metric,filter`` keys → metrics; the filter is named only where there is one."""
+    metrics = []
+    for key, value in results.items():
+        name, comma, chosen = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = results.get(f"{name}_stderr,{chosen}")
+        error = float(error) if isinstance(error, (int, float)) and math.isfinite(error) else None
+        each = [s.get(name) for s in samples if s["filter"] == chosen]
+        right = "".join(str(int(v)) for v in each if v in (0, 1)) if all(v in (0, 1) for v in each) else None
+        metrics.append(
+            (name if chosen == "none" else key, TaskMetric(value=float(value), standard_error=error, correct=right))
+        )
+    return metrics
+
+
+def _write_samples(folder: Path, label: str, task: str, samples: Sequence[Mapping[str, Any]]) -> SampleFile:
+    path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label).strip('-')}.{task}.jsonl"
+    text = "".join(json.dumps(s, ensure_ascii=False, default=str, sort_keys=True) + "\n" for s in samples)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text)
+    except OSError as e:
+        raise LlmquantError(f"--log-samples {folder}: {path.name} cannot be written: {e}") from e
+    return SampleFile(path=str(path), sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _version() -> str:
+    return importlib.metadata.version("lm_eval")
