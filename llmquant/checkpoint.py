@@ -11,6 +11,7 @@ fsynced, shards are written as they fill, and the index and config come last. An
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmquant.errors import CheckpointError, UsageError
+from llmquant.destination import check_destination, fsync_path, put_in_place, remove
+from llmquant.errors import CheckpointError, ProofError
 from llmquant.shards import ShardWriter
 
 INDEX = "model.safetensors.index.json"
@@ -78,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} is missing; is {path.parent} a Hugging Face model folder?") from e
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, not a JSON object")
@@ -86,32 +88,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:
-    """Parse one shard's header and check its length against the file, without reading weights."""
+    """Parse one shard's header and check it against the file, without reading weights."""
     try:
-        size = path.stat().st_size
+        with safe_open(path, framework="pt"):
+            pass  # the library's own reading refuses every header that is malformed or does not cover the file exactly
         with path.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
-            if length > min(size - 8, 100_000_000):
-                raise CheckpointError(f"{path} is truncated or not safetensors: its header claims {length} bytes")
             header = json.loads(f.read(length))
-    except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e}") from e
-    except (struct.error, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{path} is truncated or not safetensors: {e}") from e
+    except (SafetensorError, OSError, struct.error, ValueError) as e:
+        raise CheckpointError(f"{path} is truncated, damaged or not safetensors: {e}; fetch it again") from e
     header.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
-    end = 0
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
-        end = max(end, stop)
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(f"{path}: tensor {name} has dtype {entry['dtype']}, which llmquant does not read")
         infos[name] = TensorInfo(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), stop - start)
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{path} is damaged: its header describes {8 + length + end} bytes, the file has {size}; fetch it again"
-        )
     return infos
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and bool(name) and name == Path(name).name
 
 
 class CheckpointReader:
@@ -121,7 +118,7 @@ class CheckpointReader:
         path: a model folder.
 
     Raises:
-        CheckpointError: no folder, no config.json, no safetensors, only pickle files, or a damaged shard.
+        CheckpointError: no folder, no config.json, no safetensors, only pickle files, a damaged shard or index.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -136,15 +133,28 @@ class CheckpointReader:
             if twice:
                 raise CheckpointError(f"{shard}: tensor {twice[0]} is also in {self.tensors[twice[0]].file.name}")
             self.tensors.update(infos)
+        absent = sorted(self._weight_map().keys() - self.tensors.keys())
+        if absent:
+            raise CheckpointError(f"{self.path / INDEX} names {absent[0]}, which is in no shard; fetch the folder again")
+        if not self.tensors:
+            raise CheckpointError(f"{self.path} has weight files without a single tensor")
+
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor name → shard, from the index; empty without one."""
+        index = self.path / INDEX
+        if not index.is_file():
+            return {}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(_is_file_name(n) for n in weight_map.values()):
+            raise CheckpointError(f"{index} holds no weight_map from tensor names to files of this folder")
+        return weight_map
 
     def _shards(self) -> list[Path]:
-        index = self.path / INDEX
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map", {})
-            names = sorted(set(weight_map.values()))
-            missing = [n for n in names if not (self.path / n).is_file()]
-            if missing or not names:
-                raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing) or '(none)'}")
+        names = sorted(set(self._weight_map().values()))
+        missing = [n for n in names if not (self.path / n).is_file()]
+        if missing:
+            raise CheckpointError(f"{self.path / INDEX} names shards that are not there: {', '.join(missing)}")
+        if names:
             return [self.path / n for n in names]
         if (self.path / SINGLE).is_file():
             return [self.path / SINGLE]
@@ -196,24 +206,6 @@ class CheckpointReader:
         return h.hexdigest()
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a text file through a temporary name, fsync and rename: whole or absent, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    fsync_path(temporary)
-    temporary.replace(path)
-    fsync_path(path.parent)
-
-
 class CheckpointWriter:
     """An output folder that appears whole or not at all.
 
@@ -227,6 +219,7 @@ class CheckpointWriter:
     Raises:
         UsageError: the destination exists and is not empty.
         CheckpointError: the disk refused (full, read-only).
+        ProofError: when a file is not what was to be written, on publishing it.
     """
 
     def __init__(
@@ -240,21 +233,32 @@ class CheckpointWriter:
         self._shard: ShardWriter | None = None
         self._shard_of: dict[str, int] = {}
         self._shards = 0
+        self._heads: list[bytes] = []
+        self._meant: dict[str, str] = {}
+        self._made = [p for p in self.path.parents if not p.exists()]
         self.total_bytes = 0
 
     def __enter__(self) -> CheckpointWriter:
+        remove(self.partial)
         try:
-            shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
         except OSError as e:
-            raise CheckpointError(f"cannot write beside {self.path}: {e.strerror or e}") from e
+            self._leave_nothing()
+            raise CheckpointError(f"cannot write beside {self.path}: {e.strerror or e}; choose another -o") from e
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if kind is not None:
             if self._shard is not None:
                 self._shard.discard()
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
+        """Remove what was written, and the parent folders that were made for it."""
+        remove(self.partial)
+        for parent in self._made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor's bytes; begins another shard when this one is full."""
@@ -284,7 +288,7 @@ class CheckpointWriter:
 
     def _finish_shard(self) -> None:
         assert self._shard is not None
-        self._shard.finish()
+        self._heads.append(self._shard.finish())
         self._shard = None
         self._shards += 1
 
@@ -293,7 +297,9 @@ class CheckpointWriter:
         try:
             yield
         except OSError as e:
-            raise CheckpointError(f"writing to {self.partial} failed: {e}; free some space and run again") from e
+            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+            hint = "free some space and run again" if full else "choose another -o, or look after the disk"
+            raise CheckpointError(f"writing to {self.partial} failed: {e.strerror or e}; {hint}") from e
 
     def finish_weights(self) -> None:
         """Write the last shard, give the shards their final names and write the index."""
@@ -314,9 +320,11 @@ class CheckpointWriter:
         return SINGLE if self._shards == 1 else f"model-{shard + 1:05d}-of-{self._shards:05d}.safetensors"
 
     def write_text(self, name: str, text: str) -> None:
+        data = text.encode()
         with self._disk():
-            (self.partial / name).write_text(text, encoding="utf-8")
+            (self.partial / name).write_bytes(data)
             fsync_path(self.partial / name)
+        self._meant[name] = hashlib.sha256(data).hexdigest()
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -328,35 +336,21 @@ class CheckpointWriter:
             with self._disk():
                 shutil.copyfile(source / name, self.partial / name)
                 fsync_path(self.partial / name)
+                self._meant[name] = sha256_file(source / name)
         return names
 
     def publish(self) -> None:
-        """Rename the finished folder into place."""
+        """Compare every file beside the tensors with what was meant to be in it, then rename the folder into place.
+
+        The tensors are the caller's to compare: only it knows what they stand for.
+        """
         with self._disk():
+            for name, meant in self._meant.items():
+                if sha256_file(self.partial / name) != meant:
+                    raise ProofError(f"{self.partial / name} is not what was written to it; is the disk sound?")
+            for i, head in enumerate(self._heads):
+                with (self.partial / self._final_name(i)).open("rb") as f:
+                    if f.read(len(head)) != head:
+                        raise ProofError(f"{f.name} does not begin with the header that was written; is the disk sound?")
             fsync_path(self.partial)
-            retired = self.path.with_name(f".{self.path.name}.replaced")
-            if self.path.exists():
-                shutil.rmtree(retired, ignore_errors=True)
-                self.path.rename(retired)
-            self.partial.rename(self.path)
-            fsync_path(self.path.parent)
-            shutil.rmtree(retired, ignore_errors=True)
-
-
-def check_destination(path: Path, overwrite: bool) -> None:
-    """Refuse a destination that holds something, before any work is done.
-
-    Raises:
-        UsageError: it exists and is not an empty folder (and, with ``overwrite``, is not a model folder either).
-    """
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise UsageError(f"{path} is a file; choose a folder that does not exist yet")
-    if not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError(f"{path} already exists and is not empty; choose another -o, or pass --overwrite")
-    if not (path / "config.json").is_file():
-        raise UsageError(f"{path} is not a model folder, so --overwrite will not delete it; choose another -o")
-
+            put_in_place(self.partial, self.path)

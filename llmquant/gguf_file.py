@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint import CheckpointReader, fsync_path
+from llmquant.checkpoint import CheckpointReader
+from llmquant.destination import fsync_path
 from llmquant.detect import quantization_config
 from llmquant.errors import FormatError, ProofError, QuantizationError, UsageError
 from llmquant.formats import Format, Scheme, for_config

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llmquant import architectures
 from llmquant.calibration import Calibration, calibrate
 from llmquant.card import front_matter, model_card
-from llmquant.checkpoint import CheckpointReader, CheckpointWriter, check_destination, sha256_file, sha256_tensor
+from llmquant.checkpoint import CheckpointReader, CheckpointWriter, sha256_file, sha256_tensor
+from llmquant.destination import check_destination, refuse_source
 from llmquant.detect import quantization_config
 from llmquant.devices import parse_device, parse_dtype
 from llmquant.engines import refusals
@@ -118,8 +119,7 @@ def quantize(
     check_destination(Path(os.path.abspath(output)), options.overwrite)
     reader = CheckpointReader(resolve(model))
     _refuse_quantized(reader)
-    if Path(os.path.abspath(output)) == reader.path.resolve():
-        raise UsageError(f"-o {output} is the model itself; choose another folder")
+    refuse_source(Path(os.path.abspath(output)), reader.path)
     device, dtype = parse_device(options.device), parse_dtype(options.dtype, auto=torch.float32)
     skeleton = empty_model(reader, dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))

@@ -84,16 +84,18 @@ class ShardWriter:
             self._file.write(flat.reshape(-1).view(torch.uint8).numpy().data)
         self.nbytes += stored.nbytes
 
-    def finish(self) -> None:
-        """Write the safetensors file, durably, and remove the side file."""
+    def finish(self) -> bytes:
+        """Write the safetensors file, durably, and remove the side file; returns the file's head."""
         self._file.close()
+        head = header(self._tensors)
         with self._side.open("rb") as source, self.path.open("wb") as target:
-            target.write(header(self._tensors))
+            target.write(head)
             target.flush()
             for name in order(self._tensors):
                 _copy_range(source.fileno(), target.fileno(), self._starts[name], self._tensors[name].nbytes)
             os.fsync(target.fileno())
         self._side.unlink()
+        return head
 
     def discard(self) -> None:
         """Close without a result; the caller removes the folder."""

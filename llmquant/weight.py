@@ -115,9 +115,9 @@ class QuantizedWeight:
         """``(code - zero) * scale`` computed in float32, then rounded once to ``dtype``; ``[out, in]``."""
         out_features, in_features = self.codes.shape
         if self.g_idx is None:
-            blocks = self.codes.view(out_features, -1, self.spec.width(in_features)).to(torch.float32)
+            blocks = self.codes.reshape(out_features, -1, self.spec.width(in_features)).to(torch.float32)
             weight = blocks.sub_(self.zeros.unsqueeze(-1)).mul_(self.scales.unsqueeze(-1))
-            return weight.view(out_features, in_features).to(dtype)
+            return weight.reshape(out_features, in_features).to(dtype)
         group = self.column_groups()
         weight = self.codes.to(torch.float32).sub_(self.zeros[:, group]).mul_(self.scales[:, group])
         return weight.to(dtype)

@@ -16,8 +16,6 @@ from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, portable
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama"
-# Unit roundoff: the largest relative error of rounding once to a dtype.
-ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
 def random_weight(

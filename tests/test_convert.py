@@ -396,7 +396,11 @@ def test_folders_that_cannot_be_source_or_destination(quantized: Path, tmp_path:
         convert(quantized, "awq", quantized)
     with pytest.raises(UsageError, match="is the source itself"):
         convert(quantized, "awq", quantized, ConvertOptions(overwrite=True))
+    inner = shutil.copytree(quantized, shutil.copytree(quantized, tmp_path / "outer") / "inner")
+    with pytest.raises(UsageError, match="contains the source"):
+        convert(inner, "awq", tmp_path / "outer", ConvertOptions(overwrite=True))
     assert verify(quantized)
+    assert verify(inner)
 
 
 def test_a_cache_scheme_is_not_lost_in_silence(tmp_path: Path) -> None:

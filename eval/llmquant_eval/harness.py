@@ -85,7 +85,6 @@ def _local_task(text: str) -> dict[str, Any]:
     if not Path(file).is_file():
         raise UsageError(f"--tasks {text}: {file} is not a file")
     config: dict[str, Any] = yaml.safe_load(_local_file(name).read_text(encoding="utf-8"))
-    # The file's hash in the data set's name: a changed file must not be answered from the data sets' cache.
     return config | {"dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}}}
 
 

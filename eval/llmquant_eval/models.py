@@ -118,14 +118,22 @@ def max_positions(path: Path) -> int | None:
     Raises:
         CheckpointError: the folder has no config that transformers knows.
     """
+    positions = getattr(_text_config(path), "max_position_embeddings", None)
+    return int(positions) if positions else None
+
+
+def vocabulary_size(path: Path) -> int:
+    """Tokens that the model's config gives its logits; raises as :func:`max_positions`."""
+    return int(_text_config(path).vocab_size)
+
+
+def _text_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path} has no model config that transformers can read: {e}") from e
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if positions else None
 
 
 def kernels_used(model: Any) -> dict[str, int]:

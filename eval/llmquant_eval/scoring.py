@@ -14,7 +14,7 @@ model's dtype, besides float32 chunks of fixed size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,11 +46,12 @@ Advance = Callable[[int, int], None]
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """What one model scored. ``divergence`` is None for the reference and where there is none; ``cache_errors`` are
-    compact minus exact KL where the reference was a cached one."""
+    compact minus exact KL ``[positions]`` where the reference was a cached one, kept in ``cache_form``."""
 
     perplexity: Perplexity
-    divergence: Divergence | None
-    cache_errors: NDArray[np.float64]
+    divergence: Divergence | None = None
+    cache_errors: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    cache_form: str | None = None
 
 
 class _Columns:
@@ -72,12 +73,12 @@ class _Columns:
             for column, value in zip(self.compared, values, strict=True):
                 column[where] = value.cpu().numpy()
 
-    def scores(self, label: str) -> Scores:
+    def scores(self, label: str, cache_form: str | None) -> Scores:
         divergence = None
         if self.compared is not None:
             divergence = Divergence(*self.compared, layout=self.layout, label=label)
         errors = np.concatenate(self.cache_errors) if self.cache_errors else np.empty(0)
-        return Scores(Perplexity(self.losses, self.layout, label), divergence, errors)
+        return Scores(Perplexity(self.losses, self.layout, label), divergence, errors, cache_form)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,7 +167,7 @@ def score(
             done += len(batch.numbers)
             if advance is not None:
                 advance(done, len(stream.windows))
-    return {label: columns[label].scores(label) for label in models}
+    return {label: columns[label].scores(label, None if cached is None else cached.form) for label in models}
 
 
 def _score_batch(
@@ -215,4 +216,4 @@ def record(
 def cached_scores(cached: CachedReference, stream: Stream, label: str) -> Scores:
     """The reference's own scores, from its cache."""
     losses = np.concatenate([cached.window(i).losses for i in range(len(stream.windows))])
-    return Scores(Perplexity(losses, stream.layout, label), None, np.empty(0))
+    return Scores(Perplexity(losses, stream.layout, label))

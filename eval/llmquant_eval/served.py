@@ -26,4 +26,4 @@ def score_served(endpoint: Endpoint, stream: Stream, label: str, advance: Advanc
         check_finite(losses[where], label, [number])
         if advance is not None:
             advance(number + 1, len(stream.windows))
-    return Scores(Perplexity(losses, layout, label), None, np.empty(0))
+    return Scores(Perplexity(losses, layout, label))

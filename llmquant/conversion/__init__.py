@@ -4,9 +4,8 @@ Lossless means: codes, scales, zero-points and groups of every module are equal 
 hence its dequantized weights too; every other tensor is the same bytes. ``dense`` gives an ordinary checkpoint of the weights
 that an engine would multiply by at its dtype.
 
-Two passes over the source, one module in memory at a time. The first packs everything and keeps nothing, because whether a scale
-is exact in the target's dtype, or a zero-point is the 0 that GPTQ v1 cannot store, only the numbers tell, and all refusals should be
-known before anything is written. The second writes. The folder gets its name after it has been compared with the source.
+Two passes over the source, one module in memory at a time: the first finds every refusal (:mod:`.check`), the second writes. The
+folder gets its name after it has been compared with the source (:mod:`.proof`).
 
 Shards stay divided as the source's are (but for ``dense``, which is several times larger), so that there and back again gives
 the same files, byte for byte.

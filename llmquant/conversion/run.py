@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from llmquant.checkpoint import CheckpointReader, CheckpointWriter, check_destination
+from llmquant.checkpoint import CheckpointReader, CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
 from llmquant.conversion.files import write_files
 from llmquant.conversion.proof import prove
 from llmquant.conversion.source import Source, model_dtype, open_source
+from llmquant.destination import check_destination
 from llmquant.devices import parse_dtype
 from llmquant.engines import refusals
 from llmquant.errors import UsageError
