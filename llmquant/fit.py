@@ -31,8 +31,12 @@ def check_fit(reader: CheckpointReader, model: PreTrainedModel) -> None:
     """
     wanted = dict(model.named_parameters(remove_duplicate=False))
     tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
-    missing = [n for n in wanted if n not in reader and n not in tied]
-    refuse_mismatch(reader.path, missing, [n for n in reader.tensors if n not in model.state_dict()])
+    places = wanted.keys() | model.state_dict().keys()
+    refuse_mismatch(
+        reader.path,
+        missing=[n for n in wanted if n not in reader and n not in tied],
+        unexpected=[n for n in reader.tensors if n not in places],
+    )
     for name, like in wanted.items():
         if name not in reader:
             continue
@@ -43,13 +47,17 @@ def check_fit(reader: CheckpointReader, model: PreTrainedModel) -> None:
             )
         if not info.dtype.is_floating_point:
             raise CheckpointError(f"{reader.path}: {name} is {info.dtype}; an unquantized model's weights are floating-point")
-        if name in tied and tied[name] in reader:
-            _check_tied(reader, name, tied[name])
+        if name in tied:
+            check_tied(reader, name, tied[name])
 
 
-def _check_tied(reader: CheckpointReader, name: str, source: str) -> None:
-    """A stored copy of a tied tensor must equal what it is tied to."""
-    if not torch.equal(reader.read(name), reader.read(source)):
+def check_tied(reader: CheckpointReader, name: str, source: str) -> None:
+    """A stored copy of a tied tensor must equal what it is tied to, if that is stored too.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if source in reader and not torch.equal(reader.read(name), reader.read(source)):
         raise CheckpointError(
             f"{reader.path}: config.json ties {name} to {source}, but the two differ; set tie_word_embeddings to false"
         )

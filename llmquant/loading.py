@@ -17,9 +17,7 @@ from a model folder is never run.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,19 +31,16 @@ from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import quantization_config, refuse_shifted_zeros
 from llmquant.devices import DTYPES, parse_device, parse_dtype
 from llmquant.errors import ArchitectureError, CheckpointError, FormatError, QuantizationError, UsageError
+from llmquant.fit import check_tied, refuse_mismatch, some
 from llmquant.formats import for_config
 from llmquant.formats.base import Format, Scheme
 from llmquant.hub import resolve
 from llmquant.kernels import AUTO
 from llmquant.modules import PackedLinear
 from llmquant.saving import refuse_saving
-from llmquant.skeleton import empty_model, read_config
+from llmquant.skeleton import CONFUSED, empty_model, first_line, read_config
 from llmquant.weight import QuantizedWeight
 
-log = logging.getLogger(__name__)
-
-# Tables that old checkpoints carry and models compute for themselves.
-_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
 
 
 def load(
@@ -100,10 +95,10 @@ def _load_dense(reader: CheckpointReader, dtype: torch.dtype, device: torch.devi
             local_files_only=True,
             output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError) as e:
-        raise CheckpointError(f"{reader.path} cannot be loaded: {str(e).splitlines()[0]}") from e
+    except CONFUSED as e:
+        raise CheckpointError(f"{reader.path} cannot be loaded: {first_line(e)}") from e
     model, info = result
-    _refuse_mismatch(reader.path, info["missing_keys"], info["unexpected_keys"])
+    refuse_mismatch(reader.path, info["missing_keys"], info["unexpected_keys"])
     loaded: PreTrainedModel = model.to(device)
     return loaded
 
@@ -242,13 +237,13 @@ def _assign(
     biases = {f"{n}.bias" for n in packed if model.get_submodule(n).bias is not None}
     leftover = [n for n in names if n not in wanted and n not in biases]
     missing = [n for n in wanted if n not in reader and n not in tied]
-    _refuse_mismatch(reader.path, missing, leftover)
+    refuse_mismatch(reader.path, missing, leftover)
     for name, like in wanted.items():
         if name not in reader:
             continue
         tensor = _checked(reader, name, like)
         if name in tied:
-            _check_tied(reader, name, tied[name], tensor)
+            check_tied(reader, name, tied[name])
             continue
         value = tensor.to(device, like.dtype if not like.is_floating_point() else dtype)
         _set(model, name, nn.Parameter(value, requires_grad=False) if isinstance(like, nn.Parameter) else value)
@@ -259,33 +254,9 @@ def _assign(
                 setattr(module, name, buffer.to(device))
     stuck = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if stuck:
-        raise CheckpointError(f"{reader.path} leaves {_some(stuck)} of {type(model).__name__} without values")
-
-
-def _check_tied(reader: CheckpointReader, name: str, source: str, tensor: Tensor) -> None:
-    """A stored copy of a tied tensor must equal what it is tied to."""
-    if source in reader and not torch.equal(tensor, reader.read(source)):
-        raise CheckpointError(
-            f"{reader.path}: config.json ties {name} to {source}, but the two differ; set tie_word_embeddings to false"
-        )
+        raise CheckpointError(f"{reader.path} leaves {some(stuck)} of {type(model).__name__} without values")
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, value)
-
-
-def _refuse_mismatch(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    lacking = sorted(missing)
-    extra = sorted(n for n in unexpected if not _COMPUTED.search(n))
-    ignored = sorted(n for n in unexpected if _COMPUTED.search(n))
-    if ignored:
-        log.info("%s: %s are computed by the model, not read", path, _some(ignored))
-    if lacking:
-        raise CheckpointError(f"{path} lacks {_some(lacking)}; the folder is incomplete, fetch or quantize it again")
-    if extra:
-        raise CheckpointError(f"{path} has tensors that its config.json gives no place for: {_some(extra)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,13 +8,14 @@ position. A bucket without tokens is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmquant_eval.divergence import Divergence
-from llmquant_eval.protocols import Window
 from llmquant_eval.layout import context_lengths
+from llmquant_eval.protocols import Window
 from llmquant_eval.report import Breakdown, Bucket
 
 CONFIDENCE_EDGES = tuple(i / 10 for i in range(11))
@@ -48,7 +49,7 @@ def _buckets(divergence: Divergence, values: NDArray[np.float64], edges: Sequenc
     """One bucket per pair of edges; the last one has its upper edge too (a confidence of exactly 1)."""
     inner = np.digitize(values, edges[1:-1])
     found = []
-    for i, (lower, upper) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (lower, upper) in enumerate(pairwise(edges)):
         inside = inner == i
         tokens = int((inside & divergence.finite).sum())
         if tokens == 0:

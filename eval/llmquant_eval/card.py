@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report import ModelResult, Report
-from llmquant_eval.table import HEADERS, footnotes, metric_cell, row
+from llmquant_eval.table import HEADERS, footnotes, grids, metric_cell, row
 
 START = "<!-- llmquant:measured:start -->"
 END = "<!-- llmquant:measured:end -->"
@@ -44,9 +44,14 @@ def measured_section(report: Report, label: str) -> str:
     if "kl_mean" in metrics:
         details = [" ".join(filter(None, metric_cell(metrics, name))) for _, name in _DETAILS]
         lines += [*_markdown_table(["per token", *(title for title, _ in _DETAILS)], [["", *details]]), ""]
+    names = [m.label for m in shown]
+    for grid in grids(report):
+        rows = [list(cells) for cells in grid.rows if cells[0] in names]
+        lines += [*_markdown_table([grid.title, *grid.headers], rows), ""]
     lines += [f"- {note}" for note in footnotes(report)]
+    if report.text is not None:
+        lines.append(f"- Text: `{report.text.source}`, sha256 `{report.text.sha256}`, {report.text.tokens} tokens.")
     lines += [
-        f"- Text: `{report.text.source}`, sha256 `{report.text.sha256}`, {report.text.tokens} tokens.",
         f"- Measured {report.created:%Y-%m-%d} with "
         + ", ".join(f"{name} {version}" for name, version in report.versions.items())
         + ". Repeat it:",

@@ -31,16 +31,37 @@ def register(app: typer.Typer) -> None:
 
 
 def eval_command(
-    model: Annotated[list[str], typer.Argument(help="Model folders or hub names, dense or packed.", metavar="MODEL…")],
-    text: Annotated[str, typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD].")],
+    model: Annotated[
+        list[str],
+        typer.Argument(help="Model folders or hub names, dense or packed, or http://HOST:PORT/v1#MODEL.", metavar="MODEL…"),
+    ],
+    text: Annotated[
+        str | None, typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD].")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="Model that the others are compared with (KL, ratio).")] = None,
-    protocol: Annotated[str | None, typer.Option(help="ppl/gptq-N; --window N says the same.")] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(help="ppl/gptq[-N], ppl/strided[-N[-STRIDE]], ppl/word[-N], ppl/word-wikitext[-N]; several: A,B."),
+    ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window [default: 2048, or the context].")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), bfloat16, float16 or float32, for all models.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     kernel: Annotated[str, typer.Option(help="Kernel of packed layers: auto, or one by name.")] = "auto",
-    batch_size: Annotated[int | None, typer.Option(help="Windows per batch [default: about 2048 tokens].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per batch [default: about 4096 tokens].")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder whose tokenizer a served model has.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Folder that keeps the reference's distributions for later runs.", metavar="DIR")
+    ] = None,
+    cache_form: Annotated[str | None, typer.Option(help="full-16 or top-K [default: by size].")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="lm-eval tasks, NAME or NAME=FILE.jsonl for those of ours; several: A,B.")
+    ] = None,
+    include_path: Annotated[str | None, typer.Option(help="Folder of lm-eval task files.", metavar="DIR")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items of every task.")] = None,
+    log_samples: Annotated[
+        str | None, typer.Option(help="Folder for everything lm-eval logs of each item, as JSON Lines.", metavar="DIR")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the Report there as JSON.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Put the table into each candidate's README.md.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the Report as JSON and nothing else.")] = False,
@@ -52,9 +73,10 @@ def eval_command(
     from llmquant_eval.plan import Request
 
     request = Request(
-        candidates=tuple(model), text=text, reference=reference, protocol=protocol, window=window,
-        max_windows=max_windows, dtype=dtype, device=device, kernel=kernel, batch_size=batch_size, cost=cost,
-        noise_floor=noise_floor,
+        candidates=tuple(model), text=text, reference=reference, protocol=_joined(protocol), window=window,
+        max_windows=max_windows, dtype=dtype, device=device, kernel=kernel, batch_size=batch_size, tokenizer=tokenizer,
+        cache=cache, cache_form=cache_form, tasks=_joined(tasks), include_path=include_path, limit=limit,
+        log_samples=log_samples, cost=cost, noise_floor=noise_floor,
     )  # fmt: skip
     if card:
         _check_card_folders(request.candidates)
@@ -73,6 +95,11 @@ def eval_command(
         sys.stdout.write(report.to_json())
     else:
         _show(report)
+
+
+def _joined(values: list[str] | None) -> str | None:
+    """An option that may be given more than once, as one with commas."""
+    return ",".join(values) if values else None
 
 
 def _check_card_folders(candidates: tuple[str, ...]) -> None:

@@ -80,7 +80,7 @@ class _Run:
     def report(self) -> Report:
         """Everything, in the order of the module text."""
         plan = self.plan
-        cached = self._caches() if self.request.cache is not None else [None] * len(plan.streams)
+        cached = self._caches()
         floor = self._noise_floor(cached) if plan.streams and self.request.noise_floor else None
         scores = [self._score(stream, source) for stream, source in zip(plan.streams, cached, strict=True)]
         tasks = {m.label: self._tasks(m) for m in plan.models} if plan.tasks is not None else {}
@@ -129,10 +129,14 @@ class _Run:
         return scores
 
     def _caches(self) -> list[CachedReference | None]:
-        """One per stream: opened where it exists, made where not; the reference is let go afterwards."""
-        reference, folder = self.plan.reference, Path(self.request.cache or "")
-        assert reference is not None  # Request refuses a cache without one
-        found: list[CachedReference | None] = []
+        """One per stream: opened where it exists, made where not; the reference is let go afterwards.
+
+        None each without ``--cache``.
+        """
+        reference, found = self.plan.reference, list[CachedReference | None]()
+        if self.request.cache is None or reference is None:
+            return [None] * len(self.plan.streams)
+        folder = Path(self.request.cache)
         for stream in self.plan.streams:
             key = self._key(reference, stream)
             place = folder / key.name
@@ -142,8 +146,9 @@ class _Run:
                 stage = f"reference for {stream.protocol.perplexity_id}"
                 record(model, stream, writer, self.request.batch_size, self._advance(stage), reference.label)
                 writer.finish(self.kernels[reference.label])
-            found.append(CachedReference(place))
-            self.kernels[reference.label] = found[-1].kernels if found[-1] is not None else {}
+            cached = CachedReference(place)
+            found.append(cached)
+            self.kernels[reference.label] = cached.kernels
         self.loaded.pop(reference.label, None)
         return found
 

@@ -60,7 +60,8 @@ class _Columns:
     def __init__(self, layout: Layout, compared: bool) -> None:
         self.layout, self.slices = layout, layout.slices()
         self.losses: Floats = np.empty(layout.tokens)
-        self.compared = [np.empty(layout.tokens) for _ in range(4)] if compared else None
+        n = layout.tokens
+        self.compared = (np.empty(n), np.empty(n), np.empty(n), np.empty(n)) if compared else None
         self.cache_errors: list[NDArray[np.float64]] = []
 
     def add(self, window: int, logits: Tensor, targets: Tensor, reference: ReferenceWindow | None) -> None:
@@ -74,9 +75,7 @@ class _Columns:
                 column[where] = value.cpu().numpy()
 
     def scores(self, label: str, cache_form: str | None) -> Scores:
-        divergence = None
-        if self.compared is not None:
-            divergence = Divergence(*self.compared, layout=self.layout, label=label)
+        divergence = None if self.compared is None else Divergence(*self.compared, layout=self.layout, label=label)
         errors = np.concatenate(self.cache_errors) if self.cache_errors else np.empty(0)
         return Scores(Perplexity(self.losses, self.layout, label), divergence, errors, cache_form)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmquant_eval.report import Metric, ModelResult, Report
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ABSENT = "–"
+_DETAILS = ("kl_median", "kl_p", "kl_max", "rms_delta_p")  # metrics that the card shows, not the tables
 _SHORTEST_NAME = 12  # characters to which the model column may shrink before the table is turned
 HEADERS = (
     "perplexity", "ratio", "KL nats", "top-1 %", "bytes", "bits/w",
@@ -48,8 +50,15 @@ def metric_cell(metrics: dict[str, Metric], name: str, scale: float = 1.0) -> tu
     return (ABSENT, "") if metric is None else with_error(metric.value, metric.standard_error, scale)
 
 
-def size(nbytes: float) -> str:
-    """Bytes in decimal units, three digits."""
+def first_cell(metrics: dict[str, Metric], *names: str) -> tuple[str, str]:
+    """The cell of whichever of ``names`` stands first: that of the run's first protocol."""
+    return metric_cell(metrics, next((name for name in metrics if name in names), names[0]))
+
+
+def size(nbytes: float | None) -> str:
+    """Bytes in decimal units, three digits; a dash for None."""
+    if nbytes is None:
+        return ABSENT
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"
@@ -67,7 +76,8 @@ def row(result: ModelResult) -> list[tuple[str, str]]:
     m, cost = result.metrics, result.cost
     bits = ABSENT if result.bits_per_weight is None else f"{result.bits_per_weight:.4g}"
     cells = [
-        metric_cell(m, "perplexity"), metric_cell(m, "perplexity_ratio"), metric_cell(m, "kl_mean"),
+        first_cell(m, "perplexity", "word_perplexity"), first_cell(m, "perplexity_ratio", "word_perplexity_ratio"),
+        metric_cell(m, "kl_mean"),
         metric_cell(m, "top1_agreement", 100.0), (size(result.bytes_on_disk), ""), (bits, ""),
     ]  # fmt: skip
     if cost is None:
@@ -77,13 +87,66 @@ def row(result: ModelResult) -> list[tuple[str, str]]:
     return cells + [(text, "") for text in [*last, size(peak)]]
 
 
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A small table of its own, by models: what has no column in the main one."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def grids(report: Report) -> list[Grid]:
+    """Word and byte figures, further protocols, and tasks with their flips against the reference."""
+    found = []
+    for number, part in enumerate(report.passes):
+        names = dict.fromkeys(
+            name for m in report.models for name, metric in m.metrics.items()
+            if metric.protocol in (part.perplexity, part.divergence) and not name.startswith(_DETAILS)
+        )  # fmt: skip
+        if number == 0 and "perplexity" in names:
+            continue  # the main table has all of it
+        rows = [(m.label, *(" ".join(metric_cell(m.metrics, name)).strip() for name in names)) for m in report.models]
+        headers = tuple(name.partition("@")[0].replace("_", " ") for name in names)
+        found.append(Grid(part.perplexity, headers, rows))
+    for task in dict.fromkeys(t.task for m in report.models for t in m.tasks):
+        found.append(_task_grid(report, task))
+    return found
+
+
+def _task_grid(report: Report, task: str) -> Grid:
+    results = {m.label: t for m in report.models for t in m.tasks if t.task == task}
+    metrics = dict.fromkeys(name for t in results.values() for name in t.metrics)
+    paired = dict.fromkeys(name for t in results.values() for name in t.paired)
+    rows = []
+    for label, result in results.items():
+        cells = [" ".join(with_error(m.value, m.standard_error)).strip() for m in map(result.metrics.get, metrics) if m]
+        flips = [result.paired.get(name) for name in paired]
+        cells += [f"-{p.lost} +{p.gained}, p={p.p_value:.2g}" if p else ABSENT for p in flips]
+        rows.append((label, *cells))
+    first = next(iter(results.values()))
+    share = f"{first.items}" if first.items == first.items_available else f"{first.items} of {first.items_available}"
+    title = f"task/{task}, {share} items, {first.few_shot}-shot, lm-eval {first.lm_eval}"
+    return Grid(title, (*metrics, *(f"{name} flips" for name in paired)), rows)
+
+
+def _share(windows: int, available: int) -> str:
+    return "all" if windows == available else f"the first {windows} of {available}"
+
+
 def footnotes(report: Report) -> list[str]:
-    """What the table's numbers mean: protocols, text, dtype, floor, excluded tokens."""
-    text = report.text
-    share = "all" if text.windows == text.windows_available else f"the first {text.windows} of {text.windows_available}"
-    lines = [
-        f"{', '.join(report.protocols)} on {text.source}: {share} windows of {text.window} tokens, "
-        f"{report.settings.dtype} on {report.settings.device}; ± standard error by window, ratios paired."
+    """What the table's numbers mean: protocols, text, dtype, floor, cached reference, excluded tokens."""
+    lines = []
+    if report.text is not None:
+        text, measured = report.text, [p for p in report.protocols if not p.startswith("task/")]
+        lines.append(
+            f"{', '.join(measured)} on {text.source}: {_share(text.windows, text.windows_available)} windows of "
+            f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}; "
+            f"± standard error {_methods(report)}, ratios paired."
+        )
+    lines += [
+        f"{p.perplexity}: {_share(p.windows, p.windows_available)} windows, {p.scored} tokens scored."
+        for p in report.passes[1:]
     ]
     if report.noise_floor is not None:
         floor = report.noise_floor
@@ -94,11 +157,22 @@ def footnotes(report: Report) -> list[str]:
         )
     lines += _cost_notes(report)
     lines += [
+        f"{m.label}: {e.protocol} against a cached reference ({e.form}); that form changed its KL by {e.mean:.1e} in the "
+        f"mean and {e.largest:.1e} at most, over {e.positions} positions kept exactly."
+        for m in report.models
+        for e in m.cache_errors
+    ]
+    lines += [
         f"{m.label}: {m.excluded_tokens} tokens with a divergence that is not finite are left out of its KL and top-1."
         for m in report.models
         if m.excluded_tokens
     ]
     return lines
+
+
+def _methods(report: Report) -> str:
+    used = {m.error_method for model in report.models for m in model.metrics.values() if m.error_method is not None}
+    return " or ".join(sorted(used, reverse=True)) or "by window"
 
 
 def _cost_notes(report: Report) -> list[str]:
@@ -129,7 +203,21 @@ def render(report: Report, width: int) -> Group:
     console = Console(width=10_000)
     if Measurement.get(console, console.options, table).minimum > width:
         table = _by_column(report.models)
-    return Group(table, *(Text(line, style="dim") for line in footnotes(report)))
+    parts: list[Table | Text] = [table]
+    for grid in grids(report):
+        parts += [Text(""), _grid(grid)]
+    return Group(*parts, *(Text(line, style="dim") for line in footnotes(report)))
+
+
+def _grid(grid: Grid) -> Table:
+    table = _table()
+    table.title, table.title_justify, table.title_style = grid.title, "left", "bold"
+    table.add_column("model", overflow="fold")
+    for header in grid.headers:
+        table.add_column(header, justify="right", overflow="fold")
+    for cells in grid.rows:
+        table.add_row(*cells)
+    return table
 
 
 def _table() -> Table:
