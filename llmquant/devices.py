@@ -23,6 +23,8 @@ def parse_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as e:  # torch asserts when it was built without the device
         raise UsageError(f"device {device!s} cannot be used here: {str(e).splitlines()[0]}") from e
+    if where.type == "meta":
+        raise UsageError("device meta holds no numbers; choose cpu, cuda …")
     return where
 
 

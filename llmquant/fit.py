@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from llmquant.checkpoint import CheckpointReader
+from llmquant.checkpoint import SIDE_FILES, CheckpointReader, read_json
 from llmquant.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,12 @@ def check_fit(reader: CheckpointReader, model: PreTrainedModel) -> None:
     """Compare an unquantized folder with the (meta) model of its config.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of another shape or not floating-point, or a tied one differs.
+        CheckpointError: a tensor is missing, left over, of another shape or not floating-point, a tied one differs, or a
+            tokenizer or generation file, which would be carried along, is no JSON.
     """
+    for side in SIDE_FILES:
+        if side.endswith(".json") and (reader.path / side).is_file():
+            read_json(reader.path / side)
     wanted = dict(model.named_parameters(remove_duplicate=False))
     tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
     places = wanted.keys() | model.state_dict().keys()

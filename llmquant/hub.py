@@ -22,11 +22,15 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         UsageError: neither a folder nor a possible hub name.
         CheckpointError: the hub does not have it, or cannot be reached and the cache does not hold it.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
     name = os.fspath(model)
-    if path.is_file():
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        is_file = path.is_file()
+    except (RuntimeError, OSError) as e:  # a ~ that is nobody's home; a name longer than any file's
+        raise UsageError(f"{name} is neither a folder nor a hub name like org/model: {e}") from e
+    if is_file:
         raise UsageError(f"{name} is a file; give the model folder that holds it")
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name} is neither a folder nor a hub name like org/model")

@@ -42,7 +42,6 @@ from llmquant.skeleton import CONFUSED, empty_model, first_line, read_config
 from llmquant.weight import QuantizedWeight
 
 
-
 def load(
     model: str | os.PathLike[str],
     *,

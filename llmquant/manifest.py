@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from llmquant.checkpoint import CheckpointReader, read_json, sha256_file
+from llmquant.checkpoint import SIDE_FILES, CheckpointReader, read_json, sha256_file
 from llmquant.detect import quantization_config
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError
 from llmquant.formats import Format, Scheme, for_config
@@ -100,6 +100,8 @@ def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError when the file is missing or not a manifest."""
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} has no {MANIFEST}, so it was not written by llmquant and cannot be checked")
     try:
         return Manifest.model_validate(read_json(folder / MANIFEST))
     except ValidationError as e:
@@ -146,6 +148,11 @@ def read_module(reader: CheckpointReader, layout: Format, name: str, scheme: Sch
     return layout.unpack(tensors, scheme)
 
 
+def _loaded(name: str) -> bool:
+    """Whether engines load a file of this name as part of a model."""
+    return name.endswith((".safetensors", ".safetensors.index.json", ".py")) or name in SIDE_FILES
+
+
 def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Manifest:
     """Check every file's hash and every module's numbers against the manifest.
 
@@ -159,9 +166,9 @@ def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Man
             raise ProofError(f"{folder / name} is in the manifest but not in the folder")
         if sha256_file(folder / name) != expected:
             raise ProofError(f"{folder / name} is not the file that was written: its sha256 differs from the manifest's")
-    extra = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in manifest.files)
+    extra = sorted(p.name for p in folder.iterdir() if p.name not in manifest.files and _loaded(p.name))
     if extra:
-        raise ProofError(f"{folder} holds weight files that are not in the manifest: {', '.join(extra)}")
+        raise ProofError(f"{folder} holds files that engines load and that are not in the manifest: {', '.join(extra)}")
     if manifest.modules:  # a dense copy has none, and its numbers are those of its files
         prove_modules(CheckpointReader(folder), {n: m.digest for n, m in manifest.modules.items()})
     return manifest

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmquant import architectures
 from llmquant.calibration import Calibration, calibrate
@@ -24,13 +23,14 @@ from llmquant.destination import check_destination, refuse_source
 from llmquant.detect import quantization_config
 from llmquant.devices import parse_device, parse_dtype
 from llmquant.engines import refusals
-from llmquant.errors import CheckpointError, ProofError, QuantizationError, SourceError, UsageError
+from llmquant.errors import ProofError, QuantizationError, SourceError, UsageError
+from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
 from llmquant.manifest import MANIFEST, Manifest, ModuleEntry, file_hashes, packed_bytes, prove_modules, versions
 from llmquant.recipe import Recipe
 from llmquant.selection import Selection, linears_of, select
-from llmquant.skeleton import empty_model
+from llmquant.skeleton import empty_model, read_tokenizer
 from llmquant.sources import Documents, read_documents
 from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, walk
 
@@ -125,7 +125,7 @@ def quantize(
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
     layout = _layout(recipe.format)
     selection = select(linears_of(skeleton), architecture, recipe, layout)
-    _check_names(reader, selection)
+    check_fit(reader, skeleton)
     for reason in refusals(layout.name, selection.schemes)["vllm (CPU)"]:
         events.on_warning(f"vLLM on a CPU will refuse this model: {reason}")
     calibration = _calibrate(reader, recipe, options, int(skeleton.config.vocab_size), _positions(skeleton.config))
@@ -178,19 +178,15 @@ def _positions(config: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _check_names(reader: CheckpointReader, selection: Selection) -> None:
-    for name in selection.specs:
-        if f"{name}.weight" not in reader:
-            raise CheckpointError(
-                f"{reader.path} has no tensor {name}.weight though its model has that linear; its tensors are named otherwise"
-            )
-
-
 def _calibrate(
     reader: CheckpointReader, recipe: Recipe, options: QuantizeOptions, vocab_size: int, positions: int | None
 ) -> Calibration | None:
     wanted = recipe.calibration
     if wanted.source is None:
+        if options.evaluation:
+            raise UsageError(
+                f"--eval-text {options.evaluation} is compared with the calibration text, and this run has none; leave it out"
+            )
         if recipe.method == "rtn":
             return None
         raise SourceError(
@@ -201,7 +197,7 @@ def _calibrate(
     evaluation: Documents | None = read_documents(options.evaluation) if options.evaluation else None
     return calibrate(
         documents,
-        _tokenizer(reader.path),
+        read_tokenizer(reader.path),
         nsamples=wanted.nsamples,
         seqlen=wanted.seqlen,
         seed=recipe.seed,
@@ -210,16 +206,6 @@ def _calibrate(
         vocab_size=vocab_size,
         max_positions=positions,
     )
-
-
-def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False, local_files_only=True
-        )
-    except (ValueError, OSError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{path} has no tokenizer that transformers can read: {str(e).splitlines()[0]}") from e
-    return tokenizer
 
 
 class _deterministic:  # noqa: N801 - used as a with-statement verb
@@ -328,17 +314,27 @@ def _finish(
 
 
 def _base_name(model: str) -> str:
-    """A hub name as it is; of a folder only its own name, since a path means nothing on another machine."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    """A hub name without its revision; of a folder only its own name, since a path means nothing on another machine."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model.partition("@")[0]
 
 
 def _calibration_entry(calibration: Calibration) -> dict[str, object]:
+    summary = calibration.summary.as_dict()
+    if summary["overlap"] is not None:
+        summary["overlap"]["evaluation"] = _portable_source(summary["overlap"]["evaluation"])
     return {
-        "source": calibration.source,
+        "source": _portable_source(calibration.source),
         "source_sha256": calibration.source_sha256,
         "ids_sha256": calibration.sha256,
-        **calibration.summary.as_dict(),
+        **summary,
     }
+
+
+def _portable_source(source: str) -> str:
+    """A text source without the folders of this machine: what identifies its content is the hash beside it."""
+    kind, _, rest = source.partition(":")
+    return f"{kind}:{rest.rpartition('/')[2]}" if kind != "hf" or Path(rest.partition(":")[0]).is_dir() else source
 
 
 def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:

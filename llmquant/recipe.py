@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
-from llmquant.errors import RecipeError, SpecError
+from llmquant.errors import RecipeError
 from llmquant.spec import QuantSpec
 
 _SHIPPED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")
@@ -61,7 +63,7 @@ class Scales(_Strict):
 
     steps: int = Field(48, ge=0, le=1000)
     smallest: float = Field(0.35, gt=0, le=1)
-    norm: float = Field(2.0, gt=0)
+    norm: float = Field(2.0, gt=0, allow_inf_nan=False)
     weighted: bool = False
 
 
@@ -72,6 +74,11 @@ class GPTQ(_Strict):
     damping: float = Field(0.01, gt=0, le=1)
     act_order: Literal["static", "off", "group"] = "static"
     true_sequential: bool = True
+
+    @field_validator("act_order", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # what YAML makes of a bare word off
 
 
 class CalibrationOptions(_Strict):
@@ -97,7 +104,7 @@ class Recipe(_Strict):
     ignore: tuple[str, ...] = ("lm_head",)
     calibration: CalibrationOptions = CalibrationOptions()
     format: str = "compressed-tensors"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
 
     @field_validator("include", "ignore")
     @classmethod
@@ -108,7 +115,12 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        everything = [self.weights, *(o.applied_to(self.weights) for o in self.overrides)]
+        everything = [self.weights]
+        for i, override in enumerate(self.overrides):
+            try:
+                everything.append(override.applied_to(self.weights))
+            except ValueError as e:
+                raise ValueError(f"overrides.{i}: {_first(e)}") from e
         if self.method == "gptq" and self.gptq.act_order == "group" and any(w.group_size == -1 for w in everything):
             raise ValueError("gptq.act_order: group needs a group size; with one group per row use static")
         return self
@@ -153,12 +165,29 @@ def _validate(data: object, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'recipe'}: {p['msg'].removeprefix('Value error, ')}" for p in e.errors()
-        )
+        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'recipe'}: {_said(p)}" for p in e.errors())
         raise RecipeError(f"{origin}: {problems}") from e
-    except SpecError as e:
-        raise RecipeError(f"{origin}: {e}") from e
+
+
+def _said(problem: ErrorDetails) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "there is no such key"
+    return problem["msg"].removeprefix("Value error, ")
+
+
+def _first(error: ValueError) -> str:
+    return _said(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the standard loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        twice = next((k for k in keys if keys.count(k) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def shipped() -> dict[str, Path]:
@@ -180,7 +209,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             raise RecipeError(f"no recipe {str(name_or_path)!r}: not a file, and the shipped ones are {', '.join(known)}")
         path = known[str(name_or_path)]
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
         raise RecipeError(f"{path} cannot be read as YAML: {e}") from e
     return _validate(data if data is not None else {}, str(path))

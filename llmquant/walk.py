@@ -301,5 +301,7 @@ def _read_parameter(plan: WalkPlan, name: str, shape: torch.Size) -> Tensor:
     tensor = plan.reader.read(name)
     if tensor.shape != shape:
         raise CheckpointError(f"{name} is {list(tensor.shape)} in the checkpoint, config.json makes it {list(shape)}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise QuantizationError(f"{plan.reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
     # A copy even when no cast is needed: quantized weights are written into it, never into the mapped file.
     return tensor.to(plan.device, plan.dtype, copy=True)

@@ -16,7 +16,8 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def plan_tasks(names: Sequence[str], include_path: str | None, limit: int | None
 
     Raises:
         UsageError: lm-eval is not installed, a task, file or folder that does not exist, a limit below 1.
+        LlmquantError: a task does not fit its data.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} asks nothing; give 1 or more")
@@ -67,7 +69,24 @@ def plan_tasks(names: Sequence[str], include_path: str | None, limit: int | None
             f"--tasks {missing[0]}: no such task in lm-eval {_version()}"
             f"{f' or {include_path}' if include_path else ''}; over a file of your own: {local} (NAME=FILE.jsonl)"
         )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a loaded model, which is what we always give it
+    with _told_apart(configs):
+        manager.load(list(configs))  # reads the data and fills in the first item's templates
     return TaskPlan(configs, manager, limit, None if samples is None else Path(samples))
+
+
+@contextmanager
+def _told_apart(configs: Sequence[str | dict[str, Any]]) -> Iterator[None]:
+    """lm-eval's failures on a task's templates and data as an error of ours; it has none of its own."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except (ValueError, LookupError, TypeError, OSError, ImportError, DatasetsError, TemplateError) as e:
+        names = ", ".join(c if isinstance(c, str) else str(c["task"]) for c in configs)
+        raise LlmquantError(f"lm-eval cannot run {names}: {type(e).__name__}: {str(e).strip()}") from e
 
 
 def _local_file(name: str) -> Path:
@@ -96,23 +115,13 @@ def run_tasks(plan: TaskPlan, model: Any, label: str) -> list[TaskResult]:
     """
     from lm_eval import simple_evaluate
 
-    # A line for every task and seed; warnings of libraries that lm-eval loads.
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            found = simple_evaluate(
-                model=model, tasks=list(plan.configs), task_manager=plan.manager, limit=plan.limit,
-                log_samples=True, bootstrap_iters=_BOOTSTRAP,
-            )  # fmt: skip
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as e:
-        # What a task file can do wrong in its templates and data sets; lm-eval has no error of its own.
-        raise LlmquantError(f"lm-eval cannot run {', '.join(map(_name, plan.configs))}: {type(e).__name__}: {e}") from e
+    with _told_apart(plan.configs):
+        found = simple_evaluate(
+            model=model, tasks=list(plan.configs), task_manager=plan.manager, limit=plan.limit, log_samples=True,
+            bootstrap_iters=_BOOTSTRAP,
+        )  # fmt: skip
     assert found is not None  # only ranks other than 0 get none
     return [_result(name, found, plan, label) for name in found["samples"]]
-
-
-def _name(config: str | dict[str, Any]) -> str:
-    return config if isinstance(config, str) else str(config["task"])
 
 
 def _result(task: str, found: Mapping[str, Any], plan: TaskPlan, label: str) -> TaskResult:

@@ -10,6 +10,7 @@ no traceback; results to stdout.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib.metadata import entry_points, version
@@ -59,6 +60,9 @@ app.command("recipes")(recipes_command)
 
 def main() -> None:
     """Entry point: run the app, turn our errors into a message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
         entry.load()(app)
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.screen import screen
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,9 +91,8 @@ def _tell(facts: dict[str, Any], warnings: tuple[str, ...], quiet: bool, as_json
 @contextmanager
 def _progress(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar over linears, on stderr."""
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=hidden, transient=True) as progress:
+    with Progress(console=screen(stderr=True), disable=hidden, transient=True) as progress:
         task = progress.add_task("reading", total=None)
         yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)

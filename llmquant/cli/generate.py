@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.errors import UsageError
+from llmquant.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to make.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, when sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; do not use the chat template.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on CPU), bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
@@ -35,17 +35,21 @@ def generate_command(
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
     from transformers.utils import logging as transformers_logging
 
     from llmquant.hub import resolve
     from llmquant.loading import load
+    from llmquant.skeleton import read_config, read_tokenizer
 
     transformers_logging.disable_progress_bar()
     path = resolve(model)
+    read_config(path)  # before the tokenizer, which reads it too and would take the blame
+    tokenizer = read_tokenizer(path)
+    ids = _encode(tokenizer, prompt, raw)
     loaded: Any = load(path, dtype=dtype, device=device, kernel=kernel)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    ids = _encode(tokenizer, prompt, raw).to(loaded.device)
+    _refuse_too_long(ids.shape[1], max_new_tokens, loaded.config)
+    ids = ids.to(loaded.device)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
@@ -65,10 +69,25 @@ def generate_command(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:
     """Token ids ``[1, n]``: of the text itself, or of one user turn in the model's chat template."""
+    from jinja2 import TemplateError
+
     if raw or tokenizer.chat_template is None:
         plain: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
         return plain
     turns = [{"role": "user", "content": prompt}]
-    encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except (TemplateError, ValueError) as e:
+        raise CheckpointError(f"the model's chat template cannot be used: {e}; --raw does without it") from e
     ids: Tensor = encoded["input_ids"]
     return ids
+
+
+def _refuse_too_long(prompt_tokens: int, new_tokens: int, config: Any) -> None:
+    """A model's positions end where its training did; behind them it babbles."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and prompt_tokens + new_tokens > positions:
+        raise UsageError(
+            f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {positions} positions; "
+            "shorten the prompt or lower --max-new-tokens"
+        )

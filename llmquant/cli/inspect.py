@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.screen import screen
+
 if TYPE_CHECKING:
     from llmquant.inspection import Inspection
 
@@ -56,10 +58,9 @@ def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
 
 
 def _show(found: Inspection, verified: bool, modules: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console = screen()
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.overrides import recipe_of
+from llmquant.cli.screen import screen
+
 if TYPE_CHECKING:
     from llmquant.plan import Plan
 
@@ -27,18 +30,9 @@ def plan_command(
 ) -> None:
     """Show what quantizing MODEL would give, from its headers alone."""
     from llmquant.plan import make_plan
-    from llmquant.recipe import Recipe, load_recipe
 
-    chosen = load_recipe(recipe) if recipe else Recipe()
-    changes: dict[str, Any] = {
-        "weights.bits": bits,
-        "weights.group_size": group_size,
-        "weights.symmetric": sym,
-        "format": layout,
-        "include": tuple(include) if include else None,
-        "ignore": (*chosen.ignore, *ignore) if ignore else None,
-    }
-    plan = make_plan(model, chosen.updated({k: v for k, v in changes.items() if v is not None}))
+    changes = {"weights.bits": bits, "weights.group_size": group_size, "weights.symmetric": sym, "format": layout}
+    plan = make_plan(model, recipe_of(recipe, changes, include, ignore))
     if as_json:
         sys.stdout.write(json.dumps(_as_dict(plan)) + "\n")
     else:
@@ -63,7 +57,6 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _show(plan: Plan, modules: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -78,7 +71,7 @@ def _show(plan: Plan, modules: bool) -> None:
     for (name, shape, scheme), sizes in kinds.items():
         weights = math.prod(json.loads(shape)) * len(sizes)
         table.add_row(name, shape, scheme, str(len(sizes)), f"{sum(sizes) / 1e6:,.2f}", f"{sum(sizes) * 8 / weights:.3f}")
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console = screen()
     console.print(table)
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.overrides import recipe_of
+from llmquant.cli.screen import screen
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,9 +67,8 @@ def quantize_command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")] = False,
 ) -> None:
     """Quantize MODEL's linear layers and write a folder that engines load."""
-    from llmquant.recipe import Recipe, load_recipe
-
-    chosen = load_recipe(recipe) if recipe else Recipe()
+    if max_shard_size < 1_000_000:
+        raise UsageError(f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000")
     changes: dict[str, Any] = {
         "method": method,
         "weights.bits": bits,
@@ -80,19 +81,16 @@ def quantize_command(
         "calibration.seqlen": seqlen,
         "calibration.packing": packing,
         "seed": seed,
-        "include": tuple(include) if include else None,
-        "ignore": (*chosen.ignore, *ignore) if ignore else None,
     }
-    given = {k: v.value if isinstance(v, StrEnum) else v for k, v in changes.items() if v is not None}
-    chosen = chosen.updated(given)
+    chosen = recipe_of(recipe, changes, include, ignore)
+    if act_order is not None and chosen.method != "gptq":
+        raise UsageError(f"--act-order is of GPTQ, and the method is {chosen.method}; leave one of them out")
     from llmquant.pipeline import QuantizeOptions, quantize
 
     options = QuantizeOptions(
         device=device, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size, base_model=base_model,
         evaluation=eval_text,
     )  # fmt: skip
-    if max_shard_size < 1_000_000:
-        raise UsageError(f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000")
     started = time.perf_counter()
     with _progress(hidden=quiet or as_json) as events:
         result = quantize(model, output, chosen, options, events)
@@ -129,7 +127,6 @@ def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
 @contextmanager
 def _progress(hidden: bool) -> Iterator[Events]:
     """A bar over blocks with the time left and the current module, on stderr."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -141,9 +138,9 @@ def _progress(hidden: bool) -> Iterator[Events]:
 
     from llmquant.pipeline import Events
 
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
@@ -151,14 +148,13 @@ def _progress(hidden: bool) -> Iterator[Events]:
 
         def on_calibration(calibration: Calibration) -> None:
             if not hidden:
-                console.print(f"calibration  {calibration.source}", highlight=False, soft_wrap=True)
+                console.print(f"calibration  {calibration.source}", soft_wrap=True)
                 for line in calibration.summary.lines():
-                    console.print(f"  {line}", highlight=False, soft_wrap=True)
+                    console.print(f"  {line}", soft_wrap=True)
             progress.update(task, description="calibrating")
 
         def on_warning(warning: str) -> None:
-            if not hidden:
-                console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+            console.print(f"warning: {warning}", soft_wrap=True)
 
         events = Events(
             on_warning=on_warning,
@@ -170,7 +166,6 @@ def _progress(hidden: bool) -> Iterator[Events]:
 
 
 def _show(result: QuantizeResult, seconds: float) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{result.path}", title_justify="left", box=None, pad_edge=False)
@@ -191,15 +186,12 @@ def _show(result: QuantizeResult, seconds: float) -> None:
             f"{sum(outputs) / len(outputs):.2e}" if outputs else "–",
             f"{max(outputs):.2e}" if outputs else "–",
         )
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console = screen()
     console.print(table)
     skipped = ", ".join(f"{n} ({why})" for n, why in result.skipped.items()) or "none"
-    console.print(f"left alone   {skipped}", highlight=False)
+    console.print(f"left alone   {skipped}")
     console.print(
         f"size         {result.source_bytes / 1e6:,.2f} MB → {result.bytes_written / 1e6:,.2f} MB; "
-        f"{result.bits_per_weight:.3f} bits per quantized weight",
-        highlight=False,
+        f"{result.bits_per_weight:.3f} bits per quantized weight"
     )
-    console.print(
-        f"proved       every tensor re-read from disk and equal to what was computed; {seconds:.1f} s", highlight=False
-    )
+    console.print(f"proved       every tensor re-read from disk and equal to what was computed; {seconds:.1f} s")

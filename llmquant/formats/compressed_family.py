@@ -16,6 +16,7 @@ from torch import Tensor
 from llmquant.errors import FormatError
 from llmquant.formats.base import Activations, Plain, Scheme
 from llmquant.formats.compressed_tensors import CompressedTensors
+from llmquant.formats.config_groups import groups_of
 from llmquant.formats.int_quantized import IntQuantized, config_group
 from llmquant.weight import QuantizedWeight
 
@@ -59,8 +60,7 @@ class CompressedFamily(Plain):
         return {**config, "format": "mixed-precision", "config_groups": {f"group_{i}": g for i, g in enumerate(groups)}}
 
     def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
-        groups = (config.get("config_groups") or {}).values()
-        told = {str(g.get("format") or config.get("format") or "pack-quantized") for g in groups}
+        told = {str(g.get("format") or config.get("format") or "pack-quantized") for g in groups_of(config)}
         others = sorted(told.difference(_READABLE))
         if others:
             readable = ", ".join(_READABLE)

@@ -15,7 +15,6 @@ no arithmetic. The library of the same name is the oracle in the tests; nothing 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor
 
 from llmquant import bitpack
-from llmquant.errors import FormatError
-from llmquant.formats.base import Activations, Plain, Scheme
+from llmquant.errors import FormatError, SpecError
+from llmquant.formats.base import Activations, Plain, Scheme, exact, require
+from llmquant.formats.config_groups import group_of, groups_of, ignored
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -48,13 +48,10 @@ class CompressedTensors(Plain):
         return None
 
     def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
-        scale = weight.scales.to(dtype)
-        if not torch.equal(scale.to(torch.float32), weight.scales):
-            raise FormatError(f"a scale is not exact in {dtype}, so engines would not use the evaluated numbers")
         bits = weight.spec.bits
         tensors = {
             _PACKED: bitpack.pack(weight.codes, bits),
-            "weight_scale": scale.contiguous(),
+            "weight_scale": exact(weight.scales, dtype).contiguous(),
             "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
         }
         if not weight.spec.symmetric:
@@ -65,18 +62,16 @@ class CompressedTensors(Plain):
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         spec = scheme.spec
-        for needed in (_PACKED, "weight_scale", "weight_shape"):
-            if needed not in tensors:
-                raise FormatError(f"{needed} is missing beside {', '.join(sorted(tensors))}")
-        shape = tensors["weight_shape"].tolist()
+        require(tensors, _PACKED, "weight_scale", "weight_shape")
+        shape = tensors["weight_shape"].reshape(-1).tolist()
         if len(shape) != 2 or min(shape) < 1:
             raise FormatError(f"weight_shape holds {shape}, not [out, in]")
-        out_features, in_features = shape
+        out_features, in_features = map(int, shape)
         packed, scales = tensors[_PACKED], tensors["weight_scale"]
         if spec.group_size is not None and in_features % spec.group_size:
             raise FormatError(f"group_size {spec.group_size} does not divide the {in_features} columns of weight_shape")
         groups = spec.groups(in_features)
-        if packed.shape[0] != out_features or list(scales.shape) != [out_features, groups]:
+        if packed.ndim != 2 or packed.shape[0] != out_features or list(scales.shape) != [out_features, groups]:
             raise FormatError(
                 f"weight_shape says {shape} with {groups} groups a row, but {_PACKED} is {list(packed.shape)} "
                 f"and weight_scale {list(scales.shape)}"
@@ -102,8 +97,10 @@ class CompressedTensors(Plain):
         return _unpack(packed.T.contiguous(), spec.bits, out_features).T.contiguous()
 
     def shape_of(self, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[int, int]:
-        if _PACKED not in shapes or "weight_scale" not in shapes:
-            raise FormatError(f"{_PACKED} or weight_scale is missing beside {', '.join(sorted(shapes))}")
+        require(shapes, _PACKED, "weight_scale")
+        for name in (_PACKED, "weight_scale"):
+            if len(shapes[name]) != 2:
+                raise FormatError(f"{name} is {list(shapes[name])}, not a matrix")
         out_features, n_words = shapes[_PACKED]
         group_size = scheme.spec.group_size
         # The scales pin the width exactly; per row, the words do for every width that fills them.
@@ -117,7 +114,8 @@ class CompressedTensors(Plain):
         uniform = len(members) == 1
         groups = {
             f"group_{i}": {
-                "targets": ["Linear"] if uniform else modules,
+                # vLLM's head is not a Linear: a quantized one must be named.
+                "targets": ["Linear", *(m for m in modules if m == "lm_head")] if uniform else modules,
                 "weights": _weights(scheme),
                 "input_activations": None,
                 "output_activations": None,
@@ -138,13 +136,12 @@ class CompressedTensors(Plain):
         suffix = f".{_PACKED}"
         names = frozenset(tensor_names)
         modules = sorted(n.removesuffix(suffix) for n in names if n.endswith(suffix))
-        groups = list(config.get("config_groups", {}).values())
-        ignore = list(config.get("ignore") or [])
+        groups, ignore = groups_of(config), config.get("ignore") or ()
         found: dict[str, Scheme] = {}
         for module in modules:
-            if any(_priority(pattern, module) in (0, 1) for pattern in ignore):
+            if ignored(ignore, module):
                 raise FormatError(f"{module} has packed weights but the config's ignore list names it")
-            found[module] = _parse(_group_of(module, groups), module, f"{module}.weight_g_idx" in names)
+            found[module] = _parse(group_of(module, groups), module, f"{module}.weight_g_idx" in names)
         return found
 
 
@@ -168,27 +165,6 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def _priority(target: str, module: str) -> int | None:
-    """compressed-tensors' order of matching: exact name, then regular expression, then class name."""
-    if target == module:
-        return 0
-    if target.startswith("re:"):
-        return 1 if re.match(target[3:], module) else None
-    return 2 if target == "Linear" else None
-
-
-def _group_of(module: str, groups: Collection[Mapping[str, Any]]) -> Mapping[str, Any]:
-    ranked = [
-        (priority, i, group)
-        for i, group in enumerate(groups)
-        for target in group.get("targets", [])
-        if (priority := _priority(target, module)) is not None
-    ]
-    if not ranked:
-        raise FormatError(f"{module} has packed weights but no config group targets it")
-    return min(ranked, key=lambda r: r[:2])[2]
-
-
 def _parse(group: Mapping[str, Any], module: str, has_g_idx: bool) -> Scheme:
     args = group.get("weights") or {}
     if group.get("input_activations"):
@@ -197,7 +173,13 @@ def _parse(group: Mapping[str, Any], module: str, has_g_idx: bool) -> Scheme:
     if args.get("type", "int") != "int" or strategy not in ("group", "channel") or not isinstance(bits, int):
         raise FormatError(f"{module}: cannot read weights of type {args.get('type')}, strategy {strategy}, {bits} bits")
     group_size = None if strategy == "channel" else args.get("group_size")
+    if strategy == "group" and not isinstance(group_size, int):
+        raise FormatError(f"{module}: the config says strategy group with group_size {group_size!r}")
     by_group = args.get("actorder") in ("group", "dynamic")
     if by_group and not has_g_idx:
         raise FormatError(f"{module}: the config says actorder {args['actorder']} but there is no weight_g_idx")
-    return Scheme(QuantSpec(bits, group_size, bool(args.get("symmetric", True))), g_idx=has_g_idx)
+    try:
+        spec = QuantSpec(bits, group_size, bool(args.get("symmetric", True)))
+    except SpecError as e:
+        raise FormatError(f"{module}: {e}") from e
+    return Scheme(spec, g_idx=has_g_idx)

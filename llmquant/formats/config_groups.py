@@ -9,6 +9,19 @@ from typing import Any
 from llmquant.errors import FormatError
 
 
+def groups_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The entries of ``config_groups``.
+
+    Raises:
+        FormatError: they are no mappings.
+    """
+    groups = config.get("config_groups") or {}
+    found = list(groups.values()) if isinstance(groups, dict) else [groups]
+    if not all(isinstance(g, dict) and isinstance(g.get("targets"), list) for g in found):
+        raise FormatError("the config's config_groups is no mapping of names to groups with targets")
+    return found
+
+
 def priority(target: str, module: str) -> int | None:
     """compressed-tensors' order of matching: exact name, then regular expression, then class name; None is no match."""
     if target == module:

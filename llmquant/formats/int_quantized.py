@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmquant.errors import FormatError
 from llmquant.formats.base import Activations, Plain, Scheme, exact, require
-from llmquant.formats.config_groups import group_of, ignored
+from llmquant.formats.config_groups import group_of, groups_of, ignored
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -82,7 +82,7 @@ class IntQuantized(Plain):
 
     def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
         names = frozenset(tensor_names)
-        groups = list((config.get("config_groups") or {}).values())
+        groups = groups_of(config)
         found: dict[str, Scheme] = {}
         for module in sorted(n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")):
             if f"{module}.weight" not in names:

@@ -11,9 +11,21 @@ from scipy.special import rel_entr, softmax
 
 import llmquant_eval.perplexity as perplexity_module
 from llmquant.errors import QuantizationError
+from llmquant_eval.buckets import breakdowns, context_edges
 from llmquant_eval.divergence import Divergence, token_divergence
+from llmquant_eval.layout import Layout
+from llmquant_eval.protocols import GptqProtocol
+from llmquant_eval.statistics import Floats
 
 POSITIONS, VOCABULARY = 60, 37
+
+
+def divergence_of(kl: Floats, same_top: Floats | None = None, delta_p: Floats | None = None,
+                  confidence: Floats | None = None, windows: int = 2) -> Divergence:  # fmt: skip
+    """A Divergence of flat arrays over ``windows`` windows of equal length; what is left out is zero."""
+    nothing = np.zeros_like(kl)
+    parts = [nothing if part is None else part for part in (same_top, delta_p, confidence)]
+    return Divergence(kl, *parts, layout=Layout(np.full(windows, len(kl) // windows)), label="m")
 
 
 def logits(seed: int, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,6 +44,7 @@ def test_against_scipy_in_fp64(dtype: torch.dtype, nearness: float) -> None:
     assert got.kl.dtype == torch.float32
     np.testing.assert_allclose(got.kl.numpy(), rel_entr(p, q).sum(axis=1), rtol=2e-5, atol=3e-7)
     np.testing.assert_allclose(got.delta_p.numpy(), q[rows, targets] - p[rows, targets], atol=3e-7)
+    np.testing.assert_allclose(got.confidence.numpy(), p.max(axis=1), rtol=2e-6)
     assert got.same_top.tolist() == (p_logits.argmax(1) == q_logits.argmax(1)).tolist()
 
 
@@ -83,9 +96,9 @@ def test_the_inputs_are_left_as_they_were() -> None:
 
 
 def test_infinite_tokens_are_counted_and_left_out() -> None:
-    kl = np.array([[0.1, 0.3], [math.inf, 0.2]])
-    agreement, delta = np.array([[1.0, 1.0], [1.0, 0.0]]), np.array([[0.3, 0.0], [9.0, 0.4]])
-    divergence = Divergence(kl, agreement, delta, "m")
+    divergence = divergence_of(
+        np.array([0.1, 0.3, math.inf, 0.2]), np.array([1.0, 1.0, 1.0, 0.0]), np.array([0.3, 0.0, 9.0, 0.4])
+    )
     assert (divergence.tokens, divergence.excluded) == (3, 1)
     assert divergence.mean_kl.value == pytest.approx(0.2)
     assert divergence.top1_agreement.value == pytest.approx(2 / 3)
@@ -95,12 +108,46 @@ def test_infinite_tokens_are_counted_and_left_out() -> None:
 
 
 def test_nothing_finite_is_an_error() -> None:
-    nothing = np.full((2, 2), math.nan)
-    with pytest.raises(QuantizationError, match="broken: its divergence"):
-        Divergence(nothing, nothing, nothing, "broken")
+    with pytest.raises(QuantizationError, match="m: its divergence"):
+        divergence_of(np.full(4, math.nan))
 
 
 def test_quantiles_interpolate_between_order_statistics() -> None:
-    kl = np.arange(1001, dtype=np.float64).reshape(1, -1)[:, ::-1]
-    divergence = Divergence(kl, np.ones_like(kl), np.zeros_like(kl), "m")
+    divergence = divergence_of(np.arange(1001, dtype=np.float64)[::-1], windows=1)
     assert divergence.quantiles() == pytest.approx({0.5: 500.0, 0.9: 900.0, 0.99: 990.0, 0.999: 999.0})
+
+
+@pytest.mark.parametrize(("longest", "edges"), [(3, (1, 16)), (15, (1, 16)), (16, (1, 16, 32)), (63, (1, 16, 32, 64))])
+def test_context_edges_are_powers_of_two(longest: int, edges: tuple[int, ...]) -> None:
+    assert context_edges(longest) == edges
+
+
+def test_buckets_divide_the_positions_and_their_means() -> None:
+    windows = GptqProtocol(41).windows(41 * 25)
+    tokens = 40 * 25
+    draw = np.random.default_rng(0)
+    kl, confidence = draw.exponential(1.0, tokens), draw.uniform(0, 1, tokens)
+    kl[7], confidence[:3] = math.inf, (0.0, 0.1, 1.0)
+    agreement = (draw.uniform(size=tokens) < 0.5).astype(np.float64)
+    divergence = divergence_of(kl, agreement, confidence=confidence, windows=25)
+    by_confidence, by_context = breakdowns(divergence, windows, "kl/top-41")
+    contexts = np.tile(np.arange(1, 41), 25)
+    for found, values in ((by_confidence, confidence), (by_context, contexts)):
+        assert sum(b.tokens for b in found.buckets) == tokens - 1
+        for bucket in found.buckets:
+            last = bucket is found.buckets[-1]
+            inside = (values >= bucket.lower) & ((values < bucket.upper) | (last & (values == bucket.upper)))
+            inside &= np.isfinite(kl)
+            assert bucket.tokens == inside.sum()
+            assert bucket.kl_mean == pytest.approx(kl[inside].mean(), rel=1e-12)
+            assert bucket.top1_agreement == pytest.approx(agreement[inside].mean(), rel=1e-12)
+            assert bucket.standard_error is not None
+            assert bucket.standard_error == pytest.approx(kl[inside].std() / math.sqrt(bucket.tokens), rel=0.5)
+    assert [(b.lower, b.upper) for b in by_context.buckets] == [(1, 16), (16, 32), (32, 64)]
+    assert len(by_confidence.buckets) == 10
+
+
+def test_a_bucket_without_tokens_is_left_out() -> None:
+    divergence = divergence_of(np.ones(6), confidence=np.array([0.95, 0.91, 0.05, 0.95, 0.91, 0.05]))
+    by_confidence, _ = breakdowns(divergence, GptqProtocol(4).windows(8), "kl/top-4")
+    assert [(b.lower, b.upper, b.tokens) for b in by_confidence.buckets] == [(0.0, 0.1, 2), (0.9, 1.0, 4)]

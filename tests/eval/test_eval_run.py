@@ -71,8 +71,8 @@ def test_a_candidate_against_its_reference(
     assert report.noise_floor is not None
     assert report.noise_floor.other_dtype == "float32"
     assert 0 < report.noise_floor.kl_mean.value < values["kl_mean"]
-    assert stages[-1] == ("perplexity and KL", 10, 10)
-    assert {stage for stage, _, _ in stages} == {"noise floor", "perplexity and KL"}
+    assert stages[-1] == ("ppl/gptq-64 and KL", 10, 10)
+    assert {stage for stage, _, _ in stages} == {"noise floor", "ppl/gptq-64 and KL"}
 
 
 def test_the_model_itself_under_another_name_has_no_loss(
@@ -151,16 +151,77 @@ def test_the_recorded_command_repeats_the_run(base_model: Path, words: Path, alt
     assert [m.metrics for m in again.models] == [m.metrics for m in first.models]
 
 
+def test_several_protocols_in_one_run(base_model: Path, words: Path, altered: Callable[..., Path]) -> None:
+    candidate = altered("coarse", lambda w: (w * 32).round() / 32)
+    outcome = run(
+        candidate, "--reference", base_model, "--text", words, "--protocol", "ppl/gptq", "--protocol",
+        "ppl/strided-64-16,ppl/word", "--window", 32, "--no-cost", "--no-noise-floor", "--json",
+    )  # fmt: skip
+    report = Report.from_json(outcome.stdout)
+    names = ["gptq-32", "strided-64-16", "word-32"]
+    assert [p.perplexity for p in report.passes] == [f"ppl/{name}" for name in names]
+    assert report.protocols == [
+        "ppl/gptq-32", "kl/top-32", "ppl/strided-64-16", "kl/top-strided-64-16", "ppl/word-32", "kl/top-word-32",
+    ]  # fmt: skip
+    assert [(p.windows, p.windows_available, p.scored) for p in report.passes] == [
+        (21, 21, 21 * 31), (41, 41, 699), (22, 22, 700),
+    ]  # fmt: skip
+    metrics = report.model("coarse").metrics
+    for name, kind in (("perplexity", "ppl/"), ("perplexity_ratio", "ppl/"), ("kl_mean", "kl/top-")):
+        assert metrics[name].tokens == 21 * 31
+        assert metrics[f"{name}@{kind}strided-64-16"].tokens == 699
+    assert {metrics["kl_mean"].error_method, metrics["kl_mean@kl/top-strided-64-16"].error_method} == {
+        "by window", "block bootstrap",
+    }  # fmt: skip
+    assert metrics["word_perplexity"].protocol == "ppl/word-32"
+    assert metrics["kl_mean@kl/top-word-32"].tokens == 700
+    parts = report.model("coarse").breakdowns
+    assert [(b.protocol, b.by) for b in parts] == [
+        (f"kl/top-{name}", by) for name in ("32", *names[1:]) for by in ("confidence", "context")
+    ]
+    totals = [sum(b.tokens for b in part.buckets) for part in parts]
+    assert totals == [21 * 31] * 2 + [699] * 2 + [700] * 2
+    again = Report.from_json(run(*shlex.split(report.command)[2:], "--json").stdout)
+    assert again.models == report.models
+
+
+def test_each_protocol_alone_gives_what_it_gives_in_company(base_model: Path, words: Path) -> None:
+    def values(protocol: str) -> dict[str, float]:
+        request = Request((str(base_model),), str(words), protocol=protocol, cost=False, dtype="float32")
+        return {m.protocol: m.value for m in evaluate(request).models[0].metrics.values()}
+
+    together = values("ppl/gptq-32,ppl/strided-64-16")
+    assert together == values("ppl/gptq-32") | values("ppl/strided-64-16")
+
+
+def test_what_the_main_table_has_no_room_for_is_shown_below(base_model: Path, words: Path) -> None:
+    outcome = run(
+        base_model, "--text", words, "--protocol", "ppl/gptq-32,ppl/word-32", "--no-cost", "--max-windows", 5, "--quiet"
+    )
+    for part in ("ppl/word-32", "byte perplexity", "bits per byte", "ppl/word-32: the first 5 of 22 windows, 160 tokens"):
+        assert part in outcome.stdout, part
+    assert "block bootstrap" in outcome.stdout  # 5 windows are few
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({}, "llmquant eval a b --text file:t"),
+        (
+            {"reference": "c", "protocol": "ppl/word,ppl/gptq-64", "cache": "my cache", "cache_form": "top-9"},
+            "llmquant eval a b --text file:t --reference c --protocol ppl/word,ppl/gptq-64 --cache 'my cache' --cache-form top-9",
+        ),
+        (
+            {"tasks": "x=f.jsonl,y", "limit": 3, "include_path": "t", "log_samples": "s", "tokenizer": "z"},
+            "llmquant eval a b --text file:t --tokenizer z --tasks x=f.jsonl,y --include-path t --limit 3 "
+            "--log-samples s",
+        ),
         ({"reference": "a model", "window": 64}, "llmquant eval a b --text file:t --reference 'a model' --window 64"),
         ({"max_windows": 3, "batch_size": 2}, "llmquant eval a b --text file:t --max-windows 3 --batch-size 2"),
         ({"cost": False, "noise_floor": False}, "llmquant eval a b --text file:t --no-cost --no-noise-floor"),
         ({"dtype": "float32", "kernel": "dense"}, "llmquant eval a b --text file:t --dtype float32 --kernel dense"),
     ],
-    ids=["defaults left out", "quoted", "numbers", "switches", "names"],
+    ids=["defaults left out", "protocols and cache", "tasks", "quoted", "numbers", "switches", "names"],
 )  # fmt: skip
 def test_the_command_line_of_a_request(options: dict[str, Any], expected: str) -> None:
     assert Request(("a", "b"), "file:t", **options).command() == expected
@@ -171,8 +232,10 @@ def test_the_command_line_of_a_request(options: dict[str, Any], expected: str) -
     [
         pytest.param(["--window", 257], UsageError, "257 tokens is longer than the 256 that base takes", id="context"),
         pytest.param(["--window", 1], UsageError, "nothing to predict", id="window of one"),
-        pytest.param(["--protocol", "ppl/word"], UsageError, "'ppl/word' is not known", id="protocol"),
+        pytest.param(["--protocol", "ppl/words"], UsageError, "'ppl/words' is not known", id="protocol"),
         pytest.param(["--protocol", "ppl/gptq-64", "--window", 64], UsageError, "give one of them", id="both"),
+        pytest.param(["--protocol", "ppl/gptq,ppl/gptq-256"], UsageError, "one protocol twice", id="protocol twice"),
+        pytest.param(["--protocol", "ppl/word-300"], UsageError, "longer than the 256", id="context of a protocol"),
         pytest.param(["--max-windows", 0], UsageError, "--max-windows 0", id="no windows"),
         pytest.param(["--batch-size", 0], UsageError, "--batch-size 0", id="no batch"),
         pytest.param(["--dtype", "int4"], UsageError, "--dtype int4", id="dtype"),

@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llmquant_eval.perplexity as perplexity_module
 from llmquant.errors import QuantizationError, UsageError
 from llmquant_eval.perplexity import position_chunks, token_nll
-from llmquant_eval.protocols import GptqProtocol
-from llmquant_eval.scoring import score
+from llmquant_eval.protocols import GptqProtocol, StridedProtocol, WindowProtocol
+from llmquant_eval.scoring import batches, score
+from llmquant_eval.stream import Stream
 
 VOCABULARY, WINDOW = 50, 16
 
@@ -45,6 +46,12 @@ def ids() -> Tensor:
     return torch.randint(0, VOCABULARY, (7 * WINDOW + 5,), generator=torch.Generator().manual_seed(2))
 
 
+def stream_of(ids: Tensor, protocol: WindowProtocol | None = None) -> Stream:
+    protocol = protocol or GptqProtocol(WINDOW)
+    windows = protocol.windows(len(ids))
+    return Stream(protocol, ids, windows, len(windows))
+
+
 def plain_loop(model: Any, base: Any, ids: Tensor, window: int) -> dict[str, float]:
     """The protocols as one would write them on a blackboard: a window, a token, a sum, in float64."""
     window_means, divergences, same, squares = [], [], [], []
@@ -70,8 +77,7 @@ def plain_loop(model: Any, base: Any, ids: Tensor, window: int) -> dict[str, flo
 
 def test_one_pass_is_the_plain_loop(reference: Any, candidate: Any, ids: Tensor) -> None:
     expected = plain_loop(candidate, reference, ids, WINDOW)
-    windows = GptqProtocol(WINDOW).windows(len(ids))
-    scores = score({"c": candidate, "r": reference}, ids, windows, reference="r")
+    scores = score({"c": candidate, "r": reference}, stream_of(ids), reference="r")
     divergence = scores["c"].divergence
     assert divergence is not None
     assert scores["r"].divergence is None
@@ -84,18 +90,16 @@ def test_one_pass_is_the_plain_loop(reference: Any, candidate: Any, ids: Tensor)
 
 
 def test_the_reference_is_scored_as_it_is_alone(reference: Any, candidate: Any, ids: Tensor) -> None:
-    windows = GptqProtocol(WINDOW).windows(len(ids))
-    together = score({"c": candidate, "r": reference}, ids, windows, reference="r")["r"]
-    alone = score({"r": reference}, ids, windows)["r"]
+    together = score({"c": candidate, "r": reference}, stream_of(ids), reference="r")["r"]
+    alone = score({"r": reference}, stream_of(ids))["r"]
     assert np.array_equal(together.perplexity.losses, alone.perplexity.losses)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100], ids=lambda n: f"batch {n}")
 def test_the_batch_size_changes_only_rounding(batch_size: int, reference: Any, candidate: Any, ids: Tensor) -> None:
-    windows = GptqProtocol(WINDOW).windows(len(ids))
     pair = {"r": reference, "c": candidate}
-    expected = score(pair, ids, windows, reference="r", batch_size=1)["c"]
-    got = score(pair, ids, windows, reference="r", batch_size=batch_size)["c"]
+    expected = score(pair, stream_of(ids), reference="r", batch_size=1)["c"]
+    got = score(pair, stream_of(ids), reference="r", batch_size=batch_size)["c"]
     np.testing.assert_allclose(got.perplexity.losses, expected.perplexity.losses, atol=2e-5)
     assert got.divergence is not None
     assert expected.divergence is not None
@@ -103,8 +107,7 @@ def test_the_batch_size_changes_only_rounding(batch_size: int, reference: Any, c
 
 
 def test_a_model_is_no_distance_from_itself(reference: Any, ids: Tensor) -> None:
-    windows = GptqProtocol(WINDOW).windows(len(ids))
-    scores = score({"r": reference, "same": reference}, ids, windows, reference="r")
+    scores = score({"r": reference, "same": reference}, stream_of(ids), reference="r")
     divergence = scores["same"].divergence
     assert divergence is not None
     assert not divergence.kl.any()
@@ -152,28 +155,65 @@ class Scripted:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=["NaN", "inf", "-inf"])
 def test_a_broken_model_is_named_as_soon_as_it_breaks(value: float, ids: Tensor) -> None:
-    windows = GptqProtocol(WINDOW).windows(len(ids))
     done: list[int] = []
-    with pytest.raises(QuantizationError, match=r"sick gave a NaN or infinite loss at 1 of 30 tokens.*window 4"):
+    with pytest.raises(QuantizationError, match=r"sick gave a NaN or infinite loss at 1 of 30 tokens of windows 4 to 5"):
         score(
-            {"sick": Scripted({4: value})}, ids, windows, batch_size=2, advance=lambda n, total: done.append(n)
+            {"sick": Scripted({4: value})}, stream_of(ids), batch_size=2, advance=lambda n, total: done.append(n)
         )  # fmt: skip
     assert done == [2, 4]  # windows 6 and 7 were not fed
 
 
 def test_a_uniform_model_has_the_vocabulary_for_perplexity(ids: Tensor) -> None:
-    windows = GptqProtocol(WINDOW).windows(len(ids))
-    estimate = score({"uniform": Scripted()}, ids, windows)["uniform"].perplexity.estimate
+    estimate = score({"uniform": Scripted()}, stream_of(ids))["uniform"].perplexity.estimate
     assert estimate.value == pytest.approx(VOCABULARY, rel=1e-6)
     assert estimate.standard_error == pytest.approx(0.0, abs=1e-9)
 
 
 def test_vocabularies_of_different_sizes_are_refused(ids: Tensor) -> None:
-    windows = GptqProtocol(WINDOW).windows(len(ids))
     with pytest.raises(UsageError, match="wide has a vocabulary of 51 and r of 50"):
-        score({"r": Scripted(), "wide": Scripted(vocabulary=51)}, ids, windows, reference="r")
+        score({"r": Scripted(), "wide": Scripted(vocabulary=51)}, stream_of(ids), reference="r")
 
 
 def test_a_batch_of_none_is_refused(ids: Tensor) -> None:
     with pytest.raises(UsageError, match="--batch-size 0"):
-        score({"m": Scripted()}, ids, GptqProtocol(WINDOW).windows(len(ids)), batch_size=0)
+        score({"m": Scripted()}, stream_of(ids), batch_size=0)
+
+
+def test_strided_windows_are_scored_token_by_token(reference: Any, candidate: Any, ids: Tensor) -> None:
+    """Every token but the first once, each predicted from the context that its window gives it; the tail is shorter."""
+    protocol = StridedProtocol(WINDOW, 5)
+    nll, kl = [], []
+    for window in protocol.windows(len(ids)):
+        for t in range(window.scored, window.end):
+            with torch.no_grad():
+                q = candidate(ids[None, window.begin : t]).logits[0, -1].double().log_softmax(-1)
+                p = reference(ids[None, window.begin : t]).logits[0, -1].double().log_softmax(-1)
+            nll.append(-float(q[ids[t]]))
+            kl.append(float((p.exp() * (p - q)).sum()))
+    scores = score({"r": reference, "c": candidate}, stream_of(ids, protocol), reference="r", batch_size=3)["c"]
+    assert len(nll) == len(ids) - 1
+    np.testing.assert_allclose(scores.perplexity.losses, nll, atol=2e-5)
+    assert scores.perplexity.estimate.value == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+    assert scores.perplexity.estimate.method == "block bootstrap"
+    assert scores.divergence is not None
+    np.testing.assert_allclose(scores.divergence.kl, kl, atol=2e-5)
+
+
+def test_batches_hold_every_window_once_longest_first(ids: Tensor) -> None:
+    stream = stream_of(ids, StridedProtocol(WINDOW, 6))
+    found = list(batches(stream, 4, logit_bytes=4))
+    numbers = [n for batch in found for n in batch.numbers]
+    assert sorted(numbers) == list(range(len(stream.windows)))
+    assert [b.fed.shape[1] for b in found] == sorted((b.fed.shape[1] for b in found), reverse=True)
+    for batch in found:
+        for row, window in zip(batch.fed, batch.windows, strict=True):
+            assert torch.equal(row[: window.fed], ids[window.begin : window.end - 1])
+            assert not row[window.fed :].any()
+
+
+@pytest.mark.parametrize(
+    ("logit_bytes", "size"), [(2 * 4096, 8), (2 * 262_144, 4), (1 << 30, 1)], ids=["small", "large", "vast"]
+)
+def test_a_vast_vocabulary_takes_fewer_windows_at_a_time(logit_bytes: int, size: int) -> None:
+    stream = stream_of(torch.zeros(512 * 9, dtype=torch.int64), GptqProtocol(512))
+    assert len(next(batches(stream, None, logit_bytes)).numbers) == size

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from llmquant_eval.statistics import Estimate, exponential, perplexity, perplexity_ratio, ratio_of_sums, root
+from llmquant_eval.layout import Layout, context_lengths
+from llmquant_eval.protocols import Window
+from llmquant_eval.statistics import Estimate, Floats, block_bootstrap, exponential, ratio_of_sums, root, scaled
+
+
+def perplexity(window_means: Floats) -> Estimate:
+    return exponential(ratio_of_sums(window_means, np.ones_like(window_means)))
+
+
+def perplexity_ratio(candidate: Floats, reference: Floats) -> Estimate:
+    return perplexity(candidate - reference)
 
 
 def test_equal_windows_give_the_plain_standard_error_of_the_mean() -> None:
@@ -74,3 +84,71 @@ def test_root(square: Estimate, expected: Estimate) -> None:
 
 def test_exponential_without_error() -> None:
     assert exponential(Estimate(0.0, None)) == Estimate(1.0, None)
+
+
+def autocorrelated(draw: np.random.Generator, tokens: int, memory: float) -> Floats:
+    """An AR(1) series of variance 1: ``x[t] = memory * x[t-1] + noise``."""
+    noise = draw.normal(0.0, math.sqrt(1 - memory**2), tokens)
+    values = np.empty(tokens)
+    values[0] = draw.normal()
+    for t in range(1, tokens):
+        values[t] = memory * values[t - 1] + noise[t]
+    return values
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5, 0.8], ids=lambda m: f"memory {m}")
+def test_the_block_bootstrap_finds_the_error_that_dependence_makes(memory: float) -> None:
+    tokens = 4096
+    true = math.sqrt((1 + memory) / (1 - memory) / tokens)  # of the mean of a long AR(1) series
+    draw = np.random.default_rng(3)
+    errors = []
+    for _ in range(12):
+        estimate = block_bootstrap(autocorrelated(draw, tokens, memory), np.ones(tokens))
+        assert estimate.method == "block bootstrap"
+        assert estimate.standard_error is not None
+        errors.append(estimate.standard_error)
+    assert np.mean(errors) == pytest.approx(true, rel=0.1)
+
+
+def test_the_bootstrap_is_of_a_ratio_and_repeats_itself() -> None:
+    draw = np.random.default_rng(4)
+    weights = draw.uniform(0.5, 1.5, 900)
+    noisy, constant = draw.normal(2.0, 0.5, 900), 3.0 * weights
+    assert block_bootstrap(noisy, weights) == block_bootstrap(noisy, weights)
+    assert block_bootstrap(noisy, weights).value == noisy.sum() / weights.sum()
+    error = block_bootstrap(constant, weights).standard_error
+    assert error is not None
+    assert error < 1e-12  # numerator and denominator move together
+
+
+@pytest.mark.parametrize(("tokens", "known"), [(15, False), (16, True)], ids=["too few", "enough"])
+def test_few_tokens_have_no_error(tokens: int, known: bool) -> None:
+    estimate = block_bootstrap(np.arange(tokens, dtype=np.float64), np.ones(tokens))
+    assert estimate.value == (tokens - 1) / 2
+    assert (estimate.standard_error is not None) == known
+    assert estimate.method == ("block bootstrap" if known else None)
+
+
+@pytest.mark.parametrize(
+    ("windows", "overlapping", "method"),
+    [(20, False, "by window"), (19, False, "block bootstrap"), (20, True, "block bootstrap")],
+    ids=["enough windows", "few windows", "overlapping windows"],
+)
+def test_the_method_follows_from_the_windows(windows: int, overlapping: bool, method: str) -> None:
+    layout = Layout(np.full(windows, 7), overlapping)
+    values = np.random.default_rng(5).normal(size=layout.tokens)
+    assert layout.mean(values).method == method
+    assert layout.mean(values).value == pytest.approx(float(values.mean()), rel=1e-12)
+
+
+def test_a_layout_of_ragged_windows() -> None:
+    windows = [Window(0, 5, 1), Window(3, 8, 5), Window(6, 9, 8)]
+    layout = Layout.of(windows, overlapping=True)
+    assert (layout.counts.tolist(), layout.tokens, layout.windows) == ([4, 3, 1], 8, 3)
+    assert layout.slices() == [slice(0, 4), slice(4, 7), slice(7, 8)]
+    assert context_lengths(windows).tolist() == [1, 2, 3, 4, 2, 3, 4, 2]
+
+
+def test_a_unit_changes_value_and_error_alike() -> None:
+    assert scaled(Estimate(2.0, 0.5, "by window"), 3.0) == Estimate(6.0, 1.5, "by window")
+    assert scaled(Estimate(2.0, None), 3.0) == Estimate(6.0, None)

@@ -1,0 +1,151 @@
+"""Other tools' quantizations of a model, from the very calibration windows that llmquant draws, to be measured beside ours.
+
+Each tool lives in an environment of its own, so the work is cut in two. The first step runs in llmquant's environment and
+writes the windows as token ids; the second runs in the tool's and needs nothing of llmquant:
+
+    python bench/peers.py windows MODEL --calibration file:TEXT --nsamples 64 --seqlen 512 -o windows.json
+    TOOL_ENVIRONMENT/bin/python bench/peers.py quantize llmcompressor-gptq MODEL -o OUT --windows windows.json
+
+All of them: 4 bits, symmetric, groups of 128, ``lm_head`` left alone, on the CPU. ``llmcompressor-gptq`` has act-order with
+static groups, ``autoround`` its default 200 iterations; ``llmcompressor-rtn`` looks at no text. Seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+BITS, GROUP, SEED = 4, 128, 0
+ITERATIONS = 200  # AutoRound's default
+Windows = list[list[int]]
+
+
+def write_windows(args: argparse.Namespace) -> None:
+    """Draw the windows as ``llmquant quantize`` does with the same options."""
+    from transformers import AutoTokenizer
+
+    import llmquant
+
+    drawn = llmquant.calibrate(
+        llmquant.read_documents(args.calibration), AutoTokenizer.from_pretrained(args.model),
+        nsamples=args.nsamples, seqlen=args.seqlen, seed=args.seed,
+    )  # fmt: skip
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"sha256": drawn.sha256, "windows": [w.tolist() for w in drawn.windows]}))
+    print(f"{len(drawn.windows)} windows, sha256 {drawn.sha256}")
+
+
+def llmcompressor(model: Path, output: Path, modifier: Any, windows: Windows | None) -> None:
+    """Run one modifier and write the folder."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(SEED)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    data: dict[str, Any] = {}
+    if windows is not None:
+        rows = {"input_ids": windows, "attention_mask": [[1] * len(w) for w in windows]}
+        data = {
+            "dataset": Dataset.from_dict(rows), "num_calibration_samples": len(windows),
+            "max_seq_length": max(map(len, windows)), "shuffle_calibration_samples": False,
+        }  # fmt: skip
+    oneshot(model=loaded, processor=tokenizer, recipe=modifier, **data)
+    loaded.save_pretrained(output, save_compressed=True)
+    tokenizer.save_pretrained(output)
+
+
+def weights(**more: Any) -> dict[str, Any]:
+    """A config group of llm-compressor for all linears."""
+    grid = {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    return {"all": {"targets": ["Linear"], "weights": grid | more}}
+
+
+def llmcompressor_rtn(model: Path, output: Path, windows: Windows | None) -> str:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    llmcompressor(model, output, QuantizationModifier(config_groups=weights(), ignore=["lm_head"]), None)
+    return "llmcompressor"
+
+
+def llmcompressor_gptq(model: Path, output: Path, windows: Windows | None) -> str:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    modifier = GPTQModifier(config_groups=weights(actorder="static"), ignore=["lm_head"], actorder="static")
+    llmcompressor(model, output, modifier, needed(windows))
+    return "llmcompressor"
+
+
+def autoround(model: Path, output: Path, windows: Windows | None) -> str:
+    import torch
+    from auto_round import AutoRound
+
+    ids = [torch.tensor([w]) for w in needed(windows)]
+    tuner = AutoRound(
+        str(model), bits=BITS, group_size=GROUP, sym=True, iters=ITERATIONS, dataset=ids, nsamples=len(ids),
+        seqlen=max(t.shape[1] for t in ids), batch_size=8, seed=SEED, device_map="cpu", disable_model_free=True,
+    )  # fmt: skip
+    scratch = output.with_name(f"{output.name}.partial")
+    tuner.quantize_and_save(str(scratch), format="auto_round")
+    (config,) = scratch.rglob("config.json")  # the tool may add a folder named after the scheme
+    shutil.move(config.parent, output)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return "auto-round"
+
+
+def needed(windows: Windows | None) -> Windows:
+    """The windows, or an end with a message."""
+    if windows is None:
+        raise SystemExit("this tool looks at text: give --windows FILE")
+    return windows
+
+
+TOOLS: dict[str, Callable[[Path, Path, Windows | None], str]] = {
+    "llmcompressor-rtn": llmcompressor_rtn,
+    "llmcompressor-gptq": llmcompressor_gptq,
+    "autoround": autoround,
+}
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Run one tool."""
+    if args.output.exists():
+        raise SystemExit(f"{args.output} exists; remove it or choose another")
+    windows: Windows | None = json.loads(args.windows.read_text())["windows"] if args.windows else None
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    package = TOOLS[args.tool](args.model, args.output, windows)
+    print(f"{args.output}: {package} {version(package)}, {time.perf_counter() - began:.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    first = commands.add_parser("windows", help="write calibration windows (llmquant's environment)")
+    first.add_argument("model", type=Path)
+    first.add_argument("--calibration", required=True)
+    first.add_argument("--nsamples", type=int, default=128)
+    first.add_argument("--seqlen", type=int, default=2048)
+    first.add_argument("--seed", type=int, default=SEED)
+    first.add_argument("-o", "--output", type=Path, required=True)
+    first.set_defaults(run=write_windows)
+    second = commands.add_parser("quantize", help="run a tool (the tool's environment)")
+    second.add_argument("tool", choices=sorted(TOOLS))
+    second.add_argument("model", type=Path)
+    second.add_argument("-o", "--output", type=Path, required=True)
+    second.add_argument("--windows", type=Path)
+    second.set_defaults(run=quantize)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":  # AutoRound starts processes that import this file
+    main()
