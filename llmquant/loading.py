@@ -35,7 +35,7 @@ from llmquant.fit import check_tied, refuse_mismatch, some
 from llmquant.formats import for_config
 from llmquant.formats.base import Format, Scheme
 from llmquant.hub import resolve
-from llmquant.kernels import AUTO
+from llmquant.kernels import AUTO, check_name
 from llmquant.modules import PackedLinear
 from llmquant.saving import refuse_saving
 from llmquant.skeleton import CONFUSED, empty_model, first_line, read_config
@@ -62,6 +62,7 @@ def load(
         FormatError: quantized tensors that cannot be read.
         ArchitectureError: a model type that transformers does not know.
     """
+    check_name(kernel)  # an unquantized model takes none, but a misspelt one should not pass there either
     reader = CheckpointReader(resolve(model))
     where = parse_device(device)
     torch_dtype = parse_dtype(dtype, auto=_auto_dtype(where, reader))

@@ -203,7 +203,7 @@ def unpack_all(tensors: dict[str, Tensor]) -> None:
     ("edit", "config", "error", "words"),
     [
         pytest.param(
-            lambda t: t.pop(f"{Q_PROJ}.weight_scale"), {}, FormatError, rf"{Q_PROJ}: weight_scale is missing", id="no scale"
+            lambda t: t.pop(f"{Q_PROJ}.weight_scale"), {}, FormatError, rf"{Q_PROJ}: weight_scale missing", id="no scale"
         ),
         pytest.param(
             lambda t: t.update({f"{Q_PROJ}.weight_scale": torch.ones(64, 3)}), {}, FormatError, Q_PROJ, id="scale shape"

@@ -175,7 +175,7 @@ def put(name, tensor):
     [
         (drop("model.norm.weight"), CheckpointError, r"lacks model\.norm\.weight"),
         (drop(f"{Q_PROJ}.weight_packed"), CheckpointError, rf"lacks {Q_PROJ}\.weight"),
-        (drop(f"{Q_PROJ}.weight_scale"), FormatError, rf"{Q_PROJ}: weight_scale is missing"),
+        (drop(f"{Q_PROJ}.weight_scale"), FormatError, rf"{Q_PROJ}: weight_scale missing"),
         (put("model.layers.9.x.weight", torch.ones(2)), CheckpointError, r"no place for: model\.layers\.9\.x\.weight"),
         (put("model.norm.weight", torch.ones(2)), CheckpointError, r"norm\.weight is \[2\], the config wants \[256\]"),
         (put(f"{Q_PROJ}.weight_shape", torch.tensor([256, 512])), FormatError, Q_PROJ),
@@ -209,7 +209,7 @@ def test_a_packed_module_of_the_wrong_size_is_refused(packed, tmp_path):
 
 def test_tables_that_the_model_computes_are_ignored_aloud(packed, tmp_path, caplog):
     folder = copy_of(packed[0], tmp_path, put("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(32)))
-    with caplog.at_level(logging.INFO, "llmquant.loading"):
+    with caplog.at_level(logging.INFO, "llmquant.fit"):
         load(folder)
     assert "rotary_emb.inv_freq" in caplog.text
 

@@ -275,12 +275,13 @@ def poison(name: str, row: int | None = None) -> Callable[[dict[str, Tensor]], N
 
 TOKEN = int(WINDOWS[0][5])
 BROKEN = {
-    "a weight": (poison("model.layers.1.mlp.up_proj.weight", 0), r"^model\.layers\.1\.mlp\.up_proj: .* 32 NaN or Inf"),
-    "a norm": (
-        poison("model.layers.0.input_layernorm.weight"),
-        rf"^model\.layers\.0\.self_attn\.q_proj saw no finite calibration token \({TOKENS} dropped\)",
+    "a weight": (poison("model.layers.1.mlp.up_proj.weight", 0), r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or Inf"),
+    "a norm": (poison("model.layers.0.input_layernorm.weight"), "input_layernorm.weight holds NaN or Inf"),
+    "a token's embedding": (poison("model.embed_tokens.weight", TOKEN), "embed_tokens.weight holds NaN or Inf"),
+    "statistics that overflow": (
+        lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(1e30),
+        r"^model\.layers\.0\.self_attn\.q_proj: its calibration statistics overflowed",
     ),
-    "a token's embedding": (poison("model.embed_tokens.weight", TOKEN), "^block 0 gave NaN or Inf .*--dtype float32"),
 }
 
 

@@ -23,6 +23,12 @@ KERNELS: dict[str, Kernel] = {k.name: k for k in (CpuInt4(), Reference(), Dense(
 AUTO = "auto"
 
 
+def check_name(name: str) -> None:
+    """Raises UsageError for a name that is neither ``auto`` nor a kernel's."""
+    if name != AUTO and name not in KERNELS:
+        raise UsageError(f"kernel {name!r} does not exist; choose auto, {', '.join(KERNELS)}")
+
+
 def choose(
     spec: QuantSpec,
     shape: tuple[int, int],
@@ -43,8 +49,7 @@ def choose(
     Raises:
         UsageError: an unknown name, or the named kernel refuses (with its reason).
     """
-    if prefer != AUTO and prefer not in KERNELS:
-        raise UsageError(f"kernel {prefer!r} does not exist; choose auto, {', '.join(KERNELS)}")
+    check_name(prefer)
     refusals: dict[str, str] = {}
     for name in KERNELS if prefer == AUTO else (prefer,):
         kernel = KERNELS[name]
@@ -61,4 +66,4 @@ def choose(
     )
 
 
-__all__ = ["AUTO", "KERNELS", "Kernel", "Prepared", "choose"]
+__all__ = ["AUTO", "KERNELS", "Kernel", "Prepared", "check_name", "choose"]
