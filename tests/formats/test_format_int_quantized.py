@@ -84,7 +84,10 @@ def _changed(part: str, **keys: object) -> dict[str, object]:
         (_changed("weights", symmetric=False), "weights are"),
         ({**INT8.config({"a": W8A8}, []), "ignore": ["re:a"]}, "ignore list names it"),
         ({**INT8.config({"a": W8A8}, []), "config_groups": {"g": {"targets": ["b"], "format": "int-quantized"}}}, "targets it"),
-        ({**INT8.config({"a": W8A8}, []), "config_groups": {"g": {"targets": ["Linear"], "format": "float-quantized"}}}, "'float-quantized'"),
+        (
+            {**INT8.config({"a": W8A8}, []), "config_groups": {"g": {"targets": ["Linear"], "format": "float-quantized"}}},
+            "'float-quantized'",
+        ),
     ],
     ids=["static", "groups", "asymmetric", "ignored", "untargeted", "floats"],
 )
