@@ -23,6 +23,8 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         CheckpointError: the hub does not have it, or cannot be reached and the cache does not hold it.
     """
     name = os.fspath(model)
+    if not name:
+        raise UsageError("'' is neither a folder nor a hub name like org/model; was a variable empty?")
     try:
         path = Path(name).expanduser()
         if path.is_dir():

@@ -144,7 +144,7 @@ def quantize(
         writer.finish_weights()
         manifest = _finish(writer, reader, recipe, options, model, layout, selection, outcome, calibration, dtype)
         events.on_phase("proving")
-        _prove(writer, reader, outcome, manifest)
+        _prove(writer, reader, layout, outcome, manifest)
         writer.publish()
     return QuantizeResult(
         path=Path(output),
@@ -351,7 +351,9 @@ def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
     )
 
 
-def _prove(writer: CheckpointWriter, source: CheckpointReader, outcome: _Outcome, manifest: Manifest) -> None:
+def _prove(
+    writer: CheckpointWriter, source: CheckpointReader, layout: Format, outcome: _Outcome, manifest: Manifest
+) -> None:
     """Open the written folder as a stranger would and compare it with the run, tensor by tensor.
 
     Raises:
@@ -369,6 +371,10 @@ def _prove(writer: CheckpointWriter, source: CheckpointReader, outcome: _Outcome
     ]
     if lost:
         raise ProofError(f"{writer.partial}: tensors of the original are missing: {', '.join(lost[:3])}")
+    packed = {f"{m}.{s}" for m in outcome.modules for s in layout.tensor_suffixes()}
+    extra = sorted(written.tensors.keys() - outcome.copied.keys() - packed)
+    if extra:
+        raise ProofError(f"{writer.partial} has tensors that nobody wrote: {', '.join(extra[:3])}")
     for name, expected in manifest.files.items():
         if sha256_file(writer.partial / name) != expected:
             raise ProofError(f"{writer.partial / name} changed while it was being written")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval import leaderboard_cli
 
 if TYPE_CHECKING:
     from llmquant_eval.evaluate import Progress
@@ -26,15 +27,17 @@ _LOG_WIDTH = 120
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``eval`` to the command line."""
+    """Add ``eval`` and ``leaderboard`` to the command line."""
     app.command("eval")(eval_command)
+    leaderboard_cli.register(app)
 
 
 def eval_command(
+    context: typer.Context,
     model: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="Model folders or hub names, dense or packed, or http://HOST:PORT/v1#MODEL.", metavar="MODEL…"),
-    ],
+    ] = None,
     text: Annotated[
         str | None, typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD].")
     ] = None,
@@ -68,12 +71,21 @@ def eval_command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Measure load time, speed and memory.")] = True,
     noise_floor: Annotated[bool, typer.Option(help="Measure the KL of rounding alone, on a few windows.")] = True,
+    plots: Annotated[Path | None, typer.Option(help="Write plots as PNG and SVG.", metavar="DIR")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Suite of models, texts and protocols: a YAML file, or quick or standard.")
+    ] = None,
 ) -> None:
     """Measure perplexity, divergence from a reference, size, speed and memory."""
+    if suite is not None:
+        from llmquant_eval.suite_cli import suite_command
+
+        suite_command(context)
+        return
     from llmquant_eval.plan import Request
 
     request = Request(
-        candidates=tuple(model), text=text, reference=reference, protocol=_joined(protocol), window=window,
+        candidates=tuple(model or ()), text=text, reference=reference, protocol=_joined(protocol), window=window,
         max_windows=max_windows, dtype=dtype, device=device, kernel=kernel, batch_size=batch_size, tokenizer=tokenizer,
         cache=cache, cache_form=cache_form, tasks=_joined(tasks), include_path=include_path, limit=limit,
         log_samples=log_samples, cost=cost, noise_floor=noise_floor,
@@ -91,6 +103,10 @@ def eval_command(
     with _progress(hidden=quiet or as_json) as progress:
         report = evaluate(request, progress)
     _write(report, output, card)
+    if plots is not None:
+        from llmquant_eval.plots import write_report_plots
+
+        write_report_plots(plots, report)
     if as_json:
         sys.stdout.write(report.to_json())
     else:

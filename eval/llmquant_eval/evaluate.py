@@ -166,8 +166,8 @@ class _Run:
     def _noise_floor(self, cached: list[CachedReference | None]) -> NoiseFloor | None:
         """The reference against itself at the other dtype, on the first few windows of the first protocol."""
         reference = self.plan.reference
-        if reference is None:
-            return None
+        if reference is None or len(self.plan.local) < 2:
+            return None  # nothing will have a divergence to read by it
         whole = self.plan.streams[0]
         stream = whole.first(max(2, NOISE_TOKENS // whole.protocol.window))
         dtype = models.other_dtype(self.plan.dtype)

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import re
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,6 @@ from llmquant_eval.card import replace_file
 from llmquant_eval.report import SampleFile, TaskMetric, TaskResult
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
-_BOOTSTRAP = 1000  # resamples for metrics without a formula; lm-eval's default of 100,000 takes minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,26 @@ def _told_apart(configs: Sequence[str | dict[str, Any]]) -> Iterator[None]:
     from jinja2 import TemplateError
 
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), _without_bars():
             yield
     except (ValueError, LookupError, TypeError, OSError, ImportError, DatasetsError, TemplateError) as e:
         names = ", ".join(c if isinstance(c, str) else str(c["task"]) for c in configs)
         raise LlmquantError(f"lm-eval cannot run {names}: {type(e).__name__}: {str(e).strip()}") from e
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """lm-eval draws bars on stderr without a switch, across ours and in spite of --quiet; so do the data sets."""
+    import datasets
+    from lm_eval.api import task
+
+    datasets.disable_progress_bars()
+    bar = getattr(task, "tqdm", None)
+    task.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        task.tqdm = bar
 
 
 def _local_file(name: str) -> Path:
@@ -118,7 +133,7 @@ def run_tasks(plan: TaskPlan, model: Any, label: str) -> list[TaskResult]:
     with _told_apart(plan.configs):
         found = simple_evaluate(
             model=model, tasks=list(plan.configs), task_manager=plan.manager, limit=plan.limit, log_samples=True,
-            bootstrap_iters=_BOOTSTRAP,
+            bootstrap_iters=0,
         )  # fmt: skip
     assert found is not None  # only ranks other than 0 get none
     return [_result(name, found, plan, label) for name in found["samples"]]
@@ -146,14 +161,25 @@ def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -
         name, comma, chosen = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        error = results.get(f"{name}_stderr,{chosen}")
-        error = float(error) if isinstance(error, (int, float)) and math.isfinite(error) else None
         each = [s.get(name) for s in samples if s["filter"] == chosen]
         right = "".join(str(int(v)) for v in each if v in (0, 1)) if all(v in (0, 1) for v in each) else None
-        metrics.append(
-            (name if chosen == "none" else key, TaskMetric(value=float(value), standard_error=error, correct=right))
-        )
+        metric = TaskMetric(value=float(value), standard_error=_standard_error(float(value), each), correct=right)
+        metrics.append((name if chosen == "none" else key, metric))
     return metrics
+
+
+def _standard_error(value: float, each: Sequence[Any]) -> float | None:
+    """Of a mean over items, or of the perplexity of log-likelihoods (delta method); None for another aggregate.
+
+    Which it is, the numbers tell. lm-eval's own bootstrap prints to stdout and forks a process per core.
+    """
+    if len(each) < 2 or not all(isinstance(v, (int, float)) for v in each):
+        return None
+    mean = statistics.fmean(each)
+    error = float(statistics.stdev(each)) / math.sqrt(len(each))
+    if math.isclose(value, mean, rel_tol=1e-9, abs_tol=1e-12):
+        return error
+    return value * error if math.isclose(value, math.exp(-mean), rel_tol=1e-9) else None
 
 
 def _write_samples(folder: Path, label: str, task: str, samples: Sequence[Mapping[str, Any]]) -> SampleFile:

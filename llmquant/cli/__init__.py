@@ -77,3 +77,6 @@ def main() -> None:
         # The reader of our stdout has gone (a pager was closed): not an error, and nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as e:
+        sys.stderr.write(f"error: the system refused: {e}\n")
+        raise SystemExit(1) from None

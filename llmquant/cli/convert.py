@@ -93,6 +93,7 @@ def _progress(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar over linears, on stderr."""
     from rich.progress import Progress
 
-    with Progress(console=screen(stderr=True), disable=hidden, transient=True) as progress:
+    console = screen(stderr=True)
+    with Progress(console=console, disable=hidden or not console.is_terminal, transient=True) as progress:
         task = progress.add_task("reading", total=None)
         yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)

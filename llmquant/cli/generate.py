@@ -30,10 +30,7 @@ def generate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Generate from PROMPT with MODEL; uses the chat template when there is one."""
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    if not prompt.strip():
-        raise UsageError("the prompt is empty")
+    prompt = _prompt(prompt)
     import torch
     from transformers import TextStreamer
     from transformers.utils import logging as transformers_logging
@@ -65,6 +62,17 @@ def generate_command(
         text = tokenizer.decode(new, skip_special_tokens=True)
         record = {"text": text, "prompt_tokens": ids.shape[1], "new_tokens": new.numel(), "seconds": seconds}
         sys.stdout.write(json.dumps(record) + "\n")
+
+
+def _prompt(given: str) -> str:
+    try:
+        prompt = sys.stdin.read() if given == "-" else given
+        prompt.encode()  # bytes of another encoding come through the command line as lone surrogates
+    except UnicodeError as e:
+        raise UsageError(f"the prompt is not UTF-8 text: {e}") from e
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    return prompt
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:

@@ -23,7 +23,7 @@ def plan_command(
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
     layout: Annotated[str | None, typer.Option("--format", help="Byte layout of the result.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Only linears that match (repeatable).")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave these alone, beside the recipe's (repeatable).")] = None,
     modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,

@@ -56,7 +56,7 @@ def quantize_command(
     packing: Annotated[Packing | None, typer.Option(help="Windows across rows, or one row each.")] = None,
     eval_text: Annotated[str | None, typer.Option(help="Report how far calibration overlaps this text.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the calibration windows.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Only linears that match (repeatable).")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave these alone, beside the recipe's (repeatable).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of calibration passes: auto (float32), bfloat16, float16.")] = "auto",
@@ -143,7 +143,7 @@ def _progress(hidden: bool) -> Iterator[Events]:
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+    with Progress(*columns, console=console, disable=hidden or not console.is_terminal, transient=True) as progress:
         task = progress.add_task("reading", total=None)
 
         def on_calibration(calibration: Calibration) -> None:

@@ -1,79 +1,407 @@
-"""The command line as a user meets it: exit codes, one JSON object, quiet, and never a traceback."""
+"""The command line as a user meets it: what it prints where, its exit codes, and an error in words for every mistake.
+
+Commands run in this process through ``main``, so an exception that would be a traceback fails the test; what only a real
+process shows (signals, pipes, what ``--help`` imports) runs in one.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TINY = "examples/tiny-llama"
-HELDOUT = f"file:{TINY}/heldout.txt"
+from llmquant.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
+from llmquant.cli import main
+from llmquant.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def llmquant(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from llmquant.cli import main; main()", *args]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
 
 
-@pytest.mark.parametrize(
-    ("args", "code", "words"),
-    [
-        pytest.param(["quantize", TINY, "-o", "{out}"], 2, "--calibration", id="gptq without text"),
-        pytest.param(["quantize", "no/such", "-o", "{out}", "--method", "rtn"], 1, "no/such", id="model not found"),
-        pytest.param(["quantize", TINY, "-o", "{out}", "--method", "magic"], 2, "magic", id="unknown method"),
-        pytest.param(["quantize", TINY, "-o", "{out}", "--recipe", "nope"], 2, "gptq-w4g128", id="unknown recipe"),
-        pytest.param(["quantize", TINY, "-o", "{out}", "--method", "rtn", "--bits", "5"], 2, "2, 3, 4, 8", id="bits"),
-        pytest.param(
-            ["quantize", TINY, "-o", "{out}", "--method", "rtn", "--group-size", "100"], 2, "sizes that do", id="group"
-        ),
-        pytest.param(["quantize", TINY, "-o", TINY, "--method", "rtn"], 2, "already exists", id="output is the model"),
-        pytest.param(["quantize", TINY, "-o", "{out}", "--method", "rtn", "--device", "tpu9"], 2, "tpu9", id="device"),
-        pytest.param(["quantize", TINY, "-o", "{out}", "--calibration", "file:nope.txt"], 2, "nope.txt", id="no text"),
-        pytest.param(["inspect", "examples"], 1, "config.json", id="inspect a plain folder"),
-        pytest.param(["inspect", TINY, "--verify"], 1, "manifest", id="verify without a manifest"),
-        pytest.param(["generate", TINY, " "], 2, "prompt is empty", id="empty prompt"),
-        pytest.param(["generate", TINY, "x", "--kernel", "nope"], 2, "nope", id="kernel"),
-        pytest.param(["convert", TINY, "--to", "gptq", "-o", "{out}"], 2, "not quantized", id="convert a dense model"),
-        pytest.param(["plan", TINY, "--format", "nope"], 2, "choose one of", id="plan for no format"),
-        pytest.param(["eval", TINY, "--text", "file:nope.txt", "--no-cost"], 2, "nope.txt", id="eval without text"),
-        pytest.param(["nonsense"], 2, "nonsense", id="no such command"),
-    ],
-)
-def test_bad_input_gets_a_clear_error(args: list[str], code: int, words: str, tmp_path: Path) -> None:
-    ran = llmquant(*(a.format(out=tmp_path / "out") for a in args))
-    assert ran.returncode == code, ran.stderr
-    assert words in ran.stderr
-    assert "Traceback" not in ran.stderr
-    assert ran.stdout == ""
-    assert not list(tmp_path.iterdir())
+Run = Callable[..., Ran]
 
 
-def test_the_main_job(tmp_path: Path) -> None:
-    out = str(tmp_path / "w4")
-    ran = llmquant("quantize", TINY, "-o", out, "--recipe", "rtn-w4g128", "--json")
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["bits_per_weight"] == 4.125
-    assert json.loads(llmquant("inspect", out, "--verify", "--json").stdout)["verified"] is True
-    reply = json.loads(llmquant("generate", out, "Hello", "--max-new-tokens", "5", "--json").stdout)
-    assert 1 <= reply["new_tokens"] <= 5
-    ran = llmquant(
-        "eval", out, "--reference", TINY, "--text", HELDOUT, "--window", "128", "--max-windows", "4", "--no-cost", "--json"
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_(*args: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["llmquant", *map(str, args)])
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as e:
+            code = e.code
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run_
+
+
+RTN = ("--method", "rtn", "--group-size", "32")
+GPTQ = ("--group-size", "32", "--nsamples", "4", "--seqlen", "32")
+
+
+# --- what is printed where --------------------------------------------------------------------------------------------
+
+
+def test_quantize_tells_people_what_it_did(run: Run, model: Path, text: Path) -> None:
+    ran = run("quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}")
+    assert ran.code == 0
+    assert f"calibration  file:{text}" in ran.err
+    assert re.search(r"windows  4 of \d+ available, exactly 32 tokens each", ran.err)
+    for fact in ("down_proj  W4 g32 sym      2", "left alone   lm_head", "4.500 bits per quantized weight", "proved  "):
+        assert fact in ran.out
+    assert load_recipe("out/recipe.yaml").calibration.nsamples == 4
+
+
+def test_json_is_one_object_and_nothing_else(run: Run, model: Path, text: Path) -> None:
+    ran = run("quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}", "--json")
+    assert ran.code == 0
+    assert ran.out.count("\n") == 1
+    told = json.loads(ran.out)
+    assert ran.err == ""
+    assert (told["path"], told["bits_per_weight"], len(told["modules"])) == ("out", 4.5, 14)
+    assert told["recipe"] == load_recipe("out/recipe.yaml").model_dump(mode="json")
+    assert told["calibration"]["windows"] == 4
+    for command in (("inspect", "out"), ("inspect", "out", "--verify"), ("plan", model, "--group-size", "32"), ("recipes",)):
+        answered = run(*command, "--json")
+        assert (answered.code, answered.err, answered.out.count("\n")) == (0, "", 1)
+        assert isinstance(json.loads(answered.out), dict)
+
+
+def test_quiet_says_nothing(run: Run, model: Path, text: Path) -> None:
+    assert run("quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}", "--quiet") == Ran(0, "", "")
+    assert (Path("out") / SINGLE).is_file()
+
+
+def test_a_warning_is_said_even_so(run: Run, model: Path) -> None:
+    ran = run("quantize", model, "-o", "out", *RTN, "--bits", "3", "--quiet")
+    assert (ran.code, ran.out) == (0, "")
+    assert ran.err.startswith("warning: vLLM on a CPU will refuse this model: it has no kernel for 2 or 3 bits")
+
+
+def test_the_plan_is_the_result(run: Run, model: Path) -> None:
+    plan = json.loads(run("plan", model, "--group-size", "32", "--json").out)
+    result = json.loads(run("quantize", model, "-o", "out", *RTN, "--json").out)
+    assert plan["bytes_on_disk"] == Path("out", SINGLE).stat().st_size
+    assert plan["bits_per_weight"] == result["bits_per_weight"]
+    assert plan["skipped"] == result["skipped"]
+    assert [m["name"] for m in plan["modules"]] == sorted(m["name"] for m in result["modules"])
+
+
+def test_inspect_counts_what_is_there(run: Run, quantized: Path) -> None:
+    ran = run("inspect", quantized, "--verify", "--modules")
+    assert ran.code == 0
+    for fact in ("14 of 15 quantized", "4.500 bits per quantized weight", "every file and every packed weight", "sha256"):
+        assert fact in ran.out
+    assert ran.out.count("W4 g32 sym") == 1 + 14
+    assert run("inspect", quantized).out.count("W4 g32 sym") == 1 + 7
+
+
+def test_inspect_finds_a_tampered_file(run: Run, tampered: Path) -> None:
+    data = bytearray((tampered / SINGLE).read_bytes())
+    data[-1] ^= 1
+    (tampered / SINGLE).write_bytes(data)
+    assert run("inspect", tampered).code == 0
+    ran = run("inspect", tampered, "--verify")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith(f"error: {tampered / SINGLE} is not the file that was written")
+
+
+def test_recipes_are_listed_and_shown(run: Run) -> None:
+    listed = run("recipes")
+    assert re.search(r"^gptq-w4g128 +GPTQ with static act-order, INT4", listed.out, re.MULTILINE)
+    shown = run("recipes", "gptq-w4g128")
+    Path("r.yaml").write_text(shown.out, encoding="utf-8")
+    assert load_recipe("r.yaml") == load_recipe("gptq-w4g128")
+    assert json.loads(run("recipes", "gptq-w4g128", "--json").out) == load_recipe("gptq-w4g128").model_dump(mode="json")
+
+
+def test_generate_replies(run: Run, quantized: Path) -> None:
+    ran = run("generate", quantized, "hello", "--max-new-tokens", "5")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.strip()
+    told = json.loads(run("generate", quantized, "hello", "--max-new-tokens", "5", "--json").out)
+    assert told["new_tokens"] <= 5
+    assert told["text"].strip() == ran.out.strip()
+    raw = json.loads(run("generate", quantized, "hello", "--raw", "--max-new-tokens", "5", "--json").out)
+    assert raw["prompt_tokens"] < told["prompt_tokens"]
+
+
+def test_a_sampled_reply_is_its_seeds(run: Run, quantized: Path) -> None:
+    def reply(seed: int) -> str:
+        ran = run("generate", quantized, "hello", "--max-new-tokens", 8, "--temperature", 1, "--seed", seed, "--json")
+        return str(json.loads(ran.out)["text"])
+
+    assert reply(1) == reply(1)
+    assert len({reply(seed) for seed in range(4)}) > 1
+
+
+def test_the_prompt_can_come_from_a_pipe(run: Run, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello"), encoding="utf-8"))
+    piped = run("generate", quantized, "-", "--max-new-tokens", "5")
+    assert piped == run("generate", quantized, "hello", "--max-new-tokens", "5")
+
+
+def test_names_with_brackets_and_colons_are_printed_as_they_are(run: Run, model: Path, text: Path) -> None:
+    """rich would take [/b] for markup and :train: for a locomotive."""
+    source = Path(shutil.copyfile(text, "x:train:[b].txt")).resolve()
+    ran = run("quantize", model, "-o", "a[/b]:train:", *GPTQ, "--calibration", f"file:{source}", "--ignore", "[!m]*")
+    assert ran.code == 0
+    assert f"calibration  file:{source}" in ran.err
+    assert "a[/b]:train:" in ran.out
+    assert "a[/b]:train:" in run("inspect", "a[/b]:train:").out
+
+
+# --- options over recipes ---------------------------------------------------------------------------------------------
+
+FILE = """
+method: rtn
+weights: {bits: 8, group_size: 32}
+ignore: [lm_head, o_proj]
+seed: 3
+"""
+
+
+def recipe_after(run: Run, model: Path, *options: str) -> Recipe:
+    Path("r.yaml").write_text(FILE, encoding="utf-8")
+    ran = run("quantize", model, "-o", "out", "--recipe", "r.yaml", *options, "--json")
+    assert ran.code == 0, ran.err
+    return load_recipe("out/recipe.yaml")
+
+
+OPTIONS = [
+    ((), {}),
+    (("--bits", "4"), {"weights.bits": 4}),
+    (("--asym", "--group-size", "-1"), {"weights.symmetric": False, "weights.group_size": -1}),
+    (("--seed", "5"), {"seed": 5}),
+    (("--ignore", "down_proj"), {"ignore": ("lm_head", "o_proj", "down_proj")}),
+    (("--include", "*.mlp.*"), {"include": ("*.mlp.*",)}),
+    (("--include", "lm_head", "--include", "o_proj"), {"include": ("lm_head", "o_proj"), "ignore": ()}),
+    (("--format", "gptq_v2"), {"format": "gptq_v2"}),
+]
+
+
+@pytest.mark.parametrize(("options", "changes"), OPTIONS, ids=[" ".join(o) or "none" for o, _ in OPTIONS])
+def test_options_win_over_the_recipe_file(run: Run, model: Path, options: tuple[str, ...], changes: dict[str, Any]) -> None:
+    used = recipe_after(run, model, *options)
+    assert used == load_recipe("r.yaml").updated(changes)
+
+
+def test_naming_the_head_quantizes_it(run: Run, model: Path) -> None:
+    told = json.loads(run("quantize", model, "-o", "out", *RTN, "--include", "*", "--include", "lm_head", "--json").out)
+    assert len(told["modules"]) == 15
+    assert "lm_head.weight" not in CheckpointReader("out")
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+Q = ("quantize", "{m}", "-o", "out")
+MISTAKES = [
+    ("no output", ("quantize", "{m}"), 2, "Missing option '--output'"),
+    ("unknown option", (*Q, "--bogus"), 2, "No such option: --bogus"),
+    ("unknown command", ("quantise", "{m}"), 2, "No such command 'quantise'"),
+    ("unknown method", (*Q, "--method", "magic"), 2, "'magic' is not one of 'rtn', 'gptq'"),
+    ("bits a word", (*Q, "--bits", "four"), 2, "Invalid value for '--bits'"),
+    ("5 bits", (*Q, "--bits", "5"), 2, "bits=5 is not supported; choose one of 2, 3, 4, 8"),
+    ("group of 0", (*Q, "--group-size", "0"), 2, "group_size=0 must be a positive divisor"),
+    ("group of 48", (*Q, "--method", "rtn", "--group-size", "48"), 2, "group_size=48 does not divide its 64 input columns"),
+    ("default group", (*Q, "--method", "rtn"), 2, "sizes that do: 8, 16, 32, 64, or -1"),
+    ("no calibration", (*Q, "--group-size", "32"), 2, "method gptq needs a calibration text: --calibration file:PATH"),
+    ("no such text", (*Q, *GPTQ, "--calibration", "file:nope"), 2, "nope cannot be read"),
+    ("no such scheme", (*Q, *GPTQ, "--calibration", "zip:nope"), 2, "is neither an existing file nor a source"),
+    ("empty text", (*Q, *GPTQ, "--calibration", "file:{empty}"), 2, "has no row of text"),
+    ("too little text", (*Q, "--group-size", "32", "--calibration", "file:{t}", "--nsamples", "9999", "--seqlen", "32"), 2,
+     "windows"),
+    ("window too long", (*Q, "--group-size", "32", "--calibration", "file:{t}", "--seqlen", "4096"), 2, "128"),
+    ("no samples", (*Q, "--nsamples", "0"), 2, "calibration.nsamples"),
+    ("seed below 0", (*Q, *RTN, "--seed", "-1"), 2, "seed: Input should be greater than or equal to 0"),
+    ("seed beyond int64", (*Q, *RTN, "--seed", "9" * 30), 2, "seed: Input should be less than or equal to"),
+    ("eval text alone", (*Q, *RTN, "--eval-text", "file:{t}"), 2, "--eval-text file:"),
+    ("order of rtn", (*Q, *RTN, "--act-order", "group"), 2, "--act-order is of GPTQ, and the method is rtn"),
+    ("order of one group", (*Q, "--act-order", "group", "--group-size", "-1"), 2, "act_order: group needs a group size"),
+    ("unknown dtype", (*Q, *RTN, "--dtype", "int4"), 2, "dtype 'int4' does not exist; choose auto"),
+    ("unknown device", (*Q, *RTN, "--device", "toaster"), 2, "device toaster cannot be used here"),
+    ("meta device", (*Q, *RTN, "--device", "meta"), 2, "device meta holds no numbers"),
+    ("tiny shards", (*Q, *RTN, "--max-shard-size", "5"), 2, "must be at least 1000000"),
+    ("include nothing", (*Q, *RTN, "--include", "nope"), 2, "pattern 'nope' matches none of the model's 15 linears"),
+    ("ignore nothing", (*Q, *RTN, "--ignore", "nope"), 2, "pattern 'nope' matches none"),
+    ("ignore all", (*Q, *RTN, "--ignore", "*"), 2, "the recipe selects none"),
+    ("empty pattern", (*Q, *RTN, "--include", ""), 2, "a module pattern is empty"),
+    ("half a fused layer", (*Q, *RTN, "--ignore", "q_proj"), 2, "engines fuse these linears"),
+    ("unknown format", (*Q, *RTN, "--format", "zip"), 2, "format 'zip' does not exist; choose one of compressed-tensors"),
+    ("layout cannot hold", (*Q, *RTN, "--format", "awq", "--bits", "3"), 1, "format awq cannot hold W3 g32 sym"),
+    ("no such recipe", (*Q, "--recipe", "nope"), 2, "no recipe 'nope': not a file, and the shipped ones are"),
+    ("recipe a folder", (*Q, "--recipe", "{m}"), 2, "not a file, and the shipped ones are"),
+    ("recipe with a typo", (*Q, "--recipe", "{typo}"), 2, "wieghts: there is no such key"),
+    ("output taken", ("quantize", "{m}", "-o", "{q}", *RTN), 2, "already exists and is not empty"),
+    ("output the model", ("quantize", "{m}", "-o", "{m}", *RTN, "--overwrite"), 2, "is the model itself"),
+    ("output a file", ("quantize", "{m}", "-o", "{t}", *RTN), 2, "is a file; choose a folder"),
+    ("output in a file", ("quantize", "{m}", "-o", "{t}/out", *RTN), 2, "is a file, so"),
+    ("output no model", ("quantize", "{m}", "-o", "{folder}", *RTN, "--overwrite"), 2, "is not a model folder"),
+    ("quantized twice", ("quantize", "{q}", "-o", "out", *RTN), 2, "is already quantized (compressed-tensors)"),
+    ("model a file", ("quantize", "{m}/config.json", "-o", "out", *RTN), 2, "is a file; give the model folder"),
+    ("model misspelt", ("quantize", "no such model", "-o", "out", *RTN), 2, "neither a folder nor a hub name"),
+    ("model not there", ("quantize", "org/nope-nope", "-o", "out", *RTN), 1, "org/nope-nope is no folder here"),
+    ("model empty", ("quantize", "", "-o", "out", *RTN), 2, "was a variable empty?"),
+    ("model at nobody's", ("quantize", "~nobody-x/m", "-o", "out", *RTN), 2, "neither a folder nor a hub name"),
+    ("model no model", ("quantize", "{folder}", "-o", "out", *RTN), 1, "config.json is missing; is"),
+    ("plan: quantized", ("plan", "{q}"), 2, "is already quantized; plan the original model"),
+    ("plan: indivisible", ("plan", "{m}"), 2, "does not divide"),
+    ("inspect: no model", ("inspect", "{folder}"), 1, "config.json is missing"),
+    ("inspect: no record", ("inspect", "{m}", "--verify"), 1, "has no manifest.json, so it was not written by llmquant"),
+    ("recipes: unknown", ("recipes", "nope"), 2, "no recipe 'nope'"),
+    ("generate: no prompt", ("generate", "{q}", "  "), 2, "the prompt is empty"),
+    ("generate: bytes", ("generate", "{q}", "\udcff"), 2, "the prompt is not UTF-8 text"),
+    ("generate: too long", ("generate", "{q}", "hello", "--max-new-tokens", "1000"), 2, "more than the model's 128 positions"),
+    ("generate: kernel", ("generate", "{q}", "hello", "--kernel", "warp", "--max-new-tokens", "1"), 2, "kernel 'warp' does not"),
+    ("generate: seed", ("generate", "{q}", "hello", "--seed", "9" * 30), 2, "Invalid value for '--seed'"),
+    ("generate: no tokenizer", ("generate", "{mute}", "hello"), 1, "has no tokenizer that transformers can read"),
+    ("generate: bad template", ("generate", "{untold}", "hello"), 1, "chat template cannot be used"),
+    ("convert: no layout", ("convert", "{q}", "--to", "zip", "-o", "out"), 2, "format 'zip' does not exist"),
+    ("convert: dense source", ("convert", "{m}", "--to", "gptq", "-o", "out"), 2, "is not quantized"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def places(model: Path, quantized: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the table calls {m}, {q}, {t} …"""
+    made = tmp_path_factory.mktemp("places")
+    (made / "folder").mkdir()
+    (made / "folder" / "thesis.tex").write_text("", encoding="utf-8")
+    (made / "empty.txt").write_text(" \n", encoding="utf-8")
+    (made / "typo.yaml").write_text("wieghts: {bits: 4}", encoding="utf-8")
+    shutil.copytree(model, made / "mute")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (made / "mute" / name).unlink()
+    shutil.copytree(model, made / "untold")
+    (made / "untold" / "chat_template.jinja").write_text("{% if %}", encoding="utf-8")
+    named = {name: made / name for name in ("folder", "mute", "untold")}
+    return {"m": model, "q": quantized, "t": text, "empty": made / "empty.txt", "typo": made / "typo.yaml", **named}
+
+
+@pytest.mark.parametrize(("args", "code", "words"), [pytest.param(*row[1:], id=row[0]) for row in MISTAKES])
+def test_a_mistake_is_told_in_words(
+    run: Run, places: dict[str, Path], args: tuple[str, ...], code: int, words: str
+) -> None:
+    ran = run(*(a if not a.startswith("{") else a.format(**places) for a in filled(args, places)))
+    assert ran.code == code, ran.err
+    assert ran.out == ""
+    assert words in ran.err
+    assert "Traceback" not in ran.err
+    assert "Error:" in ran.err or (ran.err.startswith("error: ") and ran.err.endswith("\n"))
+    assert not any(Path.cwd().iterdir())
+
+
+def filled(args: tuple[str, ...], places: dict[str, Path]) -> list[str]:
+    """The row with its places put in."""
+    for name, path in places.items():
+        args = tuple(a.replace(f"{{{name}}}", str(path)) for a in args)
+    return list(args)
+
+
+def test_a_full_disk_is_told_in_words(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> NoReturn:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("llmquant.shards.ShardWriter.finish", full)
+    ran = run("quantize", model, "-o", "a/b/out", *RTN)
+    assert (ran.code, ran.out) == (1, "")
+    told = f"error: writing to {Path.cwd()}/a/b/.out.partial failed: No space left on device; free some space and run again\n"
+    assert ran.err == told
+    assert not any(Path.cwd().iterdir())
+
+
+def test_a_failed_proof_is_told_in_words(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = CheckpointWriter.finish_weights
+
+    def corrupt(self: CheckpointWriter) -> None:
+        finish(self)
+        data = bytearray((self.partial / SINGLE).read_bytes())
+        data[-1] ^= 1
+        (self.partial / SINGLE).write_bytes(data)
+
+    monkeypatch.setattr(CheckpointWriter, "finish_weights", corrupt)
+    ran = run("quantize", model, "-o", "out", *RTN)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("error: ")
+    assert not any(Path.cwd().iterdir())
+
+
+# --- what only a process shows ----------------------------------------------------------------------------------------
+
+
+def process(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    code = "from llmquant.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], text=True, capture_output=True, check=False, **options)
+
+
+def test_help_does_not_pay_for_torch() -> None:
+    code = (
+        "import sys\nfrom llmquant.cli import main\nsys.argv = ['llmquant', 'quantize', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & sys.modules.keys()))"
     )
-    assert ran.returncode == 0, ran.stderr
-    assert {m["role"] for m in json.loads(ran.stdout)["models"]} == {"reference", "candidate"}
+    ran = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+    assert "--group-size" in ran.stdout
 
 
-def test_quiet_is_quiet(tmp_path: Path) -> None:
-    ran = llmquant("quantize", TINY, "-o", str(tmp_path / "q"), "--recipe", "rtn-w4g128", "--quiet")
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+def test_a_closed_pipe_and_a_full_stdout_are_no_tracebacks() -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        ran = subprocess.run(
+            [sys.executable, "-c", "from llmquant.cli import main; main()", "recipes"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert "Traceback" not in ran.stderr
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [sys.executable, "-c", "from llmquant.cli import main; main()", "recipes"],
+        stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert "Traceback" not in ran.stderr
 
 
-def test_recipes_are_listed() -> None:
-    listed = json.loads(llmquant("recipes", "--json").stdout)
-    assert {"rtn-w4g128", "gptq-w4g128", "gptq-w4g64-asym", "gptq-w8", "gptq-w3g32"} <= listed.keys()
+def test_a_terminal_without_arrows_gets_question_marks(model: Path) -> None:
+    ran = process("plan", model, "--group-size", "32", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert re.search(r"MB \? [\d.]+ MB of weight files", ran.stdout)
+
+
+def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C in the middle of the walk, at a size that takes some seconds."""
+    example = ROOT / "examples" / "tiny-llama"
+    args = [
+        "quantize", example, "-o", tmp_path / "a" / "out", "--calibration", f"file:{example / 'calibration.txt'}",
+        "--nsamples", "64", "--seqlen", "512",
+    ]  # fmt: skip
+    command = [sys.executable, "-c", "from llmquant.cli import main; main()", *map(str, args)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "a" / ".out.partial").glob("*")) and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, ""), err
+    assert "Traceback" not in err
+    assert not any(tmp_path.iterdir())

@@ -28,7 +28,7 @@ def test_a_served_model_scores_as_its_folder_does(dialect: str, protocol: str, t
         served = f"{fake.url}#{fake.name}"
         request = Request(
             (served,), str(text), reference=str(tiny_llama), protocol=protocol, window=WINDOW, dtype="float32",
-            cost=False, noise_floor=False,
+            cost=False,
         )  # fmt: skip
         report = evaluate(request)
     local, remote = report.models
@@ -41,6 +41,7 @@ def test_a_served_model_scores_as_its_folder_does(dialect: str, protocol: str, t
     ratio = next(m.value for name, m in remote.metrics.items() if name.endswith("ratio"))
     assert ratio == pytest.approx(1.0, abs=2e-5)
     assert not any(name.startswith("kl") for name in remote.metrics)
+    assert report.noise_floor is None  # there is no KL to read by it
     assert Report.from_json(report.to_json()) == report
     assert row(remote)[4] == ("–", "")  # no bytes
     assert render(report, 120)

@@ -91,6 +91,16 @@ def test_all_tasks_have_results_for_both_models(report: Report) -> None:
     assert Report.from_json(report.to_json()) == report
 
 
+@pytest.mark.parametrize(("task", "name"), [(0, "acc"), (2, "perplexity")], ids=["a mean", "a perplexity"])
+def test_errors_are_those_of_the_items(task: int, name: str, report: Report) -> None:
+    result = report.models[0].tasks[task]
+    assert result.samples is not None
+    values = [json.loads(line)[name] for line in Path(result.samples.path).read_text(encoding="utf-8").splitlines()]
+    error = float(scipy_stats.sem(values))
+    expected = error if name == "acc" else math.exp(-sum(values) / len(values)) * error
+    assert result.metrics[name].standard_error == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_candidate_is_paired_with_the_reference(report: Report) -> None:
     reference, candidate = (m.tasks[0] for m in report.models)
     assert reference.paired == {}
@@ -144,6 +154,17 @@ def test_a_task_file_of_one_s_own(tiny_llama: Path, tmp_path: Path) -> None:
     request = Request((str(tiny_llama),), tasks="mine", include_path=str(tmp_path), limit=3, cost=False)
     (task,) = evaluate(request).models[0].tasks
     assert (task.task, task.items, task.samples) == ("mine", 3, None)
+
+
+def test_nothing_is_drawn_across_our_own_progress(tiny_llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        evaluate(Request((str(tiny_llama),), tasks=f"{ARC},lambada_local={DATA / 'lambada.jsonl'}", limit=2, cost=False))
+    finally:
+        transformers_logging.enable_progress_bar()
+    assert tuple(capfd.readouterr()) == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,22 @@ def weight(
 
 @st.composite
 def weights(
-    draw: st.DrawFn, *, out_step: int = 1, in_step: int = 1, bits: tuple[int, ...] = SUPPORTED_BITS, lowest_zero: int = 0
+    draw: st.DrawFn,
+    *,
+    out_step: int = 1,
+    in_step: int = 1,
+    bits: tuple[int, ...] = SUPPORTED_BITS,
+    groups: tuple[int | None, ...] = (None, 1, 8, 24, 32),
+    symmetric: tuple[bool, ...] = (False, True),
+    lowest_zero: int = 0,
 ) -> QuantizedWeight:
     """Every spec on shapes that are multiples of the steps and otherwise odd; half of the grouped ones with a g_idx."""
     width = draw(st.sampled_from(bits))
-    group = draw(st.sampled_from([None, 1, 8, 24, 32]))
+    group = draw(st.sampled_from(groups))
     columns = draw(st.integers(1, 4)) * in_step
     if group is not None:
         columns *= group
-    spec = QuantSpec(width, group, draw(st.booleans()))
+    spec = QuantSpec(width, group, draw(st.sampled_from(symmetric)))
     g_idx = group is not None and spec.groups(columns) > 1 and draw(st.booleans())
     rows = draw(st.integers(1, 5)) * out_step
     return weight(rows, columns, spec, seed=draw(st.integers(0, 2**31)), lowest_zero=lowest_zero, g_idx=g_idx)

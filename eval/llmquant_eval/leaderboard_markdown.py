@@ -1,0 +1,52 @@
+"""The leaderboard as Markdown: rendered from Reports alone, so that the same reports give the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmquant_eval.leaderboard import Board, Row
+from llmquant_eval.leaderboard_cells import columns, notes, rank_text, steps
+
+_INTRODUCTION = (
+    "Results stand in one ranking only if protocol, text, scored windows, dtype and reference are the same. The order is by "
+    "loss; neighbours whose ± overlap are not told apart. Rendered by `llmquant leaderboard` from the reports beside this "
+    "file; not edited by hand."
+)
+
+
+def render_markdown(boards: Sequence[Board]) -> str:
+    """One section per ranking: a table, what its numbers mean, and the commands that repeat its rows."""
+    lines = ["# Leaderboard", "", _INTRODUCTION, ""]
+    for board in boards:
+        lines += [f"## {board.title}", "", *_table(board), ""]
+        lines += [f"- {note}" for note in notes(board)]
+        lines += ["", *_commands(board)]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _table(board: Board) -> list[str]:
+    shown = columns(board)
+    header = ["#", "model", "scheme", *(c.title for c in shown)]
+    rule = ["---:", "---", "---", *["---:"] * len(shown)]
+    rows = [
+        [rank_text(row), _plain(row.name), _plain(row.result.scheme), *(c.cell(row).both for c in shown)] for row in board.rows
+    ]
+    return ["| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]]
+
+
+def _plain(text: str) -> str:
+    """A label with what would break a table taken out."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _commands(board: Board) -> list[str]:
+    lines = ["<details><summary>Commands that repeat these rows</summary>", ""]
+    for row in board.rows:
+        lines += [f"{_plain(row.name)}, {_measured(row)}:", "", "```sh", *steps(row), "```", ""]
+    return [*lines, "</details>", ""]
+
+
+def _measured(row: Row) -> str:
+    versions = row.report.versions
+    tools = ", ".join(f"{name} {versions[name]}" for name in ("llmquant", "torch", "transformers") if name in versions)
+    return f"{row.report.created:%Y-%m-%d} with {tools}"

@@ -1,0 +1,139 @@
+"""``llmquant eval --suite``: the suite with the command line's changes laid over it, its progress, and what it leaves behind.
+
+Options that say nothing to a suite are refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from llmquant.errors import LlmquantError, UsageError
+
+if TYPE_CHECKING:
+    from llmquant_eval.leaderboard import Stored
+    from llmquant_eval.suite import Suite
+    from llmquant_eval.suite_run import Finished, Watch
+
+# Options of `llmquant eval` that change a suite, and its switches that are about the run.
+_CHANGES = frozenset({"reference", "dtype", "device", "kernel", "batch_size", "cost", "noise_floor", "cache_form"})
+_ACCEPTED = _CHANGES | {"suite", "model", "text", "max_windows", "protocol", "output", "cache", "quiet", "plots"}
+_FOREVER = 1e9  # seconds that the estimate of the time left looks back over
+
+
+def suite_command(context: typer.Context) -> None:
+    """Run the suite that ``llmquant eval`` was given.
+
+    Raises:
+        UsageError: an option that a suite does not take, or what the suite itself refuses.
+    """
+    # By the source's name: typer has click's classes of its own since 0.20 and click's before.
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    given = {name: context.params[name] for name in typed}
+    strange = sorted(given.keys() - _ACCEPTED)
+    if strange:
+        option = strange[0].replace("_", "-")
+        raise UsageError(f"--{option} does not go with --suite; write it into a suite file, or leave it out")
+    suite = changed_suite(given)
+    cache = Path(given["cache"]) if given.get("cache") else default_cache()
+    results = given.get("output") or (Path(suite.outputs.results) if suite.outputs else None)
+    if results is not None and results.is_file():
+        raise UsageError(f"--output {results} is a file; a suite writes one report per model and protocol into a folder")
+    from transformers.utils import logging as transformers_logging
+
+    from llmquant_eval.suite_run import run_suite
+
+    transformers_logging.disable_progress_bar()
+    with _progress(hidden=bool(given.get("quiet"))) as watch:
+        finished = run_suite(suite, cache, watch)
+    leave(suite, finished, results, given.get("plots"))
+
+
+def changed_suite(given: Mapping[str, Any]) -> Suite:
+    """The suite with what the command line says instead."""
+    from llmquant_eval.suite import load_suite
+
+    suite = load_suite(given["suite"])
+    changes = {name: given[name] for name in _CHANGES & given.keys()}
+    if given.get("model"):
+        extra = [{"label": source.rstrip("/").rsplit("/", 1)[-1], "model": source} for source in given["model"]]
+        changes["models"] = [*(m.model_dump() for m in suite.models), *extra]
+    if given.get("protocol"):
+        changes["protocols"] = [name for joined in given["protocol"] for name in joined.split(",")]
+    texts = [t.model_dump() for t in suite.texts]
+    if given.get("text"):
+        texts = [{"name": "text", "source": given["text"]}]
+    if given.get("max_windows"):
+        texts = [t | {"max_windows": given["max_windows"]} for t in texts]
+    return suite.changed(**changes, texts=texts)
+
+
+def default_cache() -> Path:
+    """Where results and quantized models are kept between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "llmquant" / "suites"
+
+
+def leave(suite: Suite, finished: Finished, results: Path | None, plots: Path | None) -> None:
+    """Write the reports, render what the suite wants rendered, show the rankings."""
+    from llmquant_eval.card import replace_file
+    from llmquant_eval.leaderboard import Stored, load_reports, make_boards
+    from llmquant_eval.leaderboard_cli import render_files, show
+
+    stored: list[Stored] = [Stored(Path(name), report) for name, report in finished.reports.items()]
+    if results is not None:
+        try:
+            results.mkdir(parents=True, exist_ok=True)
+            for name, report in finished.reports.items():
+                replace_file(results / name, report.to_json())
+        except OSError as e:
+            raise LlmquantError(f"{results} cannot be written: {e}") from e
+        stored = load_reports(results)
+    boards = make_boards(stored)
+    out = suite.outputs
+    rendered = render_files(
+        boards, stored, markdown=Path(out.markdown) if out and out.markdown else None,
+        html=Path(out.html) if out and out.html else None,
+        plots=plots or (Path(out.plots) if out and out.plots else None),
+    )  # fmt: skip
+    show(boards)
+    written = [f"{len(finished.reports)} reports in {results}"] if results is not None else []
+    sys.stderr.write(
+        f"{finished.measured} measured now, the rest from the cache; {', '.join([*written, *map(str, rendered)]) or 'not kept'}\n"
+    )
+
+
+@contextmanager
+def _progress(hidden: bool) -> Iterator[Watch]:
+    """Two bars on stderr: the whole suite with the time left, and the step at hand."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from llmquant_eval.suite_run import Watch
+
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=hidden, speed_estimate_period=_FOREVER, transient=True) as bars:
+        whole = bars.add_task("reading", total=None)
+        step = bars.add_task("", total=None, visible=False)
+
+        def overall(what: str, done: int, total: int) -> None:
+            bars.update(whole, description=what, completed=done, total=total)
+            bars.reset(step, visible=False)
+            if not hidden and not console.is_terminal and done < total:
+                console.print(f"{done + 1}/{total} {what}", markup=False, highlight=False)  # a log has no bars
+
+        def stage(name: str, done: int, total: int) -> None:
+            bars.update(step, description=f"  {name}", completed=done, total=total, visible=True)
+
+        yield Watch(overall, stage)
