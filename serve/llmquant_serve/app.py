@@ -26,7 +26,7 @@ from llmquant_serve.answers import (
 )
 from llmquant_serve.chat_answers import ChatWriter
 from llmquant_serve.completion_answers import CompletionWriter
-from llmquant_serve.engine import EngineError
+from llmquant_serve.engine import EngineError, RefusedError
 from llmquant_serve.failures import ApiError, bad
 from llmquant_serve.guards import Guard
 from llmquant_serve.plan import plan_chat, plan_completion
@@ -129,18 +129,17 @@ def _check_ready(service: Service) -> None:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    card = ModelCard(
-        id=service.model, object="model", created=service.created, owned_by="llmquant", max_model_len=service.engine.info.context
-    )
+    def card() -> ModelCard:
+        return ModelCard(id=service.model, created=service.created, max_model_len=service.engine.info.context)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        return ModelList(data=[card])
+        return ModelList(data=[card()])
 
     @app.get("/v1/models/{model:path}")
     async def model_card(model: str) -> ModelCard:
         service.check_model(model)
-        return card
+        return card()
 
 
 def _add_text(app: FastAPI, service: Service) -> None:
@@ -205,7 +204,7 @@ def _add_handlers(app: FastAPI) -> None:
 
 
 def _engine_failed(e: EngineError) -> ApiError:
-    return ApiError(500, str(e), code="engine_error")
+    return bad(str(e)) if isinstance(e, RefusedError) else ApiError(500, str(e), code="engine_error")
 
 
 def _invalid(e: RequestValidationError) -> ApiError:

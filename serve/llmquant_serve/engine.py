@@ -23,6 +23,10 @@ class EngineError(LlmquantError):
     """The engine failed while it worked on a request, or is not there."""
 
 
+class RefusedError(EngineError):
+    """The engine will not take this request, although nothing told so beforehand."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A parameter that an engine cannot honour, and why."""
