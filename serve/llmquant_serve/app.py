@@ -46,23 +46,32 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    service: Service, *, keys: Sequence[str] = (), cors_origins: Sequence[str] = (), ui: bool = False
+    service: Service,
+    *,
+    keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+    ui: bool = False,
+    reference: Service | None = None,
 ) -> FastAPI:
     """The application; its lifespan starts and closes the engine.
 
     Args:
         keys: accepted API keys; none means no key is asked for.
         cors_origins: web pages that may call the API; none by default.
+        reference: a second model that starts and stops with the first.
         ui: leave ``/ui`` to a page that has a login of its own.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.engine.start()
+        engines = [s.engine for s in (service, reference) if s is not None]
+        for engine in engines:
+            await engine.start()
         try:
             yield
         finally:
-            await service.engine.close()
+            for engine in engines:
+                await engine.close()
 
     app = FastAPI(title="llmquant", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, responses=_ERRORS)
     _add_generation(app, service)

@@ -7,16 +7,24 @@ commands when they run.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmquant.errors import LlmquantError
+from llmquant.errors import LlmquantError, UsageError
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from llmquant_serve.options import ModelOptions
+    from llmquant_serve.run import Binding
+    from llmquant_serve.service import Limits
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("serve")(serve_command)
+    app.command("chat")(chat_command)
 
 
 def serve_command(
@@ -28,6 +36,7 @@ def serve_command(
         list[str] | None, typer.Option(help="Accepted API key; several times for several keys.", envvar="LLMQUANT_API_KEY")
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="A chat page at /ui.")] = False,
+    reference: Annotated[str | None, typer.Option(help="The original model, for A/B on the chat page.")] = None,
     name: Annotated[str | None, typer.Option(help="Name that clients use [default: the folder's].")] = None,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on CPU), bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
@@ -52,10 +61,12 @@ def serve_command(
 ) -> None:
     """Serve MODEL over an OpenAI-compatible API."""
     _need("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else []))
-    from llmquant_serve.options import ModelOptions, build_service
-    from llmquant_serve.run import Binding, bound_socket, run
+    from llmquant_serve.options import ModelOptions
+    from llmquant_serve.run import Binding, bound_socket
     from llmquant_serve.service import Limits
 
+    if reference is not None and not ui:
+        raise UsageError("--reference is for the chat page; add --ui")
     binding = Binding(host, port, tuple(api_key or ()), tuple(cors_origin or ()), ui, access_log)
     limits = Limits(
         max_streams=max_streams, max_queue=max_queue, max_prompt=max_prompt_tokens, max_output=max_output_tokens,
@@ -67,9 +78,61 @@ def serve_command(
     )  # fmt: skip
     listening = bound_socket(binding)  # before the model: a port that is taken should not cost a load
     try:
-        run(build_service(options, limits), binding, listening)
+        _serve(options, limits, binding, listening, reference)
     finally:
         listening.close()
+
+
+def chat_command(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name, packed or dense.")],
+    web: Annotated[bool, typer.Option("--web", help="A chat page instead of the terminal.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 7860,
+    reference: Annotated[str | None, typer.Option(help="The original model, for A/B on the page.")] = None,
+    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, when sampling.")] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the sampling.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on CPU), bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
+    kernel: Annotated[str, typer.Option(help="Kernel of packed layers: auto, or one by name.")] = "auto",
+) -> None:
+    """Talk to MODEL, in the terminal or on a page."""
+    _need("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if web else []))
+    from llmquant_serve.options import ModelOptions, build_service
+    from llmquant_serve.service import Limits
+
+    options = ModelOptions(model=model, dtype=dtype, device=device, kernel=kernel)
+    if web:
+        from llmquant_serve.run import Binding, bound_socket
+
+        binding = Binding("127.0.0.1", port, ui=True)
+        with bound_socket(binding) as listening:
+            _serve(options, Limits(), binding, listening, reference)
+        return
+    if reference is not None:
+        raise UsageError("--reference is for the page; add --web")
+    import asyncio
+
+    from llmquant_serve.chat import Terminal
+    from llmquant_serve.engine import Sampling
+
+    sampling = Sampling(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    asyncio.run(Terminal(build_service(options, Limits(max_streams=1)), sampling, system).run())
+
+
+def _serve(options: ModelOptions, limits: Limits, binding: Binding, listening: socket, reference: str | None) -> None:
+    import llmquant
+    from llmquant_serve.options import ModelOptions, build_service
+    from llmquant_serve.run import run
+    from llmquant_serve.service import Limits
+
+    original = None
+    if reference is not None:
+        beside = ModelOptions(model=reference, dtype=options.dtype, device=options.device, context=options.context)
+        original = build_service(beside, Limits(max_streams=2))
+    run(build_service(options, limits), binding, listening, original, llmquant.resolve(options.model))
 
 
 def _need(*modules: str) -> None:

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -59,15 +60,17 @@ def bound_socket(binding: Binding) -> socket.socket:
     return sock
 
 
-def run(service: Service, binding: Binding, listening: socket.socket) -> None:
-    """Serve until a signal comes."""
+def run(
+    service: Service, binding: Binding, listening: socket.socket, reference: Service | None = None, folder: Path | None = None
+) -> None:
+    """Serve until a signal comes; ``reference`` and ``folder`` are for the chat page."""
     if not _is_loopback(binding.host) and not binding.keys:
         _say(f"warning: {binding.host} can be reached from other machines and no --api-key is set: anyone there can use it")
-    app = create_app(service, keys=binding.keys, cors_origins=binding.cors_origins, ui=binding.ui)
+    app = create_app(service, keys=binding.keys, cors_origins=binding.cors_origins, ui=binding.ui, reference=reference)
     if binding.ui:
         from llmquant_serve.ui import mount
 
-        mount(app, service, binding.keys)
+        mount(app, service, binding.keys, reference, folder or Path())
     config = uvicorn.Config(
         app, log_level="info" if binding.access_log else "warning", access_log=binding.access_log,
         timeout_graceful_shutdown=max(1, round(service.limits.drain_seconds)), server_header=False,

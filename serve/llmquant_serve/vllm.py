@@ -108,7 +108,8 @@ class VllmEngine:
 
     async def _stream(self, body: Mapping[str, Any]) -> AsyncGenerator[Step, None]:
         assert self._client is not None
-        request = self._client.stream("POST", f"{self._address}/v1/completions", json={**body, "stream": True}, headers=self._headers)
+        url, streamed = f"{self._address}/v1/completions", {**body, "stream": True}
+        request = self._client.stream("POST", url, json=streamed, headers=self._headers)
         async with request as answer:
             if answer.status_code != 200:
                 _refuse(answer.status_code, (await answer.aread()).decode(errors="replace"))

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import torch
 import uvicorn
+from fastapi import FastAPI
 from transformers import PreTrainedModel
 
 from llmquant_serve.app import create_app
@@ -81,9 +82,12 @@ def with_engine(model: PreTrainedModel, work: Callable[[LocalEngine], Any], **op
 
 
 @contextmanager
-def running(service: Service, **options: Any) -> Iterator[Server]:
-    """The service under uvicorn, in a thread."""
-    config = uvicorn.Config(create_app(service, **options), log_level="warning", timeout_graceful_shutdown=2)
+def running(service: Service, dress: Callable[[FastAPI], None] | None = None, **options: Any) -> Iterator[Server]:
+    """The service under uvicorn, in a thread; ``dress`` adds to the application."""
+    app = create_app(service, **options)
+    if dress is not None:
+        dress(app)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
