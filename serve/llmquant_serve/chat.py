@@ -1,5 +1,5 @@
-"""``llmquant chat`` in a terminal: read, reply as it is made, repeat. Ctrl-C stops a reply; between replies it leaves, as does the
-end of the input.
+"""``llmquant chat`` in a terminal: read, reply as it is made, repeat. Ctrl-C stops a reply; between replies it
+leaves, as does the end of the input.
 """
 
 from __future__ import annotations

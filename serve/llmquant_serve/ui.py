@@ -1,15 +1,14 @@
 """The chat page (Gradio), mounted beside the API: chat, and A/B with the original model.
 
 With API keys the page asks for one as its password. Generation runs in the server's event loop and through its gate, so people
-and programs share the same limits; Stop closes the generator, which frees the engine's slot.
+and programs share the same limits; Stop, Clear and leaving the page free the engine's slot.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from llmquant_serve.compare import CSS, divergence, marked
 from llmquant_serve.engine import Sampling
 from llmquant_serve.failures import ApiError
 from llmquant_serve.replies import Reply, reply
+from llmquant_serve.runs import Runs, together
 from llmquant_serve.service import Service
 
 _MARKERS = ("<!-- llmquant:measured:start -->", "<!-- llmquant:measured:end -->")
@@ -31,6 +31,7 @@ _EXPORT = """(turns, system, a, b) => {
   link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
   link.download = "conversation.json"; link.click(); URL.revokeObjectURL(link.href);
 }"""
+_AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _QUIET: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -64,23 +65,25 @@ def measured(folder: Path) -> str | None:
 
 def build_page(service: Service, reference: Service | None, table: str | None) -> gr.Blocks:
     """The whole page."""
+    runs: Runs[Any] = Runs()
     with gr.Blocks(title=f"{service.model} · llmquant", analytics_enabled=False, fill_height=True) as page:
         gr.Markdown(f"## {service.model}")
         settings = _settings()
         with gr.Tabs():
             with gr.Tab("Chat"):
-                _chat_tab(service, settings)
+                _chat_tab(service, settings, runs)
             if reference is not None:
                 with gr.Tab("A/B"):
-                    _compare_tab(service, reference, settings)
+                    _compare_tab(service, reference, settings, runs)
             with gr.Tab("Measured"):
                 gr.Markdown(table or "Nothing was measured; `llmquant eval --card` does, and writes it into the model card.")
+        page.unload(_stopper(runs))
     found: gr.Blocks = page
     return found
 
 
 def _settings() -> list[gr.components.Component]:
-    with gr.Sidebar(label="Settings", open=False):
+    with gr.Accordion("Settings", open=False, elem_id="settings"):
         system = gr.Textbox(label="System prompt", lines=3, elem_id="system")
         temperature = gr.Slider(0.0, 2.0, 0.7, step=0.05, label="Temperature (0: greedy)", elem_id="temperature")
         top_p = gr.Slider(0.0, 1.0, 0.95, step=0.01, label="Top-p")
@@ -112,7 +115,7 @@ def _plain(content: Any) -> str:
     return "".join(part["text"] for part in content if isinstance(part, dict) and "text" in part)
 
 
-def _chat_tab(service: Service, settings: list[gr.components.Component]) -> None:
+def _chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
     chat = gr.Chatbot(show_label=False, height="60vh", buttons=["copy"], allow_tags=False, elem_id="chat", feedback_options=None)
     status = gr.Markdown("", elem_id="status")
     with gr.Row():
@@ -123,16 +126,22 @@ def _chat_tab(service: Service, settings: list[gr.components.Component]) -> None
         again = gr.Button("Regenerate", size="sm", min_width=100, elem_id="again")
         clear = gr.Button("Clear", size="sm", min_width=100, elem_id="clear")
         export = gr.Button("Export", size="sm", min_width=100, elem_id="export")
-    answer = _answerer(service)
-    inputs, outputs = [chat, *settings], [chat, status]
-    typed = [box, chat]
-    said = [event(_said, typed, typed, queue=False, api_visibility="private") for event in (send.click, box.submit)]
-    running: list[Any] = [event.then(answer, inputs, outputs, **_QUIET) for event in said]
-    undone = again.click(_unsaid, chat, chat, queue=False, api_visibility="private")
-    running.append(undone.then(answer, inputs, outputs, **_QUIET))
-    stop.click(None, cancels=running, queue=False, api_visibility="private")
-    clear.click(lambda: ([], ""), None, outputs, cancels=running, queue=False, api_visibility="private")
+    answer = _answerer(service, runs)
+    halt = _stopper(runs)
+    inputs, outputs, typed = [chat, *settings], [chat, status], [box, chat]
+    for event in (send.click, box.submit):
+        event(halt, **_AT_ONCE).then(_said, typed, typed, **_AT_ONCE).then(answer, inputs, outputs, **_QUIET)
+    again.click(halt, **_AT_ONCE).then(_unsaid, chat, chat, **_AT_ONCE).then(answer, inputs, outputs, **_QUIET)
+    stop.click(halt, **_AT_ONCE)
+    clear.click(halt, **_AT_ONCE).then(lambda: ([], ""), None, outputs, **_AT_ONCE)
     export.click(None, [chat, settings[0]], None, js=_EXPORT, api_visibility="private")
+
+
+def _stopper(runs: Runs[Any]) -> Callable[[gr.Request], Coroutine[Any, Any, None]]:
+    async def halt(request: gr.Request) -> None:
+        runs.stop(str(request.session_hash))
+
+    return halt
 
 
 def _said(text: str, turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
@@ -147,14 +156,15 @@ def _unsaid(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return turns
 
 
-def _answerer(service: Service) -> Callable[..., AsyncGenerator[tuple[list[dict[str, Any]], str], None]]:
+def _answerer(service: Service, runs: Runs[Any]) -> Callable[..., AsyncGenerator[tuple[list[dict[str, Any]], str], None]]:
     async def answer(
-        turns: list[dict[str, Any]], system: str, *numbers: float
+        request: gr.Request, turns: list[dict[str, Any]], system: str, *numbers: float
     ) -> AsyncGenerator[tuple[list[dict[str, Any]], str], None]:
         if not turns or turns[-1]["role"] != "user":
             return
+        work = reply(service, _with_system(system, turns), _sampling(numbers))
         try:
-            async with aclosing(reply(service, _with_system(system, turns), _sampling(numbers))) as growing:
+            async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
                 async for now in growing:
                     yield [*turns, {"role": "assistant", "content": now.text}], now.status
         except ApiError as e:
@@ -163,7 +173,7 @@ def _answerer(service: Service) -> Callable[..., AsyncGenerator[tuple[list[dict[
     return answer
 
 
-def _compare_tab(service: Service, reference: Service, settings: list[gr.components.Component]) -> None:
+def _compare_tab(service: Service, reference: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
     gr.Markdown("The same prompt, settings and seed. Red: the first token that differs; amber: later ones. Hover for more.")
     with gr.Row():
         box = gr.Textbox(show_label=False, placeholder="A prompt for both", scale=6, elem_id="ab-box")
@@ -177,57 +187,40 @@ def _compare_tab(service: Service, reference: Service, settings: list[gr.compone
                 panes += [gr.HTML(elem_id=f"ab-{'left' if which is service else 'right'}"), gr.Markdown()]
     verdict = gr.Markdown("", elem_id="ab-verdict")
     outputs = [*panes, verdict]
-    compare = _comparer(service, reference)
-    running: list[Any] = [event(compare, [box, *settings], outputs, **_QUIET) for event in (go.click, box.submit)]
-    stop.click(None, cancels=running, queue=False, api_visibility="private")
+    compare = _comparer(service, reference, runs)
+    for event in (go.click, box.submit):
+        event(compare, [box, *settings], outputs, **_QUIET)
+    stop.click(_stopper(runs), **_AT_ONCE)
 
 
-def _comparer(service: Service, reference: Service) -> Callable[..., AsyncGenerator[tuple[str, str, str, str, str], None]]:
-    async def compare(text: str, system: str, *numbers: float) -> AsyncGenerator[tuple[str, str, str, str, str], None]:
+def _comparer(
+    service: Service, reference: Service, runs: Runs[Any]
+) -> Callable[..., AsyncGenerator[tuple[str, str, str, str, str], None]]:
+    async def compare(
+        request: gr.Request, text: str, system: str, *numbers: float
+    ) -> AsyncGenerator[tuple[str, str, str, str, str], None]:
         if not text.strip():
             return
         turns = _with_system(system, [{"role": "user", "content": text}])
         sampling = _sampling(numbers, logprobs=5)
-        now = [Reply(), Reply()]
-        queue: asyncio.Queue[tuple[int, Reply] | ApiError | int] = asyncio.Queue()
-
-        async def feed(side: int, which: Service) -> None:
-            try:
-                async with aclosing(reply(which, turns, sampling)) as growing:
-                    async for each in growing:
-                        queue.put_nowait((side, each))
-                queue.put_nowait(side)
-            except ApiError as e:
-                queue.put_nowait(e)
-
-        tasks = [asyncio.create_task(feed(i, which)) for i, which in enumerate((service, reference))]
+        work = together([reply(which, turns, sampling) for which in (service, reference)])
         try:
-            left = len(tasks)
-            while left:
-                item = await queue.get()
-                if isinstance(item, ApiError):
-                    raise gr.Error(item.message)
-                if isinstance(item, int):
-                    left -= 1
-                else:
-                    now[item[0]] = item[1]
-                if queue.empty():
-                    yield _sides(service, reference, now, done=not left)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
+                async for now in growing:
+                    yield _sides(service, reference, [r or Reply() for r in now])
+        except ApiError as e:
+            raise gr.Error(e.message) from e
 
     return compare
 
 
-def _sides(service: Service, reference: Service, now: Sequence[Reply], *, done: bool) -> tuple[str, str, str, str, str]:
+def _sides(service: Service, reference: Service, now: Sequence[Reply]) -> tuple[str, str, str, str, str]:
     left, right = (r.pieces for r in now)
     first = divergence(left, right)
     if first is not None:
         verdict = f"They part at token {first + 1}."
     else:
-        verdict = "All tokens are the same." if done else "The same so far."
+        verdict = "All tokens are the same." if all(r.finished for r in now) else "The same so far."
     return (
         marked(service.text.tokenizer, left, right), now[0].status, marked(reference.text.tokenizer, right, left), now[1].status,
         verdict,

@@ -78,7 +78,8 @@ def test_lm_eval_chat(server):
 
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 PATHS = [
-    "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}", "/tokenize", "/detokenize", "/health", "/metrics",
+    "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}", "/tokenize", "/detokenize", "/health",
+    "/metrics",
 ]  # fmt: skip
 
 
