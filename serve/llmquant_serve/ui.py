@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hmac
 import os
+import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +118,10 @@ def _plain(content: Any) -> str:
 
 
 def _chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
-    chat = gr.Chatbot(show_label=False, height="60vh", buttons=["copy"], allow_tags=False, elem_id="chat", feedback_options=None)
+    chat = gr.Chatbot(show_label=False, height="50vh", buttons=["copy"], allow_tags=False, elem_id="chat", feedback_options=None)
     status = gr.Markdown("", elem_id="status")
     with gr.Row():
-        box = gr.Textbox(show_label=False, placeholder="Say something", scale=6, elem_id="box", autofocus=True)
+        box = gr.Textbox(show_label=False, placeholder="Say something", scale=6, min_width=120, elem_id="box", autofocus=True)
         send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
     with gr.Row():
@@ -176,7 +178,7 @@ def _answerer(service: Service, runs: Runs[Any]) -> Callable[..., AsyncGenerator
 def _compare_tab(service: Service, reference: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
     gr.Markdown("The same prompt, settings and seed. Red: the first token that differs; amber: later ones. Hover for more.")
     with gr.Row():
-        box = gr.Textbox(show_label=False, placeholder="A prompt for both", scale=6, elem_id="ab-box")
+        box = gr.Textbox(show_label=False, placeholder="A prompt for both", scale=6, min_width=100, elem_id="ab-box")
         go = gr.Button("Compare", variant="primary", scale=1, min_width=90, elem_id="ab-go")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="ab-stop")
     panes: list[gr.components.Component] = []
@@ -203,6 +205,8 @@ def _comparer(
             return
         turns = _with_system(system, [{"role": "user", "content": text}])
         sampling = _sampling(numbers, logprobs=5)
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(32))  # one for both
         work = together([reply(which, turns, sampling) for which in (service, reference)])
         try:
             async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
