@@ -219,7 +219,7 @@ MISTAKES = [
     ("no output", ("quantize", "{m}"), 2, "Missing option '--output'"),
     ("unknown option", (*Q, "--bogus"), 2, "No such option: --bogus"),
     ("unknown command", ("quantise", "{m}"), 2, "No such command 'quantise'"),
-    ("unknown method", (*Q, "--method", "magic"), 2, "'magic' is not one of 'rtn', 'gptq'"),
+    ("unknown method", (*Q, "--method", "magic"), 2, "'magic' is not one of rtn, rtn+tune, gptq, gptq+tune"),
     ("bits a word", (*Q, "--bits", "four"), 2, "Invalid value for '--bits'"),
     ("5 bits", (*Q, "--bits", "5"), 2, "bits=5 is not supported; choose one of 2, 3, 4, 8"),
     ("group of 0", (*Q, "--group-size", "0"), 2, "group_size=0 must be a positive divisor"),
