@@ -17,13 +17,16 @@ SHIPPED = {
     "gptq-w4g64-asym": ("gptq", QuantSpec(4, 64, symmetric=False)),
     "gptq-w8": ("gptq", QuantSpec(8, 128)),
     "gptq-w3g32": ("gptq", QuantSpec(3, 32)),
+    "best-w4g128": ("gptq+tune", QuantSpec(4, 128)),
+    "best-w3g128": ("gptq+tune", QuantSpec(3, 128)),
+    "best-w2g32": ("gptq+tune", QuantSpec(2, 32)),
 }
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_are_what_their_names_say(name: str) -> None:
     recipe = load_recipe(name)
-    assert (recipe.method, recipe.weights.spec) == SHIPPED[name]
+    assert (recipe.steps, recipe.weights.spec) == SHIPPED[name]
     assert recipe.description
     assert recipe == load_recipe(shipped()[name])
 
