@@ -76,7 +76,7 @@ def test_asymmetric_calibration_beats_plain_gptq_at_three_bits(tmp_path: Path) -
 
 
 def test_the_best_three_bit_recipe_is_at_most_nine_tenths_of_autorounds(tmp_path: Path) -> None:
-    """AutoRound 0.15 at its default 200 iterations: KL 0.0473. One seed here, to keep the suite short; docs/decisions.md has more."""
+    """AutoRound 0.15 at its default 200 iterations: KL 0.0473. One seed, to keep the suite short; docs/decisions.md has more."""
     recipe = load_recipe("best-w3g128").updated(CALIBRATION)
     (kl,) = values(measured(runs(tmp_path, recipe, (0,))), "kl_mean")
     print(f"KL {kl:.5f}")
