@@ -50,7 +50,7 @@ class ModuleEntry(_Strict):
 
 
 class TuneEntry(_Strict):
-    """One tuned block; see :class:`llmquant.walk.TuneReport`."""
+    """One tuned block; see :class:`llmquant.tuning.TuneReport`."""
 
     before: float
     after: float

@@ -32,7 +32,8 @@ from llmquant.recipe import Recipe
 from llmquant.selection import Selection, linears_of, select
 from llmquant.skeleton import empty_model, read_tokenizer
 from llmquant.sources import Documents, read_documents
-from llmquant.walk import BlockResult, ModuleReport, Progress, TuneReport, WalkPlan, walk
+from llmquant.tuning import TuneReport
+from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, walk
 
 
 @dataclass(frozen=True, slots=True)

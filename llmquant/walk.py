@@ -7,6 +7,9 @@ knows no file layout and writes nothing.
 
 With ``true_sequential`` the inputs of each set of linears are observed after the sets before it were quantized; without
 it all inputs of a block are observed in one pass with its original weights. A data-free recipe never runs the model.
+
+Asymmetric calibration and tuning aim at what the original model computes: then its hidden states walk along beside the
+quantized model's (:mod:`llmquant.reference`), and a tuned block's linears are moved once more, together, before it is left.
 """
 
 from __future__ import annotations
@@ -31,16 +34,16 @@ from llmquant.algorithms import (
     gptq,
     layer_error,
     rtn,
-    tune,
 )
 from llmquant.architectures import Architecture, blocks_of, norm_of
-from llmquant.capture import BlockInput, first_inputs, observe, run_block, run_with, stages
+from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
 from llmquant.recipe import Recipe
 from llmquant.reference import Reference
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats, PairStats
+from llmquant.tuning import TuneReport, tune_block
 from llmquant.weight import QuantizedWeight
 
 
@@ -72,20 +75,6 @@ class ModuleReport:
     tokens: int = 0
     dropped: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class TuneReport:
-    """Mean squared error of a block's output on the calibration text before and after it was tuned.
-
-    ``step`` of ``steps`` taken gave the state that was kept; 0 is the rounding algorithm's own.
-    """
-
-    before: float
-    after: float
-    step: int
-    steps: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +225,7 @@ class _Calibrated(_DataFree):
                     for member, name in zip(members, full, strict=True):
                         linears[member].weight.data.copy_(results[name][0].dequantize(self.plan.dtype))
             if self.reference is not None:
-                results = self._tuned(block, prefix, results, self.reference)
+                results = self._tuned(index, block, prefix, results)
                 self.reference.leave()
             self._advance(block, index)
         return results
@@ -247,29 +236,24 @@ class _Calibrated(_DataFree):
         return self._pairs.observe(block, wanted, self.inputs)
 
     def _tuned(
-        self, block: nn.Module, prefix: str, results: dict[str, tuple[QuantizedWeight, ModuleReport]], reference: Reference
+        self, index: int, block: nn.Module, prefix: str, results: dict[str, tuple[QuantizedWeight, ModuleReport]]
     ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
-        """The block's linears moved together, written into it and reported."""
+        """The block's linears moved together, where the recipe wants that, and reported anew."""
         self.tuned, options, wanted = None, self.plan.tune_options, self.plan.recipe.tune
-        if options is None or wanted is None or not results:
+        if self.reference is None or options is None or wanted is None or not results:
             return results
-        start = time.perf_counter()
-        targets = reference.outputs if wanted.target == "original" else reference.block_outputs(block, self.inputs)
+        self.announce(index, f"{prefix} (tuning)")
+        own = self.reference.outputs
+        targets = own if wanted.target == "original" else self.reference.block_outputs(block, self.inputs)
         originals = {name: self.original(name) for name in results}
-
-        def forward(weights: Mapping[str, Tensor], batch: int) -> Tensor:
-            replaced = {f"{n.removeprefix(f'{prefix}.')}.weight": w.to(self.plan.dtype) for n, w in weights.items()}
-            return run_with(block, replaced, self.inputs[batch])
-
-        tuned = tune(originals, {n: q for n, (q, _) in results.items()}, forward, targets, options, prefix)
-        moved = {}
-        for name, weight in tuned.weights.items():
-            _linear(block, name.removeprefix(f"{prefix}.")).weight.data.copy_(weight.dequantize(self.plan.dtype))
-            error = _weight_error(originals[name], weight)
-            moved[name] = weight, replace(results[name][1], digest=weight.digest(), weight_error=error, output_error=None)
-        seconds = time.perf_counter() - start
-        self.tuned = TuneReport(tuned.before, tuned.after, tuned.step, tuned.steps, seconds)
-        return moved
+        starts = {name: weight for name, (weight, _) in results.items()}
+        weights, self.tuned = tune_block(block, prefix, originals, starts, self.inputs, targets, options, self.plan.dtype)
+        return {
+            name: (weight, replace(
+                results[name][1], digest=weight.digest(), weight_error=_weight_error(originals[name], weight), output_error=None
+            ))
+            for name, weight in weights.items()
+        }  # fmt: skip
 
     def _advance(self, block: nn.Module, index: int) -> None:
         for i, batch in enumerate(self.inputs):

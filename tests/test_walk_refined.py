@@ -18,7 +18,8 @@ from llmquant.errors import QuantizationError
 from llmquant.recipe import Recipe
 from llmquant.skeleton import empty_model
 from llmquant.stats import PairStats
-from llmquant.walk import BlockResult, TuneReport, WalkPlan, batched, walk
+from llmquant.tuning import TuneReport
+from llmquant.walk import BlockResult, WalkPlan, batched, walk
 from llmquant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")

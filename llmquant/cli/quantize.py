@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from llmquant.calibration import Calibration
     from llmquant.pipeline import Events, QuantizeResult
-    from llmquant.walk import TuneReport
+    from llmquant.tuning import TuneReport
 
 
 class Packing(StrEnum):
