@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmquant.manifest import verify
     from llmquant.modules import describe
     from llmquant.pipeline import QuantizeOptions, QuantizeResult, quantize
-    from llmquant.recipe import Recipe, load_recipe
+    from llmquant.recipe import Recipe, load_recipe, shipped_recipes
     from llmquant.sources import Documents, read_documents
     from llmquant.spec import QuantSpec
     from llmquant.weight import QuantizedWeight
@@ -43,6 +43,7 @@ _HOMES = {
     "quantize": "pipeline",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "shipped_recipes": "recipe",
     "Documents": "sources",
     "read_documents": "sources",
     "QuantSpec": "spec",
@@ -70,6 +71,7 @@ __all__ = [
     "read_documents",
     "register_with_transformers",
     "resolve",
+    "shipped_recipes",
     "unregister_from_transformers",
     "verify",
 ]

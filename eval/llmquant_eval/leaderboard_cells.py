@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmquant_eval.leaderboard import Board, Row, loss
+from llmquant_eval.leaderboard import Board, Row, loss, printable
 from llmquant_eval.report import Metric
 from llmquant_eval.table import ABSENT, size, speed, with_error
 
@@ -18,6 +18,7 @@ _TITLES = {
     "word_perplexity": "word perplexity", "byte_perplexity": "byte perplexity", "bits_per_byte": "bits/byte",
     "kl_mean": "KL nats", "kl_p99": "KL p99", "top1_agreement": "top-1 %",
 }  # fmt: skip
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def _cost(row: Row, name: str) -> float | None:
 
 
 def rank_text(row: Row) -> str:
-    """The rank, ``base`` for the reference, a dash for a row without the ordering metric."""
+    """The rank, ``base`` for the reference, a dash for a row without the ordering metric or of a partial run."""
     if row.is_reference:
         return "base"
     return ABSENT if row.rank is None else str(row.rank)
@@ -111,7 +112,7 @@ def rank_text(row: Row) -> str:
 
 def steps(row: Row) -> list[str]:
     """The command that repeats the row, one shell command a line."""
-    return row.report.command.split(" && ")
+    return [printable(step) for step in row.report.command.split(" && ")]
 
 
 def notes(board: Board) -> list[str]:

@@ -113,6 +113,8 @@ def points(board: Board, kind: str, name: str) -> list[Point]:
         most = max(dict.fromkeys(machines), key=machines.count)
         found = [entry for entry in found if entry[0].machine == most]
     best = front([(-x if more else x, metric.value) for _, x, metric in found])
+    if board.partial:
+        best = [False] * len(found)
     return [
         Point(row, x, metric.value, metric.standard_error or 0.0, on_front, metric_cell(metric).both)
         for (row, x, metric), on_front in zip(found, best, strict=True)
