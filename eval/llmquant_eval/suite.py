@@ -217,6 +217,10 @@ def _validate(data: object, origin: str) -> Suite:
         return Suite.model_validate(data)
     except ValidationError as e:
         problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'suite'}: {p['msg'].removeprefix('Value error, ')}" for p in e.errors()
+            f"{'.'.join(map(str, p['loc'])) or 'suite'}: {_said(p['type'], p['msg'])}" for p in e.errors()
         )
         raise UsageError(f"{origin}: {problems}") from e
+
+
+def _said(kind: str, message: str) -> str:
+    return "there is no such key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")

@@ -88,10 +88,9 @@ def _find(label: str, source: str, made_by: str | None) -> Prepared:
     if is_url(source):
         return Prepared(label, source, source, made_by, None, None)
     try:
-        path = llmquant.resolve(source)
+        return _known(label, llmquant.resolve(source), source, source, made_by)
     except (CheckpointError, UsageError) as e:
         raise type(e)(f"{label}: {e}" + (f"; it is made by: {made_by}" if made_by else "")) from e
-    return _known(label, path, source, source, made_by)
 
 
 def _known(label: str, path: Path, source: str, shown: str, made_by: str | None) -> Prepared:
