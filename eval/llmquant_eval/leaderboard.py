@@ -68,6 +68,11 @@ class Row:
         return self.result.role == "reference"
 
     @property
+    def scheme(self) -> str:
+        """The model's quantization, for people."""
+        return printable(self.result.scheme)
+
+    @property
     def decode_speed(self) -> float | None:
         """Tokens per second, or None where it was not measured."""
         return None if self.result.cost is None else self.result.cost.decode_tokens_per_second

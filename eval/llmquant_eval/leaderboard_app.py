@@ -50,7 +50,7 @@ def table(board: Board) -> tuple[list[str], list[str], list[list[Any]]]:
     shown = columns(board)
     headers = ["#", "model", "scheme", *(c.title for c in shown)]
     rows = [
-        [rank_text(row), row.name, row.result.scheme, *(c.cell(row).value for c in shown)] for row in board.rows
+        [rank_text(row), row.name, row.scheme, *(c.cell(row).value for c in shown)] for row in board.rows
     ]  # fmt: skip
     return headers, ["str", "str", "str", *["number"] * len(shown)], rows
 

@@ -45,16 +45,19 @@ class Column:
 
 def columns(board: Board) -> list[Column]:
     """The columns of a ranking that have something in them: what orders it first, then the other losses, then costs."""
-    wanted = [*(_task_columns(board) if board.is_task else _metric_columns()), *_cost_columns()]
+    wanted = [*(_task_columns(board) if board.is_task else _metric_columns(board)), *_cost_columns()]
     return [c for c in wanted if any(c.cell(row).value is not None for row in board.rows)]
 
 
-def _metric_columns() -> list[Column]:
+def _metric_columns(board: Board) -> list[Column]:
+    """Those that were measured; what the reference has by definition alone makes no column."""
+    measured = {name for row in board.rows for name in row.metrics}
+
     def column(name: str, title: str) -> Column:
         scale = 100.0 if name == "top1_agreement" else 1.0
         return Column(title, lambda row: metric_cell(loss(row, name), scale), name == "top1_agreement")
 
-    return [column(name, title) for name, title in _TITLES.items()]
+    return [column(name, title) for name, title in _TITLES.items() if name in measured]
 
 
 def metric_cell(metric: Metric | None, scale: float = 1.0) -> Cell:

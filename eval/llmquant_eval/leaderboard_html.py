@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from llmquant_eval.leaderboard import Board, Row
+from llmquant_eval.leaderboard import Board, Row, printable
 from llmquant_eval.leaderboard_cells import Column, columns, notes, rank_text, steps
 from llmquant_eval.leaderboard_svg import Plot, plots, points
 
@@ -29,7 +29,7 @@ def render_html(boards: Sequence[Board], title: str = "Leaderboard") -> str:
     """The whole page."""
     page = TEMPLATE.read_text(encoding="utf-8")
     sections = "\n".join(_section(board, number) for number, board in enumerate(boards))
-    parts = {"title": escape(title), "introduction": escape(_INTRODUCTION), "boards": sections}
+    parts = {"title": escape(printable(title)), "introduction": escape(_INTRODUCTION), "boards": sections}
     # In one pass: what a label says is never taken for a place to fill.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
 
@@ -105,13 +105,13 @@ def _head(title: str, kind: str, more: bool = False, css: str = "") -> str:
 
 def _body(row: Row, shown: Sequence[Column], best: bool, key: str) -> str:
     """One model: its row and, folded away, what repeats and identifies it."""
-    searched = " ".join((row.name, row.result.scheme, row.result.source)).lower()
+    searched = " ".join((row.name, row.scheme, row.result.source)).lower()
     rank = "0" if row.is_reference else "" if row.rank is None else str(row.rank)
     cells = f'<td data-value="{rank}">{rank_text(row)}</td>'
     cells += (
         f'<th scope="row" data-value="{escape(row.name)}"><button type="button" class="open" aria-expanded="false" '
         f'aria-controls="{key}" title="Show the command that repeats this row">{escape(row.name)}</button></th>'
-        f'<td class="text" data-value="{escape(row.result.scheme)}">{escape(row.result.scheme)}</td>'
+        f'<td class="text" data-value="{escape(row.scheme)}">{escape(row.scheme)}</td>'
     )
     for column in shown:
         cell = column.cell(row)

@@ -30,7 +30,7 @@ def _table(board: Board) -> list[str]:
     header = ["#", "model", "scheme", *(c.title for c in shown)]
     rule = ["---:", "---", "---", *["---:"] * len(shown)]
     rows = [
-        [rank_text(row), _plain(row.name), _plain(row.result.scheme), *(c.cell(row).both for c in shown)] for row in board.rows
+        [rank_text(row), _plain(row.name), _plain(row.scheme), *(c.cell(row).both for c in shown)] for row in board.rows
     ]
     return ["| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]]
 

@@ -191,7 +191,7 @@ def _mark(p: Point, across: Axis, up: Axis) -> str:
     else:
         shape = f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
     kind = "reference" if p.row.is_reference else "best" if p.best else "other"
-    tip = f"{p.row.name} · {p.row.result.scheme} · {p.text}"
+    tip = f"{p.row.name} · {p.row.scheme} · {p.text}"
     return f'<g class="point {kind}" data-row="{escape(p.row.name)}"><title>{escape(tip)}</title>{whisker}{shape}</g>'
 
 
