@@ -105,7 +105,7 @@ def _head(title: str, kind: str, more: bool = False, css: str = "") -> str:
 
 def _body(row: Row, shown: Sequence[Column], best: bool, key: str) -> str:
     """One model: its row and, folded away, what repeats and identifies it."""
-    searched = " ".join((row.name, row.scheme, row.result.source)).lower()
+    searched = printable(" ".join((row.name, row.scheme, row.result.source))).lower()
     rank = "0" if row.is_reference else "" if row.rank is None else str(row.rank)
     cells = f'<td data-value="{rank}">{rank_text(row)}</td>'
     cells += (
