@@ -25,6 +25,7 @@ _STYLE = """
 .board-plots svg { width: 100%; height: auto; }
 .board-plots .grid { stroke: var(--line); } .board-plots .tick, .board-plots .title { fill: var(--soft); }
 .board-plots .name { fill: var(--ink); } .board-plots .front { fill: none; stroke: var(--best); stroke-dasharray: 5 4; }
+.board-plots .leader { stroke: var(--soft); stroke-width: .8; }
 .board-plots .whisker { fill: none; stroke: currentColor; } .board-plots .point { color: var(--other); }
 .board-plots .dot { fill: var(--panel); stroke: currentColor; stroke-width: 1.8; }
 .board-plots .best { color: var(--best); } .board-plots .reference { color: var(--base); }

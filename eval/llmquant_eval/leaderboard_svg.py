@@ -20,6 +20,7 @@ from llmquant_eval.table import size, speed
 WIDTH, HEIGHT = 560, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 16, 46
 _FONT = 11.5  # px; a character is about 0.56 of it wide
+_FAR = 19  # px; a label farther up or down gets a line to its point
 _LABELLED = 14  # points up to which all are labelled; beyond it those on the front are
 
 
@@ -210,6 +211,9 @@ def _labels(shown: Sequence[Point], across: Axis, up: Axis) -> list[str]:
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 key = escape(p.row.name)
+                if abs(dy) > _FAR:
+                    end = y + dy + (3 if dy < 0 else -9)
+                    parts.append(f'<line class="leader" data-row="{key}" x1="{x:.1f}" y1="{y:.1f}" x2="{x + dx:.1f}" y2="{end:.1f}"/>')
                 parts.append(
                     f'<text class="name" data-row="{key}" x="{x + dx:.1f}" y="{y + dy:.1f}" '
                     f'text-anchor="{anchor}">{escape(p.row.name)}</text>'

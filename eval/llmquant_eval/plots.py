@@ -56,7 +56,7 @@ def layer_errors(folder: Path) -> tuple[str, list[LayerError]] | None:
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
         found = {name: (entry.get("output_error"), entry.get("weight_error")) for name, entry in modules.items()}
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{path} is not a manifest of llmquant: {type(e).__name__}: {e}") from e
     for column, kind in enumerate(("output error", "weight error")):
         errors = {name: pair[column] for name, pair in found.items() if pair[column] is not None}
