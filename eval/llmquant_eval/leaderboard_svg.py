@@ -213,7 +213,8 @@ def _labels(shown: Sequence[Point], across: Axis, up: Axis) -> list[str]:
                 key = escape(p.row.name)
                 if abs(dy) > _FAR:
                     end = y + dy + (3 if dy < 0 else -9)
-                    parts.append(f'<line class="leader" data-row="{key}" x1="{x:.1f}" y1="{y:.1f}" x2="{x + dx:.1f}" y2="{end:.1f}"/>')
+                    line = f'x1="{x:.1f}" y1="{y:.1f}" x2="{x + dx:.1f}" y2="{end:.1f}"'
+                    parts.append(f'<line class="leader" data-row="{key}" {line}/>')
                 parts.append(
                     f'<text class="name" data-row="{key}" x="{x + dx:.1f}" y="{y + dy:.1f}" '
                     f'text-anchor="{anchor}">{escape(p.row.name)}</text>'
