@@ -19,7 +19,7 @@ from llmquant_eval.table import size, speed
 
 WIDTH, HEIGHT = 560, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 16, 46
-_FONT = 11.5  # px; a character is about 0.56 of it wide
+_FONT = 11.5  # px; a character is about 0.56 of it wide; labels leave room for the 13 px of a phone
 _FAR = 19  # px; a label farther up or down gets a line to its point
 _LABELLED = 14  # points up to which all are labelled; beyond it those on the front are
 
@@ -203,7 +203,7 @@ def _labels(shown: Sequence[Point], across: Axis, up: Axis) -> list[str]:
     for p in sorted(shown, key=lambda p: (not p.best, p.x)):
         if len(shown) > _LABELLED and not p.best:
             continue
-        width, x, y = len(p.row.name) * _FONT * 0.56, across(p.x), up(p.y)
+        width, x, y = len(p.row.name) * _FONT * 0.64, across(p.x), up(p.y)
         for anchor, dx, dy in _PLACES:
             left = x + dx - (0 if anchor == "start" else width if anchor == "end" else width / 2)
             box = (left, y + dy - 9, left + width, y + dy + 3)
