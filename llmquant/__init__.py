@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmquant.manifest import verify
     from llmquant.modules import describe
     from llmquant.pipeline import QuantizeOptions, QuantizeResult, quantize
-    from llmquant.recipe import Recipe, load_recipe
+    from llmquant.recipe import Recipe, load_recipe, shipped_recipes
     from llmquant.repetition import Comparison, rerun
     from llmquant.sources import Documents, read_documents
     from llmquant.spec import QuantSpec
@@ -46,6 +46,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "Comparison": "repetition",
     "rerun": "repetition",
+    "shipped_recipes": "recipe",
     "Documents": "sources",
     "read_documents": "sources",
     "QuantSpec": "spec",
@@ -75,6 +76,7 @@ __all__ = [
     "register_with_transformers",
     "rerun",
     "resolve",
+    "shipped_recipes",
     "unregister_from_transformers",
     "verify",
 ]
