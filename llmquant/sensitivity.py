@@ -343,20 +343,24 @@ def _swapped(linears: Mapping[str, nn.Linear], rounded: Mapping[str, QuantizedWe
 
 @contextmanager
 def _whole(plan: WalkPlan) -> Iterator[None]:
-    """The whole model in memory; a tied head shares the embeddings."""
-    head = plan.model.get_output_embeddings()
-    tied = head is not None and bool(getattr(plan.model.config, "tie_word_embeddings", False))
-    own = tuple(f"{n}." for n, m in plan.model.named_modules() if tied and m is head)
-    names = [n for n, _ in plan.model.named_parameters() if not n.startswith(own)] if tied else None
-    with materialized(plan, plan.model, "", names):
-        if not tied:
-            yield
-            return
-        meta, head.weight = head.weight, plan.model.get_input_embeddings().weight
+    """The whole model in memory; tied parameters share again what they are tied to."""
+    model = plan.model
+    tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in tied]
+    meta = {n: model.get_parameter(n) for n in tied}
+    with materialized(plan, model, "", names):
         try:
+            for name, source in tied.items():
+                _set_parameter(model, name, model.get_parameter(source))
             yield
         finally:
-            head.weight = meta
+            for name, parameter in meta.items():
+                _set_parameter(model, name, parameter)
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, parameter)
 
 
 __all__ = ["Damage", "Item", "Kind", "Probe", "anchors_of", "divergence", "interpolate", "measure", "relative_error"]
