@@ -1,17 +1,17 @@
 """allocate: which width and group size each linear gets, so that a model of a given size loses as little as possible.
 
-Three steps. Every item (linears that engines fuse, else one linear) and every scheme the layout and the engine can hold becomes an
+Three steps. Every item (linears that engines fuse, else one linear) and every scheme that layout and engine can hold becomes an
 option with its bytes, which are those the layout really writes (:class:`llmquant.plan.Sizes`: zero-points, scales and padding
 included). :mod:`llmquant.sensitivity` says what each option costs in quality, from one pass through the model.
 :mod:`llmquant.knapsack` picks one option per item within the budget, with a proof of how near to the optimum it is.
 
-The budget is ``target_bpw`` bits times the weights of all linears that the recipe selects. A linear that keeps its 16 bits counts with
-them, though the result then calls it unquantized; so ``bits_per_weight`` here is over all selected linears, while a manifest's is
-over the packed ones alone.
+The budget is ``target_bpw`` bits times the weights of all linears that the recipe selects. A linear that keeps its 16 bits counts
+with them, though the result then calls it unquantized; so ``bits_per_weight`` here is over all selected linears, while a
+manifest's is over the packed ones alone.
 
 The outcome is a recipe: the most common scheme as ``weights``, an override for each linear that differs, the 16-bit ones under
-``ignore``. It says everything, so it can be read, edited and run again without this module. Overrides of the recipe that one starts
-from are kept: they pin their linears.
+``ignore``. It says everything, so it can be read, edited and run again without this module. Overrides of the recipe that one
+starts from are kept: they pin their linears (and those fused with them).
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def _schemes(members: Sequence[str], recipe: Recipe, options: AllocateOptions) -
 
 def _holds(scheme: Scheme, shape: tuple[int, int], layout: Format, engine: str) -> bool:
     size = scheme.spec.group_size
-    if size is not None and shape[1] % size or layout.why_not(scheme, shape):
+    if (size is not None and shape[1] % size) or layout.why_not(scheme, shape):
         return False
     table = _ENGINES.get(engine)
     return table is None or why_not(table, layout.name, scheme) is None
@@ -304,7 +304,7 @@ def _check_layout(
     """
     chosen = []
     for i, choice in enumerate(choices):
-        schemes = [s for s in choice.sizes if s is not None] or [None]
+        schemes: list[Scheme | None] = [s for s in choice.sizes if s is not None] or [None]
         chosen.append(schemes[i % len(schemes)])
     if all(s is None for s in chosen):
         raise UsageError("the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8")
@@ -434,5 +434,11 @@ def _told(numbers: Sequence[int]) -> str:
 
 
 __all__ = [
-    "Allocated", "AllocateOptions", "Allocation", "allocate", "fused_items", "probe_windows", "recipe_of_choice",
-]  # fmt: skip
+    "AllocateOptions",
+    "Allocated",
+    "Allocation",
+    "allocate",
+    "fused_items",
+    "probe_windows",
+    "recipe_of_choice",
+]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 from llmquant.errors import UsageError
 
@@ -106,7 +107,7 @@ def _optimize(items: list[list[Option]], budget: int) -> tuple[list[int], float]
     if found.x is None:
         raise UsageError(f"the allocation found no solution in {_TIME_LIMIT_SECONDS:g} s: {found.message}; offer fewer options")
     starts = np.cumsum([0, *(len(item) for item in items)])
-    picks = [int(np.argmax(found.x[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    picks = [int(np.argmax(found.x[a:b])) for a, b in pairwise(starts)]
     return picks, float(found.mip_dual_bound) * scale
 
 

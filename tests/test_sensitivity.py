@@ -165,7 +165,8 @@ def test_the_model_is_empty_again_afterwards(tmp_path: Path) -> None:
 
 
 SLIPS = [
-    pytest.param("_already_run", lambda f: lambda blocks, index, given: f(blocks, index + 1 if index else 0, given), id="the block itself skipped"),
+    pytest.param("_already_run", lambda f: lambda blocks, index, given: f(blocks, index + 1 if index else 0, given),
+                 id="the block itself skipped"),
     pytest.param("_swapped", lambda f: lambda linears, rounded, dtype: f(dict([*linears.items()][:1]), rounded, dtype),
                  id="only the first linear of an item rounded"),
     pytest.param("divergence", lambda f: lambda reference, changed: f(changed, reference), id="KL the wrong way round"),

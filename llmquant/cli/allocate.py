@@ -1,4 +1,4 @@
-"""``llmquant allocate``: a size in, a recipe out: which width and group size each linear gets, and what that is predicted to cost.
+"""``llmquant allocate``: a size in, a recipe out: the width and group size of each linear, and what that is predicted to cost.
 
 ``llmquant quantize --target-bpw`` does the same and goes on to quantize; the functions both need are here.
 """
