@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmquant import allocation, quantize
-from llmquant.allocation import AllocateOptions, Allocation, allocate, fused_items, probe_windows, recipe_of_choice
+from llmquant.allocation import AllocateOptions, Allocation, allocate, fused_items, recipe_of_choice, split_windows
 from llmquant.architectures import ARCHITECTURES, Architecture
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import FormatError, SourceError, SpecError, UsageError
@@ -209,9 +209,16 @@ def test_items_are_fused_sets_and_single_linears() -> None:
     assert fused_items(names, Architecture("model.layers", "model.norm", ()))[0] == (10, (names[0],))
 
 
-def test_probe_windows_are_whole_and_enough() -> None:
-    windows = [torch.zeros(n) for n in (5, 5, 5)]
-    assert [len(probe_windows(windows, n)) for n in (1, 5, 6, 15, 99)] == [1, 1, 2, 3, 3]
+@pytest.mark.parametrize(
+    ("count", "tokens", "seen", "unseen"),
+    [(5, 1, 4, 1), (5, 10, 4, 1), (5, 11, 3, 2), (5, 99, 3, 2), (2, 99, 1, 1), (1, 99, 1, 1)],
+    ids=["one", "just one", "two", "at most half", "one of two", "a single one is both"],
+)
+def test_damage_is_measured_on_windows_that_rounding_does_not_see(count: int, tokens: int, seen: int, unseen: int) -> None:
+    windows = [torch.full((10,), i) for i in range(count)]
+    first, last = split_windows(windows, tokens)
+    assert [int(w[0]) for w in first] == list(range(seen))
+    assert [int(w[0]) for w in last] == list(range(count - unseen, count))
 
 
 def test_the_most_common_scheme_is_the_recipes_own() -> None:

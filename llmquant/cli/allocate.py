@@ -49,7 +49,7 @@ def allocate_command(
     sensitivity: Annotated[
         Sensitivity, typer.Option(help="kl: the model's output, needs it in memory; block: one block at a time.")
     ] = Sensitivity.kl,
-    probe_tokens: Annotated[int, typer.Option(help="Calibration tokens on which damage is measured.")] = 4096,
+    probe_tokens: Annotated[int, typer.Option(help="Calibration tokens on which damage is measured.")] = 8192,
     layout: Annotated[str | None, typer.Option("--format", help="Byte layout of the result.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD].")
