@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,69 +26,20 @@ import torch
 from llmquant import architectures
 from llmquant.architectures import Architecture
 from llmquant.checkpoint import CheckpointReader
+from llmquant.choices import AllocateOptions, Choice, choices_of, recipe_of_choice
 from llmquant.devices import parse_device, parse_dtype
-from llmquant.engines import why_not
-from llmquant.errors import SourceError, SpecError, UsageError
+from llmquant.errors import SourceError, UsageError
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
 from llmquant.knapsack import Option, Solution, solve, undominated
 from llmquant.pipeline import Events, QuantizeOptions, calibration_of, deterministic, refuse_quantized
-from llmquant.plan import Sizes
-from llmquant.recipe import Recipe, Weights, matches
+from llmquant.recipe import Recipe
 from llmquant.selection import Linears, linears_of, select
-from llmquant.sensitivity import Damage, Item, Kind, Probe, measure
+from llmquant.sensitivity import Damage, Item, Probe, measure
 from llmquant.skeleton import empty_model
-from llmquant.spec import SUPPORTED_BITS, QuantSpec
+from llmquant.spec import QuantSpec
 from llmquant.walk import WalkPlan
-
-UNQUANTIZED = 16
-# vLLM's GPU kernels take 4 and 8 bits; what its CPU build takes is in the engine table.
-_WIDTHS = {"vllm": (4, 8, UNQUANTIZED)}
-_ENGINES = {"vllm": None, "vllm-cpu": "vllm (CPU)", "transformers": "transformers"}
-
-
-@dataclass(frozen=True, slots=True)
-class AllocateOptions:
-    """The budget and what may be chosen.
-
-    Attributes:
-        target_bpw: at most this many bits per weight over all selected linears.
-        widths: of 2, 3, 4, 8 and 16 (left unquantized).
-        group_sizes: -1 is one scale per row; a size that does not divide a linear is no option for it.
-        symmetric: only symmetric (True) or only asymmetric schemes (False), None for both.
-        engine: ``any``, or one whose refusals count: ``vllm`` (GPU), ``vllm-cpu``, ``transformers``.
-        sensitivity: ``kl`` or ``block``; see :mod:`llmquant.sensitivity`.
-        probe_tokens: calibration tokens on which damage is measured and that rounding does not see: the last windows, whole
-            ones, at most half of them.
-        device, dtype, evaluation: as for a quantization run.
-    """
-
-    target_bpw: float
-    widths: tuple[int, ...] = (*SUPPORTED_BITS, UNQUANTIZED)
-    group_sizes: tuple[int, ...] = (32, 64, 128, -1)
-    symmetric: bool | None = None
-    engine: str = "any"
-    sensitivity: Kind = "kl"
-    probe_tokens: int = 8192
-    device: str = "cpu"
-    dtype: str = "auto"
-    evaluation: str | None = None
-
-    def __post_init__(self) -> None:
-        possible = (*SUPPORTED_BITS, UNQUANTIZED)
-        if not self.widths or any(w not in possible for w in self.widths):
-            raise UsageError(f"widths {_told(self.widths)}: choose among {_told(possible)}")
-        if not self.group_sizes or any(g != -1 and g < 1 for g in self.group_sizes):
-            raise UsageError(f"group sizes {_told(self.group_sizes)}: each is positive, or -1 for one scale per row")
-        if self.engine not in ("any", *_ENGINES):
-            raise UsageError(f"engine {self.engine!r} is not one of any, {', '.join(_ENGINES)}")
-        if self.sensitivity not in ("kl", "block"):
-            raise UsageError(f"sensitivity {self.sensitivity!r} is not one of kl, block")
-        if not math.isfinite(self.target_bpw) or self.target_bpw <= 0:
-            raise UsageError(f"a target of {self.target_bpw} bits per weight cannot be met")
-        if self.probe_tokens < 1:
-            raise UsageError(f"probe_tokens {self.probe_tokens} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +98,6 @@ class Allocation:
     unit: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """An item and what it may become: scheme (None: unquantized) → bytes."""
-
-    block: int | None
-    names: tuple[str, ...]
-    sizes: Mapping[Scheme | None, int]
-    weights: int
-
-
 def allocate(
     model: str | os.PathLike[str], recipe: Recipe, options: AllocateOptions, events: Events | None = None
 ) -> Allocation:
@@ -186,7 +126,7 @@ def allocate(
     skeleton = empty_model(reader, dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
     linears = linears_of(skeleton)
-    choices = _choices(linears, architecture, recipe, layout, options, reader)
+    choices = choices_of(linears, architecture, recipe, layout, options, reader)
     _check_layout(choices, linears, architecture, recipe, layout)
     budget = _budget(choices, options.target_bpw)
     check_fit(reader, skeleton)
@@ -216,90 +156,8 @@ def split_windows(windows: Sequence[torch.Tensor], tokens: int) -> tuple[list[to
     return list(windows[:-taken] or windows), list(windows[-taken:])
 
 
-def fused_items(names: Sequence[str], architecture: Architecture) -> list[tuple[int | None, tuple[str, ...]]]:
-    """Block index (None for the head) and names of each set of linears that must share a scheme, in the order of ``names``."""
-    found: dict[tuple[int | None, object], list[str]] = {}
-    for name in names:
-        inside = name.removeprefix(f"{architecture.blocks}.")
-        index, _, leaf = inside.partition(".")
-        block = int(index) if inside != name else None
-        together = next((t for t in architecture.fused if block is not None and leaf in t), name)
-        found.setdefault((block, together), []).append(name)
-    return [(block, tuple(members)) for (block, _), members in found.items()]
-
-
-def _choices(
-    linears: Linears,
-    architecture: Architecture,
-    recipe: Recipe,
-    layout: Format,
-    options: AllocateOptions,
-    reader: CheckpointReader,
-) -> list[_Choice]:
-    names = [n for n in linears.shapes if recipe.selects(n)]
-    if not names:
-        raise UsageError(
-            f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
-        )
-    sizes = Sizes(layout)
-    found = []
-    for block, members in fused_items(names, architecture):
-        stored = {n: reader.info(f"{n}.weight") for n in members}
-        taken: dict[Scheme | None, int] = {}
-        for scheme in _schemes(members, recipe, options):
-            if all(_holds(scheme, linears.shapes[n], layout, options.engine) for n in members):
-                taken[scheme] = sum(sizes.nbytes(scheme, linears.shapes[n], i.dtype) for n, i in stored.items())
-        if UNQUANTIZED in options.widths and not _pinned(members, recipe):
-            taken[None] = sum(i.nbytes for i in stored.values())
-        if not taken:
-            raise SpecError(
-                f"{', '.join(members)}: none of the allowed schemes fits (widths {_told(options.widths)}, group sizes "
-                f"{_told(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
-            )
-        found.append(_Choice(block, members, taken, sum(math.prod(linears.shapes[n]) for n in members)))
-    return found
-
-
-def _pinned(members: Sequence[str], recipe: Recipe) -> list[Scheme]:
-    """The schemes that the recipe's overrides give the item's linears."""
-    by_group = recipe.method != "rtn" and recipe.gptq.act_order == "group"
-    pinned = [recipe.weights_of(n) for n in members if any(matches(o.match, n) for o in recipe.overrides)]
-    return list(dict.fromkeys(Scheme(w.spec, by_group, w.activations) for w in pinned))
-
-
-def _schemes(members: Sequence[str], recipe: Recipe, options: AllocateOptions) -> list[Scheme]:
-    pinned = _pinned(members, recipe)
-    if len(pinned) > 1:
-        told = " and ".join(map(str, pinned))
-        raise UsageError(f"engines fuse {', '.join(members)}, so they need one scheme, but the recipe's overrides give {told}")
-    if pinned:
-        return pinned
-    if recipe.weights.activations != "none":
-        raise UsageError("an allocation chooses weight-only schemes; give linears with int8 activations an override instead")
-    by_group = recipe.method != "rtn" and recipe.gptq.act_order == "group"
-    allowed = _WIDTHS.get(options.engine, options.widths)
-    symmetries = (True, False) if options.symmetric is None else (options.symmetric,)
-    return [
-        Scheme(QuantSpec(bits, None if size == -1 else size, symmetric), by_group)
-        for bits in options.widths
-        for size in options.group_sizes
-        for symmetric in symmetries
-        # A zero-point buys nothing at 8 bits: those schemes are only offered to who asks for nothing else.
-        if bits != UNQUANTIZED and bits in allowed and (bits < 8 or symmetric or len(symmetries) == 1)
-        if not (by_group and size == -1)
-    ]
-
-
-def _holds(scheme: Scheme, shape: tuple[int, int], layout: Format, engine: str) -> bool:
-    size = scheme.spec.group_size
-    if (size is not None and shape[1] % size) or layout.why_not(scheme, shape):
-        return False
-    table = _ENGINES.get(engine)
-    return table is None or why_not(table, layout.name, scheme) is None
-
-
 def _check_layout(
-    choices: Sequence[_Choice], linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format
+    choices: Sequence[Choice], linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format
 ) -> None:
     """Refuse early what the run would refuse: one allocation with as many different schemes as can be is put to the test.
 
@@ -315,7 +173,7 @@ def _check_layout(
     select(linears, architecture, recipe_of_choice(recipe, choices, chosen), layout)
 
 
-def _budget(choices: Sequence[_Choice], target: float) -> int:
+def _budget(choices: Sequence[Choice], target: float) -> int:
     """Bytes that the selected linears may take.
 
     Raises:
@@ -332,7 +190,7 @@ def _budget(choices: Sequence[_Choice], target: float) -> int:
     return math.floor(target * weights / 8)
 
 
-def _range(choices: Sequence[_Choice]) -> tuple[float, float]:
+def _range(choices: Sequence[Choice]) -> tuple[float, float]:
     weights = sum(c.weights for c in choices)
     ends = (sum(end(c.sizes.values()) for c in choices) for end in (min, max))
     smallest, largest = (8 * nbytes / weights for nbytes in ends)
@@ -340,7 +198,7 @@ def _range(choices: Sequence[_Choice]) -> tuple[float, float]:
 
 
 def _decide(
-    choices: Sequence[_Choice],
+    choices: Sequence[Choice],
     damages: Sequence[Mapping[QuantSpec, Damage]],
     budget: int,
     recipe: Recipe,
@@ -369,7 +227,7 @@ def _decide(
     )
 
 
-def _allocated(choice: _Choice, damage: Mapping[QuantSpec, Damage], offers: Sequence[Option], index: int) -> Allocated:
+def _allocated(choice: Choice, damage: Mapping[QuantSpec, Damage], offers: Sequence[Option], index: int) -> Allocated:
     schemes = list(choice.sizes)
     scheme, mine = schemes[index], offers[index]
     larger = next((i for i in undominated(offers) if offers[i].size > mine.size), None)
@@ -386,7 +244,7 @@ def _allocated(choice: _Choice, damage: Mapping[QuantSpec, Damage], offers: Sequ
     )
 
 
-def _description(solution: Solution, choices: Sequence[_Choice], options: AllocateOptions) -> str:
+def _description(solution: Solution, choices: Sequence[Choice], options: AllocateOptions) -> str:
     reached = 8 * solution.size / sum(c.weights for c in choices)
     return (
         f"allocated for at most {options.target_bpw:g} bits per weight ({reached:.4f} reached) by {options.sensitivity} "
@@ -394,55 +252,10 @@ def _description(solution: Solution, choices: Sequence[_Choice], options: Alloca
     )
 
 
-def recipe_of_choice(
-    recipe: Recipe, choices: Sequence[_Choice], chosen: Sequence[Scheme | None], description: str = ""
-) -> Recipe:
-    """The recipe that gives each item its scheme: the one with most weights for all, overrides by full name for the others."""
-    votes: Counter[Scheme] = Counter()
-    for choice, scheme in zip(choices, chosen, strict=True):
-        if scheme is not None:
-            votes[scheme] += choice.weights
-    common = votes.most_common(1)[0][0]
-    overrides, ignore = [], list(recipe.ignore)
-    for choice, scheme in zip(choices, chosen, strict=True):
-        for name in choice.names:
-            if scheme is None:
-                ignore.append(name)
-            elif scheme != common:
-                overrides.append({"match": name, **_differences(scheme, common)})
-    return recipe.updated(
-        {
-            "description": description or recipe.description, "weights": _weights(common).model_dump(),
-            "overrides": tuple(overrides), "ignore": tuple(ignore),
-        }
-    )  # fmt: skip
-
-
-def _weights(scheme: Scheme) -> Weights:
-    size = scheme.spec.group_size
-    return Weights(
-        bits=scheme.spec.bits,
-        group_size=-1 if size is None else size,
-        symmetric=scheme.spec.symmetric,
-        activations=scheme.activations,
-    )
-
-
-def _differences(scheme: Scheme, common: Scheme) -> dict[str, object]:
-    base = _weights(common).model_dump()
-    return {k: v for k, v in _weights(scheme).model_dump().items() if v != base[k]}
-
-
-def _told(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
 __all__ = [
     "AllocateOptions",
     "Allocated",
     "Allocation",
     "allocate",
-    "fused_items",
-    "recipe_of_choice",
     "split_windows",
 ]

@@ -20,8 +20,8 @@ Statistics are those of the original model: items are judged one by one, with ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from llmquant.algorithms import Factor, factorize, gptq, rtn
 from llmquant.architectures import blocks_of, norm_of
 from llmquant.capture import BlockInput, first_inputs, observe, stages
 from llmquant.errors import QuantizationError
+from llmquant.resident import already_run, swapped, whole
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats
 from llmquant.walk import Progress, WalkPlan, batched, materialized, outer_names
@@ -93,7 +94,7 @@ def measure(
     found: dict[int, dict[QuantSpec, Damage]] = {}
     with ExitStack() as resident:
         if probe.kind == "kl":
-            resident.enter_context(_whole(plan))
+            resident.enter_context(whole(plan))
         run = _Pass(plan, probe, windows, on_progress)
         for index in range(len(blocks)):
             mine = {i: item for i, item in enumerate(items) if item.block == index}
@@ -184,7 +185,7 @@ class _Pass:
         for i in range(len(self.ids)):
             reference = run(i, index)
             for spec, weights in rounded.items():
-                with _swapped(linears, weights, self.plan.dtype):
+                with swapped(linears, weights, self.plan.dtype):
                     values[spec].append(difference(reference, run(i, index)))
         means = {spec: float(torch.cat(parts).mean()) for spec, parts in values.items()}
         if not all(math.isfinite(m) for m in means.values()):
@@ -199,7 +200,7 @@ class _Pass:
 
     def _logits(self, i: int, index: int) -> Tensor:
         """The whole model's logits ``[1, positions, vocabulary]`` with the blocks before ``index`` taken as already run."""
-        with _already_run(self.blocks, index, self.given[i]), torch.no_grad():
+        with already_run(self.blocks, index, self.given[i]), torch.no_grad():
             logits: Tensor = self.plan.model(input_ids=self.ids[i], use_cache=False).logits
         return logits
 
@@ -301,66 +302,6 @@ def _raw_output(block: nn.Module, inputs: BlockInput) -> Any:
 def _hidden(raw: Any) -> Tensor:
     hidden: Tensor = raw[0] if isinstance(raw, tuple) else raw
     return hidden
-
-
-class _AlreadyRun(nn.Module):
-    """Stands in for a block that need not run again: gives what the last such block gave."""
-
-    def __init__(self, block: nn.Module, given: Any) -> None:
-        super().__init__()
-        self.__dict__["_block"], self.__dict__["_given"] = block, given
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)  # models read attributes such as attention_type off the block
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_given"]
-
-
-@contextmanager
-def _already_run(blocks: nn.ModuleList, index: int, given: Any) -> Iterator[None]:
-    originals = list(blocks)
-    try:
-        for i in range(index):
-            blocks[i] = _AlreadyRun(originals[i], given)
-        yield
-    finally:
-        for i in range(index):
-            blocks[i] = originals[i]
-
-
-@contextmanager
-def _swapped(linears: Mapping[str, nn.Linear], rounded: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> Iterator[None]:
-    originals = {n: m.weight for n, m in linears.items()}
-    try:
-        for name, module in linears.items():
-            module.weight = nn.Parameter(rounded[name].dequantize(dtype), requires_grad=False)
-        yield
-    finally:
-        for name, module in linears.items():
-            module.weight = originals[name]
-
-
-@contextmanager
-def _whole(plan: WalkPlan) -> Iterator[None]:
-    """The whole model in memory; tied parameters share again what they are tied to."""
-    model = plan.model
-    tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in tied]
-    meta = {n: model.get_parameter(n) for n in tied}
-    with materialized(plan, model, "", names):
-        try:
-            for name, source in tied.items():
-                _set_parameter(model, name, model.get_parameter(source))
-            yield
-        finally:
-            for name, parameter in meta.items():
-                _set_parameter(model, name, parameter)
-
-
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, parameter)
 
 
 __all__ = ["Damage", "Item", "Kind", "Probe", "anchors_of", "divergence", "interpolate", "measure", "relative_error"]

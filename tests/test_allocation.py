@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmquant import allocation, quantize
-from llmquant.allocation import AllocateOptions, Allocation, allocate, fused_items, recipe_of_choice, split_windows
+from llmquant import allocation, choices, quantize
+from llmquant.allocation import AllocateOptions, Allocation, allocate, split_windows
 from llmquant.architectures import ARCHITECTURES, Architecture
 from llmquant.checkpoint import CheckpointReader
+from llmquant.choices import Choice, fused_items, recipe_of_choice
 from llmquant.errors import FormatError, SourceError, SpecError, UsageError
 from llmquant.formats import Scheme
 from llmquant.plan import Sizes, make_plan
@@ -94,7 +95,7 @@ def test_fused_linears_get_one_scheme(model: Path, gptq: Recipe) -> None:
 
 def test_a_fused_set_taken_apart_is_caught(model: Path, gptq: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     apart = lambda names, _: [(int(n.split(".")[2]), (n,)) for n in names]  # noqa: E731 - a planted slip
-    monkeypatch.setattr(allocation, "fused_items", apart)
+    monkeypatch.setattr(choices, "fused_items", apart)
     with pytest.raises(UsageError, match="engines fuse these linears"):
         allocated(model, gptq, 4.5)
 
@@ -222,10 +223,9 @@ def test_damage_is_measured_on_windows_that_rounding_does_not_see(count: int, to
 
 
 def test_the_most_common_scheme_is_the_recipes_own() -> None:
-    choice = allocation._Choice
-    choices = [choice(0, ("a",), {}, 10), choice(0, ("b", "c"), {}, 30), choice(0, ("d",), {}, 5), choice(0, ("e",), {}, 99)]
+    items = [Choice(0, ("a",), {}, 10), Choice(0, ("b", "c"), {}, 30), Choice(0, ("d",), {}, 5), Choice(0, ("e",), {}, 99)]
     w3, w4 = Scheme(QuantSpec(3, None, False)), Scheme(QuantSpec(4, 64))
-    recipe = recipe_of_choice(Recipe(), choices, [w4, w3, w4, None])
+    recipe = recipe_of_choice(Recipe(), items, [w4, w3, w4, None])
     assert recipe.weights.spec == w3.spec
     assert [o.model_dump(exclude_none=True) for o in recipe.overrides] == [
         {"match": n, "bits": 4, "group_size": 64, "symmetric": True} for n in ("a", "d")

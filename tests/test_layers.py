@@ -26,8 +26,9 @@ LAYERS = (
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata"),
     ("tokens", "gguf_file", "manifest", "selection"),
     ("calibration", "walk", "loading", "inspection", "card"),
-    ("plan", "conversion", "integration", "sensitivity"),
-    ("pipeline",),
+    ("plan", "conversion", "integration", "resident"),
+    ("sensitivity",),
+    ("pipeline", "choices"),
     ("allocation",),
     ("cli",),
 )

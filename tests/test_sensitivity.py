@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmquant import sensitivity
 from llmquant.algorithms import factorize, gptq, layer_error, rtn
-from llmquant.allocation import fused_items
 from llmquant.architectures import blocks_of, find
 from llmquant.checkpoint import CheckpointReader
+from llmquant.choices import fused_items
 from llmquant.errors import QuantizationError
 from llmquant.recipe import Recipe
 from llmquant.sensitivity import Damage, Item, Kind, Probe, anchors_of, interpolate, measure
@@ -165,9 +165,9 @@ def test_the_model_is_empty_again_afterwards(tmp_path: Path) -> None:
 
 
 SLIPS = [
-    pytest.param("_already_run", lambda f: lambda blocks, index, given: f(blocks, index + 1 if index else 0, given),
+    pytest.param("already_run", lambda f: lambda blocks, index, given: f(blocks, index + 1 if index else 0, given),
                  id="the block itself skipped"),
-    pytest.param("_swapped", lambda f: lambda linears, rounded, dtype: f(dict([*linears.items()][:1]), rounded, dtype),
+    pytest.param("swapped", lambda f: lambda linears, rounded, dtype: f(dict([*linears.items()][:1]), rounded, dtype),
                  id="only the first linear of an item rounded"),
     pytest.param("divergence", lambda f: lambda reference, changed: f(changed, reference), id="KL the wrong way round"),
 ]  # fmt: skip
