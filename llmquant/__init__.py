@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmquant.modules import describe
     from llmquant.pipeline import QuantizeOptions, QuantizeResult, quantize
     from llmquant.recipe import Recipe, load_recipe, shipped_recipes
+    from llmquant.repetition import Comparison, rerun
     from llmquant.sources import Documents, read_documents
     from llmquant.spec import QuantSpec
     from llmquant.weight import QuantizedWeight
@@ -43,6 +44,8 @@ _HOMES = {
     "quantize": "pipeline",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "Comparison": "repetition",
+    "rerun": "repetition",
     "shipped_recipes": "recipe",
     "Documents": "sources",
     "read_documents": "sources",
@@ -52,6 +55,7 @@ _HOMES = {
 
 __all__ = [
     "Calibration",
+    "Comparison",
     "ConvertOptions",
     "ConvertResult",
     "Documents",
@@ -70,6 +74,7 @@ __all__ = [
     "quantize",
     "read_documents",
     "register_with_transformers",
+    "rerun",
     "resolve",
     "shipped_recipes",
     "unregister_from_transformers",

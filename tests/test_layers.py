@@ -28,6 +28,7 @@ LAYERS = (
     ("calibration", "walk", "loading", "inspection", "card"),
     ("plan", "conversion", "integration"),
     ("pipeline",),
+    ("repetition",),
     ("cli",),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
