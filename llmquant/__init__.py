@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from llmquant.manifest import verify
     from llmquant.modules import describe
     from llmquant.pipeline import QuantizeOptions, QuantizeResult, quantize
-    from llmquant.recipe import Recipe, load_recipe
+    from llmquant.recipe import Recipe, load_recipe, shipped_recipes
+    from llmquant.repetition import Comparison, rerun
     from llmquant.sources import Documents, read_documents
     from llmquant.spec import QuantSpec
     from llmquant.weight import QuantizedWeight
@@ -48,6 +49,9 @@ _HOMES = {
     "quantize": "pipeline",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "Comparison": "repetition",
+    "rerun": "repetition",
+    "shipped_recipes": "recipe",
     "Documents": "sources",
     "read_documents": "sources",
     "QuantSpec": "spec",
@@ -58,6 +62,7 @@ __all__ = [
     "AllocateOptions",
     "Allocation",
     "Calibration",
+    "Comparison",
     "ConvertOptions",
     "ConvertResult",
     "Documents",
@@ -77,7 +82,9 @@ __all__ = [
     "quantize",
     "read_documents",
     "register_with_transformers",
+    "rerun",
     "resolve",
+    "shipped_recipes",
     "unregister_from_transformers",
     "verify",
 ]

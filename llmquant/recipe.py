@@ -196,6 +196,11 @@ def shipped() -> dict[str, Path]:
     return {} if folder is None else {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
 
+def shipped_recipes() -> tuple[str, ...]:
+    """The bare names of the recipes that come with llmquant."""
+    return tuple(shipped())
+
+
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """Read a recipe from a file, or by the bare name of a shipped one.
 

@@ -29,7 +29,7 @@ LAYERS = (
     ("plan", "conversion", "integration", "resident"),
     ("sensitivity",),
     ("pipeline", "choices"),
-    ("allocation",),
+    ("allocation", "repetition"),
     ("cli",),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -25,6 +25,7 @@ _STYLE = """
 .board-plots svg { width: 100%; height: auto; }
 .board-plots .grid { stroke: var(--line); } .board-plots .tick, .board-plots .title { fill: var(--soft); }
 .board-plots .name { fill: var(--ink); } .board-plots .front { fill: none; stroke: var(--best); stroke-dasharray: 5 4; }
+.board-plots .leader { stroke: var(--soft); stroke-width: .8; }
 .board-plots .whisker { fill: none; stroke: currentColor; } .board-plots .point { color: var(--other); }
 .board-plots .dot { fill: var(--panel); stroke: currentColor; stroke-width: 1.8; }
 .board-plots .best { color: var(--best); } .board-plots .reference { color: var(--base); }
@@ -50,7 +51,7 @@ def table(board: Board) -> tuple[list[str], list[str], list[list[Any]]]:
     shown = columns(board)
     headers = ["#", "model", "scheme", *(c.title for c in shown)]
     rows = [
-        [rank_text(row), row.name, row.result.scheme, *(c.cell(row).value for c in shown)] for row in board.rows
+        [rank_text(row), row.name, row.scheme, *(c.cell(row).value for c in shown)] for row in board.rows
     ]  # fmt: skip
     return headers, ["str", "str", "str", *["number"] * len(shown)], rows
 

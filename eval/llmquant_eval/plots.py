@@ -1,7 +1,7 @@
 """Plots that people look at, from Reports and manifests: PNG to paste, SVG to zoom.
 
 * ``layers-LABEL``: the relative output error of every quantized linear by block, as ``manifest.json`` recorded it when the
-  model was quantized (the weight error where no text was seen), for candidates whose folder is here.
+  model was quantized (the weight error where no text was seen), for candidates whose folder is here and is what was measured.
 * ``kl-by-confidence``, ``kl-by-context``: mean KL of each candidate by the probability that the reference gives its first
   choice, and by the tokens that stand before a position; one standard error.
 * ``front-size``, ``front-speed``: the Pareto plots of a ranking.
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import llmquant
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report import Breakdown, ModelResult, Report
 from llmquant_eval.suite import slug
@@ -55,7 +56,7 @@ def layer_errors(folder: Path) -> tuple[str, list[LayerError]] | None:
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
         found = {name: (entry.get("output_error"), entry.get("weight_error")) for name, entry in modules.items()}
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{path} is not a manifest of llmquant: {type(e).__name__}: {e}") from e
     for column, kind in enumerate(("output error", "weight error")):
         errors = {name: pair[column] for name, pair in found.items() if pair[column] is not None}
@@ -149,14 +150,18 @@ def front_figure(board: Board, kind: str) -> Figure | None:
     return figure
 
 
-def write_plots(folder: Path, reports: Sequence[Report], boards: Sequence[Board]) -> list[Path]:
+def write_plots(
+    folder: Path, reports: Sequence[Report], boards: Sequence[Board], folders: Mapping[str, Path] | None = None
+) -> list[Path]:
     """Every plot that there is data for, as PNG and SVG; returns the files.
+
+    ``folders`` says where models lie, by label; what is not in it is looked for where its report says.
 
     Raises:
         UsageError: matplotlib is not installed, or nothing can be drawn.
         LlmquantError: the folder cannot be written.
     """
-    figures = dict(_figures(reports, boards))
+    figures = dict(_figures(reports, boards, folders or {}))
     if not figures:
         raise UsageError(f"--plots {folder}: nothing can be drawn: no breakdown of a KL, no manifest, no two models to compare")
     try:
@@ -173,11 +178,15 @@ def write_report_plots(folder: Path, report: Report) -> list[Path]:
     return write_plots(folder, [report], make_boards([Stored(Path("report.json"), report)]))
 
 
-def _figures(reports: Sequence[Report], boards: Sequence[Board]) -> Iterable[tuple[str, Figure]]:
+def _figures(
+    reports: Sequence[Report], boards: Sequence[Board], folders: Mapping[str, Path]
+) -> Iterable[tuple[str, Figure]]:
     candidates = {m.label: m for r in reports for m in r.models if m.role == "candidate"}
     for label, model in candidates.items():
-        recorded = layer_errors(Path(model.source))
-        if recorded is not None:
+        place = folders.get(label, Path(model.source))
+        recorded = layer_errors(place)
+        # Of a folder that was made again since, the record says nothing about what was measured.
+        if recorded is not None and llmquant.inspect(place).weights_sha256 == model.weights_sha256:
             yield f"layers-{slug(label)}", layers_figure(label, *recorded)
     yield from _breakdowns(boards)
     for number, board in enumerate(boards):

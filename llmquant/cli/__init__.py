@@ -25,6 +25,7 @@ from llmquant.cli.inspect import inspect_command
 from llmquant.cli.plan import plan_command
 from llmquant.cli.quantize import quantize_command
 from llmquant.cli.recipes import recipes_command
+from llmquant.cli.verify import verify_command
 from llmquant.errors import LlmquantError
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ app.command("allocate")(allocate_command)
 app.command("quantize")(quantize_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)
 app.command("generate")(generate_command)
 app.command("recipes")(recipes_command)
 
