@@ -28,11 +28,12 @@ from llmquant.errors import ProofError, QuantizationError, SourceError, UsageErr
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
-from llmquant.manifest import MANIFEST, Manifest, ModuleEntry, file_hashes, packed_bytes, prove_modules, versions
+from llmquant.manifest import MANIFEST, Manifest, ModuleEntry, TuneEntry, file_hashes, packed_bytes, prove_modules, versions
 from llmquant.recipe import Recipe
 from llmquant.selection import Selection, linears_of, select
 from llmquant.skeleton import empty_model, read_tokenizer
 from llmquant.sources import Documents, read_documents
+from llmquant.tuning import TuneReport
 from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, walk
 
 
@@ -65,6 +66,7 @@ class QuantizeResult:
     path: Path
     recipe: Recipe
     modules: tuple[ModuleReport, ...]
+    tuned: Mapping[str, TuneReport]
     skipped: Mapping[str, str]
     bits_per_weight: float
     source_bytes: int
@@ -88,6 +90,7 @@ class _Outcome:
     """What the proof and the manifest need of each tensor written."""
 
     modules: dict[str, ModuleReport] = field(default_factory=dict)
+    tuned: dict[str, TuneReport] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
     copied: dict[str, str] = field(default_factory=dict)
@@ -151,6 +154,7 @@ def quantize(
         path=Path(output),
         recipe=recipe,
         modules=tuple(outcome.modules.values()),
+        tuned=outcome.tuned,
         skipped=selection.skipped,
         bits_per_weight=manifest.bits_per_weight,
         source_bytes=sum(i.nbytes for i in reader.tensors.values()),
@@ -189,11 +193,11 @@ def calibration_of(
             raise UsageError(
                 f"--eval-text {options.evaluation} is compared with the calibration text, and this run has none; leave it out"
             )
-        if recipe.method == "rtn":
+        if not recipe.needs_text:
             return None
         raise SourceError(
-            f"method {recipe.method} needs a calibration text: --calibration file:PATH, jsonl:PATH#FIELD or "
-            "hf:NAME[:CONFIG]:SPLIT[:FIELD] (or --method rtn, which needs none)"
+            f"method {recipe.steps} needs a calibration text: --calibration file:PATH, "
+            "jsonl:PATH#FIELD or hf:NAME[:CONFIG]:SPLIT[:FIELD] (or --method rtn, which needs none)"
         )
     documents = read_documents(wanted.source)
     evaluation: Documents | None = read_documents(options.evaluation) if options.evaluation else None
@@ -247,6 +251,8 @@ def _write_block(
         outcome.modules[name] = report
         outcome.shapes[name] = weight.shape
         outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
+    if block.tuned is not None:
+        outcome.tuned[f"{blocks_path}.{block.index}"] = block.tuned
     if block.index is not None:
         prefix = f"{blocks_path}.{block.index}."
         names = [n for n in reader.tensors if n.startswith(prefix)]
@@ -305,6 +311,7 @@ def _finish(
         versions=versions(),
         bits_per_weight=outcome.packed_bytes * 8 / weights,
         modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
+        tuned={n: TuneEntry(before=t.before, after=t.after, step=t.step, steps=t.steps) for n, t in outcome.tuned.items()},
         skipped=dict(selection.skipped),
         files=file_hashes(writer.partial),
     )

@@ -24,7 +24,7 @@ LAYERS = (
     ("destination",),
     ("checkpoint", "capture", "architectures", "modules", "saving", "engines"),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata"),
-    ("tokens", "gguf_file", "manifest", "selection"),
+    ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning"),
     ("calibration", "walk", "loading", "inspection", "card"),
     ("plan", "conversion", "integration", "resident"),
     ("sensitivity",),

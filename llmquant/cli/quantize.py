@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -14,18 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmquant.cli.allocate import Engine, show, widths_of
+from llmquant.cli.method import parse_method
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.screen import screen
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llmquant.calibration import Calibration
     from llmquant.pipeline import Events, QuantizeResult
-
-
-class Method(StrEnum):
-    rtn = "rtn"
-    gptq = "gptq"
+    from llmquant.tuning import TuneReport
 
 
 class Packing(StrEnum):
@@ -43,7 +42,7 @@ def quantize_command(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
     recipe: Annotated[str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")] = None,
-    method: Annotated[Method | None, typer.Option(help="Rounding algorithm.")] = None,
+    method: Annotated[str | None, typer.Option(help="rtn or gptq, and +tune to optimize whole blocks after it.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
@@ -75,7 +74,6 @@ def quantize_command(
     if max_shard_size < 1_000_000:
         raise UsageError(f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000")
     changes: dict[str, Any] = {
-        "method": method,
         "weights.bits": bits,
         "weights.group_size": group_size,
         "weights.symmetric": sym,
@@ -88,6 +86,8 @@ def quantize_command(
         "seed": seed,
     }
     chosen = recipe_of(recipe, changes, include, ignore)
+    if method is not None:
+        chosen = parse_method(method).applied_to(chosen)
     if act_order is not None and chosen.method != "gptq":
         raise UsageError(f"--act-order is of GPTQ, and the method is {chosen.method}; leave one of them out")
     from llmquant.allocation import AllocateOptions, allocate
@@ -142,6 +142,10 @@ def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
             }
             for m in result.modules
         ],
+        "tuned": {
+            name: {"before": t.before, "after": t.after, "step": t.step, "steps": t.steps, "seconds": t.seconds}
+            for name, t in result.tuned.items()
+        },
         "skipped": dict(result.skipped),
         "warnings": list(result.warnings),
     }  # fmt: skip
@@ -188,6 +192,19 @@ def progress(hidden: bool) -> Iterator[Events]:
         yield events
 
 
+def _show_tuned(tuned: Mapping[str, TuneReport], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tuned")
+    for column in ("block error before", "after", "ratio", "kept step"):
+        table.add_column(column, justify="right")
+    for name, t in tuned.items():
+        ratio = f"{t.after / t.before:.3f}" if t.before else "–"
+        table.add_row(name, f"{t.before:.3e}", f"{t.after:.3e}", ratio, f"{t.step} of {t.steps}")
+    console.print(table)
+
+
 def _show(result: QuantizeResult, seconds: float) -> None:
     from rich.table import Table
 
@@ -211,6 +228,8 @@ def _show(result: QuantizeResult, seconds: float) -> None:
         )
     console = screen()
     console.print(table)
+    if result.tuned:
+        _show_tuned(result.tuned, console)
     skipped = ", ".join(f"{n} ({why})" for n, why in result.skipped.items()) or "none"
     console.print(f"left alone   {skipped}")
     console.print(
