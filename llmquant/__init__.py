@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmquant.allocation import Allocation, allocate
     from llmquant.calibration import Calibration, calibrate
+    from llmquant.choices import AllocateOptions
     from llmquant.conversion import ConvertOptions, ConvertResult, convert
     from llmquant.hub import resolve
     from llmquant.inspection import Inspection, inspect
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from llmquant.weight import QuantizedWeight
 
 _HOMES = {
+    "AllocateOptions": "choices",
+    "Allocation": "allocation",
+    "allocate": "allocation",
     "Calibration": "calibration",
     "calibrate": "calibration",
     "ConvertOptions": "conversion",
@@ -54,6 +59,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "AllocateOptions",
+    "Allocation",
     "Calibration",
     "Comparison",
     "ConvertOptions",
@@ -65,6 +72,7 @@ __all__ = [
     "QuantizeResult",
     "QuantizedWeight",
     "Recipe",
+    "allocate",
     "calibrate",
     "convert",
     "describe",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from llmquant import architectures
 from llmquant.calibration import Calibration, calibrate
@@ -121,7 +122,7 @@ def quantize(
     options, events = options or QuantizeOptions(), events or Events()
     check_destination(Path(os.path.abspath(output)), options.overwrite)
     reader = CheckpointReader(resolve(model))
-    _refuse_quantized(reader)
+    refuse_quantized(reader)
     refuse_source(Path(os.path.abspath(output)), reader.path)
     device, dtype = parse_device(options.device), parse_dtype(options.dtype, auto=torch.float32)
     skeleton = empty_model(reader, dtype)
@@ -131,13 +132,13 @@ def quantize(
     check_fit(reader, skeleton)
     for reason in refusals(layout.name, selection.schemes)["vllm (CPU)"]:
         events.on_warning(f"vLLM on a CPU will refuse this model: {reason}")
-    calibration = _calibrate(reader, recipe, options, int(skeleton.config.vocab_size), _positions(skeleton.config))
+    calibration = calibration_of(reader, recipe, options, skeleton)
     if calibration is not None:
         events.on_calibration(calibration)
     plan = WalkPlan(skeleton, architecture, reader, selection.specs, recipe, device, dtype, selection.head)
     windows = calibration.windows if calibration is not None else ()
     outcome = _Outcome()
-    with _deterministic(recipe.seed), CheckpointWriter(
+    with deterministic(recipe.seed), CheckpointWriter(
         output, max_shard_size=options.max_shard_size, overwrite=options.overwrite
     ) as writer:
         for block in walk(plan, windows, events.on_progress):
@@ -163,7 +164,7 @@ def quantize(
     )
 
 
-def _refuse_quantized(reader: CheckpointReader) -> None:
+def refuse_quantized(reader: CheckpointReader) -> None:
     config = quantization_config(reader)
     if config is not None:
         raise UsageError(
@@ -182,9 +183,10 @@ def _positions(config: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _calibrate(
-    reader: CheckpointReader, recipe: Recipe, options: QuantizeOptions, vocab_size: int, positions: int | None
+def calibration_of(
+    reader: CheckpointReader, recipe: Recipe, options: QuantizeOptions, skeleton: PreTrainedModel
 ) -> Calibration | None:
+    """The recipe's calibration windows; None where it names no text and needs none."""
     wanted = recipe.calibration
     if wanted.source is None:
         if options.evaluation:
@@ -207,12 +209,12 @@ def _calibrate(
         seed=recipe.seed,
         packing=wanted.packing,
         evaluation=evaluation,
-        vocab_size=vocab_size,
-        max_positions=positions,
+        vocab_size=int(skeleton.config.vocab_size),
+        max_positions=_positions(skeleton.config),
     )
 
 
-class _deterministic:  # noqa: N801 - used as a with-statement verb
+class deterministic:  # noqa: N801 - used as a with-statement verb
     """Seed torch and switch TF32 off for the length of a run; both are put back afterwards."""
 
     def __init__(self, seed: int) -> None:

@@ -198,8 +198,8 @@ class _Calibrated(_DataFree):
         self, plan: WalkPlan, on_progress: Callable[[Progress], None], windows: Sequence[Tensor]
     ) -> None:
         super().__init__(plan, on_progress)
-        outer = _outer_names(plan)
-        with _materialized(plan, plan.model, "", outer):
+        outer = outer_names(plan)
+        with materialized(plan, plan.model, "", outer):
             batches = [b.to(plan.device) for b in batched(windows, plan.batch_size)]
             blocks = blocks_of(plan.model, plan.architecture)
             self.inputs: list[BlockInput] = first_inputs(plan.model, blocks, batches)
@@ -211,7 +211,7 @@ class _Calibrated(_DataFree):
         self, index: int, block: nn.Module, prefix: str, names: Sequence[str]
     ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         results: dict[str, tuple[QuantizedWeight, ModuleReport]] = {}
-        with _materialized(self.plan, block, f"{prefix}."):
+        with materialized(self.plan, block, f"{prefix}."):
             linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
             if self.reference is not None:
                 self.reference.enter(block, linears, self.inputs)
@@ -267,7 +267,7 @@ class _Calibrated(_DataFree):
     def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         norm = norm_of(self.plan.model, self.plan.architecture)
         stats = InputStats(self.plan.reader.info(f"{name}.weight").shape[1], self.plan.device)
-        with _materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
+        with materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
             for batch in self.inputs:
                 stats.add(norm(batch.hidden))
         return self.quantize_set(self._total - 1, [name], stats)
@@ -344,7 +344,7 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _outer_names(plan: WalkPlan) -> list[str]:
+def outer_names(plan: WalkPlan) -> list[str]:
     """Tensors outside the blocks and the head: embeddings and norms, what the forward pass needs before block 0."""
     head = plan.model.get_output_embeddings()
     inside = [f"{n}." for n, m in plan.model.named_modules() if m is head and m is not None]
@@ -353,7 +353,7 @@ def _outer_names(plan: WalkPlan) -> list[str]:
 
 
 @contextmanager
-def _materialized(plan: WalkPlan, module: nn.Module, prefix: str, only: Sequence[str] | None = None) -> Iterator[None]:
+def materialized(plan: WalkPlan, module: nn.Module, prefix: str, only: Sequence[str] | None = None) -> Iterator[None]:
     """Fill a module's meta parameters from the checkpoint; put them back on meta afterwards, whatever happens."""
     names = list(only) if only is not None else [n for n, _ in module.named_parameters()]
     meta: list[tuple[nn.Module, str, nn.Parameter]] = []

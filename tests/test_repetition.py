@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeModel
 
 from llmquant.cli import main
 from llmquant.errors import ProofError, UsageError
@@ -25,7 +25,7 @@ def test_a_run_repeated_gives_the_same_bytes(quantized: Path, model: Path) -> No
     assert sorted(quantized.parent.iterdir()) == before  # nothing is left of the second run
 
 
-def test_another_model_is_refused_before_any_work(quantized: Path, make_model: MakeModel) -> None:
+def test_another_model_is_refused_before_any_work(quantized: Path, make_model: Callable[..., Path]) -> None:
     other = make_model(dtype=torch.bfloat16)
     with pytest.raises(UsageError, match=r"does not hold the weights that .* was made from"):
         rerun(quantized, other)

@@ -34,6 +34,7 @@ _AXIS = {
     "context": "tokens before the position",
 }
 _RESOLUTION = 150
+_LINE = 10.0  # points from one name to the next
 
 
 class LayerError(NamedTuple):
@@ -140,14 +141,29 @@ def front_figure(board: Board, kind: str) -> Figure | None:
             [p.x * scale], [p.y], yerr=[p.error] if p.error else None, color=colour, marker="D" if p.row.is_reference else "o",
             markerfacecolor=colour if on_front or p.row.is_reference else "white", capsize=3, linestyle="none",
         )  # fmt: skip
-        axes.annotate(p.row.name, (p.x * scale, p.y), xytext=(6, 5), textcoords="offset points", fontsize=8)
     line = sorted((p for p, b in zip(shown, best, strict=True) if b), key=lambda p: p.x, reverse=more)
     axes.step([p.x * scale for p in line], [p.y for p in line], where="post", color="#0b63ce", linestyle="--", linewidth=1)
     axes.set_xlabel("decode, tokens/s (more is better)" if more else "size on disk, MB")
     axes.set_ylabel(name.replace("_", " "))
     axes.set_title(f"{board.title}\n{board.scope}", loc="left", fontsize=9)
-    axes.margins(x=0.14)
+    axes.margins(x=0.14, y=0.08)
+    _name_points(figure, axes, [(p.row.name, p.x * scale, p.y) for p in shown])
     return figure
+
+
+def _name_points(figure: Figure, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside points, from the top down, each at least a line below the last; a moved one has a line to its point."""
+    figure.draw_without_rendering()  # settles the layout, without which there are no places on paper
+    per_point = figure.dpi / 72
+    last = float("inf")
+    for name, x, y in sorted(points, key=lambda point: -point[2]):
+        at = axes.transData.transform((x, y))[1] / per_point
+        wanted = min(at, last - _LINE)
+        last = wanted
+        line = {"arrowstyle": "-", "color": "#77808c", "linewidth": 0.6} if at - wanted > 1 else None
+        axes.annotate(
+            name, (x, y), xytext=(9, wanted - at), textcoords="offset points", fontsize=8, va="center", arrowprops=line,
+        )  # fmt: skip
 
 
 def write_plots(

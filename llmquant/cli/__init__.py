@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from llmquant.cli.allocate import allocate_command
 from llmquant.cli.convert import convert_command
 from llmquant.cli.generate import generate_command
 from llmquant.cli.inspect import inspect_command
@@ -52,6 +53,7 @@ def root(
 
 
 app.command("plan")(plan_command)
+app.command("allocate")(allocate_command)
 app.command("quantize")(quantize_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)

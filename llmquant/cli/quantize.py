@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.allocate import Engine, show, widths_of
 from llmquant.cli.method import parse_method
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.screen import screen
@@ -45,6 +46,10 @@ def quantize_command(
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Choose each linear's scheme for this size first, as `llmquant allocate` does.")
+    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="With --target-bpw: only schemes that it takes.")] = None,
     act_order: Annotated[ActOrder | None, typer.Option(help="GPTQ's column order.")] = None,
     layout: Annotated[str | None, typer.Option("--format", help="Byte layout of the result; see docs/formats.md.")] = None,
     calibration: Annotated[
@@ -85,14 +90,32 @@ def quantize_command(
         chosen = parse_method(method).applied_to(chosen)
     if act_order is not None and chosen.method != "gptq":
         raise UsageError(f"--act-order is of GPTQ, and the method is {chosen.method}; leave one of them out")
+    from llmquant.allocation import AllocateOptions, allocate
+    from llmquant.destination import check_destination
     from llmquant.pipeline import QuantizeOptions, quantize
 
+    if target_bpw is not None:
+        if bits is not None or group_size is not None:
+            raise UsageError("--target-bpw chooses bits and group sizes itself; leave out --bits and --group-size")
+        check_destination(output.absolute(), overwrite)
+        serving = engine or Engine.any
+        wanted = AllocateOptions(
+            target_bpw, widths_of(None, serving), symmetric=sym, engine=serving.value, device=device, dtype=dtype,
+            evaluation=eval_text,
+        )  # fmt: skip
+        with progress(hidden=quiet or as_json) as events:
+            allocation = allocate(model, chosen, wanted, events)
+        if not quiet and not as_json:
+            show(allocation)
+        chosen = allocation.recipe
+    elif engine is not None:
+        raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
     options = QuantizeOptions(
         device=device, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size, base_model=base_model,
         evaluation=eval_text,
     )  # fmt: skip
     started = time.perf_counter()
-    with _progress(hidden=quiet or as_json) as events:
+    with progress(hidden=quiet or as_json) as events:
         result = quantize(model, output, chosen, options, events)
     seconds = time.perf_counter() - started
     if as_json:
@@ -129,7 +152,7 @@ def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(hidden: bool) -> Iterator[Events]:
+def progress(hidden: bool) -> Iterator[Events]:
     """A bar over blocks with the time left and the current module, on stderr."""
     from rich.progress import (
         BarColumn,
