@@ -8,7 +8,7 @@ MODEL := examples/tiny-llama
 JOBS ?= auto
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo test vllm-env test-vllm lint clean help
+.PHONY: setup demo leaderboard test vllm-env test-vllm lint clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,10 @@ demo: setup  ## quantize the example model, prove what it cost, talk to it
 	@echo
 	@echo "> Tell me about the history of the river."
 	$(BIN)/llmquant generate $(DEMO) "Tell me about the history of the river." --max-new-tokens 60 --temperature 0.7 --top-p 0.9
+
+# Other tools' rows: bench/peers.py makes their models; rows whose model is not here keep their measured results.
+leaderboard: setup  ## measure what eval/results lacks (a new or changed recipe), render eval/LEADERBOARD.md
+	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/tiny-llama.yaml --missing --cache out/suites
 
 test: setup  ## all tests but those of the real vLLM
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m "not vllm"

@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmquant.allocation import Allocation, allocate
     from llmquant.calibration import Calibration, calibrate
+    from llmquant.choices import AllocateOptions
     from llmquant.conversion import ConvertOptions, ConvertResult, convert
     from llmquant.hub import resolve
     from llmquant.inspection import Inspection, inspect
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
     from llmquant.manifest import verify
     from llmquant.modules import describe
     from llmquant.pipeline import QuantizeOptions, QuantizeResult, quantize
-    from llmquant.recipe import Recipe, load_recipe
+    from llmquant.recipe import Recipe, load_recipe, shipped_recipes
+    from llmquant.repetition import Comparison, rerun
     from llmquant.sources import Documents, read_documents
     from llmquant.spec import QuantSpec
     from llmquant.weight import QuantizedWeight
 
 _HOMES = {
+    "AllocateOptions": "choices",
+    "Allocation": "allocation",
+    "allocate": "allocation",
     "Calibration": "calibration",
     "calibrate": "calibration",
     "ConvertOptions": "conversion",
@@ -43,6 +49,9 @@ _HOMES = {
     "quantize": "pipeline",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "Comparison": "repetition",
+    "rerun": "repetition",
+    "shipped_recipes": "recipe",
     "Documents": "sources",
     "read_documents": "sources",
     "QuantSpec": "spec",
@@ -50,7 +59,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "AllocateOptions",
+    "Allocation",
     "Calibration",
+    "Comparison",
     "ConvertOptions",
     "ConvertResult",
     "Documents",
@@ -60,6 +72,7 @@ __all__ = [
     "QuantizeResult",
     "QuantizedWeight",
     "Recipe",
+    "allocate",
     "calibrate",
     "convert",
     "describe",
@@ -69,7 +82,9 @@ __all__ = [
     "quantize",
     "read_documents",
     "register_with_transformers",
+    "rerun",
     "resolve",
+    "shipped_recipes",
     "unregister_from_transformers",
     "verify",
 ]

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from llmquant.errors import ArchitectureError
-from llmquant.stats import InputStats
+from llmquant.stats import InputStats, PairStats
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -123,9 +124,14 @@ def _catch(
 
 def run_block(block: nn.Module, inputs: BlockInput) -> Tensor:
     """The block's hidden-state output for one batch."""
-    args, kwargs = inputs.calls[0]
     with torch.no_grad():
-        out = block(inputs.hidden, *args, **kwargs)
+        return run_with(block, {}, inputs)
+
+
+def run_with(block: nn.Module, parameters: Mapping[str, Tensor], inputs: BlockInput) -> Tensor:
+    """The block's output with some parameters, named from the block, replaced; gradients flow to them."""
+    args, kwargs = inputs.calls[0]
+    out = functional_call(block, dict(parameters), (inputs.hidden, *args), kwargs)
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
 
@@ -188,3 +194,43 @@ def observe(
             with suppress(_EnoughSeen):
                 run_block(block, batch)
     return stats
+
+
+def observe_pairs(
+    block: nn.Module,
+    wanted: Mapping[str, nn.Linear],
+    batches: Sequence[BlockInput],
+    originals: Mapping[str, Tensor],
+    reference: Sequence[Tensor],
+) -> dict[str, PairStats]:
+    """Input statistics of each wanted linear beside what the original model reads there.
+
+    Args:
+        block: with the weights quantized so far.
+        wanted: linears of it, by name.
+        batches: what the quantized blocks before it deliver.
+        originals: the block's original parameters that no longer stand in it, named from the block.
+        reference: the original model's hidden states ``[batch, positions, hidden]`` for the same batches.
+    """
+    stats = {name: PairStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
+    for batch, hidden in zip(batches, reference, strict=True):
+        seen = _linear_inputs(block, wanted, batch, {})
+        beside = _linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals)
+        for name, pair in stats.items():
+            pair.add_pair(seen[name], beside[name])
+    return stats
+
+
+def _linear_inputs(
+    block: nn.Module, wanted: Mapping[str, nn.Linear], batch: BlockInput, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        seen[name] = x
+        if len(seen) == len(wanted):
+            raise _EnoughSeen
+
+    with _input_hooks(wanted, see), torch.no_grad(), suppress(_EnoughSeen):
+        run_with(block, parameters, batch)
+    return seen

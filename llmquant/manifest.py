@@ -49,6 +49,15 @@ class ModuleEntry(_Strict):
     dropped: int = 0
 
 
+class TuneEntry(_Strict):
+    """One tuned block; see :class:`llmquant.tuning.TuneReport`."""
+
+    before: float
+    after: float
+    step: int
+    steps: int
+
+
 class Conversion(_Strict):
     """One step from layout to layout: what was read, and by which versions."""
 
@@ -73,6 +82,7 @@ class Manifest(_Strict):
     versions: dict[str, str]
     bits_per_weight: float
     modules: dict[str, ModuleEntry]
+    tuned: dict[str, TuneEntry] = {}
     skipped: dict[str, str]
     conversions: tuple[Conversion, ...] = ()
     files: dict[str, str]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from llmquant import architectures
 from llmquant.calibration import Calibration, calibrate
@@ -27,11 +28,12 @@ from llmquant.errors import ProofError, QuantizationError, SourceError, UsageErr
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
-from llmquant.manifest import MANIFEST, Manifest, ModuleEntry, file_hashes, packed_bytes, prove_modules, versions
+from llmquant.manifest import MANIFEST, Manifest, ModuleEntry, TuneEntry, file_hashes, packed_bytes, prove_modules, versions
 from llmquant.recipe import Recipe
 from llmquant.selection import Selection, linears_of, select
 from llmquant.skeleton import empty_model, read_tokenizer
 from llmquant.sources import Documents, read_documents
+from llmquant.tuning import TuneReport
 from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, walk
 
 
@@ -64,6 +66,7 @@ class QuantizeResult:
     path: Path
     recipe: Recipe
     modules: tuple[ModuleReport, ...]
+    tuned: Mapping[str, TuneReport]
     skipped: Mapping[str, str]
     bits_per_weight: float
     source_bytes: int
@@ -87,6 +90,7 @@ class _Outcome:
     """What the proof and the manifest need of each tensor written."""
 
     modules: dict[str, ModuleReport] = field(default_factory=dict)
+    tuned: dict[str, TuneReport] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
     copied: dict[str, str] = field(default_factory=dict)
@@ -118,7 +122,7 @@ def quantize(
     options, events = options or QuantizeOptions(), events or Events()
     check_destination(Path(os.path.abspath(output)), options.overwrite)
     reader = CheckpointReader(resolve(model))
-    _refuse_quantized(reader)
+    refuse_quantized(reader)
     refuse_source(Path(os.path.abspath(output)), reader.path)
     device, dtype = parse_device(options.device), parse_dtype(options.dtype, auto=torch.float32)
     skeleton = empty_model(reader, dtype)
@@ -128,13 +132,13 @@ def quantize(
     check_fit(reader, skeleton)
     for reason in refusals(layout.name, selection.schemes)["vllm (CPU)"]:
         events.on_warning(f"vLLM on a CPU will refuse this model: {reason}")
-    calibration = _calibrate(reader, recipe, options, int(skeleton.config.vocab_size), _positions(skeleton.config))
+    calibration = calibration_of(reader, recipe, options, skeleton)
     if calibration is not None:
         events.on_calibration(calibration)
     plan = WalkPlan(skeleton, architecture, reader, selection.specs, recipe, device, dtype, selection.head)
     windows = calibration.windows if calibration is not None else ()
     outcome = _Outcome()
-    with _deterministic(recipe.seed), CheckpointWriter(
+    with deterministic(recipe.seed), CheckpointWriter(
         output, max_shard_size=options.max_shard_size, overwrite=options.overwrite
     ) as writer:
         for block in walk(plan, windows, events.on_progress):
@@ -150,6 +154,7 @@ def quantize(
         path=Path(output),
         recipe=recipe,
         modules=tuple(outcome.modules.values()),
+        tuned=outcome.tuned,
         skipped=selection.skipped,
         bits_per_weight=manifest.bits_per_weight,
         source_bytes=sum(i.nbytes for i in reader.tensors.values()),
@@ -159,7 +164,7 @@ def quantize(
     )
 
 
-def _refuse_quantized(reader: CheckpointReader) -> None:
+def refuse_quantized(reader: CheckpointReader) -> None:
     config = quantization_config(reader)
     if config is not None:
         raise UsageError(
@@ -178,20 +183,21 @@ def _positions(config: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _calibrate(
-    reader: CheckpointReader, recipe: Recipe, options: QuantizeOptions, vocab_size: int, positions: int | None
+def calibration_of(
+    reader: CheckpointReader, recipe: Recipe, options: QuantizeOptions, skeleton: PreTrainedModel
 ) -> Calibration | None:
+    """The recipe's calibration windows; None where it names no text and needs none."""
     wanted = recipe.calibration
     if wanted.source is None:
         if options.evaluation:
             raise UsageError(
                 f"--eval-text {options.evaluation} is compared with the calibration text, and this run has none; leave it out"
             )
-        if recipe.method == "rtn":
+        if not recipe.needs_text:
             return None
         raise SourceError(
-            f"method {recipe.method} needs a calibration text: --calibration file:PATH, jsonl:PATH#FIELD or "
-            "hf:NAME[:CONFIG]:SPLIT[:FIELD] (or --method rtn, which needs none)"
+            f"method {recipe.steps} needs a calibration text: --calibration file:PATH, "
+            "jsonl:PATH#FIELD or hf:NAME[:CONFIG]:SPLIT[:FIELD] (or --method rtn, which needs none)"
         )
     documents = read_documents(wanted.source)
     evaluation: Documents | None = read_documents(options.evaluation) if options.evaluation else None
@@ -203,12 +209,12 @@ def _calibrate(
         seed=recipe.seed,
         packing=wanted.packing,
         evaluation=evaluation,
-        vocab_size=vocab_size,
-        max_positions=positions,
+        vocab_size=int(skeleton.config.vocab_size),
+        max_positions=_positions(skeleton.config),
     )
 
 
-class _deterministic:  # noqa: N801 - used as a with-statement verb
+class deterministic:  # noqa: N801 - used as a with-statement verb
     """Seed torch and switch TF32 off for the length of a run; both are put back afterwards."""
 
     def __init__(self, seed: int) -> None:
@@ -245,6 +251,8 @@ def _write_block(
         outcome.modules[name] = report
         outcome.shapes[name] = weight.shape
         outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
+    if block.tuned is not None:
+        outcome.tuned[f"{blocks_path}.{block.index}"] = block.tuned
     if block.index is not None:
         prefix = f"{blocks_path}.{block.index}."
         names = [n for n in reader.tensors if n.startswith(prefix)]
@@ -303,6 +311,7 @@ def _finish(
         versions=versions(),
         bits_per_weight=outcome.packed_bytes * 8 / weights,
         modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
+        tuned={n: TuneEntry(before=t.before, after=t.after, step=t.step, steps=t.steps) for n, t in outcome.tuned.items()},
         skipped=dict(selection.skipped),
         files=file_hashes(writer.partial),
     )

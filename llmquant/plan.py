@@ -100,7 +100,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
     layout = FORMATS[recipe.format]
     linears, architecture = linears_by_name(reader)
     selection = select(linears, architecture, recipe, layout)
-    sizes = _Sizes(layout)
+    sizes = Sizes(layout)
     tensors: dict[str, Stored] = {}
     modules = []
     for name, info in reader.tensors.items():
@@ -111,8 +111,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         scheme, shape = selection.schemes[module], linears.shapes[module]
         stored = sizes.tensors(scheme, shape, info.dtype)
         tensors.update({f"{module}.{suffix}": t for suffix, t in stored.items()})
-        nbytes = sum(t.nbytes for s, t in stored.items() if s != "weight_shape")
-        modules.append(PlannedModule(module, scheme, shape, nbytes))
+        modules.append(PlannedModule(module, scheme, shape, sizes.nbytes(scheme, shape, info.dtype)))
     return Plan(
         model_type=str(reader.config.get("model_type")),
         format=layout.name,
@@ -154,7 +153,7 @@ def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
     return Linears(shapes, head if head in shapes else None, tied), architecture
 
 
-class _Sizes:
+class Sizes:
     """Shapes of a module's stored tensors, by packing thin slices; each (scheme, width, dtype) is packed once."""
 
     def __init__(self, layout: Format) -> None:
@@ -168,6 +167,10 @@ class _Sizes:
             self._known[key] = [self._packed(scheme, rows, in_features, dtype) for rows in _ROWS]
         thin, thick = self._known[key]
         return {s: Stored(thin[s].dtype, _grown(thin[s].shape, thick[s].shape, out_features)) for s in thin}
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Of a module's stored tensors, without the shape that some layouts note beside them: what bits per weight count."""
+        return sum(t.nbytes for suffix, t in self.tensors(scheme, shape, dtype).items() if suffix != "weight_shape")
 
     def _packed(self, scheme: Scheme, rows: int, in_features: int, dtype: torch.dtype) -> dict[str, Stored]:
         spec = scheme.spec

@@ -74,11 +74,28 @@ class GPTQ(_Strict):
     damping: float = Field(0.01, gt=0, le=1)
     act_order: Literal["static", "off", "group"] = "static"
     true_sequential: bool = True
+    asymmetric: float = Field(0.0, ge=0, le=1)
+    passes: int = Field(0, ge=0, le=100)
 
     @field_validator("act_order", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
         return "off" if value is False else value  # what YAML makes of a bare word off
+
+
+class Tune(_Strict):
+    """Moves codes and scales of a whole block together; see :class:`llmquant.algorithms.tune.TuneOptions`.
+
+    ``batch_size`` is in calibration windows, and replaces ``calibration.batch_size`` for the whole run.
+    """
+
+    steps: int = Field(200, ge=1)
+    lr: float = Field(0.002, gt=0, le=1)
+    scale_lr: float = Field(0.001, ge=0, le=1)
+    batch_size: int = Field(4, ge=1)
+    checks: int = Field(4, ge=1)
+    patience: int = Field(2, ge=1)
+    target: Literal["original", "block"] = "original"
 
 
 class CalibrationOptions(_Strict):
@@ -100,6 +117,7 @@ class Recipe(_Strict):
     overrides: tuple[Override, ...] = ()
     scales: Scales = Scales()
     gptq: GPTQ = GPTQ()
+    tune: Tune | None = None
     include: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ("lm_head",)
     calibration: CalibrationOptions = CalibrationOptions()
@@ -124,6 +142,16 @@ class Recipe(_Strict):
         if self.method == "gptq" and self.gptq.act_order == "group" and any(w.group_size == -1 for w in everything):
             raise ValueError("gptq.act_order: group needs a group size; with one group per row use static")
         return self
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the model has to be run on a calibration text."""
+        return self.method != "rtn" or self.tune is not None
+
+    @property
+    def steps(self) -> str:
+        """The method as the command line writes it: ``gptq+tune``."""
+        return self.method if self.tune is None else f"{self.method}+tune"
 
     def weights_of(self, module: str) -> Weights:
         """The grid of a linear: that of the first override whose pattern matches its full name, or the recipe's."""
@@ -151,6 +179,8 @@ class Recipe(_Strict):
             *path, last = key.split(".")
             place = data
             for part in path:
+                if place[part] is None:  # an optional section that the recipe leaves out
+                    place[part] = {}
                 place = place[part]
             place[last] = value
         return _validate(data, "the command line's options")
@@ -194,6 +224,11 @@ def shipped() -> dict[str, Path]:
     """Recipes that come with llmquant, by bare name."""
     folder = next((d for d in _SHIPPED if d.is_dir()), None)
     return {} if folder is None else {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def shipped_recipes() -> tuple[str, ...]:
+    """The bare names of the recipes that come with llmquant."""
+    return tuple(shipped())
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

@@ -69,3 +69,41 @@ class InputStats:
     def importance(self) -> Tensor:
         """``[in]`` mean square of each channel: the Hessian's diagonal per token."""
         return self.hessian.diagonal() / max(self.tokens, 1)
+
+
+class PairStats(InputStats):
+    """Input statistics that also remember what the original model would have read in the same places.
+
+    Attributes:
+        cross: float32 ``[in, in]``, the sum of ``f x^T`` for inputs ``x`` and the original model's inputs ``f``.
+    """
+
+    def __init__(
+        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(in_features, device, dtype)
+        self.cross = torch.zeros_like(self.hessian)
+
+    def add_pair(self, x: Tensor, original: Tensor) -> None:
+        """Accumulate inputs and the original model's, both ``[..., in]``; a row not finite in either is left out.
+
+        Raises:
+            QuantizationError: activations of another width, or of different shapes.
+        """
+        if x.shape != original.shape:
+            raise QuantizationError(f"inputs {list(x.shape)} and the original model's {list(original.shape)} do not pair up")
+        rows = x.reshape(-1, x.shape[-1])
+        beside = original.reshape(-1, x.shape[-1])
+        finite = torch.isfinite(rows).all(dim=1) & torch.isfinite(beside).all(dim=1)
+        if not bool(finite.all()):
+            self.dropped += int((~finite).sum())
+            rows, beside = rows[finite], beside[finite]
+        self.add(rows)
+        self.cross.addmm_(beside.to(self.cross.dtype).T, rows.to(self.cross.dtype))
+
+    def merge(self, other: InputStats) -> None:
+        """Add another accumulator of pairs of the same width."""
+        if not isinstance(other, PairStats):
+            raise QuantizationError("statistics of pairs merge only with statistics of pairs")
+        super().merge(other)
+        self.cross += other.cross.to(self.cross.device)

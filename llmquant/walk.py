@@ -7,6 +7,9 @@ knows no file layout and writes nothing.
 
 With ``true_sequential`` the inputs of each set of linears are observed after the sets before it were quantized; without
 it all inputs of a block are observed in one pass with its original weights. A data-free recipe never runs the model.
+
+Asymmetric calibration and tuning aim at what the original model computes: then its hidden states walk along beside the
+quantized model's (:mod:`llmquant.reference`), and a tuned block's linears are moved once more, together, before it is left.
 """
 
 from __future__ import annotations
@@ -14,20 +17,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmquant.algorithms import Factor, GPTQOptions, ScaleSearch, factorize, gptq, layer_error, rtn
+from llmquant.algorithms import (
+    Factor,
+    GPTQOptions,
+    ScaleSearch,
+    TuneOptions,
+    asymmetric_target,
+    descend,
+    factorize,
+    gptq,
+    layer_error,
+    rtn,
+)
 from llmquant.architectures import Architecture, blocks_of, norm_of
 from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
 from llmquant.recipe import Recipe
+from llmquant.reference import Reference
 from llmquant.spec import QuantSpec
-from llmquant.stats import InputStats
+from llmquant.stats import InputStats, PairStats
+from llmquant.tuning import TuneReport, tune_block
 from llmquant.weight import QuantizedWeight
 
 
@@ -40,7 +56,8 @@ class ModuleReport:
         spec: its grid.
         digest: :meth:`QuantizedWeight.digest` as the algorithm returned it.
         weight_error: ``|W - Q|^2 / |W|^2``.
-        output_error: relative output error on the calibration inputs, None for a data-free method.
+        output_error: relative output error on the calibration inputs; None for a data-free method, and for a tuned block,
+            whose error is measured as a whole.
         damping: GPTQ's damping as finally used; larger than the recipe's when Cholesky failed.
         dead: input channels that were zero for every calibration token.
         tokens: calibration tokens seen.
@@ -62,10 +79,11 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """The quantized linears of one decoder block (``index`` None: of the head), by full name."""
+    """The quantized linears of one decoder block (``index`` None: of the head), by full name; what tuning it did."""
 
     index: int | None
     weights: dict[str, tuple[QuantizedWeight, ModuleReport]]
+    tuned: TuneReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +114,16 @@ class WalkPlan:
         return ScaleSearch(s.steps, s.smallest, s.norm, s.weighted)
 
     @property
+    def tune_options(self) -> TuneOptions | None:
+        t = self.recipe.tune
+        return None if t is None else TuneOptions(t.steps, t.lr, t.scale_lr, t.checks, t.patience, self.recipe.seed)
+
+    @property
+    def batch_size(self) -> int:
+        """Calibration windows per pass."""
+        return self.recipe.calibration.batch_size if self.recipe.tune is None else self.recipe.tune.batch_size
+
+    @property
     def gptq_options(self) -> GPTQOptions:
         g = self.recipe.gptq
         return GPTQOptions(g.block_size, g.damping, g.act_order, self.search)
@@ -113,14 +141,15 @@ def walk(plan: WalkPlan, windows: Sequence[Tensor], on_progress: Callable[[Progr
         QuantizationError: NaN or Inf where there must be none; names the module.
         CheckpointError: a tensor of the model is missing from the checkpoint.
     """
-    if plan.recipe.method != "rtn" and not windows:
-        raise QuantizationError(f"method {plan.recipe.method} needs calibration windows and got none")
+    if plan.recipe.needs_text and not windows:
+        raise QuantizationError(f"method {plan.recipe.steps} needs calibration windows and got none")
     walker = _DataFree(plan, on_progress) if not windows else _Calibrated(plan, on_progress, windows)
     blocks = blocks_of(plan.model, plan.architecture)
     for index in range(len(blocks)):
         prefix = f"{plan.architecture.blocks}.{index}"
         names = [n for n in plan.specs if n.startswith(f"{prefix}.")]
-        yield BlockResult(index, walker.block(index, blocks[index], prefix, names))
+        weights = walker.block(index, blocks[index], prefix, names)
+        yield BlockResult(index, weights, walker.tuned)
     if plan.head is not None:
         yield BlockResult(None, walker.head(plan.head))
 
@@ -132,6 +161,7 @@ class _DataFree:
         self.plan = plan
         self._on_progress = on_progress
         self._total = len(blocks_of(plan.model, plan.architecture)) + (plan.head is not None)
+        self.tuned: TuneReport | None = None  # of the block last worked on
 
     def announce(self, index: int, module: str) -> None:
         self._on_progress(Progress(index, self._total, module))
@@ -168,29 +198,62 @@ class _Calibrated(_DataFree):
         self, plan: WalkPlan, on_progress: Callable[[Progress], None], windows: Sequence[Tensor]
     ) -> None:
         super().__init__(plan, on_progress)
-        outer = _outer_names(plan)
-        with _materialized(plan, plan.model, "", outer):
-            batches = [b.to(plan.device) for b in batched(windows, plan.recipe.calibration.batch_size)]
+        outer = outer_names(plan)
+        with materialized(plan, plan.model, "", outer):
+            batches = [b.to(plan.device) for b in batched(windows, plan.batch_size)]
             blocks = blocks_of(plan.model, plan.architecture)
             self.inputs: list[BlockInput] = first_inputs(plan.model, blocks, batches)
+        asymmetric = plan.recipe.method == "gptq" and plan.recipe.gptq.asymmetric > 0
+        self.reference = Reference(self.inputs) if asymmetric or plan.recipe.tune is not None else None
+        self._pairs = self.reference if asymmetric else None
 
     def block(
         self, index: int, block: nn.Module, prefix: str, names: Sequence[str]
     ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         results: dict[str, tuple[QuantizedWeight, ModuleReport]] = {}
-        with _materialized(self.plan, block, f"{prefix}."):
+        with materialized(self.plan, block, f"{prefix}."):
             linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
+            if self.reference is not None:
+                self.reference.enter(block, linears, self.inputs)
             sets = stages(block, linears, self.inputs[0]) if linears else []
             passes = [[s] for s in sets] if self.plan.recipe.gptq.true_sequential else [sets]
             for together in passes:
-                stats = observe(block, {s[0]: linears[s[0]] for s in together}, self.inputs) if together else {}
+                stats = self._observe(block, {s[0]: linears[s[0]] for s in together}) if together else {}
                 for members in together:
                     full = [f"{prefix}.{m}" for m in members]
                     results.update(self.quantize_set(index, full, stats[members[0]]))
                     for member, name in zip(members, full, strict=True):
                         linears[member].weight.data.copy_(results[name][0].dequantize(self.plan.dtype))
+            if self.reference is not None:
+                results = self._tuned(index, block, prefix, results)
+                self.reference.leave()
             self._advance(block, index)
         return results
+
+    def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear]) -> Mapping[str, InputStats]:
+        if self._pairs is None:
+            return observe(block, wanted, self.inputs)
+        return self._pairs.observe(block, wanted, self.inputs)
+
+    def _tuned(
+        self, index: int, block: nn.Module, prefix: str, results: dict[str, tuple[QuantizedWeight, ModuleReport]]
+    ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+        """The block's linears moved together, where the recipe wants that, and reported anew."""
+        self.tuned, options, wanted = None, self.plan.tune_options, self.plan.recipe.tune
+        if self.reference is None or options is None or wanted is None or not results:
+            return results
+        self.announce(index, f"{prefix} (tuning)")
+        own = self.reference.outputs
+        targets = own if wanted.target == "original" else self.reference.block_outputs(block, self.inputs)
+        originals = {name: self.original(name) for name in results}
+        starts = {name: weight for name, (weight, _) in results.items()}
+        weights, self.tuned = tune_block(block, prefix, originals, starts, self.inputs, targets, options, self.plan.dtype)
+        return {
+            name: (weight, replace(
+                results[name][1], digest=weight.digest(), weight_error=_weight_error(originals[name], weight), output_error=None
+            ))
+            for name, weight in weights.items()
+        }  # fmt: skip
 
     def _advance(self, block: nn.Module, index: int) -> None:
         for i, batch in enumerate(self.inputs):
@@ -204,7 +267,7 @@ class _Calibrated(_DataFree):
     def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         norm = norm_of(self.plan.model, self.plan.architecture)
         stats = InputStats(self.plan.reader.info(f"{name}.weight").shape[1], self.plan.device)
-        with _materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
+        with materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
             for batch in self.inputs:
                 stats.add(norm(batch.hidden))
         return self.quantize_set(self._total - 1, [name], stats)
@@ -228,7 +291,7 @@ class _Calibrated(_DataFree):
         if factor is None:
             quantized = rtn(weight, spec, self.plan.search, stats.importance, name)
         else:
-            quantized = gptq(weight, factor, spec, self.plan.gptq_options, name)
+            quantized = self._gptq(weight, stats, factor, spec, name)
         dequantized = quantized.dequantize()
         report = ModuleReport(
             name=name,
@@ -243,6 +306,19 @@ class _Calibrated(_DataFree):
             seconds=time.perf_counter() - start,
         )
         return quantized, report
+
+
+    def _gptq(self, weight: Tensor, stats: InputStats, factor: Factor, spec: QuantSpec, name: str) -> QuantizedWeight:
+        """GPTQ with the recipe's refinements around it."""
+        wanted, target = self.plan.recipe.gptq, weight
+        if isinstance(stats, PairStats):
+            target = asymmetric_target(weight, stats.hessian, stats.cross, factor, wanted.asymmetric)
+        quantized = gptq(target, factor, spec, self.plan.gptq_options, name)
+        if wanted.passes == 0:
+            return quantized
+        damped = stats.hessian.clone()
+        damped.diagonal().add_(factor.damping * damped.diagonal().mean())
+        return descend(target, quantized, damped, wanted.passes, wanted.block_size)
 
 
 def batched(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
@@ -268,7 +344,7 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _outer_names(plan: WalkPlan) -> list[str]:
+def outer_names(plan: WalkPlan) -> list[str]:
     """Tensors outside the blocks and the head: embeddings and norms, what the forward pass needs before block 0."""
     head = plan.model.get_output_embeddings()
     inside = [f"{n}." for n, m in plan.model.named_modules() if m is head and m is not None]
@@ -277,7 +353,7 @@ def _outer_names(plan: WalkPlan) -> list[str]:
 
 
 @contextmanager
-def _materialized(plan: WalkPlan, module: nn.Module, prefix: str, only: Sequence[str] | None = None) -> Iterator[None]:
+def materialized(plan: WalkPlan, module: nn.Module, prefix: str, only: Sequence[str] | None = None) -> Iterator[None]:
     """Fill a module's meta parameters from the checkpoint; put them back on meta afterwards, whatever happens."""
     names = list(only) if only is not None else [n for n, _ in module.named_parameters()]
     meta: list[tuple[nn.Module, str, nn.Parameter]] = []

@@ -18,16 +18,18 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
 LAYERS = (
     ("errors",),
-    ("spec", "shards", "devices", "hub", "local_text", "hub_text"),
+    ("spec", "knapsack", "shards", "devices", "hub", "local_text", "hub_text"),
     ("weight", "bitpack", "stats"),
     ("algorithms", "formats", "kernels"),
     ("destination",),
     ("checkpoint", "capture", "architectures", "modules", "saving", "engines"),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata"),
-    ("tokens", "gguf_file", "manifest", "selection"),
+    ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning"),
     ("calibration", "walk", "loading", "inspection", "card"),
-    ("plan", "conversion", "integration"),
-    ("pipeline",),
+    ("plan", "conversion", "integration", "resident"),
+    ("sensitivity",),
+    ("pipeline", "choices"),
+    ("repetition", "allocation"),
     ("cli",),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

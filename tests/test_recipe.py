@@ -17,13 +17,16 @@ SHIPPED = {
     "gptq-w4g64-asym": ("gptq", QuantSpec(4, 64, symmetric=False)),
     "gptq-w8": ("gptq", QuantSpec(8, 128)),
     "gptq-w3g32": ("gptq", QuantSpec(3, 32)),
+    "best-w4g128": ("gptq+tune", QuantSpec(4, 128)),
+    "best-w3g128": ("gptq+tune", QuantSpec(3, 128)),
+    "best-w2g32": ("gptq+tune", QuantSpec(2, 32)),
 }
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_are_what_their_names_say(name: str) -> None:
     recipe = load_recipe(name)
-    assert (recipe.method, recipe.weights.spec) == SHIPPED[name]
+    assert (recipe.steps, recipe.weights.spec) == SHIPPED[name]
     assert recipe.description
     assert recipe == load_recipe(shipped()[name])
 
@@ -97,7 +100,8 @@ EVERYTHING: dict[str, Any] = {
     "weights": {"bits": 3, "group_size": 32, "symmetric": False},
     "overrides": [{"match": "*.down_proj", "bits": 8, "group_size": -1}],
     "scales": {"steps": 4, "smallest": 0.5, "norm": 2.4, "weighted": True},
-    "gptq": {"block_size": 64, "damping": 0.05, "act_order": "off", "true_sequential": False},
+    "gptq": {"block_size": 64, "damping": 0.05, "act_order": "off", "true_sequential": False, "asymmetric": 0.5, "passes": 2},
+    "tune": {"steps": 9, "lr": 0.1, "scale_lr": 0, "batch_size": 2, "checks": 3, "patience": 1, "target": "block"},
     "include": ["*_proj"],
     "ignore": ["*.o_proj"],
     "calibration": {"source": "file:x: y.txt", "nsamples": 3, "seqlen": 16, "packing": "sample", "batch_size": 2},
@@ -125,6 +129,16 @@ def test_updates_replace_only_what_they_name() -> None:
     assert changed.sha256() != recipe.sha256()
     with pytest.raises(RecipeError, match="the command line's options: weights: bits=7"):
         recipe.updated({"weights.bits": 7})
+
+
+def test_an_update_reaches_into_a_section_that_was_left_out() -> None:
+    assert Recipe().tune is None
+    tuned = Recipe().updated({"tune.steps": 7})
+    assert tuned.tune is not None
+    assert tuned.tune.steps == 7
+    assert (tuned.steps, tuned.needs_text) == ("gptq+tune", True)
+    assert tuned.updated({"tune": None}) == Recipe()
+    assert [Recipe(method="rtn").needs_text, Recipe(method="rtn").updated({"tune": {}}).needs_text] == [False, True]
 
 
 OVERRIDES = (

@@ -7,7 +7,7 @@ import torch
 from tolerances import dot_bound
 
 from llmquant.errors import QuantizationError
-from llmquant.stats import InputStats
+from llmquant.stats import InputStats, PairStats
 
 WIDTH = 24
 
@@ -99,3 +99,45 @@ def test_all_rows_lost_leaves_zero_tokens():
 def test_another_width_is_refused(act):
     with pytest.raises(QuantizationError, match=f"{WIDTH}"):
         act()
+
+
+def pairs(x: torch.Tensor, original: torch.Tensor) -> PairStats:
+    stats = PairStats(WIDTH)
+    stats.add_pair(x, original)
+    return stats
+
+
+def test_pairs_remember_both_sides_the_right_way_round():
+    x, original = activations(3, 40), activations(3, 40, seed=1)
+    stats = pairs(x, original)
+    assert torch.equal(stats.hessian, of(x).hessian)
+    rows, beside = x.reshape(-1, WIDTH).double(), original.reshape(-1, WIDTH).double()
+    bound = dot_bound(torch.float32, 120) * (beside.abs().T @ rows.abs())
+    assert bool(((stats.cross.double() - beside.T @ rows).abs() <= bound).all())
+    assert torch.equal(pairs(x, x).cross, pairs(x, x).hessian)
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["quantized", "original"])
+def test_a_row_that_is_not_finite_on_either_side_counts_for_neither(side):
+    both = [activations(10), activations(10, seed=1)]
+    whole = pairs(both[0][1:], both[1][1:])
+    both[side][0, 3] = torch.nan
+    stats = pairs(*both)
+    assert (stats.tokens, stats.dropped) == (9, 1)
+    assert torch.equal(stats.hessian, whole.hessian)
+    assert torch.equal(stats.cross, whole.cross)
+
+
+def test_merged_pairs_are_the_sum():
+    first, second = (pairs(activations(8, seed=s), activations(8, seed=s + 10)) for s in (0, 1))
+    cross = first.cross + second.cross
+    first.merge(second)
+    assert torch.equal(first.cross, cross)
+    assert first.tokens == 16
+
+
+def test_what_does_not_pair_up_is_refused():
+    with pytest.raises(QuantizationError, match="do not pair up"):
+        pairs(activations(4), activations(5))
+    with pytest.raises(QuantizationError, match="merge only with statistics of pairs"):
+        pairs(activations(4), activations(4)).merge(of(activations(4)))

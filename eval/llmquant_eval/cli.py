@@ -75,6 +75,9 @@ def eval_command(
     suite: Annotated[
         str | None, typer.Option(help="Suite of models, texts and protocols: a YAML file, or quick or standard.")
     ] = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="With --suite: only models without a current report among its results.")
+    ] = False,
 ) -> None:
     """Measure perplexity, divergence from a reference, size, speed and memory."""
     if suite is not None:
@@ -82,6 +85,8 @@ def eval_command(
 
         suite_command(context)
         return
+    if missing:
+        raise UsageError("--missing belongs to --suite")
     from llmquant_eval.plan import Request
 
     request = Request(
@@ -106,7 +111,8 @@ def eval_command(
     if plots is not None:
         from llmquant_eval.plots import write_report_plots
 
-        write_report_plots(plots, report)
+        for path in write_report_plots(plots, report):
+            sys.stderr.write(f"wrote {path}\n")
     if as_json:
         sys.stdout.write(report.to_json())
     else:

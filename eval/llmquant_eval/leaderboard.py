@@ -7,6 +7,7 @@ version. Results that differ in any of these stand in rankings of their own; not
 
 Within a ranking the order is by loss: the ratio of perplexity to the reference's where there is a reference, else perplexity.
 A task is ordered by its first metric, more is better. The reference has no rank: it is what the others are compared with.
+Where only a part of the text or of the items was scored nothing has a rank and no point is a front: rows stand by name.
 
 The same model measured again (same weights, label and ranking) counts once, by its newest report. Two models that share a
 label are told apart by their weights' hash.
@@ -67,6 +68,11 @@ class Row:
         return self.result.role == "reference"
 
     @property
+    def scheme(self) -> str:
+        """The model's quantization, for people."""
+        return printable(self.result.scheme)
+
+    @property
     def decode_speed(self) -> float | None:
         """Tokens per second, or None where it was not measured."""
         return None if self.result.cost is None else self.result.cost.decode_tokens_per_second
@@ -100,6 +106,7 @@ class Board:
 
     @property
     def title(self) -> str:
+        """Protocol and text, for people."""
         return f"{self.key.protocol} on {self.source}" if not self.is_task else self.key.protocol
 
     @property
@@ -108,7 +115,7 @@ class Board:
         unit = "items" if self.is_task else "windows"
         if not self.partial:
             return f"all {self.available:,} {unit}" if self.key.windows else f"all {unit}"
-        return f"partial: the first {self.key.windows:,} of {self.available:,} {unit}"
+        return f"partial, not ranked: the first {self.key.windows:,} of {self.available:,} {unit}"
 
     @property
     def loss_name(self) -> str | None:
@@ -160,8 +167,13 @@ def _text_rows(stored: Stored) -> Iterable[tuple[BoardKey, Row, str, int]]:
             key = BoardKey(
                 _protocols(part), report.text.sha256, scored, windows, report.settings.dtype, base, tokenizer, ""
             )
-            row = Row(result.label, result, report, stored.path, _metrics_of(result, part))
-            yield key, row, report.text.source, part.windows_available
+            row = Row(printable(result.label), result, report, stored.path, _metrics_of(result, part))
+            yield key, row, printable(report.text.source), part.windows_available
+
+
+def printable(text: str) -> str:
+    """A label from a report with control, line and direction characters replaced: they would act on a terminal or a page."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _protocols(part: Pass) -> str:
@@ -182,7 +194,8 @@ def _task_rows(stored: Stored) -> Iterable[tuple[BoardKey, Row, str, int]]:
                 task.protocol, task.items_sha256, 0, task.items, report.settings.dtype, _reference_sha(report), None,
                 f"{task.few_shot}-shot, lm-eval {task.lm_eval}, task version {task.version}",
             )  # fmt: skip
-            yield key, Row(result.label, result, report, stored.path, {}, task), task.task, task.items_available
+            row = Row(printable(result.label), result, report, stored.path, {}, task)
+            yield key, row, printable(task.task), task.items_available
 
 
 def _reference_sha(report: Report) -> str | None:
@@ -225,8 +238,10 @@ def _told_apart(rows: list[Row]) -> list[Row]:
 
 
 def _ranked(board: Board) -> list[Row]:
-    """The reference, then by loss; a result without the ordering metric comes last, unranked."""
+    """The reference, then by loss; a result without the ordering metric comes last, unranked. A partial run: by name."""
     references = [row for row in board.rows if row.is_reference]
+    if board.partial:
+        return references + sorted((row for row in board.rows if not row.is_reference), key=lambda row: row.name)
     others = sorted((row for row in board.rows if not row.is_reference), key=lambda row: (order(board, row), row.name))
     ranked = [replace(row, rank=i + 1 if order(board, row) < float("inf") else None) for i, row in enumerate(others)]
     return references + ranked

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.leaderboard import Board
-from llmquant_eval.leaderboard_cells import columns, notes, rank_text, steps
+from llmquant_eval.leaderboard import Board, Row
+from llmquant_eval.leaderboard_cells import Column, columns, notes, rank_text, steps
 from llmquant_eval.leaderboard_svg import plots
 
+_BYTES = ("size", "peak memory")
 HOST = "127.0.0.1"
 # The page's plot colours, for a drawing outside of the page: Gradio sets the class "dark" on the body.
 _STYLE = """
@@ -25,9 +26,11 @@ _STYLE = """
 .board-plots svg { width: 100%; height: auto; }
 .board-plots .grid { stroke: var(--line); } .board-plots .tick, .board-plots .title { fill: var(--soft); }
 .board-plots .name { fill: var(--ink); } .board-plots .front { fill: none; stroke: var(--best); stroke-dasharray: 5 4; }
+.board-plots .leader { stroke: var(--soft); stroke-width: .8; }
 .board-plots .whisker { fill: none; stroke: currentColor; } .board-plots .point { color: var(--other); }
 .board-plots .dot { fill: var(--panel); stroke: currentColor; stroke-width: 1.8; }
-.board-plots .best { color: var(--best); } .board-plots .reference { color: var(--base); }
+.board-plots .point * { color: var(--other); } .board-plots .best * { color: var(--best); }
+.board-plots .reference * { color: var(--base); }
 .board-plots .best .dot, .board-plots .reference .dot { fill: currentColor; }
 """
 
@@ -46,13 +49,18 @@ def load_gradio() -> Any:
 
 
 def table(board: Board) -> tuple[list[str], list[str], list[list[Any]]]:
-    """Headers, Gradio's column types and rows. Numbers stay numbers, so that the app sorts them as such."""
+    """Headers, Gradio's column types and rows. Numbers stay numbers of few digits, so that the app sorts them; bytes are MB."""
     shown = columns(board)
-    headers = ["#", "model", "scheme", *(c.title for c in shown)]
+    headers = ["#", "model", "scheme", *(f"{c.title} MB" if c.title in _BYTES else c.title for c in shown)]
     rows = [
-        [rank_text(row), row.name, row.result.scheme, *(c.cell(row).value for c in shown)] for row in board.rows
+        [rank_text(row), row.name, row.scheme, *(_number(c, row) for c in shown)] for row in board.rows
     ]  # fmt: skip
     return headers, ["str", "str", "str", *["number"] * len(shown)], rows
+
+
+def _number(column: Column, row: Row) -> float | None:
+    value = column.cell(row).value
+    return None if value is None else float(f"{value * (1e-6 if column.title in _BYTES else 1.0):.6g}")
 
 
 def add_board(gradio: Any, board: Board) -> None:

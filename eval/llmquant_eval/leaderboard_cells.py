@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmquant_eval.leaderboard import Board, Row, loss
+from llmquant_eval.leaderboard import Board, Row, loss, printable
 from llmquant_eval.report import Metric
 from llmquant_eval.table import ABSENT, size, speed, with_error
 
@@ -18,6 +18,7 @@ _TITLES = {
     "word_perplexity": "word perplexity", "byte_perplexity": "byte perplexity", "bits_per_byte": "bits/byte",
     "kl_mean": "KL nats", "kl_p99": "KL p99", "top1_agreement": "top-1 %",
 }  # fmt: skip
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +45,19 @@ class Column:
 
 def columns(board: Board) -> list[Column]:
     """The columns of a ranking that have something in them: what orders it first, then the other losses, then costs."""
-    wanted = [*(_task_columns(board) if board.is_task else _metric_columns()), *_cost_columns()]
+    wanted = [*(_task_columns(board) if board.is_task else _metric_columns(board)), *_cost_columns()]
     return [c for c in wanted if any(c.cell(row).value is not None for row in board.rows)]
 
 
-def _metric_columns() -> list[Column]:
+def _metric_columns(board: Board) -> list[Column]:
+    """Those that were measured; what the reference has by definition alone makes no column."""
+    measured = {name for row in board.rows for name in row.metrics}
+
     def column(name: str, title: str) -> Column:
         scale = 100.0 if name == "top1_agreement" else 1.0
         return Column(title, lambda row: metric_cell(loss(row, name), scale), name == "top1_agreement")
 
-    return [column(name, title) for name, title in _TITLES.items()]
+    return [column(name, title) for name, title in _TITLES.items() if name in measured]
 
 
 def metric_cell(metric: Metric | None, scale: float = 1.0) -> Cell:
@@ -103,7 +107,7 @@ def _cost(row: Row, name: str) -> float | None:
 
 
 def rank_text(row: Row) -> str:
-    """The rank, ``base`` for the reference, a dash for a row without the ordering metric."""
+    """The rank, ``base`` for the reference, a dash for a row without the ordering metric or of a partial run."""
     if row.is_reference:
         return "base"
     return ABSENT if row.rank is None else str(row.rank)
@@ -111,7 +115,7 @@ def rank_text(row: Row) -> str:
 
 def steps(row: Row) -> list[str]:
     """The command that repeats the row, one shell command a line."""
-    return row.report.command.split(" && ")
+    return [printable(step) for step in row.report.command.split(" && ")]
 
 
 def notes(board: Board) -> list[str]:

@@ -6,7 +6,7 @@ Registered through the entry-point group ``llmquant.commands``; importing this m
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,9 +52,9 @@ def leaderboard_command(
 
 def render_files(
     boards: Sequence[Board], stored: Sequence[Stored], markdown: Path | None = None, html: Path | None = None,
-    plots: Path | None = None, title: str = "Leaderboard",
+    plots: Path | None = None, title: str = "Leaderboard", folders: Mapping[str, Path] | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Write what is asked for; returns what was written.
+    """Write what is asked for; returns what was written. ``folders``: where models lie by label, for their layers' errors.
 
     Raises:
         UsageError: a file's folder does not exist, or plots need a library that is not there.
@@ -83,7 +83,7 @@ def render_files(
     if plots is not None:
         from llmquant_eval.plots import write_plots
 
-        written += write_plots(plots, [s.report for s in stored], boards)
+        written += write_plots(plots, [s.report for s in stored], boards, folders)
     return written
 
 

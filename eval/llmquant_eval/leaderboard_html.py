@@ -6,11 +6,12 @@ security policy forbids the page to load anything. Every text from a report is e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from llmquant_eval.leaderboard import Board, Row
+from llmquant_eval.leaderboard import Board, Row, printable
 from llmquant_eval.leaderboard_cells import Column, columns, notes, rank_text, steps
 from llmquant_eval.leaderboard_svg import Plot, plots, points
 
@@ -19,6 +20,7 @@ _INTRODUCTION = (
     "Results stand in one ranking only if protocol, text, scored windows, dtype and reference are the same. "
     "The order is by loss; neighbours whose ± overlap are not told apart."
 )
+_ONLY_BEST = "only what nothing beats in size and loss"
 _LOSSES = {"kl_mean": "KL", "perplexity_ratio": "perplexity ratio", "word_perplexity_ratio": "word perplexity ratio",
            "perplexity": "perplexity", "word_perplexity": "word perplexity"}  # fmt: skip
 
@@ -27,9 +29,9 @@ def render_html(boards: Sequence[Board], title: str = "Leaderboard") -> str:
     """The whole page."""
     page = TEMPLATE.read_text(encoding="utf-8")
     sections = "\n".join(_section(board, number) for number, board in enumerate(boards))
-    for name, text in {"title": escape(title), "introduction": escape(_INTRODUCTION), "boards": sections}.items():
-        page = page.replace("{{" + name + "}}", text)
-    return page
+    parts = {"title": escape(printable(title)), "introduction": escape(_INTRODUCTION), "boards": sections}
+    # In one pass: what a label says is never taken for a place to fill.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
 
 
 def _section(board: Board, number: int) -> str:
@@ -46,7 +48,8 @@ def _section(board: Board, number: int) -> str:
 
 
 def _figure(plot: Plot) -> str:
-    caption = f"{plot.title[0].upper()}{plot.title[1:]}. Filled: no other model is better in both. Whiskers: one standard error."
+    filled = "Filled: no other model is better in both. " if 'class="point best"' in plot.svg else ""
+    caption = f"{plot.title[0].upper()}{plot.title[1:]}. {filled}Whiskers: one standard error."
     return (
         f'<figure data-kind="{plot.kind}" data-loss="{plot.loss}">{plot.svg}'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -63,7 +66,7 @@ def _controls(board: Board, drawn: Sequence[Plot]) -> str:
         '<div class="controls" hidden>'
         '<label>Filter <input type="search" name="filter" placeholder="model, scheme or tool"></label>'
         f'<label>Weights <select name="bits"><option value="">all</option>{options}</select></label>'
-        '<label><input type="checkbox" name="front"> only what nothing beats in size and loss</label>'
+        + (f'<label><input type="checkbox" name="front"> {_ONLY_BEST}</label>' if _best(board) else "")
         + (f'<label>Plot <select name="loss">{choice}</select></label>' if len(losses) > 1 else "")
         + '<span class="count" role="status"></span></div>'
     )
@@ -75,11 +78,16 @@ def _bits(row: Row) -> str:
     return "" if per_weight is None else str(int(per_weight))
 
 
+def _best(board: Board) -> set[str]:
+    """The models that no other beats in size and loss."""
+    return {p.row.name for p in points(board, "size", board.loss_name) if p.best} if board.loss_name else set()
+
+
 def _table(board: Board, number: int) -> str:
     shown = columns(board)
     heads = _head("#", "number") + _head("model", "text", css="text model") + _head("scheme", "text")
     heads += "".join(_head(c.title, "number", more=c.more_is_better) for c in shown)
-    best = {p.row.name for p in points(board, "size", board.loss_name) if p.best} if board.loss_name else set()
+    best = _best(board)
     bodies = "\n".join(_body(row, shown, row.name in best, f"detail-{number}-{i}") for i, row in enumerate(board.rows))
     caption = f"{board.title}, {board.scope}"
     return (
@@ -97,13 +105,13 @@ def _head(title: str, kind: str, more: bool = False, css: str = "") -> str:
 
 def _body(row: Row, shown: Sequence[Column], best: bool, key: str) -> str:
     """One model: its row and, folded away, what repeats and identifies it."""
-    searched = " ".join((row.name, row.result.scheme, row.result.source)).lower()
+    searched = printable(" ".join((row.name, row.scheme, row.result.source))).lower()
     rank = "0" if row.is_reference else "" if row.rank is None else str(row.rank)
     cells = f'<td data-value="{rank}">{rank_text(row)}</td>'
     cells += (
         f'<th scope="row" data-value="{escape(row.name)}"><button type="button" class="open" aria-expanded="false" '
         f'aria-controls="{key}" title="Show the command that repeats this row">{escape(row.name)}</button></th>'
-        f'<td class="text" data-value="{escape(row.result.scheme)}">{escape(row.result.scheme)}</td>'
+        f'<td class="text" data-value="{escape(row.scheme)}">{escape(row.scheme)}</td>'
     )
     for column in shown:
         cell = column.cell(row)

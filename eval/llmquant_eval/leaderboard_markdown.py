@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from llmquant_eval.leaderboard import Board, Row
@@ -18,8 +19,8 @@ def render_markdown(boards: Sequence[Board]) -> str:
     """One section per ranking: a table, what its numbers mean, and the commands that repeat its rows."""
     lines = ["# Leaderboard", "", _INTRODUCTION, ""]
     for board in boards:
-        lines += [f"## {board.title}", "", *_table(board), ""]
-        lines += [f"- {note}" for note in notes(board)]
+        lines += [f"## {_plain(board.title)}", "", *_table(board), ""]
+        lines += [f"- {_plain(note)}" for note in notes(board)]
         lines += ["", *_commands(board)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -29,20 +30,21 @@ def _table(board: Board) -> list[str]:
     header = ["#", "model", "scheme", *(c.title for c in shown)]
     rule = ["---:", "---", "---", *["---:"] * len(shown)]
     rows = [
-        [rank_text(row), _plain(row.name), _plain(row.result.scheme), *(c.cell(row).both for c in shown)] for row in board.rows
+        [rank_text(row), _plain(row.name), _plain(row.scheme), *(c.cell(row).both for c in shown)] for row in board.rows
     ]
     return ["| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]]
 
 
 def _plain(text: str) -> str:
-    """A label with what would break a table taken out."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text that Markdown shows as it is: no cell, link, emphasis or HTML begins in it."""
+    return re.sub(r"([\\`*\[\]|<>&])|(?<!\w)_|_(?!\w)", lambda mark: f"\\{mark[0]}", text)
 
 
 def _commands(board: Board) -> list[str]:
     lines = ["<details><summary>Commands that repeat these rows</summary>", ""]
     for row in board.rows:
-        lines += [f"{_plain(row.name)}, {_measured(row)}:", "", "```sh", *steps(row), "```", ""]
+        fence = "`" * max(3, *(1 + len(run) for step in steps(row) for run in re.findall("`+", step)), 3)
+        lines += [f"{_plain(row.name)}, {_measured(row)}:", "", f"{fence}sh", *steps(row), fence, ""]
     return [*lines, "</details>", ""]
 
 

@@ -19,7 +19,8 @@ from llmquant_eval.table import size, speed
 
 WIDTH, HEIGHT = 560, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 16, 46
-_FONT = 11.5  # px; a character is about 0.56 of it wide
+_FONT = 11.5  # px; a character is about 0.56 of it wide; labels leave room for the 13 px of a phone
+_FAR = 19  # px; a label farther up or down gets a line to its point
 _LABELLED = 14  # points up to which all are labelled; beyond it those on the front are
 
 
@@ -113,6 +114,8 @@ def points(board: Board, kind: str, name: str) -> list[Point]:
         most = max(dict.fromkeys(machines), key=machines.count)
         found = [entry for entry in found if entry[0].machine == most]
     best = front([(-x if more else x, metric.value) for _, x, metric in found])
+    if board.partial:
+        best = [False] * len(found)
     return [
         Point(row, x, metric.value, metric.standard_error or 0.0, on_front, metric_cell(metric).both)
         for (row, x, metric), on_front in zip(found, best, strict=True)
@@ -189,7 +192,7 @@ def _mark(p: Point, across: Axis, up: Axis) -> str:
     else:
         shape = f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
     kind = "reference" if p.row.is_reference else "best" if p.best else "other"
-    tip = f"{p.row.name} · {p.row.result.scheme} · {p.text}"
+    tip = f"{p.row.name} · {p.row.scheme} · {p.text}"
     return f'<g class="point {kind}" data-row="{escape(p.row.name)}"><title>{escape(tip)}</title>{whisker}{shape}</g>'
 
 
@@ -200,7 +203,7 @@ def _labels(shown: Sequence[Point], across: Axis, up: Axis) -> list[str]:
     for p in sorted(shown, key=lambda p: (not p.best, p.x)):
         if len(shown) > _LABELLED and not p.best:
             continue
-        width, x, y = len(p.row.name) * _FONT * 0.56, across(p.x), up(p.y)
+        width, x, y = len(p.row.name) * _FONT * 0.64, across(p.x), up(p.y)
         for anchor, dx, dy in _PLACES:
             left = x + dx - (0 if anchor == "start" else width if anchor == "end" else width / 2)
             box = (left, y + dy - 9, left + width, y + dy + 3)
@@ -208,6 +211,10 @@ def _labels(shown: Sequence[Point], across: Axis, up: Axis) -> list[str]:
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 key = escape(p.row.name)
+                if abs(dy) > _FAR:
+                    end = y + dy + (3 if dy < 0 else -9)
+                    line = f'x1="{x:.1f}" y1="{y:.1f}" x2="{x + dx:.1f}" y2="{end:.1f}"'
+                    parts.append(f'<line class="leader" data-row="{key}" {line}/>')
                 parts.append(
                     f'<text class="name" data-row="{key}" x="{x + dx:.1f}" y="{y + dy:.1f}" '
                     f'text-anchor="{anchor}">{escape(p.row.name)}</text>'

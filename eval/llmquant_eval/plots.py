@@ -1,7 +1,7 @@
 """Plots that people look at, from Reports and manifests: PNG to paste, SVG to zoom.
 
 * ``layers-LABEL``: the relative output error of every quantized linear by block, as ``manifest.json`` recorded it when the
-  model was quantized (the weight error where no text was seen), for candidates whose folder is here.
+  model was quantized (the weight error where no text was seen), for candidates whose folder is here and is what was measured.
 * ``kl-by-confidence``, ``kl-by-context``: mean KL of each candidate by the probability that the reference gives its first
   choice, and by the tokens that stand before a position; one standard error.
 * ``front-size``, ``front-speed``: the Pareto plots of a ranking.
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import llmquant
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report import Breakdown, ModelResult, Report
 from llmquant_eval.suite import slug
@@ -33,6 +34,7 @@ _AXIS = {
     "context": "tokens before the position",
 }
 _RESOLUTION = 150
+_LINE = 10.0  # points from one name to the next
 
 
 class LayerError(NamedTuple):
@@ -55,7 +57,7 @@ def layer_errors(folder: Path) -> tuple[str, list[LayerError]] | None:
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
         found = {name: (entry.get("output_error"), entry.get("weight_error")) for name, entry in modules.items()}
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{path} is not a manifest of llmquant: {type(e).__name__}: {e}") from e
     for column, kind in enumerate(("output error", "weight error")):
         errors = {name: pair[column] for name, pair in found.items() if pair[column] is not None}
@@ -139,24 +141,43 @@ def front_figure(board: Board, kind: str) -> Figure | None:
             [p.x * scale], [p.y], yerr=[p.error] if p.error else None, color=colour, marker="D" if p.row.is_reference else "o",
             markerfacecolor=colour if on_front or p.row.is_reference else "white", capsize=3, linestyle="none",
         )  # fmt: skip
-        axes.annotate(p.row.name, (p.x * scale, p.y), xytext=(6, 5), textcoords="offset points", fontsize=8)
     line = sorted((p for p, b in zip(shown, best, strict=True) if b), key=lambda p: p.x, reverse=more)
     axes.step([p.x * scale for p in line], [p.y for p in line], where="post", color="#0b63ce", linestyle="--", linewidth=1)
     axes.set_xlabel("decode, tokens/s (more is better)" if more else "size on disk, MB")
     axes.set_ylabel(name.replace("_", " "))
     axes.set_title(f"{board.title}\n{board.scope}", loc="left", fontsize=9)
-    axes.margins(x=0.14)
+    axes.margins(x=0.14, y=0.08)
+    _name_points(figure, axes, [(p.row.name, p.x * scale, p.y) for p in shown])
     return figure
 
 
-def write_plots(folder: Path, reports: Sequence[Report], boards: Sequence[Board]) -> list[Path]:
+def _name_points(figure: Figure, axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside points, from the top down, each at least a line below the last; a moved one has a line to its point."""
+    figure.draw_without_rendering()  # settles the layout, without which there are no places on paper
+    per_point = figure.dpi / 72
+    last = float("inf")
+    for name, x, y in sorted(points, key=lambda point: -point[2]):
+        at = axes.transData.transform((x, y))[1] / per_point
+        wanted = min(at, last - _LINE)
+        last = wanted
+        line = {"arrowstyle": "-", "color": "#77808c", "linewidth": 0.6} if at - wanted > 1 else None
+        axes.annotate(
+            name, (x, y), xytext=(9, wanted - at), textcoords="offset points", fontsize=8, va="center", arrowprops=line,
+        )  # fmt: skip
+
+
+def write_plots(
+    folder: Path, reports: Sequence[Report], boards: Sequence[Board], folders: Mapping[str, Path] | None = None
+) -> list[Path]:
     """Every plot that there is data for, as PNG and SVG; returns the files.
+
+    ``folders`` says where models lie, by label; what is not in it is looked for where its report says.
 
     Raises:
         UsageError: matplotlib is not installed, or nothing can be drawn.
         LlmquantError: the folder cannot be written.
     """
-    figures = dict(_figures(reports, boards))
+    figures = dict(_figures(reports, boards, folders or {}))
     if not figures:
         raise UsageError(f"--plots {folder}: nothing can be drawn: no breakdown of a KL, no manifest, no two models to compare")
     try:
@@ -173,11 +194,15 @@ def write_report_plots(folder: Path, report: Report) -> list[Path]:
     return write_plots(folder, [report], make_boards([Stored(Path("report.json"), report)]))
 
 
-def _figures(reports: Sequence[Report], boards: Sequence[Board]) -> Iterable[tuple[str, Figure]]:
+def _figures(
+    reports: Sequence[Report], boards: Sequence[Board], folders: Mapping[str, Path]
+) -> Iterable[tuple[str, Figure]]:
     candidates = {m.label: m for r in reports for m in r.models if m.role == "candidate"}
     for label, model in candidates.items():
-        recorded = layer_errors(Path(model.source))
-        if recorded is not None:
+        place = folders.get(label, Path(model.source))
+        recorded = layer_errors(place)
+        # Of a folder that was made again since, the record says nothing about what was measured.
+        if recorded is not None and llmquant.inspect(place).weights_sha256 == model.weights_sha256:
             yield f"layers-{slug(label)}", layers_figure(label, *recorded)
     yield from _breakdowns(boards)
     for number, board in enumerate(boards):

@@ -254,6 +254,11 @@ class Report(_Strict):
         except json.JSONDecodeError as e:
             raise UsageError(f"{source} is not JSON: {e}") from e
         version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise UsageError(
+                f"{source} has schema_version {version}, of a newer llmquant; this one reads {SCHEMA_VERSION}. Update llmquant, "
+                "or run the evaluation again"
+            )
         if version != SCHEMA_VERSION:
             raise UsageError(
                 f"{source} has schema_version {version!r} and this llmquant reads {SCHEMA_VERSION}; "

@@ -2,7 +2,8 @@
 
 A suite names models with labels. Each is a folder, a hub name, a server, or a recipe that is applied to ``base`` (the
 reference, if left out) on the way. Paths are relative to the current directory, as on the command line. Unknown keys are
-errors. ``quick`` and ``standard`` come with the package and take the reference from the command line.
+errors. ``quick`` and ``standard`` come with the package and take the reference from the command line. A name in ``recipes``
+may be a pattern over the shipped ones (``"*"``, ``"gptq-*"``).
 
     description: what it is for
     reference: examples/tiny-llama
@@ -20,6 +21,8 @@ errors. ``quick`` and ``standard`` come with the package and take the reference 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import yaml
@@ -28,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llmquant.errors import UsageError
 
 FOLDER = Path(__file__).parent / "suites"
+LONGEST_LABEL = 100
 
 
 class _Strict(BaseModel):
@@ -37,11 +41,18 @@ class _Strict(BaseModel):
 class SuiteModel(_Strict):
     """``model`` is there already, ``recipe`` is applied to ``base``. ``made_by`` is the command that made ``model``, to show."""
 
-    label: str = Field(min_length=1)
+    label: str = Field(min_length=1, max_length=LONGEST_LABEL)
     model: str | None = None
     recipe: str | None = None
     base: str | None = None
     made_by: str | None = None
+
+    @field_validator("label")
+    @classmethod
+    def _printable(cls, label: str) -> str:
+        if not label.isprintable() or not label.strip():
+            raise ValueError(f"a label is one line of printable text, and {label!r} is not")
+        return label
 
     @model_validator(mode="after")
     def _one_origin(self) -> SuiteModel:
@@ -108,6 +119,12 @@ class Suite(_Strict):
     cache_form: str | None = None
     outputs: Outputs | None = None
 
+    @field_validator("recipes")
+    @classmethod
+    def _patterns(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Patterns become the names that they match."""
+        return tuple(name for entry in names for name in _matching(entry))
+
     @field_validator("protocols")
     @classmethod
     def _one_each(cls, protocols: tuple[str, ...]) -> tuple[str, ...]:
@@ -135,6 +152,10 @@ class Suite(_Strict):
         """The models in order: recipes, each labelled by its name, then ``models``."""
         return (*(SuiteModel(label=Path(name).stem, recipe=name) for name in self.recipes), *self.models)
 
+    def only(self, labels: Collection[str]) -> Suite:
+        """A copy with the models of these labels alone."""
+        return self.model_copy(update={"recipes": (), "models": tuple(m for m in self.all_models() if m.label in labels)})
+
     def changed(self, **changes: object) -> Suite:
         """A copy with keys replaced, validated anew; None leaves a key as it is.
 
@@ -145,9 +166,26 @@ class Suite(_Strict):
         return _validate({**self.model_dump(), **given}, "the command line's options")
 
 
+def _matching(entry: str) -> list[str]:
+    import llmquant
+
+    if not set(entry) & set("*?["):
+        return [entry]
+    found = [name for name in llmquant.shipped_recipes() if fnmatchcase(name, entry)]
+    if not found:
+        raise ValueError(f"no shipped recipe matches {entry!r}")
+    return found
+
+
 def slug(label: str) -> str:
     """A label as a file name: letters, digits, dots and dashes."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-.").lower() or "model"
+
+
+def file_name(label: str, text: str | None, protocol: str) -> str:
+    """Of a report: model, text and protocol, or model and ``tasks``."""
+    parts = [slug(label), "tasks"] if text is None else [slug(label), text, slug(protocol)]
+    return "--".join(parts) + ".json"
 
 
 def shipped_suites() -> dict[str, Path]:
@@ -179,6 +217,10 @@ def _validate(data: object, origin: str) -> Suite:
         return Suite.model_validate(data)
     except ValidationError as e:
         problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'suite'}: {p['msg'].removeprefix('Value error, ')}" for p in e.errors()
+            f"{'.'.join(map(str, p['loc'])) or 'suite'}: {_said(p['type'], p['msg'])}" for p in e.errors()
         )
         raise UsageError(f"{origin}: {problems}") from e
+
+
+def _said(kind: str, message: str) -> str:
+    return "there is no such key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Options of `llmquant eval` that change a suite, and its switches that are about the run.
 _CHANGES = frozenset({"reference", "dtype", "device", "kernel", "batch_size", "cost", "noise_floor", "cache_form"})
-_ACCEPTED = _CHANGES | {"suite", "model", "text", "max_windows", "protocol", "output", "cache", "quiet", "plots"}
+_ACCEPTED = _CHANGES | {"suite", "model", "text", "max_windows", "protocol", "output", "cache", "quiet", "plots", "missing"}
 _FOREVER = 1e9  # seconds that the estimate of the time left looks back over
 
 
@@ -48,12 +48,27 @@ def suite_command(context: typer.Context) -> None:
         raise UsageError(f"--output {results} is a file; a suite writes one report per model and protocol into a folder")
     from transformers.utils import logging as transformers_logging
 
-    from llmquant_eval.suite_run import run_suite
+    from llmquant_eval.suite_run import Finished, run_suite
 
     transformers_logging.disable_progress_bar()
-    with _progress(hidden=bool(given.get("quiet"))) as watch:
-        finished = run_suite(suite, cache, watch)
+    wanted = _missing(suite, results) if given.get("missing") else suite
+    finished = Finished({}, 0, {}, {})
+    if wanted.all_models() or not given.get("missing"):
+        with _progress(hidden=bool(given.get("quiet"))) as watch:
+            finished = run_suite(wanted, cache, watch)
     leave(suite, finished, results, given.get("plots"))
+
+
+def _missing(suite: Suite, results: Path | None) -> Suite:
+    """The suite without the models whose reports are there and current; says why it keeps each of the others."""
+    from llmquant_eval.suite_current import outdated
+
+    if results is None:
+        raise UsageError("--missing looks for results that are already there; say where with --output DIR or the suite's outputs")
+    reasons = outdated(suite, results)
+    for label, reason in reasons.items():
+        sys.stderr.write(f"{label}: {reason}\n")
+    return suite.only(reasons)
 
 
 def changed_suite(given: Mapping[str, Any]) -> Suite:
@@ -82,10 +97,15 @@ def default_cache() -> Path:
 
 
 def leave(suite: Suite, finished: Finished, results: Path | None, plots: Path | None) -> None:
-    """Write the reports, render what the suite wants rendered, show the rankings."""
+    """Write the reports, render what the suite wants rendered, show the rankings.
+
+    Raises:
+        LlmquantError: something cannot be written, or some measurement failed; the others are kept all the same.
+    """
     from llmquant_eval.card import replace_file
     from llmquant_eval.leaderboard import Stored, load_reports, make_boards
     from llmquant_eval.leaderboard_cli import render_files, show
+    from llmquant_eval.suite_current import strangers
 
     stored: list[Stored] = [Stored(Path(name), report) for name, report in finished.reports.items()]
     if results is not None:
@@ -101,13 +121,16 @@ def leave(suite: Suite, finished: Finished, results: Path | None, plots: Path | 
     rendered = render_files(
         boards, stored, markdown=Path(out.markdown) if out and out.markdown else None,
         html=Path(out.html) if out and out.html else None,
-        plots=plots or (Path(out.plots) if out and out.plots else None),
+        plots=plots or (Path(out.plots) if out and out.plots else None), folders=finished.folders,
     )  # fmt: skip
     show(boards)
     written = [f"{len(finished.reports)} reports in {results}"] if results is not None else []
-    sys.stderr.write(
-        f"{finished.measured} measured now, the rest from the cache; {', '.join([*written, *map(str, rendered)]) or 'not kept'}\n"
-    )
+    sys.stderr.write(f"{finished.measured} measured now; wrote {', '.join([*written, *map(str, rendered)]) or 'nothing'}\n")
+    if results is not None and (others := strangers(suite, results)):
+        sys.stderr.write(f"{results} also has what is not of this suite: {', '.join(others)}\n")
+    if finished.failures:
+        said = "; ".join(f"{what}: {why}" for what, why in finished.failures.items())
+        raise LlmquantError(f"{len(finished.failures)} measurements failed, the others are kept: {said}")
 
 
 @contextmanager

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from llmquant import Recipe
 
 
+# Keys of a recipe that by themselves need no calibration text.
+_TEXT_FREE = frozenset(
+    {"description", "method", "weights", "overrides", "scales", "gptq", "include", "ignore", "calibration", "format", "seed"}
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A model as it is measured and as it is shown.
@@ -59,7 +65,8 @@ def prepare(suite: Suite, cache: Path, advance: Callable[[str, int, int], None])
     models = suite.all_models()
     if not models:
         raise UsageError("the suite has no models to measure; give models or recipes in it, or MODEL on the command line")
-    jobs = {m.label: _job(m, suite) for m in models if m.recipe is not None}
+    bases = {source: _base(source) for source in dict.fromkeys(_base_of(m, suite) for m in models if m.recipe is not None)}
+    jobs = {m.label: _job(m, suite, bases[_base_of(m, suite)]) for m in models if m.recipe is not None}
     found = {m.label: _find(m.label, m.model, m.made_by) for m in models if m.model is not None}
     reference = None
     if suite.reference is not None:
@@ -81,10 +88,9 @@ def _find(label: str, source: str, made_by: str | None) -> Prepared:
     if is_url(source):
         return Prepared(label, source, source, made_by, None, None)
     try:
-        path = llmquant.resolve(source)
+        return _known(label, llmquant.resolve(source), source, source, made_by)
     except (CheckpointError, UsageError) as e:
         raise type(e)(f"{label}: {e}" + (f"; it is made by: {made_by}" if made_by else "")) from e
-    return _known(label, path, source, source, made_by)
 
 
 def _known(label: str, path: Path, source: str, shown: str, made_by: str | None) -> Prepared:
@@ -99,7 +105,7 @@ class _Job:
     """One recipe to apply. ``calibration`` is what the suite laid over the recipe, None where it needs no text."""
 
     model: SuiteModel
-    base: str
+    base: Prepared
     recipe: Recipe
     calibration: SuiteCalibration | None
 
@@ -109,20 +115,19 @@ class _Job:
         folder = cache / "models" / f"{slug(self.model.label)}-{self._key()[:12]}"
         if not (folder / "config.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            options = llmquant.QuantizeOptions(device=resolve_device(device), base_model=self.base)
-            llmquant.quantize(self.base, folder, self.recipe, options)
+            options = llmquant.QuantizeOptions(device=resolve_device(device), base_model=self.base.source)
+            llmquant.quantize(self.base.source, folder, self.recipe, options)
         shown = f"out/{slug(self.model.label)}"
         return _known(self.model.label, folder, str(folder), shown, self._command(shown))
 
     def _key(self) -> str:
         import llmquant
 
-        base = _find(self.model.label, self.base, None)
         read = None if self.calibration is None else llmquant.read_documents(self.calibration.source).sha256
-        return digest([base.weights, base.tokenizer, self.recipe.sha256(), read, machine.versions()])
+        return digest([self.base.weights, self.base.tokenizer, self.recipe.sha256(), read, machine.versions()])
 
     def _command(self, output: str) -> str:
-        words = ["llmquant", "quantize", self.base, "-o", output, "--recipe", str(self.model.recipe)]
+        words = ["llmquant", "quantize", self.base.source, "-o", output, "--recipe", str(self.model.recipe)]
         if self.calibration is not None:
             words += ["--calibration", self.calibration.source]
             for option in ("nsamples", "seqlen"):
@@ -131,19 +136,41 @@ class _Job:
         return shlex.join(words)
 
 
-def _job(model: SuiteModel, suite: Suite) -> _Job:
-    import llmquant
-
+def _base_of(model: SuiteModel, suite: Suite) -> str:
     base = model.base or suite.reference
     if base is None:
         raise UsageError(f"{model.label}: a recipe needs a model to work on; give base, or the suite's reference (--reference)")
     if is_url(base):
         raise UsageError(f"{model.label}: {base} is a server, which a recipe cannot be applied to; give a folder as base")
+    return base
+
+
+def _base(source: str) -> Prepared:
+    """Found and hashed once, however many recipes work on it."""
+    return _find(source, source, None)
+
+
+def suite_recipe(model: SuiteModel, suite: Suite) -> Recipe:
+    """The recipe of a suite's model with the suite's calibration laid over it.
+
+    Raises:
+        RecipeError: no such recipe, or one that cannot be.
+    """
+    import llmquant
+
     recipe = llmquant.load_recipe(str(model.recipe))
-    # Round-to-nearest looks at no text unless its scales are weighted by it.
-    blind = recipe.method == "rtn" and not recipe.scales.weighted
-    if suite.calibration is None or blind:
-        return _Job(model, base, recipe, None)
+    if suite.calibration is None or _blind(recipe):
+        return recipe
     given = suite.calibration.model_dump(exclude_none=True)
-    changed = recipe.updated({f"calibration.{key}": value for key, value in given.items()})
-    return _Job(model, base, changed, suite.calibration)
+    return recipe.updated({f"calibration.{key}": value for key, value in given.items()})
+
+
+def _blind(recipe: Recipe) -> bool:
+    """Round-to-nearest looks at no text, unless its scales are weighted by it or a key beyond the grid's asks for more."""
+    beyond = recipe.model_dump(exclude_defaults=True).keys() - _TEXT_FREE
+    return recipe.method == "rtn" and not recipe.scales.weighted and not beyond
+
+
+def _job(model: SuiteModel, suite: Suite, base: Prepared) -> _Job:
+    recipe = suite_recipe(model, suite)
+    return _Job(model, base, recipe, None if _blind(recipe) else suite.calibration)

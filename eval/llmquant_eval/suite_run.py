@@ -7,6 +7,8 @@ A server tells no weights, so its results are measured every time.
 
 Tasks run once for each model, the reference included, and are paired item by item afterwards. Speed and memory are measured
 once for each model, first of all. The noise floor belongs to the reference alone, and one report of a ranking has it.
+
+A model that cannot be measured does not stop the others: what failed is handed back beside what succeeded.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from llmquant_eval.models import resolve_device, resolve_dtype
 from llmquant_eval.paired import with_pairs
 from llmquant_eval.plan import Request
 from llmquant_eval.report import Cost, ModelResult, Report, read_report
-from llmquant_eval.suite import Suite, SuiteText, slug
+from llmquant_eval.suite import Suite, SuiteText, file_name
 from llmquant_eval.suite_models import Prepared, digest, prepare
 
 
@@ -54,17 +57,18 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """File name without its ending."""
-        parts = [slug(self.model.label), self.text.name if self.text else "tasks"]
-        return "--".join([*parts, *([slug(self.protocol)] if self.text else [])])
+        """Of its report's file."""
+        return file_name(self.model.label, self.text.name if self.text else None, self.protocol)
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The reports by file name, and how many were measured now."""
+    """The reports by file name, how many measurements were made now, which failed and why, and where each model lies."""
 
     reports: dict[str, Report]
     measured: int
+    failures: dict[str, str]
+    folders: dict[str, Path]
 
 
 def run_suite(suite: Suite, cache: Path, watch: Watch | None = None) -> Finished:
@@ -72,7 +76,7 @@ def run_suite(suite: Suite, cache: Path, watch: Watch | None = None) -> Finished
 
     Raises:
         UsageError: what :func:`prepare` refuses, or a text or a protocol that cannot be.
-        LlmquantError: what quantizing and measuring raise.
+        LlmquantError: what quantizing raises, or what measuring raises if nothing at all could be measured.
     """
     watch = watch or Watch()
     texts = {t.name: llmquant.read_documents(t.source).sha256 for t in suite.texts}
@@ -90,6 +94,7 @@ class _Run:
     texts: dict[str, str]
     raw: dict[str, Report] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
+    failures: dict[str, LlmquantError] = field(default_factory=dict)
 
     def finish(self) -> Finished:
         units = [*self._text_units(), *self._task_units()]
@@ -98,15 +103,26 @@ class _Run:
                 self.raw[unit.name] = stored
         missing = self._missing(units)
         to_measure = self._costs_missing()
-        total = len(missing) + len(to_measure)
-        for done, model in enumerate(to_measure):
-            self.watch.overall(f"speed of {model.label}", done, total)
-            self._measure_cost(model)
-        for done, unit in enumerate(missing, len(to_measure)):
-            self.watch.overall(f"{unit.model.label}: {unit.protocol}", done, total)
-            self._measure(unit)
-        self.watch.overall("done", total, total)
-        return Finished({f"{unit.name}.json": self._finished(unit) for unit in units if self._is_row(unit)}, total)
+        steps = [(f"speed of {model.label}", partial(self._measure_cost, model)) for model in to_measure]
+        steps += [(f"{unit.model.label}: {unit.protocol}", partial(self._measure, unit)) for unit in missing]
+        for done, (what, measure) in enumerate(steps):
+            self.watch.overall(what, done, len(steps))
+            try:
+                measure()
+            except LlmquantError as e:
+                self.failures[what] = e
+        self.watch.overall("done", len(steps), len(steps))
+        reports = {unit.name: self._finished(unit) for unit in units if self._is_row(unit)}
+        if self.failures and not reports:
+            raise next(iter(self.failures.values()))
+        failures = {what: str(error) for what, error in self.failures.items()}
+        folders = {m.label: llmquant.resolve(m.source) for m in self._local()}
+        return Finished(reports, len(steps) - len(failures), failures, folders)
+
+    def _local(self) -> list[Prepared]:
+        """The models that are folders, the reference first."""
+        everyone = [*self.models] if self.reference is None else [self.reference, *self.models]
+        return [model for model in everyone if model.weights is not None]
 
     def _text_units(self) -> Iterator[Unit]:
         suite = self.suite
@@ -199,13 +215,12 @@ class _Run:
     def _costs_missing(self) -> list[Prepared]:
         if not self.suite.cost:
             return []
-        local = [m for m in ([] if self.reference is None else [self.reference]) + list(self.models) if m.weights is not None]
-        for model in local:
+        for model in self._local():
             try:
                 self.costs[model.label] = Cost.model_validate_json(self._cost_path(model).read_text(encoding="utf-8"))
             except (OSError, ValidationError):
                 continue
-        return [m for m in local if m.label not in self.costs]
+        return [m for m in self._local() if m.label not in self.costs]
 
     def _cost_path(self, model: Prepared) -> Path:
         return self._path(digest(["cost", model.weights, *self._place()]))
@@ -218,8 +233,10 @@ class _Run:
         self._keep(self._cost_path(model), cost.model_dump_json())
 
     def _is_row(self, unit: Unit) -> bool:
-        """The reference's own tasks stand in every model's report; alone they are no report."""
-        return unit.model is not self.reference
+        """Measured, and more than the reference's own tasks: those stand in every model's report, and alone are none."""
+        if unit.name not in self.raw or unit.model is self.reference:
+            return False
+        return unit.text is not None or self.reference is None or replace(unit, model=self.reference).name in self.raw
 
     def _finished(self, unit: Unit) -> Report:
         """The report as it is handed out: labels, sources, commands and costs put in."""

@@ -1,18 +1,26 @@
 """Rounding algorithms: pure functions from a weight (and input statistics) to a QuantizedWeight."""
 
+from llmquant.algorithms.asymmetric import asymmetric_target
+from llmquant.algorithms.descent import descend
 from llmquant.algorithms.gptq import Factor, GPTQOptions, factorize, gptq, layer_error
 from llmquant.algorithms.grid import MINMAX, ScaleSearch, fit, round_to_codes
 from llmquant.algorithms.rtn import rtn
+from llmquant.algorithms.tune import Tuned, TuneOptions, tune
 
 __all__ = [
     "MINMAX",
     "Factor",
     "GPTQOptions",
     "ScaleSearch",
+    "TuneOptions",
+    "Tuned",
+    "asymmetric_target",
+    "descend",
     "factorize",
     "fit",
     "gptq",
     "layer_error",
     "round_to_codes",
     "rtn",
+    "tune",
 ]

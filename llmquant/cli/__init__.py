@@ -18,12 +18,14 @@ from typing import Annotated
 
 import typer
 
+from llmquant.cli.allocate import allocate_command
 from llmquant.cli.convert import convert_command
 from llmquant.cli.generate import generate_command
 from llmquant.cli.inspect import inspect_command
 from llmquant.cli.plan import plan_command
 from llmquant.cli.quantize import quantize_command
 from llmquant.cli.recipes import recipes_command
+from llmquant.cli.verify import verify_command
 from llmquant.errors import LlmquantError
 
 app = typer.Typer(
@@ -51,9 +53,11 @@ def root(
 
 
 app.command("plan")(plan_command)
+app.command("allocate")(allocate_command)
 app.command("quantize")(quantize_command)
 app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)
 app.command("generate")(generate_command)
 app.command("recipes")(recipes_command)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.allocate import Engine, show, widths_of
+from llmquant.cli.method import parse_method
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.screen import screen
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llmquant.calibration import Calibration
     from llmquant.pipeline import Events, QuantizeResult
-
-
-class Method(StrEnum):
-    rtn = "rtn"
-    gptq = "gptq"
+    from llmquant.tuning import TuneReport
 
 
 class Packing(StrEnum):
@@ -42,10 +42,14 @@ def quantize_command(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
     recipe: Annotated[str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")] = None,
-    method: Annotated[Method | None, typer.Option(help="Rounding algorithm.")] = None,
+    method: Annotated[str | None, typer.Option(help="rtn or gptq, and +tune to optimize whole blocks after it.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Choose each linear's scheme for this size first, as `llmquant allocate` does.")
+    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="With --target-bpw: only schemes that it takes.")] = None,
     act_order: Annotated[ActOrder | None, typer.Option(help="GPTQ's column order.")] = None,
     layout: Annotated[str | None, typer.Option("--format", help="Byte layout of the result; see docs/formats.md.")] = None,
     calibration: Annotated[
@@ -70,7 +74,6 @@ def quantize_command(
     if max_shard_size < 1_000_000:
         raise UsageError(f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000")
     changes: dict[str, Any] = {
-        "method": method,
         "weights.bits": bits,
         "weights.group_size": group_size,
         "weights.symmetric": sym,
@@ -83,16 +86,36 @@ def quantize_command(
         "seed": seed,
     }
     chosen = recipe_of(recipe, changes, include, ignore)
+    if method is not None:
+        chosen = parse_method(method).applied_to(chosen)
     if act_order is not None and chosen.method != "gptq":
         raise UsageError(f"--act-order is of GPTQ, and the method is {chosen.method}; leave one of them out")
+    from llmquant.allocation import AllocateOptions, allocate
+    from llmquant.destination import check_destination
     from llmquant.pipeline import QuantizeOptions, quantize
 
+    if target_bpw is not None:
+        if bits is not None or group_size is not None:
+            raise UsageError("--target-bpw chooses bits and group sizes itself; leave out --bits and --group-size")
+        check_destination(output.absolute(), overwrite)
+        serving = engine or Engine.any
+        wanted = AllocateOptions(
+            target_bpw, widths_of(None, serving), symmetric=sym, engine=serving.value, device=device, dtype=dtype,
+            evaluation=eval_text,
+        )  # fmt: skip
+        with progress(hidden=quiet or as_json) as events:
+            allocation = allocate(model, chosen, wanted, events)
+        if not quiet and not as_json:
+            show(allocation)
+        chosen = allocation.recipe
+    elif engine is not None:
+        raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
     options = QuantizeOptions(
         device=device, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size, base_model=base_model,
         evaluation=eval_text,
     )  # fmt: skip
     started = time.perf_counter()
-    with _progress(hidden=quiet or as_json) as events:
+    with progress(hidden=quiet or as_json) as events:
         result = quantize(model, output, chosen, options, events)
     seconds = time.perf_counter() - started
     if as_json:
@@ -119,13 +142,17 @@ def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
             }
             for m in result.modules
         ],
+        "tuned": {
+            name: {"before": t.before, "after": t.after, "step": t.step, "steps": t.steps, "seconds": t.seconds}
+            for name, t in result.tuned.items()
+        },
         "skipped": dict(result.skipped),
         "warnings": list(result.warnings),
     }  # fmt: skip
 
 
 @contextmanager
-def _progress(hidden: bool) -> Iterator[Events]:
+def progress(hidden: bool) -> Iterator[Events]:
     """A bar over blocks with the time left and the current module, on stderr."""
     from rich.progress import (
         BarColumn,
@@ -165,6 +192,19 @@ def _progress(hidden: bool) -> Iterator[Events]:
         yield events
 
 
+def _show_tuned(tuned: Mapping[str, TuneReport], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tuned")
+    for column in ("block error before", "after", "ratio", "kept step"):
+        table.add_column(column, justify="right")
+    for name, t in tuned.items():
+        ratio = f"{t.after / t.before:.3f}" if t.before else "–"
+        table.add_row(name, f"{t.before:.3e}", f"{t.after:.3e}", ratio, f"{t.step} of {t.steps}")
+    console.print(table)
+
+
 def _show(result: QuantizeResult, seconds: float) -> None:
     from rich.table import Table
 
@@ -188,6 +228,8 @@ def _show(result: QuantizeResult, seconds: float) -> None:
         )
     console = screen()
     console.print(table)
+    if result.tuned:
+        _show_tuned(result.tuned, console)
     skipped = ", ".join(f"{n} ({why})" for n, why in result.skipped.items()) or "none"
     console.print(f"left alone   {skipped}")
     console.print(

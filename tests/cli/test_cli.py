@@ -23,6 +23,7 @@ import pytest
 
 from llmquant.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
 from llmquant.cli import main
+from llmquant.cli.method import parse_method
 from llmquant.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +86,40 @@ def test_json_is_one_object_and_nothing_else(run: Run, model: Path, text: Path) 
         answered = run(*command, "--json")
         assert (answered.code, answered.err, answered.out.count("\n")) == (0, "", 1)
         assert isinstance(json.loads(answered.out), dict)
+
+
+TUNED = ("--method", "gptq+tune", "--recipe", "short.yaml", *GPTQ)
+SHORT = "tune: {steps: 4, checks: 2, lr: 0.01, batch_size: 2}\n"
+
+
+def test_a_tuned_run_tells_of_every_block_and_repeats_to_the_byte(run: Run, model: Path, text: Path) -> None:
+    Path("short.yaml").write_text(SHORT)
+    ran = run("quantize", model, "-o", "one", *TUNED, "--calibration", f"file:{text}")
+    assert ran.code == 0
+    assert re.search(r"tuned +block error before +after +ratio +kept step", ran.out)
+    assert re.search(r"model\.layers\.1 .* \d of 4\n", ran.out)
+    told = json.loads(run("quantize", model, "-o", "two", *TUNED, "--calibration", f"file:{text}", "--json").out)
+    assert list(told["tuned"]) == ["model.layers.0", "model.layers.1"]
+    for name in (SINGLE, "manifest.json", "recipe.yaml"):
+        assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
+    kept = json.loads(Path("one", "manifest.json").read_text())["tuned"]
+    for name, block in told["tuned"].items():
+        assert block["after"] <= block["before"]
+        assert kept[name] == {k: v for k, v in block.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe", "steps", "tuned"),
+    [
+        pytest.param("gptq+tune", SHORT, "gptq+tune", 4, id="the recipe's settings"),
+        pytest.param("rtn+tune", "", "rtn+tune", 200, id="the defaults where the recipe has none"),
+        pytest.param("gptq", SHORT, "gptq", None, id="off though the recipe has it"),
+    ],
+)
+def test_the_method_switches_tuning(method: str, recipe: str, steps: str, tuned: int | None, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(recipe)
+    chosen = parse_method(method).applied_to(load_recipe(tmp_path / "r.yaml"))
+    assert (chosen.steps, chosen.tune.steps if chosen.tune else None) == (steps, tuned)
 
 
 def test_quiet_says_nothing(run: Run, model: Path, text: Path) -> None:
@@ -219,7 +254,10 @@ MISTAKES = [
     ("no output", ("quantize", "{m}"), 2, "Missing option '--output'"),
     ("unknown option", (*Q, "--bogus"), 2, "No such option: --bogus"),
     ("unknown command", ("quantise", "{m}"), 2, "No such command 'quantise'"),
-    ("unknown method", (*Q, "--method", "magic"), 2, "'magic' is not one of 'rtn', 'gptq'"),
+    ("tune alone", (*Q, "--method", "tune"), 2, "'tune' is not one of rtn, rtn+tune, gptq, gptq+tune"),
+    ("tune twice", (*Q, "--method", "gptq+tune+tune"), 2, "'gptq+tune+tune' is not one of"),
+    ("tune without text", (*Q, "--method", "rtn+tune", "--group-size", "32"), 2, "method rtn+tune needs a calibration text"),
+    ("unknown method", (*Q, "--method", "magic"), 2, "'magic' is not one of rtn, rtn+tune, gptq, gptq+tune"),
     ("bits a word", (*Q, "--bits", "four"), 2, "Invalid value for '--bits'"),
     ("5 bits", (*Q, "--bits", "5"), 2, "bits=5 is not supported; choose one of 2, 3, 4, 8"),
     ("group of 0", (*Q, "--group-size", "0"), 2, "group_size=0 must be a positive divisor"),

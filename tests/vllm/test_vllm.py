@@ -84,6 +84,14 @@ TAKEN = [
     Row("ct-w8a8", INT8, BOUND_INT8, "bfloat16"),
     Row("ct-w4-and-w8a8", {**INT8, "overrides": (
         {"match": "*.mlp.*", "bits": 4, "group_size": 128, "activations": "none"},)}, BOUND_INT8, "bfloat16"),
+    # What an allocation gives: schemes that differ from linear to linear, some linears left at 16 bits.
+    Row("ct-mixed-4-16", {**grid(), "ignore": ("lm_head", "model.layers.1.self_attn.*", "model.layers.2.mlp.down_proj"),
+                          "overrides": ({"match": "model.layers.0.mlp.*", "group_size": 32, "symmetric": False},
+                                        {"match": "*.o_proj", "group_size": 64}, {"match": "*.layers.3.*", "group_size": -1})}),
+    Row("ct-mixed-4-8-16", {**INT8, "ignore": ("lm_head", "model.layers.1.self_attn.*", "model.layers.2.mlp.down_proj"),
+                            "overrides": ({"match": "*.layers.0.mlp.*", "bits": 4, "group_size": 32, "activations": "none"},
+                                          {"match": "*.o_proj", "bits": 4, "group_size": 64, "symmetric": False,
+                                           "activations": "none"})}, BOUND_INT8, "bfloat16"),
 ]  # fmt: skip
 BY_GROUP = {"method": "gptq", "gptq.act_order": "group"}
 REFUSED = [

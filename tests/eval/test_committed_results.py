@@ -1,0 +1,82 @@
+"""The committed leaderboard is what its results say, and every shipped recipe has a result that is its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import llmquant
+from llmquant_eval.leaderboard import load_reports, make_boards
+from llmquant_eval.leaderboard_markdown import render_markdown
+from llmquant_eval.report import read_report
+from llmquant_eval.suite import Suite, load_suite
+from llmquant_eval.suite_current import outdated, strangers
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "eval" / "results"
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> Suite:
+    monkeypatch.chdir(ROOT)  # a suite's paths are relative to where it is run
+    return load_suite("eval/tiny-llama.yaml")
+
+
+def test_the_leaderboard_is_rendered_from_the_results() -> None:
+    rendered = render_markdown(make_boards(load_reports(RESULTS)))
+    assert (ROOT / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8") == rendered, "stale: run `make leaderboard`"
+
+
+def test_every_recipe_has_a_result_of_its_own(suite: Suite) -> None:
+    assert set(llmquant.shipped_recipes()) <= {m.label for m in suite.all_models()}
+    assert outdated(suite, RESULTS) == {}, "run `make leaderboard`, which measures what is missing"
+    assert strangers(suite, RESULTS) == []
+
+
+def test_results_carry_no_path_of_a_machine() -> None:
+    for path in RESULTS.glob("*.json"):
+        report = read_report(path)
+        told = [report.command, report.text.source if report.text else "", *(m.source for m in report.models)]
+        assert not [word for said in told for word in said.split() if word.removeprefix("file:").startswith(("/", "~"))]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param("missing", "is not there", id="no result"),
+        pytest.param("recipe", "another version of the recipe gptq-w8", id="another recipe"),
+        pytest.param("text", "another text", id="another text"),
+        pytest.param("protocol", "another protocol", id="another protocol"),
+        pytest.param("reference", "other reference weights", id="another reference"),
+        pytest.param("dtype", "measured in bfloat16", id="another dtype"),
+        pytest.param("windows", "has 3 windows and not 242", id="fewer windows"),
+        pytest.param("label", "has no candidate called gptq-w8", id="another label"),
+        pytest.param("newer", "newer llmquant", id="a later schema"),
+    ],
+)
+def test_a_result_that_is_not_the_one_wanted(change: str, message: str, suite: Suite, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(RESULTS, folder)
+    (path,) = folder.glob("gptq-w8--*.json")
+    report = read_report(path)
+    base, own = report.models
+    assert report.text is not None
+    first = report.passes[0]
+    edits = {
+        "recipe": {"models": [base, own.model_copy(update={"recipe_sha256": "0" * 64})]},
+        "text": {"text": report.text.model_copy(update={"sha256": "0" * 64})},
+        "protocol": {"passes": [first.model_copy(update={"perplexity": "ppl/word-512"})]},
+        "reference": {"models": [base.model_copy(update={"weights_sha256": "0" * 64}), own]},
+        "dtype": {"settings": report.settings.model_copy(update={"dtype": "bfloat16"})},
+        "windows": {"passes": [first.model_copy(update={"windows": 3})]},
+        "label": {"models": [base, own.model_copy(update={"label": "another"})]},
+    }
+    text = report.model_copy(update=edits.get(change, {})).to_json()
+    path.write_text(text.replace('"schema_version": 1', '"schema_version": 2') if change == "newer" else text, encoding="utf-8")
+    if change == "missing":
+        path.unlink()
+    found = outdated(suite, folder)
+    assert list(found) == ["gptq-w8"]
+    assert message in found["gptq-w8"]
