@@ -34,7 +34,7 @@ class Guard:
         self._keys = [k.encode() for k in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (self._exempt and scope["path"].startswith(self._exempt)):
+        if scope["type"] != "http" or (self._exempt and f"{scope['path']}/".startswith(f"{self._exempt}/")):
             await self._app(scope, receive, send)
             return
         counted = self._counted(scope["path"], send)

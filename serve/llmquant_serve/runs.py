@@ -13,6 +13,7 @@ from contextlib import aclosing
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+_PACE_SECONDS = 0.1  # a page that is redrawn for every token has no time left for a click
 
 
 class Runs(Generic[T]):
@@ -22,7 +23,7 @@ class Runs(Generic[T]):
         self._tasks: dict[str, set[asyncio.Task[None]]] = defaultdict(set)
 
     async def follow(self, visitor: str, work: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """What ``work`` yields, skipping what is outdated when the page is slow; ends early when stopped."""
+        """What ``work`` yields, at most ten times a second and then the latest; ends early when stopped."""
         news: asyncio.Queue[T | Exception | None] = asyncio.Queue()
         task = asyncio.create_task(_feed(work, news))
         self._tasks[visitor].add(task)
@@ -31,6 +32,8 @@ class Runs(Generic[T]):
             ended = False
             while not ended:
                 found = [await news.get()]
+                if task.cancelling():
+                    return  # stopped: what came meanwhile must not overwrite what the page shows by now
                 while not news.empty():
                     found.append(news.get_nowait())
                 failures = [item for item in found if isinstance(item, Exception)]
@@ -40,6 +43,8 @@ class Runs(Generic[T]):
                 if failures:
                     raise failures[0]
                 ended = None in found
+                if not ended:
+                    await asyncio.sleep(_PACE_SECONDS)
         finally:
             task.cancel()
 

@@ -131,11 +131,12 @@ def _chat_tab(service: Service, settings: list[gr.components.Component], runs: R
     answer = _answerer(service, runs)
     halt = _stopper(runs)
     inputs, outputs, typed = [chat, *settings], [chat, status], [box, chat]
-    for event in (send.click, box.submit):
-        event(halt, **_AT_ONCE).then(_said, typed, typed, **_AT_ONCE).then(answer, inputs, outputs, **_QUIET)
-    again.click(halt, **_AT_ONCE).then(_unsaid, chat, chat, **_AT_ONCE).then(answer, inputs, outputs, **_QUIET)
+    running: list[Any] = [
+        event(halt, **_AT_ONCE).then(change, wires, wires, **_AT_ONCE).then(answer, inputs, outputs, **_QUIET)
+        for event, change, wires in ((send.click, _said, typed), (box.submit, _said, typed), (again.click, _unsaid, [chat]))
+    ]
     stop.click(halt, **_AT_ONCE)
-    clear.click(halt, **_AT_ONCE).then(lambda: ([], ""), None, outputs, **_AT_ONCE)
+    clear.click(halt, cancels=running, **_AT_ONCE).then(lambda: ([], ""), None, outputs, **_AT_ONCE)
     export.click(None, [chat, settings[0]], None, js=_EXPORT, api_visibility="private")
 
 

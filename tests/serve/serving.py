@@ -43,6 +43,11 @@ class Server:
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60)
 
+    @property
+    def steps(self) -> int:
+        """Decoding steps so far: what a request that was dropped must not have gone on to make."""
+        return self.service.engine._batcher.steps
+
     def until_idle(self, seconds: float = 20.0) -> None:
         """Wait for every slot and every place in the gate to be free again."""
         deadline = time.monotonic() + seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 
 import pytest
 import torch
@@ -136,8 +135,8 @@ def test_a_seed_gives_the_same_text_whoever_else_is_served(wide, prompts):
 
 
 def test_sequences_that_come_and_go_do_not_disturb_each_other(wide, prompts):
-    """Lengths from 1 to 90 tokens through 3 rows: joins, leaves and moves of the cache, against each one alone."""
-    asked = [Sampling(max_tokens=1 + (37 * i) % 90, temperature=0.0, ignore_eos=True) for i in range(12)]
+    """Lengths from 1 to 60 tokens through 3 rows: joins, leaves and moves of the cache, against each one alone."""
+    asked = [Sampling(max_tokens=1 + (37 * i) % 60, temperature=0.0, ignore_eos=True) for i in range(10)]
 
     async def work(engine):
         alone = [ids(await collect(engine, prompts[i % 8] * (1 + i % 5), s)) for i, s in enumerate(asked)]
@@ -150,15 +149,15 @@ def test_sequences_that_come_and_go_do_not_disturb_each_other(wide, prompts):
 
 
 def test_a_cache_that_outgrows_its_buffer(wide, prompts):
-    asked = Sampling(max_tokens=300, temperature=0.0, ignore_eos=True)
+    asked = Sampling(max_tokens=120, temperature=0.0, ignore_eos=True)
 
     async def work(engine):
         slow = asyncio.create_task(collect(engine, prompts[0], asked))
         await asyncio.sleep(0.2)
-        await collect(engine, prompts[1] * 45, Sampling(max_tokens=4, temperature=0.0))
+        await collect(engine, prompts[1] * 40, Sampling(max_tokens=4, temperature=0.0))
         return ids(await slow)
 
-    assert with_engine(wide, work) == greedy(wide, prompts[0], 300, eos=False)
+    assert with_engine(wide, work) == greedy(wide, prompts[0], 120, eos=False)
 
 
 SMALL = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2,
@@ -199,14 +198,12 @@ def test_leaving_frees_the_slot_at_once(model, prompts):
         await anext(stream)
         assert engine.load().running == 1
         await stream.aclose()
-        began = time.monotonic()
         assert len(await collect(engine, prompts[1], Sampling(max_tokens=3, temperature=0.0))) == 3
-        waited = time.monotonic() - began
         await idle(engine)
-        return waited, engine.load()
+        return engine._batcher.steps, engine.load()
 
-    waited, load = with_engine(model, work, max_streams=1)
-    assert waited < 5
+    steps, load = with_engine(model, work, max_streams=1)
+    assert steps < 1000
     assert load == Load(0, 0, 0)
 
 

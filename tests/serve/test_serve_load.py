@@ -36,7 +36,6 @@ def test_beyond_the_queue_is_429_with_retry_after(make_server):
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 def test_a_client_that_goes_away_frees_its_slot(make_server, stream):
     with make_server(Limits(max_streams=1)) as server, server.client as client:
-        began = time.monotonic()
         if stream:
             with client.stream("POST", PATH, json=LONG | {"stream": True}) as answer:
                 next(answer.iter_lines())
@@ -44,8 +43,8 @@ def test_a_client_that_goes_away_frees_its_slot(make_server, stream):
             with pytest.raises(httpx.ReadTimeout):
                 client.post(PATH, json=LONG, timeout=0.5)
         assert client.post(PATH, json=SHORT).status_code == 200
-        assert time.monotonic() - began < 8, "it went on for nobody"
         server.until_idle()
+        assert server.steps < 1000, "it went on for nobody"
         assert "llmquant_aborted_total 1.0" in client.get("/metrics").text
 
 

@@ -78,8 +78,10 @@ def test_leaving_the_page_frees_the_slot(browser, page_server):
     page.locator("#box textarea").fill("Tell me a very long story.")
     page.locator("#send").click()
     expect(bot(page).last).not_to_be_empty()
+    before = page_server.steps
     page.context.close()
-    page_server.until_idle(8)
+    page_server.until_idle(60)
+    assert page_server.steps - before < 900
 
 
 def look(page, name):
@@ -133,8 +135,10 @@ def test_stop_frees_the_slot(page, page_server):
     page.locator("#send").click()
     expect(bot(page).last).not_to_be_empty()
     assert page_server.service.engine.load().running == 1
+    before = page_server.steps
     page.locator("#stop").click()
-    page_server.until_idle(10)
+    page_server.until_idle(60)
+    assert page_server.steps - before < 900
     look(page, "stopped")
 
 
