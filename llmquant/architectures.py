@@ -41,6 +41,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    # Already one matrix in the checkpoint: qkv_proj and gate_up_proj.
+    "phi3": Architecture("model.layers", "model.norm", ()),
+    "opt": Architecture("model.decoder.layers", "model.decoder.final_layer_norm", (_ATTENTION,)),
+    "starcoder2": Architecture("model.layers", "model.norm", (_ATTENTION,)),
 }
 
 
