@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 VOCAB = 64
@@ -37,6 +41,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2 mixed windows": Qwen2Config(**_LLAMA, **_MIXED),
     "gpt_neox": GPTNeoXConfig(**_SMALL, intermediate_size=48, rotary_pct=0.5),
     "opt": OPTConfig(**_SMALL, ffn_dim=48, word_embed_proj_dim=32),
+    "gemma2": Gemma2Config(**_QWEN3, sliding_window=4, query_pre_attn_scalar=8),
+    "gemma3_text": Gemma3TextConfig(
+        **_QWEN3, sliding_window=4, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi3": Phi3Config(**_LLAMA),
+    "starcoder2": Starcoder2Config(**_LLAMA, use_bias=True, sliding_window=4),
 }
 
 _GATED = [
@@ -56,6 +66,12 @@ STAGES = {
     ],
     "opt": [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",)
+    ],
+    "gemma2": _GATED,
+    "gemma3_text": _GATED,
+    "phi3": [("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)],
+    "starcoder2": [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.c_fc",), ("mlp.c_proj",)
     ],
 }  # fmt: skip
 

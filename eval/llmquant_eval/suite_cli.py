@@ -146,7 +146,8 @@ def _progress(hidden: bool) -> Iterator[Watch]:
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=hidden, speed_estimate_period=_FOREVER, transient=True) as bars:
+    drawn = console.is_terminal and not hidden  # a log gets lines instead, see below
+    with Progress(*columns, console=console, disable=not drawn, speed_estimate_period=_FOREVER, transient=True) as bars:
         whole = bars.add_task("reading", total=None)
         step = bars.add_task("", total=None, visible=False)
 

@@ -1,0 +1,73 @@
+"""Every row of the architecture table, end to end: a tiny random checkpoint is quantized, proved, loaded and run.
+
+The packed model must equal the original with its quantized weights written back as dense numbers, on whatever the
+architecture adds around its linears: biases, fused matrices, soft-capping, alternating windows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLE, TOKENIZER
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, STAGES, save
+from transformers import AutoModelForCausalLM
+
+from llmquant.architectures import ARCHITECTURES
+from llmquant.checkpoint import SINGLE, CheckpointReader
+from llmquant.loading import load
+from llmquant.manifest import read_manifest, read_module, stored_schemes
+from llmquant.pipeline import quantize
+from llmquant.recipe import Recipe
+
+IDS = torch.randint(6, 4096, (2, 16), generator=torch.Generator().manual_seed(1))
+METHODS = ("rtn", "gptq")
+
+
+def checkpoint(kind: str, folder: Path) -> Path:
+    """A random model of the kind, fp32, with tiny-llama's tokenizer; a tied head where that is the family's habit."""
+    save(kind, folder, vocab_size=4096, tie_word_embeddings=kind.startswith(("gemma", "opt", "starcoder")), bos_token_id=0)
+    for name in TOKENIZER:
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    return folder
+
+
+def recipe(method: str) -> Recipe:
+    calibration = {"source": f"file:{EXAMPLE / 'calibration.txt'}", "nsamples": 4, "seqlen": 32, "batch_size": 2}
+    return Recipe.model_validate(
+        {"method": method, "weights": {"bits": 4, "group_size": 16}, "calibration": calibration if method == "gptq" else {}}
+    )
+
+
+def with_dense_weights(source: Path, packed: Path) -> torch.Tensor:
+    """Logits of the original whose quantized weights were replaced by dequantized ones."""
+    dense = source.parent / "dense"
+    shutil.copytree(source, dense)
+    tensors = load_file(dense / SINGLE)
+    reader = CheckpointReader(packed)
+    layout, schemes = stored_schemes(reader)
+    for name, scheme in schemes.items():
+        tensors[f"{name}.weight"] = read_module(reader, layout, name, scheme).dequantize(torch.float32)
+    save_file(tensors, dense / SINGLE, metadata={"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()(IDS).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_linear_is_packed_and_the_logits_are_the_dense_ones(kind, method, tmp_path):
+    source, packed = checkpoint(kind, tmp_path / "source"), tmp_path / "packed"
+    quantize(source, packed, recipe(method))
+    linears = {name for stage in STAGES[kind] for name in stage}
+    expected = {f"{ARCHITECTURES[kind].blocks}.{i}.{n}" for i in range(CONFIGS[kind].num_hidden_layers) for n in linears}
+    manifest = read_manifest(packed)
+    assert set(manifest.modules) == expected
+    assert set(manifest.skipped) == {"lm_head"}
+    with torch.no_grad():
+        wanted = with_dense_weights(source, packed)
+        got = load(packed, dtype="float32", kernel="reference")(IDS).logits
+    assert torch.equal(got, wanted)
+    assert json.loads((packed / "config.json").read_text())["model_type"] == kind
