@@ -86,7 +86,7 @@ def build_page(service: Service, reference: Service | None, table: str | None) -
 
 def _settings() -> list[gr.components.Component]:
     with gr.Accordion("Settings", open=False, elem_id="settings"):
-        system = gr.Textbox(label="System prompt", lines=3, elem_id="system")
+        system = gr.Textbox("", label="System prompt", lines=3, elem_id="system")
         temperature = gr.Slider(0.0, 2.0, 0.7, step=0.05, label="Temperature (0: greedy)", elem_id="temperature")
         top_p = gr.Slider(0.0, 1.0, 0.95, step=0.01, label="Top-p")
         top_k = gr.Number(0, label="Top-k (0: all)", precision=0, minimum=0)
@@ -104,10 +104,11 @@ def _sampling(numbers: Sequence[float], logprobs: int | None = None) -> Sampling
     )  # fmt: skip
 
 
-def _with_system(system: str, turns: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def _with_system(system: str | None, turns: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """What the template gets: plain texts, the system prompt first if there is one."""
     plain = [{"role": str(t["role"]), "content": _plain(t["content"])} for t in turns]
-    return [{"role": "system", "content": system}, *plain] if system.strip() else plain
+    # None: a box that was never shown, since the settings are folded away.
+    return [{"role": "system", "content": system}, *plain] if system and system.strip() else plain
 
 
 def _plain(content: Any) -> str:
@@ -147,9 +148,9 @@ def _stopper(runs: Runs[Any]) -> Callable[[gr.Request], Coroutine[Any, Any, None
     return halt
 
 
-def _said(text: str, turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+def _said(text: str | None, turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """The box emptied, the conversation longer by what was in it."""
-    return "", [*turns, {"role": "user", "content": text}] if text.strip() else turns
+    return "", [*turns, {"role": "user", "content": text}] if text and text.strip() else turns
 
 
 def _unsaid(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -200,9 +201,9 @@ def _comparer(
     service: Service, reference: Service, runs: Runs[Any]
 ) -> Callable[..., AsyncGenerator[tuple[str, str, str, str, str], None]]:
     async def compare(
-        request: gr.Request, text: str, system: str, *numbers: float
+        request: gr.Request, text: str | None, system: str | None, *numbers: float
     ) -> AsyncGenerator[tuple[str, str, str, str, str], None]:
-        if not text.strip():
+        if not text or not text.strip():
             return
         turns = _with_system(system, [{"role": "user", "content": text}])
         sampling = _sampling(numbers, logprobs=5)
