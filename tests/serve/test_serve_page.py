@@ -102,6 +102,15 @@ def bot(page):
     return page.locator("#chat .bot.message")
 
 
+def test_the_first_message_on_an_untouched_page(page):
+    page.locator("#box textarea").fill("Hello.")
+    page.locator("#box textarea").press("Enter")
+    expect(page.locator("#status")).to_contain_text("tokens/s")
+    expect(bot(page)).to_have_count(1)
+    expect(page.get_by_text("Error")).to_have_count(0)
+    page.locator("#stop").click()
+
+
 def test_a_conversation(page, page_server):
     configure(page, 24, "You like rivers.")
     page.locator("#box textarea").fill("Tell me about the river.")
