@@ -97,7 +97,7 @@ def norm_pairs(block: nn.Module, sets: Sequence[tuple[str, ...]], inputs: BlockI
     handles = [
         m.register_forward_hook(produced(n))
         for n, m in block.named_modules()
-        if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() == 1 and n  # type: ignore[union-attr]
+        if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() == 1 and n
     ]
     handles += [block.get_submodule(s[0]).register_forward_pre_hook(reads(s[0])) for s in sets]
     try:

@@ -29,7 +29,17 @@ from llmquant.errors import ProofError, QuantizationError, SourceError, UsageErr
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
-from llmquant.manifest import MANIFEST, Manifest, ModuleEntry, ScaledEntry, TuneEntry, file_hashes, packed_bytes, prove_modules, versions
+from llmquant.manifest import (
+    MANIFEST,
+    Manifest,
+    ModuleEntry,
+    ScaledEntry,
+    TuneEntry,
+    file_hashes,
+    packed_bytes,
+    prove_modules,
+    versions,
+)
 from llmquant.recipe import Recipe
 from llmquant.scaling import PairReport
 from llmquant.selection import Selection, linears_of, select

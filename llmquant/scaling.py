@@ -1,7 +1,7 @@
 """AWQ on a block of a walked model: which pairs there are, the search for each, and the fold into the block.
 
-All searches of a block see the inputs that its *original* weights give; then everything is folded at once, before the first linear
-is rounded. Scaled weights are kept in float32 beside the block, and rounding starts from those, never from a rounded copy.
+All searches of a block see the inputs that its *original* weights give; then everything is folded at once, before the first
+linear is rounded. Scaled weights are kept in float32 beside the block, and rounding starts from those, never from a rounded copy.
 """
 
 from __future__ import annotations

@@ -25,7 +25,10 @@ class Method:
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """The recipe with this method; a section of it that is switched on keeps its own settings where it has any."""
-        sections = {"awq": (recipe.awq or {}) if self.scaled else None, "tune": (recipe.tune or {}) if self.tuned else None}
+        sections: dict[str, object] = {
+            "awq": (recipe.awq or {}) if self.scaled else None,
+            "tune": (recipe.tune or {}) if self.tuned else None,
+        }
         return recipe.updated({"method": self.rounding, **sections})
 
 
