@@ -57,8 +57,10 @@ def find(model: nn.Module, model_type: str) -> Architecture:
     """The table's entry, or one derived from the only list of two or more equal blocks.
 
     Raises:
-        ArchitectureError: the entry does not fit the model, or there is no single such list.
+        ArchitectureError: the entry does not fit the model, there is no single such list, or the model holds experts, which
+            are not linears: the larger part of it would stay as it is.
     """
+    _refuse_experts(model, model_type)
     known = ARCHITECTURES.get(model_type)
     if known is not None:
         if not isinstance(_get(model, known.blocks), nn.ModuleList):
@@ -83,6 +85,20 @@ def find(model: nn.Module, model_type: str) -> Architecture:
     parent = outer[0].rpartition(".")[0]
     norms = [n for n, _ in (_get(model, parent) or model).named_children() if "norm" in n]
     return Architecture(outer[0], f"{parent}.{norms[-1]}".lstrip(".") if norms else "", ())
+
+
+def _refuse_experts(model: nn.Module, model_type: str) -> None:
+    stacked = [
+        f"{name}.{leaf}" if name else leaf
+        for name, module in model.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
+    ]
+    if stacked:
+        raise ArchitectureError(
+            f"model type {model_type!r} stacks its experts' weights in {len(stacked)} three-dimensional tensors (such as "
+            f"{stacked[0]}); mixture-of-experts models cannot be quantized yet"
+        )
 
 
 def _get(model: nn.Module, path: str) -> nn.Module | None:

@@ -78,6 +78,11 @@ def refuse_mismatch(path: Path, missing: Iterable[str], unexpected: Iterable[str
     extra = [n for n in left if not _COMPUTED.search(n)]
     if ignored:
         log.info("%s: %s are computed by the model, not read", path, some(ignored))
+    if lacking and extra:
+        raise CheckpointError(
+            f"{path} lacks {some(lacking)} and has {some(extra)} instead: another config's weights, or a model type whose "
+            "checkpoints name tensors otherwise than transformers does in memory, which cannot be quantized yet"
+        )
     if lacking:
         raise CheckpointError(f"{path} lacks {some(lacking)}; the folder is incomplete, fetch or quantize it again")
     if extra:

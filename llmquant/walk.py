@@ -254,7 +254,7 @@ class _Calibrated(_DataFree):
             return
         self.announce(index, f"{prefix} (scaling)")
         config = self.plan.model.config.get_text_config()
-        heads = int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1))
+        heads: int = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1) or 1
         self.scaling = scale_block(
             block, prefix, sets, self.plan.specs, self.inputs, self.plan.reader, self.plan.architecture, heads, self.plan.search,
             options,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import CONFIGS, random_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmquant.architectures import ARCHITECTURES, blocks_of, find, norm_of
 from llmquant.errors import ArchitectureError
@@ -15,6 +17,12 @@ from llmquant.errors import ArchitectureError
 def on_meta(kind: str) -> nn.Module:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(CONFIGS[kind])
+
+
+def test_the_readme_names_the_table() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in readme.splitlines() if "known by name" in line)
+    assert row.split("|")[1].replace("`", "").strip().split(", ") == list(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -100,3 +108,12 @@ def test_a_head_without_a_known_norm_is_refused():
     model = Model(norm=False, layers=of_blocks(2))
     with pytest.raises(ArchitectureError, match="cannot find the norm before the head of Model; --ignore lm_head"):
         norm_of(model, find(model, "new"))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused_before_most_of_a_model_is_left_alone(kind: str) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    with pytest.raises(ArchitectureError, match=r"stacks its experts.*\.experts\.gate_up_proj\); mixture-of-experts"):
+        find(model, kind)

@@ -172,6 +172,8 @@ print("HEAVY", heavy, "CODE", code)
         pytest.param(["quantize", "--help"], 0, "--group-size", id="quantize --help"),
         pytest.param(["inspect", "--help"], 0, "--verify", id="inspect --help"),
         pytest.param(["eval", "--help"], 0, "--text", id="eval --help"),
+        pytest.param(["serve", "--help"], 0, "--engine", id="serve --help"),
+        pytest.param(["chat", "--help"], 0, "--web", id="chat --help"),
         pytest.param(["quantize", "--bitz", "4"], 2, "--bitz", id="a mistyped option"),
     ],
 )

@@ -1,1 +1,5 @@
-"""llmquant_serve: the serving side of llmquant. It holds nothing yet but its place in the distribution."""
+"""llmquant_serve: an OpenAI-compatible server and a chat for quantized models.
+
+Layers, top down: ``cli`` → ``app`` (routes, limits, errors) → ``completions`` (text: templates, stop strings, detokenization) →
+``engine`` (token ids only), which is ``local`` (the packed model in this process) or ``vllm`` (the real one as a child or a URL).
+"""

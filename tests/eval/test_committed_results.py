@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,21 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> Suite:
 def test_the_leaderboard_is_rendered_from_the_results() -> None:
     rendered = render_markdown(make_boards(load_reports(RESULTS)))
     assert (ROOT / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8") == rendered, "stale: run `make leaderboard`"
+
+
+def test_the_readme_shows_the_leaderboard() -> None:
+    """Its table is the leaderboard's, less some columns; LLMQUANT_WRITE_RESULTS=1 writes it anew."""
+    ranking = (ROOT / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8").partition("\n## ")[2]
+    rows = [line.strip("| ").split(" | ") for line in ranking.splitlines() if line.startswith("| ")]
+    shown = [rows[0].index(c) for c in ("#", "model", "scheme", "ratio", "KL nats", "bits/w")]
+    fresh = "".join(f"| {' | '.join(row[i] for i in shown)} |\n" for row in rows)
+    path = ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    start = readme.index("| # | model |")
+    table = readme[start : readme.index("\n\n", start) + 1]
+    if os.environ.get("LLMQUANT_WRITE_RESULTS"):
+        path.write_text(readme.replace(table, fresh), encoding="utf-8")
+    assert table == fresh, "README.md shows an old leaderboard; run this test with LLMQUANT_WRITE_RESULTS=1"
 
 
 def test_every_recipe_has_a_result_of_its_own(suite: Suite) -> None:

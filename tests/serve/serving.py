@@ -1,0 +1,115 @@
+"""Helpers of the serving tests: the model's own answers, an engine alone, and a live server in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+from fastapi import FastAPI
+from transformers import PreTrainedModel
+
+from llmquant_serve.app import create_app
+from llmquant_serve.engine import Sampling, Token
+from llmquant_serve.local import LocalEngine
+from llmquant_serve.service import Service
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
+NAME = "tiny"
+TEXTS = (
+    "The river runs through the town and", "In 1983 the team represented", "She opened the door, and there stood",
+    "The album was released in", "He was born in", "What is the sum of 12 and 30?", "The castle on the hill",
+    "It was the best of times, it was the worst of",
+)  # fmt: skip
+
+
+@dataclass
+class Server:
+    """A live server and what stands behind it."""
+
+    url: str
+    service: Service
+
+    @property
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60)
+
+    @property
+    def steps(self) -> int:
+        """Decoding steps so far: what a request that was dropped must not have gone on to make."""
+        return self.service.engine._batcher.steps
+
+    def until_idle(self, seconds: float = 20.0) -> None:
+        """Wait for every slot and every place in the gate to be free again."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            load = self.service.engine.load()
+            if load.running == load.waiting == self.service.gate.open == 0:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"still busy: {self.service.engine.load()}, gate {self.service.gate.open}")
+
+
+def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int, *, eos: bool = True) -> list[int]:
+    """``model.generate``'s own tokens."""
+    ids = torch.tensor([list(prompt)])
+    ends: dict[str, Any] = {} if eos else {"eos_token_id": None}
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **ends)
+    return out[0, len(prompt) :].tolist()
+
+
+async def collect(engine: LocalEngine, prompt: Sequence[int], sampling: Sampling) -> list[Token]:
+    return [token async for step in engine.generate(prompt, sampling) for token in step.tokens]
+
+
+def with_engine(model: PreTrainedModel, work: Callable[[LocalEngine], Any], **options: Any) -> Any:
+    """Run ``work(engine)``, a coroutine, on a fresh engine."""
+
+    async def main() -> Any:
+        engine = LocalEngine(model, **options)
+        await engine.start()
+        try:
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(main())
+
+
+@contextmanager
+def running(service: Service, dress: Callable[[FastAPI], None] | None = None, **options: Any) -> Iterator[Server]:
+    """The service under uvicorn, in a thread; ``dress`` adds to the application."""
+    app = create_app(service, **options)
+    if dress is not None:
+        dress(app)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(128)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield Server(f"http://127.0.0.1:{sock.getsockname()[1]}", service)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+MakeServer = Callable[..., AbstractContextManager[Server]]
+
+

@@ -1,0 +1,242 @@
+"""The local engine gives the tokens and log-probabilities of the model itself, alone and in company."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+import torch
+from serving import collect, greedy, with_engine
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from llmquant.errors import ArchitectureError
+from llmquant_serve.batcher import PROMPT_CHUNK
+from llmquant_serve.engine import EngineError, Load, Sampling
+from llmquant_serve.local import LocalEngine
+
+GREEDY = Sampling(max_tokens=40, temperature=0.0, logprobs=5)
+
+
+async def idle(engine):
+    """A last token is told a moment before its row is free."""
+    while engine.load().running:
+        await asyncio.sleep(0.001)
+
+
+def ids(tokens):
+    return [t.id for t in tokens]
+
+
+def test_alone_it_gives_the_tokens_of_generate(model, prompts):
+    async def work(engine):
+        return [ids(await collect(engine, p, GREEDY)) for p in prompts]
+
+    assert with_engine(model, work) == [greedy(model, p, 40) for p in prompts]
+
+
+def test_a_prompt_of_many_chunks_alone_gives_the_tokens_of_generate(model, prompts):
+    long = list(itertools.islice(itertools.cycle(itertools.chain(*prompts)), 3 * PROMPT_CHUNK + 7))
+    assert with_engine(model, lambda e: collect(e, long, GREEDY)) is not None
+    assert ids(with_engine(model, lambda e: collect(e, long, GREEDY))) == greedy(model, long, 40)
+
+
+def test_in_a_full_batch_tokens_differ_only_where_the_best_two_are_within_rounding(model, prompts):
+    """The rounding is measured: by how much the same log-probabilities, after the same text, change in company."""
+    asked = Sampling(max_tokens=40, temperature=0.0, logprobs=5, ignore_eos=True)
+
+    async def work(engine):
+        alone = [await collect(engine, p, asked) for p in prompts]
+        return alone, await asyncio.gather(*(collect(engine, p, asked) for p in prompts))
+
+    alone, company = with_engine(model, work)
+    noise, gaps, same = 0.0, [], 0
+    for a, b in zip(alone, company, strict=True):
+        for x, y in zip(a, b, strict=True):
+            shared = dict(x.top).keys() & dict(y.top).keys()
+            noise = max(noise, *(abs(dict(x.top)[t] - dict(y.top)[t]) for t in shared))
+            if x.id != y.id:
+                gaps.append(x.top[0][1] - dict(x.top)[y.id])
+                break
+            same += 1
+    print(f"{same} tokens the same, rounding at most {noise:.4f} nats, first differences {[f'{g:.4f}' for g in gaps]} behind")
+    assert 0 < noise < 0.5
+    assert all(gap <= 2 * noise for gap in gaps)
+
+
+def test_log_probabilities_are_the_models(model, prompts):
+    """At the engine's own dtype the sums run in another order (one pass instead of steps), so the bound is bf16's."""
+    tokens = with_engine(model, lambda e: collect(e, prompts[0], GREEDY))
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompts[0] + ids(tokens)])).logits[0].float()
+    expected = torch.log_softmax(logits, -1)[len(prompts[0]) - 1 : -1]
+    for row, token in zip(expected, tokens, strict=True):
+        for i, p in (*token.top, (token.id, token.logprob)):
+            assert p == pytest.approx(float(row[i]), abs=0.15)
+        assert [p for _, p in token.top] == sorted((p for _, p in token.top), reverse=True)
+
+
+def test_a_prompt_alone_can_be_scored(model, prompts):
+    async def work(engine):
+        sampling = Sampling(max_tokens=0, prompt_logprobs=3)
+        return [step async for step in engine.generate(prompts[1], sampling)]
+
+    first, last = with_engine(model, work)
+    assert (last.tokens, last.finish) == ((), "length")
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(torch.tensor([prompts[1]])).logits[0].float(), -1)
+    assert ids(first.prompt) == prompts[1]
+    assert first.prompt[0].logprob is None
+    for row, token in zip(expected, first.prompt[1:], strict=False):
+        assert token.logprob == float(row[token.id])
+        assert [i for i, _ in token.top] == row.topk(3).indices.tolist()
+
+
+def test_long_prompts_are_scored_in_chunks(model, prompts):
+    long = list(itertools.islice(itertools.cycle(itertools.chain(*prompts)), 600))
+
+    async def work(engine):
+        return (await anext(engine.generate(long, Sampling(max_tokens=0, prompt_logprobs=0)))).prompt
+
+    found = with_engine(model, work)
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(torch.tensor([long])).logits[0].float(), -1)
+    rows = [float(expected[i, t]) for i, t in enumerate(long[1:])]
+    assert [t.logprob for t in found[1:]] == pytest.approx(rows, abs=0.25)
+
+
+SAMPLED = Sampling(max_tokens=24, temperature=0.9, top_p=0.95, top_k=50, seed=7, ignore_eos=True)
+
+
+def test_a_seed_gives_the_same_text_whoever_else_is_served(wide, prompts):
+    """In float32 rounding in company is too small to move a draw, so this is an equality."""
+    others = Sampling(max_tokens=60, temperature=1.3, seed=1, ignore_eos=True)
+
+    async def work(engine):
+        alone = await collect(engine, prompts[0], SAMPLED)
+        company = await asyncio.gather(
+            *(collect(engine, p, others) for p in prompts[1:5]), collect(engine, prompts[0], SAMPLED)
+        )
+        other_seed = await collect(engine, prompts[0], Sampling(max_tokens=24, temperature=0.9, seed=8, ignore_eos=True))
+        return ids(alone), ids(company[-1]), ids(other_seed)
+
+    alone, company, other_seed = with_engine(wide, work)
+    assert alone == company
+    assert alone != other_seed
+
+
+def test_sequences_that_come_and_go_do_not_disturb_each_other(wide, prompts):
+    """Lengths from 1 to 60 tokens through 3 rows: joins, leaves and moves of the cache, against each one alone."""
+    asked = [Sampling(max_tokens=1 + (37 * i) % 60, temperature=0.0, ignore_eos=True) for i in range(10)]
+
+    async def work(engine):
+        alone = [ids(await collect(engine, prompts[i % 8] * (1 + i % 5), s)) for i, s in enumerate(asked)]
+        together = await asyncio.gather(*(collect(engine, prompts[i % 8] * (1 + i % 5), s) for i, s in enumerate(asked)))
+        return alone, [ids(t) for t in together]
+
+    alone, together = with_engine(wide, work, max_streams=3)
+    assert [len(t) for t in together] == [s.max_tokens for s in asked]
+    assert together == alone
+
+
+def test_a_cache_that_outgrows_its_buffer(wide, prompts):
+    asked = Sampling(max_tokens=120, temperature=0.0, ignore_eos=True)
+
+    async def work(engine):
+        slow = asyncio.create_task(collect(engine, prompts[0], asked))
+        await asyncio.sleep(0.2)
+        await collect(engine, prompts[1] * 40, Sampling(max_tokens=4, temperature=0.0))
+        return ids(await slow)
+
+    assert with_engine(wide, work) == greedy(wide, prompts[0], 120, eos=False)
+
+
+SMALL = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2,
+         "eos_token_id": 1, "bos_token_id": 0}  # fmt: skip
+GQA = {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 256}
+OTHERS = {
+    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**GQA, sliding_window=16)),
+    "qwen3, sliding and full": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**GQA, head_dim=16, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    ),
+    "gpt2, learned positions": lambda: GPT2LMHeadModel(GPT2Config(**SMALL, n_positions=256, n_embd=64, n_layer=2, n_head=4)),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS.keys())
+def test_other_attention(make, prompts):
+    torch.manual_seed(0)
+    other = make().eval().requires_grad_(False)
+    asked = Sampling(max_tokens=40, temperature=0.0, ignore_eos=True)
+
+    async def work(engine):
+        return await asyncio.gather(*(collect(engine, p, asked) for p in prompts))
+
+    assert [ids(t) for t in with_engine(other, work)] == [greedy(other, p, 40, eos=False) for p in prompts]
+
+
+def test_a_model_with_recurrent_states_is_refused():
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ArchitectureError, match="cannot batch"):
+        LocalEngine(model)
+
+
+def test_leaving_frees_the_slot_at_once(model, prompts):
+    """One row only: the second request can begin because the first was dropped, long before it would have ended."""
+
+    async def work(engine):
+        stream = engine.generate(prompts[0], Sampling(max_tokens=2000, temperature=0.0, ignore_eos=True))
+        await anext(stream)
+        assert engine.load().running == 1
+        await stream.aclose()
+        assert len(await collect(engine, prompts[1], Sampling(max_tokens=3, temperature=0.0))) == 3
+        await idle(engine)
+        return engine._batcher.steps, engine.load()
+
+    steps, load = with_engine(model, work, max_streams=1)
+    assert steps < 1000
+    assert load == Load(0, 0, 0)
+
+
+def test_a_waiting_request_can_leave(model, prompts):
+    async def work(engine):
+        first = asyncio.create_task(collect(engine, prompts[0], Sampling(max_tokens=60, temperature=0.0, ignore_eos=True)))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(collect(engine, prompts[1], Sampling(max_tokens=60, temperature=0.0)))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        return len(await first), engine.load().waiting
+
+    assert with_engine(model, work, max_streams=1) == (60, 0)
+
+
+def test_a_failure_reaches_everyone_and_is_told(model, prompts):
+    async def work(engine):
+        engine._batcher._cache = None  # as good a catastrophe as any
+        with pytest.raises(EngineError, match="the engine stopped"):
+            await collect(engine, prompts[0], Sampling(max_tokens=5))
+        assert not engine.health().ok
+        with pytest.raises(EngineError, match="the engine stopped"):
+            await collect(engine, prompts[0], Sampling(max_tokens=5))
+
+    with_engine(model, work)
+
+
+def test_closing_fails_what_is_left(model, prompts):
+    async def work(engine):
+        task = asyncio.create_task(collect(engine, prompts[0], Sampling(max_tokens=2000, ignore_eos=True)))
+        await asyncio.sleep(0.1)
+        await engine.close()
+        with pytest.raises(EngineError, match="shutting down"):
+            await task
+
+    with_engine(model, work)

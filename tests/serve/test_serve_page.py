@@ -1,0 +1,159 @@
+"""The chat page in a real browser: send, stream, stop, regenerate, settings, A/B, export, at desktop and phone widths.
+
+Set LLMQUANT_SCREENSHOTS to a folder to look at what the browser saw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+from serving import NAME, TINY, running
+
+import llmquant
+from llmquant_serve.local import LocalEngine
+from llmquant_serve.service import Limits, Service
+from llmquant_serve.text import TextModel
+
+# Gradio uses what pandas has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SIZES = {"desktop": {"width": 1280, "height": 860}, "phone": {"width": 390, "height": 844}}
+TABLE = "| model | ppl |\n| --- | ---: |\n| tiny | 12.34 |"
+
+
+@pytest.fixture(scope="module")
+def page_server(model, tmp_path_factory):
+    """Chat with tiny-llama packed, A/B with the original."""
+    from llmquant_serve.ui import mount
+
+    folder = tmp_path_factory.mktemp("card")
+    card = f"# tiny\n\n<!-- llmquant:measured:start -->\n{TABLE}\n<!-- llmquant:measured:end -->\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    engines = [LocalEngine(m, 2) for m in (model, llmquant.load(TINY))]
+    service, original = (Service(e, TextModel(TINY, e.info.vocab), NAME, Limits()) for e in engines)
+    with running(service, ui=True, reference=original, dress=lambda app: mount(app, service, (), original, folder)) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.fail("the page is tested in a browser and there is none: install the package chromium")
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, server, size):
+    page = browser.new_context(viewport=SIZES[size], accept_downloads=True).new_page()
+    page.set_default_timeout(20_000)
+    page.size, page.complaints = size, []
+    page.on("pageerror", lambda e: page.complaints.append(str(e)))
+    page.goto(f"{server.url}/ui/", wait_until="domcontentloaded")
+    expect(page.locator("#box textarea")).to_be_visible(timeout=30_000)
+    return page
+
+
+@pytest.fixture(params=SIZES)
+def page(browser, page_server, request):
+    page = opened(browser, page_server, request.param)
+    yield page
+    assert page.complaints == []
+    page.context.close()
+    page_server.until_idle()
+
+
+def test_leaving_the_page_frees_the_slot(browser, page_server):
+    page = opened(browser, page_server, "desktop")
+    configure(page, 1800)
+    page.locator("#box textarea").fill("Tell me a very long story.")
+    page.locator("#send").click()
+    expect(bot(page).last).not_to_be_empty()
+    before = page_server.steps
+    page.context.close()
+    page_server.until_idle(60)
+    assert page_server.steps - before < 900
+
+
+def look(page, name):
+    if folder := os.environ.get("LLMQUANT_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}-{page.size}.png")
+
+
+def configure(page, most, system=None):
+    page.locator("#settings button").first.click()
+    page.locator("#temperature input[type=number]").fill("0")
+    page.locator("#most input").fill(str(most))
+    if system is not None:
+        page.locator("#system textarea").fill(system)
+    page.locator("#most input").press("Tab")
+    look(page, "settings")
+    page.locator("#settings button").first.click()
+
+
+def bot(page):
+    return page.locator("#chat .bot.message")
+
+
+def test_a_conversation(page, page_server):
+    configure(page, 24, "You like rivers.")
+    page.locator("#box textarea").fill("Tell me about the river.")
+    page.locator("#send").click()
+    expect(page.locator("#status")).to_contain_text("24 tokens")
+    first = bot(page).last.inner_text()
+    assert first.strip()
+    look(page, "chat")
+    configure(page, 12)
+    page.locator("#again").click()
+    expect(page.locator("#status")).to_contain_text("12 tokens")
+    expect(bot(page)).to_have_count(1)
+    assert first.startswith(bot(page).last.inner_text().rstrip()[:20])  # greedy: the same again, shorter
+    with page.expect_download() as download:
+        page.locator("#export").click()
+    kept = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert kept["system"] == "You like rivers."
+    assert [m["role"] for m in kept["messages"]] == ["user", "assistant"]
+    page.locator("#box textarea").fill("And then?")
+    page.locator("#box textarea").press("Enter")
+    expect(bot(page)).to_have_count(2)
+    page.locator("#clear").click()
+    expect(bot(page)).to_have_count(0)
+
+
+def test_stop_frees_the_slot(page, page_server):
+    configure(page, 1800)
+    page.locator("#box textarea").fill("Tell me a very long story.")
+    page.locator("#send").click()
+    expect(bot(page).last).not_to_be_empty()
+    assert page_server.service.engine.load().running == 1
+    before = page_server.steps
+    page.locator("#stop").click()
+    page_server.until_idle(60)
+    assert page_server.steps - before < 900
+    look(page, "stopped")
+
+
+def test_two_models_side_by_side(page):
+    configure(page, 40)
+    page.get_by_role("tab", name="A/B").click()
+    page.locator("#ab-box textarea").fill("Tell me about the history of the river.")
+    page.locator("#ab-go").click()
+    expect(page.locator("#ab-verdict")).to_contain_text("part at token")
+    expect(page.locator("#ab-left .first")).to_have_count(1)
+    expect(page.locator("#ab-right .first")).to_have_count(1)
+    title = page.locator("#ab-left .first").get_attribute("title")
+    assert re.match(r"'.*' [01]\.\d{3} \(", title, re.DOTALL), title
+    look(page, "ab")
+
+
+def test_the_measured_table_is_shown(page):
+    page.get_by_role("tab", name="Measured").click()
+    expect(page.get_by_role("cell", name="12.34")).to_be_visible()
+    look(page, "measured")

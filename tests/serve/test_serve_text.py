@@ -1,0 +1,130 @@
+"""Ids to text in pieces: the pieces add up to the whole, characters are never torn, stop strings are found across tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmquant_serve.completions import write
+from llmquant_serve.detokenize import Detokenizer, StopStrings, decode, token_bytes, token_text
+from llmquant_serve.engine import Sampling, Step, Token
+
+TEXTS = [
+    "plain words, and more", "Grüße aus Köln", "日本語のテキスト",
+    "🙂🙃 family 👨‍👩‍👧‍👦!", "naïve\n\n\tcafé — “quotes”", "a\u0301b",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_add_up_and_no_character_is_torn(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stream = Detokenizer(tokenizer)
+    pieces = [stream.add(i) for i in ids]
+    assert "".join(pieces) + stream.rest() == text
+    assert not any("�" in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_text_come_out_as_the_whole_decodes(tokenizer):
+    rng = random.Random(0)
+    for _ in range(50):
+        ids = [rng.randrange(6, 400) for _ in range(30)]
+        stream = Detokenizer(tokenizer)
+        found = "".join(stream.add(i) for i in ids) + stream.rest()
+        assert found.replace("�", "") == decode(tokenizer, ids).replace("�", "")
+
+
+def test_special_tokens_are_shown_only_when_wanted(tokenizer):
+    ids = [*tokenizer.encode("yes", add_special_tokens=False), 4]
+    hidden, shown = Detokenizer(tokenizer), Detokenizer(tokenizer, keep_special=True)
+    assert "".join(map(hidden.add, ids)) == "yes"
+    assert "".join(map(shown.add, ids)) == "yes" + token_text(tokenizer, 4)
+
+
+def test_bytes_of_every_token_spell_the_text(tokenizer):
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert bytes(b for i in ids for b in token_bytes(tokenizer, i)).decode() == text
+
+
+def cut(text, stops):
+    """The slow twin: the text before the first stop string; the earliest in the text, and of those the one that sorts first."""
+    hits = [(text.index(s), s) for s in stops if s in text]
+    return (text[: min(hits)[0]], min(hits)[1]) if hits else (text, None)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    pieces=st.lists(st.text(alphabet="ab\n", max_size=4), max_size=10),
+    stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_strings_in_pieces(pieces, stops):
+    """Text given out before the stop is a beginning of what the slow twin gives; where no two stops overlap it is equal to it."""
+    stream, told = StopStrings(stops), ""
+    for piece in pieces:
+        told += stream.add(piece)
+        if stream.found is not None:
+            break
+    else:
+        told += stream.rest()
+    text = "".join(pieces)
+    expected, hit = cut(text, stops)
+    assert (stream.found is None) == (hit is None)
+    assert not any(s in told for s in stops)
+    assert text.startswith(told)
+    if len(stops) == 1:
+        assert (told, stream.found) == (expected, hit)
+
+
+class Scripted:
+    """An engine that says what it was told to."""
+
+    def __init__(self, steps):
+        self.steps, self.closed = steps, False
+
+    async def generate(self, prompt, sampling):
+        try:
+            for step in self.steps:
+                yield step
+        finally:
+            self.closed = True
+
+
+def written(tokenizer, text, stops, per_step=1):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    groups = [ids[i : i + per_step] for i in range(0, len(ids), per_step)]
+    steps = [Step(tuple(map(Token, g)), "length" if g is groups[-1] else None) for g in groups]
+    engine = Scripted(steps)
+
+    async def main():
+        return [piece async for piece in write(engine, tokenizer, [0], Sampling(), stops)]
+
+    return asyncio.run(main()), engine, ids
+
+
+@pytest.mark.parametrize("per_step", [1, 3], ids=["token by token", "three at a time"])
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [
+        pytest.param([], "one two three, four", id="none"),
+        pytest.param(["two"], "one ", id="a word"),
+        pytest.param(["o three"], "one tw", id="across tokens"),
+        pytest.param(["zzz", "four"], "one two three, ", id="at the end"),
+        pytest.param(["fourteen"], "one two three, four", id="begun, not finished"),
+        pytest.param(["one"], "", id="at the beginning"),
+    ],
+)
+def test_writing_ends_at_stop_strings(tokenizer, stops, expected, per_step):
+    pieces, engine, ids = written(tokenizer, "one two three, four", stops, per_step)
+    assert "".join(p.text for p in pieces) == expected
+    found = any(s in "one two three, four" for s in stops)
+    assert pieces[-1].finish == ("stop" if found else "length")
+    assert (pieces[-1].stop in stops) == found
+    assert [p.finish for p in pieces[:-1]] == [None] * (len(pieces) - 1)
+    made = [t.id for p in pieces for t in p.tokens]
+    assert made == ids[: len(made)]
+    assert pieces[-1].made == len(made)
+    assert engine.closed
