@@ -1,7 +1,7 @@
 """Where a model keeps its decoder blocks, and which linears an engine fuses. A table, not branches.
 
-Only two facts cannot be found by running the model: the path of the block list and the sets of linears that serving engines
-merge into one matrix (so they must share bits, group size and symmetry). Which linears share an input, and in what order
+Three facts cannot be found by running the model: the path of the block list, the sets of linears that serving engines merge into
+one matrix (so they must share bits, group size and symmetry), and linears whose outputs another one reads channel by channel. Which linears share an input, and in what order
 they run, is observed in :mod:`llmquant.capture`.
 
 A model type that is not in the table is walked by its one list of equal blocks, if it has exactly one.
@@ -27,14 +27,17 @@ class Architecture:
         blocks: path of the ``ModuleList`` of decoder blocks.
         norm: path of the norm between the last block and the head.
         fused: sets of linears (relative to a block) that engines merge.
+        scaled: pairs of linears (relative to a block): scaling an output of the first scales inputs of the second.
     """
 
     blocks: str
     norm: str
     fused: tuple[tuple[str, ...], ...]
+    scaled: tuple[tuple[str, str], ...] = ()
 
 
-_LLAMA = Architecture("model.layers", "model.norm", (_ATTENTION, _GATED_MLP))
+_SCALED = (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"))
+_LLAMA = Architecture("model.layers", "model.norm", (_ATTENTION, _GATED_MLP), _SCALED)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,

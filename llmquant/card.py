@@ -59,7 +59,7 @@ Quantized from `{manifest.base_model}` with llmquant {manifest.versions["llmquan
 {len(manifest.modules)} linear layers, {manifest.bits_per_weight:.3f} bits per quantized weight, the rest as in the original.
 The largest relative {kind} error of a layer is {errors[worst]:.3g} (`{worst}`). `manifest.json` has them all, with the
 hashes of what went in and came out; `llmquant inspect --verify` checks them.
-{_measured_and_use(_NOTHING, layout)}
+{_scaled(manifest)}{_measured_and_use(_NOTHING, layout)}
 ## Left unquantized
 
 {_skipped(manifest)}
@@ -128,6 +128,18 @@ model = llmquant.load("THIS_FOLDER"){comment}
 
 {files}
 """
+
+
+def _scaled(manifest: Manifest) -> str:
+    """What AWQ changed beside the linears; nothing for a run without it."""
+    pairs = [pair for block in manifest.scaled.values() for pair in block]
+    if not pairs:
+        return ""
+    done = sum(pair.reason is None for pair in pairs)
+    return (
+        f"\nInput channels were scaled before rounding (AWQ) in {done} of {len(pairs)} places, the inverse folded into the norm or "
+        "linear before:\nthose norms and biases differ from the original's on purpose.\n"
+    )
 
 
 def _skipped(manifest: Manifest) -> str:

@@ -58,6 +58,18 @@ class TuneEntry(_Strict):
     steps: int
 
 
+class ScaledEntry(_Strict):
+    """One pair of AWQ; see :class:`llmquant.scaling.PairReport`. ``reason`` is None where channels were scaled."""
+
+    producer: str
+    readers: tuple[str, ...]
+    ratio: float | None
+    duo: bool
+    before: float | None
+    after: float | None
+    reason: str | None
+
+
 class Conversion(_Strict):
     """One step from layout to layout: what was read, and by which versions."""
 
@@ -83,6 +95,7 @@ class Manifest(_Strict):
     bits_per_weight: float
     modules: dict[str, ModuleEntry]
     tuned: dict[str, TuneEntry] = {}
+    scaled: dict[str, tuple[ScaledEntry, ...]] = {}
     skipped: dict[str, str]
     conversions: tuple[Conversion, ...] = ()
     files: dict[str, str]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmquant import architectures
@@ -28,8 +29,19 @@ from llmquant.errors import ProofError, QuantizationError, SourceError, UsageErr
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
-from llmquant.manifest import MANIFEST, Manifest, ModuleEntry, TuneEntry, file_hashes, packed_bytes, prove_modules, versions
+from llmquant.manifest import (
+    MANIFEST,
+    Manifest,
+    ModuleEntry,
+    ScaledEntry,
+    TuneEntry,
+    file_hashes,
+    packed_bytes,
+    prove_modules,
+    versions,
+)
 from llmquant.recipe import Recipe
+from llmquant.scaling import PairReport
 from llmquant.selection import Selection, linears_of, select
 from llmquant.skeleton import empty_model, read_tokenizer
 from llmquant.sources import Documents, read_documents
@@ -67,6 +79,7 @@ class QuantizeResult:
     recipe: Recipe
     modules: tuple[ModuleReport, ...]
     tuned: Mapping[str, TuneReport]
+    scaled: Mapping[str, tuple[PairReport, ...]]
     skipped: Mapping[str, str]
     bits_per_weight: float
     source_bytes: int
@@ -91,6 +104,7 @@ class _Outcome:
 
     modules: dict[str, ModuleReport] = field(default_factory=dict)
     tuned: dict[str, TuneReport] = field(default_factory=dict)
+    scaled: dict[str, tuple[PairReport, ...]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
     copied: dict[str, str] = field(default_factory=dict)
@@ -144,7 +158,7 @@ def quantize(
         for block in walk(plan, windows, events.on_progress):
             _write_block(block, architecture.blocks, reader, writer, layout, selection, outcome)
         events.on_phase("writing")
-        _copy(reader, writer, outcome, [n for n in reader.tensors if n not in outcome.copied], selection)
+        _copy(reader, writer, outcome, [n for n in reader.tensors if n not in outcome.copied], {})
         writer.finish_weights()
         manifest = _finish(writer, reader, recipe, options, model, layout, selection, outcome, calibration, dtype)
         events.on_phase("proving")
@@ -155,6 +169,7 @@ def quantize(
         recipe=recipe,
         modules=tuple(outcome.modules.values()),
         tuned=outcome.tuned,
+        scaled=outcome.scaled,
         skipped=selection.skipped,
         bits_per_weight=manifest.bits_per_weight,
         source_bytes=sum(i.nbytes for i in reader.tensors.values()),
@@ -253,10 +268,12 @@ def _write_block(
         outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
     if block.tuned is not None:
         outcome.tuned[f"{blocks_path}.{block.index}"] = block.tuned
+    if block.scaled:
+        outcome.scaled[f"{blocks_path}.{block.index}"] = block.scaled
     if block.index is not None:
         prefix = f"{blocks_path}.{block.index}."
         names = [n for n in reader.tensors if n.startswith(prefix)]
-        _copy(reader, writer, outcome, names, None)
+        _copy(reader, writer, outcome, names, block.changed)
 
 
 def _copy(
@@ -264,13 +281,13 @@ def _copy(
     writer: CheckpointWriter,
     outcome: _Outcome,
     names: list[str],
-    selection: Selection | None,
+    changed: Mapping[str, Tensor],
 ) -> None:
-    """Carry tensors that are not replaced by packed ones over, byte for byte."""
+    """Carry tensors that are not replaced by packed ones over, byte for byte; those that scaling changed, as it left them."""
     for name in names:
         if name.removesuffix(".weight") in outcome.modules and name.endswith(".weight"):
             continue
-        tensor = reader.read(name)
+        tensor = changed[name] if name in changed else reader.read(name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise QuantizationError(f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
         writer.add(name, tensor)
@@ -312,6 +329,7 @@ def _finish(
         bits_per_weight=outcome.packed_bytes * 8 / weights,
         modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
         tuned={n: TuneEntry(before=t.before, after=t.after, step=t.step, steps=t.steps) for n, t in outcome.tuned.items()},
+        scaled={block: tuple(map(_scaled_entry, pairs)) for block, pairs in outcome.scaled.items()},
         skipped=dict(selection.skipped),
         files=file_hashes(writer.partial),
     )
@@ -346,6 +364,11 @@ def _portable_source(source: str) -> str:
     return f"{kind}:{rest.rpartition('/')[2]}" if kind != "hf" or Path(rest.partition(":")[0]).is_dir() else source
 
 
+def _scaled_entry(report: PairReport) -> ScaledEntry:
+    fields = {name: getattr(report, name) for name in ScaledEntry.model_fields}
+    return ScaledEntry(**fields)
+
+
 def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
     return ModuleEntry(
         spec=str(report.spec),
@@ -372,7 +395,7 @@ def _prove(
     prove_modules(written, {n: r.digest for n, r in outcome.modules.items()})
     for name, expected in outcome.copied.items():
         if name not in written or sha256_tensor(written.read(name)) != expected:
-            raise ProofError(f"{writer.partial}: tensor {name} is not the original's")
+            raise ProofError(f"{writer.partial}: tensor {name} is not what was to be written")
     lost = [
         n
         for n in source.tensors

@@ -98,6 +98,19 @@ class Tune(_Strict):
     target: Literal["original", "block"] = "original"
 
 
+class AWQ(_Strict):
+    """Scales input channels before rounding and folds the inverse into what comes before; see :mod:`llmquant.algorithms.awq`."""
+
+    grid: int = Field(20, ge=1, le=1000)
+    duo_scaling: Literal["both", "on", "off"] = "both"
+    steps: int = Field(0, ge=0, le=1000)
+
+    @field_validator("duo_scaling", mode="before")
+    @classmethod
+    def _word(cls, value: object) -> object:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value  # YAML's bare on and off
+
+
 class CalibrationOptions(_Strict):
     """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``."""
 
@@ -117,6 +130,7 @@ class Recipe(_Strict):
     overrides: tuple[Override, ...] = ()
     scales: Scales = Scales()
     gptq: GPTQ = GPTQ()
+    awq: AWQ | None = None
     tune: Tune | None = None
     include: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ("lm_head",)
@@ -146,12 +160,12 @@ class Recipe(_Strict):
     @property
     def needs_text(self) -> bool:
         """Whether the model has to be run on a calibration text."""
-        return self.method != "rtn" or self.tune is not None
+        return self.method != "rtn" or self.tune is not None or self.awq is not None
 
     @property
     def steps(self) -> str:
-        """The method as the command line writes it: ``gptq+tune``."""
-        return self.method if self.tune is None else f"{self.method}+tune"
+        """The method as the command line writes it: ``awq+gptq+tune``."""
+        return "+".join(("awq",) * (self.awq is not None) + (self.method,) + ("tune",) * (self.tune is not None))
 
     def weights_of(self, module: str) -> Weights:
         """The grid of a linear: that of the first override whose pattern matches its full name, or the recipe's."""

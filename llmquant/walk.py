@@ -17,13 +17,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmquant.algorithms import (
+    AWQOptions,
     Factor,
     GPTQOptions,
     ScaleSearch,
@@ -41,6 +42,7 @@ from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
 from llmquant.recipe import Recipe
 from llmquant.reference import Reference
+from llmquant.scaling import BlockScaling, PairReport, scale_block
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats, PairStats
 from llmquant.tuning import TuneReport, tune_block
@@ -79,11 +81,16 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """The quantized linears of one decoder block (``index`` None: of the head), by full name; what tuning it did."""
+    """The quantized linears of one decoder block (``index`` None: of the head), by full name; what tuning it did.
+
+    ``changed`` holds tensors beside them (norms, biases) that scaling changed, by full name; ``scaled`` says what it did.
+    """
 
     index: int | None
     weights: dict[str, tuple[QuantizedWeight, ModuleReport]]
     tuned: TuneReport | None = None
+    changed: Mapping[str, Tensor] = field(default_factory=dict)
+    scaled: tuple[PairReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,11 @@ class WalkPlan:
         return None if t is None else TuneOptions(t.steps, t.lr, t.scale_lr, t.checks, t.patience, self.recipe.seed)
 
     @property
+    def awq_options(self) -> AWQOptions | None:
+        a = self.recipe.awq
+        return None if a is None else AWQOptions(a.grid, a.duo_scaling, a.steps)
+
+    @property
     def batch_size(self) -> int:
         """Calibration windows per pass."""
         return self.recipe.calibration.batch_size if self.recipe.tune is None else self.recipe.tune.batch_size
@@ -149,7 +161,7 @@ def walk(plan: WalkPlan, windows: Sequence[Tensor], on_progress: Callable[[Progr
         prefix = f"{plan.architecture.blocks}.{index}"
         names = [n for n in plan.specs if n.startswith(f"{prefix}.")]
         weights = walker.block(index, blocks[index], prefix, names)
-        yield BlockResult(index, weights, walker.tuned)
+        yield BlockResult(index, weights, walker.tuned, walker.scaling.changed, walker.scaling.reports)
     if plan.head is not None:
         yield BlockResult(None, walker.head(plan.head))
 
@@ -162,11 +174,15 @@ class _DataFree:
         self._on_progress = on_progress
         self._total = len(blocks_of(plan.model, plan.architecture)) + (plan.head is not None)
         self.tuned: TuneReport | None = None  # of the block last worked on
+        self.scaling = BlockScaling({}, {}, ())  # likewise
 
     def announce(self, index: int, module: str) -> None:
         self._on_progress(Progress(index, self._total, module))
 
     def original(self, name: str) -> Tensor:
+        """A linear's float32 weight as rounding starts from it."""
+        if f"{name}.weight" in self.scaling.weights:
+            return self.scaling.weights[f"{name}.weight"]
         return self.plan.reader.read(f"{name}.weight").to(self.plan.device, torch.float32)
 
     def block(
@@ -213,9 +229,11 @@ class _Calibrated(_DataFree):
         results: dict[str, tuple[QuantizedWeight, ModuleReport]] = {}
         with materialized(self.plan, block, f"{prefix}."):
             linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
+            sets = stages(block, linears, self.inputs[0]) if linears else []
+            self._scale(index, block, prefix, sets)
+            # After scaling, which leaves the block's function alone: its originals must fit the norms that now stand in it.
             if self.reference is not None:
                 self.reference.enter(block, linears, self.inputs)
-            sets = stages(block, linears, self.inputs[0]) if linears else []
             passes = [[s] for s in sets] if self.plan.recipe.gptq.true_sequential else [sets]
             for together in passes:
                 stats = self._observe(block, {s[0]: linears[s[0]] for s in together}) if together else {}
@@ -229,6 +247,18 @@ class _Calibrated(_DataFree):
                 self.reference.leave()
             self._advance(block, index)
         return results
+
+    def _scale(self, index: int, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]) -> None:
+        options = self.plan.awq_options
+        if options is None:
+            return
+        self.announce(index, f"{prefix} (scaling)")
+        config = self.plan.model.config.get_text_config()
+        heads: int = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1) or 1
+        self.scaling = scale_block(
+            block, prefix, sets, self.plan.specs, self.inputs, self.plan.reader, self.plan.architecture, heads, self.plan.search,
+            options,
+        )  # fmt: skip
 
     def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear]) -> Mapping[str, InputStats]:
         if self._pairs is None:

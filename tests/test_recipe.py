@@ -17,6 +17,8 @@ SHIPPED = {
     "gptq-w4g64-asym": ("gptq", QuantSpec(4, 64, symmetric=False)),
     "gptq-w8": ("gptq", QuantSpec(8, 128)),
     "gptq-w3g32": ("gptq", QuantSpec(3, 32)),
+    "awq-w4g128": ("awq+rtn", QuantSpec(4, 128)),
+    "awq-w4g128-asym": ("awq+rtn", QuantSpec(4, 128, False)),
     "best-w4g128": ("gptq+tune", QuantSpec(4, 128)),
     "best-w3g128": ("gptq+tune", QuantSpec(3, 128)),
     "best-w2g32": ("gptq+tune", QuantSpec(2, 32)),

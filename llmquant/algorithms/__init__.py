@@ -1,6 +1,7 @@
 """Rounding algorithms: pure functions from a weight (and input statistics) to a QuantizedWeight."""
 
 from llmquant.algorithms.asymmetric import asymmetric_target
+from llmquant.algorithms.awq import AWQOptions, Scaled, search_scale
 from llmquant.algorithms.descent import descend
 from llmquant.algorithms.gptq import Factor, GPTQOptions, factorize, gptq, layer_error
 from llmquant.algorithms.grid import MINMAX, ScaleSearch, fit, round_to_codes
@@ -9,9 +10,11 @@ from llmquant.algorithms.tune import Tuned, TuneOptions, tune
 
 __all__ = [
     "MINMAX",
+    "AWQOptions",
     "Factor",
     "GPTQOptions",
     "ScaleSearch",
+    "Scaled",
     "TuneOptions",
     "Tuned",
     "asymmetric_target",
@@ -22,5 +25,6 @@ __all__ = [
     "layer_error",
     "round_to_codes",
     "rtn",
+    "search_scale",
     "tune",
 ]

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from llmquant.calibration import Calibration
     from llmquant.pipeline import Events, QuantizeResult
+    from llmquant.scaling import PairReport
     from llmquant.tuning import TuneReport
 
 
@@ -42,7 +44,7 @@ def quantize_command(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
     recipe: Annotated[str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")] = None,
-    method: Annotated[str | None, typer.Option(help="rtn or gptq, and +tune to optimize whole blocks after it.")] = None,
+    method: Annotated[str | None, typer.Option(help="rtn or gptq; awq+ before it scales channels, +tune behind it optimizes whole blocks.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
@@ -146,6 +148,7 @@ def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
             name: {"before": t.before, "after": t.after, "step": t.step, "steps": t.steps, "seconds": t.seconds}
             for name, t in result.tuned.items()
         },
+        "scaled": {name: [asdict(pair) for pair in pairs] for name, pairs in result.scaled.items()},
         "skipped": dict(result.skipped),
         "warnings": list(result.warnings),
     }  # fmt: skip
@@ -205,6 +208,26 @@ def _show_tuned(tuned: Mapping[str, TuneReport], console: Console) -> None:
     console.print(table)
 
 
+def _show_scaled(scaled: Mapping[str, tuple[PairReport, ...]], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("scaled for")
+    for column in ("pairs", "error before", "after", "left alone"):
+        table.add_column(column, justify="right")
+    kinds: dict[tuple[str, ...], list[PairReport]] = {}
+    for block, pairs in scaled.items():
+        for pair in pairs:
+            kinds.setdefault(tuple(r.removeprefix(f"{block}.") for r in pair.readers), []).append(pair)
+    for readers, reports in kinds.items():
+        measured = [(r.before, r.after) for r in reports if r.before is not None and r.after is not None]
+        means = [f"{sum(values) / len(measured):.2e}" for values in zip(*measured, strict=True)] or ["–", "–"]
+        left = [r.reason for r in reports if r.reason is not None]
+        why = f"{len(left)} ({', '.join(sorted(set(left)))})" if left else "0"
+        table.add_row(", ".join(readers), str(len(reports)), *means, why)
+    console.print(table)
+
+
 def _show(result: QuantizeResult, seconds: float) -> None:
     from rich.table import Table
 
@@ -228,6 +251,8 @@ def _show(result: QuantizeResult, seconds: float) -> None:
         )
     console = screen()
     console.print(table)
+    if result.scaled:
+        _show_scaled(result.scaled, console)
     if result.tuned:
         _show_tuned(result.tuned, console)
     skipped = ", ".join(f"{n} ({why})" for n, why in result.skipped.items()) or "none"
