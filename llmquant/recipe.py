@@ -180,7 +180,9 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
-        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+        """Of what the recipe says. A section that is off is left out, so that a later version's new ones change no hash."""
+        told = self.model_dump(mode="json", exclude_none=True)
+        return hashlib.sha256(yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode()).hexdigest()
 
     def updated(self, changes: dict[str, Any]) -> Recipe:
         """A copy with dotted keys replaced (``{"weights.bits": 3}``), validated anew.
