@@ -41,7 +41,8 @@ def test_the_folder_holds_the_scaled_norms(tmp_path):
     before, after = CheckpointReader(MODEL), CheckpointReader(tmp_path / "q")
     pairs = [p for block in read_manifest(tmp_path / "q").scaled.values() for p in block]
     norms = [p for p in pairs if p.producer.endswith("layernorm")]
-    assert len(pairs) == 24 and any(p.reason is None for p in norms)
+    assert len(pairs) == 24
+    assert any(p.reason is None for p in norms)
     assert sum(map(len, result.scaled.values())) == 24
     for pair in norms:
         name = f"{pair.producer}.weight"
