@@ -1,7 +1,8 @@
 """Where a model keeps its decoder blocks, and which linears an engine fuses. A table, not branches.
 
 Three facts cannot be found by running the model: the path of the block list, the sets of linears that serving engines merge into
-one matrix (so they must share bits, group size and symmetry), and linears whose outputs another one reads channel by channel. Which linears share an input, and in what order
+one matrix (so they must share bits, group size and symmetry), and linears whose outputs another one reads channel by channel.
+Which linears share an input, and in what order
 they run, is observed in :mod:`llmquant.capture`.
 
 A model type that is not in the table is walked by its one list of equal blocks, if it has exactly one.

@@ -137,8 +137,8 @@ def _scaled(manifest: Manifest) -> str:
         return ""
     done = sum(pair.reason is None for pair in pairs)
     return (
-        f"\nInput channels were scaled before rounding (AWQ) in {done} of {len(pairs)} places, the inverse folded into the norm or "
-        "linear before:\nthose norms and biases differ from the original's on purpose.\n"
+        f"\nInput channels were scaled before rounding (AWQ) in {done} of {len(pairs)} places, the inverse folded into the norm "
+        "or linear before:\nthose norms and biases differ from the original's on purpose.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""``--method``: a sum of steps, as in ``awq+gptq+tune``. What a step does is the recipe's to say; here it is switched on or off."""
+"""``--method``: a sum of steps, as in ``awq+gptq+tune``. The recipe says what a step does; here it is switched on or off."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def quantize_command(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
     recipe: Annotated[str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")] = None,
-    method: Annotated[str | None, typer.Option(help="rtn or gptq; awq+ before it scales channels, +tune behind it optimizes whole blocks.")] = None,
+    method: Annotated[str | None, typer.Option(help="rtn or gptq; awq+ in front scales channels, +tune tunes blocks.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
