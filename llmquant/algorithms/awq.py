@@ -1,11 +1,13 @@
 """AWQ: scale input channels that matter up before rounding, and their inputs down by as much (arXiv:2306.00978).
 
 ``W x = (W diag(s)) (diag(1/s) x)``: the product stands, but rounding ``W diag(s)`` gives a channel with a large ``s`` a finer
-grid relative to its weights. Candidates are ``s = a^r`` with ``a`` the mean magnitude of each input channel and ``r`` from 0 to 1, and
+grid relative to its weights. Candidates are ``s = a^r``
+with ``a`` the mean magnitude of each input channel and ``r`` from 0 to 1, and
 ("duo") ``a^r / b^(1-r)`` with ``b`` the mean over rows of ``|w|`` relative to its group's largest, as in AutoAWQ.
 
 The loss of a candidate is the output error ``tr(D H D^T)`` with ``D = Q(W diag(s)) diag(1/s) - W`` and ``H`` the sum of
-``x x^T``: exactly what a pass over all calibration tokens would measure, for one matrix product. ``Q`` is round-to-nearest, whatever
+``x x^T``: exactly what a pass over
+all calibration tokens would measure, for one matrix product. ``Q`` is round-to-nearest, whatever
 rounds in the end. The winner is measured once more against no scaling with the recipe's own scale search; where it
 does not win, nothing is scaled.
 """
