@@ -6,9 +6,10 @@ writes the windows as token ids; the second runs in the tool's and needs nothing
     python bench/peers.py windows MODEL --calibration file:TEXT --nsamples 64 --seqlen 512 -o windows.json
     TOOL_ENVIRONMENT/bin/python bench/peers.py quantize llmcompressor-gptq MODEL -o OUT --windows windows.json
 
-All of them: 4 bits, symmetric, groups of 128, ``lm_head`` left alone, on the CPU. ``llmcompressor-gptq`` has act-order with
+Weights have 4 bits, symmetric, in groups of 128 unless ``--bits``, ``--asymmetric`` and ``--group-size`` say otherwise;
+``lm_head`` is left alone; all run on the CPU. ``llmcompressor-gptq`` has act-order with
 static groups, ``llmcompressor-awq`` its default grid, ``autoround`` its default 200 iterations; ``llmcompressor-rtn`` looks at
-no text. Seeds are fixed. llm-compressor's AWQ pins memory for transfers to an accelerator, which stops without one: here that
+no text. llm-compressor's AWQ pins memory for transfers to an accelerator, which stops without one: here that
 step is left out, which changes no number. It searches in float32, because in float16 on a CPU it meets NaN and stops.
 """
 
@@ -19,13 +20,31 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-BITS, GROUP, SEED = 4, 128, 0
 ITERATIONS = 200  # AutoRound's default
 Windows = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What every tool is asked for, and the seed of its own randomness."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    seed: int
+
+    def of_llmcompressor(self, **more: Any) -> dict[str, Any]:
+        """A config group for all linears."""
+        weights = {
+            "num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": "group",
+            "group_size": self.group_size,
+        }  # fmt: skip
+        return {"all": {"targets": ["Linear"], "weights": weights | more}}
 
 
 def write_windows(args: argparse.Namespace) -> None:
@@ -43,14 +62,14 @@ def write_windows(args: argparse.Namespace) -> None:
     print(f"{len(drawn.windows)} windows, sha256 {drawn.sha256}")
 
 
-def llmcompressor(model: Path, output: Path, modifier: Any, windows: Windows | None, dtype: str = "auto") -> None:
+def llmcompressor(model: Path, output: Path, seed: int, modifier: Any, windows: Windows | None, dtype: str = "auto") -> None:
     """Run one modifier (or a list), computing in ``dtype``, and write the folder in the model's own."""
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     stored = AutoModelForCausalLM.from_pretrained(model, dtype="auto").dtype
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -66,46 +85,41 @@ def llmcompressor(model: Path, output: Path, modifier: Any, windows: Windows | N
     tokenizer.save_pretrained(output)
 
 
-def weights(**more: Any) -> dict[str, Any]:
-    """A config group of llm-compressor for all linears."""
-    grid = {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
-    return {"all": {"targets": ["Linear"], "weights": grid | more}}
-
-
-def llmcompressor_rtn(model: Path, output: Path, windows: Windows | None) -> str:
+def llmcompressor_rtn(model: Path, output: Path, grid: Grid, windows: Windows | None) -> str:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    llmcompressor(model, output, QuantizationModifier(config_groups=weights(), ignore=["lm_head"]), None)
+    llmcompressor(model, output, grid.seed, QuantizationModifier(config_groups=grid.of_llmcompressor(), ignore=["lm_head"]), None)
     return "llmcompressor"
 
 
-def llmcompressor_gptq(model: Path, output: Path, windows: Windows | None) -> str:
+def llmcompressor_gptq(model: Path, output: Path, grid: Grid, windows: Windows | None) -> str:
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    modifier = GPTQModifier(config_groups=weights(actorder="static"), ignore=["lm_head"], actorder="static")
-    llmcompressor(model, output, modifier, needed(windows))
+    modifier = GPTQModifier(config_groups=grid.of_llmcompressor(actorder="static"), ignore=["lm_head"], actorder="static")
+    llmcompressor(model, output, grid.seed, modifier, needed(windows))
     return "llmcompressor"
 
 
-def llmcompressor_awq(model: Path, output: Path, windows: Windows | None) -> str:
+def llmcompressor_awq(model: Path, output: Path, grid: Grid, windows: Windows | None) -> str:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
-    modifiers = [AWQModifier(), QuantizationModifier(config_groups=weights(), ignore=["lm_head"])]
-    llmcompressor(model, output, modifiers, needed(windows), dtype="float32")
+    modifiers = [AWQModifier(), QuantizationModifier(config_groups=grid.of_llmcompressor(), ignore=["lm_head"])]
+    llmcompressor(model, output, grid.seed, modifiers, needed(windows), dtype="float32")
     return "llmcompressor"
 
 
-def autoround(model: Path, output: Path, windows: Windows | None) -> str:
+def autoround(model: Path, output: Path, grid: Grid, windows: Windows | None) -> str:
     import torch
     from auto_round import AutoRound
 
     ids = [torch.tensor([w]) for w in needed(windows)]
     tuner = AutoRound(
-        str(model), bits=BITS, group_size=GROUP, sym=True, iters=ITERATIONS, dataset=ids, nsamples=len(ids),
-        seqlen=max(t.shape[1] for t in ids), batch_size=8, seed=SEED, device_map="cpu", disable_model_free=True,
+        str(model), bits=grid.bits, group_size=grid.group_size, sym=grid.symmetric, iters=ITERATIONS, dataset=ids,
+        nsamples=len(ids), seqlen=max(t.shape[1] for t in ids), batch_size=8, seed=grid.seed, device_map="cpu",
+        disable_model_free=True,
     )  # fmt: skip
     scratch = output.with_name(f"{output.name}.partial")
     tuner.quantize_and_save(str(scratch), format="auto_round")
@@ -122,7 +136,7 @@ def needed(windows: Windows | None) -> Windows:
     return windows
 
 
-TOOLS: dict[str, Callable[[Path, Path, Windows | None], str]] = {
+TOOLS: dict[str, Callable[[Path, Path, Grid, Windows | None], str]] = {
     "llmcompressor-rtn": llmcompressor_rtn,
     "llmcompressor-gptq": llmcompressor_gptq,
     "llmcompressor-awq": llmcompressor_awq,
@@ -137,7 +151,8 @@ def quantize(args: argparse.Namespace) -> None:
     windows: Windows | None = json.loads(args.windows.read_text())["windows"] if args.windows else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    package = TOOLS[args.tool](args.model, args.output, windows)
+    grid = Grid(args.bits, args.group_size, not args.asymmetric, args.seed)
+    package = TOOLS[args.tool](args.model, args.output, grid, windows)
     print(f"{args.output}: {package} {version(package)}, {time.perf_counter() - began:.1f} s")
 
 
@@ -149,7 +164,7 @@ def main() -> None:
     first.add_argument("--calibration", required=True)
     first.add_argument("--nsamples", type=int, default=128)
     first.add_argument("--seqlen", type=int, default=2048)
-    first.add_argument("--seed", type=int, default=SEED)
+    first.add_argument("--seed", type=int, default=0)
     first.add_argument("-o", "--output", type=Path, required=True)
     first.set_defaults(run=write_windows)
     second = commands.add_parser("quantize", help="run a tool (the tool's environment)")
@@ -157,6 +172,10 @@ def main() -> None:
     second.add_argument("model", type=Path)
     second.add_argument("-o", "--output", type=Path, required=True)
     second.add_argument("--windows", type=Path)
+    second.add_argument("--bits", type=int, default=4)
+    second.add_argument("--group-size", type=int, default=128)
+    second.add_argument("--asymmetric", action="store_true")
+    second.add_argument("--seed", type=int, default=0)
     second.set_defaults(run=quantize)
     args = parser.parse_args()
     args.run(args)

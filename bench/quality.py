@@ -1,0 +1,256 @@
+"""Quality of llmquant beside its peers: the same model, calibration windows, grid and evaluation for every tool.
+
+Each cell is one (tool, grid, seed): the tool quantizes in a process of its own, whose wall time and highest resident set are
+taken (interpreter and imports included, for all alike); ``llmquant eval`` then measures the folder, whoever wrote it, in
+float32 with dequantized weights, so that only the quantization differs. A cell is written when it is done: run again, and only
+what is missing is measured. Ours and the peers' calibration windows of one seed are the same token ids.
+
+    python bench/quality.py run --environment llmcompressor=ENV/bin/python --environment autoround=ENV/bin/python
+    python bench/quality.py table > docs/quality.md
+
+``--tools``, ``--grids`` and ``--seeds`` narrow it down. The table gives the mean over seeds and, where there are several, the
+range. Seconds say something only between cells measured in one session on a machine that does nothing else, so they are kept
+only where ``--timing`` was given; a later run with it adds them to the cells that lack them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "quality.json"
+EXAMPLE = "examples/tiny-llama"
+METRICS = ("perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement")
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """One storage scheme."""
+
+    bits: int
+    group_size: int
+    symmetric: bool = True
+
+    def __str__(self) -> str:
+        return f"W{self.bits} g{self.group_size} {'sym' if self.symmetric else 'asym'}"
+
+
+GRIDS = {
+    str(g): g for g in (Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 32), Grid(3, 128), Grid(2, 32))
+}  # fmt: skip
+# Name in the table → the recipe and the options that llmquant quantize gets beside the grid.
+OURS: dict[str, list[str]] = {
+    "llmquant rtn": ["--method", "rtn"],
+    "llmquant gptq": ["--method", "gptq"],
+}
+# Name in the table → (environment, tool of bench/peers.py).
+PEERS = {
+    "llm-compressor rtn": ("llmcompressor", "llmcompressor-rtn"),
+    "llm-compressor gptq": ("llmcompressor", "llmcompressor-gptq"),
+    "llm-compressor awq": ("llmcompressor", "llmcompressor-awq"),
+    "autoround 200": ("autoround", "autoround"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all cells of a run share."""
+
+    model: str
+    calibration: str
+    nsamples: int
+    seqlen: int
+    text: str
+    windows: int
+    environments: dict[str, str]
+    scratch: Path
+
+
+def ours(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> list[str]:
+    """The command line of one of our methods."""
+    scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size), "--sym" if grid.symmetric else "--asym"]
+    text = ["--calibration", setting.calibration, "--nsamples", str(setting.nsamples), "--seqlen", str(setting.seqlen)]
+    if OURS[tool] == ["--method", "rtn"]:
+        text = []
+    main = "from llmquant.cli import main; main()"
+    run = [sys.executable, "-c", main, "quantize", setting.model, "-o", str(output), "--quiet", "--seed", str(seed)]
+    return [*run, *OURS[tool], *scheme, *text]
+
+
+def peer(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> list[str]:
+    """The command line of a peer, whose calibration windows are drawn first."""
+    environment, name = PEERS[tool]
+    windows = setting.scratch / f"windows-{seed}.json"
+    peers = str(ROOT / "bench" / "peers.py")
+    if not windows.exists():
+        draw = [sys.executable, peers, "windows", setting.model, "--calibration", setting.calibration, "--seed", str(seed)]
+        sizes = ["--nsamples", str(setting.nsamples), "--seqlen", str(setting.seqlen), "-o", str(windows)]
+        subprocess.run([*draw, *sizes], check=True, stdout=subprocess.DEVNULL)
+    scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size), "--seed", str(seed)]
+    scheme += [] if grid.symmetric else ["--asymmetric"]
+    python = setting.environments[environment]
+    return [python, peers, "quantize", name, setting.model, "-o", str(output), "--windows", str(windows), *scheme]
+
+
+def quantized(command: Sequence[str], log: Path) -> dict[str, float]:
+    """Run a tool; its wall seconds and the highest resident set of its process, in bytes."""
+    began = time.perf_counter()
+    with log.open("wb") as out:
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with {child.returncode}:\n{log.read_text(errors='replace')[-2000:]}")
+    return {"seconds": round(time.perf_counter() - began, 2), "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def evaluated(folder: Path, setting: Setting) -> dict[str, float]:
+    """Metrics of a quantized folder against the original."""
+    options = [
+        "--reference", setting.model, "--text", setting.text, "--window", str(setting.seqlen), "--max-windows",
+        str(setting.windows), "--dtype", "float32", "--kernel", "dense", "--no-cost", "--no-noise-floor", "--json",
+    ]  # fmt: skip
+    main = "from llmquant.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", main, "eval", str(folder), *options], check=True, stdout=subprocess.PIPE)
+    model = next(m for m in json.loads(done.stdout)["models"] if m["role"] == "candidate")
+    return {name: model["metrics"][name]["value"] for name in METRICS} | {"bits_per_weight": model["bits_per_weight"]}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure the cells that are missing."""
+    report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"settings": {}, "cells": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        environments = dict(e.split("=", 1) for e in args.environment)
+        setting = Setting(
+            args.model, args.calibration, args.nsamples, args.seqlen, args.text, args.windows, environments, Path(scratch)
+        )
+        known = {(c["tool"], c["grid"], c["seed"], c["model"]): c for c in report["cells"]}
+        for tool, grid, seed in wanted(args, environments):
+            found = known.get((tool, grid, seed, Path(args.model).name))
+            if found is not None and ("seconds" in found or not args.timing):
+                continue
+            if found is not None:
+                report["cells"].remove(found)
+            report["cells"].append(cell(tool, grid, seed, setting, args.timing))
+            report["settings"][Path(args.model).name] = shared(args)
+            partial = args.out.with_suffix(".partial")
+            partial.write_text(json.dumps(report, indent=1) + "\n")
+            partial.replace(args.out)
+
+
+def shared(args: argparse.Namespace) -> dict[str, Any]:
+    """What the cells of a model have in common, for the record."""
+    return {
+        "calibration": args.calibration, "nsamples": args.nsamples, "seqlen": args.seqlen, "text": args.text,
+        "windows": args.windows, "threads": os.environ.get("OMP_NUM_THREADS", "all"), "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def wanted(args: argparse.Namespace, environments: dict[str, str]) -> list[tuple[str, str, int]]:
+    """The cells asked for: peers only where their environment is given; methods without calibration have one seed."""
+    tools = args.tools.split(",") if args.tools else [*OURS, *(t for t, (e, _) in PEERS.items() if e in environments)]
+    grids = args.grids.split(",") if args.grids else list(GRIDS)
+    seeds = [int(s) for s in args.seeds.split(",")]
+    unknown = [t for t in tools if t not in OURS and t not in PEERS] + [g for g in grids if g not in GRIDS]
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(unknown)}; tools: {', '.join([*OURS, *PEERS])}; grids: {', '.join(GRIDS)}")
+    return [(t, g, s) for s in seeds for g in grids for t in tools if s == seeds[0] or not t.endswith(" rtn")]
+
+
+def cell(tool: str, grid: str, seed: int, setting: Setting, timing: bool) -> dict[str, Any]:
+    """One measured cell; its cost only with ``timing``."""
+    output = setting.scratch / "model"
+    command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
+    cost = quantized(command, setting.scratch / "log")
+    if not timing:
+        cost = {}
+    found = {"tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name, **cost, **evaluated(output, setting)}
+    shutil.rmtree(output)
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
+
+
+def table(args: argparse.Namespace) -> None:
+    """Markdown: one section per model and grid, best KL first."""
+    report = json.loads(args.out.read_text())
+    lines = [_HEAD]
+    cells = report["cells"]
+    for model in dict.fromkeys(c["model"] for c in cells):
+        setting = report["settings"][model]
+        lines.append(
+            f"\n## {model}\n\nCalibration: {setting['nsamples']} windows of {setting['seqlen']} tokens of "
+            f"`{setting['calibration']}`; evaluation: {setting['windows']} windows of `{setting['text']}`.\n"
+        )
+        for grid in (g for g in GRIDS if any(c["grid"] == g and c["model"] == model for c in cells)):
+            rows: dict[str, list[dict[str, Any]]] = {}
+            for c in cells:
+                if (c["model"], c["grid"]) == (model, grid):
+                    rows.setdefault(c["tool"], []).append(c)
+            lines += [f"\n### {grid}\n", _COLUMNS]
+            lines += [_row(t, rows[t]) for t in sorted(rows, key=lambda t: statistics.fmean(c["kl_mean"] for c in rows[t]))]
+    print("\n".join(lines))
+
+
+def _row(tool: str, cells: Sequence[dict[str, Any]]) -> str:
+    def mean(name: str) -> float:
+        return statistics.fmean(c[name] for c in cells)
+
+    timed = [c for c in cells if "seconds" in c]
+    cost = [f"{statistics.fmean(c[n] for c in timed) / per:.{d}f}" for n, per, d in _COST] if timed else ["–", "–"]
+    kls = [c["kl_mean"] for c in cells]
+    spread = f" ({min(kls):.5f} – {max(kls):.5f})" if len(kls) > 1 else ""
+    return (
+        f"| {tool} | {mean('kl_mean'):.5f}{spread} | {mean('kl_p99'):.3f} | {mean('perplexity_ratio'):.4f} "
+        f"| {mean('top1_agreement'):.3f} | {mean('bits_per_weight'):.3f} | {' | '.join(cost)} | {len(kls)} |"
+    )
+
+
+_COST = (("seconds", 1, 1), ("peak_bytes", 1e9, 2))
+_HEAD = """# Quality beside other tools
+
+Rendered by `python bench/quality.py table` from `bench/results/quality.json`; how it is measured stands in `bench/quality.py`.
+KL is the mean over tokens of KL(original ‖ quantized) in nats, averaged over calibration seeds, with the range over seeds in
+brackets. Seconds are wall time of the whole process on 2 CPU cores, GB its highest resident set."""
+_COLUMNS = """| tool | KL | KL p99 | perplexity ratio | top-1 | bits per weight | s | GB | seeds |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    first = commands.add_parser("run", help="measure what is missing")
+    first.add_argument("--model", default=EXAMPLE)
+    first.add_argument("--calibration", default=f"file:{EXAMPLE}/calibration.txt")
+    first.add_argument("--text", default=f"file:{EXAMPLE}/heldout.txt")
+    first.add_argument("--nsamples", type=int, default=64)
+    first.add_argument("--seqlen", type=int, default=512)
+    first.add_argument("--windows", type=int, default=120)
+    first.add_argument("--environment", action="append", default=[], metavar="NAME=PYTHON")
+    first.add_argument("--tools")
+    first.add_argument("--grids")
+    first.add_argument("--seeds", default="0,1,2")
+    first.add_argument("--timing", action="store_true", help="keep seconds and memory; give the machine nothing else to do")
+    first.set_defaults(run=run)
+    second = commands.add_parser("table", help="render the results")
+    second.set_defaults(run=table)
+    for command in (first, second):
+        command.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
