@@ -55,6 +55,9 @@ GRIDS = {
 OURS: dict[str, list[str]] = {
     "llmquant rtn": ["--method", "rtn"],
     "llmquant gptq": ["--method", "gptq"],
+    "llmquant awq": ["--recipe", "awq-w4g128"],
+    "llmquant best": ["--recipe", "best-w4g128"],
+    "llmquant best, 2 bits": ["--recipe", "best-w2g32"],
 }
 # Name in the table → (environment, tool of bench/peers.py).
 PEERS = {
@@ -83,8 +86,7 @@ def ours(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> li
     """The command line of one of our methods."""
     scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size), "--sym" if grid.symmetric else "--asym"]
     text = ["--calibration", setting.calibration, "--nsamples", str(setting.nsamples), "--seqlen", str(setting.seqlen)]
-    if OURS[tool] == ["--method", "rtn"]:
-        text = []
+    text = [] if tool == "llmquant rtn" else text
     main = "from llmquant.cli import main; main()"
     run = [sys.executable, "-c", main, "quantize", setting.model, "-o", str(output), "--quiet", "--seed", str(seed)]
     return [*run, *OURS[tool], *scheme, *text]

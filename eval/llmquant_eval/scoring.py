@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from llmquant_eval.reference_cache import CachedReference, CacheWriter
 
 # Tokens fed at a time when no batch size is given. Packed linears dequantize their weight at every call: with 4096 rows
-# that costs a tenth of the time, with 2048 up to a third (bench/results/eval_cost.json); more rows only take memory.
+# that makes an evaluation 1.15 to 1.26 times as long as the dense model's (bench/results/eval_cost.json).
 TOKENS_PER_BATCH = 4096
 # Logits of one model and batch stay below this, whatever the vocabulary; one window is fed in any case.
 LOGIT_BYTES = 1 << 30
