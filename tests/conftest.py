@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import EXAMPLE, TOKENIZER
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-llama"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Every linear has 64 or 96 input columns, so groups of 32 fit and groups of 128 do not.
 SMALL: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE, TOKENIZER
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, STAGES, save
+from tiny_models import CONFIGS, EXAMPLE, STAGES, TOKENIZER, save
 from transformers import AutoModelForCausalLM
 
 from llmquant.architectures import ARCHITECTURES

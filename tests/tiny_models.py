@@ -22,6 +22,8 @@ from transformers import (
     Starcoder2Config,
 )
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-llama"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 VOCAB = 64
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
