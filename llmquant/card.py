@@ -131,14 +131,15 @@ model = llmquant.load("THIS_FOLDER"){comment}
 
 
 def _scaled(manifest: Manifest) -> str:
-    """What AWQ changed beside the linears; nothing for a run without it."""
+    """What AWQ or SmoothQuant changed beside the linears; nothing for a run without them."""
     pairs = [pair for block in manifest.scaled.values() for pair in block]
     if not pairs:
         return ""
     done = sum(pair.reason is None for pair in pairs)
+    method = {"awq": "AWQ", "smooth": "SmoothQuant"}[pairs[0].method]
     return (
-        f"\nInput channels were scaled before rounding (AWQ) in {done} of {len(pairs)} places, the inverse folded into the norm "
-        "or linear before:\nthose norms and biases differ from the original's on purpose.\n"
+        f"\nInput channels were scaled before rounding ({method}) in {done} of {len(pairs)} places, the inverse folded into the "
+        "norm or linear before:\nthose norms and biases differ from the original's on purpose.\n"
     )
 
 

@@ -59,7 +59,7 @@ class TuneEntry(_Strict):
 
 
 class ScaledEntry(_Strict):
-    """One pair of AWQ; see :class:`llmquant.scaling.PairReport`. ``reason`` is None where channels were scaled."""
+    """One pair of AWQ or SmoothQuant; see :class:`llmquant.scaling.PairReport`. ``reason`` is None where channels were scaled."""
 
     producer: str
     readers: tuple[str, ...]
@@ -68,6 +68,7 @@ class ScaledEntry(_Strict):
     before: float | None
     after: float | None
     reason: str | None
+    method: str = "awq"
 
 
 class Conversion(_Strict):

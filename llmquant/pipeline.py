@@ -334,7 +334,7 @@ def _finish(
         files=file_hashes(writer.partial),
     )
     writer.write_text(MANIFEST, manifest.to_json())
-    scheme = ", ".join(sorted({str(s.spec) for s in outcome.schemes.values()}))
+    scheme = ", ".join(sorted({str(s) for s in outcome.schemes.values()}))
     card = model_card(manifest, recipe.to_yaml(), scheme, layout.name, front_matter(reader.path / "README.md"))
     writer.write_text("README.md", card)
     return manifest

@@ -70,6 +70,12 @@ WRONG = [
     pytest.param(
         "gptq: {act_order: group}\nweights: {group_size: -1}", "act_order: group needs a group size", id="order of one group"
     ),
+    pytest.param("smooth: {}", "no linear has any; set weights.activations", id="smooth without int8 activations"),
+    pytest.param(
+        "smooth: {}\nawq: {}\nweights: {bits: 8, group_size: -1, activations: int8-dynamic}", "awq and smooth both scale",
+        id="two scalings",
+    ),
+    pytest.param("smooth: {alpha: 2}", r"smooth\.alpha\.", id="alpha of 2"),
     pytest.param("[1, 2]", "recipe: Input should be a valid dictionary", id="a list"),
     pytest.param("weights: {bits: 4", "cannot be read as YAML", id="cut"),
     pytest.param("a: !!python/object:os.system {}", "cannot be read as YAML", id="code"),
