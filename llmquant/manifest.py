@@ -71,6 +71,16 @@ class ScaledEntry(_Strict):
     method: str = "awq"
 
 
+class RotationEntry(_Strict):
+    """What was rotated; see :class:`llmquant.rotation.RotationReport`."""
+
+    residual: str | None
+    heads: str | None
+    seed: int
+    norms: int
+    untied: bool
+
+
 class Conversion(_Strict):
     """One step from layout to layout: what was read, and by which versions."""
 
@@ -94,6 +104,7 @@ class Manifest(_Strict):
     threads: int
     versions: dict[str, str]
     bits_per_weight: float
+    rotation: RotationEntry | None = None
     modules: dict[str, ModuleEntry]
     tuned: dict[str, TuneEntry] = {}
     scaled: dict[str, tuple[ScaledEntry, ...]] = {}

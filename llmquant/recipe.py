@@ -121,6 +121,25 @@ class Smooth(_Strict):
     pairs: Literal["norms", "all"] = "norms"
 
 
+class Rotation(_Strict):
+    """Rotates the model before anything else, without changing what it computes; see :mod:`llmquant.rotation`."""
+
+    residual: Literal["hadamard", "random", "off"] = "hadamard"
+    heads: bool = True
+    seed: int = Field(0, ge=0, le=2**63 - 2)
+
+    @field_validator("residual", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # what YAML makes of a bare word off
+
+    @model_validator(mode="after")
+    def _something(self) -> Rotation:
+        if self.residual == "off" and not self.heads:
+            raise ValueError("residual: off and heads: false rotate nothing; leave the section out")
+        return self
+
+
 class CalibrationOptions(_Strict):
     """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``."""
 
@@ -140,6 +159,7 @@ class Recipe(_Strict):
     overrides: tuple[Override, ...] = ()
     scales: Scales = Scales()
     gptq: GPTQ = GPTQ()
+    rotation: Rotation | None = None
     awq: AWQ | None = None
     smooth: Smooth | None = None
     tune: Tune | None = None
