@@ -58,7 +58,7 @@ OURS: dict[str, list[str]] = {
     "llmquant gptq": ["--method", "gptq"],
     "llmquant awq": ["--recipe", "awq-w4g128"],
     "llmquant best": ["--recipe", "best-w4g128"],
-    "llmquant best, 2 bits": ["--recipe", "best-w2g32"],
+    "llmquant best; 2 bits": ["--recipe", "best-w2g32"],
 }
 # Name in the table → (environment, tool of bench/peers.py).
 PEERS = {
