@@ -66,6 +66,7 @@ PEERS = {
     "llm-compressor gptq": ("llmcompressor", "llmcompressor-gptq"),
     "llm-compressor awq": ("llmcompressor", "llmcompressor-awq"),
     "autoround 200": ("autoround", "autoround"),
+    "gptqmodel gptq": ("gptqmodel", "gptqmodel"),
 }
 
 
