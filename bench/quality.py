@@ -50,8 +50,9 @@ class Grid:
 
 
 GRIDS = {
-    str(g): g for g in (Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 32), Grid(3, 128), Grid(2, 32))
+    str(g): g for g in (Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 32), Grid(3, 32), Grid(3, 128), Grid(2, 32))
 }  # fmt: skip
+MIXED = "llmquant gptq; mixed within the same size"
 # Name in the table → the recipe and the options that llmquant quantize gets beside the grid.
 OURS: dict[str, list[str]] = {
     "llmquant rtn": ["--method", "rtn"],
@@ -59,6 +60,7 @@ OURS: dict[str, list[str]] = {
     "llmquant awq": ["--recipe", "awq-w4g128"],
     "llmquant best": ["--recipe", "best-w4g128"],
     "llmquant best; 2 bits": ["--recipe", "best-w2g32"],
+    MIXED: ["--method", "gptq"],
 }
 # Name in the table → (environment, tool of bench/peers.py).
 PEERS = {
@@ -87,6 +89,8 @@ class Setting:
 def ours(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> list[str]:
     """The command line of one of our methods."""
     scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size), "--sym" if grid.symmetric else "--asym"]
+    if tool == MIXED:
+        scheme = ["--target-bpw", str(grid.bits + 16 / grid.group_size)]
     text = ["--calibration", setting.calibration, "--nsamples", str(setting.nsamples), "--seqlen", str(setting.seqlen)]
     text = [] if tool == "llmquant rtn" else text
     main = "from llmquant.cli import main; main()"
