@@ -19,6 +19,8 @@ SHIPPED = {
     "gptq-w3g32": ("gptq", QuantSpec(3, 32)),
     "awq-w4g128": ("awq+rtn", QuantSpec(4, 128)),
     "awq-w4g128-asym": ("awq+rtn", QuantSpec(4, 128, False)),
+    "w8a8": ("gptq", QuantSpec(8, None)),
+    "smoothquant-w8a8": ("smooth+gptq", QuantSpec(8, None)),
     "best-w4g128": ("gptq+tune", QuantSpec(4, 128)),
     "best-w3g128": ("gptq+tune", QuantSpec(3, 128)),
     "best-w2g32": ("gptq+tune", QuantSpec(2, 32)),

@@ -136,6 +136,22 @@ def test_the_method_switches_smoothing(method: str, steps: str | None) -> None:
     assert (chosen.smooth.alpha if chosen.smooth else None) == (0.7 if "smooth" in method else None)
 
 
+def test_awq_tells_what_was_scaled_and_what_was_left_alone(run: Run, model: Path, text: Path) -> None:
+    options = ("--method", "awq+gptq", *GPTQ, "--calibration", f"file:{text}")
+    ran = run("quantize", model, "-o", "one", *options)
+    assert ran.code == 0
+    table = ran.out.partition("scaled for")[2].splitlines()[1:]
+    assert table[0].startswith("self_attn.q_proj, self_attn.k_proj,")
+    assert "down_proj" in "".join(table[:6])
+    told = json.loads(run("quantize", model, "-o", "two", *options, "--json").out)
+    assert told["recipe"]["awq"] == {"grid": 20, "duo_scaling": "both", "steps": 0}
+    kept = json.loads(Path("one", "manifest.json").read_text())["scaled"]
+    assert kept == {b: [{k: v for k, v in p.items() if k != "seconds"} for p in pairs] for b, pairs in told["scaled"].items()}
+    assert [len(pairs) for pairs in kept.values()] == [4, 4]
+    assert Path("one", SINGLE).read_bytes() == Path("two", SINGLE).read_bytes()
+    assert run("inspect", "one", "--verify").code == 0
+
+
 def test_quiet_says_nothing(run: Run, model: Path, text: Path) -> None:
     assert run("quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}", "--quiet") == Ran(0, "", "")
     assert (Path("out") / SINGLE).is_file()
