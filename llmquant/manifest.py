@@ -17,13 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from llmquant.checkpoint import SIDE_FILES, CheckpointReader, read_json, sha256_file
 from llmquant.detect import quantization_config
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError
+from llmquant.finite import all_finite
 from llmquant.formats import Format, Scheme, for_config
 from llmquant.weight import QuantizedWeight
 
@@ -146,7 +146,7 @@ def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
             weight = read_module(reader, layout, name, schemes[name])
         except (FormatError, QuantizationError) as e:
             raise ProofError(f"{reader.path}: {name} cannot be read back: {e}") from e
-        if not bool(torch.isfinite(weight.dequantize()).all()):
+        if not all_finite(weight.dequantize()):
             raise ProofError(f"{reader.path}: {name} dequantizes to NaN or Inf")
         if weight.digest() != expected:
             raise ProofError(f"{reader.path}: {name} does not hold the numbers the algorithm returned")

@@ -26,6 +26,7 @@ from llmquant.detect import quantization_config
 from llmquant.devices import parse_device, parse_dtype
 from llmquant.engines import refusals
 from llmquant.errors import ProofError, QuantizationError, SourceError, UsageError
+from llmquant.finite import all_finite
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
@@ -288,7 +289,7 @@ def _copy(
         if name.removesuffix(".weight") in outcome.modules and name.endswith(".weight"):
             continue
         tensor = changed[name] if name in changed else reader.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise QuantizationError(f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
         writer.add(name, tensor)
         outcome.copied[name] = sha256_tensor(tensor)

@@ -40,6 +40,7 @@ from llmquant.architectures import Architecture, blocks_of, norm_of
 from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
+from llmquant.finite import all_finite
 from llmquant.recipe import Recipe
 from llmquant.reference import Reference
 from llmquant.scaling import BlockScaling, PairReport, scale_block
@@ -288,7 +289,7 @@ class _Calibrated(_DataFree):
     def _advance(self, block: nn.Module, index: int) -> None:
         for i, batch in enumerate(self.inputs):
             hidden = run_block(block, batch)
-            if not bool(torch.isfinite(hidden).all()):
+            if not all_finite(hidden):
                 raise QuantizationError(
                     f"block {index} gave NaN or Inf on the calibration text at {self.plan.dtype}; use --dtype float32"
                 )
@@ -407,7 +408,7 @@ def _read_parameter(plan: WalkPlan, name: str, shape: torch.Size) -> Tensor:
     tensor = plan.reader.read(name)
     if tensor.shape != shape:
         raise CheckpointError(f"{name} is {list(tensor.shape)} in the checkpoint, config.json makes it {list(shape)}")
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise QuantizationError(f"{plan.reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
     # A copy even when no cast is needed: quantized weights are written into it, never into the mapped file.
     return tensor.to(plan.device, plan.dtype, copy=True)

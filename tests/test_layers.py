@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
 LAYERS = (
     ("errors",),
-    ("spec", "knapsack", "shards", "devices", "hub", "local_text", "hub_text"),
+    ("spec", "finite", "knapsack", "shards", "devices", "hub", "local_text", "hub_text"),
     ("weight", "bitpack", "stats"),
     ("algorithms", "formats", "kernels"),
     ("destination",),
