@@ -59,7 +59,7 @@ class TuneEntry(_Strict):
 
 
 class ScaledEntry(_Strict):
-    """One pair of AWQ; see :class:`llmquant.scaling.PairReport`. ``reason`` is None where channels were scaled."""
+    """One pair of AWQ or SmoothQuant; see :class:`llmquant.scaling.PairReport`. ``reason`` is None where channels were scaled."""
 
     producer: str
     readers: tuple[str, ...]
@@ -68,6 +68,17 @@ class ScaledEntry(_Strict):
     before: float | None
     after: float | None
     reason: str | None
+    method: str = "awq"
+
+
+class RotationEntry(_Strict):
+    """What was rotated; see :class:`llmquant.rotation.RotationReport`."""
+
+    residual: str | None
+    heads: str | None
+    seed: int
+    norms: int
+    untied: bool
 
 
 class Conversion(_Strict):
@@ -93,6 +104,7 @@ class Manifest(_Strict):
     threads: int
     versions: dict[str, str]
     bits_per_weight: float
+    rotation: RotationEntry | None = None
     modules: dict[str, ModuleEntry]
     tuned: dict[str, TuneEntry] = {}
     scaled: dict[str, tuple[ScaledEntry, ...]] = {}

@@ -43,7 +43,8 @@ from llmquant.errors import CheckpointError, QuantizationError
 from llmquant.finite import all_finite
 from llmquant.recipe import Recipe
 from llmquant.reference import Reference
-from llmquant.scaling import BlockScaling, PairReport, scale_block
+from llmquant.scaling import AWQFinder, BlockScaling, Finder, PairReport, scale_block
+from llmquant.smoothing import SmoothFinder, SmoothOptions
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats, PairStats
 from llmquant.tuning import TuneReport, tune_block
@@ -130,6 +131,11 @@ class WalkPlan:
     def awq_options(self) -> AWQOptions | None:
         a = self.recipe.awq
         return None if a is None else AWQOptions(a.grid, a.duo_scaling, a.steps)
+
+    @property
+    def smooth_options(self) -> SmoothOptions | None:
+        s = self.recipe.smooth
+        return None if s is None else SmoothOptions(s.alpha, s.pairs == "all")
 
     @property
     def batch_size(self) -> int:
@@ -250,16 +256,28 @@ class _Calibrated(_DataFree):
         return results
 
     def _scale(self, index: int, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]) -> None:
-        options = self.plan.awq_options
-        if options is None:
+        if self.plan.recipe.awq is not None or self.plan.recipe.smooth is not None:
+            self.announce(index, f"{prefix} (scaling)")
+        find = self._finder(block, prefix, sets)
+        if find is None:
             return
-        self.announce(index, f"{prefix} (scaling)")
         config = self.plan.model.config.get_text_config()
         heads: int = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1) or 1
         self.scaling = scale_block(
-            block, prefix, sets, self.plan.specs, self.inputs, self.plan.reader, self.plan.architecture, heads, self.plan.search,
-            options,
-        )  # fmt: skip
+            block, prefix, sets, self.inputs, self.plan.reader, self.plan.architecture, heads, find
+        )
+
+    def _finder(self, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]) -> Finder | None:
+        """The recipe's search for channel scales; None where it wants none or has nothing to scale for."""
+        plan, awq, smooth = self.plan, self.plan.awq_options, self.plan.smooth_options
+        self.scaling = BlockScaling({}, {}, ())
+        if not sets:
+            return None
+        if smooth is not None:
+            names = (f"{prefix}.{m}" for s in sets for m in s)
+            int8 = frozenset(n for n in names if plan.recipe.weights_of(n).activations == "int8-dynamic")
+            return SmoothFinder(block, sets, self.inputs, plan.specs, int8, plan.search, smooth)
+        return None if awq is None else AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq)
 
     def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear]) -> Mapping[str, InputStats]:
         if self._pairs is None:
