@@ -89,7 +89,7 @@ def fused_items(names: Sequence[str], architecture: Architecture) -> list[tuple[
         inside = name.removeprefix(f"{architecture.blocks}.")
         index, _, leaf = inside.partition(".")
         block = int(index) if inside != name else None
-        together = next((t for t in architecture.fused if block is not None and leaf in t), name)
+        together = (architecture.fused_with(leaf) if block is not None else None) or name
         found.setdefault((block, together), []).append(name)
     return [(block, tuple(members)) for (block, _), members in found.items()]
 
@@ -102,7 +102,7 @@ def choices_of(
     options: AllocateOptions,
     reader: CheckpointReader,
 ) -> list[Choice]:
-    names = [n for n in linears.shapes if recipe.selects(n)]
+    names = [n for n in linears.shapes if recipe.selects(*linears.names(n))]
     if not names:
         raise UsageError(
             f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"

@@ -140,17 +140,23 @@ def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
     architecture = ARCHITECTURES[model_type]
     inside = re.compile(rf"{re.escape(architecture.blocks)}\.\d+\..+\.weight")
     shapes: dict[str, tuple[int, int]] = {}
+    routers: list[str] = []
+    head = architecture.head
     for name, info in reader.tensors.items():
-        if len(info.shape) == 2 and (inside.fullmatch(name) or name == "lm_head.weight"):
-            shapes[name.removesuffix(".weight")] = (info.shape[0], info.shape[1])
+        module = name.removesuffix(".weight")
+        if len(info.shape) != 2 or not (inside.fullmatch(name) or name == f"{head}.weight"):
+            continue
+        if architecture.is_router(module.removeprefix(f"{architecture.blocks}.").partition(".")[2]):
+            routers.append(module)
+        else:
+            shapes[module] = (info.shape[0], info.shape[1])
     # Absent from config.json means the class's default, which is untied for every type in the table.
     tied = bool(reader.config.get("tie_word_embeddings", False))
-    head = "lm_head"
     if head not in shapes and tied:
         hidden, vocabulary = reader.config.get("hidden_size"), reader.config.get("vocab_size")
         if isinstance(hidden, int) and isinstance(vocabulary, int):
             shapes[head] = (vocabulary, hidden)
-    return Linears(shapes, head if head in shapes else None, tied), architecture
+    return Linears(shapes, head if head in shapes else None, tied, tuple(routers)), architecture
 
 
 class Sizes:

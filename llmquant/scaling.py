@@ -18,6 +18,7 @@ from llmquant.architectures import Architecture
 from llmquant.capture import BlockInput, observe
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import QuantizationError
+from llmquant.experts import UNSEEN, place_of
 from llmquant.folding import Pair, checked, fold, head_channels, names_of, norm_pairs
 from llmquant.spec import QuantSpec
 
@@ -64,6 +65,7 @@ def scale_block(
     kv_heads: int,
     search: ScaleSearch,
     options: AWQOptions,
+    all_experts: bool = False,
 ) -> BlockScaling:
     """Search and fold; the block is changed in place.
 
@@ -78,10 +80,11 @@ def scale_block(
         kv_heads: key-value heads of the model.
         search: the recipe's scale search.
         options: AWQ's.
+        all_experts: as for :func:`llmquant.capture.observe`.
     """
     if not sets:
         return BlockScaling({}, {}, ())
-    stats = observe(block, {s[0]: _linear(block, s[0]) for s in sets}, inputs)
+    stats = observe(block, {s[0]: _linear(block, s[0]) for s in sets}, inputs, all_experts)
     device = block.get_parameter(f"{sets[0][0]}.weight").device
     tensors: dict[str, Tensor] = {}
     stored: dict[str, torch.dtype] = {}
@@ -98,6 +101,9 @@ def scale_block(
                 original = reader.read(f"{prefix}.{name}")
                 tensors[name], stored[name] = original.to(device, torch.float32), original.dtype
         seen = stats[pair.readers[0]]
+        if seen.tokens == 0 and seen.dropped == 0 and place_of(block, pair.readers[0]):
+            reports.append(PairReport(*names, reason=UNSEEN))
+            continue
         if seen.tokens == 0:
             raise QuantizationError(f"{names[1][0]} saw no finite calibration token ({seen.dropped} dropped)")
         found = search_scale(
@@ -129,7 +135,7 @@ def _pairs(
     found: list[tuple[Pair, str | None]] = []
     for pair in norm_pairs(block, sets, inputs):
         found.append(_tried(block, pair, inputs))
-    for producer, consumer in architecture.scaled:
+    for producer, consumer in architecture.scaled_in([n for n, m in block.named_modules() if isinstance(m, nn.Linear)]):
         missing = [n for n in (producer, consumer) if n not in members]
         pair = Pair(producer, (consumer,), linear=True)
         if missing:

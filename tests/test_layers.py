@@ -19,10 +19,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors",),
     ("spec", "knapsack", "shards", "devices", "hub", "local_text", "hub_text"),
-    ("weight", "bitpack", "stats"),
+    ("weight", "bitpack", "stats", "experts"),
     ("algorithms", "formats", "kernels"),
     ("destination",),
     ("checkpoint", "capture", "architectures", "modules", "saving", "engines"),
+    ("naming",),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding"),
     ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling"),
     ("calibration", "walk", "loading", "inspection", "card"),

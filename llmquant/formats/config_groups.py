@@ -8,6 +8,9 @@ from typing import Any
 
 from llmquant.errors import FormatError
 
+# Output heads, which are no Linear in vLLM: a quantized one must be named as a target.
+HEADS = ("lm_head", "embed_out")
+
 
 def groups_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The entries of ``config_groups``.
