@@ -17,9 +17,12 @@ from tolerances import TWIN_ATOL
 from torch import Tensor, nn
 
 from llmquant import inspect, register_with_transformers, unregister_from_transformers
+from llmquant.allocation import allocate
 from llmquant.architectures import ARCHITECTURES, blocks_of, find
 from llmquant.capture import first_inputs, observe, observe_pairs, run_block
 from llmquant.checkpoint import CheckpointReader
+from llmquant.choices import AllocateOptions
+from llmquant.conversion import convert
 from llmquant.errors import ArchitectureError, UsageError
 from llmquant.experts import UNSEEN, Expert, ExpertList, Watch, place_of, watched
 from llmquant.loading import load
@@ -284,6 +287,30 @@ def test_shown_every_token_no_expert_falls_back(changes: dict[str, object], tmp_
     assert {m.tokens for m in result.modules} == {4 * 32}
     assert not any(m.fallback for m in result.modules)
     assert result.warnings == ()
+
+
+@pytest.mark.parametrize("sensitivity", ["kl", "block"])
+def test_an_allocation_takes_a_blocks_experts_together(sensitivity: str, tmp_path: Path) -> None:
+    source, options = starving(tmp_path / "source"), AllocateOptions(4.6, group_sizes=(16,), sensitivity=sensitivity)
+    found = allocate(source, recipe("gptq"), options)
+    sizes = [len(item.names) for item in found.items]
+    assert sizes == [3, 1, 3 * EXPERTS] * 2
+    assert found.predicted >= 0
+    assert quantize(source, tmp_path / "out", found.recipe).bits_per_weight <= 4.6
+
+
+def test_a_conversion_keeps_experts_and_routers(tmp_path: Path) -> None:
+    packed = quantize(checkpoint("mixtral", tmp_path / "source"), tmp_path / "a", recipe("rtn")).path
+    convert(packed, "gptq", tmp_path / "b")
+    convert(tmp_path / "b", "compressed-tensors", tmp_path / "c")
+    convert(packed, "dense", tmp_path / "d")
+    assert read_manifest(tmp_path / "c").skipped == read_manifest(packed).skipped
+    reference = load(packed, dtype="float32", kernel="reference")
+    dense = empty_model(CheckpointReader(tmp_path / "d"), torch.float32)
+    with torch.no_grad():
+        for folder in ("b", "c"):
+            assert torch.equal(load(tmp_path / folder, dtype="float32", kernel="reference")(IDS).logits, reference(IDS).logits)
+    assert {n for n, _ in dense.named_parameters()} == set(CheckpointReader(tmp_path / "d").tensors)
 
 
 def test_a_recipe_that_says_nothing_of_experts_keeps_its_hash() -> None:
