@@ -15,6 +15,7 @@ from test_supported_models import IDS, checkpoint, recipe
 from tiny_models import EXPERTS, random_model, save, token_windows
 from tolerances import TWIN_ATOL
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from llmquant import inspect, register_with_transformers, unregister_from_transformers
 from llmquant.allocation import allocate
@@ -29,6 +30,7 @@ from llmquant.loading import load
 from llmquant.manifest import read_manifest
 from llmquant.naming import as_in_checkpoint
 from llmquant.pipeline import quantize
+from llmquant.plan import make_plan
 from llmquant.recipe import Recipe
 from llmquant.skeleton import empty_model
 from llmquant.stats import InputStats
@@ -320,8 +322,6 @@ def test_a_recipe_that_says_nothing_of_experts_keeps_its_hash() -> None:
 
 @pytest.mark.parametrize("kind", [*MIXTURES, "gpt_neox"])
 def test_from_pretrained_gives_what_load_gives(kind: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     include = {} if kind == "gpt_neox" else {"include": ("*experts.*.*",)}
     packed = quantize(checkpoint(kind, tmp_path / "source"), tmp_path / "out", recipe("rtn").updated(include)).path
     register_with_transformers()
@@ -331,6 +331,37 @@ def test_from_pretrained_gives_what_load_gives(kind: str, tmp_path: Path) -> Non
         unregister_from_transformers()
     with torch.no_grad():
         assert torch.equal(theirs(IDS).logits, load(packed)(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", [*MIXTURES, "gpt_neox"])
+def test_transformers_own_loader_computes_the_same(kind: str, tmp_path: Path) -> None:
+    packed = quantize(checkpoint(kind, tmp_path / "source"), tmp_path / "out", recipe("rtn")).path
+    assert inspect(packed).engines["transformers"] == ()
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)(IDS).logits
+        ours, original = (load(f, dtype="float32", kernel="dense")(IDS).logits for f in (packed, tmp_path / "source"))
+    # Its packed scales are float32 here as ours are, so only the order of sums is left; what quantization changed is far larger.
+    assert float((theirs - ours).abs().max()) < 1e-3 * float((ours - original).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("layout", "spec", "engine", "words"),
+    [
+        pytest.param("compressed-tensors", {}, "vllm (CPU)", "no kernel for experts", id="vllm, compressed-tensors"),
+        pytest.param("gptq", {"weights.group_size": 16}, "vllm (CPU)", "no groups of 16", id="vllm, gptq as ever"),
+        pytest.param(
+            "int-quantized", {"weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic"},
+            "transformers", "stored as int8", id="transformers, int8",
+        ),
+    ],
+)  # fmt: skip
+def test_what_engines_refuse_of_experts(layout: str, spec: dict[str, object], engine: str, words: str, tmp_path: Path) -> None:
+    source = save("mixtral", tmp_path / "source")
+    everything = Recipe(method="rtn", format=layout).updated({"weights.group_size": 16, **spec})
+    (reason,) = make_plan(source, everything).engines[engine]
+    assert words in reason
+    attention = make_plan(source, everything.updated({"include": ("*.self_attn.*",)})).engines[engine]
+    assert attention == (() if "groups" not in words else (reason,))
 
 
 def test_a_quantized_head_of_another_name(tmp_path: Path) -> None:
