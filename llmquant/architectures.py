@@ -13,13 +13,15 @@ A model type that is not in the table is walked by its one list of equal blocks,
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from llmquant.errors import ArchitectureError
 
+_SENSES = ("vision_config", "audio_config")
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED_MLP = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -64,6 +66,7 @@ class Architecture:
         renamed: paths in transformers' model (``*`` for any block), and what the checkpoint calls their last part.
         experts: of the blocks that have some.
         head: the linear after the last norm.
+        outside: linears that some models have between the embeddings or the head and the blocks; left alone.
     """
 
     blocks: str
@@ -73,6 +76,7 @@ class Architecture:
     renamed: tuple[tuple[str, str], ...] = ()
     experts: Experts | None = None
     head: str = "lm_head"
+    outside: tuple[str, ...] = ()
 
     def fused_with(self, leaf: str) -> tuple[str, ...] | None:
         """The set that the linear ``leaf`` (relative to a block) is in."""
@@ -107,7 +111,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": _LLAMA,
     # Already one matrix in the checkpoint: qkv_proj and gate_up_proj.
     "phi3": Architecture("model.layers", "model.norm", ()),
-    "opt": Architecture("model.decoder.layers", "model.decoder.final_layer_norm", (_ATTENTION,)),
+    # The smallest OPT but one has narrower embeddings than blocks.
+    "opt": Architecture(
+        "model.decoder.layers", "model.decoder.final_layer_norm", (_ATTENTION,),
+        outside=("model.decoder.project_in", "model.decoder.project_out"),
+    ),
     "starcoder2": Architecture("model.layers", "model.norm", (_ATTENTION,)),
     # query_key_value is one matrix in the checkpoint.
     "gpt_neox": Architecture(
@@ -127,9 +135,11 @@ def find(model: nn.Module, model_type: str) -> Architecture:
     """The table's entry, or one derived from the only list of two or more equal blocks.
 
     Raises:
-        ArchitectureError: the entry does not fit the model, there is no single such list, or the model holds experts, which
-            are not linears: the larger part of it would stay as it is.
+        ArchitectureError: the entry does not fit the model, there is no single such list, the model is more than a text decoder,
+            or it holds experts that are not linears: the larger part of it would stay as it is.
     """
+    config = getattr(model, "config", None)
+    refuse_multimodal(config.to_dict() if config is not None else {}, model_type)
     _refuse_experts(model, model_type)
     known = ARCHITECTURES.get(model_type)
     if known is not None:
@@ -155,6 +165,20 @@ def find(model: nn.Module, model_type: str) -> Architecture:
     parent = outer[0].rpartition(".")[0]
     norms = [n for n, _ in (_get(model, parent) or model).named_children() if "norm" in n]
     return Architecture(outer[0], f"{parent}.{norms[-1]}".lstrip(".") if norms else "", ())
+
+
+def refuse_multimodal(config: Mapping[str, Any], model_type: str) -> None:
+    """Refuse what also reads images or sound.
+
+    Raises:
+        ArchitectureError: the config describes such a part.
+    """
+    parts = [part for part in _SENSES if config.get(part)]
+    if parts:
+        raise ArchitectureError(
+            f"model type {model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
+            "not reach the rest; quantize a text-only checkpoint of the family"
+        )
 
 
 def _refuse_experts(model: nn.Module, model_type: str) -> None:

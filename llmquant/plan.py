@@ -19,7 +19,7 @@ from functools import cached_property
 
 import torch
 
-from llmquant.architectures import ARCHITECTURES, Architecture
+from llmquant.architectures import ARCHITECTURES, Architecture, refuse_multimodal
 from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import quantization_config
 from llmquant.engines import refusals
@@ -132,6 +132,7 @@ def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
         ArchitectureError: a model type outside the table.
     """
     model_type = str(reader.config.get("model_type"))
+    refuse_multimodal(reader.config, model_type)
     if model_type not in ARCHITECTURES:
         raise ArchitectureError(
             f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}), so a plan "
@@ -144,7 +145,7 @@ def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
     head = architecture.head
     for name, info in reader.tensors.items():
         module = name.removesuffix(".weight")
-        if len(info.shape) != 2 or not (inside.fullmatch(name) or name == f"{head}.weight"):
+        if len(info.shape) != 2 or not (inside.fullmatch(name) or module in (head, *architecture.outside)):
             continue
         if architecture.is_router(module.removeprefix(f"{architecture.blocks}.").partition(".")[2]):
             routers.append(module)

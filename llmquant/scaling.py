@@ -133,6 +133,9 @@ def _pairs(
     """Pairs, each with the reason why it must be left alone, or None."""
     members = {m for s in sets for m in s}
     found: list[tuple[Pair, str | None]] = []
+    routed = [m for s in sets if len(s) > 1 and place_of(block, s[0]) for m in s]
+    if routed and architecture.experts is not None:
+        found.append((Pair(architecture.experts.inside, tuple(routed)), "the router reads these channels too"))
     for pair in norm_pairs(block, sets, inputs):
         found.append(_tried(block, pair, inputs))
     for producer, consumer in architecture.scaled_in([n for n, m in block.named_modules() if isinstance(m, nn.Linear)]):

@@ -38,6 +38,7 @@ class Selection:
 
 HEAD = "lm_head"
 ROUTER = "router of experts"
+OUTSIDE = "outside the decoder blocks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,9 @@ def select(linears: Linears, architecture: Architecture, recipe: Recipe, layout:
     for name, shape in linears.shapes.items():
         if not recipe.selects(*linears.names(name)):
             skipped[name] = _why_skipped(recipe, linears.names(name))
+            continue
+        if name in architecture.outside:
+            skipped[name] = OUTSIDE
             continue
         if name == head and linears.tied:
             raise UsageError(f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore")

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import CONFIGS, random_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from llmquant.architectures import ARCHITECTURES, blocks_of, find, norm_of
 from llmquant.errors import ArchitectureError
 from llmquant.naming import as_in_checkpoint
+from llmquant.plan import make_plan
+from llmquant.recipe import Recipe
 
 
 def on_meta(kind: str) -> nn.Module:
@@ -130,3 +133,18 @@ def test_experts_of_other_types_are_refused_before_most_of_a_model_is_left_alone
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     with pytest.raises(ArchitectureError, match=r"stacks its experts.*\.experts\.gate_up_proj\); of mixtures .* mixtral"):
         find(model, kind)
+
+
+def test_a_model_that_also_sees_is_refused(tmp_path: Path) -> None:
+    text = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "patch_size": 14}, image_token_index=250)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    told = r"model type 'gemma3' is more than a text decoder \(its config has vision_config\)"
+    with pytest.raises(ArchitectureError, match=told):
+        find(model, "gemma3")
+    config.save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ArchitectureError, match=told):
+        make_plan(tmp_path, Recipe(method="rtn"))

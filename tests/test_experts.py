@@ -280,6 +280,8 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_reported(changes: di
     if "awq" in changes:
         reasons = {p.readers[0]: p.reason for pairs in result.scaled.values() for p in pairs}
         assert {n for n, why in reasons.items() if why == UNSEEN} == {n for n in STARVED if n.endswith("w2")}
+        assert reasons["model.layers.0.block_sparse_moe.experts.0.w1"] == "the router reads these channels too"
+        assert reasons["model.layers.0.block_sparse_moe.experts.1.w2"] != UNSEEN
 
 
 @pytest.mark.parametrize("changes", [{}, {"gptq.asymmetric": 0.5}], ids=["plain", "asymmetric"])

@@ -22,6 +22,7 @@ from llmquant.loading import load
 from llmquant.manifest import read_manifest, read_module, stored_schemes
 from llmquant.naming import as_in_checkpoint
 from llmquant.pipeline import quantize
+from llmquant.plan import make_plan
 from llmquant.recipe import Recipe
 
 IDS = torch.randint(6, 4096, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -79,3 +80,15 @@ def test_every_linear_is_packed_and_the_logits_are_the_dense_ones(kind, method, 
     assert torch.equal(got, wanted)
     assert kind in MIXTURES or torch.equal(wanted, stacked)  # experts: another order of sums, so tested in float64 elsewhere
     assert json.loads((packed / "config.json").read_text())["model_type"] == kind
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_opt_of_narrower_embeddings(method, tmp_path):
+    source, packed = checkpoint("opt", tmp_path / "source", word_embed_proj_dim=16), tmp_path / "packed"
+    result = quantize(source, packed, recipe(method))
+    projections = {f"model.decoder.project_{side}": "outside the decoder blocks" for side in ("in", "out")}
+    assert result.skipped == projections | {"lm_head": "ignore pattern lm_head"}
+    assert make_plan(source, recipe(method)).skipped == result.skipped
+    with torch.no_grad():
+        _, wanted = with_dense_weights(source, packed, "opt")
+        assert torch.equal(load(packed, dtype="float32", kernel="reference")(IDS).logits, wanted)
