@@ -225,17 +225,19 @@ def observe_pairs(
     stats = {name: PairStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
     for batch, hidden in zip(batches, reference, strict=True):
         watch = Watch(all_experts)
-        seen = _linear_inputs(block, wanted, batch, {}, watch)
+        seen = linear_inputs(block, wanted, batch, {}, watch)
         again = Watch(all_experts, replay=watch.routes)
-        beside = _linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals, again)
+        beside = linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals, again)
         for name, pair in stats.items():
             pair.add_pair(seen[name], beside[name])
     return stats
 
 
-def _linear_inputs(
-    block: nn.Module, wanted: Mapping[str, nn.Linear], batch: BlockInput, parameters: Mapping[str, Tensor], watch: Watch
-) -> dict[str, Tensor]:
+def linear_inputs(
+    block: nn.Module, wanted: Mapping[str, nn.Linear], batch: BlockInput, parameters: Mapping[str, Tensor],
+    watch: Watch | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What each wanted linear reads in one batch, with some of the block's parameters replaced; experts as ``watch`` says."""
     seen: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -243,6 +245,6 @@ def _linear_inputs(
         if len(seen) == len(wanted):
             raise _EnoughSeen
 
-    with watched(block, watch), _input_hooks(wanted, see), torch.no_grad(), suppress(_EnoughSeen):
+    with watched(block, watch or Watch()), _input_hooks(wanted, see), torch.no_grad(), suppress(_EnoughSeen):
         run_with(block, parameters, batch)
     return seen

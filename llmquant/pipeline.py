@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from llmquant.detect import quantization_config
 from llmquant.devices import parse_device, parse_dtype
 from llmquant.engines import refusals
 from llmquant.errors import ProofError, QuantizationError, SourceError, UsageError
+from llmquant.finite import all_finite
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
@@ -33,6 +34,7 @@ from llmquant.manifest import (
     MANIFEST,
     Manifest,
     ModuleEntry,
+    RotationEntry,
     ScaledEntry,
     TuneEntry,
     file_hashes,
@@ -42,6 +44,7 @@ from llmquant.manifest import (
     versions,
 )
 from llmquant.recipe import Recipe
+from llmquant.rotation import RotatedReader, rotated
 from llmquant.scaling import PairReport
 from llmquant.selection import Selection, linears_of, select
 from llmquant.skeleton import empty_model, read_tokenizer
@@ -136,8 +139,9 @@ def quantize(
     """
     options, events = options or QuantizeOptions(), events or Events()
     check_destination(Path(os.path.abspath(output)), options.overwrite)
-    reader = CheckpointReader(resolve(model))
-    refuse_quantized(reader)
+    original = CheckpointReader(resolve(model))
+    refuse_quantized(original)
+    reader = rotated(original, recipe)
     refuse_source(Path(os.path.abspath(output)), reader.path)
     device, dtype = parse_device(options.device), parse_dtype(options.dtype, auto=torch.float32)
     skeleton = empty_model(reader, dtype)
@@ -173,7 +177,7 @@ def quantize(
         scaled=outcome.scaled,
         skipped=selection.skipped,
         bits_per_weight=manifest.bits_per_weight,
-        source_bytes=sum(i.nbytes for i in reader.tensors.values()),
+        source_bytes=sum(i.nbytes for i in original.tensors.values()),
         bytes_written=writer.total_bytes,
         calibration=calibration,
         warnings=tuple(_warnings(outcome, recipe)),
@@ -289,7 +293,7 @@ def _copy(
         if name.removesuffix(".weight") in outcome.modules and name.endswith(".weight"):
             continue
         tensor = changed[name] if name in changed else reader.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise QuantizationError(f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
         writer.add(name, tensor)
         outcome.copied[name] = sha256_tensor(tensor)
@@ -328,6 +332,7 @@ def _finish(
         threads=torch.get_num_threads(),
         versions=versions(),
         bits_per_weight=outcome.packed_bytes * 8 / weights,
+        rotation=RotationEntry(**asdict(reader.report)) if isinstance(reader, RotatedReader) else None,
         modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
         tuned={n: TuneEntry(before=t.before, after=t.after, step=t.step, steps=t.steps) for n, t in outcome.tuned.items()},
         scaled={block: tuple(map(_scaled_entry, pairs)) for block, pairs in outcome.scaled.items()},
@@ -335,7 +340,7 @@ def _finish(
         files=file_hashes(writer.partial),
     )
     writer.write_text(MANIFEST, manifest.to_json())
-    scheme = ", ".join(sorted({str(s.spec) for s in outcome.schemes.values()}))
+    scheme = ", ".join(sorted({str(s) for s in outcome.schemes.values()}))
     card = model_card(manifest, recipe.to_yaml(), scheme, layout.name, front_matter(reader.path / "README.md"))
     writer.write_text("README.md", card)
     return manifest

@@ -44,6 +44,9 @@ EXPERT_0 = {
 }
 
 
+INT8 = {"weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic"}
+
+
 def named(kind: str, **changes: object) -> nn.Module:
     model = random_model(kind, **changes)
     as_in_checkpoint(model, kind)
@@ -258,6 +261,7 @@ STARVED = {f"model.layers.{b}.block_sparse_moe.experts.{e}.{w}" for b in (0, 1) 
         pytest.param({"gptq.true_sequential": False}, id="gptq in one pass"),
         pytest.param({"gptq.asymmetric": 0.5, "gptq.passes": 1}, id="gptq refined"),
         pytest.param({"method": "rtn", "awq": {}}, id="awq"),
+        pytest.param({"smooth": {"pairs": "all"}, "format": "int-quantized", **INT8}, id="smooth"),
         pytest.param({"tune": {"steps": 2}}, id="tune"),
     ],
 )
@@ -273,11 +277,11 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_reported(changes: di
     assert "--all-experts" in told
     (seen,) = inspect(out).fallbacks
     assert UNSEEN in seen
-    if "tune" not in changes and "awq" not in changes:
+    if changes.keys().isdisjoint(("tune", "awq", "smooth")):
         plain = quantize(source, tmp_path / "rtn", recipe("rtn"))
         digests = {m.name: m.digest for m in plain.modules}
         assert all((m.digest == digests[m.name]) == (m.name in STARVED) for m in result.modules)
-    if "awq" in changes:
+    if not changes.keys().isdisjoint(("awq", "smooth")):
         reasons = {p.readers[0]: p.reason for pairs in result.scaled.values() for p in pairs}
         assert {n for n, why in reasons.items() if why == UNSEEN} == {n for n in STARVED if n.endswith("w2")}
         assert reasons["model.layers.0.block_sparse_moe.experts.0.w1"] == "the router reads these channels too"
@@ -295,12 +299,13 @@ def test_shown_every_token_no_expert_falls_back(changes: dict[str, object], tmp_
 
 @pytest.mark.parametrize("sensitivity", ["kl", "block"])
 def test_an_allocation_takes_a_blocks_experts_together(sensitivity: str, tmp_path: Path) -> None:
-    source, options = starving(tmp_path / "source"), AllocateOptions(4.6, group_sizes=(16,), sensitivity=sensitivity)
-    found = allocate(source, recipe("gptq"), options)
+    source = starving(tmp_path / "source")
+    few = AllocateOptions(5.5, widths=(4, 8), group_sizes=(16,), symmetric=True, sensitivity=sensitivity)
+    found = allocate(source, recipe("gptq"), few)
     sizes = [len(item.names) for item in found.items]
     assert sizes == [3, 1, 3 * EXPERTS] * 2
     assert found.predicted >= 0
-    assert quantize(source, tmp_path / "out", found.recipe).bits_per_weight <= 4.6
+    assert quantize(source, tmp_path / "out", found.recipe).bits_per_weight <= 5.5
 
 
 def test_a_conversion_keeps_experts_and_routers(tmp_path: Path) -> None:
@@ -352,8 +357,7 @@ def test_transformers_own_loader_computes_the_same(kind: str, tmp_path: Path) ->
         pytest.param("compressed-tensors", {}, "vllm (CPU)", "no kernel for experts", id="vllm, compressed-tensors"),
         pytest.param("gptq", {"weights.group_size": 16}, "vllm (CPU)", "no groups of 16", id="vllm, gptq as ever"),
         pytest.param(
-            "int-quantized", {"weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic"},
-            "transformers", "stored as int8", id="transformers, int8",
+            "int-quantized", INT8, "transformers", "stored as int8", id="transformers, int8",
         ),
     ],
 )  # fmt: skip
