@@ -40,6 +40,7 @@ from llmquant.manifest import (
     file_hashes,
     packed_bytes,
     prove_modules,
+    told_fallbacks,
     versions,
 )
 from llmquant.recipe import Recipe
@@ -385,6 +386,7 @@ def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
         dead=report.dead,
         tokens=report.tokens,
         dropped=report.dropped,
+        fallback=report.fallback,
     )
 
 
@@ -419,6 +421,8 @@ def _prove(
 
 def _warnings(outcome: _Outcome, recipe: Recipe) -> Iterator[str]:
     """What a user should know though the run succeeded."""
+    for told in told_fallbacks({n: r.fallback for n, r in outcome.modules.items()}):
+        yield f"{told}; give more calibration text, or show every token to every expert (--all-experts)"
     for report in outcome.modules.values():
         if report.damping is not None and report.damping > recipe.gptq.damping:
             yield (

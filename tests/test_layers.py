@@ -19,10 +19,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors",),
     ("spec", "finite", "knapsack", "shards", "devices", "hub", "local_text", "hub_text"),
-    ("weight", "bitpack", "stats", "activations", "orthogonal"),
+    ("weight", "bitpack", "stats", "activations", "orthogonal", "experts"),
     ("algorithms", "formats", "kernels"),
     ("destination",),
     ("checkpoint", "capture", "architectures", "modules", "saving", "engines"),
+    ("naming",),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding"),
     ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation"),
     ("calibration", "walk", "loading", "inspection", "card"),
