@@ -17,13 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from llmquant.checkpoint import SIDE_FILES, CheckpointReader, read_json, sha256_file
 from llmquant.detect import quantization_config
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError
+from llmquant.finite import all_finite
+from llmquant.fit import some
 from llmquant.formats import Format, Scheme, for_config
 from llmquant.weight import QuantizedWeight
 
@@ -47,6 +48,7 @@ class ModuleEntry(_Strict):
     dead: int = 0
     tokens: int = 0
     dropped: int = 0
+    fallback: str | None = None
 
 
 class TuneEntry(_Strict):
@@ -133,6 +135,15 @@ def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for name, t in tensors.items() if name != "weight_shape")
 
 
+def told_fallbacks(fallbacks: Mapping[str, str | None]) -> list[str]:
+    """Module → why it was rounded to nearest without calibration: a sentence for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in fallbacks.items():
+        if reason is not None:
+            by_reason.setdefault(reason, []).append(name)
+    return [f"{some(names)}: {reason}; rounded to nearest by the weights alone" for reason, names in by_reason.items()]
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError when the file is missing or not a manifest."""
     if not (folder / MANIFEST).is_file():
@@ -158,7 +169,7 @@ def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
             weight = read_module(reader, layout, name, schemes[name])
         except (FormatError, QuantizationError) as e:
             raise ProofError(f"{reader.path}: {name} cannot be read back: {e}") from e
-        if not bool(torch.isfinite(weight.dequantize()).all()):
+        if not all_finite(weight.dequantize()):
             raise ProofError(f"{reader.path}: {name} dequantizes to NaN or Inf")
         if weight.digest() != expected:
             raise ProofError(f"{reader.path}: {name} does not hold the numbers the algorithm returned")

@@ -26,6 +26,7 @@ from llmquant.detect import quantization_config
 from llmquant.devices import parse_device, parse_dtype
 from llmquant.engines import refusals
 from llmquant.errors import ProofError, QuantizationError, SourceError, UsageError
+from llmquant.finite import all_finite
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
@@ -39,6 +40,7 @@ from llmquant.manifest import (
     file_hashes,
     packed_bytes,
     prove_modules,
+    told_fallbacks,
     versions,
 )
 from llmquant.recipe import Recipe
@@ -291,7 +293,7 @@ def _copy(
         if name.removesuffix(".weight") in outcome.modules and name.endswith(".weight"):
             continue
         tensor = changed[name] if name in changed else reader.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise QuantizationError(f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
         writer.add(name, tensor)
         outcome.copied[name] = sha256_tensor(tensor)
@@ -384,6 +386,7 @@ def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
         dead=report.dead,
         tokens=report.tokens,
         dropped=report.dropped,
+        fallback=report.fallback,
     )
 
 
@@ -418,6 +421,8 @@ def _prove(
 
 def _warnings(outcome: _Outcome, recipe: Recipe) -> Iterator[str]:
     """What a user should know though the run succeeded."""
+    for told in told_fallbacks({n: r.fallback for n, r in outcome.modules.items()}):
+        yield f"{told}; give more calibration text, or show every token to every expert (--all-experts)"
     for report in outcome.modules.values():
         if report.damping is not None and report.damping > recipe.gptq.damping:
             yield (

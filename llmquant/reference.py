@@ -40,10 +40,10 @@ class Reference:
         return [run_with(block, self._originals, batch).detach() for batch in inputs]
 
     def observe(
-        self, block: nn.Module, wanted: Mapping[str, nn.Linear], inputs: Sequence[BlockInput]
+        self, block: nn.Module, wanted: Mapping[str, nn.Linear], inputs: Sequence[BlockInput], all_experts: bool = False
     ) -> dict[str, PairStats]:
         """See :func:`llmquant.capture.observe_pairs`."""
-        return observe_pairs(block, wanted, inputs, self._originals, self.hidden)
+        return observe_pairs(block, wanted, inputs, self._originals, self.hidden, all_experts)
 
     def leave(self) -> None:
         """Step to the next block."""

@@ -40,6 +40,8 @@ from llmquant.architectures import Architecture, blocks_of, norm_of
 from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
+from llmquant.experts import UNSEEN, place_of
+from llmquant.finite import all_finite
 from llmquant.recipe import Recipe
 from llmquant.reference import Reference
 from llmquant.scaling import AWQFinder, BlockScaling, Finder, PairReport, scale_block
@@ -66,6 +68,7 @@ class ModuleReport:
         tokens: calibration tokens seen.
         dropped: tokens left out for NaN or Inf.
         seconds: time spent rounding; not part of the manifest.
+        fallback: why the recipe's method was not used and the weight rounded to nearest instead, else None.
     """
 
     name: str
@@ -78,6 +81,7 @@ class ModuleReport:
     tokens: int = 0
     dropped: int = 0
     seconds: float = 0.0
+    fallback: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,11 @@ class WalkPlan:
         return self.recipe.calibration.batch_size if self.recipe.tune is None else self.recipe.tune.batch_size
 
     @property
+    def all_experts(self) -> bool:
+        """Whether statistics of experts are taken over all tokens."""
+        return bool(self.recipe.calibration.all_experts)
+
+    @property
     def gptq_options(self) -> GPTQOptions:
         g = self.recipe.gptq
         return GPTQOptions(g.block_size, g.damping, g.act_order, self.search)
@@ -204,12 +213,13 @@ class _DataFree:
         self.announce(self._total - 1, name)
         return {name: self.round_to_nearest(name)}
 
-    def round_to_nearest(self, name: str) -> tuple[QuantizedWeight, ModuleReport]:
+    def round_to_nearest(self, name: str, fallback: str | None = None) -> tuple[QuantizedWeight, ModuleReport]:
         start = time.perf_counter()
         weight = self.original(name)
         quantized = rtn(weight, self.plan.specs[name], self.plan.search, None, name)
         error = _weight_error(weight, quantized)
-        report = ModuleReport(name, quantized.spec, quantized.digest(), error, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        report = ModuleReport(name, quantized.spec, quantized.digest(), error, seconds=seconds, fallback=fallback)
         return quantized, report
 
 
@@ -235,12 +245,13 @@ class _Calibrated(_DataFree):
         results: dict[str, tuple[QuantizedWeight, ModuleReport]] = {}
         with materialized(self.plan, block, f"{prefix}."):
             linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
-            sets = stages(block, linears, self.inputs[0]) if linears else []
+            sets = stages(block, linears, self.inputs[0], self.plan.all_experts) if linears else []
             self._scale(index, block, prefix, sets)
             # After scaling, which leaves the block's function alone: its originals must fit the norms that now stand in it.
             if self.reference is not None:
                 self.reference.enter(block, linears, self.inputs)
-            passes = [[s] for s in sets] if self.plan.recipe.gptq.true_sequential else [sets]
+            room = sum(p.numel() for p in block.parameters())
+            passes = passes_of(block, sets, room) if self.plan.recipe.gptq.true_sequential else [sets]
             for together in passes:
                 stats = self._observe(block, {s[0]: linears[s[0]] for s in together}) if together else {}
                 for members in together:
@@ -275,13 +286,13 @@ class _Calibrated(_DataFree):
         if smooth is not None:
             names = (f"{prefix}.{m}" for s in sets for m in s)
             int8 = frozenset(n for n in names if plan.recipe.weights_of(n).activations == "int8-dynamic")
-            return SmoothFinder(block, sets, self.inputs, plan.specs, int8, plan.search, smooth)
-        return None if awq is None else AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq)
+            return SmoothFinder(block, sets, self.inputs, plan.specs, int8, plan.search, smooth, plan.all_experts)
+        return None if awq is None else AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq, plan.all_experts)
 
     def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear]) -> Mapping[str, InputStats]:
         if self._pairs is None:
-            return observe(block, wanted, self.inputs)
-        return self._pairs.observe(block, wanted, self.inputs)
+            return observe(block, wanted, self.inputs, self.plan.all_experts)
+        return self._pairs.observe(block, wanted, self.inputs, self.plan.all_experts)
 
     def _tuned(
         self, index: int, block: nn.Module, prefix: str, results: dict[str, tuple[QuantizedWeight, ModuleReport]]
@@ -306,7 +317,7 @@ class _Calibrated(_DataFree):
     def _advance(self, block: nn.Module, index: int) -> None:
         for i, batch in enumerate(self.inputs):
             hidden = run_block(block, batch)
-            if not bool(torch.isfinite(hidden).all()):
+            if not all_finite(hidden):
                 raise QuantizationError(
                     f"block {index} gave NaN or Inf on the calibration text at {self.plan.dtype}; use --dtype float32"
                 )
@@ -324,6 +335,8 @@ class _Calibrated(_DataFree):
         self, index: int, names: Sequence[str], stats: InputStats
     ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         """Quantize linears that share an input: one Hessian, one factorization."""
+        if stats.tokens == 0 and stats.dropped == 0 and place_of(self.plan.model, names[0]):
+            return {name: self.round_to_nearest(name, UNSEEN) for name in names}
         if stats.tokens == 0:
             raise QuantizationError(f"{names[0]} saw no finite calibration token ({stats.dropped} dropped)")
         factor = factorize(stats.hessian, self.plan.gptq_options, names[0]) if self.plan.recipe.method == "gptq" else None
@@ -367,6 +380,21 @@ class _Calibrated(_DataFree):
         damped = stats.hessian.clone()
         damped.diagonal().add_(factor.damping * damped.diagonal().mean())
         return descend(target, quantized, damped, wanted.passes, wanted.block_size)
+
+
+def passes_of(block: nn.Module, sets: Sequence[tuple[str, ...]], room: int) -> list[list[tuple[str, ...]]]:
+    """Sets to observe together: each by itself, but those of a block's experts, which do not read one another, side by side.
+
+    As many experts at a time as have Hessians of no more than ``room`` numbers together, and at least one.
+    """
+    places = {members: place_of(block, members[0]) for members in sets}
+    largest = max((_linear(block, s[0]).in_features ** 2 for s, place in places.items() if place), default=1)
+    together = max(1, room // largest)
+    passes: dict[object, list[tuple[str, ...]]] = {}
+    for members, place in places.items():
+        key = members if place is None else (place.expert // together, place.linear)
+        passes.setdefault(key, []).append(members)
+    return list(passes.values())
 
 
 def batched(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
@@ -425,7 +453,7 @@ def _read_parameter(plan: WalkPlan, name: str, shape: torch.Size) -> Tensor:
     tensor = plan.reader.read(name)
     if tensor.shape != shape:
         raise CheckpointError(f"{name} is {list(tensor.shape)} in the checkpoint, config.json makes it {list(shape)}")
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise QuantizationError(f"{plan.reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
     # A copy even when no cast is needed: quantized weights are written into it, never into the mapped file.
     return tensor.to(plan.device, plan.dtype, copy=True)

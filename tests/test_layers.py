@@ -18,11 +18,12 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
 LAYERS = (
     ("errors",),
-    ("spec", "knapsack", "shards", "devices", "hub", "local_text", "hub_text"),
-    ("weight", "bitpack", "stats", "activations", "orthogonal"),
+    ("spec", "finite", "knapsack", "shards", "devices", "hub", "local_text", "hub_text"),
+    ("weight", "bitpack", "stats", "activations", "orthogonal", "experts"),
     ("algorithms", "formats", "kernels"),
     ("destination",),
     ("checkpoint", "capture", "architectures", "modules", "saving", "engines"),
+    ("naming",),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding"),
     ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation"),
     ("calibration", "walk", "loading", "inspection", "card"),
