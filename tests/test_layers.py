@@ -28,9 +28,9 @@ LAYERS = (
     ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation"),
     ("calibration", "walk", "loading", "inspection", "card"),
     ("plan", "conversion", "integration", "resident"),
-    ("sensitivity",),
+    ("sensitivity", "forecast"),
     ("pipeline", "choices"),
-    ("repetition", "allocation"),
+    ("repetition", "allocation", "timing"),
     ("cli",),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
