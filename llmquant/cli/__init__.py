@@ -4,8 +4,8 @@ Importing this package must not import torch, so that ``--help`` and a mistyped 
 they need when they run. Further commands join through the entry-point group ``llmquant.commands`` (each entry a function
 ``register(app)``), so the library never imports the packages above it.
 
-Exit codes: 0 done, 1 the work failed, 2 the request cannot be right, 130 interrupted. Errors go to stderr, one paragraph,
-no traceback; results to stdout.
+Exit codes: 0 done, 1 the work failed, 2 the request cannot be right, 130 interrupted (Ctrl-C or SIGTERM). Errors go to stderr,
+one paragraph, no traceback; results to stdout.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def main() -> None:
     except LlmquantError as e:
         sys.stderr.write(f"error: {e}\n")
         raise SystemExit(e.exit_code) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was left half-written\n")
+    except KeyboardInterrupt as e:
+        sys.stderr.write(f"interrupted; {e or 'nothing was left half-written'}\n")
         raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader of our stdout has gone (a pager was closed): not an error, and nothing more can be said there.
