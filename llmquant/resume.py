@@ -166,10 +166,11 @@ class SavedRun:
             for path in self.folder.glob("states-*.bin"):
                 if path.name not in {s.file for s in saved.values()}:
                     path.unlink()
-            self._journal = Journal(self.folder / _JOURNAL, read_journal(self.folder / _JOURNAL)[1])
         # When nothing is left to compute nobody asks for the states, and they need not be read.
         self.room = Room(self._device, self.folder, spill=self._spill, saved=saved if self.blocks < self.total else None)
         self.room.calls = last["calls"]
+        with disk(self.folder):
+            self._journal = Journal(self.folder / _JOURNAL, read_journal(self.folder / _JOURNAL)[1])
 
     def block_done(self, done: Outcome) -> None:
         """The next block is finished and its tensors were handed to the writer: make that last."""

@@ -74,8 +74,8 @@ def main() -> None:
     except LlmquantError as e:
         sys.stderr.write(f"error: {e}\n")
         raise SystemExit(e.exit_code) from None
-    except KeyboardInterrupt as e:
-        sys.stderr.write(f"interrupted; {e or 'nothing was left half-written'}\n")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was left half-written\n")
         raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader of our stdout has gone (a pager was closed): not an error, and nothing more can be said there.

@@ -19,7 +19,7 @@ from llmquant.cli.method import parse_method
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.screen import screen
 from llmquant.cli.sizes import parse_size
-from llmquant.cli.stopping import terminable
+from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def quantize_command(
         log=log or output.absolute().with_name(f"{output.absolute().name}.quantize.log.jsonl"),
     )  # fmt: skip
     started = time.perf_counter()
-    with terminable(), progress(hidden=quiet or as_json) as events:
+    with stoppable(), progress(hidden=quiet or as_json) as events:
         result = quantize(model, output, chosen, options, events)
     seconds = time.perf_counter() - started
     if as_json:

@@ -1,8 +1,9 @@
-"""SIGTERM ends a run as Ctrl-C does: what schedulers send before they kill."""
+"""Ctrl-C, and SIGTERM, which schedulers send before they kill: a run stops, says what it leaves, and exits with 130."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,18 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Within it SIGTERM raises KeyboardInterrupt. Only the main thread may set that; elsewhere nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+def stoppable() -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, and that ends the process with what it says, on stderr.
+
+    Only the main thread may set signals; elsewhere SIGTERM stays what it was.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if main else None
     try:
         yield
+    except KeyboardInterrupt as e:
+        sys.stderr.write(f"interrupted; {e if e.args else 'nothing was left half-written'}\n")
+        raise SystemExit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)
