@@ -123,6 +123,36 @@ def test_the_method_switches_tuning(method: str, recipe: str, steps: str, tuned:
     assert (chosen.steps, chosen.tune.steps if chosen.tune else None) == (steps, tuned)
 
 
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        ("smooth", "smooth+rtn"), ("smooth+gptq", "smooth+gptq"), ("smoothquant+rtn+tune", "smooth+rtn+tune"), ("awq+gptq", None),
+        ("rtn", "rtn"),
+    ],
+)  # fmt: skip
+def test_the_method_switches_smoothing(method: str, steps: str | None) -> None:
+    int8 = {"weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic", "smooth": {"alpha": 0.7}}
+    chosen = parse_method(method).applied_to(Recipe().updated(int8))
+    assert chosen.steps == (steps or method)
+    assert (chosen.smooth.alpha if chosen.smooth else None) == (0.7 if "smooth" in method else None)
+
+
+def test_awq_tells_what_was_scaled_and_what_was_left_alone(run: Run, model: Path, text: Path) -> None:
+    options = ("--method", "awq+gptq", *GPTQ, "--calibration", f"file:{text}")
+    ran = run("quantize", model, "-o", "one", *options)
+    assert ran.code == 0
+    table = ran.out.partition("scaled for")[2].splitlines()[1:]
+    assert table[0].startswith("self_attn.q_proj, self_attn.k_proj,")
+    assert "down_proj" in "".join(table[:6])
+    told = json.loads(run("quantize", model, "-o", "two", *options, "--json").out)
+    assert told["recipe"]["awq"] == {"grid": 20, "duo_scaling": "both", "steps": 0}
+    kept = json.loads(Path("one", "manifest.json").read_text())["scaled"]
+    assert kept == {b: [{k: v for k, v in p.items() if k != "seconds"} for p in pairs] for b, pairs in told["scaled"].items()}
+    assert [len(pairs) for pairs in kept.values()] == [4, 4]
+    assert Path("one", SINGLE).read_bytes() == Path("two", SINGLE).read_bytes()
+    assert run("inspect", "one", "--verify").code == 0
+
+
 def test_quiet_says_nothing(run: Run, model: Path, text: Path) -> None:
     assert run("quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}", "--quiet") == Ran(0, "", "")
     assert (Path("out") / SINGLE).is_file()
@@ -259,6 +289,7 @@ MISTAKES = [
     ("tune twice", (*Q, "--method", "gptq+tune+tune"), 2, "'gptq+tune+tune' is not one of"),
     ("tune without text", (*Q, "--method", "rtn+tune", "--group-size", "32"), 2, "method rtn+tune needs a calibration text"),
     ("unknown method", (*Q, "--method", "magic"), 2, "'magic' is not one of rtn, rtn+tune, gptq, gptq+tune, awq+rtn"),
+    ("smooth without int8", (*Q, "--method", "smooth+rtn"), 2, "no linear has any; set weights.activations: int8-dynamic"),
     ("bits a word", (*Q, "--bits", "four"), 2, "Invalid value for '--bits'"),
     ("5 bits", (*Q, "--bits", "5"), 2, "bits=5 is not supported; choose one of 2, 3, 4, 8"),
     ("group of 0", (*Q, "--group-size", "0"), 2, "group_size=0 must be a positive divisor"),
