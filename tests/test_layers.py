@@ -19,11 +19,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors",),
     ("spec", "finite", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
-    ("weight", "bitpack", "stats", "activations", "orthogonal"),
+    ("weight", "bitpack", "stats", "activations", "orthogonal", "experts"),
     ("algorithms", "formats", "kernels"),
     ("destination",),
     ("journal",),
     ("checkpoint", "capture", "architectures", "modules", "saving", "engines", "states"),
+    ("naming",),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding"),
     ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation", "calls"),
     ("calibration", "walk", "loading", "inspection", "card"),
