@@ -5,19 +5,19 @@ folder costs nothing to open. Pickle files are refused: unpickling runs code.
 
 ``CheckpointWriter`` builds the folder beside its destination and renames it into place when it is whole: every file is
 fsynced, shards are written as they fill, and the index and config come last. An interrupted run leaves a hidden
-``.NAME.partial`` folder that no loader takes for a model.
+``.NAME.partial`` folder that no loader takes for a model. With ``mark`` and ``restore`` a later process continues it: a mark is
+what became durable since the mark before, and all marks together say which bytes of which files count.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmquant.destination import check_destination, fsync_path, put_in_place, remove
+from llmquant.destination import check_destination, disk, fsync_path, lock_folder, put_in_place, remove
 from llmquant.errors import CheckpointError, ProofError
-from llmquant.shards import ShardWriter
+from llmquant.shards import ShardWriter, Stored, side_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -206,6 +206,28 @@ class CheckpointReader:
         return h.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A shard that is whole: its size, and length and sha256 of its header."""
+
+    nbytes: int
+    head_bytes: int
+    head_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a writer made durable since its last mark.
+
+    Attributes:
+        tensors: name, shard, dtype and shape of each tensor, in the order in which they were written.
+        finished: shards that became whole.
+    """
+
+    tensors: tuple[tuple[str, int, str, tuple[int, ...]], ...]
+    finished: tuple[FinishedShard, ...]
+
+
 class CheckpointWriter:
     """An output folder that appears whole or not at all.
 
@@ -215,50 +237,137 @@ class CheckpointWriter:
     Args:
         path: destination; must not exist, or be an empty folder, unless ``overwrite``.
         max_shard_size: bytes after which a shard is written out.
+        keep: begin with what an earlier process left (see :meth:`restore`), and leave it when an exception ends this one.
+            May be changed at any time.
 
     Raises:
-        UsageError: the destination exists and is not empty.
+        UsageError: the destination exists and is not empty, or another process is writing it.
         CheckpointError: the disk refused (full, read-only).
         ProofError: when a file is not what was to be written, on publishing it.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, max_shard_size: int = 5_000_000_000, overwrite: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_shard_size: int = 5_000_000_000,
+        overwrite: bool = False,
+        keep: bool = False,
     ) -> None:
         self.path = Path(os.path.abspath(path))
         self.max_shard_size = max_shard_size
         self.overwrite = overwrite
+        self.keep = keep
         check_destination(self.path, overwrite)
-        self.partial = self.path.with_name(f".{self.path.name}.partial")
+        self.partial = partial_of(self.path)
+        self._lock: int | None = None
         self._shard: ShardWriter | None = None
         self._shard_of: dict[str, int] = {}
-        self._shards = 0
-        self._heads: list[bytes] = []
+        self._finished: list[FinishedShard] = []
         self._meant: dict[str, str] = {}
         self._made = [p for p in self.path.parents if not p.exists()]
+        self._unmarked: list[tuple[str, int, str, tuple[int, ...]]] = []
+        self._marked = 0  # finished shards that a mark names
+        self._needed: int | None = None  # the shard whose side file the last mark counts on
+        self._retired: list[Path] = []
         self.total_bytes = 0
 
     def __enter__(self) -> CheckpointWriter:
-        remove(self.partial)
+        # An interrupt may come at any moment up to the return: whoever asked for the folder is not there yet to remove it.
         try:
-            self.partial.mkdir(parents=True)
-        except OSError as e:
+            self._lock = lock_folder(self.partial)
+            if not self.keep:
+                self.clear()
+            return self
+        except BaseException as e:
             self._leave_nothing()
-            raise CheckpointError(f"cannot write beside {self.path}: {e.strerror or e}; choose another -o") from e
-        return self
+            if isinstance(e, OSError):
+                raise CheckpointError(f"cannot write beside {self.path}: {e.strerror or e}; choose another -o") from e
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if kind is not None:
             if self._shard is not None:
                 self._shard.discard()
-            self._leave_nothing()
+            if not self.keep:
+                self._leave_nothing()
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def clear(self, but: Sequence[Path] = ()) -> None:
+        """Remove everything in the unfinished folder, or all but some of it."""
+        for path in self.partial.iterdir():
+            if path in but:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                remove(path)
+            else:
+                path.unlink()
 
     def _leave_nothing(self) -> None:
-        """Remove what was written, and the parent folders that were made for it."""
-        remove(self.partial)
-        for parent in self._made:
+        """Remove what was written, and the parent folders that were made for it; nothing that another process holds."""
+        if self._lock is not None:
+            remove(self.partial)
+        for folder in (self.partial, *self._made):
             with contextlib.suppress(OSError):
-                parent.rmdir()
+                folder.rmdir()
+
+    def mark(self) -> Mark:
+        """Make everything written so far durable, and say what that is; see :meth:`restore` and :meth:`marked`.
+
+        Raises:
+            DiskError: the disk refused.
+        """
+        with self._disk():
+            if self._shard is not None:
+                self._shard.sync()
+            fsync_path(self.partial)
+        return Mark(tuple(self._unmarked), tuple(self._finished[self._marked :]))
+
+    def marked(self) -> None:
+        """The last mark is durable too: what only the one before it counted on may go."""
+        self._unmarked, self._marked = [], len(self._finished)
+        self._needed = len(self._finished) if self._shard is not None else None
+        for path in self._retired:
+            path.unlink(missing_ok=True)
+        self._retired = []
+
+    def restore(self, marks: Sequence[Mark]) -> None:
+        """Continue behind the last of the marks that an earlier process made; what it wrote later is removed.
+
+        Raises:
+            CheckpointError: files that the marks count on are gone or have another size.
+        """
+        self._finished = [shard for mark in marks for shard in mark.finished]
+        current: dict[str, Stored] = {}
+        for name, shard, dtype, shape in (entry for mark in marks for entry in mark.tensors):
+            stored = Stored(getattr(torch, dtype), tuple(shape))
+            self._shard_of[name] = shard
+            self.total_bytes += stored.nbytes
+            if shard == len(self._finished):
+                current[name] = stored
+        kept = [self._kept_shard(i) for i in range(len(self._finished))]
+        if current:
+            path = self._path(len(self._finished))
+            need, side = sum(s.nbytes for s in current.values()), side_of(path)
+            if not side.is_file() or side.stat().st_size < need:
+                raise CheckpointError(f"{side} is not what the interrupted run left there; begin anew with --restart")
+            with self._disk():
+                self._shard = ShardWriter(path, current)
+            kept.append(side)
+        with self._disk():
+            self.clear(but=kept)
+        self.marked()
+
+    def _kept_shard(self, index: int) -> Path:
+        """A whole shard of an earlier process, under its first name or, once all were whole, its final one."""
+        for path in (self._path(index), self.partial / self._final_name(index)):
+            if path.is_file() and path.stat().st_size == self._finished[index].nbytes:
+                return path
+        raise CheckpointError(f"{self._path(index)} is not what the interrupted run left there; begin anew with --restart")
+
+    def _path(self, shard: int) -> Path:
+        return self.partial / f"shard-{shard:05d}.safetensors"
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor's bytes; begins another shard when this one is full."""
@@ -275,9 +384,11 @@ class CheckpointWriter:
                 self._finish_shard()
             for name, tensor in tensors.items():
                 if self._shard is None:
-                    self._shard = ShardWriter(self.partial / f"shard-{self._shards:05d}.safetensors")
+                    self._shard = ShardWriter(self._path(len(self._finished)))
                 self._shard.add(name, tensor)
-                self._shard_of[name] = self._shards
+                self._shard_of[name] = len(self._finished)
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                self._unmarked.append((name, len(self._finished), dtype, tuple(tensor.shape)))
         self.total_bytes += nbytes
 
     def next_shard(self) -> None:
@@ -288,36 +399,36 @@ class CheckpointWriter:
 
     def _finish_shard(self) -> None:
         assert self._shard is not None
-        self._heads.append(self._shard.finish())
+        self._shard.keep_side = self._needed == len(self._finished)
+        if self._shard.keep_side:
+            self._retired.append(self._shard.side)
+        head = self._shard.finish()
+        size = self._shard.path.stat().st_size
+        self._finished.append(FinishedShard(size, len(head), hashlib.sha256(head).hexdigest()))
         self._shard = None
-        self._shards += 1
 
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-            hint = "free some space and run again" if full else "choose another -o, or look after the disk"
-            raise CheckpointError(f"writing to {self.partial} failed: {e.strerror or e}; {hint}") from e
+    def _disk(self) -> contextlib.AbstractContextManager[None]:
+        return disk(self.partial)
 
     def finish_weights(self) -> None:
         """Write the last shard, give the shards their final names and write the index."""
-        if self._shard is None and self._shards == 0:
+        if self._shard is None and not self._finished:
             raise CheckpointError("nothing was written: the model has no tensors")
         with self._disk():
             if self._shard is not None:
                 self._finish_shard()
-            names = [self._final_name(i) for i in range(self._shards)]
+            names = [self._final_name(i) for i in range(len(self._finished))]
             for i, name in enumerate(names):
-                (self.partial / f"shard-{i:05d}.safetensors").rename(self.partial / name)
-            if self._shards > 1:
+                if self._path(i).exists():  # else an earlier process gave it its name
+                    self._path(i).rename(self.partial / name)
+            if len(names) > 1:
                 weight_map = {t: names[i] for t, i in sorted(self._shard_of.items())}
                 index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
                 self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
 
     def _final_name(self, shard: int) -> str:
-        return SINGLE if self._shards == 1 else f"model-{shard + 1:05d}-of-{self._shards:05d}.safetensors"
+        count = len(self._finished)
+        return SINGLE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
 
     def write_text(self, name: str, text: str) -> None:
         data = text.encode()
@@ -348,9 +459,14 @@ class CheckpointWriter:
             for name, meant in self._meant.items():
                 if sha256_file(self.partial / name) != meant:
                     raise ProofError(f"{self.partial / name} is not what was written to it; is the disk sound?")
-            for i, head in enumerate(self._heads):
+            for i, shard in enumerate(self._finished):
                 with (self.partial / self._final_name(i)).open("rb") as f:
-                    if f.read(len(head)) != head:
+                    if hashlib.sha256(f.read(shard.head_bytes)).hexdigest() != shard.head_sha256:
                         raise ProofError(f"{f.name} does not begin with the header that was written; is the disk sound?")
             fsync_path(self.partial)
             put_in_place(self.partial, self.path)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a folder is built before it gets its name."""
+    return path.with_name(f".{path.name}.partial")

@@ -1,16 +1,20 @@
 """Where a result goes: refused before any work if it cannot be right, and put in place by a rename when it is whole.
 
 A destination that exists is left untouched until its successor is complete; if the last rename fails, the old one comes back.
+The folder in which it is built is locked for as long as its process lives.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from llmquant.errors import CheckpointError, UsageError
+from llmquant.errors import CheckpointError, DiskError, UsageError
 
 
 def check_destination(path: Path, overwrite: bool) -> None:
@@ -94,4 +98,41 @@ def fsync_path(path: Path) -> None:
     try:
         os.fsync(fd)
     finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses while ``folder`` is written into a DiskError."""
+    try:
+        yield
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space and run again" if full else "choose another -o, or look after the disk"
+        raise DiskError(f"writing to {folder} failed: {e.strerror or e}; {hint}", full=full) from e
+
+
+def lock_folder(folder: Path) -> int:
+    """Make a folder if need be and lock it; the lock ends when the descriptor that is returned is closed or its process dies.
+
+    Raises:
+        UsageError: another process holds it.
+        OSError: the folder cannot be made or locked.
+    """
+    while True:
+        if folder.is_symlink():
+            folder.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it until now may have removed or renamed it meanwhile.
+            if folder.exists() and folder.stat().st_ino == os.fstat(fd).st_ino:
+                return fd
+        except BlockingIOError as e:
+            os.close(fd)
+            raise UsageError(f"another llmquant is at work in {folder}; wait for it, or choose another -o") from e
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)

@@ -6,6 +6,7 @@
         RecipeError               a recipe file or override that does not parse or contradicts itself
         SourceError               a text source that cannot be read or has nothing in it
       CheckpointError             a model folder that is missing, incomplete, unsafe or damaged
+        DiskError                 what was to be written could not be: a full, read-only or failing disk
       ArchitectureError           a model whose blocks or linears we cannot find
       QuantizationError           the arithmetic failed: NaN, Inf, nothing quantized
       FormatError                 numbers that a file layout cannot hold, or bytes it cannot mean
@@ -44,6 +45,14 @@ class SourceError(UsageError):
 
 class CheckpointError(LlmquantError):
     """A checkpoint folder that is missing, incomplete, unsafe or damaged."""
+
+
+class DiskError(CheckpointError):
+    """The disk refused what was to be written. ``full``: for want of space."""
+
+    def __init__(self, message: str, *, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
 
 
 class ArchitectureError(LlmquantError):

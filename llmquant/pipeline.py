@@ -2,7 +2,8 @@
 
 Everything that can be refused is refused before a weight is touched: the destination, the recipe against the model, the
 calibration text. Then blocks stream from the walk into the writer, the finished folder is read back and compared with what
-the algorithm returned, and only then does it get its name.
+the algorithm returned, and only then does it get its name. What a killed run had finished is continued
+(:mod:`llmquant.resume`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmquant import architectures
+from llmquant.architectures import blocks_of
 from llmquant.calibration import Calibration, calibrate
 from llmquant.card import front_matter, model_card
 from llmquant.checkpoint import CheckpointReader, CheckpointWriter, sha256_file, sha256_tensor
@@ -26,6 +29,7 @@ from llmquant.detect import quantization_config
 from llmquant.devices import parse_device, parse_dtype
 from llmquant.engines import refusals
 from llmquant.errors import ProofError, QuantizationError, SourceError, UsageError
+from llmquant.fingerprint import fingerprint
 from llmquant.finite import all_finite
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
@@ -43,12 +47,17 @@ from llmquant.manifest import (
     told_fallbacks,
     versions,
 )
+from llmquant.outcome import Outcome
+from llmquant.plan import Sizes
 from llmquant.recipe import Recipe
+from llmquant.resume import SavedRun, finished_before, state_of
 from llmquant.rotation import RotatedReader, rotated
+from llmquant.runlog import RunLog
 from llmquant.scaling import PairReport
 from llmquant.selection import Selection, linears_of, select
 from llmquant.skeleton import empty_model, read_tokenizer
 from llmquant.sources import Documents, read_documents
+from llmquant.spilling import must_spill
 from llmquant.tuning import TuneReport
 from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, walk
 
@@ -65,6 +74,10 @@ class QuantizeOptions:
         max_shard_size: bytes per safetensors file.
         base_model: name for the model card; default: the model as it was given.
         evaluation: text that calibration must not overlap with, as a source.
+        resume: keep what is needed to continue after a kill, and continue what such a run left. False: keep nothing.
+        restart: begin anew even if there is something to continue.
+        max_memory: bytes of RAM to stay under by keeping hidden states in files; None: what the machine has left.
+        log: file for one JSON line per module, block and turn of the run; None: none.
     """
 
     device: str = "cpu"
@@ -73,11 +86,15 @@ class QuantizeOptions:
     max_shard_size: int = 5_000_000_000
     base_model: str | None = None
     evaluation: str | None = None
+    resume: bool = True
+    restart: bool = False
+    max_memory: int | None = None
+    log: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What came out."""
+    """What came out. ``resumed``: blocks that an earlier process had finished."""
 
     path: Path
     recipe: Recipe
@@ -90,29 +107,19 @@ class QuantizeResult:
     bytes_written: int
     calibration: Calibration | None
     warnings: tuple[str, ...]
+    resumed: int = 0
 
 
 @dataclass(slots=True)
 class Events:
-    """Callbacks of a run, all optional: calibration is ready, a module begins, a phase begins, a warning before work starts."""
+    """Callbacks of a run, all optional: calibration is ready, a module begins, a phase begins, a warning before work starts,
+    something worth knowing (an earlier run is continued, hidden states go to files)."""
 
     on_calibration: Callable[[Calibration], None] = lambda _: None
     on_progress: Callable[[Progress], None] = lambda _: None
     on_phase: Callable[[str], None] = lambda _: None
     on_warning: Callable[[str], None] = lambda _: None
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """What the proof and the manifest need of each tensor written."""
-
-    modules: dict[str, ModuleReport] = field(default_factory=dict)
-    tuned: dict[str, TuneReport] = field(default_factory=dict)
-    scaled: dict[str, tuple[PairReport, ...]] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    schemes: dict[str, Scheme] = field(default_factory=dict)
-    copied: dict[str, str] = field(default_factory=dict)
-    packed_bytes: int = 0
+    on_note: Callable[[str], None] = lambda _: None
 
 
 def quantize(
@@ -122,27 +129,33 @@ def quantize(
     options: QuantizeOptions | None = None,
     events: Events | None = None,
 ) -> QuantizeResult:
-    """Quantize a checkpoint into a new folder.
+    """Quantize a checkpoint into a new folder, or continue doing so.
 
     Args:
         model: folder or hub name of an unquantized decoder LLM.
-        output: folder to make; appears whole, after its proof, or not at all.
+        output: folder to make; appears whole, after its proof, or not at all. A run that was killed leaves ``.NAME.partial`` and
+            ``.NAME.resume`` beside it.
         recipe: what to do.
         options: where to do it.
         events: callbacks.
 
     Raises:
-        UsageError: the request is impossible as written (destination, recipe, text source, group size, device).
+        UsageError: the request is impossible as written (destination, recipe, text source, group size, device), or what is to be
+            continued was another run.
         CheckpointError, ArchitectureError: the model cannot be read or walked.
         QuantizationError: NaN or Inf in weights, activations or results.
         ProofError: what was written is not what was computed.
     """
     options, events = options or QuantizeOptions(), events or Events()
-    check_destination(Path(os.path.abspath(output)), options.overwrite)
+    destination = Path(os.path.abspath(output))
+    with suppress(OSError):  # left empty by a kill at the very end
+        state_of(destination).rmdir()
+    if not state_of(destination).exists() or options.restart:
+        check_destination(destination, options.overwrite)
     original = CheckpointReader(resolve(model))
     refuse_quantized(original)
     reader = rotated(original, recipe)
-    refuse_source(Path(os.path.abspath(output)), reader.path)
+    refuse_source(destination, reader.path)
     device, dtype = parse_device(options.device), parse_dtype(options.dtype, auto=torch.float32)
     skeleton = empty_model(reader, dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
@@ -155,33 +168,127 @@ def quantize(
     if calibration is not None:
         events.on_calibration(calibration)
     plan = WalkPlan(skeleton, architecture, reader, selection.specs, recipe, device, dtype, selection.head)
-    windows = calibration.windows if calibration is not None else ()
-    outcome = _Outcome()
+    work = _Work(Path(output), os.fspath(model), original, plan, layout, selection, calibration, options, events)
+    facts = fingerprint(reader, recipe, calibration, device, dtype, options.max_shard_size)
+    before = None if options.restart else finished_before(destination, facts)
+    if before is not None:
+        return work.result(before, work.total, sum(i.nbytes for i in CheckpointReader(destination).tensors.values()))
     with deterministic(recipe.seed), CheckpointWriter(
-        output, max_shard_size=options.max_shard_size, overwrite=options.overwrite
-    ) as writer:
-        for block in walk(plan, windows, events.on_progress):
-            _write_block(block, architecture.blocks, reader, writer, layout, selection, outcome)
-        events.on_phase("writing")
-        _copy(reader, writer, outcome, [n for n in reader.tensors if n not in outcome.copied], {})
-        writer.finish_weights()
-        manifest = _finish(writer, reader, recipe, options, model, layout, selection, outcome, calibration, dtype)
-        events.on_phase("proving")
-        _prove(writer, reader, layout, outcome, manifest)
-        writer.publish()
-    return QuantizeResult(
-        path=Path(output),
-        recipe=recipe,
-        modules=tuple(outcome.modules.values()),
-        tuned=outcome.tuned,
-        scaled=outcome.scaled,
-        skipped=selection.skipped,
-        bits_per_weight=manifest.bits_per_weight,
-        source_bytes=sum(i.nbytes for i in original.tensors.values()),
-        bytes_written=writer.total_bytes,
-        calibration=calibration,
-        warnings=tuple(_warnings(outcome, recipe)),
-    )
+        output, max_shard_size=options.max_shard_size, overwrite=options.overwrite,
+        keep=state_of(destination).exists() and not options.restart,
+    ) as writer, SavedRun(
+        writer, facts, work.total, device, enabled=options.resume, restart=options.restart, spill=work.spill,
+    ) as run, RunLog(options.log, append=run.blocks > 0) as log:  # fmt: skip
+        work.run(writer, run, log)
+    return work.result(run.outcome, run.resumed, writer.total_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A run of which everything that can be refused was looked at."""
+
+    output: Path
+    model: str
+    original: CheckpointReader
+    plan: WalkPlan
+    layout: Format
+    selection: Selection
+    calibration: Calibration | None
+    options: QuantizeOptions
+    events: Events
+
+    @property
+    def windows(self) -> tuple[Tensor, ...]:
+        return self.calibration.windows if self.calibration is not None else ()
+
+    @property
+    def blocks(self) -> int:
+        return len(blocks_of(self.plan.model, self.plan.architecture))
+
+    @property
+    def total(self) -> int:
+        """Blocks, and the head where it is quantized."""
+        return self.blocks + (self.plan.head is not None)
+
+    @property
+    def spill(self) -> bool:
+        return must_spill(self.plan, self.windows, self.options.max_memory)
+
+    def run(self, writer: CheckpointWriter, run: SavedRun, log: RunLog) -> None:
+        run.bytes_expected = self._bytes_expected()
+        log.start(self.plan.recipe, run, self.plan.device)
+        if run.resumed:
+            self.events.on_note(f"continuing behind block {run.resumed} of {run.total} of an interrupted run")
+        if run.room.spill:
+            self.events.on_note(f"hidden states are kept in {run.folder}: they do not fit in memory")
+        with log.ending(run):
+            self._blocks(writer, run, log)
+            self.events.on_phase("writing")
+            log.phase("writing")
+            if not run.weights_done:
+                rest = Outcome()
+                _copy(self.plan.reader, writer, run.outcome, rest, self._left(run.outcome), {})
+                writer.next_shard()
+                run.all_written(rest)
+            writer.finish_weights()
+            manifest = self._finish(writer, run.outcome)
+            self.events.on_phase("proving")
+            log.phase("proving")
+            run.proving = True
+            _prove(writer, self.plan.reader, self.layout, run.outcome, manifest)
+            run.proving = False
+            run.whole(manifest.to_json())
+            writer.publish()
+
+    def _blocks(self, writer: CheckpointWriter, run: SavedRun, log: RunLog) -> None:
+        """Walk through what is not done yet."""
+        if run.blocks == run.total:
+            return
+        for block in walk(self.plan, self.windows, self.events.on_progress, run.room, min(run.blocks, self.blocks)):
+            done = Outcome()
+            _write_block(block, self.plan.architecture.blocks, self.plan.reader, writer, self.layout, self.selection, done)
+            run.block_done(done)
+            log.block(run, done)
+            # Nothing draws from the global generator today; if something will, a continued run must draw the same.
+            torch.manual_seed(self.plan.recipe.seed + run.blocks)
+
+    def _left(self, outcome: Outcome) -> list[str]:
+        return [n for n in self.plan.reader.tensors if n not in outcome.copied]
+
+    def _bytes_expected(self) -> int:
+        """Of all tensors of the result."""
+        sizes, schemes, total = Sizes(self.layout), self.selection.schemes, 0
+        for name, info in self.plan.reader.tensors.items():
+            scheme = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if scheme is None or len(info.shape) != 2:
+                total += info.nbytes
+            else:
+                stored = sizes.tensors(scheme, (info.shape[0], info.shape[1]), info.dtype)
+                total += sum(t.nbytes for t in stored.values())
+        return total
+
+    def _finish(self, writer: CheckpointWriter, outcome: Outcome) -> Manifest:
+        return _finish(
+            writer, self.plan.reader, self.plan.recipe, self.options, self.model, self.layout, self.selection, outcome,
+            self.calibration, self.plan.dtype,
+        )  # fmt: skip
+
+    def result(self, outcome: Outcome, resumed: int, bytes_written: int) -> QuantizeResult:
+        weights = sum(o * i for o, i in outcome.shapes.values())
+        return QuantizeResult(
+            path=self.output,
+            recipe=self.plan.recipe,
+            modules=tuple(outcome.modules.values()),
+            tuned=outcome.tuned,
+            scaled=outcome.scaled,
+            skipped=self.selection.skipped,
+            bits_per_weight=outcome.packed_bytes * 8 / weights,
+            source_bytes=sum(i.nbytes for i in self.original.tensors.values()),
+            bytes_written=bytes_written,
+            calibration=self.calibration,
+            warnings=tuple(_warnings(outcome, self.plan.recipe)),
+            resumed=resumed,
+        )
 
 
 def refuse_quantized(reader: CheckpointReader) -> None:
@@ -259,7 +366,7 @@ def _write_block(
     writer: CheckpointWriter,
     layout: Format,
     selection: Selection,
-    outcome: _Outcome,
+    outcome: Outcome,
 ) -> None:
     """Pack a block's linears and carry its other tensors over."""
     for name, (weight, report) in block.weights.items():
@@ -278,19 +385,23 @@ def _write_block(
     if block.index is not None:
         prefix = f"{blocks_path}.{block.index}."
         names = [n for n in reader.tensors if n.startswith(prefix)]
-        _copy(reader, writer, outcome, names, block.changed)
+        _copy(reader, writer, outcome, outcome, names, block.changed)
 
 
 def _copy(
     reader: CheckpointReader,
     writer: CheckpointWriter,
-    outcome: _Outcome,
+    before: Outcome,
+    outcome: Outcome,
     names: list[str],
     changed: Mapping[str, Tensor],
 ) -> None:
-    """Carry tensors that are not replaced by packed ones over, byte for byte; those that scaling changed, as it left them."""
+    """Carry tensors that are not replaced by packed ones over, byte for byte; those that scaling changed, as it left them.
+
+    ``before`` knows the linears that were packed; what is carried is noted in ``outcome``.
+    """
     for name in names:
-        if name.removesuffix(".weight") in outcome.modules and name.endswith(".weight"):
+        if name.removesuffix(".weight") in before.modules and name.endswith(".weight"):
             continue
         tensor = changed[name] if name in changed else reader.read(name)
         if not all_finite(tensor):
@@ -304,10 +415,10 @@ def _finish(
     reader: CheckpointReader,
     recipe: Recipe,
     options: QuantizeOptions,
-    model: str | os.PathLike[str],
+    model: str,
     layout: Format,
     selection: Selection,
-    outcome: _Outcome,
+    outcome: Outcome,
     calibration: Calibration | None,
     dtype: torch.dtype,
 ) -> Manifest:
@@ -322,7 +433,7 @@ def _finish(
     writer.write_text("recipe.yaml", recipe.to_yaml())
     weights = sum(o * i for o, i in outcome.shapes.values())
     manifest = Manifest(
-        base_model=options.base_model or _base_name(os.fspath(model)),
+        base_model=options.base_model or _base_name(model),
         base_weights_sha256=reader.digest(),
         recipe_sha256=recipe.sha256(),
         calibration=None if calibration is None else _calibration_entry(calibration),
@@ -391,7 +502,7 @@ def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
 
 
 def _prove(
-    writer: CheckpointWriter, source: CheckpointReader, layout: Format, outcome: _Outcome, manifest: Manifest
+    writer: CheckpointWriter, source: CheckpointReader, layout: Format, outcome: Outcome, manifest: Manifest
 ) -> None:
     """Open the written folder as a stranger would and compare it with the run, tensor by tensor.
 
@@ -419,7 +530,7 @@ def _prove(
             raise ProofError(f"{writer.partial / name} changed while it was being written")
 
 
-def _warnings(outcome: _Outcome, recipe: Recipe) -> Iterator[str]:
+def _warnings(outcome: Outcome, recipe: Recipe) -> Iterator[str]:
     """What a user should know though the run succeeded."""
     for told in told_fallbacks({n: r.fallback for n, r in outcome.modules.items()}):
         yield f"{told}; give more calibration text, or show every token to every expert (--all-experts)"

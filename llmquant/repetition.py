@@ -76,8 +76,9 @@ def rerun(
     if CheckpointReader(source).digest() != then.base_weights_sha256:
         raise UsageError(f"{source} does not hold the weights that {folder} was made from; give that model with --model")
     options = QuantizeOptions(
-        device=device or then.device, dtype=then.dtype, max_shard_size=max_shard_size, base_model=then.base_model
-    )
+        device=device or then.device, dtype=then.dtype, max_shard_size=max_shard_size, base_model=then.base_model,
+        resume=False,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.rerun-", dir=folder.resolve().parent) as scratch:
         quantize(source, Path(scratch) / folder.name, recipe, options, events)
         now = read_manifest(Path(scratch) / folder.name)

@@ -4,10 +4,13 @@ The format wants its header, with every size, in front, and the usual writer the
 tensor's bytes go to a side file as it comes; when the shard is full the header is known, is written, and the bytes are copied
 behind it by the kernel (no tensor comes back into memory). The result is byte for byte what ``safetensors.torch.save_file``
 writes for the same tensors: larger dtypes first, then by name, which keeps every tensor aligned.
+
+The side file is also what a run that was killed continues: it is cut where the journal says that everything was durable.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -67,13 +70,20 @@ class ShardWriter:
         OSError: the disk refused.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: Mapping[str, Stored] | None = None) -> None:
+        """``known``: the tensors that the side file already holds, in its order; what stands behind them is cut off."""
         self.path = path
-        self._side = path.with_name(f"{path.name}.data")
-        self._file = self._side.open("wb")
+        self.side = side_of(path)
+        self.keep_side = False  # after finish(), for whoever may still have to come back to it
         self._tensors: dict[str, Stored] = {}
         self._starts: dict[str, int] = {}
         self.nbytes = 0
+        for name, stored in (known or {}).items():
+            self._tensors[name], self._starts[name] = stored, self.nbytes
+            self.nbytes += stored.nbytes
+        self._file = self.side.open("wb" if known is None else "r+b")
+        self._file.truncate(self.nbytes)
+        self._file.seek(self.nbytes)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one tensor's bytes."""
@@ -84,22 +94,34 @@ class ShardWriter:
             self._file.write(flat.reshape(-1).view(torch.uint8).numpy().data)
         self.nbytes += stored.nbytes
 
+    def sync(self) -> None:
+        """Bring every tensor so far durably to the side file."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def finish(self) -> bytes:
-        """Write the safetensors file, durably, and remove the side file; returns the file's head."""
+        """Write the safetensors file, durably, and remove the side file (unless ``keep_side``); returns the file's head."""
         self._file.close()
         head = header(self._tensors)
-        with self._side.open("rb") as source, self.path.open("wb") as target:
+        with self.side.open("rb") as source, self.path.open("wb") as target:
             target.write(head)
             target.flush()
             for name in order(self._tensors):
                 _copy_range(source.fileno(), target.fileno(), self._starts[name], self._tensors[name].nbytes)
             os.fsync(target.fileno())
-        self._side.unlink()
+        if not self.keep_side:
+            self.side.unlink()
         return head
 
     def discard(self) -> None:
-        """Close without a result; the caller removes the folder."""
-        self._file.close()
+        """Close without a result; the caller removes or continues what lies there."""
+        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered a second time
+            self._file.close()
+
+
+def side_of(path: Path) -> Path:
+    """Where the tensors of a shard in work are collected."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _copy_range(source: int, target: int, start: int, count: int) -> None:

@@ -10,14 +10,18 @@ it all inputs of a block are observed in one pass with its original weights. A d
 
 Asymmetric calibration and tuning aim at what the original model computes: then its hidden states walk along beside the
 quantized model's (:mod:`llmquant.reference`), and a tuned block's linears are moved once more, together, before it is left.
+
+Hidden states live in a :class:`llmquant.states.Room`. A room that comes with saved states continues the walk that saved them:
+nothing before is computed again but masks and position embeddings, and those must come out as they did then.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +41,7 @@ from llmquant.algorithms import (
     rtn,
 )
 from llmquant.architectures import Architecture, blocks_of, norm_of
+from llmquant.calls import Calls
 from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
@@ -47,9 +52,14 @@ from llmquant.reference import Reference
 from llmquant.scaling import AWQFinder, BlockScaling, Finder, PairReport, scale_block
 from llmquant.smoothing import SmoothFinder, SmoothOptions
 from llmquant.spec import QuantSpec
+from llmquant.states import Room
 from llmquant.stats import InputStats, PairStats
 from llmquant.tuning import TuneReport, tune_block
+from llmquant.usage import peak
 from llmquant.weight import QuantizedWeight
+
+STREAM = "hidden"
+"""Name of the quantized model's states in a room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,7 @@ class ModuleReport:
         tokens: calibration tokens seen.
         dropped: tokens left out for NaN or Inf.
         seconds: time spent rounding; not part of the manifest.
+        peak: the most bytes that this process had in RAM up to then; likewise.
         fallback: why the recipe's method was not used and the weight rounded to nearest instead, else None.
     """
 
@@ -81,6 +92,7 @@ class ModuleReport:
     tokens: int = 0
     dropped: int = 0
     seconds: float = 0.0
+    peak: int = 0
     fallback: str | None = None
 
 
@@ -156,23 +168,34 @@ class WalkPlan:
         return GPTQOptions(g.block_size, g.damping, g.act_order, self.search)
 
 
-def walk(plan: WalkPlan, windows: Sequence[Tensor], on_progress: Callable[[Progress], None]) -> Iterator[BlockResult]:
+def walk(
+    plan: WalkPlan,
+    windows: Sequence[Tensor],
+    on_progress: Callable[[Progress], None],
+    room: Room | None = None,
+    start: int = 0,
+) -> Iterator[BlockResult]:
     """Quantize block after block.
+
+    When a result is handed out, the room's named streams are the inputs of the block behind it.
 
     Args:
         plan: see :class:`WalkPlan`.
         windows: calibration token ids, each ``[positions]``; empty for a data-free method.
         on_progress: called before each module.
+        room: where hidden states live; default: in memory.
+        start: the first block to quantize. Of a calibrated walk that is not the first one, the room must hold what an earlier
+            walk left in front of it.
 
     Raises:
         QuantizationError: NaN or Inf where there must be none; names the module.
-        CheckpointError: a tensor of the model is missing from the checkpoint.
+        CheckpointError: a tensor of the model is missing from the checkpoint; saved states are damaged or do not fit.
     """
     if plan.recipe.needs_text and not windows:
         raise QuantizationError(f"method {plan.recipe.steps} needs calibration windows and got none")
-    walker = _DataFree(plan, on_progress) if not windows else _Calibrated(plan, on_progress, windows)
+    walker = _DataFree(plan, on_progress) if not windows else _Calibrated(plan, on_progress, windows, room, start)
     blocks = blocks_of(plan.model, plan.architecture)
-    for index in range(len(blocks)):
+    for index in range(start, len(blocks)):
         prefix = f"{plan.architecture.blocks}.{index}"
         names = [n for n in plan.specs if n.startswith(f"{prefix}.")]
         weights = walker.block(index, blocks[index], prefix, names)
@@ -219,7 +242,9 @@ class _DataFree:
         quantized = rtn(weight, self.plan.specs[name], self.plan.search, None, name)
         error = _weight_error(weight, quantized)
         seconds = time.perf_counter() - start
-        report = ModuleReport(name, quantized.spec, quantized.digest(), error, seconds=seconds, fallback=fallback)
+        report = ModuleReport(
+            name, quantized.spec, quantized.digest(), error, seconds=seconds, peak=peak(), fallback=fallback
+        )
         return quantized, report
 
 
@@ -227,16 +252,30 @@ class _Calibrated(_DataFree):
     """Runs each block on the calibration windows and hands every linear its input statistics."""
 
     def __init__(
-        self, plan: WalkPlan, on_progress: Callable[[Progress], None], windows: Sequence[Tensor]
+        self,
+        plan: WalkPlan,
+        on_progress: Callable[[Progress], None],
+        windows: Sequence[Tensor],
+        room: Room | None = None,
+        start: int = 0,
     ) -> None:
         super().__init__(plan, on_progress)
-        outer = outer_names(plan)
-        with materialized(plan, plan.model, "", outer):
-            batches = [b.to(plan.device) for b in batched(windows, plan.batch_size)]
-            blocks = blocks_of(plan.model, plan.architecture)
-            self.inputs: list[BlockInput] = first_inputs(plan.model, blocks, batches)
+        self.room = room = room or Room(plan.device)
+        blocks = blocks_of(plan.model, plan.architecture)
+        calls = Calls()
+        with materialized(plan, plan.model, "", outer_names(plan)):
+            first = _first_states(plan, blocks, batched(windows, plan.batch_size), calls)
+            if start == 0:
+                room.name(STREAM, room.scratch(first))
+            else:
+                for _ in first:
+                    pass  # the states in front of block 0 are not needed, only how blocks are called
+        if start and STREAM not in room.streams:
+            raise CheckpointError(f"the hidden states in front of block {start} were not saved")
+        room.calls = calls.settle(room.calls)
+        self.inputs = _Inputs(room, calls, start)
         asymmetric = plan.recipe.method == "gptq" and plan.recipe.gptq.asymmetric > 0
-        self.reference = Reference(self.inputs) if asymmetric or plan.recipe.tune is not None else None
+        self.reference = Reference(room, self.inputs) if asymmetric or plan.recipe.tune is not None else None
         self._pairs = self.reference if asymmetric else None
 
     def block(
@@ -302,11 +341,12 @@ class _Calibrated(_DataFree):
         if self.reference is None or options is None or wanted is None or not results:
             return results
         self.announce(index, f"{prefix} (tuning)")
-        own = self.reference.outputs
-        targets = own if wanted.target == "original" else self.reference.block_outputs(block, self.inputs)
+        assert self.reference.outputs is not None
+        own = nullcontext(self.reference.outputs)
         originals = {name: self.original(name) for name in results}
         starts = {name: weight for name, (weight, _) in results.items()}
-        weights, self.tuned = tune_block(block, prefix, originals, starts, self.inputs, targets, options, self.plan.dtype)
+        with own if wanted.target == "original" else self.reference.block_outputs(block, self.inputs) as targets:
+            weights, self.tuned = tune_block(block, prefix, originals, starts, self.inputs, targets, options, self.plan.dtype)
         return {
             name: (weight, replace(
                 results[name][1], digest=weight.digest(), weight_error=_weight_error(originals[name], weight), output_error=None
@@ -315,13 +355,17 @@ class _Calibrated(_DataFree):
         }  # fmt: skip
 
     def _advance(self, block: nn.Module, index: int) -> None:
-        for i, batch in enumerate(self.inputs):
+        self.room.name(STREAM, self.room.streams[STREAM].replaced(self._outputs(block, index), self.room))
+        self.inputs.block += 1
+
+    def _outputs(self, block: nn.Module, index: int) -> Iterator[Tensor]:
+        for batch in self.inputs:
             hidden = run_block(block, batch)
             if not all_finite(hidden):
                 raise QuantizationError(
                     f"block {index} gave NaN or Inf on the calibration text at {self.plan.dtype}; use --dtype float32"
                 )
-            self.inputs[i] = batch.after(hidden)
+            yield hidden
 
     def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         norm = norm_of(self.plan.model, self.plan.architecture)
@@ -365,6 +409,7 @@ class _Calibrated(_DataFree):
             tokens=stats.tokens,
             dropped=stats.dropped,
             seconds=time.perf_counter() - start,
+            peak=peak(),
         )
         return quantized, report
 
@@ -380,6 +425,33 @@ class _Calibrated(_DataFree):
         damped = stats.hessian.clone()
         damped.diagonal().add_(factor.damping * damped.diagonal().mean())
         return descend(target, quantized, damped, wanted.passes, wanted.block_size)
+
+
+class _Inputs(Sequence[BlockInput]):
+    """Every batch's way into ``block``, put together when it is asked for: a GPU holds one batch of states, not all."""
+
+    def __init__(self, room: Room, calls: Calls, block: int) -> None:
+        self.room, self.calls, self.block = room, calls, block
+
+    def __len__(self) -> int:
+        return len(self.room.streams[STREAM])
+
+    @overload
+    def __getitem__(self, index: int) -> BlockInput: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[BlockInput]: ...
+    def __getitem__(self, index: int | slice) -> BlockInput | list[BlockInput]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return BlockInput(self.room.streams[STREAM][index], self.calls.of(index, self.block, self.room.device))
+
+
+def _first_states(plan: WalkPlan, blocks: nn.ModuleList, batches: Sequence[Tensor], calls: Calls) -> Iterator[Tensor]:
+    """The states in front of block 0, batch by batch; ``calls`` notes what every block is called with beside them."""
+    for ids in batches:
+        (first,) = first_inputs(plan.model, blocks, [ids.to(plan.device)])
+        calls.add(first.calls)
+        yield first.hidden
 
 
 def passes_of(block: nn.Module, sets: Sequence[tuple[str, ...]], room: int) -> list[list[tuple[str, ...]]]:

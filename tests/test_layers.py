@@ -18,19 +18,22 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
 LAYERS = (
     ("errors",),
-    ("spec", "finite", "knapsack", "shards", "devices", "hub", "local_text", "hub_text"),
+    ("spec", "finite", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
     ("weight", "bitpack", "stats", "activations", "orthogonal", "experts"),
     ("algorithms", "formats", "kernels"),
     ("destination",),
-    ("checkpoint", "capture", "architectures", "modules", "saving", "engines"),
+    ("journal",),
+    ("checkpoint", "capture", "architectures", "modules", "saving", "engines", "states"),
     ("naming",),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding"),
-    ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation"),
+    ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation", "calls"),
     ("calibration", "walk", "loading", "inspection", "card"),
-    ("plan", "conversion", "integration", "resident"),
-    ("sensitivity",),
+    ("plan", "conversion", "integration", "resident", "outcome", "fingerprint", "spilling"),
+    ("resume",),
+    ("runlog",),
+    ("sensitivity", "forecast"),
     ("pipeline", "choices"),
-    ("repetition", "allocation"),
+    ("repetition", "allocation", "timing"),
     ("cli",),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

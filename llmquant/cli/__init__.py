@@ -4,8 +4,8 @@ Importing this package must not import torch, so that ``--help`` and a mistyped 
 they need when they run. Further commands join through the entry-point group ``llmquant.commands`` (each entry a function
 ``register(app)``), so the library never imports the packages above it.
 
-Exit codes: 0 done, 1 the work failed, 2 the request cannot be right, 130 interrupted. Errors go to stderr, one paragraph,
-no traceback; results to stdout.
+Exit codes: 0 done, 1 the work failed, 2 the request cannot be right, 130 interrupted (Ctrl-C or SIGTERM). Errors go to stderr,
+one paragraph, no traceback; results to stdout.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from llmquant.cli.allocate import Engine, show, widths_of
 from llmquant.cli.method import parse_method
 from llmquant.cli.overrides import recipe_of, with_rotation
 from llmquant.cli.screen import screen
+from llmquant.cli.sizes import parse_size
+from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from llmquant.pipeline import Events, QuantizeResult
     from llmquant.scaling import PairReport
     from llmquant.tuning import TuneReport
+    from llmquant.walk import Progress as Where
 
 
 class Packing(StrEnum):
@@ -76,6 +79,16 @@ def quantize_command(
     dtype: Annotated[str, typer.Option(help="Of calibration passes: auto (float32), bfloat16, float16.")] = "auto",
     base_model: Annotated[str | None, typer.Option(help="Name for the model card's base_model.")] = None,
     max_shard_size: Annotated[int, typer.Option(help="Bytes per weight file.")] = 5_000_000_000,
+    max_memory: Annotated[
+        str | None, typer.Option(help="RAM to stay under, like 8GB, by keeping hidden states in files; default: what is there.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Continue what a killed run left, and keep what continuing takes.")
+    ] = True,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a killed run could be continued.")] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="JSON line per linear and block; default: OUTPUT.quantize.log.jsonl.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")] = False,
@@ -83,6 +96,7 @@ def quantize_command(
     """Quantize MODEL's linear layers and write a folder that engines load."""
     if max_shard_size < 1_000_000:
         raise UsageError(f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000")
+    limit = None if max_memory is None else parse_size("--max-memory", max_memory)
     changes: dict[str, Any] = {
         "weights.bits": bits,
         "weights.group_size": group_size,
@@ -123,10 +137,11 @@ def quantize_command(
         raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
     options = QuantizeOptions(
         device=device, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size, base_model=base_model,
-        evaluation=eval_text,
+        evaluation=eval_text, resume=resume, restart=restart, max_memory=limit,
+        log=log or output.absolute().with_name(f"{output.absolute().name}.quantize.log.jsonl"),
     )  # fmt: skip
     started = time.perf_counter()
-    with progress(hidden=quiet or as_json) as events:
+    with stoppable(), progress(hidden=quiet or as_json) as events:
         result = quantize(model, output, chosen, options, events)
     seconds = time.perf_counter() - started
     if as_json:
@@ -160,13 +175,14 @@ def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
         },
         "scaled": {name: [asdict(pair) for pair in pairs] for name, pairs in result.scaled.items()},
         "skipped": dict(result.skipped),
+        "resumed_blocks": result.resumed,
         "warnings": list(result.warnings),
     }  # fmt: skip
 
 
 @contextmanager
 def progress(hidden: bool) -> Iterator[Events]:
-    """A bar over blocks with the time left and the current module, on stderr."""
+    """A bar over blocks with the time left, the memory in use and at most, and the current module, on stderr."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -177,14 +193,16 @@ def progress(hidden: bool) -> Iterator[Events]:
     )
 
     from llmquant.pipeline import Events
+    from llmquant.usage import peak, resident
 
     console = screen(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[memory]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=hidden or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("reading", total=None)
+        task = progress.add_task("reading", total=None, memory="")
+        first: list[int] = []
 
         def on_calibration(calibration: Calibration) -> None:
             if not hidden:
@@ -196,10 +214,22 @@ def progress(hidden: bool) -> Iterator[Events]:
         def on_warning(warning: str) -> None:
             console.print(f"warning: {warning}", soft_wrap=True)
 
+        def on_note(note: str) -> None:
+            if not hidden:
+                console.print(note, soft_wrap=True)
+
+        def on_progress(p: Where) -> None:
+            if not first:  # what an earlier process did says nothing of this one's speed
+                first.append(p.block)
+                progress.reset(task, total=p.blocks, completed=p.block)
+            memory = f"{resident() / 1e9:.1f} GB (peak {peak() / 1e9:.1f})"
+            progress.update(task, description=p.module, completed=p.block, total=p.blocks, memory=memory)
+
         events = Events(
             on_warning=on_warning,
+            on_note=on_note,
             on_calibration=on_calibration,
-            on_progress=lambda p: progress.update(task, description=p.module, completed=p.block, total=p.blocks),
+            on_progress=on_progress,
             on_phase=lambda phase: progress.update(task, description=phase, completed=progress.tasks[0].total or 0),
         )
         yield events

@@ -24,6 +24,7 @@ import pytest
 from llmquant.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
 from llmquant.cli import main
 from llmquant.cli.method import parse_method
+from llmquant.cli.sizes import parse_size
 from llmquant.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -387,16 +388,24 @@ def filled(args: tuple[str, ...], places: dict[str, Path]) -> list[str]:
     return list(args)
 
 
-def test_a_full_disk_is_told_in_words(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_in_words_and_the_same_command_continues(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: object) -> NoReturn:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("llmquant.shards.ShardWriter.finish", full)
-    ran = run("quantize", model, "-o", "a/b/out", *RTN)
+    with monkeypatch.context() as patched:
+        patched.setattr("llmquant.shards.ShardWriter.finish", full)
+        ran = run("quantize", model, "-o", "a/b/out", *RTN)
     assert (ran.code, ran.out) == (1, "")
-    told = f"error: writing to {Path.cwd()}/a/b/.out.partial failed: No space left on device; free some space and run again\n"
-    assert ran.err == told
-    assert not any(Path.cwd().iterdir())
+    assert ran.err == (
+        f"error: writing to {Path.cwd()}/a/b/.out.partial failed: No space left on device; free some space and run again: 2 of 2 "
+        "blocks are finished and kept beside out; the same command continues there (--restart begins anew); up to 1 MB more are "
+        f"needed in {Path.cwd()}/a/b\n"
+    )
+    ran = run("quantize", model, "-o", "a/b/out", *RTN, "--json")
+    assert (ran.code, json.loads(ran.out)["resumed_blocks"]) == (0, 2)
+    assert sorted(p.name for p in Path("a/b").iterdir()) == ["out", "out.quantize.log.jsonl"]
 
 
 def test_a_failed_proof_is_told_in_words(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +421,7 @@ def test_a_failed_proof_is_told_in_words(run: Run, model: Path, monkeypatch: pyt
     ran = run("quantize", model, "-o", "out", *RTN)
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("error: ")
-    assert not any(Path.cwd().iterdir())
+    assert [p.name for p in Path.cwd().iterdir()] == ["out.quantize.log.jsonl"]
 
 
 # --- what only a process shows ----------------------------------------------------------------------------------------
@@ -457,8 +466,9 @@ def test_a_terminal_without_arrows_gets_question_marks(model: Path) -> None:
     assert re.search(r"MB \? [\d.]+ MB of weight files", ran.stdout)
 
 
-def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of the walk, at a size that takes some seconds."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_interrupted_it_says_how_to_continue(tmp_path: Path, number: signal.Signals) -> None:
+    """In the middle of the walk, at a size that takes some seconds; what continuing gives is in test_resume.py."""
     example = ROOT / "examples" / "tiny-llama"
     args = [
         "quantize", example, "-o", tmp_path / "a" / "out", "--calibration", f"file:{example / 'calibration.txt'}",
@@ -466,11 +476,30 @@ def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
     command = [sys.executable, "-c", "from llmquant.cli import main; main()", *map(str, args)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not any((tmp_path / "a" / ".out.partial").glob("*")) and time.monotonic() < deadline and running.poll() is None:
+    deadline, log = time.monotonic() + 120, tmp_path / "a" / "out.quantize.log.jsonl"
+    while running.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and '"event": "block"' in log.read_text(encoding="utf-8"):
+            break
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, ""), err
     assert "Traceback" not in err
-    assert not any(tmp_path.iterdir())
+    assert re.search(r"interrupted; \d of 6 blocks are finished and kept beside out; the same command continues there", err)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [".out.partial", ".out.resume", "out.quantize.log.jsonl"]
+    assert '"event": "interrupted"' in log.read_text(encoding="utf-8").splitlines()[-1]
+
+
+SIZES = [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("800m", 800 * 10**6), ("4096", 4096)]
+
+
+@pytest.mark.parametrize(("text", "size"), SIZES, ids=[text for text, _ in SIZES])
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size("--max-memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "8 XB", "1e9", "0x10"])
+def test_what_is_no_size_is_told(run: Run, model: Path, text: str) -> None:
+    ran = run("quantize", model, "-o", "out", *RTN, f"--max-memory={text}")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"--max-memory {text!r} is no size; write bytes" in ran.err
