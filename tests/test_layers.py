@@ -31,9 +31,9 @@ LAYERS = (
     ("plan", "conversion", "integration", "resident", "outcome", "fingerprint", "spilling"),
     ("resume",),
     ("runlog",),
-    ("sensitivity",),
+    ("sensitivity", "forecast"),
     ("pipeline", "choices"),
-    ("repetition", "allocation"),
+    ("repetition", "allocation", "timing"),
     ("cli",),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -1,4 +1,4 @@
-"""Measured: what W8A8 costs the shipped model, and that SmoothQuant repairs it where activations have outliers.
+"""Measured: what W8A8 costs the shipped model, and that SmoothQuant and rotation repair it where activations have outliers.
 
 The shipped model has no channel outliers to speak of, so they are planted: some channels of every norm are multiplied by 32 and
 the columns that read them divided by it, which leaves every product as it was (powers of two, stored in float32).
@@ -54,13 +54,19 @@ def kl(folders: list[Path], reference: Path = MODEL) -> list[float]:
     return [m.metrics["kl_mean"].value for m in evaluate(request).models if m.role == "candidate"]
 
 
-def test_smoothing_repairs_planted_outliers(tmp_path: Path) -> None:
+def test_smoothing_and_rotation_repair_planted_outliers(tmp_path: Path) -> None:
     outliers = planted(tmp_path / "outliers")
-    runs = {"plain": (MODEL, RECIPE), "lost": (outliers, RECIPE), "smooth": (outliers, RECIPE.updated({"smooth": {}}))}
+    runs = {
+        "plain": (MODEL, RECIPE),
+        "lost": (outliers, RECIPE),
+        "smooth": (outliers, RECIPE.updated({"smooth": {}})),
+        "rotated": (outliers, RECIPE.updated({"rotation": {}})),
+    }
     for name, (model, recipe) in runs.items():
         quantize(model, tmp_path / name, recipe)
-    same, plain, lost, smooth = kl([outliers, *(tmp_path / name for name in runs)])
-    print(f"KL: planted model {same:.2e}, W8A8 {plain:.5f}, with outliers {lost:.5f}, smoothed {smooth:.5f}")
+    same, plain, lost, smooth, turned = kl([outliers, *(tmp_path / name for name in runs)])
+    print(f"KL: planted {same:.1e}, W8A8 {plain:.5f}, with outliers {lost:.5f}, smoothed {smooth:.5f}, rotated {turned:.5f}")
     assert same < 1e-6
     assert lost > 5 * plain
     assert smooth < 1.5 * plain
+    assert turned < 1.5 * plain
