@@ -40,6 +40,7 @@ from llmquant.recipe import Rotation as Wanted
 Change = Callable[[Tensor], Tensor]
 
 _HEAD = "lm_head"
+_ROWS = 4096
 _KINDS = {"hadamard": hadamard_rotation, "random": random_rotation}
 # Per head, or computed: in no coordinates of the residual stream.
 _UNTOUCHED = re.compile(r"\.(q_norm|k_norm)\.weight$|rotary_emb\.inv_freq$")
@@ -165,6 +166,8 @@ class RotatedReader(CheckpointReader):
         self._roles, self._architecture = ROLES[self._kind], ARCHITECTURES[self._kind]
         self._changes: dict[str, list[Change]] = defaultdict(list)
         self._source: dict[str, str] = {}  # a tensor that the folder has not → the one it is made of
+        # As long as the vocabulary, and changed row by row: a float64 copy of one would outgrow a block.
+        self._by_rows = {f"{m}.weight" for m in (*self._roles.embeddings, _HEAD)}
         norms, untied, residual, heads = 0, False, None, None
         if wanted.residual != "off":
             self._refuse_residual()
@@ -184,10 +187,18 @@ class RotatedReader(CheckpointReader):
         tensor = super().read(self._source.get(name, name))
         if name not in self._changes:
             return tensor
+        if name not in self._by_rows:
+            return self._changed(name, tensor).contiguous()
+        result = torch.empty_like(tensor)
+        for start in range(0, tensor.shape[0], _ROWS):
+            result[start : start + _ROWS] = self._changed(name, tensor[start : start + _ROWS])
+        return result
+
+    def _changed(self, name: str, tensor: Tensor) -> Tensor:
         value = tensor.to(torch.float64)
         for change in self._changes[name]:
             value = change(value)
-        return value.to(tensor.dtype).contiguous()
+        return value.to(tensor.dtype)
 
     def _refuse_residual(self) -> None:
         reasons = [f"config.json has {k}: {self.config[k]}" for k, v in self._roles.needs if self.config.get(k, v) != v]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
+from llmquant import rotation
 from llmquant.checkpoint import SINGLE, CheckpointReader
 from llmquant.errors import ArchitectureError, LlmquantError, SpecError
 from llmquant.orthogonal import Rotation
@@ -93,6 +94,15 @@ def test_a_rotated_model_computes_the_same(kind, wanted, tied, tmp_path):
     assert isinstance(reader, RotatedReader)
     assert reader.report.untied == (tied and wanted["residual"] != "off")
     assert ("lm_head.weight" in reader) == (not tied or wanted["residual"] != "off")
+
+
+def test_a_vocabulary_rotated_in_slices_is_the_whole_one(tmp_path, monkeypatch):
+    reader = reader_of(source("llama", tmp_path / "m"), **BOTH)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    whole = [reader.read(n) for n in names]
+    monkeypatch.setattr(rotation, "_ROWS", 24)
+    for name, wanted in zip(names, whole, strict=True):
+        assert torch.allclose(reader.read(name), wanted, atol=1e-14, rtol=0)
 
 
 def test_norms_become_ones_and_the_config_says_that_the_head_is_its_own(tmp_path):

@@ -21,10 +21,11 @@ from llmquant.cli.overrides import with_rotation
 from llmquant.errors import ArchitectureError, ProofError
 from llmquant.loading import load
 from llmquant.manifest import read_manifest, read_module, stored_schemes, verify
-from llmquant.pipeline import quantize
+from llmquant.pipeline import Events, quantize
 from llmquant.recipe import Recipe
 from llmquant.repetition import rerun
 from llmquant.rotation import rotated
+from llmquant.walk import Progress
 
 IDS = torch.randint(6, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
 MakeModel = Callable[..., Path]
@@ -118,6 +119,21 @@ def test_a_head_that_is_not_the_rotated_one_fails_the_proof(tied, rtn, tmp_path,
 def test_a_rerun_gives_the_same_bytes(tied, gptq, tmp_path):
     quantize(tied, tmp_path / "q", gptq.updated({"rotation": {"residual": "random"}}))
     assert rerun(tmp_path / "q", tied).same
+
+
+@pytest.mark.parametrize("changes", [{"rotation": {}}, STEPS["smooth+gptq"] | {"weights.bits": 8}], ids=["rotation", "smooth"])
+def test_a_run_that_was_stopped_continues_to_the_same_bytes(changes, tied, gptq, tmp_path):
+    def stop(where: Progress) -> None:
+        if where.block == 1:
+            raise KeyboardInterrupt
+
+    recipe = gptq.updated(changes)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tied, tmp_path / "stopped", recipe, None, Events(on_progress=stop))
+    quantize(tied, tmp_path / "stopped", recipe)
+    quantize(tied, tmp_path / "whole", recipe)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
 
 
 def test_refused_before_anything_is_written(rtn, tmp_path):
