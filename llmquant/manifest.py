@@ -91,6 +91,7 @@ class Manifest(_Strict):
     device: str
     dtype: str
     threads: int
+    processes: int = 1
     versions: dict[str, str]
     bits_per_weight: float
     modules: dict[str, ModuleEntry]

@@ -45,6 +45,7 @@ from llmquant.calls import Calls
 from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
+from llmquant.parallel import ALONE, World
 from llmquant.recipe import Recipe
 from llmquant.reference import Reference
 from llmquant.scaling import BlockScaling, PairReport, scale_block
@@ -116,7 +117,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class WalkPlan:
-    """What to walk: the meta model, where its tensors are, and the spec of every linear to quantize, by full name."""
+    """What to walk: the meta model, where its tensors are, and the spec of every linear to quantize, by full name.
+
+    Of several processes in a ``world`` each walks with its share of the calibration batches; all hand out the same results.
+    """
 
     model: PreTrainedModel
     architecture: Architecture
@@ -126,6 +130,7 @@ class WalkPlan:
     device: torch.device
     dtype: torch.dtype
     head: str | None = None
+    world: World = ALONE
 
     @property
     def search(self) -> ScaleSearch:
@@ -212,17 +217,13 @@ class _DataFree:
     def block(
         self, index: int, block: nn.Module, prefix: str, names: Sequence[str]
     ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
-        results = {}
-        for name in names:
-            self.announce(index, name)
-            results[name] = self.round_to_nearest(name)
-        return results
+        return self.plan.world.deal(names, lambda name: self.round_to_nearest(index, name))
 
     def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
-        self.announce(self._total - 1, name)
-        return {name: self.round_to_nearest(name)}
+        return self.plan.world.deal([name], lambda n: self.round_to_nearest(self._total - 1, n))
 
-    def round_to_nearest(self, name: str) -> tuple[QuantizedWeight, ModuleReport]:
+    def round_to_nearest(self, index: int, name: str) -> tuple[QuantizedWeight, ModuleReport]:
+        self.announce(index, name)
         start = time.perf_counter()
         weight = self.original(name)
         quantized = rtn(weight, self.plan.specs[name], self.plan.search, None, name)
@@ -242,7 +243,7 @@ class _Calibrated(_DataFree):
         blocks = blocks_of(plan.model, plan.architecture)
         calls = Calls()
         with materialized(plan, plan.model, "", outer_names(plan)):
-            first = _first_states(plan, blocks, batched(windows, plan.batch_size), calls)
+            first = _first_states(plan, blocks, plan.world.mine(batched(windows, plan.batch_size)), calls)
             if start == 0:
                 room.name(STREAM, room.scratch(first))
             else:
@@ -262,7 +263,7 @@ class _Calibrated(_DataFree):
         results: dict[str, tuple[QuantizedWeight, ModuleReport]] = {}
         with materialized(self.plan, block, f"{prefix}."):
             linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
-            sets = stages(block, linears, self.inputs[0]) if linears else []
+            sets = self.plan.world.told(stages(block, linears, self.inputs[0])) if linears else []
             self._scale(index, block, prefix, sets)
             # After scaling, which leaves the block's function alone: its originals must fit the norms that now stand in it.
             if self.reference is not None:
@@ -294,9 +295,12 @@ class _Calibrated(_DataFree):
         )  # fmt: skip
 
     def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear]) -> Mapping[str, InputStats]:
-        if self._pairs is None:
-            return observe(block, wanted, self.inputs)
-        return self._pairs.observe(block, wanted, self.inputs)
+        stats: Mapping[str, InputStats] = (
+            observe(block, wanted, self.inputs) if self._pairs is None else self._pairs.observe(block, wanted, self.inputs)
+        )
+        for share in stats.values():
+            self.plan.world.add_up(share)
+        return stats
 
     def _tuned(
         self, index: int, block: nn.Module, prefix: str, results: dict[str, tuple[QuantizedWeight, ModuleReport]]
@@ -338,6 +342,7 @@ class _Calibrated(_DataFree):
         with materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
             for batch in self.inputs:
                 stats.add(norm(batch.hidden))
+        self.plan.world.add_up(stats)
         return self.quantize_set(self._total - 1, [name], stats)
 
     def quantize_set(
@@ -346,12 +351,15 @@ class _Calibrated(_DataFree):
         """Quantize linears that share an input: one Hessian, one factorization."""
         if stats.tokens == 0:
             raise QuantizationError(f"{names[0]} saw no finite calibration token ({stats.dropped} dropped)")
-        factor = factorize(stats.hessian, self.plan.gptq_options, names[0]) if self.plan.recipe.method == "gptq" else None
-        results = {}
-        for name in names:
+        world, factor = self.plan.world, None
+        if self.plan.recipe.method == "gptq" and world.mine(names):
+            factor = factorize(stats.hessian, self.plan.gptq_options, names[0])
+
+        def rounded(name: str) -> tuple[QuantizedWeight, ModuleReport]:
             self.announce(index, name)
-            results[name] = self._with_stats(name, stats, factor)
-        return results
+            return self._with_stats(name, stats, factor)
+
+        return world.deal(names, rounded)
 
     def _with_stats(self, name: str, stats: InputStats, factor: Factor | None) -> tuple[QuantizedWeight, ModuleReport]:
         start = time.perf_counter()
