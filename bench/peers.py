@@ -11,12 +11,15 @@ Weights have 4 bits, symmetric, in groups of 128 unless ``--bits``, ``--asymmetr
 static groups, ``llmcompressor-awq`` its default grid, ``autoround`` its default 200 iterations; ``llmcompressor-rtn`` looks at
 no text. llm-compressor's AWQ pins memory for transfers to an accelerator, which stops without one: here that
 step is left out, which changes no number. It searches in float32, because in float16 on a CPU it meets NaN and stops.
+``gptqmodel`` has its default act-order, group-aware; it too computes in float32 (its default here is bfloat16) and is told to
+start the two worker threads that it insists on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -129,6 +132,20 @@ def autoround(model: Path, output: Path, grid: Grid, windows: Windows | None) ->
     return "auto-round"
 
 
+def gptqmodel(model: Path, output: Path, grid: Grid, windows: Windows | None) -> str:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    import torch
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    torch.manual_seed(grid.seed)
+    config = QuantizeConfig(bits=grid.bits, group_size=grid.group_size, sym=grid.symmetric, device="cpu")
+    loaded = GPTQModel.load(str(model), config, dtype=torch.float32)
+    rows = [{"input_ids": torch.tensor([w]), "attention_mask": torch.ones(1, len(w), dtype=torch.long)} for w in needed(windows)]
+    loaded.quantize(rows, batch_size=8)
+    loaded.save(str(output))
+    return "gptqmodel"
+
+
 def needed(windows: Windows | None) -> Windows:
     """The windows, or an end with a message."""
     if windows is None:
@@ -141,6 +158,7 @@ TOOLS: dict[str, Callable[[Path, Path, Grid, Windows | None], str]] = {
     "llmcompressor-gptq": llmcompressor_gptq,
     "llmcompressor-awq": llmcompressor_awq,
     "autoround": autoround,
+    "gptqmodel": gptqmodel,
 }
 
 

@@ -9,8 +9,9 @@ what is missing is measured. Ours and the peers' calibration windows of one seed
     python bench/quality.py table > docs/quality.md
 
 ``--tools``, ``--grids`` and ``--seeds`` narrow it down. The table gives the mean over seeds and, where there are several, the
-range. Seconds say something only between cells measured in one session on a machine that does nothing else, so they are kept
-only where ``--timing`` was given; a later run with it adds them to the cells that lack them.
+range. CPU seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones) hardly depend on what else the machine
+does and are always kept. Wall seconds do, so they are kept only where ``--timing`` was given, on a machine that does nothing
+else; a later run with it adds them to the cells that lack them.
 """
 
 from __future__ import annotations
@@ -49,15 +50,17 @@ class Grid:
 
 
 GRIDS = {
-    str(g): g for g in (Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 32), Grid(3, 128), Grid(2, 32))
+    str(g): g for g in (Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 32), Grid(3, 32), Grid(3, 128), Grid(2, 32))
 }  # fmt: skip
+MIXED = "llmquant gptq; mixed within the same size"
 # Name in the table → the recipe and the options that llmquant quantize gets beside the grid.
 OURS: dict[str, list[str]] = {
     "llmquant rtn": ["--method", "rtn"],
     "llmquant gptq": ["--method", "gptq"],
     "llmquant awq": ["--recipe", "awq-w4g128"],
     "llmquant best": ["--recipe", "best-w4g128"],
-    "llmquant best, 2 bits": ["--recipe", "best-w2g32"],
+    "llmquant best; 2 bits": ["--recipe", "best-w2g32"],
+    MIXED: ["--method", "gptq"],
 }
 # Name in the table → (environment, tool of bench/peers.py).
 PEERS = {
@@ -65,6 +68,7 @@ PEERS = {
     "llm-compressor gptq": ("llmcompressor", "llmcompressor-gptq"),
     "llm-compressor awq": ("llmcompressor", "llmcompressor-awq"),
     "autoround 200": ("autoround", "autoround"),
+    "gptqmodel gptq": ("gptqmodel", "gptqmodel"),
 }
 
 
@@ -85,6 +89,8 @@ class Setting:
 def ours(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> list[str]:
     """The command line of one of our methods."""
     scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size), "--sym" if grid.symmetric else "--asym"]
+    if tool == MIXED:
+        scheme = ["--target-bpw", str(grid.bits + 16 / grid.group_size)]
     text = ["--calibration", setting.calibration, "--nsamples", str(setting.nsamples), "--seqlen", str(setting.seqlen)]
     text = [] if tool == "llmquant rtn" else text
     main = "from llmquant.cli import main; main()"
@@ -108,7 +114,7 @@ def peer(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> li
 
 
 def quantized(command: Sequence[str], log: Path) -> dict[str, float]:
-    """Run a tool; its wall seconds and the highest resident set of its process, in bytes."""
+    """Run a tool; its wall and CPU seconds and the highest resident set of its process, in bytes."""
     began = time.perf_counter()
     with log.open("wb") as out:
         child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
@@ -116,7 +122,8 @@ def quantized(command: Sequence[str], log: Path) -> dict[str, float]:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise SystemExit(f"{' '.join(command)} ended with {child.returncode}:\n{log.read_text(errors='replace')[-2000:]}")
-    return {"seconds": round(time.perf_counter() - began, 2), "peak_bytes": usage.ru_maxrss * 1024}
+    wall, cpu = time.perf_counter() - began, usage.ru_utime + usage.ru_stime
+    return {"seconds": round(wall, 2), "cpu_seconds": round(cpu, 2), "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def evaluated(folder: Path, setting: Setting) -> dict[str, float]:
@@ -142,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         known = {(c["tool"], c["grid"], c["seed"], c["model"]): c for c in report["cells"]}
         for tool, grid, seed in wanted(args, environments):
             found = known.get((tool, grid, seed, Path(args.model).name))
-            if found is not None and ("seconds" in found or not args.timing):
+            if found is not None and "cpu_seconds" in found and ("seconds" in found or not args.timing):
                 continue
             if found is not None:
                 report["cells"].remove(found)
@@ -173,12 +180,12 @@ def wanted(args: argparse.Namespace, environments: dict[str, str]) -> list[tuple
 
 
 def cell(tool: str, grid: str, seed: int, setting: Setting, timing: bool) -> dict[str, Any]:
-    """One measured cell; its cost only with ``timing``."""
+    """One measured cell; its wall seconds only with ``timing``."""
     output = setting.scratch / "model"
     command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
     cost = quantized(command, setting.scratch / "log")
     if not timing:
-        cost = {}
+        del cost["seconds"]
     found = {"tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name, **cost, **evaluated(output, setting)}
     shutil.rmtree(output)
     print(json.dumps(found), file=sys.stderr, flush=True)
@@ -210,24 +217,27 @@ def _row(tool: str, cells: Sequence[dict[str, Any]]) -> str:
     def mean(name: str) -> float:
         return statistics.fmean(c[name] for c in cells)
 
-    timed = [c for c in cells if "seconds" in c]
-    cost = [f"{statistics.fmean(c[n] for c in timed) / per:.{d}f}" for n, per, d in _COST] if timed else ["–", "–"]
+    def cost(name: str, unit: float, digits: int) -> str:
+        measured = [c[name] for c in cells if name in c]
+        return f"{statistics.fmean(measured) / unit:.{digits}f}" if measured else "–"
+
     kls = [c["kl_mean"] for c in cells]
     spread = f" ({min(kls):.5f} – {max(kls):.5f})" if len(kls) > 1 else ""
     return (
         f"| {tool} | {mean('kl_mean'):.5f}{spread} | {mean('kl_p99'):.3f} | {mean('perplexity_ratio'):.4f} "
-        f"| {mean('top1_agreement'):.3f} | {mean('bits_per_weight'):.3f} | {' | '.join(cost)} | {len(kls)} |"
+        f"| {mean('top1_agreement'):.3f} | {mean('bits_per_weight'):.3f} | {' | '.join(cost(*c) for c in _COST)} | {len(kls)} |"
     )
 
 
-_COST = (("seconds", 1, 1), ("peak_bytes", 1e9, 2))
+_COST = (("cpu_seconds", 1, 0), ("seconds", 1, 0), ("peak_bytes", 1e9, 2))
 _HEAD = """# Quality beside other tools
 
 Rendered by `python bench/quality.py table` from `bench/results/quality.json`; how it is measured stands in `bench/quality.py`.
 KL is the mean over tokens of KL(original ‖ quantized) in nats, averaged over calibration seeds, with the range over seeds in
-brackets. Seconds are wall time of the whole process on 2 CPU cores, GB its highest resident set."""
-_COLUMNS = """| tool | KL | KL p99 | perplexity ratio | top-1 | bits per weight | s | GB | seeds |
-|---|---|---|---|---|---|---|---|---|"""
+brackets. "CPU s" is the processor time of the quantizing process with one thread, start and imports included, "s" its wall time
+where the machine did nothing else, GB its highest resident set."""
+_COLUMNS = """| tool | KL | KL p99 | perplexity ratio | top-1 | bits per weight | CPU s | s | GB | seeds |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from llmquant.hub import resolve
 from llmquant.knapsack import Option, Solution, solve, undominated
 from llmquant.pipeline import Events, QuantizeOptions, calibration_of, deterministic, refuse_quantized
 from llmquant.recipe import Recipe
+from llmquant.rotation import rotated
 from llmquant.selection import Linears, linears_of, select
 from llmquant.sensitivity import Damage, Item, Probe, measure
 from llmquant.skeleton import empty_model
@@ -115,8 +116,9 @@ def allocate(
         CheckpointError, ArchitectureError, QuantizationError: as in ``quantize``.
     """
     events = events or Events()
-    reader = CheckpointReader(resolve(model))
-    refuse_quantized(reader)
+    original = CheckpointReader(resolve(model))
+    refuse_quantized(original)
+    reader = rotated(original, recipe)
     if recipe.format not in FORMATS:
         raise UsageError(f"format {recipe.format!r} does not exist; choose one of {', '.join(FORMATS)}")
     if recipe.calibration.source is None:

@@ -214,16 +214,17 @@ def observe_pairs(
     """
     stats = {name: PairStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
     for batch, hidden in zip(batches, reference, strict=True):
-        seen = _linear_inputs(block, wanted, batch, {})
-        beside = _linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals)
+        seen = linear_inputs(block, wanted, batch, {})
+        beside = linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals)
         for name, pair in stats.items():
             pair.add_pair(seen[name], beside[name])
     return stats
 
 
-def _linear_inputs(
+def linear_inputs(
     block: nn.Module, wanted: Mapping[str, nn.Linear], batch: BlockInput, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
+    """What each wanted linear reads in one batch, with some of the block's parameters replaced."""
     seen: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:

@@ -56,7 +56,7 @@ def model_card(manifest: Manifest, recipe_yaml: str, scheme: str, layout: str, i
 # {name}, {scheme}
 
 Quantized from `{manifest.base_model}` with llmquant {manifest.versions["llmquant"]}:
-{len(manifest.modules)} linear layers, {manifest.bits_per_weight:.3f} bits per quantized weight, the rest as in the original.
+{len(manifest.modules)} linear layers, {manifest.bits_per_weight:.3f} bits per quantized weight, {_rest(manifest)}.
 The largest relative {kind} error of a layer is {errors[worst]:.3g} (`{worst}`). `manifest.json` has them all, with the
 hashes of what went in and came out; `llmquant inspect --verify` checks them.
 {_scaled(manifest)}{_measured_and_use(_NOTHING, layout)}
@@ -131,14 +131,28 @@ model = llmquant.load("THIS_FOLDER"){comment}
 
 
 def _scaled(manifest: Manifest) -> str:
-    """What AWQ changed beside the linears; nothing for a run without it."""
+    """What AWQ or SmoothQuant changed beside the linears; nothing for a run without them."""
     pairs = [pair for block in manifest.scaled.values() for pair in block]
     if not pairs:
         return ""
     done = sum(pair.reason is None for pair in pairs)
+    method = {"awq": "AWQ", "smooth": "SmoothQuant"}[pairs[0].method]
     return (
-        f"\nInput channels were scaled before rounding (AWQ) in {done} of {len(pairs)} places, the inverse folded into the norm "
-        "or linear before:\nthose norms and biases differ from the original's on purpose.\n"
+        f"\nInput channels were scaled before rounding ({method}) in {done} of {len(pairs)} places, the inverse folded into the "
+        "norm or linear before:\nthose norms and biases differ from the original's on purpose.\n"
+    )
+
+
+def _rest(manifest: Manifest) -> str:
+    """What became of the other tensors."""
+    turned = manifest.rotation
+    if turned is None:
+        return "the rest as in the original"
+    parts = [f"{what} ({name})" for what, name in (("residual stream", turned.residual), ("value heads", turned.heads)) if name]
+    head = ", the head has weights of its own" if turned.untied else ""
+    return (
+        f"after a rotation of the {' and '.join(parts)}\nthat leaves the function alone: norms and embeddings differ from the "
+        f"original's on purpose{head}"
     )
 
 

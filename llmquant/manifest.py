@@ -17,13 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from llmquant.checkpoint import SIDE_FILES, CheckpointReader, read_json, sha256_file
 from llmquant.detect import quantization_config
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError
+from llmquant.finite import all_finite
 from llmquant.formats import Format, Scheme, for_config
 from llmquant.weight import QuantizedWeight
 
@@ -59,7 +59,7 @@ class TuneEntry(_Strict):
 
 
 class ScaledEntry(_Strict):
-    """One pair of AWQ; see :class:`llmquant.scaling.PairReport`. ``reason`` is None where channels were scaled."""
+    """One pair of AWQ or SmoothQuant; see :class:`llmquant.scaling.PairReport`. ``reason`` is None where channels were scaled."""
 
     producer: str
     readers: tuple[str, ...]
@@ -68,6 +68,17 @@ class ScaledEntry(_Strict):
     before: float | None
     after: float | None
     reason: str | None
+    method: str = "awq"
+
+
+class RotationEntry(_Strict):
+    """What was rotated; see :class:`llmquant.rotation.RotationReport`."""
+
+    residual: str | None
+    heads: str | None
+    seed: int
+    norms: int
+    untied: bool
 
 
 class Conversion(_Strict):
@@ -94,6 +105,7 @@ class Manifest(_Strict):
     processes: int = 1
     versions: dict[str, str]
     bits_per_weight: float
+    rotation: RotationEntry | None = None
     modules: dict[str, ModuleEntry]
     tuned: dict[str, TuneEntry] = {}
     scaled: dict[str, tuple[ScaledEntry, ...]] = {}
@@ -147,7 +159,7 @@ def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
             weight = read_module(reader, layout, name, schemes[name])
         except (FormatError, QuantizationError) as e:
             raise ProofError(f"{reader.path}: {name} cannot be read back: {e}") from e
-        if not bool(torch.isfinite(weight.dequantize()).all()):
+        if not all_finite(weight.dequantize()):
             raise ProofError(f"{reader.path}: {name} dequantizes to NaN or Inf")
         if weight.digest() != expected:
             raise ProofError(f"{reader.path}: {name} does not hold the numbers the algorithm returned")

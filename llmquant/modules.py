@@ -17,22 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from llmquant.activations import int8_per_token
 from llmquant.errors import UsageError
 from llmquant.formats.base import Activations
 from llmquant.kernels import AUTO, choose
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, without_trivial_order
-
-
-def int8_per_token(x: Tensor) -> Tensor:
-    """Round each token's activations ``[..., in]`` to int8 with the scale ``max|x| / 127``, and back, in ``x``'s dtype.
-
-    The arithmetic is float32, as in vLLM's dynamic per-token kernel (transformers divides by 127.5 instead); a row of zeros
-    stays zero.
-    """
-    rows = x.to(torch.float32)
-    scale = rows.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-    return torch.round(rows / scale).clamp_(-128, 127).mul_(scale).to(x.dtype)
 
 
 class PackedLinear(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from llmquant.devices import parse_device, parse_dtype
 from llmquant.engines import refusals
 from llmquant.errors import ProofError, QuantizationError, SourceError, UsageError
 from llmquant.fingerprint import fingerprint
+from llmquant.finite import all_finite
 from llmquant.fit import check_fit
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
@@ -36,6 +37,7 @@ from llmquant.manifest import (
     MANIFEST,
     Manifest,
     ModuleEntry,
+    RotationEntry,
     ScaledEntry,
     TuneEntry,
     file_hashes,
@@ -48,6 +50,7 @@ from llmquant.parallel import ALONE, World
 from llmquant.plan import Sizes
 from llmquant.recipe import Recipe
 from llmquant.resume import SavedRun, finished_before, state_of
+from llmquant.rotation import RotatedReader, rotated
 from llmquant.runlog import RunLog
 from llmquant.scaling import PairReport
 from llmquant.selection import Selection, linears_of, select
@@ -149,8 +152,9 @@ def quantize(
     destination = Path(os.path.abspath(output))
     if not state_of(destination).exists() or options.restart:
         check_destination(destination, options.overwrite)
-    reader = CheckpointReader(resolve(model))
-    refuse_quantized(reader)
+    original = CheckpointReader(resolve(model))
+    refuse_quantized(original)
+    reader = rotated(original, recipe)
     refuse_source(destination, reader.path)
     device, dtype = parse_device(options.world.device(options.device)), parse_dtype(options.dtype, auto=torch.float32)
     skeleton = empty_model(reader, dtype)
@@ -164,7 +168,7 @@ def quantize(
     if calibration is not None:
         events.on_calibration(calibration)
     plan = WalkPlan(skeleton, architecture, reader, selection.specs, recipe, device, dtype, selection.head, options.world)
-    work = _Work(Path(output), os.fspath(model), plan, layout, selection, calibration, options, events)
+    work = _Work(Path(output), os.fspath(model), original, plan, layout, selection, calibration, options, events)
     facts = fingerprint(reader, recipe, calibration, device, dtype, options.max_shard_size)
     check_together(plan, work.windows, destination, restart=options.restart)
     if not plan.world.first:
@@ -190,6 +194,7 @@ class _Work:
 
     output: Path
     model: str
+    original: CheckpointReader
     plan: WalkPlan
     layout: Format
     selection: Selection
@@ -296,7 +301,7 @@ class _Work:
             scaled=outcome.scaled,
             skipped=self.selection.skipped,
             bits_per_weight=outcome.packed_bytes * 8 / weights,
-            source_bytes=sum(i.nbytes for i in self.plan.reader.tensors.values()),
+            source_bytes=sum(i.nbytes for i in self.original.tensors.values()),
             bytes_written=bytes_written,
             calibration=self.calibration,
             warnings=tuple(_warnings(outcome, self.plan.recipe)),
@@ -417,7 +422,7 @@ def _copy(
         if name.removesuffix(".weight") in before.modules and name.endswith(".weight"):
             continue
         tensor = changed[name] if name in changed else reader.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise QuantizationError(f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
         writer.add(name, tensor)
         outcome.copied[name] = sha256_tensor(tensor)
@@ -457,6 +462,7 @@ def _finish(
         processes=options.world.size,
         versions=versions(),
         bits_per_weight=outcome.packed_bytes * 8 / weights,
+        rotation=RotationEntry(**asdict(reader.report)) if isinstance(reader, RotatedReader) else None,
         modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
         tuned={n: TuneEntry(before=t.before, after=t.after, step=t.step, steps=t.steps) for n, t in outcome.tuned.items()},
         scaled={block: tuple(map(_scaled_entry, pairs)) for block, pairs in outcome.scaled.items()},
@@ -464,7 +470,7 @@ def _finish(
         files=file_hashes(writer.partial),
     )
     writer.write_text(MANIFEST, manifest.to_json())
-    scheme = ", ".join(sorted({str(s.spec) for s in outcome.schemes.values()}))
+    scheme = ", ".join(sorted({str(s) for s in outcome.schemes.values()}))
     card = model_card(manifest, recipe.to_yaml(), scheme, layout.name, front_matter(reader.path / "README.md"))
     writer.write_text("README.md", card)
     return manifest

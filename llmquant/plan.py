@@ -27,6 +27,7 @@ from llmquant.errors import ArchitectureError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
 from llmquant.recipe import Recipe
+from llmquant.rotation import rotated
 from llmquant.selection import Linears, select
 from llmquant.shards import Stored, header
 from llmquant.weight import QuantizedWeight
@@ -92,9 +93,10 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         UsageError: already quantized, or whatever :func:`llmquant.selection.select` refuses.
         ArchitectureError: a model type outside the table, whose blocks headers alone do not tell.
     """
-    reader = CheckpointReader(resolve(model))
-    if quantization_config(reader) is not None:
-        raise UsageError(f"{reader.path} is already quantized; plan the original model")
+    original = CheckpointReader(resolve(model))
+    if quantization_config(original) is not None:
+        raise UsageError(f"{original.path} is already quantized; plan the original model")
+    reader = rotated(original, recipe)
     if recipe.format not in FORMATS:
         raise UsageError(f"format {recipe.format!r} does not exist; choose one of {', '.join(FORMATS)}")
     layout = FORMATS[recipe.format]
@@ -118,7 +120,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         modules=tuple(modules),
         skipped=selection.skipped,
         tensors=tensors,
-        source_bytes=sum(i.nbytes for i in reader.tensors.values()),
+        source_bytes=sum(i.nbytes for i in original.tensors.values()),
         tensor_parallel=_tensor_parallel(modules, reader.config),
         suggestions=_group_sizes(modules),
         engines={e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()},

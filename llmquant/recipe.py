@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -111,6 +111,35 @@ class AWQ(_Strict):
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value  # YAML's bare on and off
 
 
+class Smooth(_Strict):
+    """SmoothQuant: moves large activations into the weights before 8-bit rounding of both; see :mod:`llmquant.smoothing`.
+
+    ``alpha: auto`` tries 0.1 … 0.9 at each place. ``pairs: norms`` folds into norms only, ``all`` also from linear to linear.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.5
+    pairs: Literal["norms", "all"] = "norms"
+
+
+class Rotation(_Strict):
+    """Rotates the model before anything else, without changing what it computes; see :mod:`llmquant.rotation`."""
+
+    residual: Literal["hadamard", "random", "off"] = "hadamard"
+    heads: bool = True
+    seed: int = Field(0, ge=0, le=2**63 - 2)
+
+    @field_validator("residual", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # what YAML makes of a bare word off
+
+    @model_validator(mode="after")
+    def _something(self) -> Rotation:
+        if self.residual == "off" and not self.heads:
+            raise ValueError("residual: off and heads: false rotate nothing; leave the section out")
+        return self
+
+
 class CalibrationOptions(_Strict):
     """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``."""
 
@@ -130,7 +159,9 @@ class Recipe(_Strict):
     overrides: tuple[Override, ...] = ()
     scales: Scales = Scales()
     gptq: GPTQ = GPTQ()
+    rotation: Rotation | None = None
     awq: AWQ | None = None
+    smooth: Smooth | None = None
     tune: Tune | None = None
     include: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ("lm_head",)
@@ -155,17 +186,22 @@ class Recipe(_Strict):
                 raise ValueError(f"overrides.{i}: {_first(e)}") from e
         if self.method == "gptq" and self.gptq.act_order == "group" and any(w.group_size == -1 for w in everything):
             raise ValueError("gptq.act_order: group needs a group size; with one group per row use static")
+        if self.smooth is not None and self.awq is not None:
+            raise ValueError("awq and smooth both scale the same channels; switch one of them off")
+        if self.smooth is not None and all(w.activations == "none" for w in everything):
+            raise ValueError("smooth is for quantized activations, and no linear has any; set weights.activations: int8-dynamic")
         return self
 
     @property
     def needs_text(self) -> bool:
         """Whether the model has to be run on a calibration text."""
-        return self.method != "rtn" or self.tune is not None or self.awq is not None
+        return self.method != "rtn" or any(s is not None for s in (self.tune, self.awq, self.smooth))
 
     @property
     def steps(self) -> str:
         """The method as the command line writes it: ``awq+gptq+tune``."""
-        return "+".join(("awq",) * (self.awq is not None) + (self.method,) + ("tune",) * (self.tune is not None))
+        before = ("awq",) * (self.awq is not None) + ("smooth",) * (self.smooth is not None)
+        return "+".join((*before, self.method, *("tune",) * (self.tune is not None)))
 
     def weights_of(self, module: str) -> Weights:
         """The grid of a linear: that of the first override whose pattern matches its full name, or the recipe's."""

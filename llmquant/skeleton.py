@@ -59,6 +59,8 @@ def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel
     config = read_config(reader.path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    # A reader may have untied the head from the embeddings that the folder's own config ties it to.
+    config.tie_word_embeddings = reader.config.get("tie_word_embeddings", config.tie_word_embeddings)
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

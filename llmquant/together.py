@@ -2,7 +2,7 @@
 
 The first process goes the way of a run alone. The others carry their share of the hidden states through the same walk, so that
 its sums are whole and its linears are shared out, and then wait for the folder to be proved. What needs more than sums of the
-shares (tuning's gradients, the searches for channel scales) is refused, and no state is kept to continue from: hidden states are
+shares (tuning's gradients, SmoothQuant's samples of rows) is refused, and no state is kept to continue from: hidden states are
 spread over processes that may be others next time.
 """
 
@@ -31,7 +31,7 @@ def check_together(plan: WalkPlan, windows: Sequence[Tensor], destination: Path,
     world, recipe = plan.world, plan.recipe
     if world.size == 1:
         return
-    alone = [name for name in ("awq", "smooth", "tune") if getattr(recipe, name, None) is not None]
+    alone = [name for name in ("smooth", "tune") if getattr(recipe, name) is not None]
     if alone:
         raise UsageError(f"{' and '.join(alone)} works in one process only, not in {world.size}: run it without torchrun")
     batches = len(batched(windows, plan.batch_size))

@@ -45,10 +45,12 @@ from llmquant.calls import Calls
 from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
+from llmquant.finite import all_finite
 from llmquant.parallel import ALONE, World
 from llmquant.recipe import Recipe
 from llmquant.reference import Reference
-from llmquant.scaling import BlockScaling, PairReport, scale_block
+from llmquant.scaling import AWQFinder, BlockScaling, Finder, PairReport, scale_block
+from llmquant.smoothing import SmoothFinder, SmoothOptions
 from llmquant.spec import QuantSpec
 from llmquant.states import Room
 from llmquant.stats import InputStats, PairStats
@@ -148,6 +150,11 @@ class WalkPlan:
         return None if a is None else AWQOptions(a.grid, a.duo_scaling, a.steps)
 
     @property
+    def smooth_options(self) -> SmoothOptions | None:
+        s = self.recipe.smooth
+        return None if s is None else SmoothOptions(s.alpha, s.pairs == "all")
+
+    @property
     def batch_size(self) -> int:
         """Calibration windows per pass."""
         return self.recipe.calibration.batch_size if self.recipe.tune is None else self.recipe.tune.batch_size
@@ -183,7 +190,6 @@ def walk(
     """
     if plan.recipe.needs_text and not windows:
         raise QuantizationError(f"method {plan.recipe.steps} needs calibration windows and got none")
-    room = room or Room(plan.device)
     walker = _DataFree(plan, on_progress) if not windows else _Calibrated(plan, on_progress, windows, room, start)
     blocks = blocks_of(plan.model, plan.architecture)
     for index in range(start, len(blocks)):
@@ -236,10 +242,15 @@ class _Calibrated(_DataFree):
     """Runs each block on the calibration windows and hands every linear its input statistics."""
 
     def __init__(
-        self, plan: WalkPlan, on_progress: Callable[[Progress], None], windows: Sequence[Tensor], room: Room, start: int
+        self,
+        plan: WalkPlan,
+        on_progress: Callable[[Progress], None],
+        windows: Sequence[Tensor],
+        room: Room | None = None,
+        start: int = 0,
     ) -> None:
         super().__init__(plan, on_progress)
-        self.room = room
+        self.room = room = room or Room(plan.device)
         blocks = blocks_of(plan.model, plan.architecture)
         calls = Calls()
         with materialized(plan, plan.model, "", outer_names(plan)):
@@ -283,16 +294,40 @@ class _Calibrated(_DataFree):
         return results
 
     def _scale(self, index: int, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]) -> None:
-        options = self.plan.awq_options
-        if options is None:
+        if self.plan.recipe.awq is not None or self.plan.recipe.smooth is not None:
+            self.announce(index, f"{prefix} (scaling)")
+        find = self._finder(block, prefix, sets)
+        if find is None:
             return
-        self.announce(index, f"{prefix} (scaling)")
         config = self.plan.model.config.get_text_config()
         heads: int = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1) or 1
-        self.scaling = scale_block(
-            block, prefix, sets, self.plan.specs, self.inputs, self.plan.reader, self.plan.architecture, heads, self.plan.search,
-            options,
-        )  # fmt: skip
+        if self.plan.world.first:
+            self.scaling = scale_block(
+                block, prefix, sets, self.inputs, self.plan.reader, self.plan.architecture, heads, find
+            )
+        self._share_scaling(block, prefix)
+
+    def _share_scaling(self, block: nn.Module, prefix: str) -> None:
+        """Give every process what the first one found, in the block too."""
+        if self.plan.world.size == 1:
+            return
+        names = [name.removeprefix(f"{prefix}.") for name in (*self.scaling.weights, *self.scaling.changed)]
+        found = self.scaling, {name: block.get_parameter(name).data for name in names}
+        self.scaling, values = self.plan.world.told(found)
+        for name, value in values.items():
+            block.get_parameter(name).data.copy_(value)
+
+    def _finder(self, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]) -> Finder | None:
+        """The recipe's search for channel scales; None where it wants none or has nothing to scale for."""
+        plan, awq, smooth = self.plan, self.plan.awq_options, self.plan.smooth_options
+        self.scaling = BlockScaling({}, {}, ())
+        if not sets:
+            return None
+        if smooth is not None:
+            names = (f"{prefix}.{m}" for s in sets for m in s)
+            int8 = frozenset(n for n in names if plan.recipe.weights_of(n).activations == "int8-dynamic")
+            return SmoothFinder(block, sets, self.inputs, plan.specs, int8, plan.search, smooth)
+        return None if awq is None else AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq, plan.world)
 
     def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear]) -> Mapping[str, InputStats]:
         stats: Mapping[str, InputStats] = (
@@ -330,7 +365,7 @@ class _Calibrated(_DataFree):
     def _outputs(self, block: nn.Module, index: int) -> Iterator[Tensor]:
         for batch in self.inputs:
             hidden = run_block(block, batch)
-            if not bool(torch.isfinite(hidden).all()):
+            if not all_finite(hidden):
                 raise QuantizationError(
                     f"block {index} gave NaN or Inf on the calibration text at {self.plan.dtype}; use --dtype float32"
                 )
@@ -481,7 +516,7 @@ def _read_parameter(plan: WalkPlan, name: str, shape: torch.Size) -> Tensor:
     tensor = plan.reader.read(name)
     if tensor.shape != shape:
         raise CheckpointError(f"{name} is {list(tensor.shape)} in the checkpoint, config.json makes it {list(shape)}")
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise QuantizationError(f"{plan.reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
     # A copy even when no cast is needed: quantized weights are written into it, never into the mapped file.
     return tensor.to(plan.device, plan.dtype, copy=True)

@@ -66,8 +66,8 @@ def case(recipe: Recipe, **changes: Any) -> dict[str, Any]:
 
 RUNS = [
     pytest.param({"method": "gptq", "include": ["*"], "ignore": []}, MANY, None, 26, id="gptq, head too, many shards"),
-    pytest.param({"method": "gptq", "gptq.asymmetric": 0.5, "tune": TUNE}, ONE_SHARD, 1, 8, id="gptq+tune, spilled"),
-    pytest.param({"method": "rtn"}, MANY, None, 8, id="rtn, many shards"),
+    pytest.param({"method": "gptq", "gptq.asymmetric": 0.5, "tune": TUNE}, ONE_SHARD, 1, 7, id="gptq+tune, spilled"),
+    pytest.param({"method": "rtn"}, MANY, None, 6, id="rtn, many shards"),
 ]
 
 
@@ -106,14 +106,14 @@ def test_killed_again_and_again_at_random_moments(ask: Ask, model: Path, gptq: R
     assert hashes(tmp_path / "killed" / "out") == hashes(tmp_path / "whole" / "out")
 
 
-@pytest.mark.parametrize("limit", [3_000, 30_000, 100_000, 1_050_000], ids=lambda n: f"{n} bytes")
+@pytest.mark.parametrize("limit", [30_000, 1_050_000], ids=lambda n: f"{n} bytes")
 def test_a_file_that_the_kernel_cuts_short_is_told_and_continued(
     ask: Ask, model: Path, gptq: Recipe, tmp_path: Path, limit: int
 ) -> None:
     job = {"model": model, "recipe": case(gptq), "max_shard_size": ONE_SHARD}
     ask(output=tmp_path / "whole" / "out", **job)
     refused = ask(output=tmp_path / "short" / "out", file_limit=limit, **job)
-    assert "File too large" in refused["error"]
+    assert "File too large" in refused.get("error", ""), refused
     assert not (tmp_path / "short" / "out").exists()
     ask(output=tmp_path / "short" / "out", **job)
     assert hashes(tmp_path / "short" / "out") == hashes(tmp_path / "whole" / "out")

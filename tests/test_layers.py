@@ -18,15 +18,15 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
 LAYERS = (
     ("errors",),
-    ("spec", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
-    ("weight", "bitpack", "stats"),
+    ("spec", "finite", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
+    ("weight", "bitpack", "stats", "activations", "orthogonal"),
     ("parallel",),
     ("algorithms", "formats", "kernels"),
     ("destination",),
     ("journal",),
     ("checkpoint", "capture", "architectures", "modules", "saving", "engines", "states"),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding"),
-    ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "calls"),
+    ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation", "calls"),
     ("calibration", "walk", "loading", "inspection", "card"),
     ("plan", "conversion", "integration", "resident", "outcome", "fingerprint", "spilling"),
     ("resume",),

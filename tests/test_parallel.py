@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmquant import reference, walk
+from llmquant import reference, scaling, walk
 from llmquant.capture import BlockInput, observe, observe_pairs
 from llmquant.errors import UsageError
 from llmquant.manifest import Manifest, file_hashes, read_manifest, verify
@@ -53,6 +53,7 @@ def runs(batched: Recipe) -> dict[str, tuple[Recipe, int | None]]:
         "again": (batched, None),
         "spilled": (batched, 1),
         "asymmetric": (batched.updated(ASYMMETRIC), None),
+        "awq": (batched.updated({"awq.grid": 4}), None),
         "head": (batched.updated({"ignore": ()}), None),
     }
 
@@ -99,6 +100,7 @@ def summed_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
         return by_shares(batches, observed)
 
     monkeypatch.setattr(walk, "observe", shares)
+    monkeypatch.setattr(scaling, "observe", shares)
     monkeypatch.setattr(reference, "observe_pairs", pairs)
 
 
@@ -112,7 +114,7 @@ def alike(manifest: Manifest) -> dict[str, Any]:
     return manifest.model_dump(exclude={"processes"})
 
 
-@pytest.mark.parametrize("name", ["gptq", "asymmetric"])
+@pytest.mark.parametrize("name", ["gptq", "asymmetric", "awq"])
 @pytest.mark.usefixtures("summed_by_shares")
 def test_two_processes_give_what_one_gives_that_sums_their_shares(
     model: Path, together: Path, runs: dict[str, tuple[Recipe, int | None]], tmp_path: Path, name: str
@@ -121,6 +123,7 @@ def test_two_processes_give_what_one_gives_that_sums_their_shares(
     one, two = read_manifest(tmp_path / "one"), verify(together / name)
     assert (one.processes, two.processes) == (1, 2)
     assert alike(two) == alike(one)
+    assert name != "awq" or any(pair.ratio is not None for pairs in one.scaled.values() for pair in pairs)
 
 
 def test_a_data_free_method_gives_the_same_files_in_two_processes(
@@ -204,7 +207,7 @@ def test_every_process_takes_a_gpu_of_its_own() -> None:
     ("changes", "size", "message"),
     [
         pytest.param({"tune": {}}, 2, "tune works in one process only, not in 2", id="tune"),
-        pytest.param({"awq": {}}, 2, "awq works in one process only, not in 2", id="awq"),
+        pytest.param({"smooth": {}}, 2, "smooth works in one process only, not in 2", id="smooth"),
         pytest.param({}, 4, "4 processes share 3 calibration batches of up to 2 windows", id="too few batches"),
     ],
 )

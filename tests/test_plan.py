@@ -34,6 +34,8 @@ CASES = [
         {"overrides": ({"match": "*.down_proj", "bits": 8}, {"match": "*.self_attn.*", "group_size": 32})}, id="mixed"
     ),
     pytest.param({"include": ("*.mlp.*",)}, id="mlp only"),
+    pytest.param({"rotation": {}}, id="rotated: a head of its own"),
+    pytest.param({"rotation": {}, "ignore": ()}, id="rotated: the head quantized"),
 ]
 
 

@@ -19,6 +19,8 @@ SHIPPED = {
     "gptq-w3g32": ("gptq", QuantSpec(3, 32)),
     "awq-w4g128": ("awq+rtn", QuantSpec(4, 128)),
     "awq-w4g128-asym": ("awq+rtn", QuantSpec(4, 128, False)),
+    "w8a8": ("gptq", QuantSpec(8, None)),
+    "smoothquant-w8a8": ("smooth+gptq", QuantSpec(8, None)),
     "best-w4g128": ("gptq+tune", QuantSpec(4, 128)),
     "best-w3g128": ("gptq+tune", QuantSpec(3, 128)),
     "best-w2g32": ("gptq+tune", QuantSpec(2, 32)),
@@ -70,6 +72,14 @@ WRONG = [
     pytest.param(
         "gptq: {act_order: group}\nweights: {group_size: -1}", "act_order: group needs a group size", id="order of one group"
     ),
+    pytest.param("smooth: {}", "no linear has any; set weights.activations", id="smooth without int8 activations"),
+    pytest.param(
+        "smooth: {}\nawq: {}\nweights: {bits: 8, group_size: -1, activations: int8-dynamic}", "awq and smooth both scale",
+        id="two scalings",
+    ),
+    pytest.param("rotation: {residual: off, heads: false}", "rotate nothing; leave the section out", id="rotation of nothing"),
+    pytest.param("rotation: {residual: upwards}", r"rotation\.residual: ", id="unknown rotation"),
+    pytest.param("smooth: {alpha: 2}", r"smooth\.alpha\.", id="alpha of 2"),
     pytest.param("[1, 2]", "recipe: Input should be a valid dictionary", id="a list"),
     pytest.param("weights: {bits: 4", "cannot be read as YAML", id="cut"),
     pytest.param("a: !!python/object:os.system {}", "cannot be read as YAML", id="code"),
@@ -103,6 +113,7 @@ EVERYTHING: dict[str, Any] = {
     "overrides": [{"match": "*.down_proj", "bits": 8, "group_size": -1}],
     "scales": {"steps": 4, "smallest": 0.5, "norm": 2.4, "weighted": True},
     "gptq": {"block_size": 64, "damping": 0.05, "act_order": "off", "true_sequential": False, "asymmetric": 0.5, "passes": 2},
+    "rotation": {"residual": "off", "heads": True, "seed": 4},
     "tune": {"steps": 9, "lr": 0.1, "scale_lr": 0, "batch_size": 2, "checks": 3, "patience": 1, "target": "block"},
     "include": ["*_proj"],
     "ignore": ["*.o_proj"],

@@ -6,6 +6,7 @@ from llmquant.algorithms.descent import descend
 from llmquant.algorithms.gptq import Factor, GPTQOptions, factorize, gptq, layer_error
 from llmquant.algorithms.grid import MINMAX, ScaleSearch, fit, round_to_codes
 from llmquant.algorithms.rtn import rtn
+from llmquant.algorithms.smooth import Reader, search_smoothing
 from llmquant.algorithms.tune import Tuned, TuneOptions, tune
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "AWQOptions",
     "Factor",
     "GPTQOptions",
+    "Reader",
     "ScaleSearch",
     "Scaled",
     "TuneOptions",
@@ -26,5 +28,6 @@ __all__ = [
     "round_to_codes",
     "rtn",
     "search_scale",
+    "search_smoothing",
     "tune",
 ]

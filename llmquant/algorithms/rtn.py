@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmquant.algorithms.grid import ScaleSearch, fit, round_to_codes
 from llmquant.errors import QuantizationError
+from llmquant.finite import all_finite
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -23,7 +24,7 @@ def check_weight(weight: Tensor, spec: QuantSpec, module: str) -> Tensor:
         QuantizationError: the weight holds NaN or Inf.
     """
     spec.check(weight.shape[1], module)
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise QuantizationError(f"{module}: the original weight holds {bad} NaN or Inf values; is the checkpoint damaged?")
     return weight if weight.dtype == torch.float64 else weight.to(torch.float32)

@@ -12,39 +12,44 @@ if TYPE_CHECKING:
 
 ROUNDINGS = ("rtn", "gptq")
 AWQ = "awq"
+SMOOTH = "smooth"
 TUNE = "tune"
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A rounding algorithm, whether channels are scaled before it, and whether blocks are tuned after it."""
+    """A rounding algorithm, how channels are scaled before it (``awq``, ``smooth``), and whether blocks are tuned after it."""
 
     rounding: str
     tuned: bool
-    scaled: bool = False
+    scaled: str | None = None
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """The recipe with this method; a section of it that is switched on keeps its own settings where it has any."""
         sections: dict[str, object] = {
-            "awq": (recipe.awq or {}) if self.scaled else None,
-            "tune": (recipe.tune or {}) if self.tuned else None,
+            AWQ: (recipe.awq or {}) if self.scaled == AWQ else None,
+            SMOOTH: (recipe.smooth or {}) if self.scaled == SMOOTH else None,
+            TUNE: (recipe.tune or {}) if self.tuned else None,
         }
         return recipe.updated({"method": self.rounding, **sections})
 
 
 def parse_method(text: str) -> Method:
-    """Read ``rtn`` or ``gptq``, with ``awq+`` before it and ``+tune`` behind it where wanted; ``awq`` alone is ``awq+rtn``.
+    """Read ``rtn`` or ``gptq``, with ``awq+`` or ``smooth+`` before it and ``+tune`` behind it where wanted.
+
+    ``awq`` alone is ``awq+rtn``, ``smooth`` alone ``smooth+rtn``, and SmoothQuant's full name means the same.
 
     Raises:
         UsageError: anything else.
     """
     choices = {
-        f"{head}{rounding}{tail}": Method(rounding, bool(tail), bool(head))
-        for head in ("", f"{AWQ}+")
+        f"{head}+{rounding}{tail}".lstrip("+"): Method(rounding, bool(tail), head or None)
+        for head in ("", AWQ, SMOOTH)
         for rounding in ROUNDINGS
         for tail in ("", f"+{TUNE}")
     }
-    choices[AWQ] = choices[f"{AWQ}+rtn"]
-    if text not in choices:
+    choices |= {head: choices[f"{head}+rtn"] for head in (AWQ, SMOOTH)}
+    known = text.replace("smoothquant", SMOOTH, 1)
+    if known not in choices:
         raise UsageError(f"--method {text!r} is not one of {', '.join(choices)}")
-    return choices[text]
+    return choices[known]

@@ -31,3 +31,10 @@ def recipe_of(
         given["include"] = tuple(include)
     given["ignore"] = (*(p for p in chosen.ignore if p not in (include or ())), *(ignore or ()))
     return chosen.updated(given)
+
+
+def with_rotation(recipe: Recipe, rotate: bool | None) -> Recipe:
+    """The recipe with its rotation switched on (its own settings kept where it has any) or off; None leaves it."""
+    if rotate is None:
+        return recipe
+    return recipe.updated({"rotation": (recipe.rotation or {}) if rotate else None})

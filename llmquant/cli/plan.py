@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.overrides import recipe_of
+from llmquant.cli.overrides import recipe_of, with_rotation
 from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ def plan_command(
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
+    rotate: Annotated[
+        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate the model first, folded into the weights.")
+    ] = None,
     layout: Annotated[str | None, typer.Option("--format", help="Byte layout of the result.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave these alone, beside the recipe's (repeatable).")] = None,
@@ -32,7 +35,7 @@ def plan_command(
     from llmquant.plan import make_plan
 
     changes = {"weights.bits": bits, "weights.group_size": group_size, "weights.symmetric": sym, "format": layout}
-    plan = make_plan(model, recipe_of(recipe, changes, include, ignore))
+    plan = make_plan(model, with_rotation(recipe_of(recipe, changes, include, ignore), rotate))
     if as_json:
         sys.stdout.write(json.dumps(_as_dict(plan)) + "\n")
     else:

@@ -16,7 +16,7 @@ import typer
 
 from llmquant.cli.allocate import Engine, show, widths_of
 from llmquant.cli.method import parse_method
-from llmquant.cli.overrides import recipe_of
+from llmquant.cli.overrides import recipe_of, with_rotation
 from llmquant.cli.screen import screen
 from llmquant.cli.sizes import parse_size
 from llmquant.cli.stopping import stoppable
@@ -53,6 +53,9 @@ def quantize_command(
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
+    rotate: Annotated[
+        bool | None, typer.Option("--rotate/--no-rotate", help="Rotate the model first, folded into the weights.")
+    ] = None,
     target_bpw: Annotated[
         float | None, typer.Option(help="Choose each linear's scheme for this size first, as `llmquant allocate` does.")
     ] = None,
@@ -103,7 +106,7 @@ def quantize_command(
         "calibration.packing": packing,
         "seed": seed,
     }
-    chosen = recipe_of(recipe, changes, include, ignore)
+    chosen = with_rotation(recipe_of(recipe, changes, include, ignore), rotate)
     if method is not None:
         chosen = parse_method(method).applied_to(chosen)
     if act_order is not None and chosen.method != "gptq":

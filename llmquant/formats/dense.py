@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError
+from llmquant.finite import all_finite
 from llmquant.formats.base import Activations, Plain, Scheme
 from llmquant.weight import QuantizedWeight
 
@@ -30,7 +31,7 @@ class Dense(Plain):
 
     def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
         dense = weight.dequantize(dtype)
-        if not bool(torch.isfinite(dense).all()):
+        if not all_finite(dense):
             raise FormatError(f"a weight is too large for {str(dtype).removeprefix('torch.')}")
         return {"weight": dense}
 

@@ -125,7 +125,7 @@ SLIPS = {
     "no damping": ("damping * mean)", "0 * mean + 1e-12)"),
     "damping relative to the largest diagonal": ("mean = diagonal.mean()", "mean = diagonal.max()"),
     "columns visited by rising importance": ("descending=True", "descending=False"),
-    "lower triangle of the inverse's factor": ("return upper if bool", "return upper.T.contiguous() if bool"),
+    "lower triangle of the inverse's factor": ("return upper if all_finite", "return upper.T.contiguous() if all_finite"),
     "importance in the wrong order": ("factor.importance[factor.order[columns]]", "factor.importance[columns]"),
 }
 

@@ -24,6 +24,7 @@ import pytest
 from llmquant.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
 from llmquant.cli import main
 from llmquant.cli.method import parse_method
+from llmquant.cli.sizes import parse_size
 from llmquant.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +121,36 @@ def test_the_method_switches_tuning(method: str, recipe: str, steps: str, tuned:
     (tmp_path / "r.yaml").write_text(recipe)
     chosen = parse_method(method).applied_to(load_recipe(tmp_path / "r.yaml"))
     assert (chosen.steps, chosen.tune.steps if chosen.tune else None) == (steps, tuned)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        ("smooth", "smooth+rtn"), ("smooth+gptq", "smooth+gptq"), ("smoothquant+rtn+tune", "smooth+rtn+tune"), ("awq+gptq", None),
+        ("rtn", "rtn"),
+    ],
+)  # fmt: skip
+def test_the_method_switches_smoothing(method: str, steps: str | None) -> None:
+    int8 = {"weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic", "smooth": {"alpha": 0.7}}
+    chosen = parse_method(method).applied_to(Recipe().updated(int8))
+    assert chosen.steps == (steps or method)
+    assert (chosen.smooth.alpha if chosen.smooth else None) == (0.7 if "smooth" in method else None)
+
+
+def test_awq_tells_what_was_scaled_and_what_was_left_alone(run: Run, model: Path, text: Path) -> None:
+    options = ("--method", "awq+gptq", *GPTQ, "--calibration", f"file:{text}")
+    ran = run("quantize", model, "-o", "one", *options)
+    assert ran.code == 0
+    table = ran.out.partition("scaled for")[2].splitlines()[1:]
+    assert table[0].startswith("self_attn.q_proj, self_attn.k_proj,")
+    assert "down_proj" in "".join(table[:6])
+    told = json.loads(run("quantize", model, "-o", "two", *options, "--json").out)
+    assert told["recipe"]["awq"] == {"grid": 20, "duo_scaling": "both", "steps": 0}
+    kept = json.loads(Path("one", "manifest.json").read_text())["scaled"]
+    assert kept == {b: [{k: v for k, v in p.items() if k != "seconds"} for p in pairs] for b, pairs in told["scaled"].items()}
+    assert [len(pairs) for pairs in kept.values()] == [4, 4]
+    assert Path("one", SINGLE).read_bytes() == Path("two", SINGLE).read_bytes()
+    assert run("inspect", "one", "--verify").code == 0
 
 
 def test_quiet_says_nothing(run: Run, model: Path, text: Path) -> None:
@@ -258,6 +289,7 @@ MISTAKES = [
     ("tune twice", (*Q, "--method", "gptq+tune+tune"), 2, "'gptq+tune+tune' is not one of"),
     ("tune without text", (*Q, "--method", "rtn+tune", "--group-size", "32"), 2, "method rtn+tune needs a calibration text"),
     ("unknown method", (*Q, "--method", "magic"), 2, "'magic' is not one of rtn, rtn+tune, gptq, gptq+tune, awq+rtn"),
+    ("smooth without int8", (*Q, "--method", "smooth+rtn"), 2, "no linear has any; set weights.activations: int8-dynamic"),
     ("bits a word", (*Q, "--bits", "four"), 2, "Invalid value for '--bits'"),
     ("5 bits", (*Q, "--bits", "5"), 2, "bits=5 is not supported; choose one of 2, 3, 4, 8"),
     ("group of 0", (*Q, "--group-size", "0"), 2, "group_size=0 must be a positive divisor"),
@@ -356,16 +388,24 @@ def filled(args: tuple[str, ...], places: dict[str, Path]) -> list[str]:
     return list(args)
 
 
-def test_a_full_disk_is_told_in_words(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_in_words_and_the_same_command_continues(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: object) -> NoReturn:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("llmquant.shards.ShardWriter.finish", full)
-    ran = run("quantize", model, "-o", "a/b/out", *RTN)
+    with monkeypatch.context() as patched:
+        patched.setattr("llmquant.shards.ShardWriter.finish", full)
+        ran = run("quantize", model, "-o", "a/b/out", *RTN)
     assert (ran.code, ran.out) == (1, "")
-    told = f"error: writing to {Path.cwd()}/a/b/.out.partial failed: No space left on device; free some space and run again\n"
-    assert ran.err == told
-    assert not any(Path.cwd().iterdir())
+    assert ran.err == (
+        f"error: writing to {Path.cwd()}/a/b/.out.partial failed: No space left on device; free some space and run again: 2 of 2 "
+        "blocks are finished and kept beside out; the same command continues there (--restart begins anew); up to 1 MB more are "
+        f"needed in {Path.cwd()}/a/b\n"
+    )
+    ran = run("quantize", model, "-o", "a/b/out", *RTN, "--json")
+    assert (ran.code, json.loads(ran.out)["resumed_blocks"]) == (0, 2)
+    assert sorted(p.name for p in Path("a/b").iterdir()) == ["out", "out.quantize.log.jsonl"]
 
 
 def test_a_failed_proof_is_told_in_words(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +421,7 @@ def test_a_failed_proof_is_told_in_words(run: Run, model: Path, monkeypatch: pyt
     ran = run("quantize", model, "-o", "out", *RTN)
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("error: ")
-    assert not any(Path.cwd().iterdir())
+    assert [p.name for p in Path.cwd().iterdir()] == ["out.quantize.log.jsonl"]
 
 
 # --- what only a process shows ----------------------------------------------------------------------------------------
@@ -426,8 +466,9 @@ def test_a_terminal_without_arrows_gets_question_marks(model: Path) -> None:
     assert re.search(r"MB \? [\d.]+ MB of weight files", ran.stdout)
 
 
-def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of the walk, at a size that takes some seconds."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_interrupted_it_says_how_to_continue(tmp_path: Path, number: signal.Signals) -> None:
+    """In the middle of the walk, at a size that takes some seconds; what continuing gives is in test_resume.py."""
     example = ROOT / "examples" / "tiny-llama"
     args = [
         "quantize", example, "-o", tmp_path / "a" / "out", "--calibration", f"file:{example / 'calibration.txt'}",
@@ -435,11 +476,30 @@ def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
     command = [sys.executable, "-c", "from llmquant.cli import main; main()", *map(str, args)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not any((tmp_path / "a" / ".out.partial").glob("*")) and time.monotonic() < deadline and running.poll() is None:
+    deadline, log = time.monotonic() + 120, tmp_path / "a" / "out.quantize.log.jsonl"
+    while running.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and '"event": "block"' in log.read_text(encoding="utf-8"):
+            break
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, ""), err
     assert "Traceback" not in err
-    assert not any(tmp_path.iterdir())
+    assert re.search(r"interrupted; \d of 6 blocks are finished and kept beside out; the same command continues there", err)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [".out.partial", ".out.resume", "out.quantize.log.jsonl"]
+    assert '"event": "interrupted"' in log.read_text(encoding="utf-8").splitlines()[-1]
+
+
+SIZES = [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("800m", 800 * 10**6), ("4096", 4096)]
+
+
+@pytest.mark.parametrize(("text", "size"), SIZES, ids=[text for text, _ in SIZES])
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size("--max-memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "8 XB", "1e9", "0x10"])
+def test_what_is_no_size_is_told(run: Run, model: Path, text: str) -> None:
+    ran = run("quantize", model, "-o", "out", *RTN, f"--max-memory={text}")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"--max-memory {text!r} is no size; write bytes" in ran.err

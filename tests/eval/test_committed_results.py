@@ -45,6 +45,24 @@ def test_the_readme_shows_the_leaderboard() -> None:
     assert table == fresh, "README.md shows an old leaderboard; run this test with LLMQUANT_WRITE_RESULTS=1"
 
 
+def test_the_gallery_of_recipes_shows_what_was_measured() -> None:
+    """Each shipped recipe has a row, with the leaderboard's bits, KL and ratio; LLMQUANT_WRITE_RESULTS=1 writes them."""
+    candidates = {m.label: m for stored in load_reports(RESULTS) for m in stored.report.models if m.role == "candidate"}
+    path = ROOT / "recipes" / "README.md"
+    gallery = path.read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in gallery.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(llmquant.shipped_recipes())
+    fresh = gallery
+    for name, line in rows.items():
+        cells = line.split(" | ")
+        kl, ratio = (candidates[name].metrics[m].value for m in ("kl_mean", "perplexity_ratio"))
+        cells[1:4] = [f"{candidates[name].bits_per_weight:.6g}", f"{kl:#.2g}", f"{ratio:.4f}"]
+        fresh = fresh.replace(line, " | ".join(cells))
+    if os.environ.get("LLMQUANT_WRITE_RESULTS"):
+        path.write_text(fresh, encoding="utf-8")
+    assert gallery == fresh, "recipes/README.md shows old figures; run this test with LLMQUANT_WRITE_RESULTS=1"
+
+
 def test_every_recipe_has_a_result_of_its_own(suite: Suite) -> None:
     assert set(llmquant.shipped_recipes()) <= {m.label for m in suite.all_models()}
     assert outdated(suite, RESULTS) == {}, "run `make leaderboard`, which measures what is missing"

@@ -89,12 +89,19 @@ def look(page, name):
 
 def configure(page, most, system=None):
     page.locator("#settings button").first.click()
-    page.locator("#temperature input[type=number]").fill("0")
+    number, slider = (page.locator(f"#temperature input[type={kind}]") for kind in ("number", "range"))
+    # A box that is just being shown forgets what is typed in its first moment; the slider shows what was understood.
+    for _ in range(20):
+        number.fill("0")
+        page.wait_for_timeout(200)
+        if slider.input_value() == "0":
+            break
     page.locator("#most input").fill(str(most))
     if system is not None:
         page.locator("#system textarea").fill(system)
     page.locator("#most input").press("Tab")
     look(page, "settings")
+    page.wait_for_timeout(400)  # nobody folds the settings away faster; Gradio would forget what was just typed
     page.locator("#settings button").first.click()
 
 
