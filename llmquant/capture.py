@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from llmquant.errors import ArchitectureError
+from llmquant.experts import Watch, watched
 from llmquant.stats import InputStats, PairStats
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -149,14 +150,16 @@ def _input_hooks(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], 
             handle.remove()
 
 
-def stages(block: nn.Module, linears: Mapping[str, nn.Module], inputs: BlockInput) -> list[tuple[str, ...]]:
-    """Sets of linears that read the same tensor, in execution order.
+def stages(
+    block: nn.Module, linears: Mapping[str, nn.Module], inputs: BlockInput, all_experts: bool = False
+) -> list[tuple[str, ...]]:
+    """Sets of linears that read the same tensor, in execution order; ``all_experts`` as for :func:`observe`.
 
     Raises:
         ArchitectureError: a linear was not called, or called more than once, in one forward pass.
     """
     calls: list[tuple[str, Tensor]] = []
-    with _input_hooks(linears, lambda name, x: calls.append((name, x))):
+    with watched(block, Watch(all_experts)), _input_hooks(linears, lambda name, x: calls.append((name, x))):
         run_block(block, inputs)
     names = [name for name, _ in calls]
     for name in linears:
@@ -176,9 +179,12 @@ def stages(block: nn.Module, linears: Mapping[str, nn.Module], inputs: BlockInpu
 
 
 def observe(
-    block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput]
+    block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], all_experts: bool = False
 ) -> dict[str, InputStats]:
-    """Input statistics of each wanted linear over all batches. A pass ends once the last wanted linear is reached."""
+    """Input statistics of each wanted linear over all batches. A pass ends once the last wanted linear is reached.
+
+    An expert's are those of the tokens that the router sends to it, or with ``all_experts`` of all tokens.
+    """
     stats = {name: InputStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
     waiting: set[str] = set()
 
@@ -191,7 +197,7 @@ def observe(
     with _input_hooks(wanted, see):
         for batch in batches:
             waiting.update(wanted)
-            with suppress(_EnoughSeen):
+            with watched(block, Watch(all_experts)), suppress(_EnoughSeen):
                 run_block(block, batch)
     return stats
 
@@ -202,8 +208,11 @@ def observe_pairs(
     batches: Sequence[BlockInput],
     originals: Mapping[str, Tensor],
     reference: Sequence[Tensor],
+    all_experts: bool = False,
 ) -> dict[str, PairStats]:
     """Input statistics of each wanted linear beside what the original model reads there.
+
+    In the original's pass experts are sent the same tokens as in the other one, or their inputs would not pair up.
 
     Args:
         block: with the weights quantized so far.
@@ -211,20 +220,24 @@ def observe_pairs(
         batches: what the quantized blocks before it deliver.
         originals: the block's original parameters that no longer stand in it, named from the block.
         reference: the original model's hidden states ``[batch, positions, hidden]`` for the same batches.
+        all_experts: as for :func:`observe`.
     """
     stats = {name: PairStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
     for batch, hidden in zip(batches, reference, strict=True):
-        seen = linear_inputs(block, wanted, batch, {})
-        beside = linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals)
+        watch = Watch(all_experts)
+        seen = linear_inputs(block, wanted, batch, {}, watch)
+        again = Watch(all_experts, replay=watch.routes)
+        beside = linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals, again)
         for name, pair in stats.items():
             pair.add_pair(seen[name], beside[name])
     return stats
 
 
 def linear_inputs(
-    block: nn.Module, wanted: Mapping[str, nn.Linear], batch: BlockInput, parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What each wanted linear reads in one batch, with some of the block's parameters replaced."""
+    block: nn.Module, wanted: Mapping[str, nn.Linear], batch: BlockInput, parameters: Mapping[str, Tensor],
+    watch: Watch | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What each wanted linear reads in one batch, with some of the block's parameters replaced; experts as ``watch`` says."""
     seen: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -232,6 +245,6 @@ def linear_inputs(
         if len(seen) == len(wanted):
             raise _EnoughSeen
 
-    with _input_hooks(wanted, see), torch.no_grad(), suppress(_EnoughSeen):
+    with watched(block, watch or Watch()), _input_hooks(wanted, see), torch.no_grad(), suppress(_EnoughSeen):
         run_with(block, parameters, batch)
     return seen

@@ -89,7 +89,7 @@ def fused_items(names: Sequence[str], architecture: Architecture) -> list[tuple[
         inside = name.removeprefix(f"{architecture.blocks}.")
         index, _, leaf = inside.partition(".")
         block = int(index) if inside != name else None
-        together = next((t for t in architecture.fused if block is not None and leaf in t), name)
+        together = (architecture.fused_with(leaf) if block is not None else None) or name
         found.setdefault((block, together), []).append(name)
     return [(block, tuple(members)) for (block, _), members in found.items()]
 
@@ -102,7 +102,7 @@ def choices_of(
     options: AllocateOptions,
     reader: CheckpointReader,
 ) -> list[Choice]:
-    names = [n for n in linears.shapes if recipe.selects(n)]
+    names = [n for n in linears.shapes if recipe.selects(*linears.names(n))]
     if not names:
         raise UsageError(
             f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
@@ -113,7 +113,7 @@ def choices_of(
         stored = {n: reader.info(f"{n}.weight") for n in members}
         taken: dict[Scheme | None, int] = {}
         for scheme in _schemes(members, recipe, options):
-            if all(_holds(scheme, linears.shapes[n], layout, options.engine) for n in members):
+            if all(_holds(scheme, linears.shapes[n], layout, options.engine, n) for n in members):
                 taken[scheme] = sum(sizes.nbytes(scheme, linears.shapes[n], i.dtype) for n, i in stored.items())
         if UNQUANTIZED in options.widths and not _pinned(members, recipe):
             taken[None] = sum(i.nbytes for i in stored.values())
@@ -156,12 +156,12 @@ def _schemes(members: Sequence[str], recipe: Recipe, options: AllocateOptions) -
     ]
 
 
-def _holds(scheme: Scheme, shape: tuple[int, int], layout: Format, engine: str) -> bool:
+def _holds(scheme: Scheme, shape: tuple[int, int], layout: Format, engine: str, module: str) -> bool:
     size = scheme.spec.group_size
     if (size is not None and shape[1] % size) or layout.why_not(scheme, shape):
         return False
     table = _ENGINES.get(engine)
-    return table is None or why_not(table, layout.name, scheme) is None
+    return table is None or why_not(table, layout.name, scheme, module) is None
 
 
 def recipe_of_choice(

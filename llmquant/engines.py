@@ -6,6 +6,7 @@ either equal to llmquant's numbers or refused. ``llmquant`` itself takes every s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,16 +15,18 @@ from llmquant.formats import Scheme
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One refusal: of which layouts, of which schemes, and why."""
+    """One refusal: of which layouts, of which schemes, and why; ``experts`` for one that is only of experts' linears."""
 
     layouts: frozenset[str]
     refuses: Callable[[Scheme], bool]
     reason: str
+    experts: bool = False
 
 
 _GPTQ = frozenset({"gptq", "gptq_v2"})
 _CT = frozenset({"compressed-tensors", "int-quantized"})
 _ALL = _GPTQ | _CT | {"awq", "auto-round"}
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
 def _weights_only(scheme: Scheme) -> bool:
@@ -39,6 +42,7 @@ _VLLM_CPU = (
     Rule(_ALL, lambda s: s.spec.bits in (2, 3), "it has no kernel for 2 or 3 bits here"),
     Rule(_GPTQ, lambda s: not s.spec.symmetric, "it takes asymmetric weights only as compressed-tensors or awq"),
     Rule(_GPTQ, lambda s: s.spec.group_size == 16, "its GPTQ kernel has no groups of 16"),
+    Rule(_CT, lambda s: True, "it has no kernel for experts in compressed-tensors here; gptq and awq hold them", experts=True),
 )  # fmt: skip
 
 _TRANSFORMERS = (
@@ -48,19 +52,25 @@ _TRANSFORMERS = (
         _CT, lambda s: _weights_only(s) and not s.spec.symmetric,
         "transformers 5.23 with compressed-tensors 0.20 mistakes packed zero-points for unpacked ones",
     ),
+    Rule(
+        _CT, lambda s: not _weights_only(s), "transformers 5.23 cannot stack experts that are stored as int8", experts=True
+    ),
 )  # fmt: skip
 
 ENGINES: Mapping[str, tuple[Rule, ...]] = {"vllm (CPU)": _VLLM_CPU, "transformers": _TRANSFORMERS}
 
 
-def why_not(engine: str, layout: str, scheme: Scheme) -> str | None:
-    """Why an engine refuses modules of this scheme in this layout, or None."""
-    return next((r.reason for r in ENGINES[engine] if layout in r.layouts and r.refuses(scheme)), None)
+def why_not(engine: str, layout: str, scheme: Scheme, module: str = "") -> str | None:
+    """Why an engine refuses a module of this scheme in this layout, or None; what it is called tells an expert's linear."""
+    expert = _EXPERT.search(module) is not None
+    rules = (r for r in ENGINES[engine] if layout in r.layouts and (expert or not r.experts))
+    return next((r.reason for r in rules if r.refuses(scheme)), None)
 
 
 def refusals(layout: str, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
     """Engine → the distinct reasons why it would refuse a model of these modules; an empty list means that it takes it."""
+    kinds = {(scheme, _EXPERT.search(name) is not None): name for name, scheme in schemes.items()}
     return {
-        engine: list(dict.fromkeys(r for s in dict.fromkeys(schemes.values()) if (r := why_not(engine, layout, s))))
+        engine: list(dict.fromkeys(r for (s, _), name in kinds.items() if (r := why_not(engine, layout, s, name))))
         for engine in ENGINES
     }

@@ -108,7 +108,8 @@ def norm_pairs(block: nn.Module, sets: Sequence[tuple[str, ...]], inputs: BlockI
             handle.remove()
     pairs = []
     for members in sets:
-        name = next((n for n, out in outputs if out is read[members[0]]), None)
+        # Experts that this batch's tokens were not sent to have read nothing.
+        name = next((n for n, out in outputs if out is read.get(members[0])), None)
         if name is not None:
             pairs.append(Pair(name, members))
     return pairs

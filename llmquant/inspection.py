@@ -13,7 +13,7 @@ from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import quantization_config
 from llmquant.engines import refusals
 from llmquant.hub import resolve
-from llmquant.manifest import MANIFEST, read_manifest, stored_schemes
+from llmquant.manifest import MANIFEST, read_manifest, stored_schemes, told_fallbacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Inspection:
         recipe_sha256: of the recipe that made it, if it has a manifest.
         modules: the quantized linears.
         engines: serving engine → why it refuses the folder; an empty tuple where it takes it.
+        fallbacks: which linears the run that made it rounded to nearest for want of calibration tokens, and why.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Inspection:
     recipe_sha256: str | None
     modules: tuple[ModuleInfo, ...]
     engines: Mapping[str, tuple[str, ...]]
+    fallbacks: tuple[str, ...] = ()
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:
@@ -100,7 +102,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     dense = sum(math.prod(i.shape) for i in others.values())
     dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in others.values())
     kinds = Counter(m.scheme for m in modules)
-    has_manifest = (reader.path / MANIFEST).is_file()
+    manifest = read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
     return Inspection(
         path=reader.path,
         model_type=str(reader.config.get("model_type", "unknown")),
@@ -113,9 +115,10 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         coverage=packed / (packed + dense),
         bits_per_weight=sum(m.nbytes for m in modules) * 8 / packed if packed else None,
         weights_sha256=reader.digest(),
-        recipe_sha256=read_manifest(reader.path).recipe_sha256 if has_manifest else None,
+        recipe_sha256=manifest.recipe_sha256 if manifest else None,
         modules=modules,
         engines=engines,
+        fallbacks=tuple(told_fallbacks({n: m.fallback for n, m in manifest.modules.items()})) if manifest else (),
     )
 
 

@@ -40,6 +40,7 @@ from llmquant.formats import Format, Scheme, for_config
 from llmquant.kernels import AUTO, KERNELS
 from llmquant.loading import linear_at, packed_names, put_module, unpacked
 from llmquant.modules import PackedLinear
+from llmquant.naming import as_in_checkpoint
 from llmquant.saving import refuse_saving
 
 METHOD = "llmquant"
@@ -115,11 +116,16 @@ class PackedQuantizer(HfQuantizer):
         self._schemes = self._layout.schemes(self.quantization_config.told, reader.tensors)
         if not self._schemes:
             raise CheckpointError(f"{reader.path}: config.json announces {self._layout.name} weights but no tensor is packed")
+        as_in_checkpoint(model, str(reader.config.get("model_type")))
         self._untie(model)
         for name, tensors in packed_names(reader.tensors, self._schemes, self._layout).items():
             headers = {suffix: reader.info(full) for suffix, full in tensors.items()}
             empty = {s: torch.empty(i.shape, dtype=i.dtype, device="meta") for s, i in headers.items()}
             put_module(model, name, _Stored(linear_at(model, name, reader.path), empty))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """None: the model's modules have the checkpoint's names, and experts stay apart."""
+        return []
 
     def _untie(self, model: PreTrainedModel) -> None:
         """A packed head has no weight to share."""

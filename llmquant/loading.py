@@ -112,7 +112,8 @@ def _load_packed(
         raise CheckpointError(f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed")
     refuse_shifted_zeros(reader, layout, quantization, schemes)
     model = _skeleton(reader, dtype)
-    if "lm_head" in schemes:
+    head = model.get_output_embeddings()
+    if any(m is head for n, m in model.named_modules() if n in schemes):
         model.config.tie_word_embeddings = False  # a packed head has no weight to share
     packed = packed_names(reader.tensors, schemes, layout)
     for name, scheme in schemes.items():

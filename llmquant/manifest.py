@@ -24,6 +24,7 @@ from llmquant.checkpoint import SIDE_FILES, CheckpointReader, read_json, sha256_
 from llmquant.detect import quantization_config
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError
 from llmquant.finite import all_finite
+from llmquant.fit import some
 from llmquant.formats import Format, Scheme, for_config
 from llmquant.weight import QuantizedWeight
 
@@ -47,6 +48,7 @@ class ModuleEntry(_Strict):
     dead: int = 0
     tokens: int = 0
     dropped: int = 0
+    fallback: str | None = None
 
 
 class TuneEntry(_Strict):
@@ -132,6 +134,15 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a module's stored tensors, less the two numbers that only repeat its shape."""
     return sum(t.numel() * t.element_size() for name, t in tensors.items() if name != "weight_shape")
+
+
+def told_fallbacks(fallbacks: Mapping[str, str | None]) -> list[str]:
+    """Module → why it was rounded to nearest without calibration: a sentence for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in fallbacks.items():
+        if reason is not None:
+            by_reason.setdefault(reason, []).append(name)
+    return [f"{some(names)}: {reason}; rounded to nearest by the weights alone" for reason, names in by_reason.items()]
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from llmquant.manifest import (
     file_hashes,
     packed_bytes,
     prove_modules,
+    told_fallbacks,
     versions,
 )
 from llmquant.outcome import Outcome
@@ -150,6 +152,8 @@ def quantize(
     """
     options, events = options or QuantizeOptions(), events or Events()
     destination = Path(os.path.abspath(output))
+    with suppress(OSError):  # left empty by a kill at the very end
+        state_of(destination).rmdir()
     if not state_of(destination).exists() or options.restart:
         check_destination(destination, options.overwrite)
     original = CheckpointReader(resolve(model))
@@ -516,6 +520,7 @@ def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
         dead=report.dead,
         tokens=report.tokens,
         dropped=report.dropped,
+        fallback=report.fallback,
     )
 
 
@@ -550,6 +555,8 @@ def _prove(
 
 def _warnings(outcome: Outcome, recipe: Recipe) -> Iterator[str]:
     """What a user should know though the run succeeded."""
+    for told in told_fallbacks({n: r.fallback for n, r in outcome.modules.items()}):
+        yield f"{told}; give more calibration text, or show every token to every expert (--all-experts)"
     for report in outcome.modules.values():
         if report.damping is not None and report.damping > recipe.gptq.damping:
             yield (

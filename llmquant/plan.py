@@ -19,7 +19,7 @@ from functools import cached_property
 
 import torch
 
-from llmquant.architectures import ARCHITECTURES, Architecture
+from llmquant.architectures import ARCHITECTURES, Architecture, refuse_multimodal
 from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import quantization_config
 from llmquant.engines import refusals
@@ -134,6 +134,7 @@ def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
         ArchitectureError: a model type outside the table.
     """
     model_type = str(reader.config.get("model_type"))
+    refuse_multimodal(reader.config, model_type)
     if model_type not in ARCHITECTURES:
         raise ArchitectureError(
             f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}), so a plan "
@@ -142,17 +143,23 @@ def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
     architecture = ARCHITECTURES[model_type]
     inside = re.compile(rf"{re.escape(architecture.blocks)}\.\d+\..+\.weight")
     shapes: dict[str, tuple[int, int]] = {}
+    routers: list[str] = []
+    head = architecture.head
     for name, info in reader.tensors.items():
-        if len(info.shape) == 2 and (inside.fullmatch(name) or name == "lm_head.weight"):
-            shapes[name.removesuffix(".weight")] = (info.shape[0], info.shape[1])
+        module = name.removesuffix(".weight")
+        if len(info.shape) != 2 or not (inside.fullmatch(name) or module in (head, *architecture.outside)):
+            continue
+        if architecture.is_router(module.removeprefix(f"{architecture.blocks}.").partition(".")[2]):
+            routers.append(module)
+        else:
+            shapes[module] = (info.shape[0], info.shape[1])
     # Absent from config.json means the class's default, which is untied for every type in the table.
     tied = bool(reader.config.get("tie_word_embeddings", False))
-    head = "lm_head"
     if head not in shapes and tied:
         hidden, vocabulary = reader.config.get("hidden_size"), reader.config.get("vocab_size")
         if isinstance(hidden, int) and isinstance(vocabulary, int):
             shapes[head] = (vocabulary, hidden)
-    return Linears(shapes, head if head in shapes else None, tied), architecture
+    return Linears(shapes, head if head in shapes else None, tied, tuple(routers)), architecture
 
 
 class Sizes:

@@ -141,13 +141,22 @@ class Rotation(_Strict):
 
 
 class CalibrationOptions(_Strict):
-    """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``."""
+    """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``.
+
+    ``all_experts`` shows every token to every expert of a mixture while statistics are taken, not only the routed ones.
+    """
 
     source: str | None = None
     nsamples: int = Field(128, ge=1)
     seqlen: int = Field(2048, ge=8)
     packing: Literal["concat", "sample"] = "concat"
     batch_size: int = Field(8, ge=1)
+    all_experts: bool | None = None
+
+    @field_validator("all_experts")
+    @classmethod
+    def _off_is_unset(cls, value: bool | None) -> bool | None:
+        return value or None  # a recipe that says no is one that says nothing, also in its hash
 
 
 class Recipe(_Strict):
@@ -203,14 +212,18 @@ class Recipe(_Strict):
         before = ("awq",) * (self.awq is not None) + ("smooth",) * (self.smooth is not None)
         return "+".join((*before, self.method, *("tune",) * (self.tune is not None)))
 
-    def weights_of(self, module: str) -> Weights:
-        """The grid of a linear: that of the first override whose pattern matches its full name, or the recipe's."""
-        override = next((o for o in self.overrides if matches(o.match, module)), None)
+    def weights_of(self, *names: str) -> Weights:
+        """The grid of a linear: that of the first override whose pattern matches (one of) its full names, or the recipe's."""
+        override = next((o for o in self.overrides if any(matches(o.match, n) for n in names)), None)
         return self.weights if override is None else override.applied_to(self.weights)
 
-    def selects(self, module: str) -> bool:
-        """Whether a linear's full name matches ``include`` and not ``ignore`` (shell patterns, or part of the name's tail)."""
-        return any(matches(p, module) for p in self.include) and not any(matches(p, module) for p in self.ignore)
+    def selects(self, *names: str) -> bool:
+        """Whether a linear's full name matches ``include`` and not ``ignore`` (shell patterns, or part of the name's tail).
+
+        One that goes by several names is included by any of them, and ignored by any.
+        """
+        included, ignored = (any(matches(p, n) for p in patterns for n in names) for patterns in (self.include, self.ignore))
+        return included and not ignored
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

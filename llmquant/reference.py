@@ -57,10 +57,10 @@ class Reference:
             self._room.drop(outputs)
 
     def observe(
-        self, block: nn.Module, wanted: Mapping[str, nn.Linear], inputs: Sequence[BlockInput]
+        self, block: nn.Module, wanted: Mapping[str, nn.Linear], inputs: Sequence[BlockInput], all_experts: bool = False
     ) -> dict[str, PairStats]:
         """See :func:`llmquant.capture.observe_pairs`."""
-        return observe_pairs(block, wanted, inputs, self._originals, self.hidden)
+        return observe_pairs(block, wanted, inputs, self._originals, self.hidden, all_experts)
 
     def leave(self) -> None:
         """Step to the next block."""

@@ -1,6 +1,6 @@
 """Continuing a run that was killed: the state that it keeps in ``.NAME.resume`` beside its unfinished ``.NAME.partial``.
 
-``fingerprint.json`` says which run it is (:mod:`llmquant.fingerprint`). ``journal.jsonl`` has a line for every finished block:
+The first line of ``journal.jsonl`` says which run it is (:mod:`llmquant.fingerprint`). Then comes a line per finished block:
 what was done, which bytes of the weight files count, and which file holds the hidden states behind it. Before a line is written
 everything that it names is on the disk; what an older line names is removed only after that. So at every instant the last whole
 line describes a state that is there, and continuing from it is the same computation on the same numbers: the files come out byte
@@ -13,7 +13,6 @@ get its name. The state is removed when it has it.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,13 +22,13 @@ from pydantic import TypeAdapter
 
 from llmquant.checkpoint import CheckpointWriter, Mark, sha256_file
 from llmquant.destination import disk, fsync_path, remove
-from llmquant.errors import CheckpointError, DiskError, LlmquantError, ProofError, QuantizationError, UsageError
+from llmquant.errors import DiskError, LlmquantError, ProofError, QuantizationError, UsageError
 from llmquant.fingerprint import Facts, differences
 from llmquant.journal import Journal, read_journal
 from llmquant.outcome import Outcome
 from llmquant.states import Room, SavedStream
 
-_FACTS, _JOURNAL = "fingerprint.json", "journal.jsonl"
+_JOURNAL = "journal.jsonl"
 _MARK, _STREAMS = TypeAdapter(Mark), TypeAdapter(dict[str, SavedStream])
 
 
@@ -49,25 +48,36 @@ def finished_before(output: Path, facts: Facts) -> Outcome | None:
     records = _records(folder)
     if not records or records[-1]["kind"] != "whole" or not manifest.is_file():
         return None
-    if sha256_file(manifest) != records[-1]["manifest"] or _facts(folder) != facts:
+    if sha256_file(manifest) != records[-1]["manifest"] or records[0]["facts"] != facts:
         return None
-    outcome = Outcome()
-    for record in records[:-1]:
-        outcome.add(Outcome.from_json(record["outcome"]))
-    remove(folder)
-    return outcome
+    _remove_at_end(folder)
+    return _outcome(records)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
     return read_journal(folder / _JOURNAL)[0]
 
 
-def _facts(folder: Path) -> Facts:
-    try:
-        found = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{folder / _FACTS} cannot be read: {e}; begin anew with --restart") from e
-    return {str(k): str(v) for k, v in found.items()}
+def _outcome(records: list[dict[str, Any]]) -> Outcome:
+    """Everything that the lines tell was done."""
+    outcome = Outcome()
+    for record in records:
+        if "outcome" in record:
+            outcome.add(Outcome.from_json(record["outcome"]))
+    return outcome
+
+
+def _remove_at_end(folder: Path) -> None:
+    """Remove the state of a run that ended: the journal last, since it tells so."""
+    for path in folder.glob("states-*.bin"):
+        path.unlink(missing_ok=True)
+    remove(folder)
+
+
+def _give_up(folder: Path) -> None:
+    """Remove a state that nobody shall continue: the journal first, since without it there is nothing to continue."""
+    (folder / _JOURNAL).unlink(missing_ok=True)
+    remove(folder)
 
 
 class SavedRun:
@@ -96,6 +106,7 @@ class SavedRun:
     Raises:
         UsageError: an interrupted run of this destination was another run; names what differs.
         CheckpointError: its state is damaged.
+        DiskError: the disk refused.
     """
 
     def __init__(
@@ -131,22 +142,20 @@ class SavedRun:
         return self
 
     def _begin(self) -> None:
-        remove(self.folder)
+        _give_up(self.folder)
         self._writer.clear()
         with disk(self.folder):
             if self._enabled or self._spill:
                 self.folder.mkdir()
+                fsync_path(self.folder.parent)
             if self._enabled:
                 self._journal = Journal(self.folder / _JOURNAL)
-                text = json.dumps(self._facts, indent=1)
-                (self.folder / _FACTS).write_text(text, encoding="utf-8")
-                fsync_path(self.folder / _FACTS)
-                fsync_path(self.folder.parent)
+                self._journal.append({"kind": "run", "facts": self._facts})
         self.room = Room(self._device, self.folder if self.folder.exists() else None, spill=self._spill)
 
     def _continue(self, records: list[dict[str, Any]]) -> None:
         told = f"an interrupted run stands beside {self._writer.path}"
-        different = differences(_facts(self.folder), self._facts)
+        different = differences(records[0]["facts"], self._facts)
         if different:
             raise UsageError(
                 f"{told}, and it was another one: {different}. Repeat its command to continue it, or add --restart to begin "
@@ -154,9 +163,7 @@ class SavedRun:
             )
         if not self._enabled:
             raise UsageError(f"{told}; leave --no-resume out to continue it, or add --restart to begin anew")
-        for record in records:
-            if "outcome" in record:
-                self.outcome.add(Outcome.from_json(record["outcome"]))
+        self.outcome = _outcome(records)
         self._writer.restore([_MARK.validate_python(r["mark"]) for r in records if "mark" in r])
         self.blocks = self.resumed = sum(r["kind"] == "block" for r in records)
         self.weights_done = any(r["kind"] == "weights" for r in records)
@@ -209,9 +216,11 @@ class SavedRun:
         if self._journal is not None:
             self._journal.close()
         hopeless = isinstance(error, QuantizationError | ProofError) or (self.proving and isinstance(error, LlmquantError))
-        if error is None or hopeless or not self._writer.keep:
+        if error is None:
+            _remove_at_end(self.folder)
+        elif hopeless or not self._writer.keep:
             self._writer.keep = False
-            remove(self.folder)
+            _give_up(self.folder)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(self.told()) from error
         if isinstance(error, DiskError) and self._writer.keep:

@@ -72,7 +72,7 @@ class RunLog:
             self._write(
                 "module", block=run.blocks, module=name, scheme=str(m.spec), weight_error=m.weight_error,
                 output_error=m.output_error, damping=m.damping, dead=m.dead, tokens=m.tokens, dropped=m.dropped,
-                seconds=round(m.seconds, 4), peak_bytes=m.peak,
+                seconds=round(m.seconds, 4), peak_bytes=m.peak, **({"fallback": m.fallback} if m.fallback else {}),
             )  # fmt: skip
         now = time.monotonic()
         each = (now - self._begun) / (run.blocks - run.resumed)

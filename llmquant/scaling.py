@@ -21,6 +21,7 @@ from llmquant.architectures import Architecture
 from llmquant.capture import BlockInput, observe
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import QuantizationError
+from llmquant.experts import UNSEEN, place_of
 from llmquant.folding import Pair, checked, fold, head_channels, names_of, norm_pairs
 from llmquant.parallel import ALONE, World
 from llmquant.spec import QuantSpec
@@ -72,6 +73,10 @@ class Finder(Protocol):
     def method(self) -> str: ...
     @property
     def linears(self) -> bool: ...
+    def unseen(self, pair: Pair) -> bool:
+        """Whether no calibration token reached the pair's readers, as happens to experts."""
+        ...
+
     def __call__(self, pair: Pair, names: Sequence[str], weights: Sequence[Tensor]) -> Scaled: ...
 
 
@@ -85,6 +90,7 @@ class AWQFinder:
         specs: the linears' grids, by full name.
         search: the recipe's scale search.
         options: AWQ's.
+        all_experts: as for :func:`llmquant.capture.observe`.
         world: the processes whose inputs count; each must make a finder.
     """
 
@@ -99,12 +105,17 @@ class AWQFinder:
         specs: Mapping[str, QuantSpec],
         search: ScaleSearch,
         options: AWQOptions,
+        all_experts: bool = False,
         world: World = ALONE,
     ) -> None:
-        self._stats = observe(block, {s[0]: _linear(block, s[0]) for s in sets}, inputs)
+        self._stats = observe(block, {s[0]: _linear(block, s[0]) for s in sets}, inputs, all_experts)
         for share in self._stats.values():
             world.add_up(share)
         self._specs, self._search, self._options = specs, search, options
+
+    def unseen(self, pair: Pair) -> bool:
+        seen = self._stats[pair.readers[0]]
+        return seen.tokens == 0 and seen.dropped == 0
 
     def __call__(self, pair: Pair, names: Sequence[str], weights: Sequence[Tensor]) -> Scaled:
         """The factors that the pair's readers want, or none.
@@ -158,6 +169,9 @@ def scale_block(
             if name not in tensors:
                 original = reader.read(f"{prefix}.{name}")
                 tensors[name], stored[name] = original.to(device, torch.float32), original.dtype
+        if place_of(block, pair.readers[0]) and find.unseen(pair):
+            reports.append(PairReport(*names, reason=UNSEEN, method=find.method))
+            continue
         found = find(pair, names[1], [tensors[f"{r}.weight"] for r in pair.readers])
         seconds = time.perf_counter() - start
         why = None if found.ratio is not None else "no scale made the error smaller"
@@ -182,9 +196,13 @@ def _pairs(
     """Pairs, each with the reason why it must be left alone, or None; without an ``architecture`` those with a norm only."""
     members = {m for s in sets for m in s}
     found: list[tuple[Pair, str | None]] = []
+    routed = [m for s in sets if len(s) > 1 and place_of(block, s[0]) for m in s]
+    if routed and architecture is not None and architecture.experts is not None:
+        found.append((Pair(architecture.experts.inside, tuple(routed)), "the router reads these channels too"))
     for pair in norm_pairs(block, sets, inputs):
         found.append(_tried(block, pair, inputs))
-    for producer, consumer in architecture.scaled if architecture is not None else ():
+    linears = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+    for producer, consumer in architecture.scaled_in(linears) if architecture is not None else ():
         missing = [n for n in (producer, consumer) if n not in members]
         pair = Pair(producer, (consumer,), linear=True)
         if missing:

@@ -14,6 +14,7 @@ from torch import nn
 
 from llmquant.architectures import Architecture
 from llmquant.errors import ArchitectureError, FormatError, UsageError
+from llmquant.experts import ExpertList
 from llmquant.formats.base import Format, Scheme
 from llmquant.recipe import Recipe, matches
 from llmquant.spec import QuantSpec
@@ -35,13 +36,30 @@ class Selection:
         return {name: scheme.spec for name, scheme in self.schemes.items()}
 
 
+HEAD = "lm_head"
+ROUTER = "router of experts"
+OUTSIDE = "outside the decoder blocks"
+
+
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """A model's linears: full name → (out, in), the head's name if it has one, and whether that is tied to the embeddings."""
+    """A model's linears.
+
+    Attributes:
+        shapes: full name → (out, in).
+        head: its name, if it has one.
+        tied: whether the head shares the embeddings' weights.
+        routers: what chooses experts; never quantized, since a wrong choice costs more than these few weights.
+    """
 
     shapes: Mapping[str, tuple[int, int]]
     head: str | None
     tied: bool
+    routers: tuple[str, ...] = ()
+
+    def names(self, linear: str) -> tuple[str, ...]:
+        """What patterns may call a linear: a head is also ``lm_head``, whatever the checkpoint calls it."""
+        return (linear,) if linear != self.head else tuple(dict.fromkeys((linear, HEAD)))
 
 
 def linears_of(model: PreTrainedModel) -> Linears:
@@ -49,7 +67,14 @@ def linears_of(model: PreTrainedModel) -> Linears:
     found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     head = next((n for n, m in found.items() if m is model.get_output_embeddings()), None)
     shapes = {n: (m.out_features, m.in_features) for n, m in found.items()}
-    return Linears(shapes, head, bool(getattr(model.config, "tie_word_embeddings", False)))
+    routers = tuple(
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if any(isinstance(m, ExpertList) for m in module.children())
+        for child, m in module.named_children()
+        if not isinstance(m, nn.Linear) and any(p.ndim == 2 for p in m.parameters(recurse=False))
+    )
+    return Linears(shapes, head, bool(getattr(model.config, "tie_word_embeddings", False)), routers)
 
 
 def select(linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format) -> Selection:
@@ -61,17 +86,20 @@ def select(linears: Linears, architecture: Architecture, recipe: Recipe, layout:
         FormatError: a scheme the layout cannot hold.
         ArchitectureError: a selected linear outside blocks and head.
     """
-    _check_patterns(recipe, linears.shapes)
+    _check_patterns(recipe, linears)
     head = linears.head
     schemes: dict[str, Scheme] = {}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = dict.fromkeys(linears.routers, ROUTER)
     for name, shape in linears.shapes.items():
-        if not recipe.selects(name):
-            skipped[name] = _why_skipped(recipe, name)
+        if not recipe.selects(*linears.names(name)):
+            skipped[name] = _why_skipped(recipe, linears.names(name))
+            continue
+        if name in architecture.outside:
+            skipped[name] = OUTSIDE
             continue
         if name == head and linears.tied:
             raise UsageError(f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore")
-        scheme = _scheme(recipe, name)
+        scheme = _scheme(recipe, linears.names(name))
         scheme.spec.check(shape[1], name)
         reason = layout.why_not(scheme, shape)
         if reason:
@@ -80,32 +108,35 @@ def select(linears: Linears, architecture: Architecture, recipe: Recipe, layout:
     if not schemes:
         raise UsageError(f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore")
     _check_places(schemes, architecture, head)
-    _check_fused(schemes, architecture)
+    _check_fused(schemes, skipped, architecture)
     mixed = layout.why_not_together(schemes, skipped)
     if mixed:
         raise FormatError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
     return Selection(schemes, skipped, head if head in schemes else None)
 
 
-def _scheme(recipe: Recipe, name: str) -> Scheme:
-    weights = recipe.weights_of(name)
+def _scheme(recipe: Recipe, names: tuple[str, ...]) -> Scheme:
+    weights = recipe.weights_of(*names)
     by_group = recipe.method == "gptq" and recipe.gptq.act_order == "group"
     return Scheme(weights.spec, g_idx=by_group, activations=weights.activations)
 
 
-def _why_skipped(recipe: Recipe, name: str) -> str:
-    pattern = next((p for p in recipe.ignore if matches(p, name)), None)
+def _why_skipped(recipe: Recipe, names: tuple[str, ...]) -> str:
+    pattern = next((p for p in recipe.ignore if any(matches(p, n) for n in names)), None)
     return f"ignore pattern {pattern}" if pattern else f"no include pattern of {', '.join(recipe.include)} matches"
 
 
-def _check_patterns(recipe: Recipe, linears: Mapping[str, tuple[int, int]]) -> None:
+def _check_patterns(recipe: Recipe, linears: Linears) -> None:
+    names = [n for name in linears.shapes for n in linears.names(name)]
     # A default such as lm_head may be absent from a model; a pattern somebody wrote should not be.
     default = Recipe.model_fields["ignore"].default
     written = (*recipe.include, *(p for p in recipe.ignore if p not in default), *(o.match for o in recipe.overrides))
     for pattern in written:
-        if not any(matches(pattern, name) for name in linears):
-            some = ", ".join(list(linears)[:3])
-            raise UsageError(f"pattern {pattern!r} matches none of the model's {len(linears)} linears (such as {some})")
+        # Routers stay as they are, so a pattern that ignores them has its way; any other would not.
+        known = [*names, *linears.routers] if pattern in recipe.ignore else names
+        if not any(matches(pattern, name) for name in known):
+            some = ", ".join(list(linears.shapes)[:3])
+            raise UsageError(f"pattern {pattern!r} matches none of the model's {len(linears.shapes)} linears (such as {some})")
 
 
 def _check_places(schemes: Mapping[str, Scheme], architecture: Architecture, head: str | None) -> None:
@@ -120,12 +151,16 @@ def _block_of(name: str, architecture: Architecture) -> str | None:
     return None if inside == name else f"{architecture.blocks}.{inside.partition('.')[0]}"
 
 
-def _check_fused(schemes: Mapping[str, Scheme], architecture: Architecture) -> None:
-    blocks = dict.fromkeys(_block_of(name, architecture) for name in schemes)
-    for block in blocks:
-        for together in architecture.fused if block else ():
-            names = [f"{block}.{m}" for m in together]
-            kinds = {schemes.get(n) for n in names}
-            if len(kinds) > 1:
-                told = ", ".join(f"{n}: {schemes.get(n, 'unquantized')}" for n in names)
-                raise UsageError(f"engines fuse these linears, so they need one scheme, but the recipe gives {told}")
+def _check_fused(schemes: Mapping[str, Scheme], skipped: Mapping[str, str], architecture: Architecture) -> None:
+    sets: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in (*schemes, *skipped):
+        block = _block_of(name, architecture)
+        together = architecture.fused_with(name.removeprefix(f"{block}.")) if block else None
+        if block and together:
+            sets.setdefault((block, together), []).append(name)
+    for names in sets.values():
+        firsts = {schemes.get(n): n for n in reversed(names)}
+        if len(firsts) > 1:
+            told = names if len(names) < 5 else sorted(firsts.values(), key=names.index)
+            kinds = ", ".join(f"{n}: {schemes.get(n, 'unquantized')}" for n in told)
+            raise UsageError(f"engines fuse these linears, so they need one scheme, but the recipe gives {kinds}")

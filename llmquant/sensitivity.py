@@ -32,6 +32,7 @@ from llmquant.algorithms import Factor, factorize, gptq, rtn
 from llmquant.architectures import blocks_of, norm_of
 from llmquant.capture import BlockInput, first_inputs, observe, stages
 from llmquant.errors import QuantizationError
+from llmquant.experts import place_of
 from llmquant.resident import already_run, swapped, whole
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats
@@ -159,8 +160,9 @@ class _Pass:
         if not linears:
             return {}
         by_leaf = {n.removeprefix(prefix): m for n, m in linears.items()}
-        sets = stages(block, by_leaf, self.inputs[0])
-        stats = observe(block, {s[0]: by_leaf[s[0]] for s in sets}, self.inputs)
+        everything = self.plan.all_experts
+        sets = stages(block, by_leaf, self.inputs[0], everything)
+        stats = observe(block, {s[0]: by_leaf[s[0]] for s in sets}, self.inputs, everything)
         return {f"{prefix}{leaf}": stats[s[0]] for s in sets for leaf in s}
 
     def _judge(
@@ -259,6 +261,8 @@ class _Rounding:
         self._factors: dict[int, Factor] = {}
         for name in originals:
             mine = stats[name]
+            if mine.tokens == 0 and mine.dropped == 0 and place_of(plan.model, name):
+                continue  # an expert without tokens is rounded to nearest by the run, and costs nothing on this text
             if mine.tokens == 0:
                 raise QuantizationError(f"{name} saw no finite calibration token ({mine.dropped} dropped)")
             if plan.recipe.method != "rtn" and id(mine) not in self._factors:
@@ -270,7 +274,8 @@ class _Rounding:
     def _one(self, name: str, spec: QuantSpec) -> QuantizedWeight:
         factor = self._factors.get(id(self.stats[name]))
         if factor is None:
-            return rtn(self.originals[name], spec, self.plan.search, self.stats[name].importance, name)
+            seen = self.stats[name].importance if self.stats[name].tokens else None
+            return rtn(self.originals[name], spec, self.plan.search, seen, name)
         return gptq(self.originals[name], factor, spec, self.plan.gptq_options, name)
 
     def error(self, rounded: Mapping[str, QuantizedWeight]) -> float:
@@ -284,7 +289,7 @@ class _Rounding:
 
 
 def _energy(weight: Tensor, stats: InputStats) -> float:
-    return float(((weight @ stats.hessian) * weight).sum()) / stats.tokens
+    return float(((weight @ stats.hessian) * weight).sum()) / max(stats.tokens, 1)
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -25,6 +25,7 @@ from transformers import (
 
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import ArchitectureError, CheckpointError
+from llmquant.naming import as_in_checkpoint
 
 CONFUSED = (
     ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, StrictDataclassError, TypeError, ValueError,
@@ -51,7 +52,7 @@ def read_config(path: Path) -> PreTrainedConfig:
 
 
 def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model that the folder's config describes, without weights.
+    """The causal language model that the folder's config describes, without weights, its modules named as in the folder.
 
     Raises:
         ArchitectureError: not a causal language model that transformers knows.
@@ -67,6 +68,7 @@ def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel
     except CONFUSED as e:
         raise ArchitectureError(f"{reader.path} is not a causal language model that can be built: {first_line(e)}") from e
     model.config._name_or_path = str(reader.path)
+    as_in_checkpoint(model, str(reader.config.get("model_type")))
     model.eval()
     return model
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llmquant.algorithms import Reader, Scaled, ScaleSearch, search_smoothing
 from llmquant.capture import BlockInput, linear_inputs
 from llmquant.errors import QuantizationError
+from llmquant.experts import Watch
 from llmquant.folding import Pair
 from llmquant.spec import QuantSpec
 
@@ -44,6 +45,7 @@ class SmoothOptions:
 class _Seen:
     largest: Tensor
     rows: list[Tensor]
+    dropped: int = 0
 
 
 class SmoothFinder:
@@ -57,6 +59,7 @@ class SmoothFinder:
         int8: linears whose input is rounded to int8, by full name.
         search: the recipe's scale search.
         options: see :class:`SmoothOptions`.
+        all_experts: as for :func:`llmquant.capture.observe`.
     """
 
     method = "smooth"
@@ -70,10 +73,15 @@ class SmoothFinder:
         int8: frozenset[str],
         search: ScaleSearch,
         options: SmoothOptions,
+        all_experts: bool = False,
     ) -> None:
         self.linears = options.linears
         self._specs, self._int8, self._search, self._options = specs, int8, search, options
-        self._seen = _observed(block, [s[0] for s in sets], inputs)
+        self._seen = _observed(block, [s[0] for s in sets], inputs, all_experts)
+
+    def unseen(self, pair: Pair) -> bool:
+        seen = self._seen[pair.readers[0]]
+        return not seen.rows and seen.dropped == 0
 
     def __call__(self, pair: Pair, names: Sequence[str], weights: Sequence[Tensor]) -> Scaled:
         """The factors that the pair's readers ``names`` (with ``weights``) want, or none.
@@ -90,18 +98,21 @@ class SmoothFinder:
         )
 
 
-def _observed(block: nn.Module, wanted: Sequence[str], inputs: Sequence[BlockInput]) -> dict[str, _Seen]:
+def _observed(
+    block: nn.Module, wanted: Sequence[str], inputs: Sequence[BlockInput], all_experts: bool
+) -> dict[str, _Seen]:
     """Largest magnitudes over all finite tokens and an even sample of those, for each wanted linear."""
     linears = {n: m for n in wanted if isinstance(m := block.get_submodule(n), nn.Linear)}
     found: dict[str, _Seen] = {}
     share = max(1, _ROWS // len(inputs))
     for batch in inputs:
-        for name, x in linear_inputs(block, linears, batch, {}).items():
-            rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-            rows = rows[torch.isfinite(rows).all(dim=1)]
+        for name, x in linear_inputs(block, linears, batch, {}, Watch(all_experts)).items():
+            every = x.reshape(-1, x.shape[-1]).to(torch.float32)
+            rows = every[torch.isfinite(every).all(dim=1)]
+            seen = found.setdefault(name, _Seen(torch.zeros(rows.shape[1], device=rows.device), []))
+            seen.dropped += every.shape[0] - rows.shape[0]
             if not rows.shape[0]:
                 continue
-            seen = found.setdefault(name, _Seen(torch.zeros(rows.shape[1], device=rows.device), []))
             seen.largest = torch.maximum(seen.largest, rows.abs().amax(0))
             even = torch.linspace(0, rows.shape[0] - 1, min(share, rows.shape[0]), device=rows.device)
             seen.rows.append(rows[even.round().to(torch.int64)])

@@ -45,6 +45,7 @@ from llmquant.calls import Calls
 from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
+from llmquant.experts import UNSEEN, place_of
 from llmquant.finite import all_finite
 from llmquant.parallel import ALONE, World
 from llmquant.recipe import Recipe
@@ -79,6 +80,7 @@ class ModuleReport:
         dropped: tokens left out for NaN or Inf.
         seconds: time spent rounding; not part of the manifest.
         peak: the most bytes that this process had in RAM up to then; likewise.
+        fallback: why the recipe's method was not used and the weight rounded to nearest instead, else None.
     """
 
     name: str
@@ -92,6 +94,7 @@ class ModuleReport:
     dropped: int = 0
     seconds: float = 0.0
     peak: int = 0
+    fallback: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,11 @@ class WalkPlan:
     def batch_size(self) -> int:
         """Calibration windows per pass."""
         return self.recipe.calibration.batch_size if self.recipe.tune is None else self.recipe.tune.batch_size
+
+    @property
+    def all_experts(self) -> bool:
+        """Whether statistics of experts are taken over all tokens."""
+        return bool(self.recipe.calibration.all_experts)
 
     @property
     def gptq_options(self) -> GPTQOptions:
@@ -228,13 +236,16 @@ class _DataFree:
     def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         return self.plan.world.deal([name], lambda n: self.round_to_nearest(self._total - 1, n))
 
-    def round_to_nearest(self, index: int, name: str) -> tuple[QuantizedWeight, ModuleReport]:
+    def round_to_nearest(self, index: int, name: str, fallback: str | None = None) -> tuple[QuantizedWeight, ModuleReport]:
         self.announce(index, name)
         start = time.perf_counter()
         weight = self.original(name)
         quantized = rtn(weight, self.plan.specs[name], self.plan.search, None, name)
         error = _weight_error(weight, quantized)
-        report = ModuleReport(name, quantized.spec, quantized.digest(), error, seconds=time.perf_counter() - start, peak=peak())
+        seconds = time.perf_counter() - start
+        report = ModuleReport(
+            name, quantized.spec, quantized.digest(), error, seconds=seconds, peak=peak(), fallback=fallback
+        )
         return quantized, report
 
 
@@ -274,12 +285,13 @@ class _Calibrated(_DataFree):
         results: dict[str, tuple[QuantizedWeight, ModuleReport]] = {}
         with materialized(self.plan, block, f"{prefix}."):
             linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
-            sets = self.plan.world.told(stages(block, linears, self.inputs[0])) if linears else []
+            sets = self.plan.world.told(stages(block, linears, self.inputs[0], self.plan.all_experts)) if linears else []
             self._scale(index, block, prefix, sets)
             # After scaling, which leaves the block's function alone: its originals must fit the norms that now stand in it.
             if self.reference is not None:
                 self.reference.enter(block, linears, self.inputs)
-            passes = [[s] for s in sets] if self.plan.recipe.gptq.true_sequential else [sets]
+            room = sum(p.numel() for p in block.parameters())
+            passes = passes_of(block, sets, room) if self.plan.recipe.gptq.true_sequential else [sets]
             for together in passes:
                 stats = self._observe(block, {s[0]: linears[s[0]] for s in together}) if together else {}
                 for members in together:
@@ -326,13 +338,17 @@ class _Calibrated(_DataFree):
         if smooth is not None:
             names = (f"{prefix}.{m}" for s in sets for m in s)
             int8 = frozenset(n for n in names if plan.recipe.weights_of(n).activations == "int8-dynamic")
-            return SmoothFinder(block, sets, self.inputs, plan.specs, int8, plan.search, smooth)
-        return None if awq is None else AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq, plan.world)
+            return SmoothFinder(block, sets, self.inputs, plan.specs, int8, plan.search, smooth, plan.all_experts)
+        if awq is None:
+            return None
+        return AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq, plan.all_experts, plan.world)
 
     def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear]) -> Mapping[str, InputStats]:
-        stats: Mapping[str, InputStats] = (
-            observe(block, wanted, self.inputs) if self._pairs is None else self._pairs.observe(block, wanted, self.inputs)
-        )
+        stats: Mapping[str, InputStats]
+        if self._pairs is None:
+            stats = observe(block, wanted, self.inputs, self.plan.all_experts)
+        else:
+            stats = self._pairs.observe(block, wanted, self.inputs, self.plan.all_experts)
         for share in stats.values():
             self.plan.world.add_up(share)
         return stats
@@ -384,6 +400,8 @@ class _Calibrated(_DataFree):
         self, index: int, names: Sequence[str], stats: InputStats
     ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         """Quantize linears that share an input: one Hessian, one factorization."""
+        if stats.tokens == 0 and stats.dropped == 0 and place_of(self.plan.model, names[0]):
+            return self.plan.world.deal(names, lambda name: self.round_to_nearest(index, name, UNSEEN))
         if stats.tokens == 0:
             raise QuantizationError(f"{names[0]} saw no finite calibration token ({stats.dropped} dropped)")
         world, factor = self.plan.world, None
@@ -458,6 +476,21 @@ def _first_states(plan: WalkPlan, blocks: nn.ModuleList, batches: Sequence[Tenso
         (first,) = first_inputs(plan.model, blocks, [ids.to(plan.device)])
         calls.add(first.calls)
         yield first.hidden
+
+
+def passes_of(block: nn.Module, sets: Sequence[tuple[str, ...]], room: int) -> list[list[tuple[str, ...]]]:
+    """Sets to observe together: each by itself, but those of a block's experts, which do not read one another, side by side.
+
+    As many experts at a time as have Hessians of no more than ``room`` numbers together, and at least one.
+    """
+    places = {members: place_of(block, members[0]) for members in sets}
+    largest = max((_linear(block, s[0]).in_features ** 2 for s, place in places.items() if place), default=1)
+    together = max(1, room // largest)
+    passes: dict[object, list[tuple[str, ...]]] = {}
+    for members, place in places.items():
+        key = members if place is None else (place.expert // together, place.linear)
+        passes.setdefault(key, []).append(members)
+    return list(passes.values())
 
 
 def batched(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 Reads one job per line (JSON) from stdin and answers each with a line. An *instant* is a call of the operating system that changes
 the disk; instants are counted, so that ``kill: 7`` stops at the same place every time, before or behind the seventh of them.
-``after_seconds`` kills at a moment that nothing chose.
+``count`` only tells how many there are. ``after_seconds`` kills at a moment that nothing chose.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def child(job: dict[str, Any], answer: Path) -> None:
     instants = Instants(job.get("kill"), job.get("behind", False))
     options = QuantizeOptions(max_shard_size=job["max_shard_size"], max_memory=job.get("max_memory"))
     told: dict[str, Any] = {}
-    sys.setprofile(instants)
+    if job.get("kill") or job.get("count"):
+        sys.setprofile(instants)
     try:
         told["resumed"] = quantize(job["model"], job["output"], Recipe.model_validate(job["recipe"]), options).resumed
     except Exception as e:  # noqa: BLE001 - whatever it was, the test that asked tells of it

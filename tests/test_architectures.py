@@ -6,17 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import CONFIGS, random_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from llmquant.architectures import ARCHITECTURES, blocks_of, find, norm_of
 from llmquant.errors import ArchitectureError
+from llmquant.naming import as_in_checkpoint
+from llmquant.plan import make_plan
+from llmquant.recipe import Recipe
 
 
 def on_meta(kind: str) -> nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(CONFIGS[kind])
+        model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    as_in_checkpoint(model, kind)
+    return model
 
 
 def test_the_readme_names_the_table() -> None:
@@ -33,15 +39,25 @@ def test_every_row_of_the_table_fits_its_model(kind):
     blocks = blocks_of(model, architecture)
     assert len(blocks) == model.config.num_hidden_layers
     assert norm_of(model, architecture) is model.get_submodule(architecture.norm)
+    linears = {n: m for n, m in blocks[0].named_modules() if isinstance(m, nn.Linear)}
     for together in architecture.fused:
-        widths = {blocks[0].get_submodule(name).in_features for name in together}
-        assert len(widths) == 1, f"{together} do not read the same input"
+        members = {n for n in linears if architecture.fused_with(n) == together}
+        if architecture.experts is None:
+            assert members == set(together)
+            assert len({linears[n].in_features for n in members}) == 1, f"{together} do not read the same input"
+    if architecture.experts is not None:
+        assert {n for n in linears if ".experts." in n} == {
+            n for n in linears if architecture.fused_with(n) == architecture.experts.linears()
+        }
+        assert architecture.is_router(f"{architecture.experts.inside}.gate")
+    assert model.get_submodule(architecture.head) is model.get_output_embeddings()
 
 
 @pytest.mark.parametrize(
     ("kind", "blocks", "norm"),
     [
         pytest.param("gpt_neox", "gpt_neox.layers", "gpt_neox.final_layer_norm", id="GPT-NeoX"),
+        pytest.param("mixtral", "model.layers", "model.norm", id="experts inside the blocks"),
         pytest.param("opt", "model.decoder.layers", "model.decoder.final_layer_norm", id="OPT"),
     ],
 )
@@ -110,10 +126,25 @@ def test_a_head_without_a_known_norm_is_refused():
         norm_of(model, find(model, "new"))
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_experts_are_refused_before_most_of_a_model_is_left_alone(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["olmoe", "qwen2_moe"])
+def test_experts_of_other_types_are_refused_before_most_of_a_model_is_left_alone(kind: str) -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
-    with pytest.raises(ArchitectureError, match=r"stacks its experts.*\.experts\.gate_up_proj\); mixture-of-experts"):
+    with pytest.raises(ArchitectureError, match=r"stacks its experts.*\.experts\.gate_up_proj\); of mixtures .* mixtral"):
         find(model, kind)
+
+
+def test_a_model_that_also_sees_is_refused(tmp_path: Path) -> None:
+    text = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "patch_size": 14}, image_token_index=250)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    told = r"model type 'gemma3' is more than a text decoder \(its config has vision_config\)"
+    with pytest.raises(ArchitectureError, match=told):
+        find(model, "gemma3")
+    config.save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ArchitectureError, match=told):
+        make_plan(tmp_path, Recipe(method="rtn"))

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from llmquant.architectures import blocks_of, find
 from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
 from llmquant.errors import ArchitectureError
+from llmquant.naming import as_in_checkpoint
 from llmquant.stats import InputStats
 
 BATCHES = [torch.stack(token_windows(3, 12)), torch.stack(token_windows(2, 9, seed=1))]
-KINDS = ["llama", "mistral", "qwen2", "qwen3", "qwen2 mixed windows", "gpt_neox", "opt"]
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "qwen2 mixed windows", "gpt_neox", "opt", "mixtral", "qwen3_moe"]
 
 
 def blocks_in(model: nn.Module) -> nn.ModuleList:
+    as_in_checkpoint(model, model.config.model_type)
     return blocks_of(model, find(model, model.config.model_type))
 
 

@@ -22,12 +22,13 @@ from llmquant.capture import BlockInput, observe, observe_pairs
 from llmquant.errors import UsageError
 from llmquant.manifest import Manifest, file_hashes, read_manifest, verify
 from llmquant.parallel import ALONE, World, joined
-from llmquant.pipeline import QuantizeOptions, quantize
+from llmquant.pipeline import Events, QuantizeOptions, quantize
 from llmquant.recipe import Recipe
 from llmquant.stats import InputStats
 
 TESTS = Path(__file__).parent
 ASYMMETRIC = {"gptq.asymmetric": 0.5}
+SMOOTH = {"smooth": {}, "weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic"}
 
 
 def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -87,15 +88,15 @@ def by_shares(batches: Sequence[BlockInput], observed: Any) -> Mapping[str, Inpu
 def summed_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process that sums as two do."""
 
-    def shares(block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput]) -> Any:
-        return by_shares(batches, lambda share: observe(block, wanted, [batches[i] for i in share]))
+    def shares(block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], *more: Any) -> Any:
+        return by_shares(batches, lambda share: observe(block, wanted, [batches[i] for i in share], *more))
 
     def pairs(
         block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], originals: Mapping[str, Tensor],
-        hidden: Sequence[Tensor],
+        hidden: Sequence[Tensor], *more: Any,
     ) -> Any:  # fmt: skip
         def observed(share: Sequence[int]) -> Any:
-            return observe_pairs(block, wanted, [batches[i] for i in share], originals, [hidden[i] for i in share])
+            return observe_pairs(block, wanted, [batches[i] for i in share], originals, [hidden[i] for i in share], *more)
 
         return by_shares(batches, observed)
 
@@ -207,7 +208,7 @@ def test_every_process_takes_a_gpu_of_its_own() -> None:
     ("changes", "size", "message"),
     [
         pytest.param({"tune": {}}, 2, "tune works in one process only, not in 2", id="tune"),
-        pytest.param({"smooth": {}}, 2, "smooth works in one process only, not in 2", id="smooth"),
+        pytest.param(SMOOTH, 2, "smooth works in one process only, not in 2", id="smooth"),
         pytest.param({}, 4, "4 processes share 3 calibration batches of up to 2 windows", id="too few batches"),
     ],
 )
@@ -217,3 +218,16 @@ def test_what_processes_cannot_share_is_refused(
     with pytest.raises(UsageError, match=message):
         quantize(model, tmp_path / "q", batched.updated(changes), QuantizeOptions(world=World(size=size)))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_of_one_process_is_not_continued_by_two(model: Path, batched: Recipe, tmp_path: Path) -> None:
+    def interrupt(where: walk.Progress) -> None:
+        if where.block == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "q", batched, events=Events(on_progress=interrupt))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(UsageError, match="an interrupted run of one process stands beside"):
+        quantize(model, tmp_path / "q", batched, QuantizeOptions(world=World(size=2)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before == [".q.partial", ".q.resume"]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import save
 
 from llmquant import QuantizeOptions, load_recipe, quantize
+from llmquant.architectures import ARCHITECTURES
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import ArchitectureError, FormatError, SpecError, UsageError
 from llmquant.plan import linears_by_name, make_plan
@@ -50,12 +52,23 @@ def test_the_planned_bytes_are_the_bytes_written(tmp_path: Path, changes: dict[s
     assert plan.skipped == result.skipped
 
 
-def test_linears_by_name_are_the_models_own() -> None:
-    reader = CheckpointReader(TINY)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_linears_by_name_are_the_models_own(kind: str, tmp_path: Path) -> None:
+    reader = CheckpointReader(save(kind, tmp_path))
     named, _ = linears_by_name(reader)
     asked = linears_of(empty_model(reader, torch.float32))
     assert dict(named.shapes) == dict(asked.shapes)
     assert (named.head, named.tied) == (asked.head, asked.tied)
+    assert sorted(named.routers) == sorted(asked.routers)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "mixtral", "qwen3_moe"])
+def test_a_plan_of_other_names_is_the_run(kind: str, tmp_path: Path) -> None:
+    source, recipe = save(kind, tmp_path / "source"), RTN.updated({"weights.group_size": 16})
+    plan, result = make_plan(source, recipe), quantize(source, tmp_path / "q", recipe)
+    assert plan.bytes_on_disk == (tmp_path / "q" / "model.safetensors").stat().st_size
+    assert {m.name for m in plan.modules} == {m.name for m in result.modules}
+    assert plan.skipped == result.skipped
 
 
 def seventy_billion(folder: Path) -> Path:

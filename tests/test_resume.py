@@ -248,7 +248,6 @@ DAMAGES = [
     pytest.param(".out.partial/shard-00000.safetensors.data", -1, "is not what the interrupted run left", id="weights short"),
     pytest.param(".out.resume/states-*.bin", None, "does not hold the hidden states", id="states gone"),
     pytest.param(".out.resume/states-*.bin", 700, "does not hold the hidden states", id="a state changed"),
-    pytest.param(".out.resume/fingerprint.json", None, "cannot be read", id="fingerprint gone"),
 ]
 
 

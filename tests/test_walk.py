@@ -17,6 +17,7 @@ from llmquant.algorithms import factorize, gptq, layer_error, rtn
 from llmquant.architectures import find, norm_of
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import ArchitectureError, CheckpointError, QuantizationError
+from llmquant.naming import as_in_checkpoint
 from llmquant.recipe import Recipe
 from llmquant.skeleton import empty_model
 from llmquant.stats import InputStats
@@ -81,6 +82,7 @@ def statistics(model: PreTrainedModel, names: list[str], batch_size: int) -> dic
 def naive(folder: Path, plan: WalkPlan, steps: list[list[str]]) -> Weights:
     """Quantize the fully loaded model, running all of it from its tokens before each step's linears are quantized."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    as_in_checkpoint(model, model.config.model_type)
     options, done = plan.gptq_options, {}
     for names in steps:
         stats = statistics(model, names, plan.recipe.calibration.batch_size)
@@ -128,7 +130,8 @@ def test_the_walk_equals_the_naive_whole_model_run(folders, kind, sequential):
     stages = STAGES.get(kind, STAGES["qwen2"])
     expected = naive(folder, plan, steps_of(plan, stages, together=not sequential))
     got = results(plan, WINDOWS)
-    assert list(got) == list(expected)
+    # Experts do not read one another, so the walk takes their first linears together, then their second ones.
+    assert list(got) == list(expected) or (plan.architecture.experts and sorted(got) == sorted(expected))
     assert digests(got) == digests(expected)
 
 

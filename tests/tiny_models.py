@@ -13,18 +13,21 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     Starcoder2Config,
 )
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-llama"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 VOCAB = 64
+EXPERTS = 4
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
     "initializer_range": 0.2, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -49,6 +52,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "phi3": Phi3Config(**_LLAMA),
     "starcoder2": Starcoder2Config(**_LLAMA, use_bias=True, sliding_window=4),
+    "mixtral": MixtralConfig(**_LLAMA, num_local_experts=EXPERTS, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**_QWEN3, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 
 _GATED = [
@@ -57,6 +62,13 @@ _GATED = [
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 ]
+
+
+def _mixture(inside: str, gate: str, up: str, down: str) -> list[tuple[str, ...]]:
+    experts = [f"{inside}.experts.{i}" for i in range(EXPERTS)]
+    return [*_GATED[:2], *(s for e in experts for s in ((f"{e}.{gate}", f"{e}.{up}"), (f"{e}.{down}",)))]
+
+
 # Linears of a block that read the same tensor, in the order in which they are called.
 STAGES = {
     "llama": _GATED,
@@ -75,6 +87,8 @@ STAGES = {
     "starcoder2": [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.c_fc",), ("mlp.c_proj",)
     ],
+    "mixtral": _mixture("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": _mixture("mlp", "gate_proj", "up_proj", "down_proj"),
 }  # fmt: skip
 
 

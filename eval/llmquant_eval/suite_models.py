@@ -115,7 +115,8 @@ class _Job:
         folder = cache / "models" / f"{slug(self.model.label)}-{self._key()[:12]}"
         if not (folder / "config.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            options = llmquant.QuantizeOptions(device=resolve_device(device), base_model=self.base.source)
+            # A suite has no --restart, so it keeps no half-made model that another thread count could not continue.
+            options = llmquant.QuantizeOptions(device=resolve_device(device), base_model=self.base.source, resume=False)
             llmquant.quantize(self.base.source, folder, self.recipe, options)
         shown = f"out/{slug(self.model.label)}"
         return _known(self.model.label, folder, str(folder), shown, self._command(shown))

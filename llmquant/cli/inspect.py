@@ -51,6 +51,7 @@ def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
         "recipe_sha256": found.recipe_sha256,
         "verified": verified or None,
         "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
+        "fallbacks": list(found.fallbacks),
         "modules": [
             {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes} for m in found.modules
         ],
@@ -75,6 +76,8 @@ def _show(found: Inspection, verified: bool, modules: bool) -> None:
     facts.add_row("sha256", found.weights_sha256)
     for engine, reasons in found.engines.items():
         facts.add_row(engine, "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
+    for told in found.fallbacks:
+        facts.add_row("fallback", told)
     if verified:
         facts.add_row("verified", "every file and every packed weight is what was written")
     console.print(facts)

@@ -68,6 +68,9 @@ def quantize_command(
     nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     packing: Annotated[Packing | None, typer.Option(help="Windows across rows, or one row each.")] = None,
+    all_experts: Annotated[
+        bool | None, typer.Option("--all-experts/--routed-experts", help="Calibrate a mixture's experts on every token.")
+    ] = None,
     eval_text: Annotated[str | None, typer.Option(help="Report how far calibration overlaps this text.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the calibration windows.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")] = None,
@@ -104,6 +107,7 @@ def quantize_command(
         "calibration.nsamples": nsamples,
         "calibration.seqlen": seqlen,
         "calibration.packing": packing,
+        "calibration.all_experts": all_experts,
         "seed": seed,
     }
     chosen = with_rotation(recipe_of(recipe, changes, include, ignore), rotate)
@@ -169,6 +173,7 @@ def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
             {
                 "name": m.name, "scheme": str(m.spec), "weight_error": m.weight_error, "output_error": m.output_error,
                 "damping": m.damping, "dead": m.dead, "tokens": m.tokens, "dropped": m.dropped, "seconds": m.seconds,
+                "fallback": m.fallback,
             }
             for m in result.modules
         ],

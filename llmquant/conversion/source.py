@@ -17,7 +17,7 @@ from llmquant.errors import CheckpointError, FormatError, ProofError, Quantizati
 from llmquant.formats import Format, Scheme, for_config
 from llmquant.hub import resolve
 from llmquant.manifest import MANIFEST, Manifest, read_manifest, read_module
-from llmquant.selection import linears_of
+from llmquant.selection import ROUTER, linears_of
 from llmquant.skeleton import empty_model
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
@@ -103,7 +103,8 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         raise CheckpointError(f"{reader.path}: {MANIFEST} and the tensors disagree on which modules are quantized: {odd[0]}")
     linears = linears_of(empty_model(reader, torch.bfloat16))
     known = manifest.skipped if manifest else {}
-    skipped = {n: known.get(n, "unquantized in the source") for n in linears.shapes if n not in schemes}
+    routers = dict.fromkeys(linears.routers, ROUTER)
+    skipped = routers | {n: known.get(n, "unquantized in the source") for n in linears.shapes if n not in schemes}
     return Source(reader, layout, schemes, skipped, linears.head, manifest)
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from llmquant import bitpack
 from llmquant.errors import FormatError
-from llmquant.formats.base import Activations, Plain, Scheme, exact, require
-from llmquant.formats.gptq_config import HEAD, packed_modules
+from llmquant.formats.base import HEADS, Activations, Plain, Scheme, exact, require
+from llmquant.formats.config_groups import ignore_list
+from llmquant.formats.gptq_config import packed_modules
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -105,8 +106,8 @@ class Awq(Plain):
             "group_size": -1 if spec.group_size is None else spec.group_size,
             "zero_point": True,
             "sym": spec.symmetric,
-            "lm_head": HEAD in schemes,
-            "modules_to_not_convert": sorted(ignore),
+            "lm_head": any(head in schemes for head in HEADS),
+            "modules_to_not_convert": ignore_list(ignore),
         }
 
     def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:

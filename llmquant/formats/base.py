@@ -21,6 +21,8 @@ from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
 Activations = Literal["none", "int8-dynamic"]
+# What checkpoints call the output head. In vLLM it is no Linear, so configs that say which of those are quantized must name it.
+HEADS = ("lm_head", "embed_out")
 
 
 @dataclass(frozen=True, slots=True)

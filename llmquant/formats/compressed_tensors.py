@@ -23,8 +23,8 @@ from torch import Tensor
 
 from llmquant import bitpack
 from llmquant.errors import FormatError, SpecError
-from llmquant.formats.base import Activations, Plain, Scheme, exact, require
-from llmquant.formats.config_groups import group_of, groups_of, ignored
+from llmquant.formats.base import HEADS, Activations, Plain, Scheme, exact, require
+from llmquant.formats.config_groups import group_of, groups_of, ignore_list, ignored
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -115,7 +115,7 @@ class CompressedTensors(Plain):
         groups = {
             f"group_{i}": {
                 # vLLM's head is not a Linear: a quantized one must be named.
-                "targets": ["Linear", *(m for m in modules if m == "lm_head")] if uniform else modules,
+                "targets": ["Linear", *(m for m in modules if m in HEADS)] if uniform else modules,
                 "weights": _weights(scheme),
                 "input_activations": None,
                 "output_activations": None,
@@ -128,7 +128,7 @@ class CompressedTensors(Plain):
             "format": _FORMAT,
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": sorted(ignore),
+            "ignore": ignore_list(ignore),
             "kv_cache_scheme": None,
         }
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmquant.errors import FormatError
+from llmquant.formats.base import HEADS
 
 
 def groups_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -49,6 +50,11 @@ def group_of(module: str, groups: Collection[Mapping[str, Any]]) -> Mapping[str,
     if not ranked:
         raise FormatError(f"{module} has quantized weights but no config group targets it")
     return min(ranked, key=lambda r: r[:2])[2]
+
+
+def ignore_list(skipped: Collection[str]) -> list[str]:
+    """The config's ``ignore``: transformers calls every head ``lm_head``, whatever its checkpoint says, so that is named too."""
+    return sorted({*skipped, *("lm_head" for name in skipped if name in HEADS)})
 
 
 def ignored(ignore: Collection[str], module: str) -> bool:

@@ -17,10 +17,9 @@ from importlib.metadata import version
 from typing import Any
 
 from llmquant.errors import FormatError
-from llmquant.formats.base import Scheme
+from llmquant.formats.base import HEADS, Scheme
 from llmquant.spec import QuantSpec
 
-HEAD = "lm_head"
 # What engines fuse in Llama-like models: parts → the name they ask for.
 _FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 _KNOWN_FORMATS = ("gptq", "gptq_v2")
@@ -33,7 +32,7 @@ def build(schemes: Mapping[str, Scheme], ignore: Collection[str], checkpoint_for
     for module, scheme in schemes.items():
         if scheme.spec != base:
             exceptions.setdefault(scheme.spec, []).append(module)
-    skipped = sorted(n for n in ignore if n != HEAD)
+    skipped = sorted(n for n in ignore if n not in HEADS)
     dynamic: dict[str, dict[str, Any]] = {f"-:{_pattern(skipped)}": {}} if skipped else {}
     dynamic |= {f"+:{_pattern(modules)}": _keys(spec) for spec, modules in exceptions.items()}
     config: dict[str, Any] = {
@@ -42,7 +41,7 @@ def build(schemes: Mapping[str, Scheme], ignore: Collection[str], checkpoint_for
         # One g_idx that is not trivial is enough: a trivial one means the same with desc_act on or off.
         "desc_act": any(s.g_idx for s in schemes.values()),
         "checkpoint_format": checkpoint_format,
-        "lm_head": HEAD in schemes,
+        "lm_head": any(head in schemes for head in HEADS),
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"llmquant:{version('llmquant')}"]},
     }
@@ -76,7 +75,7 @@ def parse(config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str,
     names = frozenset(tensor_names)
     found: dict[str, Scheme] = {}
     for module in packed_modules(names):
-        if module == HEAD and config.get("lm_head") is False:
+        if module in HEADS and config.get("lm_head") is False:
             raise FormatError(f"{module} has a qweight but the config says lm_head: false; set it to true")
         override = _override(config, module)
         if override is None:

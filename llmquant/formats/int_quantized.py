@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError
-from llmquant.formats.base import Activations, Plain, Scheme, exact, require
-from llmquant.formats.config_groups import group_of, groups_of, ignored
+from llmquant.formats.base import HEADS, Activations, Plain, Scheme, exact, require
+from llmquant.formats.config_groups import group_of, groups_of, ignore_list, ignored
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -75,8 +75,8 @@ class IntQuantized(Plain):
             "quant_method": "compressed-tensors",
             "format": FORMAT,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": config_group(["Linear", *(n for n in schemes if n == "lm_head")])},
-            "ignore": sorted(ignore),
+            "config_groups": {"group_0": config_group(["Linear", *(n for n in schemes if n in HEADS)])},
+            "ignore": ignore_list(ignore),
             "kv_cache_scheme": None,
         }
 
