@@ -42,7 +42,10 @@ _VLLM_CPU = (
     Rule(_ALL, lambda s: s.spec.bits in (2, 3), "it has no kernel for 2 or 3 bits here"),
     Rule(_GPTQ, lambda s: not s.spec.symmetric, "it takes asymmetric weights only as compressed-tensors or awq"),
     Rule(_GPTQ, lambda s: s.spec.group_size == 16, "its GPTQ kernel has no groups of 16"),
-    Rule(_CT, lambda s: True, "it has no kernel for experts in compressed-tensors here; gptq and awq hold them", experts=True),
+    Rule(
+        _CT, _weights_only, "it has no kernel for experts of 4 bits in compressed-tensors here; it takes them as gptq or awq",
+        experts=True,
+    ),
 )  # fmt: skip
 
 _TRANSFORMERS = (

@@ -20,12 +20,13 @@ from functools import cached_property
 import torch
 
 from llmquant.architectures import ARCHITECTURES, Architecture, refuse_multimodal
-from llmquant.checkpoint import CheckpointReader
+from llmquant.checkpoint import CheckpointReader, TensorInfo
 from llmquant.detect import quantization_config
 from llmquant.engines import refusals
 from llmquant.errors import ArchitectureError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.hub import resolve
+from llmquant.kernels import choose
 from llmquant.recipe import Recipe
 from llmquant.rotation import rotated
 from llmquant.selection import Linears, select
@@ -33,6 +34,8 @@ from llmquant.shards import Stored, header
 from llmquant.weight import QuantizedWeight
 
 _ROWS = (64, 128)
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
     """One quantized linear of the plan."""
@@ -55,6 +58,10 @@ class Plan:
         tensor_parallel: numbers of GPUs over which engines could split every quantized linear.
         suggestions: other group sizes that divide every selected linear.
         engines: serving engine → why it would refuse the result; an empty tuple where it takes it.
+        kernels: llmquant's own kernel → how many of the linears it would run on a CPU in bfloat16, and why not those before it.
+        blocks: path of the decoder blocks.
+        hidden: width of the hidden states.
+        source: the original's tensors, as quantization reads them.
     """
 
     model_type: str
@@ -66,6 +73,10 @@ class Plan:
     tensor_parallel: tuple[int, ...]
     suggestions: tuple[int, ...]
     engines: Mapping[str, tuple[str, ...]]
+    kernels: Mapping[str, tuple[int, str]]
+    blocks: str
+    hidden: int
+    source: Mapping[str, TensorInfo]
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -124,6 +135,10 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         tensor_parallel=_tensor_parallel(modules, reader.config),
         suggestions=_group_sizes(modules),
         engines={e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()},
+        kernels=_kernels(modules),
+        blocks=architecture.blocks,
+        hidden=_hidden_size(reader.config),
+        source=dict(reader.tensors),
     )
 
 
@@ -216,6 +231,24 @@ def _tensor_parallel(modules: list[PlannedModule], config: Mapping[str, object])
         if columns and rows and all(h % parts == 0 or parts % h == 0 for h in heads[1:]) and heads[:1] and heads[0] % parts == 0:
             good.append(parts)
     return tuple(good)
+
+
+def _kernels(modules: list[PlannedModule]) -> dict[str, tuple[int, str]]:
+    """Kernel → (linears, why not the ones preferred to it)."""
+    found: dict[str, tuple[int, str]] = {}
+    for m in modules:
+        kernel, refused = choose(m.scheme.spec, m.shape, torch.device("cpu"), torch.bfloat16, m.scheme.g_idx)
+        count, _ = found.get(kernel.name, (0, ""))
+        found[kernel.name] = count + 1, "; ".join(f"{name}: {why}" for name, why in refused.items())
+    return found
+
+
+def _hidden_size(config: Mapping[str, object]) -> int:
+    """At the top of config.json or in the part that describes the text model; 0 where it is not said."""
+    for place in (config, config.get("text_config")):
+        if isinstance(place, Mapping) and isinstance(value := place.get("hidden_size"), int):
+            return value
+    return 0
 
 
 def _group_sizes(modules: list[PlannedModule]) -> tuple[int, ...]:

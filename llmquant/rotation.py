@@ -47,7 +47,7 @@ _UNTOUCHED = re.compile(r"\.(q_norm|k_norm)\.weight$|rotary_emb\.inv_freq$")
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """What the linears of a block do, named from the block; embeddings named from the model.
+    """What the linears of a block do, named from the block, ``*`` for an expert's number; embeddings named from the model.
 
     Attributes:
         norms: norm → the linears that read its output; empty where the residual stream cannot be rotated.
@@ -97,6 +97,25 @@ ROLES: dict[str, Roles] = {
         {"input_layernorm": _QKV, "post_attention_layernorm": ("mlp.c_fc",)},
         writers=("self_attn.o_proj", "mlp.c_proj"),
         layer_norm=True,
+    ),
+    # Routers read what their experts read.
+    "mixtral": Roles(
+        {
+            "input_layernorm": _QKV,
+            "post_attention_layernorm": (
+                "block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3",
+            ),
+        },
+        writers=("self_attn.o_proj", "block_sparse_moe.experts.*.w2"),
+    ),
+    "qwen3_moe": Roles(
+        {
+            "input_layernorm": _QKV,
+            "post_attention_layernorm": (
+                "mlp.gate_proj", "mlp.up_proj", "mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj",
+            ),
+        },
+        writers=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj"),
     ),
 }  # fmt: skip
 
@@ -213,6 +232,7 @@ class RotatedReader(CheckpointReader):
                     unknown.append(name)
                 continue
             block, module, leaf = place.groups()
+            module = re.sub(r"\.\d+\.", ".*.", module)
             if module in roles.norms:
                 norms += self._absorb(name, matrix) if leaf == "weight" else 0
             elif module in readers:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_supported_models import IDS, checkpoint, recipe
 from tiny_models import EXPERTS, random_model, save, token_windows
 from tolerances import TWIN_ATOL
@@ -327,6 +328,24 @@ def test_a_recipe_that_says_nothing_of_experts_keeps_its_hash() -> None:
     assert off.sha256() == Recipe().sha256() != Recipe.model_validate({"calibration": {"all_experts": True}}).sha256()
 
 
+def test_a_gpt_neox_as_it_was_published(tmp_path: Path) -> None:
+    """With the masks and tables that its checkpoints carry along, as Pythia's do."""
+    source = checkpoint("gpt_neox", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    for layer in ("gpt_neox.layers.0.attention", "gpt_neox.layers.1.attention"):
+        tensors[f"{layer}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+        tensors[f"{layer}.masked_bias"] = torch.tensor(-1e9)
+        tensors[f"{layer}.rotary_emb.inv_freq"] = torch.ones(2)
+    plain = quantize(source, tmp_path / "plain", recipe("gptq")).path
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    packed = quantize(source, tmp_path / "out", recipe("gptq")).path
+    assert {n: m.digest for n, m in read_manifest(packed).modules.items()} == {
+        n: m.digest for n, m in read_manifest(plain).modules.items()
+    }
+    with torch.no_grad():
+        assert torch.equal(load(packed)(IDS).logits, load(plain)(IDS).logits)
+
+
 @pytest.mark.parametrize("kind", [*MIXTURES, "gpt_neox"])
 def test_from_pretrained_gives_what_load_gives(kind: str, tmp_path: Path) -> None:
     include = {} if kind == "gpt_neox" else {"include": ("*experts.*.*",)}
@@ -354,7 +373,7 @@ def test_transformers_own_loader_computes_the_same(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("layout", "spec", "engine", "words"),
     [
-        pytest.param("compressed-tensors", {}, "vllm (CPU)", "no kernel for experts", id="vllm, compressed-tensors"),
+        pytest.param("compressed-tensors", {}, "vllm (CPU)", "no kernel for experts of 4 bits", id="vllm, compressed-tensors"),
         pytest.param("gptq", {"weights.group_size": 16}, "vllm (CPU)", "no groups of 16", id="vllm, gptq as ever"),
         pytest.param(
             "int-quantized", INT8, "transformers", "stored as int8", id="transformers, int8",

@@ -32,9 +32,9 @@ LAYERS = (
     ("plan", "conversion", "integration", "resident", "outcome", "fingerprint", "spilling"),
     ("resume",),
     ("runlog", "together"),
-    ("sensitivity",),
+    ("sensitivity", "forecast"),
     ("pipeline", "choices"),
-    ("repetition", "allocation"),
+    ("repetition", "allocation", "timing"),
     ("cli",),
     ("__main__",),
 )

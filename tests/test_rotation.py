@@ -21,7 +21,7 @@ from llmquant.recipe import Recipe
 from llmquant.rotation import RotatedReader, rotated
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))
-RESIDUAL = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "starcoder2", "qwen2 mixed windows")
+RESIDUAL = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "starcoder2", "qwen2 mixed windows", "mixtral", "qwen3_moe")
 BOTH = {"residual": "hadamard"}
 
 
@@ -51,7 +51,8 @@ class Exact(TorchFunctionMode):
 
 
 def logits(folder: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    # The fused product over experts has no float64.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
     with torch.no_grad(), Exact():
         return model(IDS).logits
 

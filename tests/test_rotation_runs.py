@@ -90,7 +90,7 @@ def test_packed_equals_the_rotated_original_with_dequantized_weights(tied, gptq,
     assert torch.equal(packed(tmp_path / "q"), dense(twin))
 
 
-@pytest.mark.parametrize("kind", ["phi3", "opt"])
+@pytest.mark.parametrize("kind", ["phi3", "opt", "qwen3_moe"])
 def test_other_architectures_come_out_close(kind, tied, gptq, tmp_path):
     save(kind, tmp_path / "m", vocab_size=4096, tie_word_embeddings=True, bos_token_id=0)
     for name in ("tokenizer.json", "tokenizer_config.json"):

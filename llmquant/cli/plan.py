@@ -1,4 +1,4 @@
-"""``llmquant plan``: what a run would make and what refuses it, before any weight is read."""
+"""``llmquant plan``: what a run would make and need, and what refuses it, before any weight is read."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.method import parse_method
 from llmquant.cli.overrides import recipe_of, with_rotation
 from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
+    from llmquant.forecast import Forecast
     from llmquant.plan import Plan
+    from llmquant.timing import Timing
 
 
 def plan_command(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     recipe: Annotated[str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")] = None,
+    method: Annotated[str | None, typer.Option(help="As `llmquant quantize` takes it.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")] = None,
@@ -28,21 +32,46 @@ def plan_command(
     layout: Annotated[str | None, typer.Option("--format", help="Byte layout of the result.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave these alone, beside the recipe's (repeatable).")] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time two blocks on this machine (reads their weights; may need --calibration).")
+    ] = False,
+    calibration: Annotated[str | None, typer.Option(help="Text for --measure; as `llmquant quantize` takes it.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of calibration passes: auto (float32), bfloat16, float16.")] = "auto",
     modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show what quantizing MODEL would give, from its headers alone."""
+    import torch
+
+    from llmquant.devices import parse_dtype
+    from llmquant.forecast import forecast
     from llmquant.plan import make_plan
+    from llmquant.timing import time_blocks
 
-    changes = {"weights.bits": bits, "weights.group_size": group_size, "weights.symmetric": sym, "format": layout}
-    plan = make_plan(model, with_rotation(recipe_of(recipe, changes, include, ignore), rotate))
+    changes = {
+        "weights.bits": bits, "weights.group_size": group_size, "weights.symmetric": sym, "format": layout,
+        "calibration.nsamples": nsamples, "calibration.seqlen": seqlen, "calibration.source": calibration,
+    }  # fmt: skip
+    chosen = with_rotation(recipe_of(recipe, changes, include, ignore), rotate)
+    if method is not None:
+        chosen = parse_method(method).applied_to(chosen)
+    plan = make_plan(model, chosen)
+    needs = forecast(plan, chosen, parse_dtype(dtype, auto=torch.float32).itemsize)
+    timing = None
+    if measure:
+        from llmquant.pipeline import QuantizeOptions
+
+        timing = time_blocks(model, chosen, QuantizeOptions(device=device, dtype=dtype))
     if as_json:
-        sys.stdout.write(json.dumps(_as_dict(plan)) + "\n")
+        sys.stdout.write(json.dumps(_as_dict(plan, needs, timing)) + "\n")
     else:
-        _show(plan, modules)
+        _show(plan, modules, _needs(needs, timing, device))
 
 
-def _as_dict(plan: Plan) -> dict[str, Any]:
+def _as_dict(plan: Plan, needs: Forecast, timing: Timing | None) -> dict[str, Any]:
     return {
         "model_type": plan.model_type,
         "format": plan.format,
@@ -56,10 +85,50 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         ],
         "skipped": dict(plan.skipped),
         "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
+        "kernels": {name: {"linears": count, "not": why} for name, (count, why) in plan.kernels.items()},
+        "peak_ram_bytes": needs.peak,
+        "phases": dict(needs.phases),
+        "hidden_states_bytes": needs.states,
+        "device_bytes": needs.accelerator,
+        "disk_bytes": needs.disk,
+        "seconds": None if timing is None else timing.total,
     }
 
 
-def _show(plan: Plan, modules: bool) -> None:
+def _needs(needs: Forecast, timing: Timing | None, device: str) -> list[tuple[str, str]]:
+    """Rows about memory, disk and time."""
+    worst = max(needs.phases, key=lambda phase: needs.phases[phase])
+    states = f"; {_size(needs.states)} of it are hidden states, which --max-memory can keep in files" if needs.states else ""
+    rows = [("memory", f"about {_size(needs.peak)} at most, while {_DOING[worst]}{states}")]
+    if not device.startswith("cpu"):
+        rows.append((device, f"about {_size(needs.accelerator)}"))
+    rows.append(("disk", f"{_size(needs.disk)} while it runs, {_size(needs.output)} afterwards"))
+    if timing is None:
+        return [*rows, ("time", "not measured; --measure times two blocks here")]
+    blocks = f"{timing.blocks} blocks, {timing.first:.1f} s for the first and {timing.later:.1f} s for the second"
+    return [*rows, ("time", f"about {_spoken(timing.total)}: {blocks}")]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.2f} MB"
+
+
+_DOING = {
+    "copying": "a tensor that stays as it is gets copied", "rounding": "the widest linear is rounded",
+    "embedding": "the calibration text is embedded", "pass": "a block runs",
+    "statistics": "inputs of the widest linear are observed", "tuning": "a block is tuned",
+}  # fmt: skip
+
+
+def _spoken(seconds: float) -> str:
+    """A duration for people: the two largest units."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -84,8 +153,12 @@ def _show(plan: Plan, modules: bool) -> None:
         "size", f"{plan.source_bytes / 1e6:,.2f} MB → {plan.bytes_on_disk / 1e6:,.2f} MB of weight files; "
         f"{plan.bits_per_weight:.3f} bits per quantized weight",
     )  # fmt: skip
+    for row in needs:
+        facts.add_row(*row)
     facts.add_row("left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none")
     facts.add_row("tensor parallel", ", ".join(map(str, plan.tensor_parallel)) or "no size splits it evenly")
+    for name, (count, why) in plan.kernels.items():
+        facts.add_row("kernel", f"{name} for {count} linears on a CPU in bfloat16{f' ({why})' if why else ''}")
     for engine, reasons in plan.engines.items():
         facts.add_row(engine, "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
     facts.add_row("group sizes", f"{', '.join(map(str, plan.suggestions)) or 'none of 16 … 256'} fit every linear; -1 always")

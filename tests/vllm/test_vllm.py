@@ -15,14 +15,14 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from llmquant import QuantizeOptions, load, quantize
 from llmquant.checkpoint import CheckpointReader
@@ -80,8 +80,12 @@ TAKEN = [
     *(Row(f"{layout}-quantized-head", {**grid(layout=layout), "ignore": ()}, model="untied")
       for layout in ("compressed-tensors", "gptq", "awq")),
     *(Row(f"{layout}-biases", grid(layout=layout), model="qwen2") for layout in ("compressed-tensors", "gptq", "awq")),
+    *(Row(f"{layout}-gpt_neox", grid(layout=layout), model="gpt_neox") for layout in ("compressed-tensors", "gptq", "awq")),
+    *(Row(f"{layout}-{kind}", grid(group=32, layout=layout), model=kind)
+      for kind in ("mixtral", "qwen3_moe") for layout in ("gptq", "awq")),
     # At float16 this build's int8 kernel aborts ("scale_C: scalar path not implemented"), so int8 is compared at bfloat16.
     Row("ct-w8a8", INT8, BOUND_INT8, "bfloat16"),
+    *(Row(f"ct-w8a8-{kind}", INT8, BOUND_INT8, "bfloat16", kind) for kind in ("mixtral", "qwen3_moe")),
     Row("ct-w4-and-w8a8", {**INT8, "overrides": (
         {"match": "*.mlp.*", "bits": 4, "group_size": 128, "activations": "none"},)}, BOUND_INT8, "bfloat16"),
     # What an allocation gives: schemes that differ from linear to linear, some linears left at 16 bits.
@@ -102,6 +106,7 @@ REFUSED = [
     Row("gptq-asym", grid(sym=False, layout="gptq_v2")),
     Row("gptq-w8", grid(8, layout="gptq")),
     Row("gptq-g16", grid(group=16, layout="gptq")),
+    *(Row(f"ct-{kind}", grid(group=32), model=kind) for kind in ("mixtral", "qwen3_moe")),
     Row("gptq-desc_act", {**grid(layout="gptq"), **BY_GROUP}),
 ]
 
@@ -163,13 +168,33 @@ def qwen2(folder: Path) -> Path:
     return saved(model.to(torch.float16), folder)
 
 
+def of_type(kind: str, **more: Any) -> Callable[[Path], Path]:
+    """Makes a random model of another type."""
+
+    def make(folder: Path) -> Path:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            kind, vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+            tie_word_embeddings=False, initializer_range=0.1, max_position_embeddings=512, **more,
+        )  # fmt: skip
+        return saved(AutoModelForCausalLM.from_config(config, dtype=torch.float16), folder)
+
+    return make
+
+
 def saved(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
     return folder
 
 
-MODELS = {"tiny": tiny, "untied": untied, "qwen2": qwen2}
+MODELS = {
+    "tiny": tiny, "untied": untied, "qwen2": qwen2, "gpt_neox": of_type("gpt_neox"),
+    "mixtral": of_type("mixtral", num_key_value_heads=2, num_local_experts=4),
+    "qwen3_moe": of_type(
+        "qwen3_moe", num_key_value_heads=2, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256
+    ),
+}  # fmt: skip
 
 
 def prompt_ids() -> list[list[int]]:
