@@ -9,6 +9,7 @@
         DiskError                 what was to be written could not be: a full, read-only or failing disk
       ArchitectureError           a model whose blocks or linears we cannot find
       QuantizationError           the arithmetic failed: NaN, Inf, nothing quantized
+      ParallelError               another process of the same run failed or cannot be reached
       FormatError                 numbers that a file layout cannot hold, or bytes it cannot mean
       ProofError                  what lies on disk is not what the algorithm returned
 
@@ -61,6 +62,10 @@ class ArchitectureError(LlmquantError):
 
 class QuantizationError(LlmquantError):
     """Quantization produced, or was given, numbers that cannot be right."""
+
+
+class ParallelError(LlmquantError):
+    """Another process of the same run failed or cannot be reached."""
 
 
 class FormatError(LlmquantError):

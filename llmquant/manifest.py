@@ -104,6 +104,7 @@ class Manifest(_Strict):
     device: str
     dtype: str
     threads: int
+    processes: int = 1
     versions: dict[str, str]
     bits_per_weight: float
     rotation: RotationEntry | None = None

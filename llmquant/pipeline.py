@@ -12,7 +12,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ from llmquant.manifest import (
     versions,
 )
 from llmquant.outcome import Outcome
+from llmquant.parallel import ALONE, World
 from llmquant.plan import Sizes
 from llmquant.recipe import Recipe
 from llmquant.resume import SavedRun, finished_before, state_of
@@ -58,6 +59,7 @@ from llmquant.selection import Selection, linears_of, select
 from llmquant.skeleton import empty_model, read_tokenizer
 from llmquant.sources import Documents, read_documents
 from llmquant.spilling import must_spill
+from llmquant.together import assist, check_together
 from llmquant.tuning import TuneReport
 from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, walk
 
@@ -78,6 +80,7 @@ class QuantizeOptions:
         restart: begin anew even if there is something to continue.
         max_memory: bytes of RAM to stay under by keeping hidden states in files; None: what the machine has left.
         log: file for one JSON line per module, block and turn of the run; None: none.
+        world: the processes that do it together, each with the same arguments; see :mod:`llmquant.parallel`.
     """
 
     device: str = "cpu"
@@ -90,6 +93,7 @@ class QuantizeOptions:
     restart: bool = False
     max_memory: int | None = None
     log: Path | None = None
+    world: World = ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +160,7 @@ def quantize(
     refuse_quantized(original)
     reader = rotated(original, recipe)
     refuse_source(destination, reader.path)
-    device, dtype = parse_device(options.device), parse_dtype(options.dtype, auto=torch.float32)
+    device, dtype = parse_device(options.world.device(options.device)), parse_dtype(options.dtype, auto=torch.float32)
     skeleton = empty_model(reader, dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
     layout = _layout(recipe.format)
@@ -167,20 +171,25 @@ def quantize(
     calibration = calibration_of(reader, recipe, options, skeleton)
     if calibration is not None:
         events.on_calibration(calibration)
-    plan = WalkPlan(skeleton, architecture, reader, selection.specs, recipe, device, dtype, selection.head)
+    plan = WalkPlan(skeleton, architecture, reader, selection.specs, recipe, device, dtype, selection.head, options.world)
     work = _Work(Path(output), os.fspath(model), original, plan, layout, selection, calibration, options, events)
     facts = fingerprint(reader, recipe, calibration, device, dtype, options.max_shard_size)
-    before = None if options.restart else finished_before(destination, facts)
+    check_together(plan, work.windows, destination, restart=options.restart)
+    if not plan.world.first:
+        with deterministic(recipe.seed):
+            assist(plan, work.windows, destination, spill=work.spill)
+            return work.told(None)
+    before = None if options.restart or plan.world.size > 1 else finished_before(destination, facts)
     if before is not None:
         return work.result(before, work.total, sum(i.nbytes for i in CheckpointReader(destination).tensors.values()))
     with deterministic(recipe.seed), CheckpointWriter(
         output, max_shard_size=options.max_shard_size, overwrite=options.overwrite,
         keep=state_of(destination).exists() and not options.restart,
     ) as writer, SavedRun(
-        writer, facts, work.total, device, enabled=options.resume, restart=options.restart, spill=work.spill,
+        writer, facts, work.total, device, enabled=work.keeps_state, restart=options.restart, spill=work.spill,
     ) as run, RunLog(options.log, append=run.blocks > 0) as log:  # fmt: skip
         work.run(writer, run, log)
-    return work.result(run.outcome, run.resumed, writer.total_bytes)
+    return work.told(work.result(run.outcome, run.resumed, writer.total_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +220,19 @@ class _Work:
         return self.blocks + (self.plan.head is not None)
 
     @property
+    def keeps_state(self) -> bool:
+        return self.options.resume and self.plan.world.size == 1
+
+    @property
     def spill(self) -> bool:
-        return must_spill(self.plan, self.windows, self.options.max_memory)
+        return must_spill(self.plan, self.plan.world.mine(self.windows), self.options.max_memory, self.plan.world.local)
 
     def run(self, writer: CheckpointWriter, run: SavedRun, log: RunLog) -> None:
         run.bytes_expected = self._bytes_expected()
         log.start(self.plan.recipe, run, self.plan.device)
+        if self.plan.world.size > 1:
+            kept = "; a run of several processes keeps nothing to continue from" if self.options.resume else ""
+            self.events.on_note(f"{self.plan.world.size} processes share the work{kept}")
         if run.resumed:
             self.events.on_note(f"continuing behind block {run.resumed} of {run.total} of an interrupted run")
         if run.room.spill:
@@ -239,6 +255,12 @@ class _Work:
             run.proving = False
             run.whole(manifest.to_json())
             writer.publish()
+
+    def told(self, result: QuantizeResult | None) -> QuantizeResult:
+        """The result, which every process of a run has at the end; the others pass None."""
+        found = self.plan.world.told(None if result is None else replace(result, calibration=None))
+        assert found is not None
+        return replace(found, calibration=self.calibration)
 
     def _blocks(self, writer: CheckpointWriter, run: SavedRun, log: RunLog) -> None:
         """Walk through what is not done yet."""
@@ -441,6 +463,7 @@ def _finish(
         device=options.device,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        processes=options.world.size,
         versions=versions(),
         bits_per_weight=outcome.packed_bytes * 8 / weights,
         rotation=RotationEntry(**asdict(reader.report)) if isinstance(reader, RotatedReader) else None,

@@ -109,6 +109,8 @@ def _circumstances(then: Manifest) -> list[str]:
     found = [f"{n} {v} then, {here.get(n, 'none')} now" for n, v in then.versions.items() if here.get(n) != v]
     if then.threads != torch.get_num_threads():
         found.append(f"{then.threads} threads then, {torch.get_num_threads()} now")
+    if then.processes != 1:
+        found.append(f"{then.processes} processes then, 1 now")
     return found
 
 

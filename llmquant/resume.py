@@ -37,6 +37,11 @@ def state_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.resume")
 
 
+def kept_blocks(output: Path) -> int:
+    """Blocks that an interrupted run of this destination finished and kept."""
+    return sum(record["kind"] == "block" for record in _records(state_of(output)))
+
+
 def finished_before(output: Path, facts: Facts) -> Outcome | None:
     """What the run did, if it was killed between giving the folder its name and removing its state; the state is removed then."""
     folder, manifest = state_of(output), output / "manifest.json"

@@ -23,6 +23,7 @@ from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import QuantizationError
 from llmquant.experts import UNSEEN, place_of
 from llmquant.folding import Pair, checked, fold, head_channels, names_of, norm_pairs
+from llmquant.parallel import ALONE, World
 from llmquant.spec import QuantSpec
 
 
@@ -90,6 +91,7 @@ class AWQFinder:
         search: the recipe's scale search.
         options: AWQ's.
         all_experts: as for :func:`llmquant.capture.observe`.
+        world: the processes whose inputs count; each must make a finder.
     """
 
     method = "awq"
@@ -104,8 +106,11 @@ class AWQFinder:
         search: ScaleSearch,
         options: AWQOptions,
         all_experts: bool = False,
+        world: World = ALONE,
     ) -> None:
         self._stats = observe(block, {s[0]: _linear(block, s[0]) for s in sets}, inputs, all_experts)
+        for share in self._stats.values():
+            world.add_up(share)
         self._specs, self._search, self._options = specs, search, options
 
     def unseen(self, pair: Pair) -> bool:

@@ -19,18 +19,19 @@ _SHARE = 0.8  # of the memory that the machine has left, where no limit was give
 _WEIGHT_COPIES, _HESSIAN_COPIES = 6, 4
 
 
-def must_spill(plan: WalkPlan, windows: Sequence[Tensor], limit: int | None) -> bool:
+def must_spill(plan: WalkPlan, windows: Sequence[Tensor], limit: int | None, processes: int = 1) -> bool:
     """Whether hidden states belong in files.
 
     Args:
         plan: the walk.
-        windows: its calibration windows.
+        windows: this process's calibration windows.
         limit: bytes of RAM for the whole process; None: most of what the machine has left.
+        processes: that share this machine.
     """
     if not windows:
         return False
     now = resident()
-    allowed = limit if limit is not None else now + int(available() * _SHARE)
+    allowed = limit if limit is not None else now + int(available() * _SHARE / processes)
     return now + working_set(plan) + states_bytes(plan, windows) > allowed
 
 

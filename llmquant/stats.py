@@ -34,6 +34,11 @@ class InputStats:
     def in_features(self) -> int:
         return self.hessian.shape[0]
 
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """The accumulators themselves: what is added up, in place, over processes."""
+        return self.hessian, self._abs_sum
+
     def add(self, x: Tensor) -> None:
         """Accumulate activations ``[..., in]`` of any float dtype.
 
@@ -83,6 +88,10 @@ class PairStats(InputStats):
     ) -> None:
         super().__init__(in_features, device, dtype)
         self.cross = torch.zeros_like(self.hessian)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return *super().sums, self.cross
 
     def add_pair(self, x: Tensor, original: Tensor) -> None:
         """Accumulate inputs and the original model's, both ``[..., in]``; a row not finite in either is left out.

@@ -47,6 +47,7 @@ from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
 from llmquant.experts import UNSEEN, place_of
 from llmquant.finite import all_finite
+from llmquant.parallel import ALONE, World
 from llmquant.recipe import Recipe
 from llmquant.reference import Reference
 from llmquant.scaling import AWQFinder, BlockScaling, Finder, PairReport, scale_block
@@ -121,7 +122,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class WalkPlan:
-    """What to walk: the meta model, where its tensors are, and the spec of every linear to quantize, by full name."""
+    """What to walk: the meta model, where its tensors are, and the spec of every linear to quantize, by full name.
+
+    Of several processes in a ``world`` each walks with its share of the calibration batches; all hand out the same results.
+    """
 
     model: PreTrainedModel
     architecture: Architecture
@@ -131,6 +135,7 @@ class WalkPlan:
     device: torch.device
     dtype: torch.dtype
     head: str | None = None
+    world: World = ALONE
 
     @property
     def search(self) -> ScaleSearch:
@@ -226,17 +231,13 @@ class _DataFree:
     def block(
         self, index: int, block: nn.Module, prefix: str, names: Sequence[str]
     ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
-        results = {}
-        for name in names:
-            self.announce(index, name)
-            results[name] = self.round_to_nearest(name)
-        return results
+        return self.plan.world.deal(names, lambda name: self.round_to_nearest(index, name))
 
     def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
-        self.announce(self._total - 1, name)
-        return {name: self.round_to_nearest(name)}
+        return self.plan.world.deal([name], lambda n: self.round_to_nearest(self._total - 1, n))
 
-    def round_to_nearest(self, name: str, fallback: str | None = None) -> tuple[QuantizedWeight, ModuleReport]:
+    def round_to_nearest(self, index: int, name: str, fallback: str | None = None) -> tuple[QuantizedWeight, ModuleReport]:
+        self.announce(index, name)
         start = time.perf_counter()
         weight = self.original(name)
         quantized = rtn(weight, self.plan.specs[name], self.plan.search, None, name)
@@ -264,7 +265,7 @@ class _Calibrated(_DataFree):
         blocks = blocks_of(plan.model, plan.architecture)
         calls = Calls()
         with materialized(plan, plan.model, "", outer_names(plan)):
-            first = _first_states(plan, blocks, batched(windows, plan.batch_size), calls)
+            first = _first_states(plan, blocks, plan.world.mine(batched(windows, plan.batch_size)), calls)
             if start == 0:
                 room.name(STREAM, room.scratch(first))
             else:
@@ -284,7 +285,7 @@ class _Calibrated(_DataFree):
         results: dict[str, tuple[QuantizedWeight, ModuleReport]] = {}
         with materialized(self.plan, block, f"{prefix}."):
             linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
-            sets = stages(block, linears, self.inputs[0], self.plan.all_experts) if linears else []
+            sets = self.plan.world.told(stages(block, linears, self.inputs[0], self.plan.all_experts)) if linears else []
             self._scale(index, block, prefix, sets)
             # After scaling, which leaves the block's function alone: its originals must fit the norms that now stand in it.
             if self.reference is not None:
@@ -312,9 +313,21 @@ class _Calibrated(_DataFree):
             return
         config = self.plan.model.config.get_text_config()
         heads: int = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1) or 1
-        self.scaling = scale_block(
-            block, prefix, sets, self.inputs, self.plan.reader, self.plan.architecture, heads, find
-        )
+        if self.plan.world.first:
+            self.scaling = scale_block(
+                block, prefix, sets, self.inputs, self.plan.reader, self.plan.architecture, heads, find
+            )
+        self._share_scaling(block, prefix)
+
+    def _share_scaling(self, block: nn.Module, prefix: str) -> None:
+        """Give every process what the first one found, in the block too."""
+        if self.plan.world.size == 1:
+            return
+        names = [name.removeprefix(f"{prefix}.") for name in (*self.scaling.weights, *self.scaling.changed)]
+        found = self.scaling, {name: block.get_parameter(name).data for name in names}
+        self.scaling, values = self.plan.world.told(found)
+        for name, value in values.items():
+            block.get_parameter(name).data.copy_(value)
 
     def _finder(self, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]) -> Finder | None:
         """The recipe's search for channel scales; None where it wants none or has nothing to scale for."""
@@ -326,12 +339,19 @@ class _Calibrated(_DataFree):
             names = (f"{prefix}.{m}" for s in sets for m in s)
             int8 = frozenset(n for n in names if plan.recipe.weights_of(n).activations == "int8-dynamic")
             return SmoothFinder(block, sets, self.inputs, plan.specs, int8, plan.search, smooth, plan.all_experts)
-        return None if awq is None else AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq, plan.all_experts)
+        if awq is None:
+            return None
+        return AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq, plan.all_experts, plan.world)
 
     def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear]) -> Mapping[str, InputStats]:
+        stats: Mapping[str, InputStats]
         if self._pairs is None:
-            return observe(block, wanted, self.inputs, self.plan.all_experts)
-        return self._pairs.observe(block, wanted, self.inputs, self.plan.all_experts)
+            stats = observe(block, wanted, self.inputs, self.plan.all_experts)
+        else:
+            stats = self._pairs.observe(block, wanted, self.inputs, self.plan.all_experts)
+        for share in stats.values():
+            self.plan.world.add_up(share)
+        return stats
 
     def _tuned(
         self, index: int, block: nn.Module, prefix: str, results: dict[str, tuple[QuantizedWeight, ModuleReport]]
@@ -373,6 +393,7 @@ class _Calibrated(_DataFree):
         with materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
             for batch in self.inputs:
                 stats.add(norm(batch.hidden))
+        self.plan.world.add_up(stats)
         return self.quantize_set(self._total - 1, [name], stats)
 
     def quantize_set(
@@ -380,15 +401,18 @@ class _Calibrated(_DataFree):
     ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
         """Quantize linears that share an input: one Hessian, one factorization."""
         if stats.tokens == 0 and stats.dropped == 0 and place_of(self.plan.model, names[0]):
-            return {name: self.round_to_nearest(name, UNSEEN) for name in names}
+            return self.plan.world.deal(names, lambda name: self.round_to_nearest(index, name, UNSEEN))
         if stats.tokens == 0:
             raise QuantizationError(f"{names[0]} saw no finite calibration token ({stats.dropped} dropped)")
-        factor = factorize(stats.hessian, self.plan.gptq_options, names[0]) if self.plan.recipe.method == "gptq" else None
-        results = {}
-        for name in names:
+        world, factor = self.plan.world, None
+        if self.plan.recipe.method == "gptq" and world.mine(names):
+            factor = factorize(stats.hessian, self.plan.gptq_options, names[0])
+
+        def rounded(name: str) -> tuple[QuantizedWeight, ModuleReport]:
             self.announce(index, name)
-            results[name] = self._with_stats(name, stats, factor)
-        return results
+            return self._with_stats(name, stats, factor)
+
+        return world.deal(names, rounded)
 
     def _with_stats(self, name: str, stats: InputStats, factor: Factor | None) -> tuple[QuantizedWeight, ModuleReport]:
         start = time.perf_counter()

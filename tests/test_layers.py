@@ -20,6 +20,7 @@ LAYERS = (
     ("errors",),
     ("spec", "finite", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
     ("weight", "bitpack", "stats", "activations", "orthogonal", "experts"),
+    ("parallel",),
     ("algorithms", "formats", "kernels"),
     ("destination",),
     ("journal",),
@@ -30,11 +31,12 @@ LAYERS = (
     ("calibration", "walk", "loading", "inspection", "card"),
     ("plan", "conversion", "integration", "resident", "outcome", "fingerprint", "spilling"),
     ("resume",),
-    ("runlog",),
+    ("runlog", "together"),
     ("sensitivity", "forecast"),
     ("pipeline", "choices"),
     ("repetition", "allocation", "timing"),
     ("cli",),
+    ("__main__",),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # What the packages above may import beside the names of ``llmquant`` itself: the exceptions, which cost no torch.

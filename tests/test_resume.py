@@ -331,7 +331,7 @@ PLACES: list[Any] = [
     pytest.param((ShardWriter, "add"), 30, id="a tensor"),
     pytest.param((ShardWriter, "sync"), 2, id="tensors made durable"),
     pytest.param((ShardWriter, "finish"), 1, id="a shard put together"),
-    pytest.param((resume.Journal, "append"), 2, id="the journal"),
+    pytest.param((resume.Journal, "append"), 3, id="the journal"),
     pytest.param((Room, "save"), 2, id="hidden states"),
     pytest.param((CheckpointWriter, "copy_side_files"), 1, id="side files"),
 ]

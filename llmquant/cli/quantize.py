@@ -117,9 +117,15 @@ def quantize_command(
         raise UsageError(f"--act-order is of GPTQ, and the method is {chosen.method}; leave one of them out")
     from llmquant.allocation import AllocateOptions, allocate
     from llmquant.destination import check_destination
-    from llmquant.pipeline import QuantizeOptions, quantize
+    from llmquant.parallel import World, joined
+    from llmquant.pipeline import Events, QuantizeOptions, quantize
+
+    world = World.of()
+    quiet = quiet or not world.first
 
     if target_bpw is not None:
+        if world.size > 1:
+            raise UsageError("--target-bpw chooses in one process; run `llmquant allocate` first and give its recipe")
         if bits is not None or group_size is not None:
             raise UsageError("--target-bpw chooses bits and group sizes itself; leave out --bits and --group-size")
         check_destination(output.absolute(), overwrite)
@@ -138,12 +144,14 @@ def quantize_command(
     options = QuantizeOptions(
         device=device, dtype=dtype, overwrite=overwrite, max_shard_size=max_shard_size, base_model=base_model,
         evaluation=eval_text, resume=resume, restart=restart, max_memory=limit,
-        log=log or output.absolute().with_name(f"{output.absolute().name}.quantize.log.jsonl"),
+        world=world, log=log or output.absolute().with_name(f"{output.absolute().name}.quantize.log.jsonl"),
     )  # fmt: skip
     started = time.perf_counter()
-    with stoppable(), progress(hidden=quiet or as_json) as events:
-        result = quantize(model, output, chosen, options, events)
+    with joined(world), stoppable(), progress(hidden=quiet or as_json) as events:
+        result = quantize(model, output, chosen, options, events if world.first else Events())
     seconds = time.perf_counter() - started
+    if not world.first:
+        return
     if as_json:
         sys.stdout.write(json.dumps(_as_dict(result, seconds)) + "\n")
     elif not quiet:

@@ -81,11 +81,8 @@ TAKEN = [
       for layout in ("compressed-tensors", "gptq", "awq")),
     *(Row(f"{layout}-biases", grid(layout=layout), model="qwen2") for layout in ("compressed-tensors", "gptq", "awq")),
     *(Row(f"{layout}-gpt_neox", grid(layout=layout), model="gpt_neox") for layout in ("compressed-tensors", "gptq", "awq")),
-    *(Row(f"{layout}-{kind}", grid(group=32, layout=layout), model=kind)
-      for kind in ("mixtral", "qwen3_moe") for layout in ("gptq", "awq")),
     # At float16 this build's int8 kernel aborts ("scale_C: scalar path not implemented"), so int8 is compared at bfloat16.
     Row("ct-w8a8", INT8, BOUND_INT8, "bfloat16"),
-    *(Row(f"ct-w8a8-{kind}", INT8, BOUND_INT8, "bfloat16", kind) for kind in ("mixtral", "qwen3_moe")),
     Row("ct-w4-and-w8a8", {**INT8, "overrides": (
         {"match": "*.mlp.*", "bits": 4, "group_size": 128, "activations": "none"},)}, BOUND_INT8, "bfloat16"),
     # What an allocation gives: schemes that differ from linear to linear, some linears left at 16 bits.

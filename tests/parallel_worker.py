@@ -1,0 +1,47 @@
+"""What one process of a world does in test_parallel.py: ``torchrun … parallel_worker.py REQUEST.json``.
+
+Each run goes to the folder that the request names; what the last, deliberately failing one raised in each process goes to
+``error-RANK.txt`` beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmquant import walk
+from llmquant.errors import LlmquantError, QuantizationError
+from llmquant.manifest import read_manifest
+from llmquant.parallel import World, joined
+from llmquant.pipeline import QuantizeOptions, quantize
+from llmquant.recipe import Recipe
+
+
+def _fail(*_: Any) -> Any:
+    raise QuantizationError("deliberate")
+
+
+def work(world: World, request: dict[str, Any]) -> None:
+    """The runs of a request, one after the other."""
+    for run in request["runs"]:
+        options = QuantizeOptions(world=world, max_memory=run["max_memory"])
+        result = quantize(request["model"], run["output"], Recipe.model_validate(run["recipe"]), options)
+        assert {m.name for m in result.modules} == set(read_manifest(result.path).modules), "every process has the whole result"
+    failing = request["failing"]
+    if world.rank == 1:
+        walk.observe = _fail
+    try:
+        quantize(request["model"], failing["output"], Recipe.model_validate(failing["recipe"]), QuantizeOptions(world=world))
+    except LlmquantError as e:
+        told = Path(failing["output"]).with_name(f"error-{world.rank}.txt")
+        told.write_text(f"{type(e).__name__}: {e}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        with joined(World.of()) as world:
+            work(world, json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    except LlmquantError as e:
+        sys.exit(str(e))
