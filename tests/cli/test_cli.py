@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import pytest
+from children import heeds_interrupts
 
 from llmquant.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
 from llmquant.cli import main
@@ -475,7 +476,8 @@ def test_interrupted_it_says_how_to_continue(tmp_path: Path, number: signal.Sign
         "--nsamples", "64", "--seqlen", "512",
     ]  # fmt: skip
     command = [sys.executable, "-c", "from llmquant.cli import main; main()", *map(str, args)]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeds_interrupts)
     deadline, log = time.monotonic() + 120, tmp_path / "a" / "out.quantize.log.jsonl"
     while running.poll() is None and time.monotonic() < deadline:
         if log.is_file() and '"event": "block"' in log.read_text(encoding="utf-8"):

@@ -17,6 +17,7 @@ from typing import Any
 
 import board_kit as kit
 import pytest
+from children import heeds_interrupts
 
 from llmquant_eval.leaderboard import make_boards
 from llmquant_eval.leaderboard_app import HOST, table
@@ -34,14 +35,18 @@ def results(tmp_path: Path) -> Path:
 def address(results: Path) -> Iterator[str]:
     """Of the running app."""
     command = [*COMMAND, str(results), "--serve", "--port", "0", "--title", "Ours"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeds_interrupts) as running:
         assert running.stdout is not None
         said = running.stdout.readline()
         try:
             yield next(word for word in said.split() if word.startswith("http"))
         finally:
             running.send_signal(signal.SIGINT)
-            running.communicate(timeout=60)
+            try:
+                running.communicate(timeout=60)
+            finally:
+                running.kill()
 
 
 def test_numbers_stay_numbers() -> None:
