@@ -39,7 +39,7 @@ leaderboard: setup  ## measure what eval/results lacks (a new or changed recipe)
 	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/tiny-llama.yaml --missing --cache out/suites
 
 test: setup  ## all tests but those of the real vLLM
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not vllm"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm"
 
 vllm-env: .venv-vllm/.installed  ## the real vLLM (CPU build) in an environment of its own, 2 GB
 
