@@ -1,6 +1,6 @@
 """Quality of llmquant beside its peers: the same model, calibration windows, grid and evaluation for every tool.
 
-Each cell is one (tool, grid, seed): the tool quantizes in a process of its own, whose wall time and highest resident set are
+Each cell is one (tool, grid, seed): the tool quantizes in a process of its own, whose processor time and highest resident set are
 taken (interpreter and imports included, for all alike); ``llmquant eval`` then measures the folder, whoever wrote it, in
 float32 with dequantized weights, so that only the quantization differs. A cell is written when it is done: run again, and only
 what is missing is measured. Ours and the peers' calibration windows of one seed are the same token ids.
@@ -9,9 +9,8 @@ what is missing is measured. Ours and the peers' calibration windows of one seed
     python bench/quality.py table > docs/quality.md
 
 ``--tools``, ``--grids`` and ``--seeds`` narrow it down. The table gives the mean over seeds and, where there are several, the
-range. CPU seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones) hardly depend on what else the machine
-does and are always kept. Wall seconds do, so they are kept only where ``--timing`` was given, on a machine that does nothing
-else; a later run with it adds them to the cells that lack them.
+range. Cost is counted in processor seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which hardly
+depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,16 +112,14 @@ def peer(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> li
 
 
 def quantized(command: Sequence[str], log: Path) -> dict[str, float]:
-    """Run a tool; its wall and CPU seconds and the highest resident set of its process, in bytes."""
-    began = time.perf_counter()
+    """Run a tool; its CPU seconds and the highest resident set of its process, in bytes."""
     with log.open("wb") as out:
         child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise SystemExit(f"{' '.join(command)} ended with {child.returncode}:\n{log.read_text(errors='replace')[-2000:]}")
-    wall, cpu = time.perf_counter() - began, usage.ru_utime + usage.ru_stime
-    return {"seconds": round(wall, 2), "cpu_seconds": round(cpu, 2), "peak_bytes": usage.ru_maxrss * 1024}
+    return {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2), "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def evaluated(folder: Path, setting: Setting) -> dict[str, float]:
@@ -149,11 +145,11 @@ def run(args: argparse.Namespace) -> None:
         known = {(c["tool"], c["grid"], c["seed"], c["model"]): c for c in report["cells"]}
         for tool, grid, seed in wanted(args, environments):
             found = known.get((tool, grid, seed, Path(args.model).name))
-            if found is not None and "cpu_seconds" in found and ("seconds" in found or not args.timing):
+            if found is not None and "cpu_seconds" in found:
                 continue
             if found is not None:
                 report["cells"].remove(found)
-            report["cells"].append(cell(tool, grid, seed, setting, args.timing))
+            report["cells"].append(cell(tool, grid, seed, setting))
             report["settings"][Path(args.model).name] = shared(args)
             partial = args.out.with_suffix(".partial")
             partial.write_text(json.dumps(report, indent=1) + "\n")
@@ -179,13 +175,11 @@ def wanted(args: argparse.Namespace, environments: dict[str, str]) -> list[tuple
     return [(t, g, s) for s in seeds for g in grids for t in tools if s == seeds[0] or not t.endswith(" rtn")]
 
 
-def cell(tool: str, grid: str, seed: int, setting: Setting, timing: bool) -> dict[str, Any]:
-    """One measured cell; its wall seconds only with ``timing``."""
+def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
+    """One measured cell."""
     output = setting.scratch / "model"
     command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
     cost = quantized(command, setting.scratch / "log")
-    if not timing:
-        del cost["seconds"]
     found = {"tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name, **cost, **evaluated(output, setting)}
     shutil.rmtree(output)
     print(json.dumps(found), file=sys.stderr, flush=True)
@@ -229,15 +223,15 @@ def _row(tool: str, cells: Sequence[dict[str, Any]]) -> str:
     )
 
 
-_COST = (("cpu_seconds", 1, 0), ("seconds", 1, 0), ("peak_bytes", 1e9, 2))
+_COST = (("cpu_seconds", 1, 0), ("peak_bytes", 1e9, 2))
 _HEAD = """# Quality beside other tools
 
 Rendered by `python bench/quality.py table` from `bench/results/quality.json`; how it is measured stands in `bench/quality.py`.
 KL is the mean over tokens of KL(original ‖ quantized) in nats, averaged over calibration seeds, with the range over seeds in
-brackets. "CPU s" is the processor time of the quantizing process with one thread, start and imports included, "s" its wall time
-where the machine did nothing else, GB its highest resident set."""
-_COLUMNS = """| tool | KL | KL p99 | perplexity ratio | top-1 | bits per weight | CPU s | s | GB | seeds |
-|---|---|---|---|---|---|---|---|---|---|"""
+brackets. "CPU s" is the processor time of the quantizing process with one thread, start and imports included, GB its highest
+resident set."""
+_COLUMNS = """| tool | KL | KL p99 | perplexity ratio | top-1 | bits per weight | CPU s | GB | seeds |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
@@ -254,7 +248,6 @@ def main() -> None:
     first.add_argument("--tools")
     first.add_argument("--grids")
     first.add_argument("--seeds", default="0,1,2")
-    first.add_argument("--timing", action="store_true", help="keep seconds and memory; give the machine nothing else to do")
     first.set_defaults(run=run)
     second = commands.add_parser("table", help="render the results")
     second.set_defaults(run=table)
