@@ -10,12 +10,15 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from llmquant.checkpoint import SIDE_FILES, CheckpointReader, read_json
 from llmquant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # a plan looks at headers only, and does not wait for it
 
 log = logging.getLogger(__name__)
 

@@ -49,7 +49,6 @@ def plan_command(
     from llmquant.devices import parse_dtype
     from llmquant.forecast import forecast
     from llmquant.plan import make_plan
-    from llmquant.timing import time_blocks
 
     changes = {
         "weights.bits": bits, "weights.group_size": group_size, "weights.symmetric": sym, "format": layout,
@@ -63,6 +62,7 @@ def plan_command(
     timing = None
     if measure:
         from llmquant.pipeline import QuantizeOptions
+        from llmquant.timing import time_blocks
 
         timing = time_blocks(model, chosen, QuantizeOptions(device=device, dtype=dtype))
     if as_json:

@@ -444,6 +444,16 @@ def test_help_does_not_pay_for_torch() -> None:
     assert "--group-size" in ran.stdout
 
 
+def test_a_plan_waits_for_torch_only(model: Path) -> None:
+    code = (
+        f"import sys\nfrom llmquant.cli import main\nsys.argv = ['llmquant', 'plan', {str(model)!r}, '--group-size', '32']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'transformers', 'datasets', 'accelerate'} & sys.modules.keys()))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_closed_pipe_and_a_full_stdout_are_no_tracebacks() -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         ran = subprocess.run(
