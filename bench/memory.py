@@ -14,6 +14,7 @@ The tokenizer is the example model's: its ids are below the models' vocabulary, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -124,17 +125,14 @@ def quantized(model: Path, output: Path, options: tuple[str, ...]) -> dict[str, 
     """Run the command line; its peaks in bytes and its seconds."""
     note = output.with_name("status")
     command = [sys.executable, "-c", _CHILD, "quantize", str(model), "-o", str(output), "--quiet", *options, str(note)]
-    child = subprocess.Popen(command)
-    anonymous = 0
-    try:
-        for now in watched(psutil.Process(child.pid)):
-            anonymous = max(anonymous, now)
+    with contextlib.ExitStack() as ending:
+        child = subprocess.Popen(command)
+        ending.callback(child.kill)  # of a process that ended, nothing
+        anonymous = max(watched(psutil.Process(child.pid)), default=0)
         _, status, usage = os.wait4(child.pid, 0)
-    except BaseException:
-        child.kill()
-        raise
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"{' '.join(command[3:])} ended with {os.waitstatus_to_exitcode(status)}")
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        raise SystemExit(f"{' '.join(command[3:])} ended with {child.returncode}")
     (peak,) = (int(line.split()[1]) * 1024 for line in note.read_text().splitlines() if line.startswith("VmHWM:"))
     return {
         "peak_rss_bytes": peak, "peak_anonymous_bytes": anonymous,

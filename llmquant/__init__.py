@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmquant.repetition import Comparison, rerun
     from llmquant.sources import Documents, read_documents
     from llmquant.spec import QuantSpec
+    from llmquant.usage import peak_resident_bytes, resident_bytes
     from llmquant.weight import QuantizedWeight
 
 _HOMES = {
@@ -55,6 +56,8 @@ _HOMES = {
     "Documents": "sources",
     "read_documents": "sources",
     "QuantSpec": "spec",
+    "peak_resident_bytes": "usage",
+    "resident_bytes": "usage",
     "QuantizedWeight": "weight",
 }
 
@@ -79,10 +82,12 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
+    "peak_resident_bytes",
     "quantize",
     "read_documents",
     "register_with_transformers",
     "rerun",
+    "resident_bytes",
     "resolve",
     "shipped_recipes",
     "unregister_from_transformers",

@@ -275,15 +275,15 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         # An interrupt may come at any moment up to the return: whoever asked for the folder is not there yet to remove it.
         try:
-            self._lock = lock_folder(self.partial)
-            if not self.keep:
-                self.clear()
-            return self
-        except BaseException as e:
-            self._leave_nothing()
-            if isinstance(e, OSError):
-                raise CheckpointError(f"cannot write beside {self.path}: {e.strerror or e}; choose another -o") from e
-            raise
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._leave_nothing)
+                self._lock = lock_folder(self.partial)
+                if not self.keep:
+                    self.clear()
+                undo.pop_all()
+                return self
+        except OSError as e:
+            raise CheckpointError(f"cannot write beside {self.path}: {e.strerror or e}; choose another -o") from e
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if kind is not None:

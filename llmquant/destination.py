@@ -123,16 +123,14 @@ def lock_folder(folder: Path) -> int:
         if folder.is_symlink():
             folder.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as opened:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            opened.callback(os.close, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise UsageError(f"another llmquant is at work in {folder}; wait for it, or choose another -o") from e
             # Who held it until now may have removed or renamed it meanwhile.
             if folder.exists() and folder.stat().st_ino == os.fstat(fd).st_ino:
+                opened.pop_all()
                 return fd
-        except BlockingIOError as e:
-            os.close(fd)
-            raise UsageError(f"another llmquant is at work in {folder}; wait for it, or choose another -o") from e
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)

@@ -237,24 +237,23 @@ class _Work:
             self.events.on_note(f"continuing behind block {run.resumed} of {run.total} of an interrupted run")
         if run.room.spill:
             self.events.on_note(f"hidden states are kept in {run.folder}: they do not fit in memory")
-        with log.ending(run):
-            self._blocks(writer, run, log)
-            self.events.on_phase("writing")
-            log.phase("writing")
-            if not run.weights_done:
-                rest = Outcome()
-                _copy(self.plan.reader, writer, run.outcome, rest, self._left(run.outcome), {})
-                writer.next_shard()
-                run.all_written(rest)
-            writer.finish_weights()
-            manifest = self._finish(writer, run.outcome)
-            self.events.on_phase("proving")
-            log.phase("proving")
-            run.proving = True
-            _prove(writer, self.plan.reader, self.layout, run.outcome, manifest)
-            run.proving = False
-            run.whole(manifest.to_json())
-            writer.publish()
+        self._blocks(writer, run, log)
+        self.events.on_phase("writing")
+        log.phase("writing")
+        if not run.weights_done:
+            rest = Outcome()
+            _copy(self.plan.reader, writer, run.outcome, rest, self._left(run.outcome), {})
+            writer.next_shard()
+            run.all_written(rest)
+        writer.finish_weights()
+        manifest = self._finish(writer, run.outcome)
+        self.events.on_phase("proving")
+        log.phase("proving")
+        run.proving = True
+        _prove(writer, self.plan.reader, self.layout, run.outcome, manifest)
+        run.proving = False
+        run.whole(manifest.to_json())
+        writer.publish()
 
     def told(self, result: QuantizeResult | None) -> QuantizeResult:
         """The result, which every process of a run has at the end; the others pass None."""
@@ -271,8 +270,6 @@ class _Work:
             _write_block(block, self.plan.architecture.blocks, self.plan.reader, writer, self.layout, self.selection, done)
             run.block_done(done)
             log.block(run, done)
-            # Nothing draws from the global generator today; if something will, a continued run must draw the same.
-            torch.manual_seed(self.plan.recipe.seed + run.blocks)
 
     def _left(self, outcome: Outcome) -> list[str]:
         return [n for n in self.plan.reader.tensors if n not in outcome.copied]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -23,11 +22,11 @@ from llmquant.manifest import versions
 from llmquant.outcome import Outcome
 from llmquant.recipe import Recipe
 from llmquant.resume import SavedRun
-from llmquant.usage import peak, resident
+from llmquant.usage import peak_resident_bytes, resident_bytes
 
 
 class RunLog:
-    """Writes to ``path``, or nowhere; line by line, so that it can be followed.
+    """Writes to ``path``, or nowhere; line by line, so that it can be followed. Leaving it notes how the run ended.
 
     Raises (all methods):
         DiskError: the disk refused.
@@ -37,14 +36,28 @@ class RunLog:
         self._path, self._mode = path, "a" if append else "w"
         self._file: IO[Any] | None = None
         self._device = torch.device("cpu")
+        self._run: SavedRun | None = None
         self._begun = self._block_begun = time.monotonic()
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
+        try:
+            self._ended(error)
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def _ended(self, error: BaseException | None) -> None:
+        if self._run is None:
+            return
+        if error is None:
+            self._write("done", seconds=round(time.monotonic() - self._begun, 3), peak_bytes=peak_resident_bytes())
+            return
+        event = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with suppress(DiskError):  # the full disk that ended the run refuses this line too
+            self._write(event, finished=self._run.blocks, error=str(error) or type(error).__name__)
 
     def _write(self, event: str, **facts: Any) -> None:
         if self._path is None:
@@ -60,7 +73,7 @@ class RunLog:
 
     def start(self, recipe: Recipe, run: SavedRun, device: torch.device) -> None:
         """The run begins, or goes on behind ``run.resumed`` blocks."""
-        self._device = device
+        self._run, self._device = run, device
         self._write(
             "start", recipe_sha256=recipe.sha256(), blocks=run.total, finished_before=run.resumed, spilled=run.room.spill,
             device=str(device), threads=torch.get_num_threads(), versions=versions(),
@@ -79,7 +92,8 @@ class RunLog:
         tuned = [{"before": t.before, "after": t.after, "step": t.step, "steps": t.steps} for t in done.tuned.values()]
         self._write(
             "block", block=run.blocks, of=run.total, seconds=round(now - self._block_begun, 4),
-            left_seconds=round(each * (run.total - run.blocks), 1), resident_bytes=resident(), peak_bytes=peak(),
+            left_seconds=round(each * (run.total - run.blocks), 1), resident_bytes=resident_bytes(),
+            peak_bytes=peak_resident_bytes(),
             **({"device_peak_bytes": torch.cuda.max_memory_allocated(self._device)} if self._device.type == "cuda" else {}),
             **({"tuned": tuned[0]} if tuned else {}),
         )  # fmt: skip
@@ -87,16 +101,4 @@ class RunLog:
 
     def phase(self, name: str) -> None:
         """What comes behind the blocks."""
-        self._write(name, peak_bytes=peak())
-
-    @contextmanager
-    def ending(self, run: SavedRun) -> Iterator[None]:
-        """Note how it ends."""
-        try:
-            yield
-        except BaseException as e:
-            event = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
-            with suppress(DiskError):  # the full disk that ended the run refuses this line too
-                self._write(event, finished=run.blocks, error=str(e) or type(e).__name__)
-            raise
-        self._write("done", seconds=round(time.monotonic() - self._begun, 3), peak_bytes=peak())
+        self._write(name, peak_bytes=peak_resident_bytes())

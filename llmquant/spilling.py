@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from llmquant.architectures import blocks_of
-from llmquant.usage import available, resident
+from llmquant.usage import available_bytes, resident_bytes
 from llmquant.walk import WalkPlan
 
 _SHARE = 0.8  # of the memory that the machine has left, where no limit was given
@@ -30,8 +30,8 @@ def must_spill(plan: WalkPlan, windows: Sequence[Tensor], limit: int | None, pro
     """
     if not windows:
         return False
-    now = resident()
-    allowed = limit if limit is not None else now + int(available() * _SHARE / processes)
+    now = resident_bytes()
+    allowed = limit if limit is not None else now + int(available_bytes() * _SHARE / processes)
     return now + working_set(plan) + states_bytes(plan, windows) > allowed
 
 

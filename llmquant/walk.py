@@ -56,7 +56,7 @@ from llmquant.spec import QuantSpec
 from llmquant.states import Room
 from llmquant.stats import InputStats, PairStats
 from llmquant.tuning import TuneReport, tune_block
-from llmquant.usage import peak
+from llmquant.usage import peak_resident_bytes
 from llmquant.weight import QuantizedWeight
 
 STREAM = "hidden"
@@ -244,7 +244,7 @@ class _DataFree:
         error = _weight_error(weight, quantized)
         seconds = time.perf_counter() - start
         report = ModuleReport(
-            name, quantized.spec, quantized.digest(), error, seconds=seconds, peak=peak(), fallback=fallback
+            name, quantized.spec, quantized.digest(), error, seconds=seconds, peak=peak_resident_bytes(), fallback=fallback
         )
         return quantized, report
 
@@ -433,10 +433,9 @@ class _Calibrated(_DataFree):
             tokens=stats.tokens,
             dropped=stats.dropped,
             seconds=time.perf_counter() - start,
-            peak=peak(),
+            peak=peak_resident_bytes(),
         )
         return quantized, report
-
 
     def _gptq(self, weight: Tensor, stats: InputStats, factor: Factor, spec: QuantSpec, name: str) -> QuantizedWeight:
         """GPTQ with the recipe's refinements around it."""

@@ -81,7 +81,7 @@ def measure(path: Path, dtype: str, device: str, kernel: str, prompt: int, new: 
     import transformers
 
     import llmquant
-    from llmquant_eval.machine import peak_resident_bytes, resident_bytes
+    from llmquant import peak_resident_bytes, resident_bytes
     from llmquant_eval.models import load_model, max_positions
 
     _ = (transformers.AutoModelForCausalLM, llmquant.load)  # lazy modules: import them before the floor is read

@@ -1,16 +1,9 @@
-"""What the figures were measured on: versions and hardware, and the memory of this process.
-
-Peak memory is ``VmHWM`` of ``/proc/self/status`` where there is one. ``ru_maxrss`` looks like the same thing and is
-not: on Linux a child starts with its parent's peak (``execve`` folds the old address space into it), so a small model
-measured by a big process would look big.
-"""
+"""What the figures were measured on: versions and hardware."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-import resource
-import sys
 from pathlib import Path
 
 import psutil
@@ -58,20 +51,3 @@ def hardware(device: str) -> Hardware:
         memory_bytes=psutil.virtual_memory().total,
         accelerator=torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else None,
     )
-
-
-def resident_bytes() -> int:
-    """Resident set of this process now."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak_resident_bytes() -> int:
-    """Highest resident set of this process since it was started."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: ru_maxrss has no such inheritance there
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -201,7 +201,7 @@ def progress(hidden: bool) -> Iterator[Events]:
     )
 
     from llmquant.pipeline import Events
-    from llmquant.usage import peak, resident
+    from llmquant.usage import peak_resident_bytes, resident_bytes
 
     console = screen(stderr=True)
     columns = (
@@ -230,7 +230,7 @@ def progress(hidden: bool) -> Iterator[Events]:
             if not first:  # what an earlier process did says nothing of this one's speed
                 first.append(p.block)
                 progress.reset(task, total=p.blocks, completed=p.block)
-            memory = f"{resident() / 1e9:.1f} GB (peak {peak() / 1e9:.1f})"
+            memory = f"{resident_bytes() / 1e9:.1f} GB (peak {peak_resident_bytes() / 1e9:.1f})"
             progress.update(task, description=p.module, completed=p.block, total=p.blocks, memory=memory)
 
         events = Events(

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from llmquant import peak_resident_bytes, resident_bytes
 from llmquant.errors import LlmquantError
 from llmquant_eval.cost import _Clock, _generate_once, main, measure_apart
-from llmquant_eval.machine import hardware, peak_resident_bytes, resident_bytes, versions
+from llmquant_eval.machine import hardware, versions
 
 
 def test_a_model_is_measured_apart(base_model: Path) -> None:
@@ -82,7 +83,7 @@ def test_the_peak_of_a_child_is_not_its_parent_s() -> None:
     ballast = bytearray(400_000_000)
     ballast[::4096] = b"x" * len(ballast[::4096])
     assert peak_resident_bytes() > 400_000_000
-    code = "from llmquant_eval.machine import peak_resident_bytes as peak; print(peak())"
+    code = "from llmquant import peak_resident_bytes as peak; print(peak())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(child.stdout) < 200_000_000
     del ballast
