@@ -23,24 +23,16 @@ from dataclasses import dataclass
 
 import torch
 
-from llmquant import architectures
-from llmquant.architectures import Architecture
-from llmquant.checkpoint import CheckpointReader
 from llmquant.choices import AllocateOptions, Choice, choices_of, recipe_of_choice
-from llmquant.devices import parse_device, parse_dtype
 from llmquant.errors import SourceError, UsageError
-from llmquant.fit import check_fit
-from llmquant.formats import FORMATS, Format, Scheme
-from llmquant.hub import resolve
+from llmquant.formats import Scheme
 from llmquant.knapsack import Option, Solution, solve, undominated
-from llmquant.pipeline import Events, QuantizeOptions, calibration_of, deterministic, refuse_quantized
+from llmquant.pipeline import Events
+from llmquant.preparation import Prepared, deterministic, prepare
 from llmquant.recipe import Recipe
-from llmquant.rotation import rotated
-from llmquant.selection import Linears, linears_of, select
+from llmquant.selection import select
 from llmquant.sensitivity import Damage, Item, Probe, measure
-from llmquant.skeleton import empty_model
 from llmquant.spec import QuantSpec
-from llmquant.walk import WalkPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,32 +108,20 @@ def allocate(
         CheckpointError, ArchitectureError, QuantizationError: as in ``quantize``.
     """
     events = events or Events()
-    original = CheckpointReader(resolve(model))
-    refuse_quantized(original)
-    reader = rotated(original, recipe)
-    if recipe.format not in FORMATS:
-        raise UsageError(f"format {recipe.format!r} does not exist; choose one of {', '.join(FORMATS)}")
     if recipe.calibration.source is None:
         raise SourceError("an allocation measures on text: give --calibration file:PATH, jsonl:PATH#FIELD or hf:…")
-    layout = FORMATS[recipe.format]
-    device, dtype = parse_device(options.device), parse_dtype(options.dtype, auto=torch.float32)
-    skeleton = empty_model(reader, dtype)
-    architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
-    linears = linears_of(skeleton)
-    choices = choices_of(linears, architecture, recipe, layout, options, reader)
-    _check_layout(choices, linears, architecture, recipe, layout)
+    prepared = prepare(model, recipe, options.device, options.dtype)
+    choices = choices_of(prepared, options)
+    _check_layout(choices, prepared)
     budget = _budget(choices, options.target_bpw)
-    check_fit(reader, skeleton)
-    run = QuantizeOptions(device=options.device, dtype=options.dtype, evaluation=options.evaluation)
-    calibration = calibration_of(reader, recipe, run, skeleton)
+    calibration = prepared.calibration(options.evaluation)
     assert calibration is not None
     events.on_calibration(calibration)
-    plan = WalkPlan(skeleton, architecture, reader, {}, recipe, device, dtype)
     items = [Item(c.block, c.names, tuple(s.spec for s in c.sizes if s is not None)) for c in choices]
     seen, unseen = split_windows(calibration.windows, options.probe_tokens)
     with deterministic(recipe.seed):
-        damages = measure(plan, items, seen, Probe(options.sensitivity, unseen), events.on_progress)
-    return _decide(choices, damages, budget, recipe, options, linears)
+        damages = measure(prepared.plan(None), items, seen, Probe(options.sensitivity, unseen), events.on_progress)
+    return _decide(choices, damages, budget, recipe, options)
 
 
 def split_windows(windows: Sequence[torch.Tensor], tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -158,9 +138,7 @@ def split_windows(windows: Sequence[torch.Tensor], tokens: int) -> tuple[list[to
     return list(windows[:-taken] or windows), list(windows[-taken:])
 
 
-def _check_layout(
-    choices: Sequence[Choice], linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format
-) -> None:
+def _check_layout(choices: Sequence[Choice], prepared: Prepared) -> None:
     """Refuse early what the run would refuse: one allocation with as many different schemes as can be is put to the test.
 
     Raises:
@@ -172,7 +150,8 @@ def _check_layout(
         chosen.append(schemes[i % len(schemes)])
     if all(s is None for s in chosen):
         raise UsageError("the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8")
-    select(linears, architecture, recipe_of_choice(recipe, choices, chosen), layout)
+    trial = recipe_of_choice(prepared.recipe, choices, chosen)
+    select(prepared.linears, prepared.architecture, trial, prepared.layout)
 
 
 def _budget(choices: Sequence[Choice], target: float) -> int:
@@ -205,7 +184,6 @@ def _decide(
     budget: int,
     recipe: Recipe,
     options: AllocateOptions,
-    linears: Linears,
 ) -> Allocation:
     offers = [
         [Option(size, 0.0 if scheme is None else damage[scheme.spec].predicted) for scheme, size in choice.sizes.items()]

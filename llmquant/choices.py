@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmquant.architectures import Architecture
-from llmquant.checkpoint import CheckpointReader
 from llmquant.engines import why_not
 from llmquant.errors import SpecError, UsageError
 from llmquant.formats import Format, Scheme
 from llmquant.plan import Sizes
+from llmquant.preparation import Prepared
 from llmquant.recipe import Recipe, Weights, matches
-from llmquant.selection import Linears
 from llmquant.sensitivity import Kind
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 
@@ -94,14 +93,14 @@ def fused_items(names: Sequence[str], architecture: Architecture) -> list[tuple[
     return [(block, tuple(members)) for (block, _), members in found.items()]
 
 
-def choices_of(
-    linears: Linears,
-    architecture: Architecture,
-    recipe: Recipe,
-    layout: Format,
-    options: AllocateOptions,
-    reader: CheckpointReader,
-) -> list[Choice]:
+def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
+    """Every item of the model with what it may become.
+
+    Raises:
+        UsageError: the recipe selects nothing.
+        SpecError: nothing that is allowed fits an item.
+    """
+    linears, recipe, layout, reader = prepared.linears, prepared.recipe, prepared.layout, prepared.reader
     names = [n for n in linears.shapes if recipe.selects(*linears.names(n))]
     if not names:
         raise UsageError(
@@ -109,7 +108,7 @@ def choices_of(
         )
     sizes = Sizes(layout)
     found = []
-    for block, members in fused_items(names, architecture):
+    for block, members in fused_items(names, prepared.architecture):
         stored = {n: reader.info(f"{n}.weight") for n in members}
         taken: dict[Scheme | None, int] = {}
         for scheme in _schemes(members, recipe, options):

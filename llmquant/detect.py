@@ -7,20 +7,33 @@ of a multimodal config, or the file beside config.json that GPTQ and AWQ tools w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from llmquant.checkpoint import CheckpointReader, read_json
-from llmquant.errors import FormatError, QuantizationError
+from llmquant.errors import FormatError, QuantizationError, UsageError
 from llmquant.formats import Format, Scheme
 from llmquant.formats.zero_points import check_zero_convention, doubtful, refuse_shifted
+from llmquant.hub import resolve
 from llmquant.weight import QuantizedWeight
 
 _KEYS = ("quantization_config", "compression_config")
 _SIDE_FILES = ("quantize_config.json", "quant_config.json")
 _SAMPLE = 4  # modules whose zero-points are judged
+
+
+def unquantized(model: str | os.PathLike[str]) -> CheckpointReader:
+    """A folder's or hub model's checkpoint; raises UsageError if it is quantized."""
+    reader = CheckpointReader(resolve(model))
+    config = quantization_config(reader)
+    if config is not None:
+        raise UsageError(
+            f"{reader.path} is already quantized ({config.get('quant_method')}); give the original FP16 or BF16 model"
+        )
+    return reader
 
 
 def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:

@@ -5,7 +5,8 @@ the code and checked against the kernel's count of real runs (``tests/test_forec
 
 - *embedding*: the tensors outside the blocks in the dtype of the run, beside the largest of them as it is stored;
 - *pass*: a block in the dtype of the run, all hidden states, and what one batch leaves between a block's linears;
-- *statistics* of the widest input: one Hessian (two where the original's inputs are watched too) while a batch is added to it;
+- *statistics* of the widest input, or of several experts: a Hessian each (two where the original's inputs are watched too) while
+  a batch is added to it;
 - *rounding*: that Hessian, its factor, and what making the factor takes; then some float32 copies of one linear;
 - *tuning*: latents, gradients and Adam's two moments for every linear of a block, and activations kept for the backward pass;
 - *copying* a tensor that is not quantized: one mapping of it.
@@ -16,10 +17,13 @@ the code and checked against the kernel's count of real runs (``tests/test_forec
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from llmquant.plan import Plan, PlannedModule
+from llmquant.architectures import Architecture
+from llmquant.checkpoint import TensorInfo
+from llmquant.plan import Plan
 from llmquant.recipe import Recipe
 
 LIBRARIES = 480_000_000
@@ -71,110 +75,158 @@ def forecast(plan: Plan, recipe: Recipe, itemsize: int = 4, max_shard_size: int 
         itemsize: bytes of the dtype in which blocks run.
         max_shard_size: as the run would get it.
     """
-    sizes = _Sizes.of(plan, recipe, itemsize)
-    states = sizes.states if recipe.needs_text else 0
-    phases = {"copying": sizes.largest_copied, "rounding": sizes.data_free_rounding}
-    if recipe.needs_text:
-        phases = {"copying": sizes.largest_copied + states} | {
-            name: nbytes + sizes.block + states for name, nbytes in sizes.calibrated(recipe).items()
-        }
-        phases["embedding"] = sizes.outer * itemsize + sizes.largest_copied + sizes.states_of_one
-    worst = max(phases.values())
+    linears = {m.name: m.shape for m in plan.modules}
+    work = Work.of(plan.source, linears, plan.architecture, plan.hidden, recipe, itemsize)
     shard = min(max_shard_size, plan.tensor_bytes)
     return Forecast(
-        phases={name: nbytes + LIBRARIES for name, nbytes in phases.items()},
-        states=states,
+        phases={name: nbytes + LIBRARIES for name, nbytes in work.phases.items()},
+        states=work.states,
         output=plan.bytes_on_disk,
-        scratch=shard + 2 * states,
-        accelerator=worst - states,
+        scratch=shard + 2 * work.states,
+        accelerator=max(work.phases.values()) - work.states,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Sizes:
-    """What the phases are made of, in bytes unless said otherwise."""
+class Work:
+    """What the phases are made of, in elements unless said otherwise."""
 
-    block: int  # the largest block's parameters at the run's dtype
-    outer: int  # elements of everything outside the blocks and the head
-    largest_copied: int
-    largest_linear: int  # elements
+    block: int  # the largest block
+    outer: int  # everything outside the blocks and the head
+    largest_copied: int  # bytes
+    largest_linear: int
     widest: int  # input columns of the widest linear
     hidden: int
     batch_tokens: int
-    states_of_one: int
-    streams: int
-    itemsize: int
-    source_itemsize: int
-    block_linears: int  # elements of a block's quantized linears
+    tokens: int
+    itemsize: int  # bytes
+    source_itemsize: int  # bytes
+    block_linears: int  # a block's quantized linears
     inputs: tuple[int, ...]  # widths of a block's distinct inputs
+    experts: tuple[tuple[int, ...], ...]  # widths of the inputs of all its experts, for each of their linears with one
+    recipe: Recipe
 
     @classmethod
-    def of(cls, plan: Plan, recipe: Recipe, itemsize: int) -> _Sizes:
+    def of(
+        cls,
+        source: Mapping[str, TensorInfo],
+        linears: Mapping[str, tuple[int, int]],
+        architecture: Architecture,
+        hidden: int,
+        recipe: Recipe,
+        itemsize: int,
+    ) -> Work:
+        """Count.
+
+        Args:
+            source: the original's tensors, as quantization reads them.
+            linears: what is quantized: full name → (out, in).
+            architecture: where blocks and experts are.
+            hidden: width of the hidden states.
+            recipe: what is done; its calibration sizes count, its text does not.
+            itemsize: bytes of the dtype in which blocks run.
+        """
         blocks: dict[str, int] = {}
         outer = 0
-        for name, info in plan.source.items():
-            place = name.removeprefix(f"{plan.blocks}.").partition(".")[0] if name.startswith(f"{plan.blocks}.") else ""
-            if place:
-                blocks[place] = blocks.get(place, 0) + math.prod(info.shape)
-            elif not name.startswith("lm_head."):
+        for name, info in source.items():
+            place = name.removeprefix(f"{architecture.blocks}.")
+            if place != name:
+                index = place.partition(".")[0]
+                blocks[index] = blocks.get(index, 0) + math.prod(info.shape)
+            elif not name.startswith(f"{architecture.head}."):
                 outer += math.prod(info.shape)
-        linears = [m for m in plan.modules if m.name.startswith(f"{plan.blocks}.")] or list(plan.modules)
-        first = [m for m in linears if m.name.startswith(f"{plan.blocks}.{min(blocks, key=int, default='0')}.")]
-        packed = {f"{m.name}.weight" for m in plan.modules}
+        prefix = f"{architecture.blocks}.{min(blocks, key=int, default='0')}."
+        first = {n.removeprefix(prefix): shape for n, shape in linears.items() if n.startswith(prefix)} or linears
         text = recipe.calibration
-        hidden = plan.hidden
-        aims = recipe.tune is not None or (recipe.method == "gptq" and recipe.gptq.asymmetric > 0)
         batch = min(text.batch_size if recipe.tune is None else recipe.tune.batch_size, text.nsamples)
         return cls(
-            block=max(blocks.values(), default=0) * itemsize,
+            block=max(blocks.values(), default=0),
             outer=outer,
-            largest_copied=max((i.nbytes for n, i in plan.source.items() if n not in packed), default=0),
-            largest_linear=max(math.prod(m.shape) for m in plan.modules),
-            widest=max(m.shape[1] for m in plan.modules),
+            largest_copied=max((i.nbytes for n, i in source.items() if n.removesuffix(".weight") not in linears), default=0),
+            largest_linear=max(math.prod(shape) for shape in linears.values()),
+            widest=max(shape[1] for shape in linears.values()),
             hidden=hidden,
             batch_tokens=batch * text.seqlen,
-            states_of_one=text.nsamples * text.seqlen * hidden * itemsize,
-            streams=(3 if aims else 1) + (recipe.tune is not None and recipe.tune.target == "block"),
+            tokens=text.nsamples * text.seqlen,
             itemsize=itemsize,
-            source_itemsize=max(i.dtype.itemsize for i in plan.source.values()),
-            block_linears=sum(math.prod(m.shape) for m in first),
+            source_itemsize=max(i.dtype.itemsize for i in source.values()),
+            block_linears=sum(math.prod(shape) for shape in first.values()),
             inputs=_inputs(first),
+            experts=_experts(first, architecture),
+            recipe=recipe,
         )
 
     @property
-    def states(self) -> int:
-        return self.states_of_one * self.streams
+    def states_of_one(self) -> int:
+        """Of one stream of hidden states."""
+        return self.tokens * self.hidden * self.itemsize
 
     @property
-    def data_free_rounding(self) -> int:
+    def states(self) -> int:
+        """Of all streams: where the original's are walked along, theirs in front of the block and behind it too."""
+        tune = self.recipe.tune
+        streams = 3 if tune is not None or self.recipe.asymmetric else 1
+        return self.states_of_one * (streams + (tune is not None and tune.target == "block")) if self.recipe.needs_text else 0
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Phase → bytes at its worst moment, hidden states included, libraries not."""
+        if not self.recipe.needs_text:
+            return {"copying": self.largest_copied, "rounding": self._data_free_rounding}
+        held = self.block * self.itemsize + self.states
+        return {
+            "copying": self.largest_copied + self.states,
+            **{name: nbytes + held for name, nbytes in self._calibrated().items()},
+            "embedding": self.outer * self.itemsize + self.largest_copied + self.states_of_one,
+        }
+
+    @property
+    def _data_free_rounding(self) -> int:
         return int(self.largest_linear * (self.source_itemsize + _ROUNDING_COPIES * _FLOAT32))
 
     @property
-    def activations(self) -> int:
+    def _activations(self) -> int:
         """What one batch leaves between a block's linears."""
         values = _WIDE_VALUES * self.widest + _HIDDEN_VALUES * self.hidden
         return int(self.batch_tokens * values * self.itemsize)
 
-    def calibrated(self, recipe: Recipe) -> dict[str, int]:
+    @property
+    def _hessians(self) -> int:
+        """Of the Hessians that one pass gathers: of all inputs, or of one, or of experts side by side."""
+        if self.recipe.awq is not None or not self.recipe.gptq.true_sequential:
+            return sum(n**2 for n in self.inputs)
+        # As many experts as fit in the numbers of a block, and at least one; see :func:`llmquant.walk.passes_of`.
+        together = (max(min(sum(n**2 for n in widths), self.block), widths[0] ** 2) for widths in self.experts)
+        return max(self.widest**2, *together, 0)
+
+    def _calibrated(self) -> dict[str, int]:
         """Phases of a block, beside the block and the states."""
-        aims = recipe.method == "gptq" and recipe.gptq.asymmetric > 0
+        recipe, gptq = self.recipe, self.recipe.method == "gptq"
+        passes = 2 if recipe.asymmetric else 1
         hessian = self.widest**2 * _FLOAT32
-        watched = hessian * (2 if aims else 1)
-        if recipe.awq is not None or not recipe.gptq.true_sequential:
-            watched += sum(n**2 for n in self.inputs[1:]) * _FLOAT32
-        weights = int(self.largest_linear * _FLOAT32 * (_GPTQ_COPIES if recipe.method == "gptq" else _ROUNDING_COPIES + 2))
-        factor = int((_FACTOR_COPIES - 1) * hessian) if recipe.method == "gptq" else 0
+        watched = self._hessians * _FLOAT32 * passes
+        weights = int(self.largest_linear * _FLOAT32 * (_GPTQ_COPIES if gptq else _ROUNDING_COPIES + 2))
+        factor = int((_FACTOR_COPIES - 1) * hessian) if gptq else 0
         found = {
-            "pass": self.activations,
-            "statistics": watched + self.activations * (2 if aims else 1),
-            "rounding": watched + max(factor, weights + (hessian if recipe.method == "gptq" else 0)),
+            "pass": self._activations,
+            "statistics": watched + self._activations * passes,
+            "rounding": watched + max(factor, weights + (hessian if gptq else 0)),
         }
         if recipe.tune is not None:
-            found["tuning"] = int(self.block_linears * _FLOAT32 * _TUNE_COPIES + _TUNE_ACTIVATIONS * self.activations)
+            found["tuning"] = int(self.block_linears * _FLOAT32 * _TUNE_COPIES + _TUNE_ACTIVATIONS * self._activations)
         return found
 
 
-def _inputs(block: Sequence[PlannedModule]) -> tuple[int, ...]:
+def _inputs(block: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
     """Widths of a block's distinct inputs, widest first: q, k and v share one, as do gate and up."""
-    widths = sorted({(m.name.rpartition(".")[0], m.shape[1]) for m in block}, key=lambda n: -n[1])
+    widths = sorted({(name.rpartition(".")[0], shape[1]) for name, shape in block.items()}, key=lambda n: -n[1])
     return tuple(width for _, width in widths) or (0,)
+
+
+def _experts(block: Mapping[str, tuple[int, int]], architecture: Architecture) -> tuple[tuple[int, ...], ...]:
+    """Of each of an expert's inputs, its width in every expert of a block."""
+    if architecture.experts is None:
+        return ()
+    up, down = architecture.experts.scaled()
+    found = (tuple(shape[1] for name, shape in block.items() if fnmatchcase(name, linear)) for linear in (up, down))
+    return tuple(widths for widths in found if widths)

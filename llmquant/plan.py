@@ -21,11 +21,10 @@ import torch
 
 from llmquant.architectures import ARCHITECTURES, Architecture, refuse_multimodal
 from llmquant.checkpoint import CheckpointReader, TensorInfo
-from llmquant.detect import quantization_config
+from llmquant.detect import unquantized
 from llmquant.engines import refusals
-from llmquant.errors import ArchitectureError, UsageError
-from llmquant.formats import FORMATS, Format, Scheme
-from llmquant.hub import resolve
+from llmquant.errors import ArchitectureError
+from llmquant.formats import Format, Scheme, layout_of
 from llmquant.kernels import choose
 from llmquant.recipe import Recipe
 from llmquant.rotation import rotated
@@ -59,7 +58,7 @@ class Plan:
         suggestions: other group sizes that divide every selected linear.
         engines: serving engine → why it would refuse the result; an empty tuple where it takes it.
         kernels: llmquant's own kernel → how many of the linears it would run on a CPU in bfloat16, and why not those before it.
-        blocks: path of the decoder blocks.
+        architecture: where its decoder blocks and experts are.
         hidden: width of the hidden states.
         source: the original's tensors, as quantization reads them.
     """
@@ -74,7 +73,7 @@ class Plan:
     suggestions: tuple[int, ...]
     engines: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, tuple[int, str]]
-    blocks: str
+    architecture: Architecture
     hidden: int
     source: Mapping[str, TensorInfo]
 
@@ -104,13 +103,8 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         UsageError: already quantized, or whatever :func:`llmquant.selection.select` refuses.
         ArchitectureError: a model type outside the table, whose blocks headers alone do not tell.
     """
-    original = CheckpointReader(resolve(model))
-    if quantization_config(original) is not None:
-        raise UsageError(f"{original.path} is already quantized; plan the original model")
-    reader = rotated(original, recipe)
-    if recipe.format not in FORMATS:
-        raise UsageError(f"format {recipe.format!r} does not exist; choose one of {', '.join(FORMATS)}")
-    layout = FORMATS[recipe.format]
+    original = unquantized(model)
+    reader, layout = rotated(original, recipe), layout_of(recipe.format)
     linears, architecture = linears_by_name(reader)
     selection = select(linears, architecture, recipe, layout)
     sizes = Sizes(layout)
@@ -136,7 +130,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         suggestions=_group_sizes(modules),
         engines={e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()},
         kernels=_kernels(modules),
-        blocks=architecture.blocks,
+        architecture=architecture,
         hidden=_hidden_size(reader.config),
         source=dict(reader.tensors),
     )

@@ -202,6 +202,11 @@ class Recipe(_Strict):
         return self
 
     @property
+    def asymmetric(self) -> bool:
+        """Whether GPTQ aims at what the original's inputs give."""
+        return self.method == "gptq" and self.gptq.asymmetric > 0
+
+    @property
     def needs_text(self) -> bool:
         """Whether the model has to be run on a calibration text."""
         return self.method != "rtn" or any(s is not None for s in (self.tune, self.awq, self.smooth))

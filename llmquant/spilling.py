@@ -1,8 +1,7 @@
 """Whether the hidden states of a walk fit in memory beside everything else.
 
-An estimate, from above: it decides where the states live and nothing that is computed. What a block needs is counted from its
-shapes: its weights at the dtype it runs in (twice where the original's stay beside them), and for its widest linear the float32
-weight with its working copies and the Hessian with its factor.
+It decides where the states live and nothing that is computed. What the run needs is counted as a plan counts it
+(:mod:`llmquant.forecast`), with a margin for what such a count may be short of.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llmquant.architectures import blocks_of
+from llmquant.forecast import Work
 from llmquant.usage import available_bytes, resident_bytes
 from llmquant.walk import WalkPlan
 
 _SHARE = 0.8  # of the memory that the machine has left, where no limit was given
-_WEIGHT_COPIES, _HESSIAN_COPIES = 6, 4
+_MARGIN = 1.25
 
 
 def must_spill(plan: WalkPlan, windows: Sequence[Tensor], limit: int | None, processes: int = 1) -> bool:
@@ -32,24 +31,13 @@ def must_spill(plan: WalkPlan, windows: Sequence[Tensor], limit: int | None, pro
         return False
     now = resident_bytes()
     allowed = limit if limit is not None else now + int(available_bytes() * _SHARE / processes)
-    return now + working_set(plan) + states_bytes(plan, windows) > allowed
+    return now + _MARGIN * max(_work(plan, len(windows)).phases.values()) > allowed
 
 
-def states_bytes(plan: WalkPlan, windows: Sequence[Tensor]) -> int:
-    """Of all streams that a block needs at once."""
+def _work(plan: WalkPlan, windows: int) -> Work:
+    """The walk's, with its share of the windows."""
+    shapes = {n: plan.reader.info(f"{n}.weight").shape for n in plan.specs}
+    linears = {n: (rows, columns) for n, (rows, columns) in shapes.items()}
     hidden = int(plan.model.config.get_text_config().hidden_size)
-    recipe = plan.recipe
-    aims_at_original = recipe.tune is not None or (recipe.method == "gptq" and recipe.gptq.asymmetric > 0)
-    streams = 3 if aims_at_original else 1
-    streams += recipe.tune is not None and recipe.tune.target == "block"
-    return sum(w.numel() for w in windows) * hidden * plan.dtype.itemsize * streams
-
-
-def working_set(plan: WalkPlan) -> int:
-    """Bytes for the largest block and the widest linear in work."""
-    blocks = blocks_of(plan.model, plan.architecture)
-    block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0) * plan.dtype.itemsize * 2
-    shapes = [plan.reader.info(f"{name}.weight").shape for name in plan.specs]
-    weight = max((rows * columns for rows, columns in shapes), default=0) * 4 * _WEIGHT_COPIES
-    hessian = max((columns * columns for _, columns in shapes), default=0) * 4 * _HESSIAN_COPIES
-    return block + weight + hessian
+    recipe = plan.recipe.updated({"calibration.nsamples": windows})
+    return Work.of(plan.reader.tensors, linears, plan.architecture, hidden, recipe, plan.dtype.itemsize)

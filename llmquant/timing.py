@@ -12,22 +12,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from llmquant import architectures
 from llmquant.architectures import blocks_of
 from llmquant.checkpoint import CheckpointReader, CheckpointWriter
-from llmquant.devices import parse_device, parse_dtype
-from llmquant.fit import check_fit
-from llmquant.formats import FORMATS, Format, Scheme
-from llmquant.hub import resolve
+from llmquant.finishing import write_config
 from llmquant.manifest import prove_modules
-from llmquant.pipeline import QuantizeOptions, calibration_of, deterministic, refuse_quantized
+from llmquant.pipeline import QuantizeOptions
+from llmquant.preparation import Prepared, deterministic, prepare
 from llmquant.recipe import Recipe
-from llmquant.rotation import rotated
-from llmquant.selection import Selection, linears_of, select
-from llmquant.skeleton import empty_model
-from llmquant.walk import BlockResult, WalkPlan, walk
+from llmquant.selection import Selection
+from llmquant.storing import store
+from llmquant.walk import BlockResult, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,43 +50,30 @@ def time_blocks(model: str | os.PathLike[str], recipe: Recipe, options: Quantize
         what :func:`llmquant.quantize` raises for the same request.
     """
     options = options or QuantizeOptions()
-    original = CheckpointReader(resolve(model))
-    refuse_quantized(original)
-    reader = rotated(original, recipe)
-    device, dtype = parse_device(options.device), parse_dtype(options.dtype, auto=torch.float32)
-    skeleton = empty_model(reader, dtype)
-    architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
-    layout = FORMATS[recipe.format]
-    selection = select(linears_of(skeleton), architecture, recipe, layout)
-    check_fit(reader, skeleton)
-    calibration = calibration_of(reader, recipe, options, skeleton)
-    plan = WalkPlan(skeleton, architecture, reader, selection.specs, recipe, device, dtype, selection.head)
+    prepared = prepare(model, recipe, options.device, options.dtype)
+    selection, calibration = prepared.selection(), prepared.calibration(options.evaluation)
+    plan = prepared.plan(selection)
     seconds: list[float] = []
     began = time.perf_counter()
     with deterministic(recipe.seed):
         for result in walk(plan, calibration.windows if calibration else (), lambda _: None):
-            _write_and_prove(result, reader, layout, selection)
+            _write_and_prove(result, prepared, selection)
             seconds.append(time.perf_counter() - began)
             began = time.perf_counter()
             if len(seconds) == 2:
                 break
-    return Timing(seconds[0], seconds[-1], len(blocks_of(skeleton, architecture)))
+    return Timing(seconds[0], seconds[-1], len(blocks_of(plan.model, plan.architecture)))
 
 
-def _write_and_prove(result: BlockResult, reader: CheckpointReader, layout: Format, selection: Selection) -> None:
+def _write_and_prove(result: BlockResult, prepared: Prepared, selection: Selection) -> None:
     """What a run does with a finished block, in a folder of its own."""
-    schemes: dict[str, Scheme] = {}
+    schemes = {name: selection.schemes[name] for name in result.weights}
+    if not schemes:
+        return
     with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder) / "block") as writer:
         for name, (weight, _) in result.weights.items():
-            schemes[name] = selection.schemes[name]
-            packed = layout.pack(weight, reader.info(f"{name}.weight").dtype, schemes[name].activations)
-            writer.add_together({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
-        if not schemes:
-            return
+            store(name, weight, schemes[name].activations, prepared.reader, writer, prepared.layout)
         writer.finish_weights()
-        config = {k: v for k, v in reader.config.items() if k != "quantization_config"}
-        writer.write_json("config.json", config | {"quantization_config": layout.config(schemes, selection.skipped)})
-        for name, text in layout.side_files(layout.config(schemes, selection.skipped)).items():
-            writer.write_text(name, text)
+        write_config(writer, prepared.reader, prepared.layout, schemes, selection)
         prove_modules(CheckpointReader(writer.partial), {n: report.digest for n, (_, report) in result.weights.items()})
         writer.publish()

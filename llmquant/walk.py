@@ -275,9 +275,9 @@ class _Calibrated(_DataFree):
             raise CheckpointError(f"the hidden states in front of block {start} were not saved")
         room.calls = calls.settle(room.calls)
         self.inputs = _Inputs(room, calls, start)
-        asymmetric = plan.recipe.method == "gptq" and plan.recipe.gptq.asymmetric > 0
-        self.reference = Reference(room, self.inputs) if asymmetric or plan.recipe.tune is not None else None
-        self._pairs = self.reference if asymmetric else None
+        aims = plan.recipe.asymmetric or plan.recipe.tune is not None
+        self.reference = Reference(room, self.inputs) if aims else None
+        self._pairs = self.reference if plan.recipe.asymmetric else None
 
     def block(
         self, index: int, block: nn.Module, prefix: str, names: Sequence[str]

@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import EXAMPLE
+from tiny_models import EXAMPLE, save
 
-from llmquant.forecast import Forecast, forecast
+from llmquant import spilling
+from llmquant.forecast import LIBRARIES, Forecast, forecast
 from llmquant.plan import make_plan
+from llmquant.preparation import prepare
 from llmquant.recipe import Recipe
+from llmquant.spilling import must_spill
 from llmquant.timing import Timing, time_blocks
+from llmquant.walk import passes_of
 
 TEXT = {"calibration": {"source": f"file:{EXAMPLE / 'calibration.txt'}", "nsamples": 16, "seqlen": 64}}
 GPTQ = Recipe().updated(TEXT)
@@ -77,6 +81,38 @@ def test_the_parts_grow_with_what_they_depend_on(wide: Path) -> None:
     assert of(wide, GPTQ, tune={"steps": 1}).peak > base.peak
     chosen = GPTQ.updated({})
     assert forecast(make_plan(wide, chosen), chosen, itemsize=2).states == base.states // 2
+
+
+@pytest.mark.parametrize("inner", [16, 160], ids=["wide in", "wide out"])
+def test_the_hessians_of_experts_are_those_that_one_pass_gathers(tmp_path: Path, inner: int) -> None:
+    recipe = GPTQ.updated({"weights.group_size": 16})
+    plan = prepare(save("mixtral", tmp_path / "model", intermediate_size=inner), recipe).plan(None)
+    block = plan.model.get_submodule("model.layers.0")
+    experts = [f"block_sparse_moe.experts.{i}" for i in range(plan.model.config.num_local_experts)]
+    sets: list[tuple[str, ...]] = [("self_attn.q_proj",), ("self_attn.o_proj",)]
+    sets += [(f"{e}.w1", f"{e}.w3") for e in experts] + [(f"{e}.w2",) for e in experts]
+    widths = {name: plan.reader.info(f"model.layers.0.{name}.weight").shape[1] for s in sets for name in s}
+    passes = passes_of(block, sets, sum(p.numel() for p in block.parameters()))
+    gathered = max(sum(widths[members[0]] ** 2 for members in together) for together in passes)
+    phases = of(tmp_path / "model", recipe).phases
+    assert phases["statistics"] - phases["pass"] == pytest.approx(4 * gathered, rel=0.3)
+    assert phases["statistics"] - phases["pass"] >= 4 * gathered
+
+
+@pytest.mark.parametrize("changes", [{}, {"tune": {"steps": 1}}, {"gptq": {"asymmetric": 0.5}}], ids=str)
+def test_hidden_states_go_to_files_when_a_plan_says_that_they_do_not_fit(
+    model: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    recipe = GPTQ.updated({"weights.group_size": 32} | changes)
+    prepared = prepare(model, recipe)
+    told = of(model, recipe).peak - LIBRARIES
+    monkeypatch.setattr(spilling, "resident_bytes", lambda: 0)
+    calibration, plan = prepared.calibration(), prepared.plan(prepared.selection())
+    assert calibration is not None
+    assert not must_spill(plan, calibration.windows, int(1.26 * told))
+    assert must_spill(plan, calibration.windows, int(1.24 * told))
+    assert not must_spill(plan, calibration.windows, None), "the machine has room for so little"
+    assert not must_spill(plan, (), 1), "without a text there are no hidden states"
 
 
 def test_blocks_add_disk_and_no_memory(make_model: Callable[..., Path]) -> None:

@@ -19,7 +19,7 @@ from tolerances import ROUNDOFF
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmquant import pipeline
+from llmquant import pipeline, preparation
 from llmquant.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter, read_json
 from llmquant.errors import CheckpointError, LlmquantError, ProofError, QuantizationError, SpecError, UsageError
 from llmquant.loading import load
@@ -358,7 +358,7 @@ def test_an_old_model_survives_a_failed_overwrite(
     model: Path, rtn: Recipe, tampered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = every_file(tampered)
-    monkeypatch.setattr(pipeline, "_prove", lambda *args: (_ for _ in ()).throw(ProofError("no")))
+    monkeypatch.setattr(pipeline, "prove", lambda *args: (_ for _ in ()).throw(ProofError("no")))
     with pytest.raises(ProofError, match="no"):
         quantize(model, tampered, rtn, QuantizeOptions(overwrite=True))
     assert every_file(tampered) == before
@@ -473,7 +473,7 @@ def test_what_is_misuse_is_known_before_any_work(
     def worked(*args: object) -> None:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(pipeline, "read_documents", worked)
+    monkeypatch.setattr(preparation, "read_documents", worked)
     monkeypatch.setattr(CheckpointReader, "read", worked)
     with pytest.raises(SpecError, match=r"down_proj: group_size=64 does not divide its 96 .* sizes that do: 8, 12, 16"):
         quantize(model, tmp_path / "q", gptq.updated({"weights.group_size": 64, "include": ("*.mlp.*",)}))

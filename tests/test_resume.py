@@ -440,7 +440,7 @@ def test_a_failure_stands_in_the_log(deep: Path, gptq: Recipe, tmp_path: Path, m
     def fail(*args: object) -> None:
         raise LlmquantError("boom")
 
-    monkeypatch.setattr(pipeline, "_prove", fail)
+    monkeypatch.setattr(pipeline, "prove", fail)
     with pytest.raises(LlmquantError, match="boom"):
         quantize(deep, tmp_path / "out", gptq, QuantizeOptions(log=tmp_path / "log.jsonl"))
     last = json.loads((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])

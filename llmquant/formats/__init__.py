@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, UsageError
 from llmquant.formats.autoround import AutoRound
 from llmquant.formats.awq import Awq
 from llmquant.formats.base import Activations, Format, Scheme
@@ -18,6 +18,13 @@ _WRITABLE: tuple[Format, ...] = (CompressedFamily(), IntQuantized(), Gptq(v2=Fal
 FORMATS: dict[str, Format] = {f.name: f for f in _WRITABLE}
 
 _READS = ("compressed-tensors", "gptq", "awq", "auto-round")
+
+
+def layout_of(name: str) -> Format:
+    """The format of that name; raises UsageError, naming those that there are."""
+    if name not in FORMATS:
+        raise UsageError(f"format {name!r} does not exist; choose one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def for_config(quantization_config: Mapping[str, Any]) -> Format:
@@ -38,4 +45,4 @@ def for_config(quantization_config: Mapping[str, Any]) -> Format:
     raise FormatError(f"quant_method {method!r} is not one llmquant reads; it reads {', '.join(_READS)}")
 
 
-__all__ = ["FORMATS", "Activations", "Format", "Scheme", "for_config"]
+__all__ = ["FORMATS", "Activations", "Format", "Scheme", "for_config", "layout_of"]

@@ -335,7 +335,7 @@ MISTAKES = [
     ("model empty", ("quantize", "", "-o", "out", *RTN), 2, "was a variable empty?"),
     ("model at nobody's", ("quantize", "~nobody-x/m", "-o", "out", *RTN), 2, "neither a folder nor a hub name"),
     ("model no model", ("quantize", "{folder}", "-o", "out", *RTN), 1, "config.json is missing; is"),
-    ("plan: quantized", ("plan", "{q}"), 2, "is already quantized; plan the original model"),
+    ("plan: quantized", ("plan", "{q}"), 2, "is already quantized (compressed-tensors)"),
     ("plan: indivisible", ("plan", "{m}"), 2, "does not divide"),
     ("inspect: no model", ("inspect", "{folder}"), 1, "config.json is missing"),
     ("inspect: no record", ("inspect", "{m}", "--verify"), 1, "has no manifest.json, so it was not written by llmquant"),
