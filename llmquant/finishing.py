@@ -28,7 +28,7 @@ from llmquant.outcome import Outcome
 from llmquant.rotation import RotatedReader
 from llmquant.scaling import PairReport
 from llmquant.selection import Selection
-from llmquant.walk import ModuleReport, WalkPlan
+from llmquant.walkplan import ModuleReport, WalkPlan
 
 
 def write_config(

@@ -37,7 +37,7 @@ class _Strict(BaseModel):
 
 
 class ModuleEntry(_Strict):
-    """One quantized linear; see :class:`llmquant.walk.ModuleReport`. Another tool's leaves no errors and no counts."""
+    """One quantized linear; see :class:`llmquant.walkplan.ModuleReport`. Another tool's leaves no errors and no counts."""
 
     spec: str
     shape: tuple[int, int]

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from llmquant.formats import Scheme
 from llmquant.scaling import PairReport
 from llmquant.tuning import TuneReport
-from llmquant.walk import ModuleReport
+from llmquant.walkplan import ModuleReport
 
 
 @dataclass(slots=True)

@@ -37,7 +37,8 @@ from llmquant.spilling import must_spill
 from llmquant.storing import carry, store_block
 from llmquant.together import assist, check_together
 from llmquant.tuning import TuneReport
-from llmquant.walk import ModuleReport, Progress, WalkPlan, walk
+from llmquant.walk import walk
+from llmquant.walkplan import ModuleReport, Progress, WalkPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from llmquant.rotation import rotated
 from llmquant.selection import Linears, Selection, linears_of, select
 from llmquant.skeleton import empty_model, read_tokenizer
 from llmquant.sources import read_documents
-from llmquant.walk import WalkPlan
+from llmquant.walkplan import WalkPlan
 
 
 @dataclass(frozen=True, slots=True)

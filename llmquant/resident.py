@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmquant.walk import WalkPlan, materialized
+from llmquant.materialize import materialized
+from llmquant.walkplan import WalkPlan
 from llmquant.weight import QuantizedWeight
 
 

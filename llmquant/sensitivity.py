@@ -33,10 +33,11 @@ from llmquant.architectures import blocks_of, norm_of
 from llmquant.capture import BlockInput, first_inputs, observe, stages
 from llmquant.errors import QuantizationError
 from llmquant.experts import place_of
+from llmquant.materialize import materialized, outer_names
 from llmquant.resident import already_run, swapped, whole
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats
-from llmquant.walk import Progress, WalkPlan, batched, materialized, outer_names
+from llmquant.walkplan import Progress, WalkPlan, batched
 from llmquant.weight import QuantizedWeight
 
 Kind = Literal["kl", "block"]

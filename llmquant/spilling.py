@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmquant.forecast import Work
 from llmquant.usage import available_bytes, resident_bytes
-from llmquant.walk import WalkPlan
+from llmquant.walkplan import WalkPlan
 
 _SHARE = 0.8  # of the memory that the machine has left, where no limit was given
 _MARGIN = 1.25

@@ -13,7 +13,7 @@ from llmquant.formats import Activations, Format, Scheme
 from llmquant.manifest import packed_bytes
 from llmquant.outcome import Outcome
 from llmquant.selection import Selection
-from llmquant.walk import BlockResult
+from llmquant.walkplan import BlockResult
 from llmquant.weight import QuantizedWeight
 
 

@@ -21,7 +21,8 @@ from llmquant.preparation import Prepared, deterministic, prepare
 from llmquant.recipe import Recipe
 from llmquant.selection import Selection
 from llmquant.storing import store
-from llmquant.walk import BlockResult, walk
+from llmquant.walk import walk
+from llmquant.walkplan import BlockResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from llmquant.destination import disk, remove
 from llmquant.errors import UsageError
 from llmquant.resume import kept_blocks
 from llmquant.states import Room
-from llmquant.walk import WalkPlan, batched, walk
+from llmquant.walk import walk
+from llmquant.walkplan import WalkPlan, batched
 
 
 def check_together(plan: WalkPlan, windows: Sequence[Tensor], destination: Path, *, restart: bool) -> None:

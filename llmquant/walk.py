@@ -17,160 +17,33 @@ nothing before is computed again but masks and position embeddings, and those mu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import overload
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from llmquant.algorithms import (
-    AWQOptions,
-    Factor,
-    GPTQOptions,
-    ScaleSearch,
-    TuneOptions,
-    asymmetric_target,
-    descend,
-    factorize,
-    gptq,
-    layer_error,
-    rtn,
-)
-from llmquant.architectures import Architecture, blocks_of, norm_of
+from llmquant.algorithms import factorize
+from llmquant.architectures import blocks_of, norm_of
 from llmquant.calls import Calls
 from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
-from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import CheckpointError, QuantizationError
 from llmquant.experts import UNSEEN, place_of
 from llmquant.finite import all_finite
-from llmquant.parallel import ALONE, World
-from llmquant.recipe import Recipe
+from llmquant.materialize import materialized, outer_names
 from llmquant.reference import Reference
-from llmquant.scaling import AWQFinder, BlockScaling, Finder, PairReport, scale_block
-from llmquant.smoothing import SmoothFinder, SmoothOptions
-from llmquant.spec import QuantSpec
+from llmquant.rounding import Rounded, to_nearest, weight_error, with_statistics
+from llmquant.scaling import AWQFinder, BlockScaling, Finder, scale_block
+from llmquant.smoothing import SmoothFinder
 from llmquant.states import Room
-from llmquant.stats import InputStats, PairStats
+from llmquant.stats import InputStats
 from llmquant.tuning import TuneReport, tune_block
-from llmquant.usage import peak_resident_bytes
-from llmquant.weight import QuantizedWeight
+from llmquant.walkplan import BlockResult, Progress, WalkPlan, batched
 
 STREAM = "hidden"
 """Name of the quantized model's states in a room."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleReport:
-    """What happened to one linear.
-
-    Attributes:
-        name: full module name.
-        spec: its grid.
-        digest: :meth:`QuantizedWeight.digest` as the algorithm returned it.
-        weight_error: ``|W - Q|^2 / |W|^2``.
-        output_error: relative output error on the calibration inputs; None for a data-free method, and for a tuned block,
-            whose error is measured as a whole.
-        damping: GPTQ's damping as finally used; larger than the recipe's when Cholesky failed.
-        dead: input channels that were zero for every calibration token.
-        tokens: calibration tokens seen.
-        dropped: tokens left out for NaN or Inf.
-        seconds: time spent rounding; not part of the manifest.
-        peak: the most bytes that this process had in RAM up to then; likewise.
-        fallback: why the recipe's method was not used and the weight rounded to nearest instead, else None.
-    """
-
-    name: str
-    spec: QuantSpec
-    digest: str
-    weight_error: float
-    output_error: float | None = None
-    damping: float | None = None
-    dead: int = 0
-    tokens: int = 0
-    dropped: int = 0
-    seconds: float = 0.0
-    peak: int = 0
-    fallback: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BlockResult:
-    """The quantized linears of one decoder block (``index`` None: of the head), by full name; what tuning it did.
-
-    ``changed`` holds tensors beside them (norms, biases) that scaling changed, by full name; ``scaled`` says what it did.
-    """
-
-    index: int | None
-    weights: dict[str, tuple[QuantizedWeight, ModuleReport]]
-    tuned: TuneReport | None = None
-    changed: Mapping[str, Tensor] = field(default_factory=dict)
-    scaled: tuple[PairReport, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where the walk is: ``block`` of ``blocks`` (the head counts as one), and the module being worked on."""
-
-    block: int
-    blocks: int
-    module: str
-
-
-@dataclass(frozen=True, slots=True)
-class WalkPlan:
-    """What to walk: the meta model, where its tensors are, and the spec of every linear to quantize, by full name.
-
-    Of several processes in a ``world`` each walks with its share of the calibration batches; all hand out the same results.
-    """
-
-    model: PreTrainedModel
-    architecture: Architecture
-    reader: CheckpointReader
-    specs: Mapping[str, QuantSpec]
-    recipe: Recipe
-    device: torch.device
-    dtype: torch.dtype
-    head: str | None = None
-    world: World = ALONE
-
-    @property
-    def search(self) -> ScaleSearch:
-        s = self.recipe.scales
-        return ScaleSearch(s.steps, s.smallest, s.norm, s.weighted)
-
-    @property
-    def tune_options(self) -> TuneOptions | None:
-        t = self.recipe.tune
-        return None if t is None else TuneOptions(t.steps, t.lr, t.scale_lr, t.checks, t.patience, self.recipe.seed)
-
-    @property
-    def awq_options(self) -> AWQOptions | None:
-        a = self.recipe.awq
-        return None if a is None else AWQOptions(a.grid, a.duo_scaling, a.steps)
-
-    @property
-    def smooth_options(self) -> SmoothOptions | None:
-        s = self.recipe.smooth
-        return None if s is None else SmoothOptions(s.alpha, s.pairs == "all")
-
-    @property
-    def batch_size(self) -> int:
-        """Calibration windows per pass."""
-        return self.recipe.calibration.batch_size if self.recipe.tune is None else self.recipe.tune.batch_size
-
-    @property
-    def all_experts(self) -> bool:
-        """Whether statistics of experts are taken over all tokens."""
-        return bool(self.recipe.calibration.all_experts)
-
-    @property
-    def gptq_options(self) -> GPTQOptions:
-        g = self.recipe.gptq
-        return GPTQOptions(g.block_size, g.damping, g.act_order, self.search)
 
 
 def walk(
@@ -230,23 +103,15 @@ class _DataFree:
 
     def block(
         self, index: int, block: nn.Module, prefix: str, names: Sequence[str]
-    ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+    ) -> dict[str, Rounded]:
         return self.plan.world.deal(names, lambda name: self.round_to_nearest(index, name))
 
-    def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+    def head(self, name: str) -> dict[str, Rounded]:
         return self.plan.world.deal([name], lambda n: self.round_to_nearest(self._total - 1, n))
 
-    def round_to_nearest(self, index: int, name: str, fallback: str | None = None) -> tuple[QuantizedWeight, ModuleReport]:
+    def round_to_nearest(self, index: int, name: str, fallback: str | None = None) -> Rounded:
         self.announce(index, name)
-        start = time.perf_counter()
-        weight = self.original(name)
-        quantized = rtn(weight, self.plan.specs[name], self.plan.search, None, name)
-        error = _weight_error(weight, quantized)
-        seconds = time.perf_counter() - start
-        report = ModuleReport(
-            name, quantized.spec, quantized.digest(), error, seconds=seconds, peak=peak_resident_bytes(), fallback=fallback
-        )
-        return quantized, report
+        return to_nearest(self.plan, name, self.original(name), fallback)
 
 
 class _Calibrated(_DataFree):
@@ -281,8 +146,8 @@ class _Calibrated(_DataFree):
 
     def block(
         self, index: int, block: nn.Module, prefix: str, names: Sequence[str]
-    ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
-        results: dict[str, tuple[QuantizedWeight, ModuleReport]] = {}
+    ) -> dict[str, Rounded]:
+        results: dict[str, Rounded] = {}
         with materialized(self.plan, block, f"{prefix}."):
             linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
             sets = self.plan.world.told(stages(block, linears, self.inputs[0], self.plan.all_experts)) if linears else []
@@ -354,8 +219,8 @@ class _Calibrated(_DataFree):
         return stats
 
     def _tuned(
-        self, index: int, block: nn.Module, prefix: str, results: dict[str, tuple[QuantizedWeight, ModuleReport]]
-    ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+        self, index: int, block: nn.Module, prefix: str, results: dict[str, Rounded]
+    ) -> dict[str, Rounded]:
         """The block's linears moved together, where the recipe wants that, and reported anew."""
         self.tuned, options, wanted = None, self.plan.tune_options, self.plan.recipe.tune
         if self.reference is None or options is None or wanted is None or not results:
@@ -369,7 +234,7 @@ class _Calibrated(_DataFree):
             weights, self.tuned = tune_block(block, prefix, originals, starts, self.inputs, targets, options, self.plan.dtype)
         return {
             name: (weight, replace(
-                results[name][1], digest=weight.digest(), weight_error=_weight_error(originals[name], weight), output_error=None
+                results[name][1], digest=weight.digest(), weight_error=weight_error(originals[name], weight), output_error=None
             ))
             for name, weight in weights.items()
         }  # fmt: skip
@@ -387,7 +252,7 @@ class _Calibrated(_DataFree):
                 )
             yield hidden
 
-    def head(self, name: str) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+    def head(self, name: str) -> dict[str, Rounded]:
         norm = norm_of(self.plan.model, self.plan.architecture)
         stats = InputStats(self.plan.reader.info(f"{name}.weight").shape[1], self.plan.device)
         with materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
@@ -398,7 +263,7 @@ class _Calibrated(_DataFree):
 
     def quantize_set(
         self, index: int, names: Sequence[str], stats: InputStats
-    ) -> dict[str, tuple[QuantizedWeight, ModuleReport]]:
+    ) -> dict[str, Rounded]:
         """Quantize linears that share an input: one Hessian, one factorization."""
         if stats.tokens == 0 and stats.dropped == 0 and place_of(self.plan.model, names[0]):
             return self.plan.world.deal(names, lambda name: self.round_to_nearest(index, name, UNSEEN))
@@ -408,46 +273,11 @@ class _Calibrated(_DataFree):
         if self.plan.recipe.method == "gptq" and world.mine(names):
             factor = factorize(stats.hessian, self.plan.gptq_options, names[0])
 
-        def rounded(name: str) -> tuple[QuantizedWeight, ModuleReport]:
+        def one(name: str) -> Rounded:
             self.announce(index, name)
-            return self._with_stats(name, stats, factor)
+            return with_statistics(self.plan, name, self.original(name), stats, factor)
 
-        return world.deal(names, rounded)
-
-    def _with_stats(self, name: str, stats: InputStats, factor: Factor | None) -> tuple[QuantizedWeight, ModuleReport]:
-        start = time.perf_counter()
-        weight, spec = self.original(name), self.plan.specs[name]
-        if factor is None:
-            quantized = rtn(weight, spec, self.plan.search, stats.importance, name)
-        else:
-            quantized = self._gptq(weight, stats, factor, spec, name)
-        dequantized = quantized.dequantize()
-        report = ModuleReport(
-            name=name,
-            spec=spec,
-            digest=quantized.digest(),
-            weight_error=_weight_error(weight, quantized),
-            output_error=layer_error(weight, dequantized, stats.hessian),
-            damping=factor.damping if factor else None,
-            dead=int((stats.hessian.diagonal() == 0).sum()),
-            tokens=stats.tokens,
-            dropped=stats.dropped,
-            seconds=time.perf_counter() - start,
-            peak=peak_resident_bytes(),
-        )
-        return quantized, report
-
-    def _gptq(self, weight: Tensor, stats: InputStats, factor: Factor, spec: QuantSpec, name: str) -> QuantizedWeight:
-        """GPTQ with the recipe's refinements around it."""
-        wanted, target = self.plan.recipe.gptq, weight
-        if isinstance(stats, PairStats):
-            target = asymmetric_target(weight, stats.hessian, stats.cross, factor, wanted.asymmetric)
-        quantized = gptq(target, factor, spec, self.plan.gptq_options, name)
-        if wanted.passes == 0:
-            return quantized
-        damped = stats.hessian.clone()
-        damped.diagonal().add_(factor.damping * damped.diagonal().mean())
-        return descend(target, quantized, damped, wanted.passes, wanted.block_size)
+        return world.deal(names, one)
 
 
 class _Inputs(Sequence[BlockInput]):
@@ -492,63 +322,7 @@ def passes_of(block: nn.Module, sets: Sequence[tuple[str, ...]], room: int) -> l
     return list(passes.values())
 
 
-def batched(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
-    """Stack windows of equal length ``[batch, positions]``; no padding, so no token is ever seen twice or masked."""
-    by_length: dict[int, list[Tensor]] = {}
-    for window in windows:
-        by_length.setdefault(window.numel(), []).append(window)
-    return [
-        torch.stack(same[i : i + batch_size])
-        for _, same in sorted(by_length.items(), reverse=True)
-        for i in range(0, len(same), batch_size)
-    ]
-
-
-def _weight_error(weight: Tensor, quantized: QuantizedWeight) -> float:
-    norm = float(weight.square().sum())
-    return float((weight - quantized.dequantize()).square().sum()) / norm if norm > 0 else 0.0
-
-
 def _linear(block: nn.Module, name: str) -> nn.Linear:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module
-
-
-def outer_names(plan: WalkPlan) -> list[str]:
-    """Tensors outside the blocks and the head: embeddings and norms, what the forward pass needs before block 0."""
-    head = plan.model.get_output_embeddings()
-    inside = [f"{n}." for n, m in plan.model.named_modules() if m is head and m is not None]
-    inside.append(f"{plan.architecture.blocks}.")
-    return [name for name, _ in plan.model.named_parameters() if not name.startswith(tuple(inside))]
-
-
-@contextmanager
-def materialized(plan: WalkPlan, module: nn.Module, prefix: str, only: Sequence[str] | None = None) -> Iterator[None]:
-    """Fill a module's meta parameters from the checkpoint; put them back on meta afterwards, whatever happens."""
-    names = list(only) if only is not None else [n for n, _ in module.named_parameters()]
-    meta: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
-        for name in names:
-            path, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(path)
-            parameter = owner.get_parameter(leaf)
-            value = _read_parameter(plan, f"{prefix}{name}", parameter.shape)
-            meta.append((owner, leaf, parameter))
-            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-        yield
-    finally:
-        for owner, leaf, parameter in meta:
-            setattr(owner, leaf, parameter)
-
-
-def _read_parameter(plan: WalkPlan, name: str, shape: torch.Size) -> Tensor:
-    if name not in plan.reader:
-        raise CheckpointError(f"{plan.reader.path}: tensor {name} of the model is not in the checkpoint")
-    tensor = plan.reader.read(name)
-    if tensor.shape != shape:
-        raise CheckpointError(f"{name} is {list(tensor.shape)} in the checkpoint, config.json makes it {list(shape)}")
-    if not all_finite(tensor):
-        raise QuantizationError(f"{plan.reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
-    # A copy even when no cast is needed: quantized weights are written into it, never into the mapped file.
-    return tensor.to(plan.device, plan.dtype, copy=True)

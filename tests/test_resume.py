@@ -27,7 +27,7 @@ from llmquant.pipeline import Events, QuantizeOptions, QuantizeResult, quantize
 from llmquant.recipe import Recipe
 from llmquant.shards import ShardWriter
 from llmquant.states import InFile, InMemory, Room
-from llmquant.walk import Progress
+from llmquant.walkplan import Progress
 
 TUNE = {"steps": 8, "lr": 0.01, "scale_lr": 0.002, "batch_size": 2, "checks": 2, "patience": 2, "target": "block"}
 

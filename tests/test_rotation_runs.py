@@ -25,7 +25,7 @@ from llmquant.pipeline import Events, quantize
 from llmquant.recipe import Recipe
 from llmquant.repetition import rerun
 from llmquant.rotation import rotated
-from llmquant.walk import Progress
+from llmquant.walkplan import Progress
 
 IDS = torch.randint(6, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
 MakeModel = Callable[..., Path]

@@ -24,7 +24,7 @@ from llmquant.recipe import Recipe
 from llmquant.sensitivity import Damage, Item, Kind, Probe, anchors_of, interpolate, measure
 from llmquant.skeleton import empty_model
 from llmquant.spec import QuantSpec
-from llmquant.walk import WalkPlan
+from llmquant.walkplan import WalkPlan
 
 SPECS = (QuantSpec(2, 16), QuantSpec(3, 8), QuantSpec(3, 16, False), QuantSpec(3, None), QuantSpec(8, None))
 PROBE = [*WINDOWS[:2], WINDOWS[-1]]

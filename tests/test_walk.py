@@ -21,7 +21,8 @@ from llmquant.naming import as_in_checkpoint
 from llmquant.recipe import Recipe
 from llmquant.skeleton import empty_model
 from llmquant.stats import InputStats
-from llmquant.walk import BlockResult, ModuleReport, Progress, WalkPlan, batched, walk
+from llmquant.walk import walk
+from llmquant.walkplan import BlockResult, ModuleReport, Progress, WalkPlan, batched
 from llmquant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")

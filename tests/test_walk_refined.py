@@ -19,7 +19,8 @@ from llmquant.recipe import Recipe
 from llmquant.skeleton import empty_model
 from llmquant.stats import PairStats
 from llmquant.tuning import TuneReport
-from llmquant.walk import BlockResult, WalkPlan, batched, walk
+from llmquant.walk import walk
+from llmquant.walkplan import BlockResult, WalkPlan, batched
 from llmquant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")

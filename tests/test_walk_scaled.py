@@ -15,9 +15,10 @@ from llmquant.capture import run_block
 from llmquant.checkpoint import CheckpointReader
 from llmquant.errors import ProofError
 from llmquant.manifest import read_manifest
+from llmquant.materialize import materialized
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
-from llmquant.walk import _Calibrated, materialized
+from llmquant.walk import _Calibrated
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-llama"
 RECIPE = Recipe().updated({

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmquant.pipeline import Events, QuantizeResult
     from llmquant.scaling import PairReport
     from llmquant.tuning import TuneReport
-    from llmquant.walk import Progress as Where
+    from llmquant.walkplan import Progress as Where
 
 
 class Packing(StrEnum):
