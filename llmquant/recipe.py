@@ -103,7 +103,7 @@ class AWQ(_Strict):
 
     grid: int = Field(20, ge=1, le=1000)
     duo_scaling: Literal["both", "on", "off"] = "both"
-    steps: int = Field(0, ge=0, le=1000)
+    steps: int = Field(16, ge=0, le=1000)
 
     @field_validator("duo_scaling", mode="before")
     @classmethod

@@ -35,12 +35,12 @@ class AWQOptions:
     Attributes:
         grid: exponents between 0 and 1 per kind of candidate.
         duo_scaling: with the weights' magnitudes, without, or both kinds.
-        steps: scale-search steps per candidate (0: min-max); the final comparison uses the recipe's own.
+        steps: scale-search steps per candidate, at most the recipe's own (0: min-max), which the final comparison uses.
     """
 
     grid: int = 20
     duo_scaling: DuoScaling = "both"
-    steps: int = 0
+    steps: int = 16
 
     def __post_init__(self) -> None:
         if self.grid < 1 or self.steps < 0 or self.duo_scaling not in ("both", "on", "off"):
@@ -95,7 +95,7 @@ def search_scale(
     own = torch.arange(mean_abs.numel(), device=mean_abs.device) if channel is None else channel
     weights = [w.to(hessian.dtype) for w in weights]
     signal = sum(float(((w @ hessian) * w).sum()) for w in weights)
-    cheap = ScaleSearch(options.steps, search.smallest, search.norm, search.weighted)
+    cheap = ScaleSearch(min(options.steps, search.steps), search.smallest, search.norm, search.weighted)
     importance = hessian.diagonal()
     best, found = float("inf"), None
     for ratio, duo, scale in candidates(weights, specs, mean_abs, own, options):

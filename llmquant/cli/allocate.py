@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmquant.cli.overrides import recipe_of
+from llmquant.cli.progress import progress
 from llmquant.cli.screen import screen
 from llmquant.errors import UsageError
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from llmquant.allocation import Allocation
+    from llmquant.choices import AllocateOptions
+    from llmquant.recipe import Recipe
 
 
 class Engine(StrEnum):
@@ -72,24 +75,32 @@ def allocate_command(
         "calibration.seqlen": seqlen, "seed": seed,
     }  # fmt: skip
     chosen = recipe_of(recipe, changes, include, ignore)
-    from llmquant.allocation import AllocateOptions, allocate
-    from llmquant.cli.quantize import progress
+    from llmquant.choices import AllocateOptions
 
     options = AllocateOptions(
         target_bpw=target_bpw, widths=widths_of(widths, engine), group_sizes=numbers("--group-sizes", group_sizes), symmetric=sym,
         engine=engine.value, sensitivity=sensitivity.value, probe_tokens=probe_tokens, device=device, dtype=dtype,
     )  # fmt: skip
     started = time.perf_counter()
-    with progress(hidden=quiet or as_json) as events:
-        result = allocate(model, chosen, options, events)
+    result = allocated(model, chosen, options, hidden=quiet or as_json)
     seconds = time.perf_counter() - started
     check_output(output, overwrite)
     output.write_text(recipe_text(result), encoding="utf-8")
     if as_json:
         sys.stdout.write(json.dumps({"path": str(output), **as_dict(result), "seconds": seconds}) + "\n")
     elif not quiet:
-        show(result)
         screen().print(f"recipe       {output}; {seconds:.1f} s. Run it: llmquant quantize {model} --recipe {output} -o …")
+
+
+def allocated(model: str, recipe: Recipe, options: AllocateOptions, *, hidden: bool) -> Allocation:
+    """Choose, with progress and the outcome on the screen unless ``hidden``."""
+    from llmquant.allocation import allocate
+
+    with progress(hidden) as events:
+        result = allocate(model, recipe, options, events)
+    if not hidden:
+        show(result)
+    return result
 
 
 def check_output(path: Path, overwrite: bool) -> None:

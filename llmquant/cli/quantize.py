@@ -5,31 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from llmquant.cli.allocate import Engine, show, widths_of
+from llmquant.cli.allocate import Engine, allocated, widths_of
 from llmquant.cli.method import parse_method
 from llmquant.cli.overrides import recipe_of, with_rotation
-from llmquant.cli.screen import screen
+from llmquant.cli.progress import progress
+from llmquant.cli.quantized import result_as_dict, show_result
 from llmquant.cli.sizes import parse_size
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from llmquant.calibration import Calibration
-    from llmquant.pipeline import Events, QuantizeResult
-    from llmquant.scaling import PairReport
-    from llmquant.tuning import TuneReport
-    from llmquant.walkplan import Progress as Where
 
 
 class Packing(StrEnum):
@@ -115,7 +104,7 @@ def quantize_command(
         chosen = parse_method(method).applied_to(chosen)
     if act_order is not None and chosen.method != "gptq":
         raise UsageError(f"--act-order is of GPTQ, and the method is {chosen.method}; leave one of them out")
-    from llmquant.allocation import AllocateOptions, allocate
+    from llmquant.choices import AllocateOptions
     from llmquant.destination import check_destination
     from llmquant.parallel import World, joined
     from llmquant.pipeline import Events, QuantizeOptions, quantize
@@ -134,11 +123,7 @@ def quantize_command(
             target_bpw, widths_of(None, serving), symmetric=sym, engine=serving.value, device=device, dtype=dtype,
             evaluation=eval_text,
         )  # fmt: skip
-        with progress(hidden=quiet or as_json) as events:
-            allocation = allocate(model, chosen, wanted, events)
-        if not quiet and not as_json:
-            show(allocation)
-        chosen = allocation.recipe
+        chosen = allocated(model, chosen, wanted, hidden=quiet or as_json).recipe
     elif engine is not None:
         raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
     options = QuantizeOptions(
@@ -153,160 +138,8 @@ def quantize_command(
     if not world.first:
         return
     if as_json:
-        sys.stdout.write(json.dumps(_as_dict(result, seconds)) + "\n")
+        sys.stdout.write(json.dumps(result_as_dict(result, seconds)) + "\n")
     elif not quiet:
-        _show(result, seconds)
+        show_result(result, seconds)
     for warning in result.warnings:
         sys.stderr.write(f"warning: {warning}\n")
-
-
-def _as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
-    return {
-        "path": str(result.path),
-        "recipe": result.recipe.model_dump(mode="json"),
-        "bits_per_weight": result.bits_per_weight,
-        "source_bytes": result.source_bytes,
-        "bytes_written": result.bytes_written,
-        "seconds": seconds,
-        "calibration": result.calibration.summary.as_dict() if result.calibration else None,
-        "modules": [
-            {
-                "name": m.name, "scheme": str(m.spec), "weight_error": m.weight_error, "output_error": m.output_error,
-                "damping": m.damping, "dead": m.dead, "tokens": m.tokens, "dropped": m.dropped, "seconds": m.seconds,
-                "fallback": m.fallback,
-            }
-            for m in result.modules
-        ],
-        "tuned": {
-            name: {"before": t.before, "after": t.after, "step": t.step, "steps": t.steps, "seconds": t.seconds}
-            for name, t in result.tuned.items()
-        },
-        "scaled": {name: [asdict(pair) for pair in pairs] for name, pairs in result.scaled.items()},
-        "skipped": dict(result.skipped),
-        "resumed_blocks": result.resumed,
-        "warnings": list(result.warnings),
-    }  # fmt: skip
-
-
-@contextmanager
-def progress(hidden: bool) -> Iterator[Events]:
-    """A bar over blocks with the time left, the memory in use and at most, and the current module, on stderr."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from llmquant.pipeline import Events
-    from llmquant.usage import peak_resident_bytes, resident_bytes
-
-    console = screen(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[memory]}", markup=False),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=hidden or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("reading", total=None, memory="")
-        first: list[int] = []
-
-        def on_calibration(calibration: Calibration) -> None:
-            if not hidden:
-                console.print(f"calibration  {calibration.source}", soft_wrap=True)
-                for line in calibration.summary.lines():
-                    console.print(f"  {line}", soft_wrap=True)
-            progress.update(task, description="calibrating")
-
-        def on_warning(warning: str) -> None:
-            console.print(f"warning: {warning}", soft_wrap=True)
-
-        def on_note(note: str) -> None:
-            if not hidden:
-                console.print(note, soft_wrap=True)
-
-        def on_progress(p: Where) -> None:
-            if not first:  # what an earlier process did says nothing of this one's speed
-                first.append(p.block)
-                progress.reset(task, total=p.blocks, completed=p.block)
-            memory = f"{resident_bytes() / 1e9:.1f} GB (peak {peak_resident_bytes() / 1e9:.1f})"
-            progress.update(task, description=p.module, completed=p.block, total=p.blocks, memory=memory)
-
-        events = Events(
-            on_warning=on_warning,
-            on_note=on_note,
-            on_calibration=on_calibration,
-            on_progress=on_progress,
-            on_phase=lambda phase: progress.update(task, description=phase, completed=progress.tasks[0].total or 0),
-        )
-        yield events
-
-
-def _show_tuned(tuned: Mapping[str, TuneReport], console: Console) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("tuned")
-    for column in ("block error before", "after", "ratio", "kept step"):
-        table.add_column(column, justify="right")
-    for name, t in tuned.items():
-        ratio = f"{t.after / t.before:.3f}" if t.before else "–"
-        table.add_row(name, f"{t.before:.3e}", f"{t.after:.3e}", ratio, f"{t.step} of {t.steps}")
-    console.print(table)
-
-
-def _show_scaled(scaled: Mapping[str, tuple[PairReport, ...]], console: Console) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("scaled for")
-    for column in ("pairs", "error before", "after", "left alone"):
-        table.add_column(column, justify="right")
-    kinds: dict[tuple[str, ...], list[PairReport]] = {}
-    for block, pairs in scaled.items():
-        for pair in pairs:
-            kinds.setdefault(tuple(r.removeprefix(f"{block}.") for r in pair.readers), []).append(pair)
-    for readers, reports in kinds.items():
-        measured = [(r.before, r.after) for r in reports if r.before is not None and r.after is not None]
-        means = [f"{sum(values) / len(measured):.2e}" for values in zip(*measured, strict=True)] or ["–", "–"]
-        left = [r.reason for r in reports if r.reason is not None]
-        why = f"{len(left)} ({', '.join(sorted(set(left)))})" if left else "0"
-        table.add_row(", ".join(readers), str(len(reports)), *means, why)
-    console.print(table)
-
-
-def _show(result: QuantizeResult, seconds: float) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{result.path}", title_justify="left", box=None, pad_edge=False)
-    for column in ("linears", "scheme"):
-        table.add_column(column)
-    for column in ("count", "weight error", "output error, mean", "worst"):
-        table.add_column(column, justify="right")
-    kinds: dict[tuple[str, str], list[Any]] = {}
-    for m in result.modules:
-        kinds.setdefault((m.name.rpartition(".")[2], str(m.spec)), []).append(m)
-    for (leaf, spec), reports in kinds.items():
-        outputs = [r.output_error for r in reports if r.output_error is not None]
-        table.add_row(
-            leaf,
-            spec,
-            str(len(reports)),
-            f"{sum(r.weight_error for r in reports) / len(reports):.2e}",
-            f"{sum(outputs) / len(outputs):.2e}" if outputs else "–",
-            f"{max(outputs):.2e}" if outputs else "–",
-        )
-    console = screen()
-    console.print(table)
-    if result.scaled:
-        _show_scaled(result.scaled, console)
-    if result.tuned:
-        _show_tuned(result.tuned, console)
-    skipped = ", ".join(f"{n} ({why})" for n, why in result.skipped.items()) or "none"
-    console.print(f"left alone   {skipped}")
-    console.print(
-        f"size         {result.source_bytes / 1e6:,.2f} MB → {result.bytes_written / 1e6:,.2f} MB; "
-        f"{result.bits_per_weight:.3f} bits per quantized weight"
-    )
-    console.print(f"proved       every tensor re-read from disk and equal to what was computed; {seconds:.1f} s")

@@ -56,16 +56,17 @@ def scale_twin(weights: list[torch.Tensor], x: torch.Tensor, ratio: float, duo: 
 
 
 @pytest.mark.parametrize("channel", [list(range(8)), [0, 1, 2, 3, 0, 1, 2, 3]], ids=["own scales", "shared by two"])
+@pytest.mark.parametrize("steps", [2, 16], ids=["coarser than the recipe's", "never finer than the recipe's"])
 @pytest.mark.parametrize("duo", ["off", "on", "both"])
-def test_the_search_equals_plain_loops(duo, channel):
+def test_the_search_equals_plain_loops(duo, steps, channel):
     weights, x = case()
-    options = AWQOptions(grid=5, duo_scaling=duo, steps=2)
+    options = AWQOptions(grid=5, duo_scaling=duo, steps=steps)
     found = search_scale(weights, [SPEC, SPEC], x.T @ x, x.abs().mean(0), SEARCH, options, torch.tensor(channel))
     tried = []
     for kind in {"both": (False, True), "on": (True,), "off": (False,)}[duo]:
         for step in range(0 if kind else 1, 6):
             scale = scale_twin(weights, x, step / 5, kind, channel)
-            tried.append((loss_twin(weights, x, [scale[c] for c in channel], ScaleSearch(2)), step / 5, kind, scale))
+            tried.append((loss_twin(weights, x, [scale[c] for c in channel], ScaleSearch(min(steps, 4))), step / 5, kind, scale))
     _, ratio, kind, scale = min(tried, key=lambda t: t[0])
     signal = sum(float((x @ w.T).square().sum()) for w in weights)
     before = loss_twin(weights, x, [1.0] * 8, SEARCH) / signal

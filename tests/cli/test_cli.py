@@ -146,7 +146,7 @@ def test_awq_tells_what_was_scaled_and_what_was_left_alone(run: Run, model: Path
     assert table[0].startswith("self_attn.q_proj, self_attn.k_proj,")
     assert "down_proj" in "".join(table[:6])
     told = json.loads(run("quantize", model, "-o", "two", *options, "--json").out)
-    assert told["recipe"]["awq"] == {"grid": 20, "duo_scaling": "both", "steps": 0}
+    assert told["recipe"]["awq"] == {"grid": 20, "duo_scaling": "both", "steps": 16}
     kept = json.loads(Path("one", "manifest.json").read_text())["scaled"]
     assert kept == {b: [{k: v for k, v in p.items() if k != "seconds"} for p in pairs] for b, pairs in told["scaled"].items()}
     assert [len(pairs) for pairs in kept.values()] == [4, 4]
