@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from slips import slipped
 from tolerances import TWIN_ATOL
 from twin import TwinResult, gptq_twin
 
@@ -130,16 +130,6 @@ SLIPS = {
 }
 
 
-def mutated(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> types.ModuleType:
-    """The gptq module with one piece of its source replaced, beside the real one."""
-    source = inspect.getsource(GPTQ_MODULE)
-    assert source.count(old) == 1, f"the slip {old!r} no longer fits the source"
-    module = types.ModuleType("mutated_gptq")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source.replace(old, new), "mutated_gptq", "exec"), module.__dict__)
-    return module
-
-
 @pytest.fixture(scope="module")
 def twins() -> Callable[[str], TwinResult]:
     """The twin's result of a case, computed once."""
@@ -155,13 +145,13 @@ def twins() -> Callable[[str], TwinResult]:
 
 @pytest.mark.parametrize(("old", "new"), SLIPS.values(), ids=SLIPS)
 def test_a_planted_slip_does_not_pass(monkeypatch, twins, old, new):
-    module = mutated(monkeypatch, old, new)
+    module = slipped(monkeypatch, GPTQ_MODULE, old, new)
     few = [name for name in CASES if name.startswith(("W4 g16 asym", "W3 g12", "W2 g8 sym"))]
     assert any(not same(run(module, *CASES[name]), twins(name)) for name in few)
 
 
 def test_the_source_unchanged_passes_the_same_cases(monkeypatch, twins):
-    module = mutated(monkeypatch, "import torch\n", "import torch\n\n")
+    module = slipped(monkeypatch, GPTQ_MODULE, "import torch\n", "import torch\n\n")
     for name in [name for name in CASES if name.startswith(("W4 g16 asym", "W3 g12", "W2 g8 sym"))]:
         assert same(run(module, *CASES[name]), twins(name)), name
 

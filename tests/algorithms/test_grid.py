@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slips import slipped
 from twin import candidates, error_of, minmax_twin
 
 from llmquant.algorithms import MINMAX, ScaleSearch, fit, round_to_codes
@@ -18,6 +20,7 @@ from llmquant.weight import is_portable
 SPECS = pytest.mark.parametrize(
     "spec", [QuantSpec(b, g, s) for b in SUPPORTED_BITS for g in (8, None) for s in (True, False)], ids=str
 )
+MODULE = sys.modules["llmquant.algorithms.grid"]
 SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 
 
@@ -34,7 +37,13 @@ def rounded(w: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, spec: Qu
     return (round_to_codes(grouped, scale, zero, spec.max_code) - zero) * scale
 
 
-def errors(w: torch.Tensor, spec: QuantSpec, search: ScaleSearch, importance: torch.Tensor | None = None) -> torch.Tensor:
+def errors(
+    w: torch.Tensor,
+    spec: QuantSpec,
+    search: ScaleSearch,
+    importance: torch.Tensor | None = None,
+    fit: Callable[..., tuple[torch.Tensor, torch.Tensor]] = fit,
+) -> torch.Tensor:
     """``[out, groups]`` in float64, by the search's own measure."""
     scales, zeros = fit(w, spec, search, importance)
     q = rounded(w.double(), scales.double(), zeros, spec)
@@ -42,25 +51,81 @@ def errors(w: torch.Tensor, spec: QuantSpec, search: ScaleSearch, importance: to
     return (delta if importance is None else delta * importance.double().reshape(1, -1, q.shape[-1])).sum(-1)
 
 
-@SPECS
-def test_min_max_equals_its_scalar_twin(spec):
+def check_minmax(module, spec):
+    """A module's min-max parameters are the scalar twin's."""
     w = heavy_tailed(6, 24, dtype=torch.float64)
-    scales, zeros = fit(w, spec, MINMAX)
+    w[0] = w[0].abs() + 0.1
+    scales, zeros = module.fit(w, spec, MINMAX)
     for row, groups in enumerate(w.reshape(6, -1, spec.width(24)).tolist()):
         for group, values in enumerate(groups):
             assert (float(scales[row, group]), int(zeros[row, group])) == minmax_twin(values, spec)
 
 
 @SPECS
-@pytest.mark.parametrize("norm", [1.0, 2.0, 2.4], ids=lambda n: f"norm {n}")
-def test_search_finds_the_best_of_all_its_candidates(spec, norm):
+def test_min_max_equals_its_scalar_twin(spec):
+    check_minmax(MODULE, spec)
+
+
+def check_search(module, spec, norm):
+    """A module's search finds the best of all its candidates."""
     search = ScaleSearch(steps=7, smallest=0.4, norm=norm)
     w = heavy_tailed(4, 24, seed=1, dtype=torch.float64)
-    found = errors(w, spec, search)
+    found = errors(w, spec, search, fit=module.fit)
     for row, groups in enumerate(w.reshape(4, -1, spec.width(24)).tolist()):
         for group, values in enumerate(groups):
             best = min(error_of(values, scale, zero, spec, norm) for scale, zero in candidates(values, spec, search))
             assert float(found[row, group]) == pytest.approx(best, rel=1e-9, abs=1e-18)
+
+
+@SPECS
+@pytest.mark.parametrize("norm", [1.0, 2.0, 2.4], ids=lambda n: f"norm {n}")
+def test_search_finds_the_best_of_all_its_candidates(spec, norm):
+    check_search(MODULE, spec, norm)
+
+
+def check_importance(module, spec):
+    """A module's weighted search finds the best of all its candidates by the weighted measure."""
+    search, importance = ScaleSearch(steps=7, smallest=0.4), torch.logspace(-2, 2, 24, dtype=torch.float64)
+    w = heavy_tailed(4, 24, seed=1, dtype=torch.float64)
+    found = errors(w, spec, search, importance, module.fit)
+    width = spec.width(24)
+    for row, groups in enumerate(w.reshape(4, -1, width).tolist()):
+        for group, values in enumerate(groups):
+            costs = importance[group * width : (group + 1) * width].tolist()
+            best = min(
+                sum(cost * error_of([v], scale, zero, spec, 2.0) for v, cost in zip(values, costs, strict=True))
+                for scale, zero in candidates(values, spec, search)
+            )
+            assert float(found[row, group]) == pytest.approx(best, rel=1e-9, abs=1e-18)
+
+
+@SPECS
+def test_a_weighted_search_finds_the_best_by_its_measure(spec):
+    check_importance(MODULE, spec)
+
+
+SLIPS = {
+    "the last candidate instead of the best": ("better = error < best", "better = error < torch.inf"),
+    "the best error is never noted": ("best = torch.where(better, error, best)", "best = best + 0"),
+    "the zero-point of another candidate": ("zero = torch.where(better, new_zero, zero)", "zero = zero + 0"),
+    "one sign only": ("yield -scale, middle", "yield scale, middle"),
+    "the zero-point never moves up": ("(zero + 1).clamp(max=spec.max_code)", "zero"),
+    "one-sided groups do not reach zero": ("w.amin(-1).clamp(max=0)", "w.amin(-1)"),
+    "importance of the columns reversed": ("importance.to(weight.dtype)", "importance.to(weight.dtype).flip(0)"),
+    "importance left out": ("cost is None else delta.mul_(cost)", "True else delta"),
+    "errors squared whatever the norm": ("if search.norm == 2.0", "if True"),
+    "a code too many": ("clamp_(0, max_code)", "clamp_(0, max_code + 1)"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), SLIPS.values(), ids=SLIPS)
+def test_a_planted_slip_is_caught(right, wrong, monkeypatch):
+    module = slipped(monkeypatch, MODULE, right, wrong)
+    with pytest.raises(AssertionError):  # noqa: PT012 - which of the checks tells is not said
+        for spec in (QuantSpec(3, 8, True), QuantSpec(3, 8, False)):
+            check_minmax(module, spec)
+            check_search(module, spec, 1.0)
+            check_importance(module, spec)
 
 
 @st.composite

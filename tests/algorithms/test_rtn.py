@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from slips import slipped
 from twin import quantized_value
 
 from llmquant.algorithms import MINMAX, ScaleSearch, fit, rtn
 from llmquant.errors import QuantizationError, SpecError
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 
+MODULE = sys.modules["llmquant.algorithms.rtn"]
 SPECS = [QuantSpec(b, g, s) for b in SUPPORTED_BITS for g in (8, None) for s in (True, False)]
 
 
@@ -17,11 +21,10 @@ def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(5, 24, generator=torch.Generator().manual_seed(seed)) * 0.1).to(dtype)
 
 
-@pytest.mark.parametrize("search", [MINMAX, ScaleSearch(steps=5)], ids=["min-max", "search"])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_rtn_equals_the_scalar_twin(spec, search):
+def check(module, spec, search):
+    """A module's rtn is the scalar twin's."""
     w = weights(dtype=torch.float64)
-    result = rtn(w, spec, search)
+    result = module.rtn(w, spec, search)
     scales, zeros = fit(w, spec, search)
     assert torch.equal(result.scales, scales.float())
     assert torch.equal(result.zeros, zeros)
@@ -31,6 +34,27 @@ def test_rtn_equals_the_scalar_twin(spec, search):
             group = column // spec.width(24)
             scale, zero = float(scales[row, group]), int(zeros[row, group])
             assert float(dequantized[row, column]) == quantized_value(float(w[row, column]), scale, zero, spec.max_code)
+
+
+@pytest.mark.parametrize("search", [MINMAX, ScaleSearch(steps=5)], ids=["min-max", "search"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_rtn_equals_the_scalar_twin(spec, search):
+    check(MODULE, spec, search)
+
+
+SLIPS = {
+    "scales of the group before": ("(groups, scales.unsqueeze(-1)", "(groups, scales.roll(1, 1).unsqueeze(-1)"),
+    "zero-points of the group before": ("zeros.unsqueeze(-1), spec.max_code", "zeros.roll(1, 1).unsqueeze(-1), spec.max_code"),
+    "codes of a group reversed": ("codes.reshape(w.shape)", "codes.flip(-1).reshape(w.shape)"),
+    "one code too few": ("zeros.unsqueeze(-1), spec.max_code)", "zeros.unsqueeze(-1), spec.max_code - 1)"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), SLIPS.values(), ids=SLIPS)
+def test_a_planted_slip_is_caught(right, wrong, monkeypatch):
+    module = slipped(monkeypatch, MODULE, right, wrong)
+    with pytest.raises(AssertionError):
+        check(module, QuantSpec(3, 8, False), ScaleSearch(steps=5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

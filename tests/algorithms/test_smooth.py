@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
+from slips import slipped
 
 from llmquant.algorithms import Reader, ScaleSearch, rtn, search_smoothing
 from llmquant.algorithms.smooth import smooth_scale, smoothed_loss
@@ -13,6 +17,7 @@ from llmquant.spec import QuantSpec
 SPEC = QuantSpec(8, None, True)
 SEARCH = ScaleSearch(steps=2)
 OWN = torch.arange(8)
+MODULE = sys.modules["llmquant.algorithms.smooth"]
 
 
 def case(seed: int = 0, outlier: float = 60.0) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -38,12 +43,16 @@ def scale_twin(weights: list[torch.Tensor], x: torch.Tensor, alpha: float, chann
     return [s / middle for s in scales]
 
 
+def scales_agree(module: types.ModuleType, alpha: float, channel: list[int]) -> bool:
+    weights, x = case()
+    found = module.smooth_scale(weights, x.abs().amax(0), alpha, torch.tensor(channel))
+    return found.tolist() == pytest.approx(scale_twin(weights, x, alpha, channel), rel=1e-12)
+
+
 @pytest.mark.parametrize("channel", [list(range(8)), [0, 1, 2, 3, 0, 1, 2, 3]], ids=["own scales", "shared by two"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0], ids=str)
 def test_scales_equal_plain_loops(alpha, channel):
-    weights, x = case()
-    found = smooth_scale(weights, x.abs().amax(0), alpha, torch.tensor(channel))
-    assert found.tolist() == pytest.approx(scale_twin(weights, x, alpha, channel), rel=1e-12)
+    assert scales_agree(MODULE, alpha, channel)
 
 
 def loss_twin(weights: list[torch.Tensor], x: torch.Tensor, scale: list[float], int8: bool) -> float:
@@ -61,12 +70,35 @@ def loss_twin(weights: list[torch.Tensor], x: torch.Tensor, scale: list[float], 
     return total
 
 
-@pytest.mark.parametrize("int8", [True, False], ids=["int8 inputs", "inputs as they are"])
-def test_the_loss_equals_plain_loops(int8):
+def loss_agrees(module: types.ModuleType, int8: bool) -> bool:
     weights, x = case()
     scale = smooth_scale(weights, x.abs().amax(0), 0.5, OWN)
-    got = smoothed_loss(readers(weights, int8), x, scale, SEARCH)
-    assert got == pytest.approx(loss_twin(weights, x, scale.tolist(), int8), rel=1e-4)  # activations are scaled in float32
+    got = module.smoothed_loss(readers(weights, int8), x, scale, SEARCH)
+    return got == pytest.approx(loss_twin(weights, x, scale.tolist(), int8), rel=1e-4)  # activations are scaled in float32
+
+
+@pytest.mark.parametrize("int8", [True, False], ids=["int8 inputs", "inputs as they are"])
+def test_the_loss_equals_plain_loops(int8):
+    assert loss_agrees(MODULE, int8)
+
+
+SLIPS = {
+    "alpha on the weights": ("where(known, 1.0).pow(alpha) / ", "where(known, 1.0).pow(1 - alpha) / "),
+    "the weights' largest of the first linear": ("torch.stack([w.abs().amax(0) for w in weights])", "weights[0].abs()"),
+    "the weights' largest by rows": ("for w in weights]).amax(0)", "for w in weights]).amax(0).flip(0)"),
+    "extremes not centred": (" / (scale.max() * scale.min()).sqrt()", ""),
+    "weights divided": ("rtn(weight * scale", "rtn(weight / scale"),
+    "inputs multiplied": ("scaled = rows / scale", "scaled = rows * scale"),
+    "inputs never rounded": ("(rounded if reader.int8 else scaled)", "scaled"),
+    "inputs always rounded": ("(rounded if reader.int8 else scaled)", "rounded"),
+    "against what the scaled inputs give": ("rows @ weight.T).square()", "scaled @ weight.T).square()"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong"), SLIPS.values(), ids=SLIPS)
+def test_a_planted_slip_is_caught(right, wrong, monkeypatch):
+    module = slipped(monkeypatch, MODULE, right, wrong)
+    assert not (scales_agree(module, 0.3, list(range(8))) and all(loss_agrees(module, int8) for int8 in (True, False)))
 
 
 def test_smoothing_repairs_an_outlier_and_the_wrong_side_makes_it_worse():
