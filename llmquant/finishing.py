@@ -10,7 +10,8 @@ import torch
 
 from llmquant.calibration import Calibration
 from llmquant.card import front_matter, model_card
-from llmquant.checkpoint import CheckpointReader, CheckpointWriter, sha256_file, sha256_tensor
+from llmquant.checkpoint import CheckpointReader, sha256_file, sha256_tensor
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.errors import ProofError
 from llmquant.formats import Format, Scheme
 from llmquant.manifest import (

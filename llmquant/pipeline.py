@@ -18,7 +18,8 @@ from torch import Tensor
 
 from llmquant.architectures import blocks_of
 from llmquant.calibration import Calibration
-from llmquant.checkpoint import CheckpointReader, CheckpointWriter
+from llmquant.checkpoint import CheckpointReader
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.destination import check_destination, refuse_source
 from llmquant.engines import refusals
 from llmquant.fingerprint import fingerprint

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from llmquant.checkpoint import CheckpointWriter, Mark, sha256_file
+from llmquant.checkpoint import sha256_file
+from llmquant.checkpoint_writer import CheckpointWriter, Mark
 from llmquant.destination import disk, fsync_path, remove
 from llmquant.errors import DiskError, LlmquantError, ProofError, QuantizationError, UsageError
 from llmquant.fingerprint import Facts, differences

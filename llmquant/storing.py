@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from llmquant.checkpoint import CheckpointReader, CheckpointWriter, sha256_tensor
+from llmquant.checkpoint import CheckpointReader, sha256_tensor
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.errors import QuantizationError
 from llmquant.finite import all_finite
 from llmquant.formats import Activations, Format, Scheme

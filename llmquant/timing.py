@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmquant.architectures import blocks_of
-from llmquant.checkpoint import CheckpointReader, CheckpointWriter
+from llmquant.checkpoint import CheckpointReader
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.finishing import write_config
 from llmquant.manifest import prove_modules
 from llmquant.pipeline import QuantizeOptions

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmquant.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter, read_json, sha256_file, sha256_tensor
+from llmquant.checkpoint import INDEX, SINGLE, CheckpointReader, read_json, sha256_file, sha256_tensor
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.errors import CheckpointError, ProofError, UsageError
 from llmquant.shards import ShardWriter
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llmquant.card import MEASURED_END, MEASURED_START
-from llmquant.checkpoint import CheckpointReader, CheckpointWriter
+from llmquant.checkpoint import CheckpointReader
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.cli import app
 from llmquant.conversion import TARGETS, ConvertOptions, convert
 from llmquant.engines import ENGINES, why_not

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
 LAYERS = (
     ("errors",),
-    ("spec", "finite", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
+    ("spec", "finite", "roles", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
     ("weight", "bitpack", "stats", "activations", "orthogonal", "experts"),
     ("parallel",),
     ("algorithms", "formats", "kernels"),
     ("destination",),
-    ("journal",),
-    ("checkpoint", "capture", "architectures", "modules", "saving", "engines", "states"),
+    ("journal", "checkpoint"),
+    ("checkpoint_writer", "capture", "architectures", "modules", "saving", "engines", "states"),
     ("naming",),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding"),
     ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation", "calls"),

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmquant import pipeline, preparation
-from llmquant.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter, read_json
+from llmquant.checkpoint import INDEX, SINGLE, CheckpointReader, read_json
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.errors import CheckpointError, LlmquantError, ProofError, QuantizationError, SpecError, UsageError
 from llmquant.loading import load
 from llmquant.manifest import read_manifest, read_module, stored_schemes, verify

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llmquant import fingerprint, pipeline, resume
-from llmquant.checkpoint import SINGLE, CheckpointWriter, sha256_file
+from llmquant.checkpoint import SINGLE, sha256_file
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.destination import lock_folder
 from llmquant.errors import CheckpointError, DiskError, LlmquantError, UsageError
 from llmquant.journal import Journal

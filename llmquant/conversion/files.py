@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmquant.card import converted_card, front_matter, measured
-from llmquant.checkpoint import CheckpointWriter
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, Checked
 from llmquant.conversion.source import Source
 from llmquant.detect import without_quantization

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from llmquant.checkpoint import CheckpointReader, CheckpointWriter
+from llmquant.checkpoint import CheckpointReader
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
 from llmquant.conversion.files import write_files
 from llmquant.conversion.proof import prove

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from children import heeds_interrupts
 
-from llmquant.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
+from llmquant.checkpoint import SINGLE, CheckpointReader
+from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.cli import main
 from llmquant.cli.method import parse_method
 from llmquant.cli.sizes import parse_size
