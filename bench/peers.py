@@ -6,8 +6,8 @@ writes the windows as token ids; the second runs in the tool's and needs nothing
     python bench/peers.py windows MODEL --calibration file:TEXT --nsamples 64 --seqlen 512 -o windows.json
     TOOL_ENVIRONMENT/bin/python bench/peers.py quantize llmcompressor-gptq MODEL -o OUT --windows windows.json
 
-Weights have 4 bits, symmetric, in groups of 128 unless ``--bits``, ``--asymmetric`` and ``--group-size`` say otherwise;
-``lm_head`` is left alone; all run on the CPU. ``llmcompressor-gptq`` has act-order with
+Weights have 4 bits, symmetric, in groups of 128 unless ``--bits``, ``--asymmetric`` and ``--group-size`` (-1: a row) say
+otherwise; ``lm_head`` is left alone; all run on the CPU. ``llmcompressor-gptq`` has act-order with
 static groups, ``llmcompressor-awq`` its default grid, ``autoround`` its default 200 iterations; ``llmcompressor-rtn`` looks at
 no text. llm-compressor's AWQ pins memory for transfers to an accelerator, which stops without one: here that
 step is left out, which changes no number. It searches in float32, because in float16 on a CPU it meets NaN and stops.
@@ -43,10 +43,8 @@ class Grid:
 
     def of_llmcompressor(self, **more: Any) -> dict[str, Any]:
         """A config group for all linears."""
-        weights = {
-            "num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": "group",
-            "group_size": self.group_size,
-        }  # fmt: skip
+        grouped = {"strategy": "channel"} if self.group_size == -1 else {"strategy": "group", "group_size": self.group_size}
+        weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, **grouped}
         return {"all": {"targets": ["Linear"], "weights": weights | more}}
 
 

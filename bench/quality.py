@@ -8,7 +8,8 @@ what is missing is measured. Ours and the peers' calibration windows of one seed
     python bench/quality.py run --environment llmcompressor=ENV/bin/python --environment autoround=ENV/bin/python
     python bench/quality.py table > docs/quality.md
 
-``--tools``, ``--grids`` and ``--seeds`` narrow it down. The table gives the mean over seeds and, where there are several, the
+``--tools``, ``--grids`` and ``--seeds`` narrow it down; ``--model``, ``--calibration`` and ``--text`` take another model, whose
+cells stand beside the others by its folder's name. The table gives the mean over seeds and, where there are several, the
 range. Cost is counted in processor seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which hardly
 depend on what else the machine does.
 """
@@ -37,19 +38,21 @@ METRICS = ("perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement")
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """One storage scheme."""
+    """One storage scheme; ``group_size`` -1: one scale per row."""
 
     bits: int
     group_size: int
     symmetric: bool = True
 
     def __str__(self) -> str:
-        return f"W{self.bits} g{self.group_size} {'sym' if self.symmetric else 'asym'}"
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
 
 
 GRIDS = {
-    str(g): g for g in (Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 32), Grid(3, 32), Grid(3, 128), Grid(2, 32))
-}  # fmt: skip
+    str(g): g
+    for g in (Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 32), Grid(4, -1), Grid(3, 32), Grid(3, 128), Grid(2, 32))
+}
 MIXED = "llmquant gptq; mixed within the same size"
 # Name in the table → the recipe and the options that llmquant quantize gets beside the grid.
 OURS: dict[str, list[str]] = {
@@ -172,7 +175,8 @@ def wanted(args: argparse.Namespace, environments: dict[str, str]) -> list[tuple
     unknown = [t for t in tools if t not in OURS and t not in PEERS] + [g for g in grids if g not in GRIDS]
     if unknown:
         raise SystemExit(f"unknown: {', '.join(unknown)}; tools: {', '.join([*OURS, *PEERS])}; grids: {', '.join(GRIDS)}")
-    return [(t, g, s) for s in seeds for g in grids for t in tools if s == seeds[0] or not t.endswith(" rtn")]
+    cells = ((t, g, s) for s in seeds for g in grids for t in tools if s == seeds[0] or not t.endswith(" rtn"))
+    return [(t, g, s) for t, g, s in cells if t != MIXED or GRIDS[g].group_size > 0]
 
 
 def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
