@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
+from llmquant import interruption
 from llmquant.checkpoint import sha256_file
 from llmquant.checkpoint_writer import CheckpointWriter, Mark
 from llmquant.destination import disk, fsync_path, remove
@@ -184,6 +185,7 @@ class SavedRun:
         """The next block is finished and its tensors were handed to the writer: make that last."""
         self._commit("block", done)
         self.blocks += 1
+        interruption.check()
 
     def all_written(self, done: Outcome) -> None:
         """Every tensor was handed to the writer and its shards are finished."""
@@ -216,13 +218,14 @@ class SavedRun:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._journal is not None:
             self._journal.close()
-        hopeless = isinstance(error, QuantizationError | ProofError) or (self.proving and isinstance(error, LlmquantError))
+        stopped = interruption.stops(error)
+        failed = isinstance(error, QuantizationError | ProofError) or (self.proving and isinstance(error, LlmquantError))
         if error is None:
             _remove_at_end(self.folder)
-        elif hopeless or not self._writer.keep:
+        elif (failed and not stopped) or not self._writer.keep:
             self._writer.keep = False
             _give_up(self.folder)
-        if isinstance(error, KeyboardInterrupt):
+        if stopped:
             raise KeyboardInterrupt(self.told()) from error
         if isinstance(error, DiskError) and self._writer.keep:
             raise DiskError(f"{error}: {self.told()}{self._needs(error)}", full=error.full) from error

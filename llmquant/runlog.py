@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import torch
 
+from llmquant import interruption
 from llmquant.destination import disk
 from llmquant.errors import DiskError
 from llmquant.manifest import versions
@@ -55,7 +56,7 @@ class RunLog:
         if error is None:
             self._write("done", seconds=round(time.monotonic() - self._begun, 3), peak_bytes=peak_resident_bytes())
             return
-        event = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        event = "interrupted" if interruption.stops(error) else "failed"
         with suppress(DiskError):  # the full disk that ended the run refuses this line too
             self._write(event, finished=self._run.blocks, error=str(error) or type(error).__name__)
 

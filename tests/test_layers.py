@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
 LAYERS = (
     ("errors",),
-    ("spec", "finite", "roles", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
+    ("spec", "finite", "roles", "interruption", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
     ("weight", "bitpack", "stats", "activations", "orthogonal", "experts"),
     ("parallel",),
     ("algorithms", "formats", "kernels"),

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+from llmquant.interruption import heeded, stops
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it SIGTERM raises KeyboardInterrupt, and that ends the process with what it says, on stderr.
-
-    Only the main thread may set signals; elsewhere SIGTERM stays what it was.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _interrupt) if main else None
-    try:
-        yield
-    except KeyboardInterrupt as e:
-        sys.stderr.write(f"interrupted; {e if e.args else 'nothing was left half-written'}\n")
-        raise SystemExit(130) from None
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+    """Within it either signal ends the process with what the run says of it, on stderr."""
+    with heeded():
+        try:
+            yield
+        except BaseException as e:
+            if not stops(e):
+                raise
+            told = e.args[0] if isinstance(e, KeyboardInterrupt) and e.args else "nothing was left half-written"
+            sys.stderr.write(f"interrupted; {told}\n")
+            raise SystemExit(130) from None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import pytest
+import torch
 from children import heeds_interrupts
 
 from llmquant.checkpoint import SINGLE, CheckpointReader
@@ -27,6 +28,7 @@ from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.cli import main
 from llmquant.cli.method import parse_method
 from llmquant.cli.sizes import parse_size
+from llmquant.errors import CheckpointError, ProofError
 from llmquant.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -476,6 +478,35 @@ def test_a_terminal_without_arrows_gets_question_marks(model: Path) -> None:
     ran = process("plan", model, "--group-size", "32", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (ran.returncode, ran.stderr) == (0, "")
     assert re.search(r"MB \? [\d.]+ MB of weight files", ran.stdout)
+
+
+@pytest.mark.parametrize("becomes", [ValueError, CheckpointError, ProofError, None], ids=["error", "damage", "proof", "lost"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_an_interrupt_that_native_code_takes_for_an_error_is_still_one(
+    run: Run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, becomes: type[Exception] | None
+) -> None:
+    read = CheckpointReader.read
+
+    def interrupted(self: CheckpointReader, name: str) -> torch.Tensor:
+        if name == "model.layers.1.self_attn.q_proj.weight":
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt:
+                if becomes is not None:
+                    raise becomes("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+        return read(self, name)
+
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    options = ("quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}")
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointReader, "read", interrupted)
+        ran = run(*options)
+    assert ran.code == 130
+    finished = 2 if becomes is None else 1
+    assert f"interrupted; {finished} of 2 blocks are finished and kept beside out; the same command continues there" in ran.err
+    assert json.loads(Path("out.quantize.log.jsonl").read_text().splitlines()[-1])["event"] == "interrupted"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert f"continuing behind block {finished} of 2" in run(*options).err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
