@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import statistics
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +66,38 @@ def test_the_gallery_of_recipes_shows_what_was_measured() -> None:
     if os.environ.get("LLMQUANT_WRITE_RESULTS"):
         path.write_text(fresh, encoding="utf-8")
     assert gallery == fresh, "recipes/README.md shows old figures; run this test with LLMQUANT_WRITE_RESULTS=1"
+
+
+def mean_kl(cells: list[dict[str, Any]], grid: str, tools: str) -> str:
+    """Over seeds 0 to 2, to three digits."""
+    mine = (c for c in cells if (c["model"], c["grid"]) == ("tiny-llama", grid) and c["tool"] in tools.split("|"))
+    found = {c["seed"]: c["kl_mean"] for c in mine}
+    assert sorted(found) == [0, 1, 2], f"{tools} at {grid} has seeds {sorted(found)}"
+    return f"{statistics.fmean(found.values()):#.3g}"
+
+
+def test_the_readme_shows_what_was_measured_beside_other_tools() -> None:
+    """LLMQUANT_WRITE_RESULTS=1 writes the table anew."""
+    cells = json.loads((ROOT / "bench" / "results" / "quality.json").read_text(encoding="utf-8"))["cells"]
+    columns = (
+        "llmquant gptq", "llm-compressor gptq", "llmquant awq", "llm-compressor awq", "llmquant best|llmquant best; 2 bits",
+        "autoround 200",
+    )  # fmt: skip
+    grids = ("W4 g128 sym", "W4 g128 asym", "W4 g32 sym", "W3 g128 sym", "W2 g32 sym")
+    fresh = "".join(f"| {grid} | {' | '.join(mean_kl(cells, grid, tools) for tools in columns)} |\n" for grid in grids)
+    path = ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    start = readme.index("| W4 g128 sym | ")
+    table = readme[start : readme.index("\n\n", start) + 1]
+    if os.environ.get("LLMQUANT_WRITE_RESULTS"):
+        path.write_text(readme.replace(table, fresh), encoding="utf-8")
+    assert table == fresh, "README.md shows old figures; run this test with LLMQUANT_WRITE_RESULTS=1"
+
+
+def test_the_table_of_quality_is_rendered_from_its_cells() -> None:
+    script = ROOT / "bench" / "quality.py"
+    rendered = subprocess.run([sys.executable, script, "table"], check=True, capture_output=True, text=True).stdout
+    assert (ROOT / "docs" / "quality.md").read_text(encoding="utf-8") == rendered, "run bench/quality.py table > docs/quality.md"
 
 
 def test_every_recipe_has_a_result_of_its_own(suite: Suite) -> None:
