@@ -35,19 +35,24 @@ def test_the_leaderboard_is_rendered_from_the_results() -> None:
     assert (ROOT / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8") == rendered, "stale: run `make leaderboard`"
 
 
+def check_readme(begins: str, fresh: str) -> None:
+    """The rows of README.md from ``begins`` to the next empty line are ``fresh``, or are made so."""
+    path = ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    start = readme.index(begins)
+    table = readme[start : readme.index("\n\n", start) + 1]
+    if os.environ.get("LLMQUANT_WRITE_RESULTS"):
+        path.write_text(readme.replace(table, fresh), encoding="utf-8")
+    assert table == fresh, "README.md shows old figures; run this test with LLMQUANT_WRITE_RESULTS=1"
+
+
 def test_the_readme_shows_the_leaderboard() -> None:
     """Its table is the leaderboard's, less some columns; LLMQUANT_WRITE_RESULTS=1 writes it anew."""
     ranking = (ROOT / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8").partition("\n## ")[2]
     rows = [line.strip("| ").split(" | ") for line in ranking.splitlines() if line.startswith("| ")]
     shown = [rows[0].index(c) for c in ("#", "model", "scheme", "ratio", "KL nats", "bits/w")]
     fresh = "".join(f"| {' | '.join(row[i] for i in shown)} |\n" for row in rows)
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    start = readme.index("| # | model |")
-    table = readme[start : readme.index("\n\n", start) + 1]
-    if os.environ.get("LLMQUANT_WRITE_RESULTS"):
-        path.write_text(readme.replace(table, fresh), encoding="utf-8")
-    assert table == fresh, "README.md shows an old leaderboard; run this test with LLMQUANT_WRITE_RESULTS=1"
+    check_readme("| # | model |", fresh)
 
 
 def test_the_gallery_of_recipes_shows_what_was_measured() -> None:
@@ -85,13 +90,7 @@ def test_the_readme_shows_what_was_measured_beside_other_tools() -> None:
     )  # fmt: skip
     grids = ("W4 g128 sym", "W4 g128 asym", "W4 g32 sym", "W3 g128 sym", "W2 g32 sym")
     fresh = "".join(f"| {grid} | {' | '.join(mean_kl(cells, grid, tools) for tools in columns)} |\n" for grid in grids)
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    start = readme.index("| W4 g128 sym | ")
-    table = readme[start : readme.index("\n\n", start) + 1]
-    if os.environ.get("LLMQUANT_WRITE_RESULTS"):
-        path.write_text(readme.replace(table, fresh), encoding="utf-8")
-    assert table == fresh, "README.md shows old figures; run this test with LLMQUANT_WRITE_RESULTS=1"
+    check_readme("| W4 g128 sym | ", fresh)
 
 
 def test_the_table_of_quality_is_rendered_from_its_cells() -> None:
