@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from llmquant.choices import AllocateOptions, Choice, choices_of, recipe_of_choice
+from llmquant.damage import Damage
 from llmquant.errors import SourceError, UsageError
 from llmquant.formats import Scheme
 from llmquant.knapsack import Option, Solution, solve, undominated
@@ -31,7 +32,7 @@ from llmquant.pipeline import Events
 from llmquant.preparation import Prepared, deterministic, prepare
 from llmquant.recipe import Recipe
 from llmquant.selection import select
-from llmquant.sensitivity import Damage, Item, Probe, measure
+from llmquant.sensitivity import Item, Probe, measure
 from llmquant.spec import QuantSpec
 
 

@@ -13,7 +13,7 @@ but are not those of the tokens that it really gets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -127,3 +127,18 @@ def place_of(module: nn.Module, name: str) -> Place | None:
     parent, _, expert = path.rpartition(".")
     inside = expert.isdecimal() and isinstance(module.get_submodule(parent), ExpertList)
     return Place(int(expert), linear) if inside else None
+
+
+def passes_of(block: nn.Module, sets: Sequence[tuple[str, ...]], room: int) -> list[list[tuple[str, ...]]]:
+    """Sets to observe together: each by itself, but those of a block's experts, which do not read one another, side by side.
+
+    As many experts at a time as have Hessians of no more than ``room`` numbers together, and at least one.
+    """
+    places = {members: place_of(block, members[0]) for members in sets}
+    widths = [block.get_parameter(f"{s[0]}.weight").shape[1] for s, place in places.items() if place]
+    together = max(1, room // max(widths, default=1) ** 2)
+    passes: dict[object, list[tuple[str, ...]]] = {}
+    for members, place in places.items():
+        key = members if place is None else (place.expert // together, place.linear)
+        passes.setdefault(key, []).append(members)
+    return list(passes.values())

@@ -130,8 +130,8 @@ class Work:
         outer = 0
         for name, info in source.items():
             place = name.removeprefix(f"{architecture.blocks}.")
-            if place != name:
-                index = place.partition(".")[0]
+            index = place.partition(".")[0]
+            if place != name and index.isdigit():
                 blocks[index] = blocks.get(index, 0) + math.prod(info.shape)
             elif not name.startswith(f"{architecture.head}."):
                 outer += math.prod(info.shape)
@@ -195,7 +195,7 @@ class Work:
         """Of the Hessians that one pass gathers: of all inputs, or of one, or of experts side by side."""
         if self.recipe.awq is not None or not self.recipe.gptq.true_sequential:
             return sum(n**2 for n in self.inputs)
-        # As many experts as fit in the numbers of a block, and at least one; see :func:`llmquant.walk.passes_of`.
+        # As many experts as fit in the numbers of a block, and at least one; see :func:`llmquant.experts.passes_of`.
         together = (max(min(sum(n**2 for n in widths), self.block), widths[0] ** 2) for widths in self.experts)
         return max(self.widest**2, *together, 0)
 

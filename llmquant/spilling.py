@@ -7,6 +7,7 @@ It decides where the states live and nothing that is computed. What the run need
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -31,13 +32,13 @@ def must_spill(plan: WalkPlan, windows: Sequence[Tensor], limit: int | None, pro
         return False
     now = resident_bytes()
     allowed = limit if limit is not None else now + int(available_bytes() * _SHARE / processes)
-    return now + _MARGIN * max(_work(plan, len(windows)).phases.values()) > allowed
+    return now + _MARGIN * max(_work(plan, windows).phases.values()) > allowed
 
 
-def _work(plan: WalkPlan, windows: int) -> Work:
-    """The walk's, with its share of the windows."""
+def _work(plan: WalkPlan, windows: Sequence[Tensor]) -> Work:
+    """The walk's, with the tokens that these windows really have."""
     shapes = {n: plan.reader.info(f"{n}.weight").shape for n in plan.specs}
     linears = {n: (rows, columns) for n, (rows, columns) in shapes.items()}
     hidden = int(plan.model.config.get_text_config().hidden_size)
-    recipe = plan.recipe.updated({"calibration.nsamples": windows})
-    return Work.of(plan.reader.tensors, linears, plan.architecture, hidden, recipe, plan.dtype.itemsize)
+    work = Work.of(plan.reader.tensors, linears, plan.architecture, hidden, plan.recipe, plan.dtype.itemsize)
+    return replace(work, tokens=sum(w.numel() for w in windows))

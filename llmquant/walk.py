@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +27,11 @@ from torch import Tensor, nn
 from llmquant.algorithms import factorize
 from llmquant.architectures import blocks_of, norm_of
 from llmquant.calls import Calls
-from llmquant.capture import BlockInput, first_inputs, observe, run_block, stages
+from llmquant.capture import first_inputs, observe, run_block, stages
 from llmquant.errors import CheckpointError, QuantizationError
-from llmquant.experts import UNSEEN, place_of
+from llmquant.experts import UNSEEN, passes_of, place_of
 from llmquant.finite import all_finite
+from llmquant.inputs import STREAM, Inputs
 from llmquant.materialize import materialized, outer_names
 from llmquant.reference import Reference
 from llmquant.rounding import Rounded, to_nearest, weight_error, with_statistics
@@ -41,9 +41,6 @@ from llmquant.states import Room
 from llmquant.stats import InputStats
 from llmquant.tuning import TuneReport, tune_block
 from llmquant.walkplan import BlockResult, Progress, WalkPlan, batched
-
-STREAM = "hidden"
-"""Name of the quantized model's states in a room."""
 
 
 def walk(
@@ -139,7 +136,7 @@ class _Calibrated(_DataFree):
         if start and STREAM not in room.streams:
             raise CheckpointError(f"the hidden states in front of block {start} were not saved")
         room.calls = calls.settle(room.calls)
-        self.inputs = _Inputs(room, calls, start)
+        self.inputs = Inputs(room, calls, start)
         aims = plan.recipe.asymmetric or plan.recipe.tune is not None
         self.reference = Reference(room, self.inputs) if aims else None
         self._pairs = self.reference if plan.recipe.asymmetric else None
@@ -280,46 +277,12 @@ class _Calibrated(_DataFree):
         return world.deal(names, one)
 
 
-class _Inputs(Sequence[BlockInput]):
-    """Every batch's way into ``block``, put together when it is asked for: a GPU holds one batch of states, not all."""
-
-    def __init__(self, room: Room, calls: Calls, block: int) -> None:
-        self.room, self.calls, self.block = room, calls, block
-
-    def __len__(self) -> int:
-        return len(self.room.streams[STREAM])
-
-    @overload
-    def __getitem__(self, index: int) -> BlockInput: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[BlockInput]: ...
-    def __getitem__(self, index: int | slice) -> BlockInput | list[BlockInput]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return BlockInput(self.room.streams[STREAM][index], self.calls.of(index, self.block, self.room.device))
-
-
 def _first_states(plan: WalkPlan, blocks: nn.ModuleList, batches: Sequence[Tensor], calls: Calls) -> Iterator[Tensor]:
     """The states in front of block 0, batch by batch; ``calls`` notes what every block is called with beside them."""
     for ids in batches:
         (first,) = first_inputs(plan.model, blocks, [ids.to(plan.device)])
         calls.add(first.calls)
         yield first.hidden
-
-
-def passes_of(block: nn.Module, sets: Sequence[tuple[str, ...]], room: int) -> list[list[tuple[str, ...]]]:
-    """Sets to observe together: each by itself, but those of a block's experts, which do not read one another, side by side.
-
-    As many experts at a time as have Hessians of no more than ``room`` numbers together, and at least one.
-    """
-    places = {members: place_of(block, members[0]) for members in sets}
-    largest = max((_linear(block, s[0]).in_features ** 2 for s, place in places.items() if place), default=1)
-    together = max(1, room // largest)
-    passes: dict[object, list[tuple[str, ...]]] = {}
-    for members, place in places.items():
-        key = members if place is None else (place.expert // together, place.linear)
-        passes.setdefault(key, []).append(members)
-    return list(passes.values())
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -15,11 +15,11 @@ from llmquant.allocation import AllocateOptions, Allocation, allocate, split_win
 from llmquant.architectures import ARCHITECTURES, Architecture
 from llmquant.checkpoint import CheckpointReader
 from llmquant.choices import Choice, fused_items, recipe_of_choice
+from llmquant.damage import Damage
 from llmquant.errors import FormatError, SourceError, SpecError, UsageError
 from llmquant.formats import Scheme
 from llmquant.plan import Sizes, make_plan
 from llmquant.recipe import Recipe
-from llmquant.sensitivity import Damage
 from llmquant.spec import QuantSpec
 
 SMALL: dict[str, Any] = {"widths": (2, 4, 8, 16), "group_sizes": (32, -1), "probe_tokens": 64}

@@ -26,7 +26,7 @@ from llmquant.checkpoint import CheckpointReader
 from llmquant.choices import AllocateOptions
 from llmquant.conversion import convert
 from llmquant.errors import ArchitectureError, UsageError
-from llmquant.experts import UNSEEN, Expert, ExpertList, Watch, place_of, watched
+from llmquant.experts import UNSEEN, Expert, ExpertList, Watch, passes_of, place_of, watched
 from llmquant.loading import load
 from llmquant.manifest import read_manifest
 from llmquant.naming import as_in_checkpoint
@@ -35,7 +35,6 @@ from llmquant.plan import make_plan
 from llmquant.recipe import Recipe
 from llmquant.skeleton import empty_model
 from llmquant.stats import InputStats
-from llmquant.walk import passes_of
 
 MIXTURES = [kind for kind, row in ARCHITECTURES.items() if row.experts is not None]
 TOKENS = torch.stack(token_windows(3, 12))

@@ -11,13 +11,13 @@ import pytest
 from tiny_models import EXAMPLE, save
 
 from llmquant import spilling
+from llmquant.experts import passes_of
 from llmquant.forecast import LIBRARIES, Forecast, forecast
 from llmquant.plan import make_plan
 from llmquant.preparation import prepare
 from llmquant.recipe import Recipe
 from llmquant.spilling import must_spill
 from llmquant.timing import Timing, time_blocks
-from llmquant.walk import passes_of
 
 TEXT = {"calibration": {"source": f"file:{EXAMPLE / 'calibration.txt'}", "nsamples": 16, "seqlen": 64}}
 GPTQ = Recipe().updated(TEXT)

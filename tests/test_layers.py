@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors",),
     ("spec", "finite", "roles", "interruption", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
-    ("weight", "bitpack", "stats", "activations", "orthogonal", "experts"),
+    ("weight", "bitpack", "stats", "damage", "activations", "orthogonal", "experts"),
     ("parallel",),
     ("algorithms", "formats", "kernels"),
     ("destination",),
@@ -29,7 +29,7 @@ LAYERS = (
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding"),
     ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation", "calls"),
     ("walkplan", "calibration", "loading", "inspection", "card"),
-    ("materialize", "rounding"),
+    ("materialize", "rounding", "inputs"),
     ("walk",),
     ("plan", "preparation", "conversion", "integration", "resident", "outcome", "fingerprint"),
     ("resume", "forecast", "storing", "finishing"),

@@ -19,9 +19,10 @@ from llmquant.algorithms import factorize, gptq, layer_error, rtn
 from llmquant.architectures import blocks_of, find
 from llmquant.checkpoint import CheckpointReader
 from llmquant.choices import fused_items
+from llmquant.damage import Damage, anchors_of, interpolate
 from llmquant.errors import QuantizationError
 from llmquant.recipe import Recipe
-from llmquant.sensitivity import Damage, Item, Kind, Probe, anchors_of, interpolate, measure
+from llmquant.sensitivity import Item, Kind, Probe, measure
 from llmquant.skeleton import empty_model
 from llmquant.spec import QuantSpec
 from llmquant.walkplan import WalkPlan

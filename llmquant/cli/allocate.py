@@ -18,6 +18,7 @@ import typer
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.progress import progress
 from llmquant.cli.screen import screen
+from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def allocated(model: str, recipe: Recipe, options: AllocateOptions, *, hidden: b
     """Choose, with progress and the outcome on the screen unless ``hidden``."""
     from llmquant.allocation import allocate
 
-    with progress(hidden) as events:
+    with stoppable(), progress(hidden) as events:
         result = allocate(model, recipe, options, events)
     if not hidden:
         show(result)

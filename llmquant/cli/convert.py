@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmquant.cli.screen import screen
+from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def convert_command(
     options = ConvertOptions(
         dtype=dtype, scale_dtype=scale_dtype, base=base, overwrite=overwrite, max_shard_size=max_shard_size
     )
-    with _progress(hidden=quiet or as_json) as on_progress:
+    with stoppable(), _progress(hidden=quiet or as_json) as on_progress:
         result = convert(model, to, output, options, on_progress)
     _tell(_facts(result), result.warnings, quiet, as_json)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
 
 from llmquant.interruption import heeded, stops
 
@@ -12,12 +13,13 @@ from llmquant.interruption import heeded, stops
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Within it either signal ends the process with what the run says of it, on stderr."""
-    with heeded():
-        try:
-            yield
-        except BaseException as e:
-            if not stops(e):
-                raise
-            told = e.args[0] if isinstance(e, KeyboardInterrupt) and e.args else "nothing was left half-written"
-            sys.stderr.write(f"interrupted; {told}\n")
-            raise SystemExit(130) from None
+    with heeded(), ExitStack() as stack:
+        stack.push(_told)
+        yield
+
+
+def _told(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    if stops(error):
+        said = error.args[0] if isinstance(error, KeyboardInterrupt) and error.args else "nothing was left half-written"
+        sys.stderr.write(f"interrupted; {said}\n")
+        raise SystemExit(130) from None
