@@ -14,7 +14,7 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto (cuda where th
 
 DtypeOption = Annotated[
     str,
-    typer.Option("--dtype", help="auto (on a CPU the faster of the first and the last), bfloat16/bf16, float16/fp16, float32/fp32."),
+    typer.Option("--dtype", help="auto (what is fast here; `llmquant doctor` tells), bfloat16/bf16, float16/fp16, float32/fp32."),
 ]
 """Of activations, when a model runs."""
 
