@@ -16,7 +16,7 @@ help:  ## this list
 setup: $(VENV)/.installed  ## make the virtual environment and install everything
 
 # torch first and by its pinned version: a later package must not choose another build of it.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmquant needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -11,6 +11,7 @@ import torch
 
 from llmquant.errors import UsageError
 from llmquant.kernels.base import Kernel, Prepared
+from llmquant.kernels.cpu import Cpu
 from llmquant.kernels.cpu_int4 import CpuInt4
 from llmquant.kernels.dense import Dense
 from llmquant.kernels.reference import Reference
@@ -19,7 +20,7 @@ from llmquant.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
-KERNELS: dict[str, Kernel] = {k.name: k for k in (CpuInt4(), Reference(), Dense())}
+KERNELS: dict[str, Kernel] = {k.name: k for k in (Cpu(), CpuInt4(), Reference(), Dense())}
 AUTO = "auto"
 
 

@@ -1,0 +1,249 @@
+// What Python calls, through ctypes: plain C, no torch, no Python. Shapes and alignment were checked before.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "numbers.h"
+#include "packed.h"
+#include "threads.h"
+
+namespace llmquant {
+
+extern const Instructions kInstructions_generic;
+#if defined(__x86_64__)
+extern const Instructions kInstructions_avx2, kInstructions_avx512;
+static const Instructions* const kAll[] = {&kInstructions_avx512, &kInstructions_avx2, &kInstructions_generic};
+#else
+static const Instructions* const kAll[] = {&kInstructions_generic};
+#endif
+
+namespace {
+
+constexpr int64_t kBlock = 264;                // rows of x at a time: with a panel's columns 264 KiB, for the second-level cache
+constexpr int64_t kTilesAtATime = 8;           // tiles that share these rows of x while they are in the cache
+constexpr int64_t kWorthThreads = 32 * 1024;   // multiply-adds below which a team costs more than it saves
+
+// Memory that a thread keeps for its next call.
+float* scratch(size_t floats, int slot) {
+  thread_local std::vector<float> kept[3];
+  if (kept[slot].size() < floats) kept[slot] = std::vector<float>(floats);
+  return kept[slot].data();
+}
+
+// One row of x in the stored order of columns.
+const float* stored_order(const Weight& w, const void* x, int32_t type, int64_t row, float* to) {
+  if (!w.columns) {
+    if (type == kFloat32) return static_cast<const float*>(x) + row * w.in;
+    widen(x, type, row * w.in, w.in, to);
+    return to;
+  }
+  for (int64_t k = 0; k < w.padded_in(); ++k) to[k] = w.columns[k] < 0 ? 0.0f : number_at(x, type, row * w.in + w.columns[k]);
+  return to;
+}
+
+struct Output {
+  void* y;
+  const void* bias;  // of y's type, or null
+  int32_t type;
+
+  void put(const Weight& w, int64_t row, int64_t tile, const float* values) const {
+    const int64_t first = tile * kRows, count = std::min<int64_t>(kRows, w.out - first);
+    for (int64_t i = 0; i < count; ++i) {
+      // A bias is added to the rounded product, as torch adds it.
+      float value = values[i];
+      if (bias) {
+        if (type == kBFloat16) value = widen_bf16(round_bf16(value));
+        else if (type == kFloat16) value = widen_fp16(round_fp16(value));
+        value += number_at(bias, type, first + i);
+      }
+      put_number(y, type, row * w.out + first + i, value);
+    }
+  }
+};
+
+void one_row(const Instructions& with, const Weight& w, const void* x, int32_t type, const Output& to, int threads) {
+  const int64_t padded = w.padded_in();
+  float* spread = scratch(static_cast<size_t>(padded) * (w.bits == 3 ? 2 : 1) + w.groups, 0);
+  float* sums = spread + padded * (w.bits == 3 ? 2 : 1);
+  with.spread(w, stored_order(w, x, type, 0, scratch(padded, 1)), spread, sums);
+  const int64_t tiles = w.tiles();
+  if (tiles * kRows * padded < kWorthThreads) threads = 1;
+  const int64_t step = std::max<int64_t>(1, tiles / (threads * 8));
+  for_each((tiles + step - 1) / step, threads, [&](int64_t chunk) {
+    float values[kRows];
+    for (int64_t tile = chunk * step; tile < std::min(tiles, (chunk + 1) * step); ++tile) {
+      with.one_row(w, tile, spread, sums, values);
+      to.put(w, 0, tile, values);
+    }
+  });
+}
+
+// How `rows` rows are cut into passes of at most `most` rows, as equal as they get.
+struct Passes {
+  int64_t rows, count, base, longer;
+  Passes(int64_t n, int most) : rows(n), count((n + most - 1) / most), base(n / count), longer(n % count) {}
+  int64_t first(int64_t i) const { return i * base + std::min(i, longer); }
+  int size(int64_t i) const { return static_cast<int>(base + (i < longer)); }
+};
+
+// x [columns of a panel][rows of a pass], panel after panel, pass after pass.
+void pack_rows(const Weight& w, const void* x, int32_t type, int64_t row, const Passes& passes, float* packed, int threads) {
+  const int64_t padded = w.padded_in(), panels = (padded + kPanel - 1) / kPanel;
+  for_each(passes.count * panels, threads, [&](int64_t i) {
+    const int64_t pass = i / panels, start = i % panels * kPanel, count = std::min<int64_t>(kPanel, padded - start);
+    const int size = passes.size(pass);
+    float* to = packed + start * passes.rows + passes.first(pass) * count;
+    for (int r = 0; r < size; ++r) {
+      const int64_t at = (row + passes.first(pass) + r) * w.in;
+      float line[kPanel];
+      const float* from = line;
+      if (w.columns) {
+        for (int64_t k = 0; k < count; ++k) {
+          const int32_t column = w.columns[start + k];
+          line[k] = column < 0 ? 0.0f : number_at(x, type, at + column);
+        }
+      } else if (type == kFloat32) {
+        from = static_cast<const float*>(x) + at + start;
+      } else {
+        widen(x, type, at + start, count, line);
+      }
+      for (int64_t k = 0; k < count; ++k) to[k * size + r] = from[k];
+    }
+  });
+}
+
+void several_rows(
+    const Instructions& with, const Weight& w, const void* x, int32_t type, int64_t rows, const Output& to, int threads) {
+  const int64_t padded = w.padded_in(), tiles = w.tiles();
+  if (rows * tiles * kRows * padded < kWorthThreads) threads = 1;
+  const int64_t step = std::clamp<int64_t>(tiles / (threads * 8), 1, kTilesAtATime);
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = rows * block / blocks;
+    const Passes passes(rows * (block + 1) / blocks - row, with.most_rows);
+    float* packed = scratch(static_cast<size_t>(passes.rows * padded), 0);
+    pack_rows(w, x, type, row, passes, packed, threads);
+    for_each((tiles + step - 1) / step, threads, [&](int64_t chunk) {
+      const int64_t first = chunk * step, last = std::min(tiles, first + step);
+      float* sums = scratch(static_cast<size_t>((last - first) * passes.rows * kRows), 2);
+      std::fill(sums, sums + (last - first) * passes.rows * kRows, 0.0f);
+      alignas(64) float panel[kPanel * kRows];
+      for (int64_t start = 0; start < padded; start += kPanel) {
+        const int64_t count = std::min<int64_t>(kPanel, padded - start);
+        for (int64_t tile = first; tile < last; ++tile) {
+          with.decode(w, tile, start, count, panel);
+          float* sum = sums + (tile - first) * passes.rows * kRows;
+          for (int64_t p = 0; p < passes.count; ++p) {
+            const int64_t at = passes.first(p);
+            with.multiply(panel, packed + start * passes.rows + at * count, count, passes.size(p), sum + at * kRows);
+          }
+        }
+      }
+      for (int64_t tile = first; tile < last; ++tile)
+        for (int64_t r = 0; r < passes.rows; ++r)
+          to.put(w, row + r, tile, sums + ((tile - first) * passes.rows + r) * kRows);
+    });
+  }
+}
+
+uint32_t code_bits(int bits, const uint8_t* codes, const int32_t* columns, int64_t unit_start, int word) {
+  const auto code = [&](int i) -> uint32_t {
+    const int64_t k = unit_start + i;
+    const int64_t column = columns ? columns[k] : k;
+    return column < 0 ? 0u : codes[column];
+  };
+  uint32_t packed = 0;
+  if (bits == 3 && word == 2) {
+    for (int i = 0; i < 32; ++i) packed |= (code(i) >> 2 & 1u) << (8 * (i % 16 / 4) + i % 4 + 4 * (i / 16));
+  } else if (bits == 3) {
+    for (int i = 0; i < 16; ++i) packed |= (code(16 * word + i) & 3u) << 2 * i;
+  } else {
+    for (int i = 0; i < 32 / bits; ++i) packed |= code(i) << bits * i;
+  }
+  return packed;
+}
+
+}  // namespace
+}  // namespace llmquant
+
+using namespace llmquant;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Instruction sets from best to plainest: names, and whether this processor has them. Null after the last.
+const char* llmquant_instructions(int index, int* available) {
+  if (index < 0 || index >= static_cast<int>(std::size(kAll))) return nullptr;
+  *available = kAll[index]->available();
+  return kAll[index]->name;
+}
+
+int llmquant_has_threads() { return has_threads(); }
+
+// uint8 codes [out, in] to words [tiles][padded_in * bits / 32][16]; rows beyond `out` are zero.
+void llmquant_pack(const Weight* w, const uint8_t* codes, uint32_t* words, int threads) {
+  const int columns = unit(w->bits), words_of_unit = w->bits == 3 ? 3 : 1;
+  for_each(w->tiles(), threads, [&](int64_t tile) {
+    uint32_t* to = words + tile * w->tile_words();
+    for (int64_t k = 0; k < w->padded_in(); k += columns)
+      for (int word = 0; word < words_of_unit; ++word)
+        for (int r = 0; r < kRows; ++r, ++to) {
+          const int64_t row = tile * kRows + r;
+          *to = row < w->out ? code_bits(w->bits, codes + row * w->in, w->columns, k, word) : 0;
+        }
+  });
+}
+
+// y [rows, out] = x [rows, in] times the weight, transposed, plus bias [out]; x, y and bias of one type.
+void llmquant_linear(
+    int instructions, const Weight* w, const void* x, int64_t rows, int32_t type, const void* bias, void* y, int threads) {
+  const Instructions& with = *kAll[instructions];
+  const Output to{y, bias, type};
+  if (rows == 1) one_row(with, *w, x, type, to, threads);
+  else if (rows > 1) several_rows(with, *w, x, type, rows, to, threads);
+}
+
+// Decoded weights, transposed: to[in][ld] of `type`, output rows [first, first + count) with first a multiple of 16.
+void llmquant_decode(
+    int instructions, const Weight* w, int64_t first, int64_t count, int32_t type, void* to, int64_t ld, int threads) {
+  const Instructions& with = *kAll[instructions];
+  const int64_t padded = w->padded_in(), tiles = (count + kRows - 1) / kRows;
+  for_each(tiles, threads, [&](int64_t tile) {
+    alignas(64) float panel[kPanel * kRows];
+    const int64_t valid = std::min<int64_t>(kRows, count - tile * kRows);
+    for (int64_t start = 0; start < padded; start += kPanel) {
+      const int64_t columns = std::min<int64_t>(kPanel, padded - start);
+      with.decode(*w, first / kRows + tile, start, columns, panel);
+      for (int64_t k = 0; k < columns; ++k) {
+        const int64_t column = w->columns ? w->columns[start + k] : start + k;
+        if (column < 0) continue;
+        for (int64_t r = 0; r < valid; ++r) put_number(to, type, column * ld + tile * kRows + r, panel[k * kRows + r]);
+      }
+    }
+  });
+}
+
+// y [out] = x [in] times a dense matrix [out, in] of 16-bit numbers, transposed; x and y of `type`.
+void llmquant_dense_one_row(
+    int instructions, const uint16_t* weight, int32_t weight_type, int64_t out, int64_t in, const void* x, int32_t type,
+    void* y, int threads) {
+  const Instructions& with = *kAll[instructions];
+  const float* row = static_cast<const float*>(x);
+  if (type != kFloat32) {
+    float* wide = scratch(in, 1);
+    widen(x, type, 0, in, wide);
+    row = wide;
+  }
+  const int64_t step = 64;
+  if (out * in < kWorthThreads) threads = 1;
+  for_each((out + step - 1) / step, threads, [&](int64_t chunk) {
+    const int64_t first = chunk * step, count = std::min(step, out - first);
+    float values[64];
+    with.dense_one_row(weight + first * in, weight_type, in, count, row, values);
+    for (int64_t i = 0; i < count; ++i) put_number(y, type, first + i, values[i]);
+  });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,282 @@
+// The arithmetic, for vectors of LANES floats, in the vector extensions of GCC and Clang: the same lines become SSE2, NEON, AVX2 or
+// AVX-512 by the flags of the file that includes them. Everything is in float32; weights are never rounded.
+//
+// One row of x is bound by memory and by decoding. The code stays where it is in its word: masked, converted to float it is
+// q * 2^shift, exactly, and x was multiplied by 2^-shift beforehand, exactly. Zero-points come off once per group:
+//   y += scale * (sum q x  -  zero * sum x).
+// Several rows decode a panel of weights, (q - zero) * scale in float32, bit for bit QuantizedWeight.dequantize, and multiply it as
+// a matrix product does, from registers of accumulators.
+#include <cstring>
+
+#include "packed.h"
+
+#ifndef LANES
+#error "define LANES"
+#endif
+
+namespace llmquant {
+namespace INSTRUCTIONS {
+
+constexpr int kVectors = kRows / LANES;
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef float vf_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t vh_at __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t vb_at __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+static inline vf load(const float* p) { return *reinterpret_cast<const vf_at*>(p); }
+static inline vu load(const uint32_t* p) { return *reinterpret_cast<const vu_at*>(p); }
+static inline void store(float* p, vf v) { *reinterpret_cast<vf_at*>(p) = v; }
+static inline vf all(float value) { return value - vf{}; }
+static inline vf to_float(vu v) { return __builtin_convertvector(reinterpret_cast<vi>(v), vf); }
+
+static inline vf widen_bf16(const uint16_t* p) {
+  return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vh_at*>(p), vu) << 16);
+}
+
+static inline vf widen_fp16(const uint16_t* p) {
+  // Exponent and fraction moved into place mean 2^-112 of the number, for subnormals too.
+  const vu h = __builtin_convertvector(*reinterpret_cast<const vh_at*>(p), vu);
+  const vf magnitude = reinterpret_cast<vf>((h & 0x7fffu) << 13) * 0x1p112f;
+  return reinterpret_cast<vf>(reinterpret_cast<vu>(magnitude) | (h & 0x8000u) << 16);
+}
+
+static inline vf scale_at(const Weight& w, int64_t index) {
+  if (w.scale_type == kBFloat16) return widen_bf16(static_cast<const uint16_t*>(w.scales) + index);
+  if (w.scale_type == kFloat16) return widen_fp16(static_cast<const uint16_t*>(w.scales) + index);
+  return load(static_cast<const float*>(w.scales) + index);
+}
+
+static inline vf zero_at(const Weight& w, int64_t index) {
+  if (!w.zeros) return all(static_cast<float>(1 << (w.bits - 1)));
+  return to_float(__builtin_convertvector(*reinterpret_cast<const vb_at*>(w.zeros + index), vu));
+}
+
+// ---- one row ----
+
+// The low or only part of a code, times 2^shift where it is left in place.
+template <int BITS, int COLUMN>
+static inline vf masked(vu word) {
+  constexpr int shift = shift_of(BITS, COLUMN);
+  if constexpr (in_place(BITS, COLUMN)) return to_float(word & (((1u << BITS) - 1) << shift));
+  return to_float(word >> shift);
+}
+
+template <int BITS>
+static inline float lacking(int column) {
+  return in_place(BITS, column) ? 1.0f / static_cast<float>(1u << shift_of(BITS, column)) : 1.0f;
+}
+
+constexpr int high_bit(int column) { return 8 * (column % 16 / 4) + column % 4 + 4 * (column / 16); }
+
+static void spread(const Weight& w, const float* x, float* spread, float* sums) {
+  const int columns = unit(w.bits);
+  float factor[32], high[32];
+  for (int i = 0; i < columns; ++i) {
+    factor[i] = w.bits == 8 ? lacking<8>(i) : w.bits == 4 ? lacking<4>(i) : lacking<2>(i);
+    high[i] = high_bit(i) < 31 ? 4.0f / static_cast<float>(1u << high_bit(i)) : 4.0f;
+  }
+  const int copies = w.bits == 3 ? 2 : 1;  // low and high parts of 3 bits have factors of their own
+  for (int64_t g = 0; g < w.groups; ++g) {
+    float partial[8] = {};
+    for (int64_t k = 0; k < w.width; k += columns, spread += copies * columns, x += columns) {
+      for (int i = 0; i < columns; ++i) {
+        spread[i] = x[i] * factor[i];
+        if (copies == 2) spread[32 + i] = x[i] * high[i];
+        partial[i & 7] += x[i];
+      }
+    }
+    sums[g] = ((partial[0] + partial[4]) + (partial[1] + partial[5])) + ((partial[2] + partial[6]) + (partial[3] + partial[7]));
+  }
+}
+
+constexpr int kChains = 8 / kVectors > 0 ? 8 / kVectors : 1;  // independent sums per vector: enough to hide the latency of a multiply-add
+
+template <int BITS, int COLUMN, int END>
+static inline void add_columns(const vu* word, const float* x, vf (*sum)[kChains]) {
+  if constexpr (COLUMN < END) {
+    const vf factor = all(x[COLUMN]);
+    for (int v = 0; v < kVectors; ++v) sum[v][COLUMN % kChains] += masked<BITS, COLUMN>(word[v]) * factor;
+    add_columns<BITS, COLUMN + 1, END>(word, x, sum);
+  }
+}
+
+template <int COLUMN>
+static inline void add_high_bits(const vu* word, const float* x, vf (*sum)[kChains]) {
+  if constexpr (COLUMN < 32) {
+    constexpr int bit = high_bit(COLUMN);
+    const vf factor = all(x[COLUMN]);
+    for (int v = 0; v < kVectors; ++v)
+      sum[v][COLUMN % kChains] += (bit < 31 ? to_float(word[v] & (1u << bit)) : to_float(word[v] >> 31)) * factor;
+    add_high_bits<COLUMN + 1>(word, x, sum);
+  }
+}
+
+// One unit of columns; moves on `words` and `x`.
+template <int BITS>
+static inline void add_unit(const uint32_t*& words, const float*& x, vf (*sum)[kChains]) {
+  vu word[kVectors];
+  for (int part = 0; part < (BITS == 3 ? 2 : 1); ++part, words += kRows) {
+    for (int v = 0; v < kVectors; ++v) word[v] = load(words + v * LANES);
+    if constexpr (BITS == 3) add_columns<2, 0, 16>(word, x + 16 * part, sum);
+    else add_columns<BITS, 0, unit(BITS)>(word, x, sum);
+  }
+  x += unit(BITS);
+  if constexpr (BITS == 3) {
+    for (int v = 0; v < kVectors; ++v) word[v] = load(words + v * LANES);
+    add_high_bits<0>(word, x, sum);
+    words += kRows;
+    x += 32;
+  }
+}
+
+template <int BITS>
+static void one_row_of(const Weight& w, int64_t tile, const float* x, const float* sums, float* y) {
+  const uint32_t* words = w.words + tile * w.tile_words();
+  vf total[kVectors] = {};
+  for (int64_t g = 0; g < w.groups; ++g) {
+    vf sum[kVectors][kChains] = {};
+    for (int64_t k = 0; k < w.width; k += unit(BITS)) add_unit<BITS>(words, x, sum);
+    for (int v = 0; v < kVectors; ++v) {
+      vf products = sum[v][0];
+      for (int c = 1; c < kChains; ++c) products += sum[v][c];
+      const int64_t index = (tile * w.groups + g) * kRows + v * LANES;
+      total[v] += scale_at(w, index) * (products - zero_at(w, index) * sums[g]);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(y + v * LANES, total[v]);
+}
+
+static void one_row(const Weight& w, int64_t tile, const float* x, const float* sums, float* y) {
+  switch (w.bits) {
+    case 2: return one_row_of<2>(w, tile, x, sums, y);
+    case 3: return one_row_of<3>(w, tile, x, sums, y);
+    case 4: return one_row_of<4>(w, tile, x, sums, y);
+    default: return one_row_of<8>(w, tile, x, sums, y);
+  }
+}
+
+// ---- several rows ----
+
+template <int BITS, int COLUMN, int END>
+static inline void decode_columns(const vu* word, const vu* high, const vf* zero, const vf* scale, float* panel) {
+  if constexpr (COLUMN < END) {
+    constexpr int stored = BITS == 3 ? 2 : BITS;
+    for (int v = 0; v < kVectors; ++v) {
+      vu code = word[v] >> shift_of(stored, COLUMN);
+      if constexpr (shift_of(stored, COLUMN) + stored < 32) code &= (1u << stored) - 1;
+      if constexpr (BITS == 3) code |= (high[v] >> high_bit(COLUMN) & 1u) << 2;
+      store(panel + COLUMN * kRows + v * LANES, (to_float(code) - zero[v]) * scale[v]);
+    }
+    decode_columns<BITS, COLUMN + 1, END>(word, high, zero, scale, panel);
+  }
+}
+
+template <int BITS>
+static inline void decode_unit(const uint32_t*& words, const vf* zero, const vf* scale, float* panel) {
+  vu first[kVectors], second[kVectors], high[kVectors];
+  for (int v = 0; v < kVectors; ++v) first[v] = load(words + v * LANES);
+  if constexpr (BITS == 3) {
+    for (int v = 0; v < kVectors; ++v) second[v] = load(words + kRows + v * LANES), high[v] = load(words + 2 * kRows + v * LANES);
+    decode_columns<3, 0, 16>(first, high, zero, scale, panel);
+    decode_columns<3, 16, 32>(second, high, zero, scale, panel);
+    words += 3 * kRows;
+  } else {
+    decode_columns<BITS, 0, unit(BITS)>(first, high, zero, scale, panel);
+    words += kRows;
+  }
+}
+
+template <int BITS>
+static void decode_of(const Weight& w, int64_t tile, int64_t first, int64_t count, float* panel) {
+  const uint32_t* words = w.words + tile * w.tile_words() + first * BITS / 32 * kRows;
+  for (int64_t k = first; k < first + count;) {
+    const int64_t group = k / w.width;
+    vf zero[kVectors], scale[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t index = (tile * w.groups + group) * kRows + v * LANES;
+      zero[v] = zero_at(w, index), scale[v] = scale_at(w, index);
+    }
+    int64_t end = (group + 1) * w.width;
+    if (end > first + count) end = first + count;
+    for (; k < end; k += unit(BITS), panel += unit(BITS) * kRows) decode_unit<BITS>(words, zero, scale, panel);
+  }
+}
+
+static void decode(const Weight& w, int64_t tile, int64_t first, int64_t count, float* panel) {
+  switch (w.bits) {
+    case 2: return decode_of<2>(w, tile, first, count, panel);
+    case 3: return decode_of<3>(w, tile, first, count, panel);
+    case 4: return decode_of<4>(w, tile, first, count, panel);
+    default: return decode_of<8>(w, tile, first, count, panel);
+  }
+}
+
+template <int ROWS>
+static void multiply_rows(const float* panel, const float* x, int64_t count, float* y) {
+  vf sum[ROWS][kVectors];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(y + r * kRows + v * LANES);
+  for (int64_t k = 0; k < count; ++k, panel += kRows, x += ROWS) {
+    vf column[kVectors];
+    for (int v = 0; v < kVectors; ++v) column[v] = load(panel + v * LANES);
+    for (int r = 0; r < ROWS; ++r) {
+      const vf factor = all(x[r]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * column[v];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < kVectors; ++v) store(y + r * kRows + v * LANES, sum[r][v]);
+}
+
+#if LANES == 16
+constexpr int kMostRows = 12;
+#elif LANES == 8 || defined(__aarch64__)
+constexpr int kMostRows = 6;
+#else
+constexpr int kMostRows = 3;
+#endif
+
+template <int ROWS = kMostRows>
+static inline void multiply_up_to(const float* panel, const float* x, int64_t count, int rows, float* y) {
+  if (rows == ROWS) return multiply_rows<ROWS>(panel, x, count, y);
+  if constexpr (ROWS > 1) multiply_up_to<ROWS - 1>(panel, x, count, rows, y);
+}
+
+static void multiply(const float* panel, const float* x, int64_t count, int rows, float* y) {
+  multiply_up_to<>(panel, x, count, rows, y);
+}
+
+// ---- a dense matrix stored in 16 bits ----
+
+template <bool BF16>
+static void dense_rows(const uint16_t* weight, int64_t in, int64_t rows, const float* x, float* y) {
+  const int64_t whole = in / (4 * LANES) * (4 * LANES);
+  for (int64_t r = 0; r < rows; ++r, weight += in) {
+    vf sum[4] = {};
+    for (int64_t k = 0; k < whole; k += 4 * LANES)
+      for (int i = 0; i < 4; ++i) {
+        const uint16_t* p = weight + k + i * LANES;
+        sum[i] += (BF16 ? widen_bf16(p) : widen_fp16(p)) * load(x + k + i * LANES);
+      }
+    float lanes[LANES], rest[LANES], total = 0;
+    store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (int i = 0; i < LANES; ++i) total += lanes[i];
+    for (int64_t k = whole; k < in; ++k) {
+      uint16_t one[LANES] = {weight[k]};
+      store(rest, BF16 ? widen_bf16(one) : widen_fp16(one));
+      total += rest[0] * x[k];
+    }
+    y[r] = total;
+  }
+}
+
+static void dense_one_row(const uint16_t* weight, int32_t type, int64_t in, int64_t rows, const float* x, float* y) {
+  if (type == kBFloat16) return dense_rows<true>(weight, in, rows, x, y);
+  return dense_rows<false>(weight, in, rows, x, y);
+}
+
+}  // namespace INSTRUCTIONS
+}  // namespace llmquant
