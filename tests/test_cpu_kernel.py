@@ -38,7 +38,9 @@ def test_the_kernel_is_compiled_and_has_the_instruction_sets_of_this_processor()
     assert expected <= set(native.compiled_instructions())
 
 
-def weight(bits: int, out: int, in_: int, group: int | None, symmetric: bool, scales: torch.dtype | None = None) -> QuantizedWeight:
+def weight(
+    bits: int, out: int, in_: int, group: int | None, symmetric: bool, scales: torch.dtype | None = None
+) -> QuantizedWeight:
     return random_weight(out, in_, QuantSpec(bits, group, symmetric), scale_dtype=scales)
 
 

@@ -4,8 +4,8 @@ One packed copy of the weight serves every number of rows and every dtype of act
 the packed bytes; several rows decode a panel of 16 output rows at a time, once for 264 rows of x, and multiply it from the
 first-level cache. Whatever the dtype of x, products and sums are float32, the result is rounded once.
 
-Where the processor multiplies bfloat16 in hardware (AMX, avx512_bf16), torch's product is faster from some number of rows on: then a
-tile is decoded to the dtype of x and given to ``torch.mm``. From how many rows is measured once in a process, on the machine
+Where the processor multiplies bfloat16 in hardware (AMX, avx512_bf16), torch's product is faster from some number of rows on: then
+a tile is decoded to the dtype of x and given to ``torch.mm``. From how many rows is measured once in a process, on the machine
 itself; elsewhere the kernel's own product is used throughout.
 
 Every group size is taken, per-row scales and columns with an order of their own too: groups are padded to whole words and
@@ -43,7 +43,7 @@ class Cpu:
     """Compiled products from packed weights.
 
     Buffers: ``words`` int32 ``[tiles, words, 16]``; ``scales`` ``[tiles, G, 16]`` in the narrowest of bf16, fp16 and fp32 that
-    holds them; ``zeros`` uint8 ``[tiles, G, 16]`` unless symmetric; ``columns`` int32 ``[stored columns]`` where they differ from x's.
+    holds them; ``zeros`` uint8 ``[tiles, G, 16]`` unless symmetric; ``columns`` int32 ``[stored columns]`` where they are not x's.
     """
 
     name = "cpu"
@@ -183,17 +183,17 @@ def _rows_for_torch(dtype: torch.dtype) -> int:
     wins = _NEVER
     for rows in (512, 256, 128, 64, 32, 16):
         x = torch.ones(rows, size, dtype=dtype)
-        times = [_best_of(lambda p=p: p(x, words, scales, None, None, 4, size, size)) for p in (native.linear, _by_torch)]
-        if times[1] >= times[0]:
+        arguments = (x, words, scales, None, None, 4, size, size)
+        if _best_of(_by_torch, *arguments) >= _best_of(native.linear, *arguments):
             break
         wins = rows
     return wins
 
 
-def _best_of(work: Callable[[], object]) -> float:
+def _best_of(work: Callable[..., object], *arguments: object) -> float:
     times = []
     for _ in range(4):
         started = time.perf_counter()
-        work()
+        work(*arguments)
         times.append(time.perf_counter() - started)
     return min(times[1:])

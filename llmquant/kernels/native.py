@@ -165,7 +165,7 @@ def decode(
     words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int,
     rows: slice, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """``[in, rows]``: the transposed weight of output rows ``rows``, which begin at a multiple of 16; rounded once to ``dtype``."""
+    """``[in, rows]``: the transposed weight of output rows ``rows`` (the first a multiple of 16), rounded once to ``dtype``."""
     count = rows.stop - rows.start
     decoded = torch.empty(in_, count, dtype=dtype)
     _lib().llmquant_decode(
