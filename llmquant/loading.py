@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from llmquant.checkpoint import CheckpointReader
+from llmquant.decoding import speed_up
 from llmquant.detect import quantization_config, refuse_shifted_zeros
 from llmquant.errors import ArchitectureError, CheckpointError, FormatError, QuantizationError, UsageError
 from llmquant.fit import check_tied, refuse_mismatch, some
@@ -76,6 +77,7 @@ def load(
         loaded = _load_dense(reader, torch_dtype, where)
     loaded.train(False)
     loaded.requires_grad_(False)
+    speed_up(loaded)
     return loaded
 
 

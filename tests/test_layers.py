@@ -26,7 +26,7 @@ LAYERS = (
     ("destination",),
     ("journal", "checkpoint"),
     ("checkpoint_writer", "capture", "architectures", "modules", "saving", "engines", "states"),
-    ("naming",),
+    ("naming", "decoding"),
     ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding"),
     ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation", "calls"),
     ("walkplan", "calibration", "loading", "inspection", "card"),

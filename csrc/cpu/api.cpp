@@ -1,5 +1,6 @@
 // What Python calls, through ctypes: plain C, no torch, no Python. Shapes and alignment were checked before.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -147,6 +148,128 @@ void several_rows(
   }
 }
 
+size_t several_size(const Weight* const* weights, int count) {
+  size_t size = 0;
+  for (int i = 0; i < count; ++i) size += weights[i]->padded_in() * (weights[i]->bits == 3 ? 2 : 1) + weights[i]->groups;
+  return size;
+}
+
+// One row of x times several weights, in one go of the threads: y[i] float32 [out of weights[i]].
+void one_row_of_several(
+    const Instructions& with, const Weight* const* weights, float* const* y, int count, const float* x, int threads) {
+  const float* spreads[3];
+  const float* sums[3];
+  int64_t first_tile[4] = {0}, work = 0;
+  float* free = scratch(several_size(weights, count), 0);
+  for (int i = 0; i < count; ++i) {
+    const Weight& w = *weights[i];
+    const bool same = i > 0 && !w.columns && !weights[i - 1]->columns && w.bits == weights[i - 1]->bits && w.width == weights[i - 1]->width;
+    const int64_t size = w.padded_in() * (w.bits == 3 ? 2 : 1);
+    spreads[i] = same ? spreads[i - 1] : free;
+    sums[i] = same ? sums[i - 1] : free + size;
+    if (!same) {
+      const float* row = stored_order(w, x, kFloat32, 0, scratch(w.padded_in(), 1));
+      with.spread(w, row, free, free + size);
+      free += size + w.groups;
+    }
+    first_tile[i + 1] = first_tile[i] + w.tiles();
+    work += w.tiles() * kRows * w.padded_in();
+  }
+  if (work < kWorthThreads) threads = 1;
+  const int64_t tiles = first_tile[count], step = std::max<int64_t>(1, tiles / (threads * 8));
+  for_each((tiles + step - 1) / step, threads, [&](int64_t chunk) {
+    float values[kRows];
+    int i = 0;
+    for (int64_t at = chunk * step; at < std::min(tiles, (chunk + 1) * step); ++at) {
+      while (at >= first_tile[i + 1]) ++i;
+      const int64_t tile = at - first_tile[i];
+      with.one_row(*weights[i], tile, spreads[i], sums[i], values);
+      const int64_t valid = std::min<int64_t>(kRows, weights[i]->out - tile * kRows);
+      std::copy(values, values + valid, y[i] + tile * kRows);
+    }
+  });
+}
+
+// One decoding step of one sequence in one Llama-like decoder block, in two halves: between them the caller adds keys and values to
+// its cache. Everything inside is float32.
+struct Block {
+  const Weight *q, *k, *v, *o, *gate, *up, *down;
+  const float *q_bias, *k_bias, *v_bias, *o_bias, *q_norm, *k_norm, *input_norm, *post_norm;
+  int64_t heads, kv_heads, head_dim;
+  float eps, scaling;
+};
+
+void add(float* to, const float* what, int64_t count) {
+  if (what) for (int64_t i = 0; i < count; ++i) to[i] += what[i];
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t count, float* to) {
+  double squares = 0;
+  for (int64_t i = 0; i < count; ++i) squares += static_cast<double>(x[i]) * x[i];
+  const float factor = 1.0f / std::sqrt(static_cast<float>(squares / count) + eps);
+  for (int64_t i = 0; i < count; ++i) to[i] = weight[i] * (x[i] * factor);
+}
+
+// Normalized, if the model does that, and rotated by the position: x cos + rotate_half(x) sin.
+void rotate(float* heads, const float* norm, const Block& b, int64_t count, const float* cos, const float* sin) {
+  const int64_t dim = b.head_dim, half = dim / 2;
+  for (int64_t h = 0; h < count; ++h, heads += dim) {
+    if (norm) rms_norm(heads, norm, b.eps, dim, heads);
+    for (int64_t i = 0; i < half; ++i) {
+      const float first = heads[i], second = heads[half + i];
+      heads[i] = first * cos[i] - second * sin[i];
+      heads[half + i] = second * cos[half + i] + first * sin[half + i];
+    }
+  }
+}
+
+void before_attention(
+    const Instructions& with, const Block& b, const void* hidden, const void* cos, const void* sin, int32_t type, float* query,
+    void* key, void* value, int threads) {
+  const int64_t in = b.q->in, kv = b.kv_heads * b.head_dim;
+  float* x = scratch(2 * in + 2 * kv + 2 * b.head_dim, 2);
+  float *normed = x + in, *k = normed + in, *v = k + kv, *cosine = v + kv, *sine = cosine + b.head_dim;
+  widen(hidden, type, 0, in, x);
+  widen(cos, type, 0, b.head_dim, cosine);
+  widen(sin, type, 0, b.head_dim, sine);
+  rms_norm(x, b.input_norm, b.eps, in, normed);
+  const Weight* weights[] = {b.q, b.k, b.v};
+  float* y[] = {query, k, v};
+  one_row_of_several(with, weights, y, 3, normed, threads);
+  add(query, b.q_bias, b.q->out), add(k, b.k_bias, kv), add(v, b.v_bias, kv);
+  rotate(query, b.q_norm, b, b.heads, cosine, sine);
+  rotate(k, b.k_norm, b, b.kv_heads, cosine, sine);
+  for (int64_t i = 0; i < kv; ++i) put_number(key, type, i, k[i]), put_number(value, type, i, v[i]);
+}
+
+void block_after(
+    const Instructions& with, const Block& b, const void* hidden, const float* query, const void* keys, const void* values,
+    int32_t type, int64_t count, const int64_t* strides, void* out, int threads) {
+  const int64_t in = b.o->out, dim = b.head_dim, inner = (b.gate->out + kRows - 1) / kRows * kRows;
+  float* x = scratch(3 * in + b.heads * (dim + count) + 2 * inner, 2);
+  float *y = x + in, *normed = y + in, *attended = normed + in, *gate = attended + b.heads * dim, *up = gate + inner;
+  float* scores = up + inner;
+  widen(hidden, type, 0, in, x);
+  const int64_t share = b.heads / b.kv_heads, bytes = size_of(type);
+  for_each(b.heads, count * b.heads * dim < kWorthThreads ? 1 : threads, [&](int64_t h) {
+    const char* k = static_cast<const char*>(keys) + h / share * strides[0] * bytes;
+    const char* v = static_cast<const char*>(values) + h / share * strides[2] * bytes;
+    with.attend(query + h * dim, k, v, type, count, strides[1], strides[3], dim, b.scaling, scores + h * count, attended + h * dim);
+  });
+  one_row_of_several(with, &b.o, &y, 1, attended, threads);
+  add(y, b.o_bias, in);
+  add(x, y, in);
+  rms_norm(x, b.post_norm, b.eps, in, normed);
+  const Weight* pair[] = {b.gate, b.up};
+  float* pair_out[] = {gate, up};
+  one_row_of_several(with, pair, pair_out, 2, normed, threads);
+  std::fill(gate + b.gate->out, gate + inner, 0.0f);
+  std::fill(up + b.gate->out, up + inner, 0.0f);
+  with.silu_times(gate, up, inner);
+  one_row_of_several(with, &b.down, &y, 1, gate, threads);
+  for (int64_t i = 0; i < in; ++i) put_number(out, type, i, x[i] + y[i]);
+}
+
 uint32_t code_bits(int bits, const uint8_t* codes, const int32_t* columns, int64_t unit_start, int word) {
   const auto code = [&](int i) -> uint32_t {
     const int64_t k = unit_start + i;
@@ -224,25 +347,19 @@ void llmquant_decode(
   });
 }
 
-// y [out] = x [in] times a dense matrix [out, in] of 16-bit numbers, transposed; x and y of `type`.
-void llmquant_dense_one_row(
-    int instructions, const uint16_t* weight, int32_t weight_type, int64_t out, int64_t in, const void* x, int32_t type,
-    void* y, int threads) {
-  const Instructions& with = *kAll[instructions];
-  const float* row = static_cast<const float*>(x);
-  if (type != kFloat32) {
-    float* wide = scratch(in, 1);
-    widen(x, type, 0, in, wide);
-    row = wide;
-  }
-  const int64_t step = 64;
-  if (out * in < kWorthThreads) threads = 1;
-  for_each((out + step - 1) / step, threads, [&](int64_t chunk) {
-    const int64_t first = chunk * step, count = std::min(step, out - first);
-    float values[64];
-    with.dense_one_row(weight + first * in, weight_type, in, count, row, values);
-    for (int64_t i = 0; i < count; ++i) put_number(y, type, first + i, values[i]);
-  });
+// hidden [in] to query [heads * head_dim] in float32, key and value [kv_heads * head_dim] of `type`, rotated by cos and sin [head_dim].
+void llmquant_block_before_attention(
+    int instructions, const Block* b, const void* hidden, const void* cos, const void* sin, int32_t type, float* query, void* key,
+    void* value, int threads) {
+  before_attention(*kAll[instructions], *b, hidden, cos, sin, type, query, key, value, threads);
+}
+
+// The rest of the block: attention over `count` keys and values [kv_heads][count][head_dim] with the given strides between heads and
+// between tokens, output projection, residual, MLP, residual.
+void llmquant_block_after(
+    int instructions, const Block* b, const void* hidden, const float* query, const void* keys, const void* values, int32_t type,
+    int64_t count, const int64_t* strides, void* out, int threads) {
+  block_after(*kAll[instructions], *b, hidden, query, keys, values, type, count, strides, out, threads);
 }
 
 }  // extern "C"

@@ -7,7 +7,8 @@ namespace llmquant {
 static bool available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 extern const Instructions kInstructions_avx2 = {
-    "avx2", available, isa_avx2::kMostRows, isa_avx2::one_row, isa_avx2::spread, isa_avx2::decode, isa_avx2::multiply, isa_avx2::dense_one_row,
+    "avx2", available, isa_avx2::kMostRows, isa_avx2::one_row, isa_avx2::spread, isa_avx2::decode, isa_avx2::multiply, isa_avx2::attend,
+    isa_avx2::silu_times,
 };
 
 }  // namespace llmquant

@@ -10,7 +10,8 @@ static bool available() {
 }
 
 extern const Instructions kInstructions_avx512 = {
-    "avx512", available, isa_avx512::kMostRows, isa_avx512::one_row, isa_avx512::spread, isa_avx512::decode, isa_avx512::multiply, isa_avx512::dense_one_row,
+    "avx512", available, isa_avx512::kMostRows, isa_avx512::one_row, isa_avx512::spread, isa_avx512::decode, isa_avx512::multiply, isa_avx512::attend,
+    isa_avx512::silu_times,
 };
 
 }  // namespace llmquant

@@ -6,13 +6,18 @@
 //   y += scale * (sum q x  -  zero * sum x).
 // Several rows decode a panel of weights, (q - zero) * scale in float32, bit for bit QuantizedWeight.dequantize, and multiply it as
 // a matrix product does, from registers of accumulators.
-#include <cstring>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "packed.h"
 
 #ifndef LANES
 #error "define LANES"
 #endif
+
+// Templates that unroll a word column by column must not become calls.
+#define ALWAYS __attribute__((always_inline))
 
 namespace llmquant {
 namespace INSTRUCTIONS {
@@ -26,30 +31,35 @@ typedef uint32_t vu_at __attribute__((vector_size(4 * LANES), aligned(4), may_al
 typedef uint16_t vh_at __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint8_t vb_at __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-static inline vf load(const float* p) { return *reinterpret_cast<const vf_at*>(p); }
-static inline vu load(const uint32_t* p) { return *reinterpret_cast<const vu_at*>(p); }
-static inline void store(float* p, vf v) { *reinterpret_cast<vf_at*>(p) = v; }
-static inline vf all(float value) { return value - vf{}; }
-static inline vf to_float(vu v) { return __builtin_convertvector(reinterpret_cast<vi>(v), vf); }
+static inline ALWAYS vf load(const float* p) { return *reinterpret_cast<const vf_at*>(p); }
+static inline ALWAYS vu load(const uint32_t* p) { return *reinterpret_cast<const vu_at*>(p); }
+static inline ALWAYS void store(float* p, vf v) { *reinterpret_cast<vf_at*>(p) = v; }
+static inline ALWAYS vf all(float value) { return value - vf{}; }
+static inline ALWAYS vf to_float(vu v) { return __builtin_convertvector(reinterpret_cast<vi>(v), vf); }
 
-static inline vf widen_bf16(const uint16_t* p) {
+static inline ALWAYS vf widen_bf16(const uint16_t* p) {
   return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vh_at*>(p), vu) << 16);
 }
 
-static inline vf widen_fp16(const uint16_t* p) {
+static inline ALWAYS vf widen_fp16(const uint16_t* p) {
+#if LANES == 8 && defined(__F16C__)
+  return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif LANES == 16 && defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#endif
   // Exponent and fraction moved into place mean 2^-112 of the number, for subnormals too.
   const vu h = __builtin_convertvector(*reinterpret_cast<const vh_at*>(p), vu);
   const vf magnitude = reinterpret_cast<vf>((h & 0x7fffu) << 13) * 0x1p112f;
   return reinterpret_cast<vf>(reinterpret_cast<vu>(magnitude) | (h & 0x8000u) << 16);
 }
 
-static inline vf scale_at(const Weight& w, int64_t index) {
+static inline ALWAYS vf scale_at(const Weight& w, int64_t index) {
   if (w.scale_type == kBFloat16) return widen_bf16(static_cast<const uint16_t*>(w.scales) + index);
   if (w.scale_type == kFloat16) return widen_fp16(static_cast<const uint16_t*>(w.scales) + index);
   return load(static_cast<const float*>(w.scales) + index);
 }
 
-static inline vf zero_at(const Weight& w, int64_t index) {
+static inline ALWAYS vf zero_at(const Weight& w, int64_t index) {
   if (!w.zeros) return all(static_cast<float>(1 << (w.bits - 1)));
   return to_float(__builtin_convertvector(*reinterpret_cast<const vb_at*>(w.zeros + index), vu));
 }
@@ -58,20 +68,24 @@ static inline vf zero_at(const Weight& w, int64_t index) {
 
 // The low or only part of a code, times 2^shift where it is left in place.
 template <int BITS, int COLUMN>
-static inline vf masked(vu word) {
+static inline ALWAYS vf masked(vu word) {
   constexpr int shift = shift_of(BITS, COLUMN);
-  if constexpr (in_place(BITS, COLUMN)) return to_float(word & (((1u << BITS) - 1) << shift));
+  if constexpr (in_place(BITS, COLUMN)) return to_float(word & load(kMasks[log2_of(BITS)][shift]));
   return to_float(word >> shift);
 }
 
 template <int BITS>
-static inline float lacking(int column) {
+static inline ALWAYS float lacking(int column) {
   return in_place(BITS, column) ? 1.0f / static_cast<float>(1u << shift_of(BITS, column)) : 1.0f;
 }
 
 constexpr int high_bit(int column) { return 8 * (column % 16 / 4) + column % 4 + 4 * (column / 16); }
 
 static void spread(const Weight& w, const float* x, float* spread, float* sums) {
+  if (w.bits == 16) {
+    for (int64_t k = 0; k < w.in; ++k) spread[k] = x[k];
+    return;
+  }
   const int columns = unit(w.bits);
   float factor[32], high[32];
   for (int i = 0; i < columns; ++i) {
@@ -95,7 +109,7 @@ static void spread(const Weight& w, const float* x, float* spread, float* sums) 
 constexpr int kChains = 8 / kVectors > 0 ? 8 / kVectors : 1;  // independent sums per vector: enough to hide the latency of a multiply-add
 
 template <int BITS, int COLUMN, int END>
-static inline void add_columns(const vu* word, const float* x, vf (*sum)[kChains]) {
+static inline ALWAYS void add_columns(const vu* word, const float* x, vf (*sum)[kChains]) {
   if constexpr (COLUMN < END) {
     const vf factor = all(x[COLUMN]);
     for (int v = 0; v < kVectors; ++v) sum[v][COLUMN % kChains] += masked<BITS, COLUMN>(word[v]) * factor;
@@ -104,19 +118,19 @@ static inline void add_columns(const vu* word, const float* x, vf (*sum)[kChains
 }
 
 template <int COLUMN>
-static inline void add_high_bits(const vu* word, const float* x, vf (*sum)[kChains]) {
+static inline ALWAYS void add_high_bits(const vu* word, const float* x, vf (*sum)[kChains]) {
   if constexpr (COLUMN < 32) {
     constexpr int bit = high_bit(COLUMN);
     const vf factor = all(x[COLUMN]);
     for (int v = 0; v < kVectors; ++v)
-      sum[v][COLUMN % kChains] += (bit < 31 ? to_float(word[v] & (1u << bit)) : to_float(word[v] >> 31)) * factor;
+      sum[v][COLUMN % kChains] += (bit < 31 ? to_float(word[v] & load(kMasks[0][bit])) : to_float(word[v] >> 31)) * factor;
     add_high_bits<COLUMN + 1>(word, x, sum);
   }
 }
 
 // One unit of columns; moves on `words` and `x`.
 template <int BITS>
-static inline void add_unit(const uint32_t*& words, const float*& x, vf (*sum)[kChains]) {
+static inline ALWAYS void add_unit(const uint32_t*& words, const float*& x, vf (*sum)[kChains]) {
   vu word[kVectors];
   for (int part = 0; part < (BITS == 3 ? 2 : 1); ++part, words += kRows) {
     for (int v = 0; v < kVectors; ++v) word[v] = load(words + v * LANES);
@@ -149,8 +163,28 @@ static void one_row_of(const Weight& w, int64_t tile, const float* x, const floa
   for (int v = 0; v < kVectors; ++v) store(y + v * LANES, total[v]);
 }
 
+static inline ALWAYS vf half_at(const Weight& w, const uint16_t* p) {
+  return w.scale_type == kBFloat16 ? widen_bf16(p) : widen_fp16(p);
+}
+
+static void one_row_of_halves(const Weight& w, int64_t tile, const float* x, float* y) {
+  const uint16_t* p = reinterpret_cast<const uint16_t*>(w.words) + tile * w.in * kRows;
+  vf sum[kVectors][kChains] = {};
+  int64_t k = 0;
+  for (; k + kChains <= w.in; k += kChains, p += kChains * kRows)
+    for (int c = 0; c < kChains; ++c)
+      for (int v = 0; v < kVectors; ++v) sum[v][c] += half_at(w, p + c * kRows + v * LANES) * x[k + c];
+  for (; k < w.in; ++k, p += kRows)
+    for (int v = 0; v < kVectors; ++v) sum[v][0] += half_at(w, p + v * LANES) * x[k];
+  for (int v = 0; v < kVectors; ++v) {
+    for (int c = 1; c < kChains; ++c) sum[v][0] += sum[v][c];
+    store(y + v * LANES, sum[v][0]);
+  }
+}
+
 static void one_row(const Weight& w, int64_t tile, const float* x, const float* sums, float* y) {
   switch (w.bits) {
+    case 16: return one_row_of_halves(w, tile, x, y);
     case 2: return one_row_of<2>(w, tile, x, sums, y);
     case 3: return one_row_of<3>(w, tile, x, sums, y);
     case 4: return one_row_of<4>(w, tile, x, sums, y);
@@ -161,7 +195,7 @@ static void one_row(const Weight& w, int64_t tile, const float* x, const float* 
 // ---- several rows ----
 
 template <int BITS, int COLUMN, int END>
-static inline void decode_columns(const vu* word, const vu* high, const vf* zero, const vf* scale, float* panel) {
+static inline ALWAYS void decode_columns(const vu* word, const vu* high, const vf* zero, const vf* scale, float* panel) {
   if constexpr (COLUMN < END) {
     constexpr int stored = BITS == 3 ? 2 : BITS;
     for (int v = 0; v < kVectors; ++v) {
@@ -175,7 +209,7 @@ static inline void decode_columns(const vu* word, const vu* high, const vf* zero
 }
 
 template <int BITS>
-static inline void decode_unit(const uint32_t*& words, const vf* zero, const vf* scale, float* panel) {
+static inline ALWAYS void decode_unit(const uint32_t*& words, const vf* zero, const vf* scale, float* panel) {
   vu first[kVectors], second[kVectors], high[kVectors];
   for (int v = 0; v < kVectors; ++v) first[v] = load(words + v * LANES);
   if constexpr (BITS == 3) {
@@ -205,8 +239,14 @@ static void decode_of(const Weight& w, int64_t tile, int64_t first, int64_t coun
   }
 }
 
+static void decode_halves(const Weight& w, int64_t tile, int64_t first, int64_t count, float* panel) {
+  const uint16_t* p = reinterpret_cast<const uint16_t*>(w.words) + (tile * w.in + first) * kRows;
+  for (int64_t i = 0; i < count * kRows; i += LANES) store(panel + i, half_at(w, p + i));
+}
+
 static void decode(const Weight& w, int64_t tile, int64_t first, int64_t count, float* panel) {
   switch (w.bits) {
+    case 16: return decode_halves(w, tile, first, count, panel);
     case 2: return decode_of<2>(w, tile, first, count, panel);
     case 3: return decode_of<3>(w, tile, first, count, panel);
     case 4: return decode_of<4>(w, tile, first, count, panel);
@@ -240,7 +280,7 @@ constexpr int kMostRows = 3;
 #endif
 
 template <int ROWS = kMostRows>
-static inline void multiply_up_to(const float* panel, const float* x, int64_t count, int rows, float* y) {
+static inline ALWAYS void multiply_up_to(const float* panel, const float* x, int64_t count, int rows, float* y) {
   if (rows == ROWS) return multiply_rows<ROWS>(panel, x, count, y);
   if constexpr (ROWS > 1) multiply_up_to<ROWS - 1>(panel, x, count, rows, y);
 }
@@ -249,33 +289,75 @@ static void multiply(const float* panel, const float* x, int64_t count, int rows
   multiply_up_to<>(panel, x, count, rows, y);
 }
 
-// ---- a dense matrix stored in 16 bits ----
+// ---- what a decoding step does between its linears ----
 
-template <bool BF16>
-static void dense_rows(const uint16_t* weight, int64_t in, int64_t rows, const float* x, float* y) {
-  const int64_t whole = in / (4 * LANES) * (4 * LANES);
-  for (int64_t r = 0; r < rows; ++r, weight += in) {
-    vf sum[4] = {};
-    for (int64_t k = 0; k < whole; k += 4 * LANES)
-      for (int i = 0; i < 4; ++i) {
-        const uint16_t* p = weight + k + i * LANES;
-        sum[i] += (BF16 ? widen_bf16(p) : widen_fp16(p)) * load(x + k + i * LANES);
-      }
-    float lanes[LANES], rest[LANES], total = 0;
-    store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-    for (int i = 0; i < LANES; ++i) total += lanes[i];
-    for (int64_t k = whole; k < in; ++k) {
-      uint16_t one[LANES] = {weight[k]};
-      store(rest, BF16 ? widen_bf16(one) : widen_fp16(one));
-      total += rest[0] * x[k];
-    }
-    y[r] = total;
+// e^x within 2 units in the last place: 2^n times a polynomial in the rest (Cephes expf); 0 below -87.
+static inline ALWAYS vf exp_of(vf x) {
+  const vf low = all(-87.0f), high = all(88.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const vf shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
+  const vf n = shifted - 12582912.0f;
+  const vf r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  vf p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const vf power = reinterpret_cast<vf>((__builtin_convertvector(n, vi) + 127) << 23);
+  return (p * r * r + r + 1.0f) * power;
+}
+
+static void silu_times(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const vf g = load(gate + i);
+    store(gate + i, g / (exp_of(-g) + 1.0f) * load(up + i));
   }
 }
 
-static void dense_one_row(const uint16_t* weight, int32_t type, int64_t in, int64_t rows, const float* x, float* y) {
-  if (type == kBFloat16) return dense_rows<true>(weight, in, rows, x, y);
-  return dense_rows<false>(weight, in, rows, x, y);
+static inline ALWAYS float sum_of(vf v) {
+  float lanes[LANES], total = 0;
+  store(lanes, v);
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
+template <int TYPE>
+static inline ALWAYS vf number(const void* p, int64_t i) {
+  if constexpr (TYPE == kFloat32) return load(static_cast<const float*>(p) + i);
+  if constexpr (TYPE == kBFloat16) return widen_bf16(static_cast<const uint16_t*>(p) + i);
+  return widen_fp16(static_cast<const uint16_t*>(p) + i);
+}
+
+template <int TYPE>
+static void attend_of(const float* query, const void* keys, const void* values, int64_t count, int64_t key_stride,
+                      int64_t value_stride, int64_t dim, float scaling, float* scores, float* out) {
+  float most = -__builtin_inff();
+  for (int64_t t = 0; t < count; ++t) {
+    vf sum = {};
+    for (int64_t i = 0; i < dim; i += LANES) sum += load(query + i) * number<TYPE>(keys, t * key_stride + i);
+    scores[t] = sum_of(sum) * scaling;
+    most = scores[t] > most ? scores[t] : most;
+  }
+  float total = 0;
+  for (int64_t t = 0; t < count; t += LANES) {
+    float lanes[LANES];
+    for (int i = 0; i < LANES; ++i) lanes[i] = t + i < count ? scores[t + i] - most : -__builtin_inff();
+    store(lanes, exp_of(load(lanes)));
+    for (int i = 0; i < LANES && t + i < count; ++i) total += scores[t + i] = lanes[i];
+  }
+  for (int64_t i = 0; i < dim; i += LANES) {
+    vf sum = {};
+    for (int64_t t = 0; t < count; ++t) sum += number<TYPE>(values, t * value_stride + i) * scores[t];
+    store(out + i, sum / total);
+  }
+}
+
+static void attend(const float* query, const void* keys, const void* values, int32_t type, int64_t count, int64_t key_stride,
+                   int64_t value_stride, int64_t dim, float scaling, float* scores, float* out) {
+  const auto with = type == kFloat32 ? attend_of<kFloat32> : type == kBFloat16 ? attend_of<kBFloat16> : attend_of<kFloat16>;
+  with(query, keys, values, count, key_stride, value_stride, dim, scaling, scores, out);
 }
 
 }  // namespace INSTRUCTIONS

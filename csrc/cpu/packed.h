@@ -12,6 +12,8 @@
 // A group is padded to a whole number of words (`width` columns, of which real ones come first), and columns that have an order of
 // their own (g_idx) are stored sorted by group: both are a matter of `columns` alone, the inner loops do not know.
 //
+// 16 bits: not quantized; words are the numbers themselves, [tiles][in][16] of `scale_type`, there are no scales and zeros.
+//
 // 3 bits: column i of 32 has its low bits in word i / 16 at bit 2 * (i % 16), its high bit in the third word at bit
 // 8 * (i % 16 / 4) + i % 4 + 4 * (i / 16), so that bytes line up with the low bits' when four columns are multiplied at once.
 #pragma once
@@ -38,11 +40,16 @@ struct Weight {
 };
 
 // Columns that a whole number of words holds.
-constexpr int unit(int bits) { return bits == 3 ? 32 : 32 / bits; }
+constexpr int unit(int bits) { return bits == 3 ? 32 : bits == 16 ? 1 : 32 / bits; }
 
 // Position `column` of a unit: the factor that its masked, unshifted bits carry, see `linear.inc.h`.
 constexpr int shift_of(int bits, int column) { return column % (32 / bits) * bits; }
 constexpr bool in_place(int bits, int column) { return shift_of(bits, column) + bits < 32; }
+
+// Masks of codes of 1, 2, 4 and 8 bits (first index: log2) that begin at each bit, as vectors: read from memory with the word they
+// mask. In a file of its own, since a compiler that sees the constants makes each anew, with two instructions, at every use.
+extern const uint32_t kMasks[4][32][kRows];
+constexpr int log2_of(int bits) { return bits == 1 ? 0 : bits == 2 ? 1 : bits == 4 ? 2 : 3; }
 
 // What one instruction set offers. `x` is float32 and already in the stored order of columns.
 struct Instructions {
@@ -57,8 +64,11 @@ struct Instructions {
   void (*decode)(const Weight&, int64_t tile, int64_t first, int64_t count, float* panel);
   // y[rows][16] += x[count][rows] * panel[count][16]; 1 <= rows <= most_rows.
   void (*multiply)(const float* panel, const float* x, int64_t count, int rows, float* y);
-  // One row of x [in] times rows of a dense 16-bit matrix: y[rows].
-  void (*dense_one_row)(const uint16_t* weight, int32_t type, int64_t in, int64_t rows, const float* x, float* y);
+  // Attention of one query [dim] over `count` keys and values, rows of `type` that are `stride` numbers apart; scores[count] is scratch.
+  void (*attend)(const float* query, const void* keys, const void* values, int32_t type, int64_t count, int64_t key_stride,
+                 int64_t value_stride, int64_t dim, float scaling, float* scores, float* out);
+  // gate[i] = silu(gate[i]) * up[i]; count a multiple of 16.
+  void (*silu_times)(float* gate, const float* up, int64_t count);
 };
 
 }  // namespace llmquant

@@ -4,9 +4,9 @@ One packed copy of the weight serves every number of rows and every dtype of act
 the packed bytes; several rows decode a panel of 16 output rows at a time, once for 264 rows of x, and multiply it from the
 first-level cache. Whatever the dtype of x, products and sums are float32, the result is rounded once.
 
-Where the processor multiplies bfloat16 in hardware (AMX, avx512_bf16), torch's product is faster from some number of rows on: then
-a tile is decoded to the dtype of x and given to ``torch.mm``. From how many rows is measured once in a process, on the machine
-itself; elsewhere the kernel's own product is used throughout.
+Where the processor multiplies bfloat16 in hardware (AMX, avx512_bf16), torch's product is faster from some number of rows on:
+then a tile is decoded to the dtype of x and given to ``torch.mm``. From how many rows is measured once in a process, on the
+machine itself; elsewhere the kernel's own product is used throughout.
 
 Every group size is taken, per-row scales and columns with an order of their own too: groups are padded to whole words and
 columns are stored sorted by group, which ``columns`` undoes as x is read.
@@ -43,7 +43,7 @@ class Cpu:
     """Compiled products from packed weights.
 
     Buffers: ``words`` int32 ``[tiles, words, 16]``; ``scales`` ``[tiles, G, 16]`` in the narrowest of bf16, fp16 and fp32 that
-    holds them; ``zeros`` uint8 ``[tiles, G, 16]`` unless symmetric; ``columns`` int32 ``[stored columns]`` where they are not x's.
+    holds them; ``zeros`` uint8 ``[tiles, G, 16]`` unless symmetric; ``columns`` int32 ``[stored]`` where they are not x's.
     """
 
     name = "cpu"

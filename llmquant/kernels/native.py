@@ -64,7 +64,8 @@ def library() -> ctypes.CDLL | None:
         "llmquant_pack": [p, p, p, i],
         "llmquant_linear": [i, p, p, n, i, p, p, i],
         "llmquant_decode": [i, p, n, n, i, p, n, i],
-        "llmquant_dense_one_row": [i, p, i, n, n, p, i, p, i],
+        "llmquant_block_before_attention": [i, p, p, p, p, i, p, p, p, i],
+        "llmquant_block_after": [i, p, p, p, p, p, i, n, p, p, i],
     }.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, None
@@ -105,6 +106,11 @@ def current_instructions() -> str:
 @cache
 def _best() -> str:
     return best_instructions(this_processor())
+
+
+def current_number() -> int:
+    """The library's number of :func:`current_instructions`."""
+    return _number(current_instructions())
 
 
 @cache
@@ -155,7 +161,7 @@ def linear(
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
     _lib().llmquant_linear(
-        _number(current_instructions()), _bound(words, scales, zeros, columns, bits, out, in_), x.data_ptr(), x.numel() // in_,
+        current_number(), bound(words, scales, zeros, columns, bits, out, in_), x.data_ptr(), x.numel() // in_,
         TYPES[x.dtype], None, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -169,10 +175,32 @@ def decode(
     count = rows.stop - rows.start
     decoded = torch.empty(in_, count, dtype=dtype)
     _lib().llmquant_decode(
-        _number(current_instructions()), _bound(words, scales, zeros, columns, bits, out, in_), rows.start, count,
+        current_number(), bound(words, scales, zeros, columns, bits, out, in_), rows.start, count,
         TYPES[dtype], decoded.data_ptr(), count, torch.get_num_threads(),
     )  # fmt: skip
     return decoded
+
+
+def half_tiles(weight: Tensor, stored: torch.dtype) -> Tensor:
+    """``[out, in]`` → ``[tiles, in, 16]`` of bfloat16 or float16: a dense matrix in the kernel's order."""
+    padded = torch.nn.functional.pad(weight.to(stored), (0, 0, 0, -weight.shape[0] % ROWS))
+    return padded.view(-1, ROWS, weight.shape[1]).transpose(1, 2).contiguous()
+
+
+def half_weight(words: Tensor, out: int) -> Tensor:
+    """Inverse of :func:`half_tiles`."""
+    return words.transpose(1, 2).reshape(-1, words.shape[1])[:out]
+
+
+def half_linear(x: Tensor, words: Tensor, out: int, in_: int) -> Tensor:
+    """``[..., in]`` → ``[..., out]`` with the weight of :func:`half_tiles`; sums are float32."""
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out))
+    _lib().llmquant_linear(
+        current_number(), bound(words, words, None, None, 16, out, in_), x.data_ptr(), x.numel() // in_, TYPES[x.dtype], None,
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def _lib() -> ctypes.CDLL:
@@ -193,7 +221,7 @@ def _struct(
 _BOUND: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], _Weight, int]] = {}
 
 
-def _bound(
+def bound(
     words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
 ) -> int:
     """The address of the C structure for these buffers, made once."""
@@ -202,8 +230,9 @@ def _bound(
     addresses = (words.data_ptr(), scales.data_ptr())
     if found is not None and found[0]() is words and found[1] == addresses:
         return found[3]
-    groups = scales.shape[1]
-    weight = _struct(words, scales, zeros, columns, Layout(bits, out, in_, groups, words.shape[1] * 32 // bits // groups))
+    groups = 1 if bits == 16 else scales.shape[1]
+    width = in_ if bits == 16 else words.shape[1] * 32 // bits // groups
+    weight = _struct(words, scales, zeros, columns, Layout(bits, out, in_, groups, width))
     address = ctypes.addressof(weight)
     _BOUND[key] = (weakref.ref(words, lambda _: _forget(key, address)), addresses, weight, address)
     return address

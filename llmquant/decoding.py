@@ -1,0 +1,189 @@
+"""Faster decoding of loaded models on a CPU: blocks that are stepped in compiled code, and a head kept in 16 bits.
+
+Only the case that every reply consists of is replaced: one sequence, one new token, no mask. Everything else (prompts, several
+sequences, hidden states or attentions that somebody asks for, gradients) runs transformers' own code. A block is tried before it
+is trusted: both ways get the same random input and cache, and a block whose outputs differ by more than rounding keeps transformers'
+code, with a line in the log. So no table of model types is needed, and a new one that computes something else is left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from llmquant.kernels import native
+from llmquant.kernels.block import LINEARS, BlockShape, Step
+from llmquant.kernels.cpu import Cpu
+from llmquant.kernels.native import TYPES
+from llmquant.modules import PackedLinear
+
+log = logging.getLogger(__name__)
+
+_WHERE = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+_POSITIONS = 5  # in the cache of a trial
+_TOLERANCE = 2e-5  # of a trial: some hundred roundings of float32, far below what a scale, a norm or a cap left out would change
+
+
+def speed_up(model: PreTrainedModel) -> None:
+    """Replace what can be: see the module text. Changes nothing of a model that is not packed by kernel ``cpu``."""
+    if native.why_missing() or not any(isinstance(m, PackedLinear) and m.kernel.name == Cpu.name for m in model.modules()):
+        return
+    for name, layer in model.named_modules():
+        if hasattr(layer, "self_attn") and hasattr(layer, "mlp"):
+            reason = _install(layer, model)
+            if reason:
+                log.info("%s is stepped by transformers' code: %s", name, reason)
+    _halve_head(model)
+
+
+def _install(layer: Any, model: PreTrainedModel) -> str | None:
+    """Put a compiled step into a block, or say why not."""
+    try:
+        step = _step_of(layer, model)
+    except (AttributeError, TypeError, ValueError) as e:
+        return f"it is not built as expected ({e})"
+    if step is None:
+        return "its linears are not all packed for kernel cpu, or its parts are others than a Llama block's"
+    plain = layer.forward
+    fast = _Forward(step, plain, layer.self_attn.layer_idx)
+    if not _agree(fast, plain, model, layer.self_attn):
+        return "a trial gave other numbers"
+    layer.forward = fast
+    return None
+
+
+def _step_of(layer: Any, model: PreTrainedModel) -> Step | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = {name: layer.get_submodule(path) for name, path in _WHERE.items()}
+    if not all(isinstance(m, PackedLinear) and m.kernel.name == Cpu.name and m.activations == "none" for m in linears.values()):
+        return None
+    if any(linears[n].bias is not None for n in ("gate", "up", "down")) or attention.head_dim % 16:
+        return None
+    if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
+        return None
+    known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    if {n for n, _ in layer.named_children()} != known or {n for n, _ in mlp.named_children()} - {
+        "gate_proj", "up_proj", "down_proj", "act_fn",
+    }:  # fmt: skip
+        return None
+    vectors: dict[str, Tensor | None] = {f"{n}_bias": linears[n].bias for n in ("q", "k", "v", "o")}
+    for name in ("q_norm", "k_norm"):
+        vectors[name] = getattr(getattr(attention, name, None), "weight", None)
+    vectors |= {"input_norm": layer.input_layernorm.weight, "post_norm": layer.post_attention_layernorm.weight}
+    shape = BlockShape(
+        linears["q"].out_features // attention.head_dim, linears["k"].out_features // attention.head_dim, attention.head_dim,
+        layer.input_layernorm.variance_epsilon, attention.scaling,
+    )  # fmt: skip
+    return Step({n: (linears[n]._buffers, linears[n].spec.bits, linears[n].shape) for n in LINEARS}, vectors, shape)
+
+
+class _Forward:
+    """A block's ``forward``: the compiled step for one token of one sequence, the plain one for everything else."""
+
+    def __init__(self, step: Step, plain: Callable[..., Any], index: int) -> None:
+        self.step, self.plain, self.index = step, plain, index
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (
+            attention_mask is not None
+            or past_key_values is None
+            or position_embeddings is None
+            or hidden_states.shape[:2] != (1, 1)
+            or hidden_states.dtype not in TYPES
+            or any(t.numel() != self.step.shape.head_dim or t.dtype != hidden_states.dtype for t in position_embeddings)
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or kwargs.get("output_attentions")
+            or kwargs.get("output_hidden_states")
+        ):
+            return self.plain(
+                hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+                use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+            )  # fmt: skip
+        hidden = hidden_states.contiguous()
+        cos, sin = (t.contiguous() for t in position_embeddings)
+        query, key, value = self.step.before(hidden, cos, sin)
+        keys, values = (t.to(hidden.dtype) for t in past_key_values.update(key, value, self.index))
+        return self.step.after(hidden, query, keys, values)
+
+
+def _agree(fast: _Forward, plain: Callable[..., Any], model: PreTrainedModel, attention: Any) -> bool:
+    """Whether both give the same output for a random token behind a random cache, in float32 and up to its rounding."""
+    shape = fast.step.shape
+    random = torch.Generator().manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random)
+
+    hidden = drawn(1, 1, model.config.get_text_config().hidden_size)
+    angles = drawn(1, 1, shape.head_dim // 2).repeat(1, 1, 2) * 6
+    keys, values = (drawn(1, shape.kv_heads, _POSITIONS, shape.head_dim) for _ in range(2))
+    outputs = []
+    with torch.inference_mode():
+        for forward in (plain, fast):
+            cache = DynamicCache(config=model.config)
+            cache.update(keys.clone(), values.clone(), attention.layer_idx)
+            positions = (angles.cos(), angles.sin())
+            outputs.append(
+                forward(hidden.clone(), attention_mask=None, past_key_values=cache, use_cache=True, position_embeddings=positions)
+            )
+    exact, tried = outputs
+    return bool((exact - tried).norm() <= _TOLERANCE * exact.norm())
+
+
+class HalfLinear(nn.Module):
+    """A linear whose weight is kept as the 16-bit numbers that the checkpoint has, multiplied in float32: exact, half the memory.
+
+    Args:
+        weight: ``[out, in]``, float32 whose values are exact in ``stored``.
+        stored: bfloat16 or float16.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stored: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("words", native.half_tiles(weight, stored))
+        self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` → ``[..., out]``."""
+        words: Tensor = self.words  # type: ignore[assignment]
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = nn.functional.linear(x, native.half_weight(words, self.out_features).to(x.dtype))
+        else:
+            y = native.half_linear(x, words, self.out_features, self.in_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        stored = str(self.words.dtype).removeprefix("torch.")
+        return f"in_features={self.in_features}, out_features={self.out_features}, stored={stored}"
+
+
+def _halve_head(model: PreTrainedModel) -> None:
+    """Keep a float32 head as the 16-bit numbers that it was read as; a tied one is no longer shared with the embedding."""
+    head: Any = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.dtype is not torch.float32:
+        return
+    stored = next((d for d in (torch.bfloat16, torch.float16) if torch.equal(head.weight.to(d).float(), head.weight)), None)
+    if stored is None:
+        return
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(HalfLinear(head.weight.detach(), head.bias, stored))

@@ -1,0 +1,103 @@
+"""One decoding step of a Llama-like decoder block in two compiled calls, instead of some sixty small torch operations.
+
+With one sequence and one new token the linears of a small model take less time than what stands between them: norms, rotary
+embedding, attention over a few hundred rows, residuals, and Python's share of calling all that. :class:`Step` does the block as csrc/cpu
+does its linears, in float32 inside whatever the dtype outside; between its two halves the caller adds keys and values to the cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.kernels import native
+from llmquant.kernels.native import TYPES
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+_VECTORS = ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm", "input_norm", "post_norm")
+
+
+class _Block(ctypes.Structure):
+    """``llmquant::Block`` of csrc/cpu/api.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*LINEARS, *_VECTORS)),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_float) for name in ("eps", "scaling")),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """Numbers of a block that its tensors do not say; ``scaling`` multiplies the scores before the softmax."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    scaling: float
+
+
+class Step:
+    """A block ready to be stepped.
+
+    Args:
+        linears: ``LINEARS`` → the buffers of kernel ``cpu``, bits, and ``(out, in)``.
+        vectors: biases and norm weights by name, None or absent where the model has none.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, tuple[Mapping[str, Tensor | None], int, tuple[int, int]]],
+        vectors: Mapping[str, Tensor | None],
+        shape: BlockShape,
+    ) -> None:
+        self._buffers = {name: buffers for name, (buffers, _, _) in linears.items()}
+        self._sizes = {name: (bits, *size) for name, (_, bits, size) in linears.items()}
+        self._vectors = {n: None if t is None else t.detach().to(torch.float32).contiguous() for n, t in vectors.items()}
+        self.shape = shape
+        self._strides = (ctypes.c_int64 * 4)()
+        lib = native.library()
+        assert lib is not None
+        self._before, self._after = lib.llmquant_block_before_attention, lib.llmquant_block_after
+        self._block = self._bind()
+
+    def _bind(self) -> _Block:
+        weights = {}
+        for name, buffers in self._buffers.items():
+            words, scales = buffers["words"], buffers["scales"]
+            assert words is not None
+            assert scales is not None
+            weights[name] = native.bound(words, scales, buffers.get("zeros"), buffers.get("columns"), *self._sizes[name])
+        vectors = {n: None if t is None else t.data_ptr() for n, t in self._vectors.items()}
+        s = self.shape
+        return _Block(
+            **weights, **vectors, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim, eps=s.eps, scaling=s.scaling
+        )
+
+    def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[1, 1, width]`` → query float32 ``[heads * head_dim]``, key and value ``[1, kv_heads, 1, head_dim]``, rotated."""
+        s = self.shape
+        query = torch.empty(s.heads * s.head_dim, dtype=torch.float32)
+        key, value = (hidden.new_empty((1, s.kv_heads, 1, s.head_dim)) for _ in range(2))
+        self._before(
+            native.current_number(), ctypes.addressof(self._block), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            TYPES[hidden.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return query, key, value
+
+    def after(self, hidden: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The block's output ``[1, 1, width]``; keys and values ``[1, kv_heads, n, head_dim]``, of hidden's dtype."""
+        out = torch.empty_like(hidden)
+        keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (keys, values))
+        strides = self._strides
+        strides[0], strides[1], strides[2], strides[3] = keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)
+        self._after(
+            native.current_number(), ctypes.addressof(self._block), hidden.data_ptr(), query.data_ptr(), keys.data_ptr(),
+            values.data_ptr(), TYPES[hidden.dtype], keys.shape[2], strides, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
