@@ -2,8 +2,9 @@
 
 Only the case that every reply consists of is replaced: one sequence, one new token, no mask. Everything else (prompts, several
 sequences, hidden states or attentions that somebody asks for, gradients) runs transformers' own code. A block is tried before it
-is trusted: both ways get the same random input and cache, and a block whose outputs differ by more than rounding keeps transformers'
-code, with a line in the log. So no table of model types is needed, and a new one that computes something else is left alone.
+is trusted: both ways get the same random input and cache, and a block whose outputs differ by more than rounding keeps
+transformers' code, with a line in the log. So no table of model types is needed, and a new one that computes something else is
+left alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One decoding step of a Llama-like decoder block in two compiled calls, instead of some sixty small torch operations.
 
 With one sequence and one new token the linears of a small model take less time than what stands between them: norms, rotary
-embedding, attention over a few hundred rows, residuals, and Python's share of calling all that. :class:`Step` does the block as csrc/cpu
-does its linears, in float32 inside whatever the dtype outside; between its two halves the caller adds keys and values to the cache.
+embedding, attention over a few hundred rows, residuals, and Python's share of calling all that. :class:`Step` does the block as
+csrc/cpu does its linears, in float32 inside whatever the dtype outside; between its two halves the caller adds keys and values
+to the cache.
 """
 
 from __future__ import annotations
