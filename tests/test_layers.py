@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
 LAYERS = (
     ("errors",),
+    ("runtime",),
     ("spec", "finite", "roles", "interruption", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
     ("weight", "bitpack", "stats", "damage", "activations", "orthogonal", "experts"),
     ("parallel",),
