@@ -141,7 +141,7 @@ def test_the_head_takes_part_where_it_is_asked_for(model: Path, gptq: Recipe) ->
 
 ENGINES = [
     pytest.param("vllm", {"widths": (2, 3, 4, 8, 16)}, {4, 8}, {True, False}, id="vllm"),
-    pytest.param("vllm-cpu", {"widths": (2, 3, 4, 8, 16)}, {4}, {True, False}, id="vllm-cpu"),
+    pytest.param("vllm-cpu-avx512", {"widths": (2, 3, 4, 8, 16)}, {4}, {True, False}, id="vllm-cpu-avx512"),
     pytest.param("transformers", {"widths": (2, 3, 4, 8, 16)}, {2, 3, 4, 8}, {True}, id="transformers"),
     pytest.param("any", {"widths": (3, 4), "symmetric": False}, {3, 4}, {False}, id="asymmetric only"),
 ]

@@ -61,6 +61,8 @@ def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
 def _show(found: Inspection, verified: bool, modules: bool) -> None:
     from rich.table import Table
 
+    from llmquant.engines import labelled
+
     console = screen()
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
@@ -75,7 +77,7 @@ def _show(found: Inspection, verified: bool, modules: bool) -> None:
     facts.add_row("on disk", f"{found.bytes_on_disk / 1e6:,.2f} MB of weight files")
     facts.add_row("sha256", found.weights_sha256)
     for engine, reasons in found.engines.items():
-        facts.add_row(engine, "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
+        facts.add_row(labelled(engine), "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
     for told in found.fallbacks:
         facts.add_row("fallback", told)
     if verified:

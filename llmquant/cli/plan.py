@@ -131,6 +131,8 @@ def _spoken(seconds: float) -> str:
 def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
     from rich.table import Table
 
+    from llmquant.engines import labelled
+
     table = Table(box=None, pad_edge=False)
     for column in ("linear", "shape (out, in)", "scheme"):
         table.add_column(column, overflow="fold")
@@ -160,7 +162,7 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
     for name, (count, why) in plan.kernels.items():
         facts.add_row("kernel", f"{name} for {count} linears on a CPU in bfloat16{f' ({why})' if why else ''}")
     for engine, reasons in plan.engines.items():
-        facts.add_row(engine, "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
+        facts.add_row(labelled(engine), "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
     facts.add_row("group sizes", f"{', '.join(map(str, plan.suggestions)) or 'none of 16 … 256'} fit every linear; -1 always")
     console.print()
     console.print(facts)
