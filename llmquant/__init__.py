@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from llmquant.hub import resolve
     from llmquant.inspection import Inspection, inspect
     from llmquant.integration import register_with_transformers, unregister_from_transformers
-    from llmquant.loading import load
+    from llmquant.loading import compute_dtype, load
     from llmquant.manifest import verify
     from llmquant.modules import describe
     from llmquant.pipeline import QuantizeOptions, QuantizeResult, quantize
     from llmquant.recipe import Recipe, load_recipe, shipped_recipes
     from llmquant.repetition import Comparison, rerun
+    from llmquant.runtime.computing import Computing
+    from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
+    from llmquant.runtime.processor import Processor, this_processor
+    from llmquant.runtime.threads import set_threads
     from llmquant.sources import Documents, read_documents
     from llmquant.spec import QuantSpec
     from llmquant.usage import peak_resident_bytes, resident_bytes
@@ -53,6 +57,14 @@ _HOMES = {
     "Comparison": "repetition",
     "rerun": "repetition",
     "shipped_recipes": "recipe",
+    "ChosenDtype": "runtime.devices",
+    "Computing": "runtime.computing",
+    "Processor": "runtime.processor",
+    "compute_dtype": "loading",
+    "parse_device": "runtime.devices",
+    "parse_dtype": "runtime.devices",
+    "set_threads": "runtime.threads",
+    "this_processor": "runtime.processor",
     "Documents": "sources",
     "read_documents": "sources",
     "QuantSpec": "spec",
@@ -65,11 +77,14 @@ __all__ = [
     "AllocateOptions",
     "Allocation",
     "Calibration",
+    "ChosenDtype",
     "Comparison",
+    "Computing",
     "ConvertOptions",
     "ConvertResult",
     "Documents",
     "Inspection",
+    "Processor",
     "QuantSpec",
     "QuantizeOptions",
     "QuantizeResult",
@@ -77,11 +92,14 @@ __all__ = [
     "Recipe",
     "allocate",
     "calibrate",
+    "compute_dtype",
     "convert",
     "describe",
     "inspect",
     "load",
     "load_recipe",
+    "parse_device",
+    "parse_dtype",
     "peak_resident_bytes",
     "quantize",
     "read_documents",
@@ -89,7 +107,9 @@ __all__ = [
     "rerun",
     "resident_bytes",
     "resolve",
+    "set_threads",
     "shipped_recipes",
+    "this_processor",
     "unregister_from_transformers",
     "verify",
 ]

@@ -6,9 +6,9 @@ module at a time; everything else is assigned straight from the mapped file, cas
 transformers' own quantizers are not involved. An unquantized folder goes through ``from_pretrained``, which knows
 every historical renaming.
 
-``dtype="auto"`` means bfloat16 on a CPU, for both kinds of folder, so that two models compared are rounded alike: the
-int4 operator and the fast GEMMs of current CPUs exist in bf16, and fp16 arithmetic there is slower than fp32. On
-other devices it is the checkpoint's own dtype. A dtype that is given is obeyed.
+``dtype="auto"`` means on a CPU the faster of bfloat16 and float32, for both kinds of folder, so that two models compared are
+rounded alike; on other devices it is the checkpoint's own dtype (:mod:`llmquant.runtime.devices`). A dtype that is given
+is obeyed.
 
 What is in the folder and what is in the model must match tensor by tensor; a difference is an error that names it. Code
 from a model folder is never run.
@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import quantization_config, refuse_shifted_zeros
-from llmquant.devices import DTYPES, parse_device, parse_dtype
 from llmquant.errors import ArchitectureError, CheckpointError, FormatError, QuantizationError, UsageError
 from llmquant.fit import check_tied, refuse_mismatch, some
 from llmquant.formats import for_config
@@ -37,6 +36,8 @@ from llmquant.formats.base import Format, Scheme
 from llmquant.hub import resolve
 from llmquant.kernels import AUTO, check_name
 from llmquant.modules import PackedLinear
+from llmquant.runtime.devices import AUTO as AUTO_DTYPE
+from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
 from llmquant.saving import refuse_saving
 from llmquant.skeleton import CONFUSED, empty_model, first_line, read_config
 from llmquant.weight import QuantizedWeight
@@ -45,15 +46,17 @@ from llmquant.weight import QuantizedWeight
 def load(
     model: str | os.PathLike[str],
     *,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = AUTO_DTYPE,
+    device: str | torch.device | None = "cpu",
     kernel: str = AUTO,
 ) -> PreTrainedModel:
     """A causal language model in eval mode without gradients, packed if the folder is.
 
     Args:
         model: a folder, or a hub name.
-        dtype: of activations and unquantized tensors: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        dtype: of activations and unquantized tensors: ``auto``, ``bfloat16``, ``float16`` or ``float32``;
+            :func:`compute_dtype` tells what ``auto`` is here, and why.
+        device: ``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda``, ``cuda:0`` …
         kernel: ``auto``, or the name of one that every quantized linear must take.
 
     Raises:
@@ -65,7 +68,7 @@ def load(
     check_name(kernel)  # an unquantized model takes none, but a misspelt one should not pass there either
     reader = CheckpointReader(resolve(model))
     where = parse_device(device)
-    torch_dtype = parse_dtype(dtype, auto=_auto_dtype(where, reader))
+    torch_dtype = parse_dtype(dtype, where, stored=_stored_dtype(reader)).dtype
     quantization = quantization_config(reader)
     if quantization:
         loaded = _load_packed(reader, quantization, torch_dtype, where, kernel)
@@ -76,12 +79,22 @@ def load(
     return loaded
 
 
-def _auto_dtype(device: torch.device, reader: CheckpointReader) -> torch.dtype:
-    """What ``auto`` means: see the module text."""
-    if device.type == "cpu":
-        return torch.bfloat16
-    declared = reader.config.get("dtype") or reader.config.get("torch_dtype") or "bfloat16"
-    return DTYPES.get(declared, torch.bfloat16)
+def compute_dtype(
+    model: str | os.PathLike[str], dtype: str | torch.dtype | None = AUTO_DTYPE, device: str | torch.device | None = "cpu"
+) -> ChosenDtype:
+    """The dtype in which :func:`load` would run a model, with the reason where it is chosen automatically.
+
+    Raises:
+        UsageError: no such dtype or device.
+        CheckpointError: no such model.
+    """
+    return parse_dtype(dtype, device, stored=_stored_dtype(CheckpointReader(resolve(model))))
+
+
+def _stored_dtype(reader: CheckpointReader) -> str | None:
+    """What the config calls the model's dtype."""
+    declared = reader.config.get("dtype") or reader.config.get("torch_dtype")
+    return declared if isinstance(declared, str) else None
 
 
 def _load_dense(reader: CheckpointReader, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import ParallelError, UsageError
+from llmquant.runtime.devices import AUTO, parse_device
 from llmquant.stats import InputStats
 
 T = TypeVar("T")
@@ -68,11 +69,14 @@ class World:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device of this process, given what was asked for: of several GPUs each process takes its own.
+        """The device of this process, given what was asked for: ``auto`` is a GPU where there is one; of several each process
+        takes its own.
 
         Raises:
             UsageError: one GPU was named for several processes.
         """
+        if name == AUTO:
+            name = parse_device(AUTO).type
         if self.size == 1 or not name.startswith("cuda"):
             return name
         if name != "cuda":

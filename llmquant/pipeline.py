@@ -32,6 +32,8 @@ from llmquant.preparation import Prepared, deterministic, prepare
 from llmquant.recipe import Recipe
 from llmquant.resume import SavedRun, finished_before, state_of
 from llmquant.runlog import RunLog
+from llmquant.runtime.computing import Computing
+from llmquant.runtime.devices import AUTO, parse_device
 from llmquant.scaling import PairReport
 from llmquant.selection import Selection
 from llmquant.spilling import must_spill
@@ -47,7 +49,7 @@ class QuantizeOptions:
     """Where and how a run happens; nothing here is meant to change what is computed but ``dtype`` and ``device``.
 
     Attributes:
-        device: torch device that holds the current block.
+        device: torch device that holds the current block; ``auto``: cuda where there is one, else cpu.
         dtype: in which blocks are run for calibration: float32 (``auto``), bfloat16 or float16. Statistics and rounding
             are float32 whatever it is.
         overwrite: replace an existing model folder.
@@ -76,7 +78,7 @@ class QuantizeOptions:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What came out. ``resumed``: blocks that an earlier process had finished."""
+    """What came out, and how it was computed. ``resumed``: blocks that an earlier process had finished."""
 
     path: Path
     recipe: Recipe
@@ -89,6 +91,7 @@ class QuantizeResult:
     bytes_written: int
     calibration: Calibration | None
     warnings: tuple[str, ...]
+    computing: Computing
     resumed: int = 0
 
 
@@ -129,6 +132,8 @@ def quantize(
         ProofError: what was written is not what was computed.
     """
     options, events = options or QuantizeOptions(), events or Events()
+    if options.device == AUTO:
+        options = replace(options, device=parse_device(AUTO).type)
     destination = Path(os.path.abspath(output))
     with suppress(OSError):  # left empty by a kill at the very end
         state_of(destination).rmdir()
@@ -276,6 +281,7 @@ class _Work:
             bytes_written=bytes_written,
             calibration=self.calibration,
             warnings=tuple(_warnings(outcome, self.plan.recipe)),
+            computing=self.prepared.computing,
             resumed=resumed,
         )
 

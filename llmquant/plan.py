@@ -28,6 +28,8 @@ from llmquant.formats import Format, Scheme, layout_of
 from llmquant.kernels import choose
 from llmquant.recipe import Recipe
 from llmquant.rotation import rotated
+from llmquant.runtime.computing import Computing
+from llmquant.runtime.devices import AUTO, parse_dtype
 from llmquant.selection import Linears, select
 from llmquant.shards import Stored, header
 from llmquant.weight import QuantizedWeight
@@ -57,7 +59,8 @@ class Plan:
         tensor_parallel: numbers of GPUs over which engines could split every quantized linear.
         suggestions: other group sizes that divide every selected linear.
         engines: serving engine → why it would refuse the result; an empty tuple where it takes it.
-        kernels: llmquant's own kernel → how many of the linears it would run on a CPU in bfloat16, and why not those before it.
+        kernels: llmquant's own kernel → how many of the linears it would run, and why not those before it.
+        kernels_for: device and dtype of that: what ``auto`` means where a CPU runs it.
         architecture: where its decoder blocks and experts are.
         hidden: width of the hidden states.
         source: the original's tensors, as quantization reads them.
@@ -73,6 +76,7 @@ class Plan:
     suggestions: tuple[int, ...]
     engines: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, tuple[int, str]]
+    kernels_for: Computing
     architecture: Architecture
     hidden: int
     source: Mapping[str, TensorInfo]
@@ -119,6 +123,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         stored = sizes.tensors(scheme, shape, info.dtype)
         tensors.update({f"{module}.{suffix}": t for suffix, t in stored.items()})
         modules.append(PlannedModule(module, scheme, shape, sizes.nbytes(scheme, shape, info.dtype)))
+    running = parse_dtype(AUTO, "cpu")
     return Plan(
         model_type=str(reader.config.get("model_type")),
         format=layout.name,
@@ -129,7 +134,8 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         tensor_parallel=_tensor_parallel(modules, reader.config),
         suggestions=_group_sizes(modules),
         engines={e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()},
-        kernels=_kernels(modules),
+        kernels=_kernels(modules, running.dtype),
+        kernels_for=Computing.of("cpu", running),
         architecture=architecture,
         hidden=_hidden_size(reader.config),
         source=dict(reader.tensors),
@@ -227,11 +233,11 @@ def _tensor_parallel(modules: list[PlannedModule], config: Mapping[str, object])
     return tuple(good)
 
 
-def _kernels(modules: list[PlannedModule]) -> dict[str, tuple[int, str]]:
-    """Kernel → (linears, why not the ones preferred to it)."""
+def _kernels(modules: list[PlannedModule], dtype: torch.dtype) -> dict[str, tuple[int, str]]:
+    """Kernel on a CPU → (linears, why not the ones preferred to it)."""
     found: dict[str, tuple[int, str]] = {}
     for m in modules:
-        kernel, refused = choose(m.scheme.spec, m.shape, torch.device("cpu"), torch.bfloat16, m.scheme.g_idx)
+        kernel, refused = choose(m.scheme.spec, m.shape, torch.device("cpu"), dtype, m.scheme.g_idx)
         count, _ = found.get(kernel.name, (0, ""))
         found[kernel.name] = count + 1, "; ".join(f"{name}: {why}" for name, why in refused.items())
     return found

@@ -17,13 +17,14 @@ from llmquant.architectures import Architecture
 from llmquant.calibration import Calibration, calibrate
 from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import unquantized
-from llmquant.devices import parse_device, parse_dtype
 from llmquant.errors import SourceError, UsageError
 from llmquant.fit import check_fit
 from llmquant.formats import Format, layout_of
 from llmquant.parallel import ALONE, World
 from llmquant.recipe import Recipe
 from llmquant.rotation import rotated
+from llmquant.runtime.computing import Computing
+from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
 from llmquant.selection import Linears, Selection, linears_of, select
 from llmquant.skeleton import empty_model, read_tokenizer
 from llmquant.sources import read_documents
@@ -41,6 +42,7 @@ class Prepared:
         linears: that could be quantized.
         layout: the recipe's format.
         device, dtype: that blocks run on and in.
+        computing: the same with its reason, threads and processor.
     """
 
     original: CheckpointReader
@@ -52,6 +54,7 @@ class Prepared:
     recipe: Recipe
     device: torch.device
     dtype: torch.dtype
+    computing: Computing
 
     def selection(self) -> Selection:
         """Which linears the recipe quantizes, and how; raises what :func:`llmquant.selection.select` does."""
@@ -113,11 +116,13 @@ def prepare(model: str | os.PathLike[str], recipe: Recipe, device: str = "cpu", 
     original = unquantized(model)
     layout = layout_of(recipe.format)
     reader = rotated(original, recipe)
-    on, computing = parse_device(device), parse_dtype(dtype, auto=torch.float32)
-    skeleton = empty_model(reader, computing)
+    on, chosen = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
+    skeleton = empty_model(reader, chosen.dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
     check_fit(reader, skeleton)
-    return Prepared(original, reader, skeleton, architecture, linears_of(skeleton), layout, recipe, on, computing)
+    return Prepared(
+        original, reader, skeleton, architecture, linears_of(skeleton), layout, recipe, on, chosen.dtype, Computing.of(on, chosen)
+    )  # fmt: skip
 
 
 class deterministic:  # noqa: N801 - used as a with-statement verb

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors",),
     ("runtime",),
-    ("spec", "finite", "roles", "interruption", "knapsack", "shards", "devices", "hub", "local_text", "hub_text", "usage"),
+    ("spec", "finite", "roles", "interruption", "knapsack", "shards", "hub", "local_text", "hub_text", "usage"),
     ("weight", "bitpack", "stats", "damage", "activations", "orthogonal", "experts"),
     ("parallel",),
     ("algorithms", "formats", "kernels"),
@@ -42,7 +42,7 @@ LAYERS = (
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # What the packages above may import beside the names of ``llmquant`` itself: the exceptions, which cost no torch.
-PUBLIC_MODULES = {"llmquant.errors"}
+PUBLIC_MODULES = {"llmquant.errors", "llmquant.cli.options"}
 PACKAGES = {
     "llmquant": ROOT / "llmquant",
     "llmquant_eval": ROOT / "eval" / "llmquant_eval",

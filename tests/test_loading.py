@@ -20,6 +20,7 @@ from llmquant.hub import resolve
 from llmquant.kernels import int4pack
 from llmquant.loading import load
 from llmquant.modules import PackedLinear, describe
+from llmquant.runtime.devices import parse_dtype
 from llmquant.spec import QuantSpec
 
 BF16 = torch.bfloat16
@@ -128,10 +129,10 @@ def test_tied_embeddings_stay_one_tensor_and_generation_config_is_read(packed):
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [("auto", BF16), ("bf16", BF16), ("float16", torch.float16), (torch.float32, torch.float32)],
+    [("auto", parse_dtype("auto").dtype), ("bf16", BF16), ("float16", torch.float16), (torch.float32, torch.float32)],
     ids=str,
 )
-def test_dtype_is_as_asked_and_bf16_by_default_on_a_cpu(packed, dtype, expected):
+def test_dtype_is_as_asked_and_the_processors_by_default(packed, dtype, expected):
     for folder in (packed[0], TINY):
         model = load(folder, dtype=dtype)
         assert {p.dtype for p in model.parameters()} == {expected}

@@ -162,7 +162,8 @@ def make_report(request: Request, plan: Plan, floor: NoiseFloor | None, results:
         passes=passes,
         text=_text(plan),
         settings=Settings(
-            dtype=plan.dtype, device=plan.device, kernel=request.kernel, batch_size=request.batch_size
+            dtype=plan.dtype, dtype_reason=plan.computing.dtype_reason, device=plan.device, kernel=request.kernel,
+            batch_size=request.batch_size,
         ),
         reference=None if plan.reference is None else plan.reference.label,
         noise_floor=floor,

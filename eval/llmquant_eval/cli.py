@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval import leaderboard_cli
 
@@ -48,9 +49,10 @@ def eval_command(
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window [default: 2048, or the context].")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16), bfloat16, float16 or float32, for all models.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    kernel: Annotated[str, typer.Option(help="Kernel of packed layers: auto, or one by name.")] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    kernel: KernelOption = "auto",
+    threads: ThreadsOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per batch [default: about 4096 tokens].")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder whose tokenizer a served model has.")] = None,
     cache: Annotated[
@@ -80,6 +82,9 @@ def eval_command(
     ] = False,
 ) -> None:
     """Measure perplexity, divergence from a reference, size, speed and memory."""
+    import llmquant
+
+    llmquant.set_threads(threads)
     if suite is not None:
         from llmquant_eval.suite_cli import suite_command
 
@@ -91,9 +96,9 @@ def eval_command(
 
     request = Request(
         candidates=tuple(model or ()), text=text, reference=reference, protocol=_joined(protocol), window=window,
-        max_windows=max_windows, dtype=dtype, device=device, kernel=kernel, batch_size=batch_size, tokenizer=tokenizer,
-        cache=cache, cache_form=cache_form, tasks=_joined(tasks), include_path=include_path, limit=limit,
-        log_samples=log_samples, cost=cost, noise_floor=noise_floor,
+        max_windows=max_windows, dtype=dtype, device=device, kernel=kernel, threads=threads, batch_size=batch_size,
+        tokenizer=tokenizer, cache=cache, cache_form=cache_form, tasks=_joined(tasks), include_path=include_path,
+        limit=limit, log_samples=log_samples, cost=cost, noise_floor=noise_floor,
     )  # fmt: skip
     if card:
         _check_card_folders(request.candidates)

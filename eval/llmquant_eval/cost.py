@@ -26,6 +26,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+import llmquant
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report import Cost
 
@@ -80,7 +81,6 @@ def measure(path: Path, dtype: str, device: str, kernel: str, prompt: int, new: 
     import torch
     import transformers
 
-    import llmquant
     from llmquant import peak_resident_bytes, resident_bytes
     from llmquant_eval.models import load_model, max_positions
 
@@ -113,7 +113,7 @@ def measure(path: Path, dtype: str, device: str, kernel: str, prompt: int, new: 
 
 
 def measure_apart(
-    path: Path, dtype: str, device: str, kernel: str, *,
+    path: Path, dtype: str, device: str, kernel: str, *, threads: int | None = None,
     prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS, repeats: int = REPEATS,
 ) -> Cost:  # fmt: skip
     """Measure one model in a fresh process.
@@ -122,7 +122,7 @@ def measure_apart(
         LlmquantError: the process failed; carries the end of its stderr.
     """
     command = [sys.executable, "-m", "llmquant_eval.cost", "--model", str(path), "--dtype", dtype, "--device", device]
-    command += ["--kernel", kernel]
+    command += ["--kernel", kernel] + ([] if threads is None else ["--threads", str(threads)])
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens), "--repeats", str(repeats)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -140,14 +140,16 @@ def main(arguments: list[str] | None = None) -> int:
     """The child process: measure, print one JSON object; errors go to stderr in one line."""
     parser = argparse.ArgumentParser(prog="python -m llmquant_eval.cost", description="Measure one model; print JSON.")
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kernel", default="auto")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     args = parser.parse_args(arguments)
     try:
+        llmquant.set_threads(args.threads)
         cost = measure(
             args.model, args.dtype, args.device, args.kernel, args.prompt_tokens, args.new_tokens, args.repeats
         )

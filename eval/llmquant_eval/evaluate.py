@@ -50,7 +50,7 @@ def evaluate(request: Request, progress: Progress = _silent) -> Report:
         LlmquantError: measuring a model's cost, a task or a server failed.
     """
     plan = make_plan(request)
-    costs = _costs(plan, request.kernel, progress) if request.cost else {}
+    costs = _costs(plan, request, progress) if request.cost else {}
     # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken without it.
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -60,11 +60,13 @@ def evaluate(request: Request, progress: Progress = _silent) -> Report:
         torch.set_float32_matmul_precision(precision)
 
 
-def _costs(plan: Plan, kernel: str, progress: Progress) -> dict[str, Cost]:
+def _costs(plan: Plan, request: Request, progress: Progress) -> dict[str, Cost]:
     costs = {}
     for done, model in enumerate(plan.local):
         progress("speed and memory", done, len(plan.local))
-        costs[model.label] = measure_apart(model.path, plan.dtype, plan.device, kernel)
+        costs[model.label] = measure_apart(
+            model.path, plan.dtype, plan.device, request.kernel, threads=request.threads
+        )
     progress("speed and memory", len(plan.local), len(plan.local))
     return costs
 

@@ -1,9 +1,9 @@
 """One door to models: any folder or hub name, dense or packed, through llmquant's public API, or a running server.
 
 The reference and the candidates are loaded at the *same* dtype and scored by the same code, so that a difference
-between them is the quantization's. ``auto`` is bfloat16, the dtype in which int4 kernels compute; ``--dtype float32``
-takes the rounding of activations out of the comparison at the price of speed (packed layers then use the reference
-kernel).
+between them is the quantization's. What ``auto`` means is llmquant's to say (``llmquant.compute_dtype``): on a CPU the faster
+of bfloat16 and float32, elsewhere the first model's own. ``--dtype float32`` takes the rounding of activations out
+of the comparison everywhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any
 
 from llmquant.errors import CheckpointError, UsageError
 from llmquant_eval.endpoint import Endpoint, is_url
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +64,6 @@ def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
         ModelPath(source, model, label) if isinstance(model, Path) else ServedModel(source, model, label)
         for source, model, label in zip(sources, found, labels, strict=True)
     ]
-
-
-def resolve_device(device: str) -> str:
-    """``auto`` → cuda where there is one, else cpu.
-
-    Raises:
-        UsageError: a device that torch does not know or does not have.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as e:
-        raise UsageError(f"--device {device} is not a device: give auto, cpu or cuda") from e
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch finds no CUDA device here; give --device cpu")
-    return device
-
-
-def resolve_dtype(dtype: str) -> str:
-    """``auto`` → bfloat16.
-
-    Raises:
-        UsageError: a name that is not in :data:`DTYPES`.
-    """
-    if dtype == "auto":
-        return "bfloat16"
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(DTYPES)}")
-    return dtype
 
 
 def other_dtype(dtype: str) -> str:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmquant.errors import UsageError
 from llmquant_eval import models, text
-from llmquant_eval.models import AnyModel, ModelPath, ServedModel, max_positions, resolve_device, resolve_dtype
+from llmquant_eval.models import AnyModel, ModelPath, ServedModel, max_positions
 from llmquant_eval.protocols import WindowProtocol, default_window, has_window, parse_protocol
 from llmquant_eval.stream import Stream, make_stream
 
 if TYPE_CHECKING:
-    from llmquant import Documents
+    import torch
+
+    from llmquant import ChosenDtype, Computing, Documents
     from llmquant_eval.harness import TaskPlan
 
 DEFAULT_PROTOCOL = "ppl/gptq"
@@ -40,6 +42,7 @@ class Request:
     dtype: str = "auto"
     device: str = "auto"
     kernel: str = "auto"
+    threads: int | None = None
     batch_size: int | None = None
     tokenizer: str | None = None
     cache: str | None = None
@@ -101,6 +104,7 @@ class Plan:
     tasks: TaskPlan | None
     dtype: str
     device: str
+    computing: Computing
 
     @property
     def local(self) -> list[ModelPath]:
@@ -123,8 +127,11 @@ def make_plan(request: Request) -> Plan:
     """
     import llmquant
 
-    dtype, device = resolve_dtype(request.dtype), resolve_device(request.device)
+    llmquant.set_threads(request.threads)
+    device = llmquant.parse_device(request.device)
+    llmquant.parse_dtype(request.dtype, device)  # a word that is none is refused before models are looked for
     found, reference = _find(request)
+    chosen = _dtype(request, device, found, reference)
     protocols = _protocols(request, found)
     tokenizers = _tokenizers(found, reference, request.tokenizer)
     documents = None if request.text is None else llmquant.read_documents(request.text)
@@ -139,8 +146,18 @@ def make_plan(request: Request) -> Plan:
         )
     return Plan(
         tuple(found), reference, tokenizers, request.text, None if documents is None else documents.sha256, streams,
-        tasks, dtype, device,
+        tasks, chosen.name, str(device), llmquant.Computing.of(device, chosen),
     )  # fmt: skip
+
+
+def _dtype(request: Request, device: torch.device, found: Sequence[AnyModel], reference: ModelPath | None) -> ChosenDtype:
+    """The one dtype of all models: ``auto`` asks what suits the reference, or else the first folder."""
+    import llmquant
+
+    first = reference or next((m for m in found if isinstance(m, ModelPath)), None)
+    if first is None:
+        return llmquant.parse_dtype(request.dtype, device)  # servers have their own; nothing is loaded here
+    return llmquant.compute_dtype(first.path, request.dtype, device)
 
 
 def _find(request: Request) -> tuple[list[AnyModel], ModelPath | None]:

@@ -205,22 +205,30 @@ class Text(_Strict):
 
 
 class Settings(_Strict):
-    """How the models were run, as asked for: ``kernel`` "auto" and ``batch_size`` None were chosen automatically."""
+    """How the models were run, as asked for: ``kernel`` "auto" and ``batch_size`` None were chosen automatically.
+
+    ``dtype_reason`` says why the dtype is what it is where ``auto`` was asked for; reports of before 0.2 do not have it.
+    """
 
     dtype: str
+    dtype_reason: str | None = None
     device: str
     kernel: str
     batch_size: int | None
 
 
 class Hardware(_Strict):
-    """The machine. ``cores`` are those this process may use; memory in bytes."""
+    """The machine. ``cores`` are those this process may use; memory in bytes.
+
+    ``instruction_sets`` are those of the processor that torch may use; reports of before 0.2 do not have them.
+    """
 
     processor: str
     cores: int
     threads: int
     memory_bytes: int
     accelerator: str | None
+    instruction_sets: list[str] | None = None
 
 
 class Report(_Strict):

@@ -113,11 +113,17 @@ class Suite(_Strict):
     dtype: str = "auto"
     device: str = "auto"
     kernel: str = "auto"
+    threads: int | None = Field(None, ge=1)
     batch_size: int | None = Field(None, ge=1)
     cost: bool = True
     noise_floor: bool = True
     cache_form: str | None = None
     outputs: Outputs | None = None
+
+    @field_validator("dtype", "device", "kernel", mode="before")
+    @classmethod
+    def _null_is_auto(cls, value: object) -> object:
+        return "auto" if value is None else value
 
     @field_validator("recipes")
     @classmethod

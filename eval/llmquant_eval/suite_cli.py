@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmquant_eval.suite_run import Finished, Watch
 
 # Options of `llmquant eval` that change a suite, and its switches that are about the run.
-_CHANGES = frozenset({"reference", "dtype", "device", "kernel", "batch_size", "cost", "noise_floor", "cache_form"})
+_CHANGES = frozenset({"reference", "dtype", "device", "kernel", "threads", "batch_size", "cost", "noise_floor", "cache_form"})
 _ACCEPTED = _CHANGES | {"suite", "model", "text", "max_windows", "protocol", "output", "cache", "quiet", "plots", "missing"}
 _FOREVER = 1e9  # seconds that the estimate of the time left looks back over
 

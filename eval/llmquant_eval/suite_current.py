@@ -13,7 +13,6 @@ from pathlib import Path
 import llmquant
 from llmquant.errors import CheckpointError, UsageError
 from llmquant_eval.endpoint import is_url
-from llmquant_eval.models import resolve_dtype
 from llmquant_eval.report import ModelResult, Report, read_report
 from llmquant_eval.suite import Suite, SuiteModel, SuiteText, file_name
 from llmquant_eval.suite_models import suite_recipe
@@ -39,6 +38,14 @@ def outdated(suite: Suite, results: Path) -> dict[str, str]:
         if reason is not None:
             found[model.label] = reason
     return found
+
+
+def suite_dtype(suite: Suite) -> str:
+    """What a suite's dtype is on this machine: ``auto`` asks what suits its reference, or else its first model."""
+    first = suite.reference or next((m.model for m in suite.all_models() if m.model is not None and not is_url(m.model)), None)
+    if first is None:
+        return llmquant.parse_dtype(suite.dtype, suite.device).name
+    return llmquant.compute_dtype(first, suite.dtype, suite.device).name
 
 
 def strangers(suite: Suite, results: Path) -> list[str]:
@@ -68,7 +75,7 @@ def _why_not(
     base = next((m.weights_sha256 for m in report.models if m.role == "reference"), None)
     if base != reference:
         return f"{path.name} was measured against other reference weights"
-    if report.settings.dtype != resolve_dtype(suite.dtype):
+    if report.settings.dtype != suite_dtype(suite):
         return f"{path.name} was measured in {report.settings.dtype}"
     if suite.cost and own.cost is None and own.weights_sha256 is not None:
         return f"{path.name} has no speed and memory"

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from llmquant.errors import CheckpointError, UsageError
 from llmquant_eval import machine, text
 from llmquant_eval.endpoint import is_url
-from llmquant_eval.models import resolve_device
 from llmquant_eval.suite import Suite, SuiteCalibration, SuiteModel, slug
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class _Job:
         if not (folder / "config.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
             # A suite has no --restart, so it keeps no half-made model that another thread count could not continue.
-            options = llmquant.QuantizeOptions(device=resolve_device(device), base_model=self.base.source, resume=False)
+            options = llmquant.QuantizeOptions(device=device, base_model=self.base.source, resume=False)
             llmquant.quantize(self.base.source, folder, self.recipe, options)
         shown = f"out/{slug(self.model.label)}"
         return _known(self.model.label, folder, str(folder), shown, self._command(shown))

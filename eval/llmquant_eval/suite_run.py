@@ -29,11 +29,11 @@ from llmquant_eval import machine
 from llmquant_eval.card import replace_file
 from llmquant_eval.cost import measure_apart
 from llmquant_eval.evaluate import evaluate
-from llmquant_eval.models import resolve_device, resolve_dtype
 from llmquant_eval.paired import with_pairs
 from llmquant_eval.plan import Request
 from llmquant_eval.report import Cost, ModelResult, Report, read_report
 from llmquant_eval.suite import Suite, SuiteText, file_name
+from llmquant_eval.suite_current import suite_dtype
 from llmquant_eval.suite_models import Prepared, digest, prepare
 
 
@@ -79,6 +79,7 @@ def run_suite(suite: Suite, cache: Path, watch: Watch | None = None) -> Finished
         LlmquantError: what quantizing raises, or what measuring raises if nothing at all could be measured.
     """
     watch = watch or Watch()
+    llmquant.set_threads(suite.threads)
     texts = {t.name: llmquant.read_documents(t.source).sha256 for t in suite.texts}
     reference, models = prepare(suite, cache, lambda what, done, total: watch.overall(f"quantizing {what}", done, total))
     return _Run(suite, cache, watch, reference, models, texts).finish()
@@ -157,7 +158,7 @@ class _Run:
         suite = self.suite
         return {
             "dtype": suite.dtype, "device": suite.device, "kernel": suite.kernel, "batch_size": suite.batch_size,
-            "cost": False,
+            "threads": suite.threads, "cost": False,
         }  # fmt: skip
 
     def _key(self, model: Prepared, reference: Prepared | None, measured: list[Any]) -> str | None:
@@ -169,8 +170,8 @@ class _Run:
     def _place(self) -> list[Any]:
         suite = self.suite
         return [
-            resolve_dtype(suite.dtype), resolve_device(suite.device), suite.kernel, suite.batch_size, machine.versions(),
-            machine.processor(),
+            suite_dtype(suite), str(llmquant.parse_device(suite.device)), suite.kernel, suite.batch_size, machine.versions(),
+            machine.processor(), llmquant.this_processor().instruction_sets, suite.threads,
         ]  # fmt: skip
 
     def _path(self, key: str) -> Path:
@@ -228,7 +229,9 @@ class _Run:
     def _measure_cost(self, model: Prepared) -> None:
         suite = self.suite
         path = llmquant.resolve(model.source)
-        cost = measure_apart(path, resolve_dtype(suite.dtype), resolve_device(suite.device), suite.kernel)
+        cost = measure_apart(
+            path, suite_dtype(suite), str(llmquant.parse_device(suite.device)), suite.kernel, threads=suite.threads
+        )
         self.costs[model.label] = cost
         self._keep(self._cost_path(model), cost.model_dump_json())
 

@@ -141,13 +141,15 @@ def footnotes(report: Report) -> list[str]:
         text, measured = report.text, [p for p in report.protocols if not p.startswith("task/")]
         lines.append(
             f"{', '.join(measured)} on {text.source}: {_share(text.windows, text.windows_available)} windows of "
-            f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}; "
+            f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}, {report.hardware.threads} threads; "
             f"± standard error {_methods(report)}, ratios paired."
         )
     lines += [
         f"{p.perplexity}: {_share(p.windows, p.windows_available)} windows, {p.scored} tokens scored."
         for p in report.passes[1:]
     ]
+    if report.settings.dtype_reason is not None:
+        lines.append(f"{report.settings.dtype} was chosen because {report.settings.dtype_reason}.")
     if report.noise_floor is not None:
         floor = report.noise_floor
         kl = " ".join(with_error(floor.kl_mean.value, floor.kl_mean.standard_error)).strip()

@@ -20,6 +20,7 @@ import typer
 
 from llmquant.cli.allocate import allocate_command
 from llmquant.cli.convert import convert_command
+from llmquant.cli.doctor import doctor_command
 from llmquant.cli.generate import generate_command
 from llmquant.cli.inspect import inspect_command
 from llmquant.cli.plan import plan_command
@@ -60,6 +61,7 @@ app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("generate")(generate_command)
 app.command("recipes")(recipes_command)
+app.command("doctor")(doctor_command)
 
 
 def main() -> None:

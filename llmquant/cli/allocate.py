@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.options import CalibrationDtypeOption, DeviceOption, ThreadsOption
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.progress import progress
 from llmquant.cli.screen import screen
@@ -64,8 +65,9 @@ def allocate_command(
     seed: Annotated[int | None, typer.Option(help="Draws the calibration windows.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave these alone and out of the budget (repeatable).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of calibration passes: auto (float32), bfloat16, float16.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: CalibrationDtypeOption = "auto",
+    threads: ThreadsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")] = False,
@@ -78,7 +80,9 @@ def allocate_command(
     }  # fmt: skip
     chosen = recipe_of(recipe, changes, include, ignore)
     from llmquant.choices import AllocateOptions
+    from llmquant.runtime.threads import set_threads
 
+    set_threads(threads)
     options = AllocateOptions(
         target_bpw=target_bpw, widths=widths_of(widths, engine), group_sizes=numbers("--group-sizes", group_sizes), symmetric=sym,
         engine=engine.value, sensitivity=sensitivity.value, probe_tokens=probe_tokens, device=device, dtype=dtype,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.options import ThreadsOption
 from llmquant.cli.screen import screen
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
@@ -26,12 +27,15 @@ def convert_command(
     model: Annotated[str, typer.Argument(help="Quantized model folder or hub name, of llmquant or another tool.")],
     to: Annotated[str, typer.Option(help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make (for gguf: the file).")],
-    dtype: Annotated[str, typer.Option(help="Of a dense result: auto (the model's), bfloat16, float16, float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32.")
+    ] = "auto",
     scale_dtype: Annotated[
         str | None, typer.Option(help="Store scales in this dtype instead of the model's, where the layout lets you.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The unquantized model, if zero-points are in doubt.")] = None,
     max_shard_size: Annotated[int, typer.Option(help="Bytes per file of a dense result.")] = 5_000_000_000,
+    threads: ThreadsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -39,6 +43,9 @@ def convert_command(
     """Rewrite a quantized MODEL in another layout without changing a number."""
     if max_shard_size < 1_000_000:
         raise UsageError(f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000")
+    from llmquant.runtime.threads import set_threads
+
+    set_threads(threads)
     if to == _GGUF:
         if dtype != "auto" or scale_dtype is not None or base is not None:
             raise UsageError("--dtype, --scale-dtype and --base do not apply to gguf, whose scales are fp16")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ def generate_command(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, when sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; do not use the chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on CPU), bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
-    kernel: Annotated[str, typer.Option(help="Kernel of packed layers: auto, or one by name.")] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    kernel: KernelOption = "auto",
+    threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Generate from PROMPT with MODEL; uses the chat template when there is one."""
@@ -36,15 +38,23 @@ def generate_command(
     from transformers.utils import logging as transformers_logging
 
     from llmquant.hub import resolve
-    from llmquant.loading import load
+    from llmquant.loading import compute_dtype, load
+    from llmquant.modules import describe
+    from llmquant.runtime.computing import Computing
+    from llmquant.runtime.devices import parse_device
+    from llmquant.runtime.threads import set_threads
     from llmquant.skeleton import read_config, read_tokenizer
 
+    set_threads(threads)
     transformers_logging.disable_progress_bar()
     path = resolve(model)
     read_config(path)  # before the tokenizer, which reads it too and would take the blame
     tokenizer = read_tokenizer(path)
     ids = _encode(tokenizer, prompt, raw)
-    loaded: Any = load(path, dtype=dtype, device=device, kernel=kernel)
+    on = parse_device(device)
+    chosen = compute_dtype(path, dtype, on)
+    loaded: Any = load(path, dtype=chosen.dtype, device=on, kernel=kernel)
+    computing, kernels = Computing.of(on, chosen), describe(loaded).kernels
     _refuse_too_long(ids.shape[1], max_new_tokens, loaded.config)
     ids = ids.to(loaded.device)
     torch.manual_seed(seed)
@@ -60,8 +70,13 @@ def generate_command(
     new = out[0, ids.shape[1] :]
     if as_json:
         text = tokenizer.decode(new, skip_special_tokens=True)
-        record = {"text": text, "prompt_tokens": ids.shape[1], "new_tokens": new.numel(), "seconds": seconds}
+        record = {
+            "text": text, "prompt_tokens": ids.shape[1], "new_tokens": new.numel(), "seconds": seconds,
+            "kernels": kernels, "computing": computing.as_dict(),
+        }  # fmt: skip
         sys.stdout.write(json.dumps(record) + "\n")
+    else:
+        sys.stderr.write(f"{new.numel()} tokens in {seconds:.1f} s; {computing.told(kernels)}\n")
 
 
 def _prompt(given: str) -> str:

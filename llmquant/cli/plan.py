@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmquant.cli.method import parse_method
+from llmquant.cli.options import CalibrationDtypeOption, DeviceOption, ThreadsOption
 from llmquant.cli.overrides import recipe_of, with_rotation
 from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
     from llmquant.forecast import Forecast
     from llmquant.plan import Plan
+    from llmquant.runtime.computing import Computing
     from llmquant.timing import Timing
 
 
@@ -38,17 +40,20 @@ def plan_command(
         bool, typer.Option("--measure", help="Time two blocks on this machine (reads their weights; may need --calibration).")
     ] = False,
     calibration: Annotated[str | None, typer.Option(help="Text for --measure; as `llmquant quantize` takes it.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of calibration passes: auto (float32), bfloat16, float16.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: CalibrationDtypeOption = "auto",
+    threads: ThreadsOption = None,
     modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show what quantizing MODEL would give, from its headers alone."""
-    import torch
-
-    from llmquant.devices import parse_dtype
     from llmquant.forecast import forecast
     from llmquant.plan import make_plan
+    from llmquant.runtime.computing import Computing
+    from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
+    from llmquant.runtime.threads import set_threads
+
+    set_threads(threads)
 
     changes = {
         "weights.bits": bits, "weights.group_size": group_size, "weights.symmetric": sym, "format": layout,
@@ -57,21 +62,23 @@ def plan_command(
     chosen = with_rotation(recipe_of(recipe, changes, include, ignore), rotate)
     if method is not None:
         chosen = parse_method(method).applied_to(chosen)
+    on, passes = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     plan = make_plan(model, chosen)
-    needs = forecast(plan, chosen, parse_dtype(dtype, auto=torch.float32).itemsize)
+    needs = forecast(plan, chosen, passes.itemsize)
+    computing = Computing.of(on, passes)
     timing = None
     if measure:
         from llmquant.pipeline import QuantizeOptions
         from llmquant.timing import time_blocks
 
-        timing = time_blocks(model, chosen, QuantizeOptions(device=device, dtype=dtype))
+        timing = time_blocks(model, chosen, QuantizeOptions(device=str(on), dtype=passes.name))
     if as_json:
-        sys.stdout.write(json.dumps(_as_dict(plan, needs, timing)) + "\n")
+        sys.stdout.write(json.dumps(_as_dict(plan, needs, timing, computing)) + "\n")
     else:
-        _show(plan, modules, _needs(needs, timing, device))
+        _show(plan, modules, _needs(needs, timing, computing))
 
 
-def _as_dict(plan: Plan, needs: Forecast, timing: Timing | None) -> dict[str, Any]:
+def _as_dict(plan: Plan, needs: Forecast, timing: Timing | None, computing: Computing) -> dict[str, Any]:
     return {
         "model_type": plan.model_type,
         "format": plan.format,
@@ -86,6 +93,8 @@ def _as_dict(plan: Plan, needs: Forecast, timing: Timing | None) -> dict[str, An
         "skipped": dict(plan.skipped),
         "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
         "kernels": {name: {"linears": count, "not": why} for name, (count, why) in plan.kernels.items()},
+        "kernels_for": plan.kernels_for.as_dict(),
+        "computing": computing.as_dict(),
         "peak_ram_bytes": needs.peak,
         "phases": dict(needs.phases),
         "hidden_states_bytes": needs.states,
@@ -95,13 +104,13 @@ def _as_dict(plan: Plan, needs: Forecast, timing: Timing | None) -> dict[str, An
     }
 
 
-def _needs(needs: Forecast, timing: Timing | None, device: str) -> list[tuple[str, str]]:
-    """Rows about memory, disk and time."""
+def _needs(needs: Forecast, timing: Timing | None, computing: Computing) -> list[tuple[str, str]]:
+    """Rows about how it would be quantized: on what, memory, disk and time."""
     worst = max(needs.phases, key=lambda phase: needs.phases[phase])
     states = f"; {_size(needs.states)} of it are hidden states, which --max-memory can keep in files" if needs.states else ""
-    rows = [("memory", f"about {_size(needs.peak)} at most, while {_DOING[worst]}{states}")]
-    if not device.startswith("cpu"):
-        rows.append((device, f"about {_size(needs.accelerator)}"))
+    rows = [("quantizing", computing.told()), ("memory", f"about {_size(needs.peak)} at most, while {_DOING[worst]}{states}")]
+    if not computing.device.startswith("cpu"):
+        rows.append((computing.device, f"about {_size(needs.accelerator)}"))
     rows.append(("disk", f"{_size(needs.disk)} while it runs, {_size(needs.output)} afterwards"))
     if timing is None:
         return [*rows, ("time", "not measured; --measure times two blocks here")]
@@ -159,8 +168,10 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
         facts.add_row(*row)
     facts.add_row("left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none")
     facts.add_row("tensor parallel", ", ".join(map(str, plan.tensor_parallel)) or "no size splits it evenly")
-    for name, (count, why) in plan.kernels.items():
-        facts.add_row("kernel", f"{name} for {count} linears on a CPU in bfloat16{f' ({why})' if why else ''}")
+    facts.add_row("running", plan.kernels_for.told({name: count for name, (count, _) in plan.kernels.items()}))
+    for name, (_, why) in plan.kernels.items():
+        if why:
+            facts.add_row(f"kernel {name}", why)
     for engine, reasons in plan.engines.items():
         facts.add_row(labelled(engine), "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
     facts.add_row("group sizes", f"{', '.join(map(str, plan.suggestions)) or 'none of 16 … 256'} fit every linear; -1 always")

@@ -13,6 +13,7 @@ import typer
 
 from llmquant.cli.allocate import Engine, allocated, widths_of
 from llmquant.cli.method import parse_method
+from llmquant.cli.options import CalibrationDtypeOption, DeviceOption, ThreadsOption
 from llmquant.cli.overrides import recipe_of, with_rotation
 from llmquant.cli.progress import progress
 from llmquant.cli.quantized import result_as_dict, show_result
@@ -64,8 +65,9 @@ def quantize_command(
     seed: Annotated[int | None, typer.Option(help="Draws the calibration windows.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave these alone, beside the recipe's (repeatable).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of calibration passes: auto (float32), bfloat16, float16.")] = "auto",
+    device: DeviceOption = "auto",
+    dtype: CalibrationDtypeOption = "auto",
+    threads: ThreadsOption = None,
     base_model: Annotated[str | None, typer.Option(help="Name for the model card's base_model.")] = None,
     max_shard_size: Annotated[int, typer.Option(help="Bytes per weight file.")] = 5_000_000_000,
     max_memory: Annotated[
@@ -108,7 +110,9 @@ def quantize_command(
     from llmquant.destination import check_destination
     from llmquant.parallel import World, joined
     from llmquant.pipeline import Events, QuantizeOptions, quantize
+    from llmquant.runtime.threads import set_threads
 
+    set_threads(threads)
     world = World.of()
     quiet = quiet or not world.first
 

@@ -40,6 +40,7 @@ def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
         },
         "scaled": {name: [asdict(pair) for pair in pairs] for name, pairs in result.scaled.items()},
         "skipped": dict(result.skipped),
+        "computing": result.computing.as_dict(),
         "resumed_blocks": result.resumed,
         "warnings": list(result.warnings),
     }  # fmt: skip
@@ -112,4 +113,5 @@ def show_result(result: QuantizeResult, seconds: float) -> None:
         f"size         {result.source_bytes / 1e6:,.2f} MB → {result.bytes_written / 1e6:,.2f} MB; "
         f"{result.bits_per_weight:.3f} bits per quantized weight"
     )
+    console.print(f"computed     {result.computing.told()}")
     console.print(f"proved       every tensor re-read from disk and equal to what was computed; {seconds:.1f} s")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmquant.cli.options import ThreadsOption
 from llmquant.cli.screen import screen
 from llmquant.errors import UsageError
 
@@ -22,7 +23,10 @@ def verify_command(
     calibration: Annotated[
         str | None, typer.Option(help="With --rerun: the calibration text, if it is not where the recipe says.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="With --rerun: default, the recorded one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --rerun: auto, cpu, cuda, cuda:0 … [default: the recorded one].")
+    ] = None,
+    threads: ThreadsOption = None,
     max_shard_size: Annotated[
         int, typer.Option(help="With --rerun: bytes per weight file, as in the first run.")
     ] = 5_000_000_000,
@@ -35,7 +39,9 @@ def verify_command(
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     from llmquant.manifest import verify
+    from llmquant.runtime.threads import set_threads
 
+    set_threads(threads)
     manifest = verify(folder)
     facts: dict[str, Any] = {
         "path": str(folder), "files": len(manifest.files), "modules": len(manifest.modules), "verified": True,

@@ -16,10 +16,10 @@ from llmquant.conversion.files import write_files
 from llmquant.conversion.proof import prove
 from llmquant.conversion.source import Source, model_dtype, open_source
 from llmquant.destination import check_destination
-from llmquant.devices import parse_dtype
 from llmquant.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
 from llmquant.errors import UsageError
 from llmquant.formats import FORMATS, Format
+from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class ConvertOptions:
         max_shard_size: bytes per file of a dense result.
     """
 
-    dtype: str = "auto"
+    dtype: str | None = AUTO
     scale_dtype: str | None = None
     base: str | os.PathLike[str] | None = None
     overwrite: bool = False
@@ -117,10 +117,11 @@ def _dtype(source: Source, target: Format, options: ConvertOptions) -> torch.dty
     """The dtype of a dense result's linears, or of the scales."""
     if target is DENSE and options.scale_dtype is not None:
         raise UsageError("a scale dtype means nothing for a dense result, which has no scales; use dtype")
-    if target is not DENSE and options.dtype != "auto":
+    if target is not DENSE and options.dtype not in (None, AUTO):
         raise UsageError(f"dtype is for dense results; {target.name} stores codes and scales (see scale dtype)")
     asked = options.dtype if target is DENSE else options.scale_dtype
-    return parse_dtype(asked or "auto", auto=model_dtype(source.reader))
+    stored = ChosenDtype(model_dtype(source.reader), "it is the model's own")
+    return parse_dtype(asked, auto=stored).dtype
 
 
 def _write_weights(

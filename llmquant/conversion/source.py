@@ -12,11 +12,11 @@ import torch
 
 from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import quantization_config, refuse_shifted_zeros
-from llmquant.devices import DTYPES
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError, UsageError
 from llmquant.formats import Format, Scheme, for_config
 from llmquant.hub import resolve
 from llmquant.manifest import MANIFEST, Manifest, read_manifest, read_module
+from llmquant.runtime.devices import DTYPES
 from llmquant.selection import ROUTER, linears_of
 from llmquant.skeleton import empty_model
 from llmquant.weight import QuantizedWeight, without_trivial_order

@@ -139,13 +139,12 @@ def processor_of(
     memory_bytes: int = 0,
 ) -> Processor:
     """A processor with the instruction sets it ``has`` (None: unknown), held down by the variables in ``environment``."""
-    usable, held_by = has or frozenset[str](), []
-    for variable, ceiling in _ceilings(environment):
-        if usable - ceiling:
-            held_by.append(variable)
-        usable &= ceiling
+    own = has or frozenset[str]()
+    ceilings = _ceilings(environment)
+    usable = own.intersection(*(ceiling for _, ceiling in ceilings))
+    held_by = [variable for variable, ceiling in ceilings if own - ceiling]
     return Processor(
-        architecture, name, _ordered(usable), known=has is not None, held_back=_ordered((has or frozenset[str]()) - usable),
+        architecture, name, _ordered(usable), known=has is not None, held_back=_ordered(own - usable),
         held_by=tuple(held_by), cores=cores, threads=threads, memory_bytes=memory_bytes,
     )  # fmt: skip
 

@@ -29,6 +29,8 @@ class Terminal:
         await self._service.engine.start()
         try:
             await self._until_ready()
+            if self._service.computing:
+                _aside(f"computing in {self._service.computing}")
             _aside(f"{self._service.model}; {_HELP}")
             while (line := await asyncio.to_thread(_read)) is not None:
                 if line.strip() and not await self._obeyed(line.strip()):

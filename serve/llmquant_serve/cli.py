@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
@@ -38,9 +39,10 @@ def serve_command(
     ui: Annotated[bool, typer.Option("--ui", help="A chat page at /ui.")] = False,
     reference: Annotated[str | None, typer.Option(help="The original model, for A/B on the chat page.")] = None,
     name: Annotated[str | None, typer.Option(help="Name that clients use [default: the folder's].")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on CPU), bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
-    kernel: Annotated[str, typer.Option(help="Kernel of packed layers: auto, or one by name.")] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    kernel: KernelOption = "auto",
+    threads: ThreadsOption = None,
     context: Annotated[int | None, typer.Option(min=2, help="Fewer positions than the model has.")] = None,
     max_streams: Annotated[int, typer.Option(min=1, max=256, help="Sequences decoded together.")] = 8,
     max_queue: Annotated[int, typer.Option(min=0, help="Sequences that may wait; beyond: 429.")] = 64,
@@ -73,8 +75,8 @@ def serve_command(
         max_body=max_body, stall_seconds=stall_timeout, drain_seconds=drain_timeout,
     )  # fmt: skip
     options = ModelOptions(
-        model=model, engine=engine, name=name, dtype=dtype, device=device, kernel=kernel, context=context, vllm_url=vllm_url,
-        vllm_python=vllm_python, vllm_args=tuple(vllm_arg or ()),
+        model=model, engine=engine, name=name, dtype=dtype, device=device, kernel=kernel, threads=threads, context=context,
+        vllm_url=vllm_url, vllm_python=vllm_python, vllm_args=tuple(vllm_arg or ()),
     )  # fmt: skip
     listening = bound_socket(binding)  # before the model: a port that is taken should not cost a load
     try:
@@ -94,16 +96,17 @@ def chat_command(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, when sampling.")] = 0.95,
     top_k: Annotated[int, typer.Option(min=0, help="0: all.")] = 0,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the sampling.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on CPU), bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda …")] = "cpu",
-    kernel: Annotated[str, typer.Option(help="Kernel of packed layers: auto, or one by name.")] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    kernel: KernelOption = "auto",
+    threads: ThreadsOption = None,
 ) -> None:
     """Talk to MODEL, in the terminal or on a page."""
     _need("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if web else []))
     from llmquant_serve.options import ModelOptions, build_service
     from llmquant_serve.service import Limits
 
-    options = ModelOptions(model=model, dtype=dtype, device=device, kernel=kernel)
+    options = ModelOptions(model=model, dtype=dtype, device=device, kernel=kernel, threads=threads)
     if web:
         from llmquant_serve.run import Binding, bound_socket
 

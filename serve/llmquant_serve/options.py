@@ -19,6 +19,7 @@ class ModelOptions:
     """What is served, and by what.
 
     Attributes:
+        threads: of torch, for the local engine; None leaves what it has.
         vllm_url: a running vLLM; None starts one.
         vllm_python: the Python of the environment that has vLLM.
         vllm_args: passed to vLLM's server as they are.
@@ -28,8 +29,9 @@ class ModelOptions:
     engine: str = "local"
     name: str | None = None
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str = "auto"
     kernel: str = "auto"
+    threads: int | None = None
     context: int | None = None
     vllm_url: str | None = None
     vllm_python: str | None = None
@@ -37,7 +39,12 @@ class ModelOptions:
 
 
 def build_engine(options: ModelOptions, max_streams: int) -> Engine:
-    """The engine, not yet started.
+    """The engine, not yet started; raises as :func:`built`."""
+    return built(options, max_streams)[0]
+
+
+def built(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
+    """The engine, not yet started, and how it computes, as a line (nothing of an engine in another process).
 
     Raises:
         LlmquantError: no such engine or model, or the engine cannot run it.
@@ -49,12 +56,18 @@ def build_engine(options: ModelOptions, max_streams: int) -> Engine:
             raise UsageError("--vllm-url, --vllm-python and --vllm-arg need --engine vllm")
         from llmquant_serve.local import LocalEngine
 
-        model = llmquant.load(options.model, dtype=options.dtype, device=options.device, kernel=options.kernel)
-        return LocalEngine(model, max_streams, options.context)
+        llmquant.set_threads(options.threads)
+        device = llmquant.parse_device(options.device)
+        chosen = llmquant.compute_dtype(options.model, options.dtype, device)
+        model = llmquant.load(options.model, dtype=chosen.dtype, device=device, kernel=options.kernel)
+        computing = llmquant.Computing.of(device, chosen).told(llmquant.describe(model).kernels)
+        return LocalEngine(model, max_streams, options.context), computing
     if options.engine == "vllm":
+        if options.threads is not None:
+            raise UsageError("--threads is of the local engine; vLLM takes OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND")
         from llmquant_serve.vllm import vllm_engine
 
-        return vllm_engine(options, max_streams)
+        return vllm_engine(options, max_streams), ""
     raise UsageError(f"there is no engine {options.engine!r}; there are local and vllm")
 
 
@@ -72,5 +85,6 @@ def build_service(options: ModelOptions, limits: Limits) -> Service:
 
     transformers_logging.disable_progress_bar()
     path = llmquant.resolve(options.model)
-    engine = build_engine(options, limits.max_streams)
-    return Service(engine, TextModel(path, engine.info.vocab), options.name or path.resolve().name, limits)
+    engine, computing = built(options, limits.max_streams)
+    name = options.name or path.resolve().name
+    return Service(engine, TextModel(path, engine.info.vocab), name, limits, computing=computing)

@@ -98,6 +98,8 @@ class _Server(uvicorn.Server):
         host, port = sockets[0].getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         _say(f"{self._service.model} at {address}/v1, engine {self._service.engine.name}")
+        if self._service.computing:
+            _say(f"computing in {self._service.computing}")
         if self._binding.ui:
             _say(f"chat page at {address}{UI_PATH}")
 

@@ -82,6 +82,7 @@ class Service:
 
     Attributes:
         model: the name clients use.
+        computing: dtype, device, threads and kernels of the engine, as a line; empty where another process computes.
     """
 
     engine: Engine
@@ -90,6 +91,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
+    computing: str = ""
     gate: Gate = field(init=False)
 
     def __post_init__(self) -> None:

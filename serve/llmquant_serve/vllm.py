@@ -176,7 +176,7 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
         return VllmEngine(info, None, url, os.environ.get("VLLM_API_KEY"), None)
     if not options.vllm_python:
         raise UsageError("--engine vllm needs --vllm-python, the Python of vLLM's environment, or --vllm-url")
-    own = [] if options.dtype == "auto" else ["--dtype", options.dtype]
+    own = [] if options.dtype == "auto" else ["--dtype", llmquant.parse_dtype(options.dtype).name]
     own += [] if options.context is None else ["--max-model-len", str(options.context)]
     arguments = (*own, "--max-num-seqs", str(max_streams), *options.vllm_args)
     child = VllmChild(ChildOptions(Path(options.vllm_python), path, _NAME, arguments))

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from llmquant.errors import CheckpointError, LlmquantError, QuantizationError, SourceError, UsageError
 from llmquant_eval.cli import register
 from llmquant_eval.evaluate import evaluate
-from llmquant_eval.models import other_dtype, resolve_dtype
+from llmquant_eval.models import other_dtype
 from llmquant_eval.plan import Request, make_plan
 from llmquant_eval.report import Report, read_report
 
@@ -283,8 +283,7 @@ def test_a_model_of_nan_is_named(base_model: Path, altered: Callable[..., Path],
         evaluate(Request((str(sick),), str(words), reference=str(base_model), window=WINDOW, cost=False))
 
 
-def test_dtypes() -> None:
-    assert [resolve_dtype(d) for d in ("auto", "float16")] == ["bfloat16", "float16"]
+def test_the_noise_floors_dtype() -> None:
     assert [other_dtype(d) for d in ("bfloat16", "float16", "float32")] == ["float32", "float32", "bfloat16"]
 
 
