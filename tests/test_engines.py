@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llmquant import engines
+from llmquant import engines, inspect
 from llmquant.choices import AllocateOptions, choices_of
 from llmquant.cli import main
 from llmquant.conversion import convert
@@ -27,7 +27,7 @@ from llmquant.spec import QuantSpec
 
 ZEN3 = Processor("x86_64", "AMD EPYC 7763", ("avx2", "fma", "f16c"))
 ICE_LAKE = Processor("x86_64", "Intel Xeon 8370C", ("avx512_vnni", "avx512f", "avx2", "fma", "f16c"))
-HELD = Processor("x86_64", "Intel Xeon 8370C", ("avx2", "fma", "f16c"), held_back=("avx512f",), held_by=("ATEN_CPU_CAPABILITY=avx2",))
+HELD = Processor("x86_64", "Intel Xeon 8370C", ("avx2",), held_back=("avx512f",), held_by=("ATEN_CPU_CAPABILITY=avx2",))
 GRAVITON = Processor("aarch64", "Neoverse V1", ("bf16", "neon"))
 UNKNOWN = Processor("x86_64", "x86_64", (), known=False)
 
@@ -137,6 +137,18 @@ def test_inspect_and_plan_answer_for_both_and_say_which_is_here(
         said = json.loads(run(capsys, monkeypatch, *command, "--json"))["engines"]
         assert said[VLLM_AVX512] == []
         assert len(said[VLLM_NO_AVX512]) == 1
+
+
+def test_what_is_taken_with_other_numbers_is_said(machine: UseMachine, model: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method="rtn").updated({"weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic"})
+    machine(ZEN3)
+    warnings, [note] = told(model, tmp_path / "a", recipe)
+    assert warnings == []
+    assert "as this one is, takes this model: without VNNI instructions its int8 sums overflow" in note
+    assert inspect(tmp_path / "a").engines[VLLM_NO_AVX512] == ()
+    assert list(inspect(tmp_path / "a").cautions) == [VLLM_NO_AVX512]
+    machine(ICE_LAKE)
+    assert told(model, tmp_path / "b", recipe) == ([], [])
 
 
 def test_convert_warns_of_this_machine(machine: UseMachine, quantized: Path, tmp_path: Path) -> None:

@@ -15,5 +15,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 engine, _, row = value.partition(": ")
                 left[engine].append(row)
     for engine, rows in left.items():
-        terminalreporter.section(f"not run: {len(rows)} rows of {engine}, which this machine is not", yellow=True)
+        terminalreporter.section(f"not run: {len(rows)} rows of {engine}", yellow=True)
         terminalreporter.write_line(", ".join(rows))

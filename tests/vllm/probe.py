@@ -5,9 +5,9 @@
 ``HELD`` is ``as-it-is``, or ``no-avx512``: vLLM then takes the library of kernels that it has for a CPU without AVX-512, which it
 chooses by asking torch what the CPU has. On such a CPU the two are the same.
 
-Importing vLLM takes longer than judging a model, so it is imported once. Each job (a line of JSON: folder, dtype, prompts, where to
-put the result and what it printed, and how many seconds it may take) runs in a fork, a process of its own, since an engine that
-failed leaves a process of no use. The answer is a line with the fork's exit code, negative where a signal ended it.
+Importing vLLM takes longer than judging a model, so it is imported once. Each job (a line of JSON: folder, dtype, prompts, where
+to put the result and what it printed, and how many seconds it may take) runs in a fork, a process of its own, since an engine
+that failed leaves a process of no use. The answer is a line with the fork's exit code, negative where a signal ended it.
 """
 
 from __future__ import annotations
