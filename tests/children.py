@@ -17,6 +17,11 @@ def heeds_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def ignores_interrupts() -> None:
+    """For ``preexec_fn``: the child finds SIGINT as in a shell's background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def interrupts(ignored: bool) -> Iterator[None]:
     """In this process SIGINT is ignored, as in the background, or raises KeyboardInterrupt, as Python has it in a terminal."""

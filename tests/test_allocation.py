@@ -77,7 +77,7 @@ def test_it_is_the_best_of_all_allocations(model: Path, gptq: Recipe, monkeypatc
 
 
 def test_more_size_never_costs_more(model: Path, gptq: Recipe) -> None:
-    predicted = [allocated(model, gptq, target, sensitivity="block").predicted for target in (2.6, 3.5, 4.5, 8.0, 15.9)]
+    predicted = [allocated(model, gptq, target, sensitivity="block").predicted for target in (2.6, 4.5, 15.9)]
     assert predicted == sorted(predicted, reverse=True)
 
 

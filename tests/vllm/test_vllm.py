@@ -45,7 +45,9 @@ PYTHON = Path(os.environ.get("LLMQUANT_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin"
 RESULTS = Path(__file__).parent / "results.json"
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    # One core: models are tiny, and threads that wait for each other wait long when anything else runs here.
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
 }  # fmt: skip
 # Kinds of CPU: what probe.py calls them, and the engine table.
 CPUS = {"avx512": VLLM_AVX512, "no-avx512": VLLM_NO_AVX512}
