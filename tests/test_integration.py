@@ -80,7 +80,7 @@ def test_every_tools_folder_gives_the_logits_of_load(folder: str, dtype: torch.d
 
 @needs_int4
 def test_linears_stay_packed_and_small_and_generate_as_loads_do(tiny: Path) -> None:
-    model, ours = from_pretrained(tiny, dtype=BF16), load(tiny)
+    model, ours = from_pretrained(tiny, dtype=BF16), load(tiny, dtype=BF16)
     assert len(list(tiny.glob("*.safetensors"))) > 1
     told = describe(model)
     assert told == describe(ours)
@@ -111,14 +111,14 @@ def test_a_packed_head_is_untied_and_packed(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
         model = from_pretrained(folder, dtype=BF16)
         assert isinstance(model.lm_head, PackedLinear)
-        assert torch.equal(model(IDS).logits, load(folder)(IDS).logits)
+        assert torch.equal(model(IDS).logits, load(folder, dtype=BF16)(IDS).logits)
 
 
 def test_the_kernel_is_chosen_when_registering(tiny: Path) -> None:
     register_with_transformers(kernel="reference")
     model = from_pretrained(tiny, dtype=BF16)
     assert describe(model).kernels == {"reference": 42}
-    assert torch.equal(model(IDS).logits, load(tiny, kernel="reference")(IDS).logits)
+    assert torch.equal(model(IDS).logits, load(tiny, dtype=BF16, kernel="reference")(IDS).logits)
     register_with_transformers(kernel="cpu_int4")
     with pytest.raises(UsageError, match=r"model\.layers\.0\..*_proj: kernel cpu_int4 cannot take"):
         from_pretrained(tiny, dtype=torch.float32)
@@ -236,7 +236,7 @@ def test_one_device_only() -> None:
     with pytest.raises(UsageError, match="lies on one device"):
         from_pretrained(GOLDEN / "llmcompressor-w4-sym", device_map={"model": "cpu", "lm_head": "disk"})
     model = from_pretrained(GOLDEN / "llmcompressor-w4-sym", device_map="cpu", dtype=BF16)
-    assert torch.equal(model(IDS).logits, load(GOLDEN / "llmcompressor-w4-sym")(IDS).logits)
+    assert torch.equal(model(IDS).logits, load(GOLDEN / "llmcompressor-w4-sym", dtype=BF16)(IDS).logits)
 
 
 def test_transformers_reports_what_it_lacks_as_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -84,7 +84,7 @@ def test_cpu_int4_logits_are_as_near_the_exact_ones_as_a_dense_bf16_model(packed
     def error(model: nn.Module) -> float:
         return float((model(ids).logits.float().log_softmax(-1) - exact).square().mean().sqrt())
 
-    model = load(folder)
+    model = load(folder, dtype=BF16)
     assert describe(model).kernels == {"cpu_int4": 42}
     # Both round every activation to bf16; measured ratio 0.80 to 1.04 over specs and lengths.
     assert error(model) <= 1.25 * error(dense_twin(weights, BF16))
@@ -92,7 +92,7 @@ def test_cpu_int4_logits_are_as_near_the_exact_ones_as_a_dense_bf16_model(packed
 
 @needs_int4
 def test_generate_works_with_sampling_batches_and_cache(packed):
-    model = load(packed[0])
+    model = load(packed[0], dtype=BF16)
     torch.manual_seed(0)
     out = model.generate(
         IDS[:, :8], attention_mask=torch.ones(2, 8, dtype=torch.long), max_new_tokens=8, do_sample=True
@@ -104,7 +104,7 @@ def test_generate_works_with_sampling_batches_and_cache(packed):
 @needs_int4
 def test_nothing_dense_is_left_in_memory(packed):
     folder, weights = packed
-    model = load(folder)
+    model = load(folder, dtype=BF16)
     told = describe(model)
     elements = sum(w.codes.numel() for w in weights.values())
     assert told.packed_weights == elements

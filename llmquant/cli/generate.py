@@ -76,7 +76,7 @@ def generate_command(
         }  # fmt: skip
         sys.stdout.write(json.dumps(record) + "\n")
     else:
-        sys.stderr.write(f"{new.numel()} tokens in {seconds:.1f} s; {computing.told(kernels)}\n")
+        sys.stderr.write(f"computed in {computing.told(kernels)}\n")
 
 
 def _prompt(given: str) -> str:

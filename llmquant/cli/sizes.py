@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
-
 from llmquant.errors import UsageError
 
 
@@ -13,6 +11,8 @@ def parse_size(option: str, text: str) -> int:
     Raises:
         UsageError: not a size; names the option.
     """
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError as e:

@@ -7,7 +7,7 @@ and the keys of ``DTYPES``. None counts as ``auto``.
 
 * AMX (``amx_bf16``), ``avx512_bf16``, and ``bf16`` of ARM under Linux: bfloat16. These multiply it in hardware, and
   oneDNN uses them.
-* x86 without AVX-512: float32. torch then has no fast matrix product in bfloat16; it is 5 to 100 times slower.
+* x86 without AVX-512: float32. torch then has no fast matrix product in bfloat16; it is up to 100 times slower.
 * Where instruction sets cannot tell (AVX-512 without bf16, ARM without it or under macOS, a processor that is not known):
   a probe of some milliseconds, once for a process. bfloat16 must be clearly faster, so that noise does not decide.
 
@@ -134,7 +134,7 @@ def dtype_for(processor: Processor) -> ChosenDtype:
         sets = "AVX2" if processor.has("avx2") else "no AVX2"
         held = f", held to that by {' '.join(processor.held_by)}" if processor.held_by else ""
         return ChosenDtype(
-            torch.float32, f"bfloat16 would be 5 to 100 times slower on this processor ({sets}, no bf16 instructions{held})"
+            torch.float32, f"bfloat16 would be up to 100 times slower on this processor ({sets}, no bf16 instructions{held})"
         )
     return _by_ratio(probe())
 

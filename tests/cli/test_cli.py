@@ -207,11 +207,14 @@ def test_recipes_are_listed_and_shown(run: Run) -> None:
 
 def test_generate_replies(run: Run, quantized: Path) -> None:
     ran = run("generate", quantized, "hello", "--max-new-tokens", "5")
-    assert (ran.code, ran.err) == (0, "")
+    assert ran.code == 0
+    assert re.fullmatch(r"computed in \w+ on \w+(:\d+)?, \d+ threads?, kernel \w+ for 14 linears; \w+ because .+\n", ran.err)
     assert ran.out.strip()
     told = json.loads(run("generate", quantized, "hello", "--max-new-tokens", "5", "--json").out)
     assert told["new_tokens"] <= 5
     assert told["text"].strip() == ran.out.strip()
+    assert sum(told["kernels"].values()) == 14
+    assert told["computing"]["dtype_reason"]
     raw = json.loads(run("generate", quantized, "hello", "--raw", "--max-new-tokens", "5", "--json").out)
     assert raw["prompt_tokens"] < told["prompt_tokens"]
 

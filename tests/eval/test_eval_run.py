@@ -16,6 +16,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import llmquant
 from llmquant.errors import CheckpointError, LlmquantError, QuantizationError, SourceError, UsageError
 from llmquant_eval.cli import register
 from llmquant_eval.evaluate import evaluate
@@ -69,7 +70,10 @@ def test_a_candidate_against_its_reference(
     assert reference.weights_sha256 != coarse.weights_sha256
     assert reference.tokenizer_sha256 == coarse.tokenizer_sha256
     assert report.noise_floor is not None
-    assert report.noise_floor.other_dtype == "float32"
+    auto = llmquant.parse_dtype("auto")
+    assert (report.settings.dtype, report.settings.dtype_reason) == (auto.name, auto.reason)
+    assert report.hardware.instruction_sets == list(llmquant.this_processor().instruction_sets)
+    assert report.noise_floor.other_dtype == other_dtype(auto.name)
     assert 0 < report.noise_floor.kl_mean.value < values["kl_mean"]
     assert stages[-1] == ("ppl/gptq-64 and KL", 10, 10)
     assert {stage for stage, _, _ in stages} == {"noise floor", "ppl/gptq-64 and KL"}
@@ -238,8 +242,8 @@ def test_the_command_line_of_a_request(options: dict[str, Any], expected: str) -
         pytest.param(["--protocol", "ppl/word-300"], UsageError, "longer than the 256", id="context of a protocol"),
         pytest.param(["--max-windows", 0], UsageError, "--max-windows 0", id="no windows"),
         pytest.param(["--batch-size", 0], UsageError, "--batch-size 0", id="no batch"),
-        pytest.param(["--dtype", "int4"], UsageError, "--dtype int4", id="dtype"),
-        pytest.param(["--device", "abacus"], UsageError, "--device abacus", id="device"),
+        pytest.param(["--dtype", "int4"], UsageError, "dtype 'int4' does not exist", id="dtype"),
+        pytest.param(["--device", "abacus"], UsageError, "device abacus cannot be used", id="device"),
         pytest.param(["--reference", "{base}"], UsageError, "the only model", id="reference alone"),
         pytest.param(["--reference", "{base}/."], UsageError, "given twice", id="one model, two spellings"),
         pytest.param(["--text", "{empty}"], SourceError, "empty", id="empty text"),

@@ -74,6 +74,13 @@ def test_what_is_no_suite_is_refused_with_the_place(text: str, message: str, tmp
     assert "suite.yaml" in str(caught.value)
 
 
+def test_null_is_auto() -> None:
+    suite = Suite.model_validate(
+        {"texts": [{"name": "t", "source": "file:t"}], "protocols": ["ppl/gptq"], "dtype": None, "device": None, "kernel": None}
+    )
+    assert (suite.dtype, suite.device, suite.kernel, suite.threads) == ("auto", "auto", "auto", None)
+
+
 def test_a_name_that_is_no_suite_tells_those_there_are() -> None:
     with pytest.raises(UsageError, match="--suite quik is no file, and the shipped suites are quick, standard"):
         load_suite("quik")

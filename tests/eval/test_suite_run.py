@@ -210,7 +210,7 @@ def test_speed_and_memory_are_measured_once_for_each_model(
     base_model: Path, coarse: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = board_kit.cost(12.5)  # the measurement itself is tests of its own
-    monkeypatch.setattr(suite_run, "measure_apart", lambda *arguments: measured)
+    monkeypatch.setattr(suite_run, "measure_apart", lambda *arguments, **options: measured)
     suite = suite_of(
         base_model, words, [{"label": "a", "model": str(coarse)}], cost=True, protocols=[PROTOCOL, "ppl/gptq-32"]
     )
@@ -245,7 +245,7 @@ def test_speed_and_memory_are_measured_once_for_each_model(
         pytest.param({"texts": [{"name": "t", "source": "file:no/such"}]}, SourceError, "no/such", id="no text"),
         pytest.param({"models": [{"label": "a", "model": "{foreign}"}]}, UsageError, "does not tokenize", id="tokenizers"),
         pytest.param({"protocols": ["ppl/words"]}, UsageError, "'ppl/words' is not known", id="protocol"),
-        pytest.param({"dtype": "int4"}, UsageError, "--dtype int4", id="dtype"),
+        pytest.param({"dtype": "int4"}, UsageError, "dtype 'int4' does not exist", id="dtype"),
     ],
 )  # fmt: skip
 def test_what_a_suite_cannot_do(

@@ -36,7 +36,7 @@ def call(*arguments):
 
 def test_serve_from_start_to_sigterm(packed):
     """In a shell's background, where a Ctrl-C is meant for another command."""
-    command = [*COMMAND, "serve", str(packed), "--port", "0", "--name", "mine"]
+    command = [*COMMAND, "serve", str(packed), "--port", "0", "--name", "mine", "--device", "cpu"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment(), stderr=pipe, text=True, preexec_fn=ignores_interrupts) as process:
         try:
@@ -53,6 +53,7 @@ def test_serve_from_start_to_sigterm(packed):
             rest = process.stderr.read()
             assert process.wait(30) == 0, rest
             assert "Traceback" not in rest
+            assert re.search(r"computing in \w+ on cpu, \d+ threads?, kernel \w+ for \d+ linears; \w+ because ", rest), rest
         finally:
             process.kill()
 
@@ -62,6 +63,7 @@ def test_chat_over_a_pipe(packed):
     asked = "Tell me about rivers.\n/retry\n/nonsense\n\n/reset\n/system\nTell me about rivers.\n/exit\nnever read\n"
     ran = subprocess.run(command, env=environment(), input=asked, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr
+    assert "computing in " in ran.stderr
     first, again, bare = ran.stdout.rstrip("\n").split("\n")[:3]
     assert first == again != ""
     assert bare
