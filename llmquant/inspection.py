@@ -6,12 +6,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmquant.checkpoint import CheckpointReader
 from llmquant.detect import quantization_config
-from llmquant.engines import refusals
+from llmquant.engines import cautions, refusals
 from llmquant.hub import resolve
 from llmquant.manifest import MANIFEST, read_manifest, stored_schemes, told_fallbacks
 
@@ -50,6 +50,7 @@ class Inspection:
         modules: the quantized linears.
         engines: serving engine → why it refuses the folder; an empty tuple where it takes it.
         fallbacks: which linears the run that made it rounded to nearest for want of calibration tokens, and why.
+        cautions: serving engine → why its answers are not the evaluated ones though it takes the folder.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Inspection:
     modules: tuple[ModuleInfo, ...]
     engines: Mapping[str, tuple[str, ...]]
     fallbacks: tuple[str, ...] = ()
+    cautions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:
@@ -80,6 +82,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     layout = None
     modules: tuple[ModuleInfo, ...] = ()
     engines: dict[str, tuple[str, ...]] = {}
+    cautioned: dict[str, tuple[str, ...]] = {}
     inside: set[str] = set()
     if quantization_config(reader) is not None:
         found, schemes = stored_schemes(reader)
@@ -94,6 +97,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
             infos.append(ModuleInfo(name, str(scheme), shape, nbytes))
         modules = tuple(infos)
         engines = {e: tuple(reasons) for e, reasons in refusals(layout, schemes).items()}
+        cautioned = {e: tuple(reasons) for e, reasons in cautions(layout, schemes).items()}
     packed = sum(math.prod(m.shape) for m in modules)
     others = {n: i for n, i in reader.tensors.items() if n not in inside}
     dense_linears = [
@@ -119,6 +123,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         modules=modules,
         engines=engines,
         fallbacks=tuple(told_fallbacks({n: m.fallback for n, m in manifest.modules.items()})) if manifest else (),
+        cautions=cautioned,
     )
 
 

@@ -21,7 +21,7 @@ from llmquant.calibration import Calibration
 from llmquant.checkpoint import CheckpointReader
 from llmquant.checkpoint_writer import CheckpointWriter
 from llmquant.destination import check_destination, refuse_source
-from llmquant.engines import refusals
+from llmquant.engines import on_this_cpu
 from llmquant.fingerprint import fingerprint
 from llmquant.finishing import base_name, describe, prove
 from llmquant.manifest import told_fallbacks
@@ -142,8 +142,11 @@ def quantize(
     prepared = prepare(model, recipe, options.world.device(options.device), options.dtype)
     refuse_source(destination, prepared.reader.path)
     selection = prepared.selection()
-    for reason in refusals(prepared.layout.name, selection.schemes)["vllm (CPU)"]:
-        events.on_warning(f"vLLM on a CPU will refuse this model: {reason}")
+    everywhere, here = on_this_cpu(prepared.layout.name, selection.schemes)
+    for warning in everywhere:
+        events.on_warning(warning)
+    for note in here:
+        events.on_note(note)
     calibration = prepared.calibration(options.evaluation)
     if calibration is not None:
         events.on_calibration(calibration)

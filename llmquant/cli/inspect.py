@@ -51,6 +51,7 @@ def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
         "recipe_sha256": found.recipe_sha256,
         "verified": verified or None,
         "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
+        "cautions": {engine: list(reasons) for engine, reasons in found.cautions.items()},
         "fallbacks": list(found.fallbacks),
         "modules": [
             {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes} for m in found.modules
@@ -60,6 +61,8 @@ def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
 
 def _show(found: Inspection, verified: bool, modules: bool) -> None:
     from rich.table import Table
+
+    from llmquant.engines import answers
 
     console = screen()
     facts = Table(box=None, show_header=False, pad_edge=False)
@@ -74,8 +77,8 @@ def _show(found: Inspection, verified: bool, modules: bool) -> None:
         facts.add_row("size", f"{found.bits_per_weight:.3f} bits per quantized weight")
     facts.add_row("on disk", f"{found.bytes_on_disk / 1e6:,.2f} MB of weight files")
     facts.add_row("sha256", found.weights_sha256)
-    for engine, reasons in found.engines.items():
-        facts.add_row(engine, "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
+    for row in answers(found.engines, found.cautions):
+        facts.add_row(*row)
     for told in found.fallbacks:
         facts.add_row("fallback", told)
     if verified:

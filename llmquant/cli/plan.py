@@ -92,6 +92,7 @@ def _as_dict(plan: Plan, needs: Forecast, timing: Timing | None, computing: Comp
         ],
         "skipped": dict(plan.skipped),
         "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
+        "cautions": {engine: list(reasons) for engine, reasons in plan.cautions.items()},
         "kernels": {name: {"linears": count, "not": why} for name, (count, why) in plan.kernels.items()},
         "kernels_for": plan.kernels_for.as_dict(),
         "computing": computing.as_dict(),
@@ -140,6 +141,8 @@ def _spoken(seconds: float) -> str:
 def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
     from rich.table import Table
 
+    from llmquant.engines import answers
+
     table = Table(box=None, pad_edge=False)
     for column in ("linear", "shape (out, in)", "scheme"):
         table.add_column(column, overflow="fold")
@@ -170,8 +173,8 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
     for name, (_, why) in plan.kernels.items():
         if why:
             facts.add_row(f"kernel {name}", why)
-    for engine, reasons in plan.engines.items():
-        facts.add_row(engine, "takes it" if not reasons else f"refuses it: {'; '.join(reasons)}")
+    for row in answers(plan.engines, plan.cautions):
+        facts.add_row(*row)
     facts.add_row("group sizes", f"{', '.join(map(str, plan.suggestions)) or 'none of 16 … 256'} fit every linear; -1 always")
     console.print()
     console.print(facts)

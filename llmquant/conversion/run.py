@@ -16,7 +16,7 @@ from llmquant.conversion.files import write_files
 from llmquant.conversion.proof import prove
 from llmquant.conversion.source import Source, model_dtype, open_source
 from llmquant.destination import check_destination
-from llmquant.engines import refusals
+from llmquant.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
 from llmquant.errors import UsageError
 from llmquant.formats import FORMATS, Format
 from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype
@@ -147,8 +147,11 @@ def _write_weights(
 def _warnings(target: Format, checked: Checked) -> tuple[str, ...]:
     """What a user should know though nothing was lost: who will not take the result, and why."""
     if target is not DENSE:
-        told = refusals(target.name, checked.schemes).items()
-        return tuple(f"{engine} will not take it: {reason}" for engine, reasons in told for reason in reasons)
+        told = refusals(target.name, checked.schemes)
+        everywhere, without = told.pop(VLLM_AVX512), told.pop(VLLM_NO_AVX512)
+        here = [r for r in without if r not in everywhere] if vllm_here() == VLLM_NO_AVX512 else []
+        named = {"vllm (CPU)": everywhere, VLLM_NO_AVX512: here, **told}
+        return tuple(f"{engine} will not take it: {reason}" for engine, reasons in named.items() for reason in reasons)
     if any(s.activations != "none" for s in checked.schemes.values()):
         return ("engines rounded the inputs of these linears to int8; those of a dense model they leave alone",)
     return ()

@@ -88,6 +88,12 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, binding: Binding) -> None:
         super().__init__(config)
         self._service, self._binding = service, binding
+        # uvicorn sets its own handlers whatever it finds; a shell's background commands are to ignore Ctrl-C.
+        self._ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig != signal.SIGINT or not self._ignores:
+            super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
-from children import heeds_interrupts
+from children import heeds_interrupts, interrupts
 
 from llmquant.checkpoint import SINGLE, CheckpointReader
 from llmquant.checkpoint_writer import CheckpointWriter
@@ -499,17 +499,33 @@ def test_an_interrupt_that_native_code_takes_for_an_error_is_still_one(
                     raise becomes("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
         return read(self, name)
 
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     options = ("quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}")
-    with monkeypatch.context() as patched:
+    with interrupts(ignored=False), monkeypatch.context() as patched:
+        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
         patched.setattr(CheckpointReader, "read", interrupted)
         ran = run(*options)
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert ran.code == 130
     finished = 2 if becomes is None else 1
     assert f"interrupted; {finished} of 2 blocks are finished and kept beside out; the same command continues there" in ran.err
     assert json.loads(Path("out.quantize.log.jsonl").read_text().splitlines()[-1])["event"] == "interrupted"
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert f"continuing behind block {finished} of 2" in run(*options).err
+
+
+def test_in_the_background_ctrl_c_stays_ignored(run: Run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell's ``llmquant quantize … &`` is not stopped by a Ctrl-C that is meant for another command."""
+    read, sent = CheckpointReader.read, []
+
+    def interrupted(self: CheckpointReader, name: str) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        sent.append(name)
+        return read(self, name)
+
+    with interrupts(ignored=True):
+        monkeypatch.setattr(CheckpointReader, "read", interrupted)
+        ran = run("quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}")
+    assert (ran.code, Path("out").is_dir()) == (0, True), ran.err
+    assert sent
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])

@@ -106,12 +106,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 def cells(row: Row, folder: Path, text: Path) -> list[str]:
     if "read only" in row.title:
-        return ["–", "–", "–", in_vllm(row), by_others(row)]
+        return ["–", "–", "–", *in_vllm(row), by_others(row)]
     calibration = {"calibration.source": f"file:{text}", "calibration.nsamples": 4, "calibration.seqlen": 32}
     base = Recipe(method="rtn").updated({"weights.group_size": 32, **(calibration if row.calibrated else {})})
     out = folder / row.title.replace(" ", "-")
     quantize(GOLDEN / "base", out, base.updated(row.changes), QuantizeOptions())
-    return [by_us(out), by_compressed_tensors(out), by_transformers(out), in_vllm(row), by_others(row)]
+    return [by_us(out), by_compressed_tensors(out), by_transformers(out), *in_vllm(row), by_others(row)]
 
 
 def by_us(out: Path) -> str:
@@ -168,13 +168,11 @@ def by_transformers(out: Path) -> str:
     return "equal" if worst < 1e-3 else f"differs by {worst:.1g}"
 
 
-def in_vllm(row: Row) -> str:
-    """The real vLLM, from its suite's results."""
-    if not VLLM.is_file() or not row.vllm:
-        return "–"
-    results = json.loads(VLLM.read_text(encoding="utf-8"))["rows"]
-    found = [results[k] for k in row.vllm if k in results]
-    return ", ".join(f"Δ ≤ {r['max_abs_delta']:.3f}" for r in found) or "–"
+def in_vllm(row: Row) -> list[str]:
+    """The real vLLM on a CPU with and without AVX-512, from its suite's results."""
+    results = json.loads(VLLM.read_text(encoding="utf-8"))
+    found = [[results[cpu][k] for k in row.vllm if k in results[cpu]] for cpu in ("avx512", "no-avx512")]
+    return [", ".join("refused" if "refused" in r else f"Δ ≤ {r['max_abs_delta']:.3f}" for r in rows) or "–" for rows in found]
 
 
 def by_others(row: Row) -> str:
@@ -194,8 +192,9 @@ def by_others(row: Row) -> str:
 
 
 def test_the_page_is_what_was_measured(table: dict[str, list[str]]) -> None:
-    head = "| layout | written and read by llmquant | compressed-tensors | transformers alone | vLLM, fp16 log-probabilities "
-    lines = [f"{head}| other tools' files read exactly |", "|---|---|---|---|---|---|"]
+    head = "| layout | written and read by llmquant | compressed-tensors | transformers alone "
+    head += "| vLLM on a CPU with AVX-512 | without AVX-512 "
+    lines = [f"{head}| other tools' files read exactly |", "|---|---|---|---|---|---|---|"]
     lines += [f"| {title} | {' | '.join(row)} |" for title, row in table.items()]
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(START)

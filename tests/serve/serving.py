@@ -87,14 +87,21 @@ def with_engine(model: PreTrainedModel, work: Callable[[LocalEngine], Any], **op
 
 
 @contextmanager
-def running(service: Service, dress: Callable[[FastAPI], None] | None = None, **options: Any) -> Iterator[Server]:
-    """The service under uvicorn, in a thread; ``dress`` adds to the application."""
+def running(
+    service: Service, dress: Callable[[FastAPI], None] | None = None, send_buffer: int | None = None, **options: Any
+) -> Iterator[Server]:
+    """The service under uvicorn, in a thread; ``dress`` adds to the application.
+
+    ``send_buffer`` bounds what the kernel takes of an answer that nobody reads; by itself it takes megabytes.
+    """
     app = create_app(service, **options)
     if dress is not None:
         dress(app)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with socket.socket() as sock:
+        if send_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # accepted sockets inherit it
         sock.bind(("127.0.0.1", 0))
         sock.listen(128)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

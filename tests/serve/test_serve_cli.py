@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import typer
+from children import ignores_interrupts
 from typer.testing import CliRunner
 
 from llmquant.errors import CheckpointError, UsageError
@@ -34,8 +35,10 @@ def call(*arguments):
 
 
 def test_serve_from_start_to_sigterm(packed):
+    """In a shell's background, where a Ctrl-C is meant for another command."""
     command = [*COMMAND, "serve", str(packed), "--port", "0", "--name", "mine", "--device", "cpu"]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), stderr=pipe, text=True, preexec_fn=ignores_interrupts) as process:
         try:
             lines = []
             while not (found := re.search(r"mine at (http://127\.0\.0\.1:\d+)/v1, engine local", lines[-1] if lines else "")):
@@ -43,6 +46,7 @@ def test_serve_from_start_to_sigterm(packed):
                 assert lines[-1], "".join(lines)
             with httpx.Client(base_url=found[1], timeout=60) as client:
                 assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+                process.send_signal(signal.SIGINT)
                 body = {"model": "mine", "prompt": "The", "max_tokens": 3}
                 assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] <= 3
             process.send_signal(signal.SIGTERM)

@@ -76,7 +76,7 @@ def raw_request(server, body):
 def test_a_client_that_does_not_read_stalls_nobody_and_is_dropped(make_server):
     """It asks for log-probabilities of every step, so that its answer is larger than all the buffers between."""
     body = httpx.Request("POST", "http://x", json=LONG | {"stream": True, "logprobs": 20, "n": 3}).content
-    with make_server(Limits(max_streams=4, stall_seconds=1.0)) as server, server.client as client:
+    with make_server(Limits(max_streams=4, stall_seconds=1.0), send_buffer=4096) as server, server.client as client:
         with raw_request(server, body):
             while not server.service.engine.load().running:
                 time.sleep(0.01)

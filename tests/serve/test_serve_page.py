@@ -35,7 +35,7 @@ def page_server(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("card")
     card = f"# tiny\n\n<!-- llmquant:measured:start -->\n{TABLE}\n<!-- llmquant:measured:end -->\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
-    engines = [LocalEngine(m, 2) for m in (model, llmquant.load(TINY))]
+    engines = [LocalEngine(m, 2) for m in (model, llmquant.load(TINY, dtype="float32"))]
     service, original = (Service(e, TextModel(TINY, e.info.vocab), NAME, Limits()) for e in engines)
     with running(service, ui=True, reference=original, dress=lambda app: mount(app, service, (), original, folder)) as live:
         yield live

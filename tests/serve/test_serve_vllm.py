@@ -16,6 +16,7 @@ from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompleti
 from serving import NAME, TEXTS, TINY, running
 
 import llmquant
+from llmquant.engines import VLLM_NO_AVX512, vllm_here
 from llmquant.errors import UsageError
 from llmquant_serve.options import ModelOptions, build_engine
 from llmquant_serve.service import Limits, Service
@@ -35,12 +36,18 @@ CHAT = [{"role": "user", "content": "Tell me about the history of the river."}]
 
 
 @pytest.fixture(scope="module")
-def live(packed):
+def served(packed):
+    """What vLLM takes on this CPU: packed weights with AVX-512, else the dense model. The subject is what stands around it."""
+    return packed if vllm_here() != VLLM_NO_AVX512 else TINY
+
+
+@pytest.fixture(scope="module")
+def live(served):
     if not PYTHON.is_file():
         if os.environ.get("CI"):
             pytest.fail(f"no vLLM environment at {PYTHON}")
         pytest.skip(f"no vLLM environment at {PYTHON}: run `make vllm-env` or set LLMQUANT_VLLM_PYTHON")
-    options = ModelOptions(model=str(packed), engine="vllm", vllm_python=str(PYTHON), vllm_args=ARGUMENTS, context=512)
+    options = ModelOptions(model=str(served), engine="vllm", vllm_python=str(PYTHON), vllm_args=ARGUMENTS, context=512)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -58,13 +65,20 @@ def until(holds, seconds):
 
 
 @pytest.fixture(scope="module")
-def dense(packed):
-    return llmquant.load(packed, dtype="float32", kernel="dense")
+def dense(served):
+    return llmquant.load(served, dtype="float32", kernel="dense")
 
 
 def rows(dense, ids):
     with torch.no_grad():
         return torch.log_softmax(dense(torch.tensor([ids])).logits[0].float(), -1)
+
+
+def test_the_model_is_packed(record_property):
+    """On a CPU where vLLM multiplies packed weights; elsewhere the tests here run with the dense model, and say so at the end."""
+    if vllm_here() == VLLM_NO_AVX512:
+        record_property("not run", "vllm (CPU with AVX-512): llmquant serve --engine vllm with packed weights")
+        pytest.skip("vLLM takes no packed weights on this CPU; the tests here run with the dense model")
 
 
 def test_greedy_tokens_and_logprobs(live, dense, tokenizer):

@@ -1,23 +1,67 @@
-"""Run by the vLLM environment's Python, never imported by ours: prompt log-probabilities of one model, as JSON on the last line.
+"""Run by the vLLM environment's Python, never imported by ours: prompt log-probabilities of models in the real vLLM.
 
-    python probe.py FOLDER DTYPE '[[ids], [ids], …]'
+    python probe.py HELD < jobs
+
+``HELD`` is ``as-it-is``, or ``no-avx512``: vLLM then takes the library of kernels that it has for a CPU without AVX-512, which it
+chooses by asking torch what the CPU has. On such a CPU the two are the same.
+
+Importing vLLM takes longer than judging a model, so it is imported once. Each job (a line of JSON: folder, dtype, prompts, where
+to put the result and what it printed, and how many seconds it may take) runs in a fork, a process of its own, since an engine
+that failed leaves a process of no use. The answer is a line with the fork's exit code, negative where a signal ended it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import traceback
+from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
+    if sys.argv[1] == "no-avx512":
+        import torch
+
+        torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
+    from vllm import LLM, SamplingParams  # noqa: F401 - for the forks
+
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        answers.write(f"{forked(json.loads(line))}\n")
+        answers.flush()
+
+
+def forked(job: dict[str, Any]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            sink = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
+            signal.alarm(job["seconds"])
+            judge(job)
+            code = 0
+        except Exception:  # noqa: BLE001 - whatever it was, the test that asked tells of it
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def judge(job: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
 
-    folder, dtype, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    engine = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=512)
+    engine = LLM(job["folder"], dtype=job["dtype"], enforce_eager=True, max_model_len=512)
     asked = SamplingParams(max_tokens=1, prompt_logprobs=20, temperature=0.0)
-    results = engine.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
+    results = engine.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], asked, use_tqdm=False)
     told = [[{str(k): v.logprob for k, v in position.items()} for position in r.prompt_logprobs[1:]] for r in results]
-    sys.stdout.write("\n" + json.dumps(told) + "\n")
+    Path(job["result"]).write_text(json.dumps(told), encoding="utf-8")
 
 
 if __name__ == "__main__":
