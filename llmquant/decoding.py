@@ -173,18 +173,54 @@ class HalfLinear(nn.Module):
             y = native.half_linear(x, words, self.out_features, self.in_features)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]`` float32, made anew."""
+        words: Tensor = self.words  # type: ignore[assignment]
+        return native.half_weight(words, self.out_features).float()
+
     def extra_repr(self) -> str:
         stored = str(self.words.dtype).removeprefix("torch.")
         return f"in_features={self.in_features}, out_features={self.out_features}, stored={stored}"
 
 
+class HalfEmbedding(nn.Module):
+    """The embedding that is tied to a :class:`HalfLinear`: looks its rows up in the same tensor.
+
+    Args:
+        dtype: of the vectors it gives.
+    """
+
+    def __init__(self, head: HalfLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.dtype = head.out_features, head.in_features, dtype
+        words: Tensor = head.words  # type: ignore[assignment]
+        self.register_buffer("words", words)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integers ``[...]`` → ``[..., width]``."""
+        words: Tensor = self.words  # type: ignore[assignment]
+        return words[ids // native.ROWS, :, ids % native.ROWS].to(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[vocabulary, width]`` of ``dtype``, made anew."""
+        words: Tensor = self.words  # type: ignore[assignment]
+        return native.half_weight(words, self.num_embeddings).to(self.dtype)
+
+
 def _halve_head(model: PreTrainedModel) -> None:
-    """Keep a float32 head as the 16-bit numbers that it was read as; a tied one is no longer shared with the embedding."""
-    head: Any = model.get_output_embeddings()
+    """Keep a float32 head, and an embedding that is tied to it, as the 16-bit numbers that they were read as."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if type(head) is not nn.Linear or head.weight.dtype is not torch.float32:
         return
     stored = next((d for d in (torch.bfloat16, torch.float16) if torch.equal(head.weight.to(d).float(), head.weight)), None)
-    if stored is None:
+    tied = head.weight is getattr(embedding, "weight", None)
+    if stored is None or (tied and type(embedding) is not nn.Embedding):
         return
-    model.config.tie_word_embeddings = False
-    model.set_output_embeddings(HalfLinear(head.weight.detach(), head.bias, stored))
+    halved = HalfLinear(head.weight.detach(), head.bias, stored)
+    model.config.tie_word_embeddings = False  # neither has a parameter to share; what they share is a buffer
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.set_output_embeddings(halved)
+    if tied:
+        model.set_input_embeddings(HalfEmbedding(halved, torch.float32))

@@ -34,6 +34,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant.checkpoint import CheckpointReader
+from llmquant.decoding import speed_up
 from llmquant.detect import refuse_shifted_zeros
 from llmquant.errors import CheckpointError, FormatError, UsageError
 from llmquant.formats import Format, Scheme, for_config
@@ -154,6 +155,7 @@ class PackedQuantizer(HfQuantizer):
                 raise UsageError(f"{name}: {e}") from e
             put_module(model, name, linear)
         model.requires_grad_(False)
+        speed_up(model)
         refuse_saving(model, reader.path)
         return model
 

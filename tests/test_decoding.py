@@ -22,7 +22,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from llmquant import decoding
-from llmquant.decoding import HalfLinear, speed_up
+from llmquant.decoding import HalfEmbedding, HalfLinear, speed_up
 from llmquant.kernels import native
 from llmquant.modules import PackedLinear
 from llmquant.spec import QuantSpec
@@ -189,11 +189,19 @@ def test_a_head_of_16_bits_is_exact(stored, rows, instruction_set):
     assert asked.grad is not None
 
 
-def test_the_head_is_halved_where_that_is_exact():
+def test_a_head_and_the_embedding_tied_to_it_are_halved_where_that_is_exact():
     model = packed(CONFIGS["llama"], QuantSpec(4, 32, True))
+    table = model.get_input_embeddings().weight.clone()
+    plain = copy.deepcopy(model)
     speed_up(model)
-    assert isinstance(model.get_output_embeddings(), HalfLinear)
-    assert model.get_input_embeddings().weight.dtype is torch.float32
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(head, HalfLinear)
+    assert isinstance(embedding, HalfEmbedding)
+    assert head.words is embedding.words
+    ids = torch.arange(128).view(4, 32)
+    assert torch.equal(embedding(ids), table[ids])
+    assert torch.equal(embedding.weight, head.weight)
+    assert model.dtype is plain.dtype
     wide = packed(CONFIGS["llama"], QuantSpec(4, 32, True))
     wide.lm_head.weight.data[0, 0] = 1 + 2.0**-20
     speed_up(wide)

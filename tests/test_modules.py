@@ -133,14 +133,16 @@ def test_repr_tells_spec_and_kernel():
 
 def test_refused_kernels_are_remembered_and_described():
     model = nn.Sequential(
-        PackedLinear(random_weight(64, 128, QuantSpec(8, 64))),
+        PackedLinear(random_weight(64, 128, QuantSpec(8, 64)), dtype=torch.float64),
         nn.Linear(64, 8, bias=False),
         nn.Linear(64, 8, bias=False),
     )
     model[2].weight = model[1].weight
     told = describe(model)
     assert told.kernels == {"reference": 1}
-    assert told.refusals == {"cpu_int4: it takes 4 bits, not 8": 1}
+    assert told.refusals == {
+        "cpu: it takes float32, bfloat16 and float16, not torch.float64": 1, "cpu_int4: it takes 4 bits, not 8": 1
+    }  # fmt: skip
     assert told.packed_weights == 64 * 128
     assert told.packed_bits_per_weight == 8.25
     assert told.other_bytes == 64 * 8 * 4
