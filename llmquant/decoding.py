@@ -21,7 +21,6 @@ from transformers.cache_utils import DynamicCache
 from llmquant.kernels import native
 from llmquant.kernels.block import LINEARS, BlockShape, Step
 from llmquant.kernels.cpu import Cpu
-from llmquant.kernels.native import TYPES
 from llmquant.modules import PackedLinear
 
 log = logging.getLogger(__name__)
@@ -108,8 +107,7 @@ class _Forward:
             or past_key_values is None
             or position_embeddings is None
             or hidden_states.shape[:2] != (1, 1)
-            or hidden_states.dtype not in TYPES
-            or any(t.numel() != self.step.shape.head_dim or t.dtype != hidden_states.dtype for t in position_embeddings)
+            or not self.step.takes(hidden_states, *position_embeddings)
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or kwargs.get("output_attentions")
@@ -119,11 +117,9 @@ class _Forward:
                 hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
                 use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
             )  # fmt: skip
-        hidden = hidden_states.contiguous()
-        cos, sin = (t.contiguous() for t in position_embeddings)
-        query, key, value = self.step.before(hidden, cos, sin)
-        keys, values = (t.to(hidden.dtype) for t in past_key_values.update(key, value, self.index))
-        return self.step.after(hidden, query, keys, values)
+        query, key, value = self.step.before(hidden_states, *position_embeddings)
+        keys, values = past_key_values.update(key, value, self.index)
+        return self.step.after(hidden_states, query, keys, values)
 
 
 def _agree(fast: _Forward, plain: Callable[..., Any], model: PreTrainedModel, attention: Any) -> bool:

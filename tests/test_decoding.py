@@ -162,6 +162,25 @@ def test_hidden_states_can_still_be_asked_for():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_copy_and_a_model_whose_buffers_moved_step_with_their_own():
+    first = packed(CONFIGS["llama"], QuantSpec(4, 32, True))
+    speed_up(first)
+    tokens = torch.randint(0, 128, (1, 12), generator=torch.Generator().manual_seed(1))
+    expected = logits(first, tokens, 4)
+    second = copy.deepcopy(first)
+    for module in first.modules():
+        for name, buffer in list(module._buffers.items()):
+            if isinstance(module, PackedLinear):
+                module._buffers[name] = buffer.clone()
+                buffer.zero_()
+    assert torch.equal(logits(first, tokens, 4), expected)
+    for module in first.modules():
+        if isinstance(module, PackedLinear):
+            module.words.zero_()
+    assert not torch.equal(logits(first, tokens, 4), expected)
+    assert torch.equal(logits(second, tokens, 4), expected)
+
+
 def test_gradients_run_transformers_code():
     model = packed(CONFIGS["llama"], QuantSpec(4, 32, True))
     speed_up(model)

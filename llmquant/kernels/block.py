@@ -8,6 +8,7 @@ to the cache.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from llmquant.kernels import native
 from llmquant.kernels.native import TYPES
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+_ADDRESSES = {"_before", "_after", "_strides", "_words", "_block", "_address"}
 _VECTORS = ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm", "input_norm", "post_norm")
 
 
@@ -61,11 +63,17 @@ class Step:
         self._sizes = {name: (bits, *size) for name, (_, bits, size) in linears.items()}
         self._vectors = {n: None if t is None else t.detach().to(torch.float32).contiguous() for n, t in vectors.items()}
         self.shape = shape
-        self._strides = (ctypes.c_int64 * 4)()
+        self._link()
+
+    def _link(self) -> None:
+        """Take the addresses of what a call needs."""
         lib = native.library()
         assert lib is not None
         self._before, self._after = lib.llmquant_block_before_attention, lib.llmquant_block_after
+        self._strides = (ctypes.c_int64 * 4)()
+        self._words = self._buffers["q"]["words"]
         self._block = self._bind()
+        self._address = ctypes.addressof(self._block)
 
     def _bind(self) -> _Block:
         weights = {}
@@ -80,25 +88,46 @@ class Step:
             **weights, **vectors, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim, eps=s.eps, scaling=s.scaling
         )
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Step:
+        """The step of a copied module: its addresses are those of the copied buffers."""
+        made = Step.__new__(Step)
+        memo[id(self)] = made
+        made.__dict__.update({n: copy.deepcopy(v, memo) for n, v in self.__dict__.items() if n not in _ADDRESSES})
+        made._link()
+        return made
+
+    def takes(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Whether :meth:`before` can read these tensors as they are; follows buffers that were moved."""
+        if self._buffers["q"]["words"] is not self._words:
+            self._link()
+        dtype, dim = hidden.dtype, self.shape.head_dim
+        return (
+            dtype in TYPES and hidden.is_cpu and hidden.is_contiguous()
+            and cos.dtype is dtype and sin.dtype is dtype
+            and cos.numel() == dim and sin.numel() == dim and cos.stride(-1) == 1 and sin.stride(-1) == 1
+        )  # fmt: skip
+
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[1, 1, width]`` → query float32 ``[heads * head_dim]``, key and value ``[1, kv_heads, 1, head_dim]``, rotated."""
         s = self.shape
         query = torch.empty(s.heads * s.head_dim, dtype=torch.float32)
-        key, value = (hidden.new_empty((1, s.kv_heads, 1, s.head_dim)) for _ in range(2))
+        key = hidden.new_empty((1, s.kv_heads, 1, s.head_dim))
+        value = torch.empty_like(key)
         self._before(
-            native.current_number(), ctypes.addressof(self._block), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            native.current_number(), self._address, hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             TYPES[hidden.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return query, key, value
 
     def after(self, hidden: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The block's output ``[1, 1, width]``; keys and values ``[1, kv_heads, n, head_dim]``, of hidden's dtype."""
+        """The block's output ``[1, 1, width]``; keys and values ``[1, kv_heads, n, head_dim]``."""
         out = torch.empty_like(hidden)
-        keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (keys, values))
+        if keys.dtype is not hidden.dtype or values.dtype is not hidden.dtype or keys.stride(3) != 1 or values.stride(3) != 1:
+            keys, values = keys.to(hidden.dtype).contiguous(), values.to(hidden.dtype).contiguous()
         strides = self._strides
         strides[0], strides[1], strides[2], strides[3] = keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)
         self._after(
-            native.current_number(), ctypes.addressof(self._block), hidden.data_ptr(), query.data_ptr(), keys.data_ptr(),
+            native.current_number(), self._address, hidden.data_ptr(), query.data_ptr(), keys.data_ptr(),
             values.data_ptr(), TYPES[hidden.dtype], keys.shape[2], strides, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out

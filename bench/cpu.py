@@ -1,0 +1,276 @@
+"""What the CPU kernel reaches: against the memory and the dense layers of the machine, and whole models against llama.cpp.
+
+    python bench/cpu.py kernels [--threads 2] [--bits 4,8,3,2] [--rows 1,2,…] [--out FILE]
+    python bench/cpu.py models PACKED DENSE [--gguf FILE --llama-python ENV/bin/python] [--threads 2] [--out FILE]
+
+``kernels``: for every width and number of rows one linear of ``--shape``, packed and as dense float32 and bfloat16 layers, timed
+in turn within one process. Every candidate has as many copies of its weights as exceed ``--cold`` bytes and walks through them,
+so that weights come from memory, as they do in a model. Packed bytes per second are held against the speed of summing a large
+array.
+
+``models``: decoding (one token behind a prompt of 64) and prefill (512 tokens) of the packed folder, the dense one in float32
+and bfloat16, and llama.cpp on a GGUF of the same model in a Python environment that has llama-cpp-python; rounds in turn, the
+best of each.
+
+Times are the best of many, ratios are within one run; the instruction sets are in the JSON. Hold the run to fewer with
+``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+import llmquant
+from llmquant.kernels import KERNELS, native
+from llmquant.spec import QuantSpec
+from llmquant.weight import QuantizedWeight, portable
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+PREFILL, PROMPT, STEPS = 512, 64, 24
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What a figure needs beside it."""
+    processor = llmquant.this_processor()
+    return {
+        "processor": processor.name, "instruction_sets": list(processor.instruction_sets),
+        "kernel_instructions": native.current_instructions(), "threads": threads, "torch": torch.__version__,
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
+
+
+def in_turn(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Best time of each, the candidates taking turns until each had its share of the clock."""
+    best = {name: float("inf") for name in candidates}
+    for work in candidates.values():
+        work()
+    end = time.perf_counter() + seconds * len(candidates)
+    while time.perf_counter() < end:
+        for name, work in candidates.items():
+            started = time.perf_counter()
+            work()
+            best[name] = min(best[name], time.perf_counter() - started)
+    return best
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of summing 256 MiB."""
+    array = torch.ones(64 << 20)
+    return array.nbytes / in_turn({"sum": array.sum}, 0.5)["sum"]
+
+
+def random_weight(shape: tuple[int, int], spec: QuantSpec) -> QuantizedWeight:
+    """Random codes on portable scales."""
+    groups = (shape[0], spec.groups(shape[1]))
+    codes = torch.randint(0, spec.levels, shape, dtype=torch.uint8)
+    zeros = torch.full(groups, spec.middle, dtype=torch.uint8)
+    if not spec.symmetric:
+        zeros = torch.randint(0, spec.levels, groups, dtype=torch.uint8)
+    return QuantizedWeight(codes, portable(torch.rand(groups) * 0.01 + 0.001), zeros, spec)
+
+
+def walking(copies: Sequence[Any], call: Callable[[Any], object]) -> Callable[[], object]:
+    """Each call takes the next copy."""
+    state = [0]
+
+    def work() -> object:
+        state[0] = (state[0] + 1) % len(copies)
+        return call(copies[state[0]])
+
+    return work
+
+
+def times_packed(kernel: Any, weight: QuantizedWeight, x: torch.Tensor, prepared: Any) -> torch.Tensor:
+    """x times one packed copy of the weight."""
+    y: torch.Tensor = kernel.linear(x, prepared, weight.spec, weight.shape)
+    return y
+
+
+def kernel_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One record per width and number of rows."""
+    out, in_ = options.shape
+    records = []
+    dense = torch.randn(out, in_)
+    denses = {
+        dtype: [dense.to(dtype).clone() for _ in range(max(2, options.cold // (out * in_ * dtype.itemsize) + 1))]
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    for bits in options.bits:
+        spec = QuantSpec(bits, options.group, not options.asymmetric)
+        kernel = KERNELS[options.kernel]
+        weight = random_weight((out, in_), spec)
+        first = kernel.prepare(weight, torch.float32)
+        packed = sum(t.nbytes for t in first.values())
+        copies = [first] + [{n: t.clone() for n, t in first.items()} for _ in range(options.cold // packed + 1)]
+        for rows in options.rows:
+            x = torch.randn(rows, in_)
+            short = x.to(torch.bfloat16)
+            linear = partial(times_packed, kernel, weight)
+            times = in_turn(
+                {
+                    "packed float32": walking(copies, partial(linear, x)),
+                    "packed bfloat16": walking(copies, partial(linear, short)),
+                    "dense float32": walking(denses[torch.float32], partial(torch.nn.functional.linear, x)),
+                    "dense bfloat16": walking(denses[torch.bfloat16], partial(torch.nn.functional.linear, short)),
+                },
+                options.seconds,
+            )
+            fastest = min(times["dense float32"], times["dense bfloat16"])
+            record = {
+                "spec": str(spec), "rows": rows, "seconds": times, "ratio": times["packed float32"] / fastest,
+                "ratio_bfloat16": times["packed bfloat16"] / fastest, "gflops": 2 * rows * out * in_ / times["packed float32"] / 1e9,
+                "packed_bytes_per_second": packed / times["packed float32"],
+            }  # fmt: skip
+            records.append(record)
+            print(
+                f"{spec!s:14} {rows:5} rows: {record['ratio']:.2f} of the faster dense ({record['ratio_bfloat16']:.2f} in "
+                f"bfloat16), {record['gflops']:.0f} GFLOP/s, {record['packed_bytes_per_second'] / 1e9:.1f} GB/s",
+                flush=True,
+            )
+    return records
+
+
+def token_times(model: Any) -> dict[str, Callable[[], float]]:
+    """Seconds of one decoded token (best of ``STEPS``) and of a prefill, each as a function."""
+    ids = torch.randint(5, 4000, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+
+    @torch.inference_mode()
+    def decode() -> float:
+        cache = DynamicCache(config=model.config)
+        token = model(ids[:, :PROMPT], past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        best = float("inf")
+        for _ in range(STEPS):
+            started = time.perf_counter()
+            token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    @torch.inference_mode()
+    def prefill() -> float:
+        started = time.perf_counter()
+        model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        return time.perf_counter() - started
+
+    return {"decode": decode, "prefill": prefill}
+
+
+LLAMA = """
+import sys, time, json
+from llama_cpp import Llama
+path, threads, prefill, prompt, steps = sys.argv[1], *map(int, sys.argv[2:])
+model = Llama(path, n_threads=threads, n_threads_batch=threads, n_ctx=1024, n_batch=512, logits_all=False, verbose=False)
+ids = [5 + i * 37 % 4000 for i in range(prefill)]
+for line in sys.stdin:
+    model.reset()
+    if line.strip() == "prefill":
+        started = time.perf_counter(); model.eval(ids); best = time.perf_counter() - started
+    else:
+        model.eval(ids[:prompt]); best = 1e9
+        for i in range(steps):
+            started = time.perf_counter(); model.eval([ids[i]]); best = min(best, time.perf_counter() - started)
+    print(json.dumps(best), flush=True)
+"""
+
+
+class LlamaCpp:
+    """llama.cpp in its own environment; asked for one measurement at a time."""
+
+    def __init__(self, python: str, gguf: str, threads: int) -> None:
+        sizes = [str(n) for n in (threads, PREFILL, PROMPT, STEPS)]
+        self.child = subprocess.Popen(
+            [python, "-c", LLAMA, gguf, *sizes], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
+
+    def measure(self, what: str) -> float:
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        self.child.stdin.write(what + "\n")
+        self.child.stdin.flush()
+        return float(json.loads(self.child.stdout.readline()))
+
+    def close(self) -> None:
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+        self.child.wait()
+
+
+def model_rows(options: argparse.Namespace) -> dict[str, Any]:
+    """Best seconds per token and tokens per second of every candidate."""
+    runs: dict[str, dict[str, Callable[[], float]]] = {}
+    for path in options.packed.split(","):
+        runs[f"{Path(path).name} float32"] = token_times(llmquant.load(path, dtype="float32", kernel=options.kernel))
+    runs["dense float32"] = token_times(llmquant.load(options.dense, dtype="float32"))
+    if not options.no_bfloat16:
+        runs["dense bfloat16"] = token_times(llmquant.load(options.dense, dtype="bfloat16"))
+    servers = []
+    for gguf in options.gguf.split(",") if options.gguf else ():
+        server = LlamaCpp(options.llama_python, gguf, options.threads)
+        servers.append(server)
+        runs[f"llama.cpp {Path(gguf).stem}"] = {w: partial(server.measure, w) for w in ("decode", "prefill")}
+    best: dict[str, dict[str, float]] = {name: {} for name in runs}
+    for _ in range(options.rounds):
+        for what in ("decode", "prefill"):
+            for name, run in runs.items():
+                best[name][what] = min(best[name].get(what, float("inf")), run[what]())
+    for server in servers:
+        server.close()
+    result = {
+        name: {"decode_tokens_per_second": 1 / t["decode"], "prefill_tokens_per_second": PREFILL / t["prefill"]}
+        for name, t in best.items()
+    }
+    for name, row in result.items():
+        print(f"{name:44} decode {row['decode_tokens_per_second']:7.1f} prefill {row['prefill_tokens_per_second']:7.0f} tokens/s")
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--kernel", default="cpu")
+    which = parser.add_subparsers(dest="which", required=True)
+    kernels = which.add_parser("kernels")
+    whole = which.add_parser("models")
+
+    def numbers(text: str) -> list[int]:
+        return [int(n) for n in text.split(",")]
+
+    kernels.add_argument("--shape", type=numbers, default=[2048, 2048], help="out,in")
+    kernels.add_argument("--bits", type=numbers, default=[4, 8, 3, 2])
+    kernels.add_argument("--group", type=int, default=64)
+    kernels.add_argument("--asymmetric", action="store_true")
+    kernels.add_argument("--rows", type=numbers, default=list(ROWS))
+    kernels.add_argument("--seconds", type=float, default=0.3, help="of the clock for each candidate")
+    kernels.add_argument("--cold", type=int, default=96 << 20, help="bytes of weights that each candidate walks through")
+    whole.add_argument("packed", help="folder, or several with commas")
+    whole.add_argument("dense")
+    whole.add_argument("--gguf", help="file, or several with commas")
+    whole.add_argument("--llama-python", default=sys.executable)
+    whole.add_argument("--rounds", type=int, default=5)
+    whole.add_argument("--no-bfloat16", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    report: dict[str, Any] = {"machine": machine(options.threads), "read_bytes_per_second": read_bandwidth()}
+    speed = report["read_bytes_per_second"] / 1e9
+    print(f"{report['machine']['processor']}, {native.current_instructions()}; reads {speed:.1f} GB/s")
+    report[options.which] = kernel_rows(options) if options.which == "kernels" else model_rows(options)
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
