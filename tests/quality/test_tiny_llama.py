@@ -82,8 +82,11 @@ def test_asymmetric_calibration_beats_plain_gptq_at_three_bits(tmp_path: Path) -
 
 
 def test_the_best_three_bit_recipe_is_at_most_nine_tenths_of_autorounds(tmp_path: Path) -> None:
-    """AutoRound 0.15 at its default 200 iterations: KL 0.0473. docs/decisions.md has more."""
-    recipe = load_recipe("best-w3g128").updated(CALIBRATION)
+    """AutoRound 0.15 at its default 200 iterations: KL 0.0473. docs/decisions.md has more.
+
+    With all 64 windows: tuning lives on text, a quarter of it gives 0.0439 instead of about 0.038.
+    """
+    recipe = load_recipe("best-w3g128").updated({**CALIBRATION, "calibration.nsamples": 64})
     (kl,) = values(measured(made(tmp_path, best=recipe)), "kl_mean")
     print(f"KL {kl:.5f}, mark {0.0473 * OF_MARKS:.5f}")
     assert kl <= 0.9 * 0.0473 * OF_MARKS
