@@ -129,7 +129,8 @@ def kernel_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             fastest = min(times["dense float32"], times["dense bfloat16"])
             record = {
                 "spec": str(spec), "rows": rows, "seconds": times, "ratio": times["packed float32"] / fastest,
-                "ratio_bfloat16": times["packed bfloat16"] / fastest, "gflops": 2 * rows * out * in_ / times["packed float32"] / 1e9,
+                "ratio_bfloat16": times["packed bfloat16"] / fastest,
+                "gflops": 2 * rows * out * in_ / times["packed float32"] / 1e9,
                 "packed_bytes_per_second": packed / times["packed float32"],
             }  # fmt: skip
             records.append(record)

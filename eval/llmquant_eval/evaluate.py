@@ -29,7 +29,7 @@ from llmquant_eval.served import score_served
 from llmquant_eval.stream import Stream
 
 # The noise floor is a scale to read KL by, not a result: a few windows say where it lies.
-NOISE_TOKENS = 4096
+NOISE_TOKENS, NOISE_TOKENS_SLOW = 4096, 1024
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -167,12 +167,16 @@ class _Run:
 
     def _noise_floor(self, cached: list[CachedReference | None]) -> NoiseFloor | None:
         """The reference against itself at the other dtype, on the first few windows of the first protocol."""
+        import llmquant
+
         reference = self.plan.reference
         if reference is None or len(self.plan.local) < 2:
             return None  # nothing will have a divergence to read by it
         whole = self.plan.streams[0]
-        stream = whole.first(max(2, NOISE_TOKENS // whole.protocol.window))
         dtype = models.other_dtype(self.plan.dtype)
+        # bfloat16 where `auto` avoids it would take longer than all the rest.
+        slow = dtype == "bfloat16" and llmquant.parse_dtype("auto", self.plan.device, stored=dtype).name == "float32"
+        stream = whole.first(max(2, (NOISE_TOKENS_SLOW if slow else NOISE_TOKENS) // whole.protocol.window))
         other = f"{reference.label} in {dtype}"
         twins = {other: models.load_model(reference.path, dtype, self.plan.device, "auto")}
         if cached[0] is None:

@@ -1,0 +1,57 @@
+"""The build hook: compiles the CPU kernel, or says why not."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def hook() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """What the hook reads, without a compiled library."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "llmquant" / "kernels").mkdir(parents=True)
+    return tmp_path
+
+
+def test_the_library_is_built_and_has_its_instruction_sets(hook, source):
+    assert hook.build(source) is None
+    library = ctypes.CDLL(str(source / hook.LIBRARY))
+    library.llmquant_instructions.restype = ctypes.c_char_p
+    names, has = [], ctypes.c_int()
+    while name := library.llmquant_instructions(len(names), ctypes.byref(has)):
+        names.append(name.decode())
+    assert names[-1] == "generic"
+    assert not list((source / "llmquant" / "kernels").glob("*.new"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"), [("/nonexistent/c++", "No such file"), ("false", "exit code 1")], ids=["no such compiler", "it fails"]
+)
+def test_a_compiler_that_does_not_work_is_a_reason_and_leaves_nothing(hook, source, compiler, words, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    assert words in hook.build(source)
+    assert not (source / hook.LIBRARY).exists()
+
+
+def test_no_compiler_says_what_to_install(hook, source, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert "install g++ or clang++" in hook.build(source)
