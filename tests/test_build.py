@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import platform
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -55,3 +58,19 @@ def test_no_compiler_says_what_to_install(hook, source, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "install g++ or clang++" in hook.build(source)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is a matter of x86")
+def test_the_logic_of_vectors_of_sixteen_is_right_on_any_processor(hook, tmp_path):
+    """AVX-512's file compiled for what this machine has: other instructions, the same code and its own rows at a time."""
+    cpu, check = ROOT / "csrc" / "cpu", ROOT / "tests" / "native" / "check.cpp"
+    wide = tmp_path / "wide.cpp"
+    text = (cpu / "isa_avx512.cpp").read_text()
+    assert text.startswith("#define LANES 16")
+    wide.write_text(re.sub(r"return __builtin_cpu_supports.*?;", "return true;", text, flags=re.DOTALL))
+    others = [cpu / f"{name}.cpp" for name in ("api", "threads", "masks", "isa_generic", "isa_avx2")]
+    program = tmp_path / "check"
+    flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-Wno-psabi", "-march=native", "-mno-avx512f", f"-I{cpu}"]
+    subprocess.run(["c++", *flags, check, wide, *others, "-o", program, "-ldl"], check=True)
+    done = subprocess.run([program, "0"], capture_output=True, text=True, check=False)
+    assert done.stdout == "avx512: 504 products, 0 numbers wrong\n"
