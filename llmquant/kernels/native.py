@@ -59,12 +59,14 @@ def library() -> ctypes.CDLL | None:
         return None
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.llmquant_instructions.argtypes, lib.llmquant_instructions.restype = [i, p], ctypes.c_char_p
+    lib.llmquant_int8_instructions.argtypes, lib.llmquant_int8_instructions.restype = [i, p], ctypes.c_char_p
     lib.llmquant_has_threads.restype = i
     for name, arguments in {
         "llmquant_pack": [p, p, p, i],
         "llmquant_linear": [i, p, p, n, i, p, p, i],
         "llmquant_decode": [i, p, n, n, i, p, n, i],
         "llmquant_dense_one_row": [i, p, i, n, n, p, i, p, i],
+        "llmquant_int8_linear": [i, p, p, n, i, p, i],
     }.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, None
@@ -144,7 +146,7 @@ def pack(codes: Tensor, layout: Layout, columns: Tensor | None) -> Tensor:
     words = torch.empty(tiles, layout.groups * layout.width * layout.bits // 32, ROWS, dtype=torch.int32)
     codes = codes.contiguous()
     weight = _struct(words, None, None, columns, layout)
-    _lib().llmquant_pack(ctypes.byref(weight), codes.data_ptr(), words.data_ptr(), torch.get_num_threads())
+    loaded().llmquant_pack(ctypes.byref(weight), codes.data_ptr(), words.data_ptr(), torch.get_num_threads())
     return words
 
 
@@ -154,8 +156,8 @@ def linear(
     """``[..., in]`` → ``[..., out]``; x float32, bfloat16 or float16, on the CPU."""
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
-    _lib().llmquant_linear(
-        _number(current_instructions()), _bound(words, scales, zeros, columns, bits, out, in_), x.data_ptr(), x.numel() // in_,
+    loaded().llmquant_linear(
+        _number(current_instructions()), bound(words, scales, zeros, columns, bits, out, in_), x.data_ptr(), x.numel() // in_,
         TYPES[x.dtype], None, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -168,14 +170,15 @@ def decode(
     """``[in, rows]``: the transposed weight of output rows ``rows`` (the first a multiple of 16), rounded once to ``dtype``."""
     count = rows.stop - rows.start
     decoded = torch.empty(in_, count, dtype=dtype)
-    _lib().llmquant_decode(
-        _number(current_instructions()), _bound(words, scales, zeros, columns, bits, out, in_), rows.start, count,
+    loaded().llmquant_decode(
+        _number(current_instructions()), bound(words, scales, zeros, columns, bits, out, in_), rows.start, count,
         TYPES[dtype], decoded.data_ptr(), count, torch.get_num_threads(),
     )  # fmt: skip
     return decoded
 
 
-def _lib() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The library, where it is known to be there."""
     lib = library()
     assert lib is not None, "asked only where why_missing() is None"
     return lib
@@ -193,7 +196,7 @@ def _struct(
 _BOUND: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], _Weight, int]] = {}
 
 
-def _bound(
+def bound(
     words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
 ) -> int:
     """The address of the C structure for these buffers, made once."""
