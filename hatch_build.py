@@ -31,10 +31,18 @@ FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fno-semantic-interposition",
 ]  # fmt: skip
 # Files that are compiled for more than the oldest processor of the architecture.
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 X86 = {
-    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "isa_avx2": _AVX2,
+    "isa_avx512": _AVX512,
+    "int8_avx2": _AVX2,
+    "int8_avx512": _AVX512,
+    "int8_avx512vnni": [*_AVX512, "-mavx512vnni"],
+    "int8_avxvnni": [*_AVX2, "-mavxvnni"],
 }
+# Files that leave out their instructions where the compiler refuses the flags, being younger than C++17 compilers.
+OPTIONAL = {"int8_avxvnni"}
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -66,13 +74,10 @@ def build(root: Path) -> str | None:
     sources = [s for s in sorted((root / SOURCES).glob("*.cpp")) if x86 or s.stem not in X86]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = [Path(scratch) / f"{s.stem}.o" for s in sources]
-        commands = [
-            [*compiler, *FLAGS, *X86.get(s.stem, []), "-c", str(s), "-o", str(o)]
-            for s, o in zip(sources, objects, strict=True)
-        ]
+        commands = [_commands(compiler, s, o) for s, o in zip(sources, objects, strict=True)]
         made = Path(scratch) / LIBRARY.name
         link = [*compiler, "-shared", "-o", str(made), *map(str, objects), *([] if sys.platform == "darwin" else ["-ldl"])]
-        problem = next((p for p in pool.map(_run, commands) if p), None) or _run(link)
+        problem = next((p for p in pool.map(_run_first, commands) if p), None) or _run(link)
         if problem is None:
             # Renamed into place: a process that has the old one mapped keeps it whole.
             beside = (root / LIBRARY).with_suffix(".new")
@@ -81,10 +86,29 @@ def build(root: Path) -> str | None:
         return problem
 
 
+def _commands(compiler: list[str], source: Path, made: Path) -> list[list[str]]:
+    """What compiles a file, and what to do where that fails."""
+    # Sums of 8-bit products are the same bits on every instruction set only if no multiplication is fused into an addition.
+    flags = [*FLAGS, "-ffp-contract=off"] if source.stem.startswith("int8") else FLAGS
+    ends = [X86.get(source.stem, []), *([[]] if source.stem in OPTIONAL else [])]
+    return [[*compiler, *flags, *end, "-c", str(source), "-o", str(made)] for end in ends]
+
+
 def _compiler() -> list[str] | None:
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
     return next(([found] for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+
+
+def _run_first(commands: list[list[str]]) -> str | None:
+    """Run the first of these that works. None, or why the first did not."""
+    problems: list[str] = []
+    for command in commands:
+        problem = _run(command)
+        if problem is None:
+            return None
+        problems.append(problem)
+    return problems[0]
 
 
 def _run(command: list[str]) -> str | None:

@@ -64,6 +64,11 @@ class PackedLinear(nn.Module):
         self.kernel, self.refusals = choose(
             self.spec, self.shape, weight.codes.device, dtype, self.ordered, kernel, weight
         )
+        if activations != "none" and self.kernel.rounds_inputs:
+            raise UsageError(
+                f"this layer's inputs are int8 per token already ({activations}); kernel {self.kernel.name} would round them "
+                f"a second time, with other scales; use --kernel auto"
+            )
         for name, tensor in self.kernel.prepare(weight, dtype).items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)

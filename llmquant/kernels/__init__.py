@@ -1,6 +1,7 @@
 """Kernels by name in order of preference, and the choice among them: the first that has no reason against it.
 
-``auto`` never takes ``dense``: a packed model that quietly became a dense one would not be what was asked for.
+``auto`` never takes what stands behind ``reference``: ``dense``, because a packed model that quietly became a dense one would not be
+what was asked for, and ``cpu_int8``, because it rounds the activations.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from llmquant.errors import UsageError
 from llmquant.kernels.base import Kernel, Prepared
 from llmquant.kernels.cpu import Cpu
 from llmquant.kernels.cpu_int4 import CpuInt4
+from llmquant.kernels.cpu_int8 import CpuInt8
 from llmquant.kernels.dense import Dense
 from llmquant.kernels.reference import Reference
 from llmquant.spec import QuantSpec
@@ -20,7 +22,7 @@ from llmquant.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
-KERNELS: dict[str, Kernel] = {k.name: k for k in (Cpu(), CpuInt4(), Reference(), Dense())}
+KERNELS: dict[str, Kernel] = {k.name: k for k in (Cpu(), CpuInt4(), Reference(), Dense(), CpuInt8())}
 AUTO = "auto"
 
 

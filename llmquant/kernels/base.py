@@ -28,10 +28,12 @@ class Kernel(Protocol):
     Attributes:
         name: what a user writes to ask for it.
         any_dtype: whether the buffers serve every activation dtype, or only the one they were prepared for.
+        rounds_inputs: whether it computes with rounded activations; ``auto`` takes none that does.
     """
 
     name: str
     any_dtype: bool
+    rounds_inputs: bool
 
     def why_not(
         self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, g_idx: bool = False

@@ -55,6 +55,7 @@ class CpuInt4:
 
     name = "cpu_int4"
     any_dtype = False
+    rounds_inputs = False
 
     def why_not(
         self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, g_idx: bool = False

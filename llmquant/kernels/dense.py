@@ -20,6 +20,7 @@ class Dense:
 
     name = "dense"
     any_dtype = False
+    rounds_inputs = False
 
     def why_not(
         self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, g_idx: bool = False

@@ -59,6 +59,7 @@ def library() -> ctypes.CDLL | None:
         return None
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.llmquant_instructions.argtypes, lib.llmquant_instructions.restype = [i, p], ctypes.c_char_p
+    lib.llmquant_int8_instructions.argtypes, lib.llmquant_int8_instructions.restype = [i, p], ctypes.c_char_p
     lib.llmquant_has_threads.restype = i
     for name, arguments in {
         "llmquant_pack": [p, p, p, i],
@@ -66,6 +67,7 @@ def library() -> ctypes.CDLL | None:
         "llmquant_decode": [i, p, n, n, i, p, n, i],
         "llmquant_block_before_attention": [i, p, p, p, p, i, p, p, p, i],
         "llmquant_block_after": [i, p, p, p, p, p, i, n, p, p, i],
+        "llmquant_int8_linear": [i, p, p, n, i, p, i],
     }.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, None
@@ -150,7 +152,7 @@ def pack(codes: Tensor, layout: Layout, columns: Tensor | None) -> Tensor:
     words = torch.empty(tiles, layout.groups * layout.width * layout.bits // 32, ROWS, dtype=torch.int32)
     codes = codes.contiguous()
     weight = _struct(words, None, None, columns, layout)
-    _lib().llmquant_pack(ctypes.byref(weight), codes.data_ptr(), words.data_ptr(), torch.get_num_threads())
+    loaded().llmquant_pack(ctypes.byref(weight), codes.data_ptr(), words.data_ptr(), torch.get_num_threads())
     return words
 
 
@@ -160,7 +162,7 @@ def linear(
     """``[..., in]`` → ``[..., out]``; x float32, bfloat16 or float16, on the CPU."""
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
-    _lib().llmquant_linear(
+    loaded().llmquant_linear(
         current_number(), bound(words, scales, zeros, columns, bits, out, in_), x.data_ptr(), x.numel() // in_,
         TYPES[x.dtype], None, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -174,7 +176,7 @@ def decode(
     """``[in, rows]``: the transposed weight of output rows ``rows`` (the first a multiple of 16), rounded once to ``dtype``."""
     count = rows.stop - rows.start
     decoded = torch.empty(in_, count, dtype=dtype)
-    _lib().llmquant_decode(
+    loaded().llmquant_decode(
         current_number(), bound(words, scales, zeros, columns, bits, out, in_), rows.start, count,
         TYPES[dtype], decoded.data_ptr(), count, torch.get_num_threads(),
     )  # fmt: skip
@@ -196,14 +198,15 @@ def half_linear(x: Tensor, words: Tensor, out: int, in_: int) -> Tensor:
     """``[..., in]`` → ``[..., out]`` with the weight of :func:`half_tiles`; sums are float32."""
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
-    _lib().llmquant_linear(
+    loaded().llmquant_linear(
         current_number(), bound(words, words, None, None, 16, out, in_), x.data_ptr(), x.numel() // in_, TYPES[x.dtype], None,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _lib() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The library, where it is known to be there."""
     lib = library()
     assert lib is not None, "asked only where why_missing() is None"
     return lib

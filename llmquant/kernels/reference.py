@@ -34,6 +34,7 @@ class Reference:
 
     name = "reference"
     any_dtype = True
+    rounds_inputs = False
 
     def why_not(
         self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, g_idx: bool = False
