@@ -30,11 +30,12 @@ LIBRARY = Path("llmquant") / "kernels" / "libllmquant_cpu.so"
 FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fno-semantic-interposition",
 ]  # fmt: skip
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 # Files that are compiled for more than the oldest processor of the architecture.
-X86 = {
-    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-}
+X86 = {"isa_avx2": AVX2, "isa_avx512": AVX512, "rounding_avx2": AVX2, "rounding_avx512": AVX512}
+# What chooses codes rounds as torch does, on every processor alike: no multiplication and addition made one unasked.
+EXACT = "rounding"
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -67,7 +68,7 @@ def build(root: Path) -> str | None:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = [Path(scratch) / f"{s.stem}.o" for s in sources]
         commands = [
-            [*compiler, *FLAGS, *X86.get(s.stem, []), "-c", str(s), "-o", str(o)]
+            [*compiler, *_flags(s.stem), "-c", str(s), "-o", str(o)]
             for s, o in zip(sources, objects, strict=True)
         ]
         made = Path(scratch) / LIBRARY.name
@@ -79,6 +80,10 @@ def build(root: Path) -> str | None:
             shutil.copyfile(made, beside)
             beside.replace(root / LIBRARY)
         return problem
+
+
+def _flags(stem: str) -> list[str]:
+    return [*FLAGS, *(["-ffp-contract=off"] if stem.startswith(EXACT) else []), *X86.get(stem, [])]
 
 
 def _compiler() -> list[str] | None:
