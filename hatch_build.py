@@ -36,6 +36,8 @@ _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf1
 X86 = {
     "isa_avx2": _AVX2,
     "isa_avx512": _AVX512,
+    "rounding_avx2": _AVX2,
+    "rounding_avx512": _AVX512,
     "int8_avx2": _AVX2,
     "int8_avx512": _AVX512,
     "int8_avx512vnni": [*_AVX512, "-mavx512vnni"],
@@ -88,8 +90,9 @@ def build(root: Path) -> str | None:
 
 def _commands(compiler: list[str], source: Path, made: Path) -> list[list[str]]:
     """What compiles a file, and what to do where that fails."""
-    # Sums of 8-bit products are the same bits on every instruction set only if no multiplication is fused into an addition.
-    flags = [*FLAGS, "-ffp-contract=off"] if source.stem.startswith("int8") else FLAGS
+    # Chosen codes and sums of 8-bit products are the same bits on every instruction set, and the codes torch's, only if no
+    # multiplication is fused into an addition unasked.
+    flags = [*FLAGS, "-ffp-contract=off"] if source.stem.startswith(("int8", "rounding")) else FLAGS
     ends = [X86.get(source.stem, []), *([[]] if source.stem in OPTIONAL else [])]
     return [[*compiler, *flags, *end, "-c", str(source), "-o", str(made)] for end in ends]
 

@@ -1,4 +1,4 @@
-"""``cpu_int8`` said again, slowly: the definition of csrc/cpu/int8.h in torch, and an upper bound of what rounding x may change."""
+"""``cpu_int8`` said again, slowly: the definition of csrc/cpu/int8.h in torch, and a bound of what rounding x may change."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ from test_cpu_kernel import exact, poisoned
 from tolerances import dot_bound
 
 from llmquant.errors import UsageError
-from llmquant.kernels import KERNELS, choose, native, native_int8
+from llmquant.kernels import KERNELS, choose, native_int8
 from llmquant.kernels.cpu import Cpu
 from llmquant.modules import PackedLinear, describe
+from llmquant.runtime import native_library
 from llmquant.runtime.processor import processor_of
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -31,7 +32,9 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def weight(bits: int, out: int, in_: int, group: int | None, symmetric: bool, scales: torch.dtype | None = None) -> QuantizedWeight:
+def weight(
+    bits: int, out: int, in_: int, group: int | None, symmetric: bool, scales: torch.dtype | None = None
+) -> QuantizedWeight:
     return random_weight(out, in_, QuantSpec(bits, group, symmetric), scale_dtype=scales)
 
 
@@ -164,11 +167,11 @@ def test_buffers_are_those_of_cpu():
 
 def test_auto_never_takes_it(monkeypatch):
     assert choose(QuantSpec(4, 128), (256, 256), torch.device("cpu"), FP32)[0].name == "cpu"
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native_library, "library", lambda: None)
     kernel, refusals = choose(QuantSpec(4, 128), (256, 256), torch.device("cpu"), FP32)
     assert kernel.name == "reference"
     assert "cpu_int8" not in refusals
-    with pytest.raises(UsageError, match="kernel cpu_int8 cannot take .* install g"):
+    with pytest.raises(UsageError, match=r"kernel cpu_int8 cannot take .* install g"):
         choose(QuantSpec(4, 128), (256, 256), torch.device("cpu"), FP32, prefer="cpu_int8")
 
 

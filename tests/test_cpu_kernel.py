@@ -16,6 +16,7 @@ from llmquant.kernels import choose, native
 from llmquant.kernels import cpu as cpu_module
 from llmquant.kernels.cpu import Cpu, unit
 from llmquant.modules import PackedLinear
+from llmquant.runtime import native_library
 from llmquant.runtime.processor import processor_of, this_processor
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -250,7 +251,7 @@ def test_an_instruction_set_that_is_not_there_is_refused():
 
 
 def test_without_the_library_the_kernel_says_why_and_another_is_taken(monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native_library, "library", lambda: None)
     kernel, refusals = choose(QuantSpec(4, 128), (256, 256), torch.device("cpu"), FP32)
     assert kernel.name == "reference"
     assert "install g++" in refusals["cpu"]

@@ -14,10 +14,11 @@ from tolerances import ROUNDOFF, dot_bound
 from torch import Tensor
 
 from llmquant.errors import UsageError
-from llmquant.kernels import KERNELS, choose, int4pack, native
+from llmquant.kernels import KERNELS, choose, int4pack
 from llmquant.kernels import cpu_int4 as cpu_int4_module
 from llmquant.kernels.cpu_int4 import CROSSOVER_ROWS, CpuInt4, operator_group
 from llmquant.kernels.reference import narrowest
+from llmquant.runtime import native_library
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -216,7 +217,7 @@ def test_cpu_int4_refuses_with_a_reason(spec, device, dtype, words, caplog):
 
 @needs_int4
 def test_without_the_compiled_kernel_auto_takes_torchs_operator_where_it_can(monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native_library, "library", lambda: None)
     for spec, dtype, name in (
         (QuantSpec(4, 128), BF16, "cpu_int4"), (QuantSpec(4, 128), torch.float32, "reference"),
         (QuantSpec(8, 128), BF16, "reference"),

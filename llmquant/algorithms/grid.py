@@ -7,7 +7,9 @@ signs of the scale, and keeps the one with the smallest weighted error ``sum_j i
 
 Every candidate is rounded to a portable scale *before* its error is measured, so what is compared is what will be stored.
 The min-max candidate is always among them: a search is never worse than min-max by its own measure. All of it is
-element-wise per group, so rows are processed in slices of bounded size.
+element-wise per group, so rows are processed in slices of bounded size. A group's errors are summed in one order
+everywhere (:func:`_folded`), so the result does not depend on the processor, the device or the number of threads. In
+float32 on the CPU compiled code does the same, bit for bit (``native.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmquant.algorithms import native
 from llmquant.errors import SpecError
 from llmquant.spec import QuantSpec
 from llmquant.weight import portable
@@ -76,6 +79,10 @@ def fit(
     width = spec.width(in_features)
     groups = weight.contiguous().reshape(out_features, -1, width)
     cost = None if importance is None else importance.to(weight.dtype).reshape(1, -1, width)
+    if search.norm == 2.0 and native.why_not(groups) is None:
+        factors, fractions = _ranges(spec, search)
+        lines = None if cost is None else cost[0]
+        return native.fit(groups, lines, spec.max_code, spec.symmetric, search.steps, factors, fractions)
     elements = _SLICE_ELEMENTS if weight.device.type == "cpu" else _SLICE_ELEMENTS_ACCELERATOR
     rows = max(1, elements // in_features)
     parts = [_fit_slice(part, spec, search, cost) for part in groups.split(rows)]
@@ -98,21 +105,32 @@ def _fit_slice(w: Tensor, spec: QuantSpec, search: ScaleSearch, cost: Tensor | N
     return scale, zero
 
 
+def _ranges(spec: QuantSpec, search: ScaleSearch) -> tuple[list[float], list[float]]:
+    """What a group's reach is multiplied with for the scale of every candidate range, and its fraction of the widest.
+
+    The first is min-max. For symmetric specs that is one range more: their search spans the shorter side of the codes.
+    """
+    fractions = torch.linspace(1.0, search.smallest, max(search.steps, 1)).tolist()
+    if not spec.symmetric:
+        return [fraction / spec.max_code for fraction in fractions], fractions
+    return [2 / spec.max_code, *(fraction / (spec.middle - 1) for fraction in fractions)], [1.0, *fractions]
+
+
 def _candidates(w: Tensor, spec: QuantSpec, search: ScaleSearch) -> Iterator[tuple[Tensor, Tensor]]:
     """(scale, zero) pairs ``[rows, groups]``; the first is min-max."""
-    fractions = torch.linspace(1.0, search.smallest, max(search.steps, 1)).tolist()
+    factors, fractions = _ranges(spec, search)
     if spec.symmetric:
         reach = w.abs().amax(-1)
         middle = torch.full_like(reach, spec.middle)
-        yield portable(reach * (2 / spec.max_code)).to(w.dtype), middle
-        for fraction in fractions:
-            scale = portable(reach * (fraction / (spec.middle - 1))).to(w.dtype)
+        yield portable(reach * factors[0]).to(w.dtype), middle
+        for factor in factors[1:]:
+            scale = portable(reach * factor).to(w.dtype)
             yield scale, middle
             yield -scale, middle
         return
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    for fraction in fractions:
-        scale = portable((high - low) * (fraction / spec.max_code)).to(w.dtype)
+    for factor, fraction in zip(factors, fractions, strict=True):
+        scale = portable((high - low) * factor).to(w.dtype)
         zero = torch.round(-low * fraction / scale).clamp(0, spec.max_code)
         yield scale, zero
         if search.steps:
@@ -126,4 +144,16 @@ def _error(
     scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
     delta = round_to_codes(w, scale, zero, spec.max_code).sub_(zero).mul_(scale).sub_(w)
     delta = delta.square_() if search.norm == 2.0 else delta.abs_().pow_(search.norm)
-    return (delta if cost is None else delta.mul_(cost)).sum(-1)
+    return _folded(delta if cost is None else delta.mul_(cost))
+
+
+def _folded(numbers: Tensor) -> Tensor:
+    """The sum over the last dim: its second half onto the first until one is left; of an odd number the middle one stays.
+
+    ``sum`` would add in an order of the processor's choosing, and a last bit can choose between two candidates.
+    """
+    while (count := numbers.shape[-1]) > 1:
+        half = (count + 1) // 2
+        numbers[..., : count - half] += numbers[..., half:]
+        numbers = numbers[..., :half]
+    return numbers[..., 0]

@@ -1,7 +1,7 @@
 """Kernels by name in order of preference, and the choice among them: the first that has no reason against it.
 
-``auto`` never takes what stands behind ``reference``: ``dense``, because a packed model that quietly became a dense one would not be
-what was asked for, and ``cpu_int8``, because it rounds the activations.
+``auto`` never takes what stands behind ``reference``: ``dense``, because a packed model that quietly became a dense one would
+not be what was asked for, and ``cpu_int8``, because it rounds the activations.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmquant.kernels import native
 from llmquant.kernels.native import TYPES
+from llmquant.runtime.native_library import library
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 _ADDRESSES = {"_before", "_after", "_strides", "_words", "_block", "_address"}
@@ -67,7 +68,7 @@ class Step:
 
     def _link(self) -> None:
         """Take the addresses of what a call needs."""
-        lib = native.library()
+        lib = library()
         assert lib is not None
         self._before, self._after = lib.llmquant_block_before_attention, lib.llmquant_block_after
         self._strides = (ctypes.c_int64 * 4)()
@@ -114,7 +115,7 @@ class Step:
         key = hidden.new_empty((1, s.kv_heads, 1, s.head_dim))
         value = torch.empty_like(key)
         self._before(
-            native.current_number(), self._address, hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            native.instruction_number(), self._address, hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             TYPES[hidden.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return query, key, value
@@ -127,7 +128,7 @@ class Step:
         strides = self._strides
         strides[0], strides[1], strides[2], strides[3] = keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)
         self._after(
-            native.current_number(), self._address, hidden.data_ptr(), query.data_ptr(), keys.data_ptr(),
+            native.instruction_number(), self._address, hidden.data_ptr(), query.data_ptr(), keys.data_ptr(),
             values.data_ptr(), TYPES[hidden.dtype], keys.shape[2], strides, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out

@@ -1,13 +1,13 @@
-"""``cpu_int8``: the packed weight of ``cpu`` times activations that are rounded to 8 bits. Faster, and other numbers: only by name.
+"""``cpu_int8``: the packed weight of ``cpu`` times activations that are rounded to 8 bits. Faster, and other numbers.
 
-Every row of x is cut where the weight's groups are cut, wider groups (per-row scales) into pieces of 128 columns, and each piece is
-rounded to int8 with a scale of its own, ``max|x| / 127``, to nearest even. Codes and activations are multiplied and summed as
-integers, exactly; the pieces are summed in float32, in their order, with no fused operation. So the result is the same bits on every
-instruction set, for any number of threads, and for a row of x whether it comes alone or among others. csrc/cpu/int8.h has
+Every row of x is cut where the weight's groups are cut, wider groups (per-row scales) into pieces of 128 columns, and each piece
+is rounded to int8 with a scale of its own, ``max|x| / 127``, to nearest even. Codes and activations are multiplied and summed as
+integers, exactly; the pieces are summed in float32, in their order, with no fused operation. So the result is the same bits on
+every instruction set, for any number of threads, and for a row of x whether it comes alone or among others. csrc/cpu/int8.h has
 the definition, tests/int8_twin.py says it again in torch.
 
-``auto`` never takes it: it stands behind ``reference``, which refuses nothing. Memory is that of ``cpu``, the weight itself is held
-exactly. A NaN or an infinity makes all outputs of its row NaN.
+It is taken by name only: it stands behind ``reference``, which refuses nothing. Memory is that of ``cpu``, the weight itself is
+held exactly. A NaN or an infinity makes all outputs of its row NaN.
 """
 
 from __future__ import annotations

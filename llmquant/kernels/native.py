@@ -2,31 +2,28 @@
 
 The library has a plain C interface, so it depends on no version of torch. What torch must know of it, for ``torch.compile``
 and exports, is the operator ``llmquant::packed_linear``; eager calls go past the dispatcher, which would cost more than a small
-product does. Which instruction set runs is the best one that the processor has *and* that torch is held to
-(``ATEN_CPU_CAPABILITY``); :func:`instructions` changes it for a test.
+product does. Loading it and choosing the instruction set is runtime/native_library.py's.
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmquant.errors import UsageError
-from llmquant.runtime.processor import Processor, this_processor
+from llmquant.runtime.native_library import best_instructions as best_instructions
+from llmquant.runtime.native_library import compiled_instructions as compiled_instructions
+from llmquant.runtime.native_library import current_instructions, library
+from llmquant.runtime.native_library import instruction_number as instruction_number
+from llmquant.runtime.native_library import instructions as instructions
+from llmquant.runtime.native_library import why_missing as why_missing
 
-LIBRARY = Path(__file__).with_name("libllmquant_cpu.so")
 ROWS = 16  # output rows of a tile
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NEEDS = {"avx512": ("avx512f",), "avx2": ("avx2", "fma"), "generic": ()}
 
 
 class _Weight(ctypes.Structure):
@@ -48,92 +45,6 @@ class Layout:
     in_features: int
     groups: int
     width: int
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The library with its signatures, or None where it was not built."""
-    try:
-        lib = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        return None
-    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    lib.llmquant_instructions.argtypes, lib.llmquant_instructions.restype = [i, p], ctypes.c_char_p
-    lib.llmquant_int8_instructions.argtypes, lib.llmquant_int8_instructions.restype = [i, p], ctypes.c_char_p
-    lib.llmquant_has_threads.restype = i
-    for name, arguments in {
-        "llmquant_pack": [p, p, p, i],
-        "llmquant_linear": [i, p, p, n, i, p, p, i],
-        "llmquant_decode": [i, p, n, n, i, p, n, i],
-        "llmquant_block_before_attention": [i, p, p, p, p, i, p, p, p, i],
-        "llmquant_block_after": [i, p, p, p, p, p, i, n, p, p, i],
-        "llmquant_int8_linear": [i, p, p, n, i, p, i],
-    }.items():
-        function = getattr(lib, name)
-        function.argtypes, function.restype = arguments, None
-    return lib
-
-
-def why_missing() -> str | None:
-    """Why there is no compiled kernel here, or None."""
-    if library() is None:
-        return "it was not compiled when llmquant was installed (no C++ compiler?); install g++, then llmquant again"
-    return None
-
-
-@cache
-def compiled_instructions() -> dict[str, int]:
-    """Instruction sets that the library was compiled for and that this machine has → their number, best first."""
-    lib = library()
-    found: dict[str, int] = {}
-    available = ctypes.c_int()
-    while lib is not None and (name := lib.llmquant_instructions(number := len(found), ctypes.byref(available))):
-        found[name.decode()] = number if available.value else -1
-    return {name: number for name, number in found.items() if number >= 0}
-
-
-def best_instructions(processor: Processor) -> str:
-    """The widest instruction set that was compiled and that ``processor`` may use."""
-    return next(name for name in compiled_instructions() if processor.has(*_NEEDS[name]))
-
-
-_forced: list[str] = []
-
-
-def current_instructions() -> str:
-    """The name of the instruction set that runs now."""
-    return _forced[-1] if _forced else _best()
-
-
-@cache
-def _best() -> str:
-    return best_instructions(this_processor())
-
-
-def current_number() -> int:
-    """The library's number of :func:`current_instructions`."""
-    return _number(current_instructions())
-
-
-@cache
-def _number(name: str) -> int:
-    return compiled_instructions()[name]
-
-
-@contextmanager
-def instructions(name: str) -> Iterator[None]:
-    """Run on this instruction set inside the block, whatever is best.
-
-    Raises:
-        UsageError: it was not compiled, or this machine has not got it.
-    """
-    if name not in compiled_instructions():
-        raise UsageError(f"instruction set {name!r} is not available; there are {', '.join(compiled_instructions())}")
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
 
 
 def shares_threads() -> bool:
@@ -163,7 +74,7 @@ def linear(
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
     loaded().llmquant_linear(
-        current_number(), bound(words, scales, zeros, columns, bits, out, in_), x.data_ptr(), x.numel() // in_,
+        instruction_number(), bound(words, scales, zeros, columns, bits, out, in_), x.data_ptr(), x.numel() // in_,
         TYPES[x.dtype], None, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -177,7 +88,7 @@ def decode(
     count = rows.stop - rows.start
     decoded = torch.empty(in_, count, dtype=dtype)
     loaded().llmquant_decode(
-        current_number(), bound(words, scales, zeros, columns, bits, out, in_), rows.start, count,
+        instruction_number(), bound(words, scales, zeros, columns, bits, out, in_), rows.start, count,
         TYPES[dtype], decoded.data_ptr(), count, torch.get_num_threads(),
     )  # fmt: skip
     return decoded
@@ -199,7 +110,7 @@ def half_linear(x: Tensor, words: Tensor, out: int, in_: int) -> Tensor:
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
     loaded().llmquant_linear(
-        current_number(), bound(words, words, None, None, 16, out, in_), x.data_ptr(), x.numel() // in_, TYPES[x.dtype], None,
+        instruction_number(), bound(words, words, None, None, 16, out, in_), x.data_ptr(), x.numel() // in_, TYPES[x.dtype], None,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmquant.errors import UsageError
 from llmquant.kernels import native
 from llmquant.kernels.native import TYPES
+from llmquant.runtime.native_library import library
 from llmquant.runtime.processor import Processor, this_processor
 
 _NEEDS = {
@@ -27,7 +28,7 @@ _NEEDS = {
 @cache
 def compiled_instructions() -> dict[str, int]:
     """Instruction sets that the library was compiled for and that this machine has → their number, best first."""
-    lib = native.library()
+    lib = library()
     found: dict[str, int] = {}
     available = ctypes.c_int()
     while lib is not None and (name := lib.llmquant_int8_instructions(number := len(found), ctypes.byref(available))):
