@@ -101,8 +101,8 @@ def test_the_cases_tell_the_orders_and_rtn_apart():
 
 SLIPS = {
     "block-local column used as a global one to look up the group": (
-        "group = group_of[column]\n",
-        "group = group_of[column - start]\n",
+        "grid.group_of[columns.start : columns.stop]",
+        "grid.group_of[columns.start - start : columns.stop - start]",
     ),
     "columns behind the block never hear of its errors": ("w[stop:].addmm_(", "w[stop:].clone().addmm_("),
     "only the block's last error reaches the columns behind it": (
@@ -111,12 +111,12 @@ SLIPS = {
     ),
     "columns inside the block are not updated": ("w[column + 1 : stop].addr_(", "w[column + 1 : stop].clone().addr_("),
     "the last column of a block is not updated": (
-        "w[column + 1 : stop].addr_(factor.upper[column, column + 1 : stop]",
-        "w[column + 1 : stop - 1].addr_(factor.upper[column, column + 1 : stop - 1]",
+        "w[column + 1 : stop].addr_(row[column + 1 - start :]",
+        "w[column + 1 : stop - 1].addr_(row[column + 1 - start : -1]",
     ),
-    "error not divided by the diagonal": (" / factor.upper[column, column]", ""),
-    "error of the code, not of the value": ("(code - zero) * scale) / f", "code * scale) / f"),
-    "a late group is fitted before all errors arrived": ("1 if grid.fitted_ahead else width", "1"),
+    "error not divided by the diagonal": (" / row[column - start]", ""),
+    "error of the code, not of the value": ("(code - zero) * scale) / r", "code * scale) / r"),
+    "a late group is fitted on columns that are not its own": ("_fit_group(w, first, grid", "_fit_group(w.roll(1, 0), first, grid"),
     "late groups are fitted on the original weights": ('if options.act_order == "static":', "if True:"),
     "codes left in visiting order": ("natural[factor.order] = codes", "natural[:] = codes"),
     "g_idx left in visiting order": ("g_idx[factor.order] = grid.group_of", "g_idx[:] = grid.group_of"),

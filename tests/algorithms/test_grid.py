@@ -113,7 +113,7 @@ SLIPS = {
     "one-sided groups do not reach zero": ("w.amin(-1).clamp(max=0)", "w.amin(-1)"),
     "importance of the columns reversed": ("importance.to(weight.dtype)", "importance.to(weight.dtype).flip(0)"),
     "importance left out": ("cost is None else delta.mul_(cost)", "True else delta"),
-    "errors squared whatever the norm": ("if search.norm == 2.0", "if True"),
+    "errors squared whatever the norm": ("delta.square_() if search.norm == 2.0", "delta.square_() if True"),
     "a code too many": ("clamp_(0, max_code)", "clamp_(0, max_code + 1)"),
 }
 
