@@ -145,8 +145,6 @@ def quantize(
     everywhere, here = on_this_cpu(prepared.layout.name, selection.schemes)
     for warning in everywhere:
         events.on_warning(warning)
-    for note in here:
-        events.on_note(note)
     calibration = prepared.calibration(options.evaluation)
     if calibration is not None:
         events.on_calibration(calibration)
@@ -161,6 +159,8 @@ def quantize(
     before = None if options.restart or plan.world.size > 1 else finished_before(destination, facts)
     if before is not None:
         return work.result(before, work.total, sum(i.nbytes for i in CheckpointReader(destination).tensors.values()))
+    for note in here:  # not earlier: what stops a run should stand alone
+        events.on_note(note)
     with deterministic(recipe.seed), CheckpointWriter(
         output, max_shard_size=options.max_shard_size, overwrite=options.overwrite,
         keep=state_of(destination).exists() and not options.restart,

@@ -185,7 +185,7 @@ def test_tied_embeddings_stay_tied_and_unquantized(make_model: Callable[..., Pat
     source = make_model(tie_word_embeddings=True)
     quantize(source, tmp_path / "q", gptq)
     assert "lm_head.weight" not in CheckpointReader(tmp_path / "q")
-    loaded = load(tmp_path / "q")
+    loaded = load(tmp_path / "q", dtype="bfloat16")
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     with pytest.raises(UsageError, match="lm_head shares its weights with the embeddings"):
         quantize(source, tmp_path / "head", gptq.updated({"ignore": ()}))

@@ -85,6 +85,11 @@ def stopped(stopped_once: Path, deep: Path, tmp_path: Path) -> tuple[Path, Path]
 # --- continuing -------------------------------------------------------------------------------------------------------
 
 
+def of_engines(note: str) -> bool:
+    """What is said of vLLM depends on this machine's processor."""
+    return note.startswith("vLLM on a CPU without AVX-512")
+
+
 @pytest.mark.parametrize("block", [1, 2])
 def test_an_interrupt_says_how_to_continue_and_that_gives_the_same_files(
     deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str], block: int
@@ -94,7 +99,7 @@ def test_an_interrupt_says_how_to_continue_and_that_gives_the_same_files(
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", ".out.resume"]
     notes: list[str] = []
     seen: list[int] = []
-    events = Events(on_note=notes.append, on_progress=lambda where: seen.append(where.block))
+    events = Events(on_note=lambda n: None if of_engines(n) else notes.append(n), on_progress=lambda at: seen.append(at.block))
     result = quantize(deep, tmp_path / "out", gptq, events=events)
     assert notes == [f"continuing behind block {block} of 3 of an interrupted run"]
     assert min(seen) == block
@@ -400,7 +405,7 @@ def test_states_in_files_give_the_same_files(
     for kept, most in ((False, 4), (True, 6)):
         folder, notes = tmp_path / f"kept {kept}", []
         options = QuantizeOptions(max_memory=1, resume=kept)
-        quantize(deep, folder / "out", recipe, options, Events(on_note=notes.append))
+        quantize(deep, folder / "out", recipe, options, Events(on_note=lambda n, k=notes: None if of_engines(n) else k.append(n)))
         assert notes == [f"hidden states are kept in {folder / '.out.resume'}: they do not fit in memory"]
         assert 1 <= watched[0] <= most
         assert hashes(folder / "out") == expected

@@ -170,7 +170,7 @@ def test_the_stated_error_is_that_of_the_form(request_with_cache: Callable[..., 
 def test_another_text_has_a_cache_of_its_own(request_with_cache: Callable[..., Request], tmp_path: Path) -> None:
     evaluate(request_with_cache(noise_floor=False))
     evaluate(request_with_cache(noise_floor=False, max_windows=4))
-    evaluate(request_with_cache(noise_floor=False, dtype="float32"))
+    evaluate(request_with_cache(noise_floor=False, dtype="float16"))
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
