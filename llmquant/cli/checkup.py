@@ -46,6 +46,7 @@ class Checkup:
     disk: Mapping[str, Any]
     auto: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compiled: dict[str, Any] = field(default_factory=dict)
     threads: dict[str, int | None] = field(default_factory=dict)
     gpus: list[dict[str, Any]] = field(default_factory=list)
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -173,6 +174,7 @@ def _look_with_torch(found: Checkup) -> None:
         found.hints.append(f"nvidia-smi is here but torch finds no GPU (it is {built}); see https://pytorch.org/get-started")
     try:
         found.kernels = _kernels(device, chosen.dtype)
+        found.compiled = _compiled(found.hints)
     except (LlmquantError, *_BROKEN) as e:
         found.problems.append(f"kernels cannot be chosen: {e}")
     if found.versions["compressed-tensors"] is None:
@@ -194,6 +196,18 @@ def _kernels(device: Any, dtype: Any) -> dict[str, dict[str, Any]]:
         kernel, refusals = choose(QuantSpec(bits, _GROUP), _SHAPE, device, dtype)
         found[f"W{bits} g{_GROUP}"] = {"kernel": kernel.name, "dtype": str(dtype).removeprefix("torch."), "not": dict(refusals)}
     return found
+
+
+def _compiled(hints: list[str]) -> dict[str, Any]:
+    """The compiled CPU library: instruction sets and threads."""
+    from llmquant.kernels import native
+
+    facts = native.describe()
+    if not facts["compiled"]:
+        hints.append(f"packed layers are slow on this CPU: kernel cpu is missing; {facts['reason']}")
+    elif not facts["shares_threads"]:
+        hints.append("kernel cpu runs on one thread: torch brought no OpenMP runtime that it could share")
+    return facts
 
 
 def _takes(name: str) -> dict[str, Any]:

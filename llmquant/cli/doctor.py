@@ -69,6 +69,8 @@ def _rows(found: Checkup) -> list[tuple[str, str]]:
         rows.append(("auto dtype, cpu", f"{auto['cpu_dtype']}: {auto['cpu_reason']}"))
         rows.append(("to calibrate", f"{auto['calibration_dtype']}: {auto['calibration_reason']}"))
     rows += [_kernel(scheme, facts) for scheme, facts in found.kernels.items()]
+    if found.compiled.get("compiled"):
+        rows.append(("compiled code", f"runs on {found.compiled['runs']}; there are {', '.join(found.compiled['available'])}"))
     if found.threads:
         cores = f", of {found.threads['cores']} cores" if found.threads["cores"] else ""
         rows.append(("threads", f"{found.threads['torch']}; {found.threads['available']} can run at once{cores}"))

@@ -159,11 +159,10 @@ def _forget(key: int, address: int) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """For `llmquant doctor`: instruction sets, the one that runs, and whether threads are shared with torch."""
+    """For `llmquant doctor`: the instruction set that runs, those there are, and whether threads are shared with torch."""
     if library() is None:
-        return {"missing": why_missing()}
+        return {"compiled": False, "reason": why_missing()}
     return {
-        "instructions": current_instructions(),
-        "available": list(compiled_instructions()),
-        "threads": torch.get_num_threads() if shares_threads() else 1,
-    }
+        "compiled": True, "runs": current_instructions(), "available": list(compiled_instructions()),
+        "shares_threads": shares_threads(),
+    }  # fmt: skip

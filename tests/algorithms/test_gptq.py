@@ -116,7 +116,7 @@ SLIPS = {
     ),
     "error not divided by the diagonal": (" / row[column - start]", ""),
     "error of the code, not of the value": ("(code - zero) * scale) / r", "code * scale) / r"),
-    "a late group is fitted on columns that are not its own": ("_fit_group(w, first, grid", "_fit_group(w.roll(1, 0), first, grid"),
+    "a late group is fitted on others' columns": ("_fit_group(w, first, grid", "_fit_group(w.roll(1, 0), first, grid"),
     "late groups are fitted on the original weights": ('if options.act_order == "static":', "if True:"),
     "codes left in visiting order": ("natural[factor.order] = codes", "natural[:] = codes"),
     "g_idx left in visiting order": ("g_idx[factor.order] = grid.group_of", "g_idx[:] = grid.group_of"),

@@ -154,6 +154,16 @@ def test_held_down_it_says_by_what() -> None:
         assert told["held_by"] == ["ATEN_CPU_CAPABILITY=default", "ONEDNN_MAX_CPU_ISA=SSE41"]
 
 
+def test_a_kernel_that_was_not_compiled_is_a_hint_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look().compiled["compiled"]
+    monkeypatch.setattr("llmquant.runtime.native_library.library", lambda: None)
+    monkeypatch.setattr("llmquant.kernels.native.library", lambda: None)
+    found = look()
+    assert not found.problems
+    assert any("kernel cpu is missing" in hint and "install g++" in hint for hint in found.hints)
+    assert found.kernels["W8 g128"]["kernel"] == "reference"
+
+
 def test_its_help_does_not_pay_for_torch() -> None:
     code = (
         "import sys; sys.argv = ['llmquant', 'doctor', '--help']\nfrom llmquant.cli import main\n"
