@@ -141,8 +141,9 @@ def does_something(node: ast.stmt) -> bool:
 
 
 def registers_command(call: ast.expr) -> bool:
-    """``app.command(...)(function)`` and ``app.add_typer(...)``: typer's way of defining."""
-    return ast.unparse(call).startswith(("app.command(", "app.add_typer("))
+    """``app.command(...)(function)``, ``app.add_typer(...)`` and an operator's gradient: typer's and torch's ways of defining."""
+    text = ast.unparse(call)
+    return text.startswith(("app.command(", "app.add_typer(")) or ".register_autograd(" in text
 
 
 EVERY = {name: path for modules in MODULES.values() for name, path in modules.items()}
