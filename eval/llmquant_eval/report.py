@@ -207,7 +207,7 @@ class Text(_Strict):
 class Settings(_Strict):
     """How the models were run, as asked for: ``kernel`` "auto" and ``batch_size`` None were chosen automatically.
 
-    ``dtype_reason`` says why the dtype is what it is where ``auto`` was asked for; reports of before 0.2 do not have it.
+    ``dtype_reason`` says why the dtype is what it is where ``auto`` was asked for; older reports do not have it.
     """
 
     dtype: str
@@ -220,7 +220,7 @@ class Settings(_Strict):
 class Hardware(_Strict):
     """The machine. ``cores`` are those this process may use; memory in bytes.
 
-    ``instruction_sets`` are those of the processor that torch may use; reports of before 0.2 do not have them.
+    ``instruction_sets`` are those of the processor that torch may use; older reports do not have them.
     """
 
     processor: str

@@ -1,9 +1,9 @@
 """The scale search and GPTQ's column loop in compiled code (csrc/cpu/rounding.h), for float32 on the CPU.
 
-Both give what the torch code of ``grid.py`` and ``gptq.py`` gives, to the bit and for any number of threads; that code stays for
-other devices and dtypes, for searches by another exponent than 2, and where the library was not built. GPTQ's loop rounds
-``w - u * error`` once, as torch does on a processor with fused multiply-add; on one without it, and in the output channels
-that are left over behind its last whole vector, torch rounds twice.
+Both give what the torch code of ``grid.py`` and ``gptq.py`` gives, to the bit but for one rounding (below), and for any number of
+threads; that code stays for other devices and dtypes, for searches by another exponent than 2, and where the library was not
+built. GPTQ's loop rounds ``w - u * error`` once, as torch does on a processor with fused multiply-add; on one without it, and
+in the output channels that are left over behind its last whole vector, torch rounds twice.
 """
 
 from __future__ import annotations
