@@ -17,7 +17,6 @@ from llmquant.errors import UsageError
 from llmquant.runtime.processor import Processor, this_processor
 
 LIBRARY = Path(__file__).parents[1] / "kernels" / "libllmquant_cpu.so"
-_NEEDS = {"avx512": ("avx512f",), "avx2": ("avx2", "fma"), "generic": ()}
 
 
 @cache
@@ -53,51 +52,63 @@ def why_missing() -> str | None:
     return None
 
 
-@cache
-def compiled_instructions() -> dict[str, int]:
-    """Instruction sets that the library was compiled for and that this machine has → their number, best first."""
-    lib = library()
-    found: dict[str, int] = {}
-    available = ctypes.c_int()
-    while lib is not None and (name := lib.llmquant_instructions(number := len(found), ctypes.byref(available))):
-        found[name.decode()] = number if available.value else -1
-    return {name: number for name, number in found.items() if number >= 0}
+class InstructionSets:
+    """The instruction sets of one of the library's products: which there are, and which runs.
 
-
-def best_instructions(processor: Processor) -> str:
-    """The widest instruction set that was compiled and that ``processor`` may use."""
-    return next(name for name in compiled_instructions() if processor.has(*_NEEDS[name]))
-
-
-_forced: list[str] = []
-
-
-def current_instructions() -> str:
-    """The name of the instruction set that runs now."""
-    return _forced[-1] if _forced else _best()
-
-
-@cache
-def _best() -> str:
-    return best_instructions(this_processor())
-
-
-def instruction_number() -> int:
-    """What the library calls the instruction set that runs now."""
-    return compiled_instructions()[current_instructions()]
-
-
-@contextmanager
-def instructions(name: str) -> Iterator[None]:
-    """Run on this instruction set inside the block, whatever is best.
-
-    Raises:
-        UsageError: it was not compiled, or this machine has not got it.
+    Args:
+        symbol: the library's function that names them, best first.
+        needs: name → what :meth:`Processor.has` must have for it.
     """
-    if name not in compiled_instructions():
-        raise UsageError(f"instruction set {name!r} is not available; there are {', '.join(compiled_instructions())}")
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
+
+    def __init__(self, symbol: str, needs: dict[str, tuple[str, ...]]) -> None:
+        self.symbol, self.needs = symbol, needs
+        self._forced: list[str] = []
+        self._found: dict[str, int] = {}
+        self._best: str | None = None
+
+    def compiled(self) -> dict[str, int]:
+        """Those that the library was compiled for and that this machine has → their number, best first."""
+        lib = library()
+        if lib is not None and not self._found:
+            name_of, available, number = getattr(lib, self.symbol), ctypes.c_int(), 0
+            while name := name_of(number, ctypes.byref(available)):
+                if available.value:
+                    self._found[name.decode()] = number
+                number += 1
+        return self._found
+
+    def best(self, processor: Processor) -> str:
+        """The best one that was compiled and that ``processor`` may use."""
+        return next(name for name in self.compiled() if processor.has(*self.needs[name]))
+
+    def current(self) -> str:
+        """The name of the one that runs now."""
+        if self._forced:
+            return self._forced[-1]
+        if self._best is None:
+            self._best = self.best(this_processor())
+        return self._best
+
+    def number(self) -> int:
+        """What the library calls the one that runs now."""
+        return self.compiled()[self.current()]
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Run on this one inside the block, whatever is best.
+
+        Raises:
+            UsageError: it was not compiled, or this machine has not got it.
+        """
+        if name not in self.compiled():
+            raise UsageError(f"instruction set {name!r} is not available; there are {', '.join(self.compiled())}")
+        self._forced.append(name)
+        try:
+            yield
+        finally:
+            self._forced.pop()
+
+
+SETS = InstructionSets("llmquant_instructions", {"avx512": ("avx512f",), "avx2": ("avx2", "fma"), "generic": ()})
+compiled_instructions, best_instructions, current_instructions = SETS.compiled, SETS.best, SETS.current
+instruction_number, instructions = SETS.number, SETS.using
