@@ -28,7 +28,7 @@ import torch
 
 import llmquant
 from llmquant_eval import scoring
-from llmquant_eval.machine import peak_resident_bytes, processor, resident_bytes, versions
+from llmquant_eval.machine import processor, versions
 from llmquant_eval.protocols import GptqProtocol
 from llmquant_eval.stream import Stream
 
@@ -109,10 +109,10 @@ def child(path: Path, window: int) -> None:
     import transformers
 
     _ = (transformers.AutoModelForCausalLM, llmquant.load)  # imported before the floor is read
-    floor = resident_bytes()
+    floor = llmquant.resident_bytes()
     model = llmquant.load(path)
     scoring.score({"model": model}, stream(2 * scoring.TOKENS_PER_BATCH, window))
-    print(json.dumps({"floor": floor, "peak": peak_resident_bytes()}))
+    print(json.dumps({"floor": floor, "peak": llmquant.peak_resident_bytes()}))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ those share one Hessian. ``observe`` then accumulates :class:`InputStats` for on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from llmquant.experts import Watch, watched
 from llmquant.stats import InputStats, PairStats
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Around = Callable[[int], AbstractContextManager[None]]
+"""What is entered around the passes of a batch, by its number; see :class:`llmquant.replay.Replay`."""
 
 
 class _LastBlockReached(Exception):  # noqa: N818 - control flow, never an error that anyone sees
@@ -179,8 +181,9 @@ def stages(
 
 
 def observe(
-    block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], all_experts: bool = False
-) -> dict[str, InputStats]:
+    block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], all_experts: bool = False,
+    around: Around = nullcontext,
+) -> dict[str, InputStats]:  # fmt: skip
     """Input statistics of each wanted linear over all batches. A pass ends once the last wanted linear is reached.
 
     An expert's are those of the tokens that the router sends to it, or with ``all_experts`` of all tokens.
@@ -195,9 +198,9 @@ def observe(
             raise _EnoughSeen
 
     with _input_hooks(wanted, see):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             waiting.update(wanted)
-            with watched(block, Watch(all_experts)), suppress(_EnoughSeen):
+            with watched(block, Watch(all_experts)), around(number), suppress(_EnoughSeen):
                 run_block(block, batch)
     return stats
 
@@ -209,6 +212,8 @@ def observe_pairs(
     originals: Mapping[str, Tensor],
     reference: Sequence[Tensor],
     all_experts: bool = False,
+    around: Around = nullcontext,
+    around_originals: Around = nullcontext,
 ) -> dict[str, PairStats]:
     """Input statistics of each wanted linear beside what the original model reads there.
 
@@ -221,13 +226,17 @@ def observe_pairs(
         originals: the block's original parameters that no longer stand in it, named from the block.
         reference: the original model's hidden states ``[batch, positions, hidden]`` for the same batches.
         all_experts: as for :func:`observe`.
+        around: entered around the quantized block's passes, by the number of the batch.
+        around_originals: likewise around those with its original parameters.
     """
     stats = {name: PairStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
-    for batch, hidden in zip(batches, reference, strict=True):
+    for number, (batch, hidden) in enumerate(zip(batches, reference, strict=True)):
         watch = Watch(all_experts)
-        seen = linear_inputs(block, wanted, batch, {}, watch)
+        with around(number):
+            seen = linear_inputs(block, wanted, batch, {}, watch)
         again = Watch(all_experts, replay=watch.routes)
-        beside = linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals, again)
+        with around_originals(number):
+            beside = linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals, again)
         for name, pair in stats.items():
             pair.add_pair(seen[name], beside[name])
     return stats

@@ -46,6 +46,7 @@ class Forecast:
     Attributes:
         phases: phase → bytes that the process has in RAM at its worst moment, libraries included.
         states: of them, hidden states, which ``--max-memory`` can keep in files instead.
+        replay: of them, what is kept only where there is room for it, and saves passes through a block.
         output: of weight files.
         scratch: on the output's disk beside the result while the run lasts: a shard's side file, saved hidden states.
         accelerator: on the device if the run is on one: the phases without libraries and states.
@@ -53,6 +54,7 @@ class Forecast:
 
     phases: Mapping[str, int]
     states: int
+    replay: int
     output: int
     scratch: int
     accelerator: int
@@ -79,8 +81,9 @@ def forecast(plan: Plan, recipe: Recipe, itemsize: int = 4, max_shard_size: int 
     work = Work.of(plan.source, linears, plan.architecture, plan.hidden, recipe, itemsize)
     shard = min(max_shard_size, plan.tensor_bytes)
     return Forecast(
-        phases={name: nbytes + LIBRARIES for name, nbytes in work.phases.items()},
+        phases={name: nbytes + LIBRARIES for name, nbytes in work.phases_with_replay.items()},
         states=work.states,
+        replay=work.replay,
         output=plan.bytes_on_disk,
         scratch=shard + 2 * work.states,
         accelerator=max(work.phases.values()) - work.states,
@@ -169,8 +172,23 @@ class Work:
         return self.states_of_one * (streams + (tune is not None and tune.target == "block")) if self.recipe.needs_text else 0
 
     @property
+    def replay(self) -> int:
+        """Inputs of a block's last linears, kept from one pass to the next (:mod:`llmquant.replay`): of attention and, where
+        there are no experts, of the MLP; of the original's pass too where that is watched."""
+        if not (self.recipe.needs_text and self.recipe.gptq.true_sequential):
+            return 0
+        columns = self.hidden + (0 if self.experts else self.widest)
+        return self.tokens * columns * self.itemsize * (2 if self.recipe.asymmetric else 1)
+
+    @property
+    def phases_with_replay(self) -> dict[str, int]:
+        """Phases where there is room for what saves passes; it is let go before a block is tuned."""
+        more = self.replay
+        return {n: nbytes + more * (n in ("pass", "statistics", "rounding")) for n, nbytes in self.phases.items()}
+
+    @property
     def phases(self) -> dict[str, int]:
-        """Phase → bytes at its worst moment, hidden states included, libraries not."""
+        """Phase → bytes at its worst moment, hidden states included, libraries not; what can be left out is left out."""
         if not self.recipe.needs_text:
             return {"copying": self.largest_copied, "rounding": self._data_free_rounding}
         held = self.block * self.itemsize + self.states

@@ -36,7 +36,8 @@ from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import AUTO, parse_device
 from llmquant.scaling import PairReport
 from llmquant.selection import Selection
-from llmquant.spilling import must_spill
+from llmquant.spilling import placement
+from llmquant.states import Placement
 from llmquant.storing import carry, store_block
 from llmquant.together import assist, check_together
 from llmquant.tuning import TuneReport
@@ -154,7 +155,7 @@ def quantize(
     check_together(plan, work.windows, destination, restart=options.restart)
     if not plan.world.first:
         with deterministic(recipe.seed):
-            assist(plan, work.windows, destination, spill=work.spill)
+            assist(plan, work.windows, destination, work.placement)
             return work.told(None)
     before = None if options.restart or plan.world.size > 1 else finished_before(destination, facts)
     if before is not None:
@@ -165,7 +166,7 @@ def quantize(
         output, max_shard_size=options.max_shard_size, overwrite=options.overwrite,
         keep=state_of(destination).exists() and not options.restart,
     ) as writer, SavedRun(
-        writer, facts, work.total, plan.device, enabled=work.keeps_state, restart=options.restart, spill=work.spill,
+        writer, facts, work.total, plan.device, enabled=work.keeps_state, restart=options.restart, placement=work.placement,
     ) as run, RunLog(options.log, append=run.blocks > 0) as log:  # fmt: skip
         work.run(writer, run, log)
     return work.told(work.result(run.outcome, run.resumed, writer.total_bytes))
@@ -202,8 +203,8 @@ class _Work:
         return self.options.resume and self.plan.world.size == 1
 
     @property
-    def spill(self) -> bool:
-        return must_spill(self.plan, self.plan.world.mine(self.windows), self.options.max_memory, self.plan.world.local)
+    def placement(self) -> Placement:
+        return placement(self.plan, self.plan.world.mine(self.windows), self.options.max_memory, self.plan.world.local)
 
     def run(self, writer: CheckpointWriter, run: SavedRun, log: RunLog) -> None:
         run.bytes_expected = self._bytes_expected()
@@ -213,7 +214,7 @@ class _Work:
             self.events.on_note(f"{self.plan.world.size} processes share the work{kept}")
         if run.resumed:
             self.events.on_note(f"continuing behind block {run.resumed} of {run.total} of an interrupted run")
-        if run.room.spill:
+        if run.room.placement.spill:
             self.events.on_note(f"hidden states are kept in {run.folder}: they do not fit in memory")
         self._blocks(writer, run, log)
         self.events.on_phase("writing")

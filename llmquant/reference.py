@@ -7,12 +7,13 @@ hidden states (two while a block is worked on), one copy of the block's linears,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
-from llmquant.capture import BlockInput, observe_pairs, run_block, run_with
+from llmquant.capture import Around, BlockInput, observe_pairs, run_block, run_with
+from llmquant.replay import Replay, Tail
 from llmquant.states import Room, Stream
 from llmquant.stats import PairStats
 
@@ -35,17 +36,29 @@ class Reference:
             room.name(STREAM, room.scratch(batch.hidden for batch in inputs))
         self.outputs: Stream | None = None
         self._originals: dict[str, Tensor] = {}
+        self._replay: Replay | None = None
+        self._entered = ExitStack()
 
     @property
     def hidden(self) -> Stream:
         return self._room.streams[STREAM]
 
-    def enter(self, block: nn.Module, linears: Mapping[str, nn.Linear], inputs: Sequence[BlockInput]) -> None:
-        """Note the block's outputs and its linears' weights; nothing in it may have been quantized yet."""
+    def enter(
+        self, block: nn.Module, linears: Mapping[str, nn.Linear], inputs: Sequence[BlockInput], tails: Sequence[Tail] = ()
+    ) -> None:
+        """Note the block's outputs and its linears' weights; nothing in it may have been quantized yet.
+
+        With ``tails``, what they read is kept for :meth:`observe`.
+        """
         self._originals = {f"{name}.weight": linear.weight.detach().clone() for name, linear in linears.items()}
-        self.outputs = self._room.scratch(
-            run_block(block, BlockInput(hidden, batch.calls)) for hidden, batch in zip(self.hidden, inputs, strict=True)
-        )
+        self._replay = self._entered.enter_context(Replay(block, tails, linears, original=True)) if tails else None
+        self.outputs = self._room.scratch(self._outputs(block, inputs))
+
+    def _outputs(self, block: nn.Module, inputs: Sequence[BlockInput]) -> Iterator[Tensor]:
+        around = self._around
+        for number, (hidden, batch) in enumerate(zip(self.hidden, inputs, strict=True)):
+            with around(number):
+                yield run_block(block, BlockInput(hidden, batch.calls))
 
     @contextmanager
     def block_outputs(self, block: nn.Module, inputs: Sequence[BlockInput]) -> Iterator[Stream]:
@@ -57,13 +70,29 @@ class Reference:
             self._room.drop(outputs)
 
     def observe(
-        self, block: nn.Module, wanted: Mapping[str, nn.Linear], inputs: Sequence[BlockInput], all_experts: bool = False
-    ) -> dict[str, PairStats]:
+        self, block: nn.Module, wanted: Mapping[str, nn.Linear], inputs: Sequence[BlockInput], all_experts: bool = False,
+        around: Around = nullcontext,
+    ) -> dict[str, PairStats]:  # fmt: skip
         """See :func:`llmquant.capture.observe_pairs`."""
-        return observe_pairs(block, wanted, inputs, self._originals, self.hidden, all_experts)
+        return observe_pairs(block, wanted, inputs, self._originals, self.hidden, all_experts, around, self._around)
+
+    @property
+    def _around(self) -> Around:
+        return nullcontext if self._replay is None else self._replay.batch
+
+    def settle(self, names: Collection[str]) -> None:
+        """These linears need not be observed again."""
+        if self._replay is not None:
+            self._replay.settle(names)
+
+    def forget(self) -> None:
+        """Let go of what was kept for :meth:`observe`."""
+        self._replay = None
+        self._entered.close()
 
     def leave(self) -> None:
         """Step to the next block."""
         assert self.outputs is not None
+        self.forget()
         self._room.name(STREAM, self.outputs)
         self.outputs, self._originals = None, {}

@@ -28,7 +28,7 @@ from llmquant.errors import DiskError, LlmquantError, ProofError, QuantizationEr
 from llmquant.fingerprint import Facts, differences
 from llmquant.journal import Journal, read_journal
 from llmquant.outcome import Outcome
-from llmquant.states import Room, SavedStream
+from llmquant.states import IN_MEMORY, Placement, Room, SavedStream
 
 _JOURNAL = "journal.jsonl"
 _MARK, _STREAMS = TypeAdapter(Mark), TypeAdapter(dict[str, SavedStream])
@@ -94,7 +94,7 @@ class SavedRun:
         total: decoder blocks to quantize, the head counted as one.
         enabled: keep state at all.
         restart: begin anew, whatever stands there.
-        spill: keep hidden states in files.
+        placement: where hidden states are kept.
         device: for hidden states.
 
     Attributes:
@@ -120,7 +120,7 @@ class SavedRun:
         *,
         enabled: bool = True,
         restart: bool = False,
-        spill: bool = False,
+        placement: Placement = IN_MEMORY,
     ) -> None:
         self.folder = state_of(writer.path)
         self.outcome = Outcome()
@@ -129,7 +129,7 @@ class SavedRun:
         self.bytes_expected = 0
         self.total = total
         self._writer, self._facts, self._enabled, self._restart = writer, facts, enabled, restart
-        self._device, self._spill = device, spill
+        self._device, self._placement = device, placement
         self._journal: Journal | None = None
 
     def __enter__(self) -> SavedRun:
@@ -147,13 +147,13 @@ class SavedRun:
         _give_up(self.folder)
         self._writer.clear()
         with disk(self.folder):
-            if self._enabled or self._spill:
+            if self._enabled or self._placement.spill:
                 self.folder.mkdir()
                 fsync_path(self.folder.parent)
             if self._enabled:
                 self._journal = Journal(self.folder / _JOURNAL)
                 self._journal.append({"kind": "run", "facts": self._facts})
-        self.room = Room(self._device, self.folder if self.folder.exists() else None, spill=self._spill)
+        self.room = Room(self._device, self.folder if self.folder.exists() else None, placement=self._placement)
 
     def _continue(self, records: list[dict[str, Any]]) -> None:
         told = f"an interrupted run stands beside {self._writer.path}"
@@ -176,7 +176,8 @@ class SavedRun:
                 if path.name not in {s.file for s in saved.values()}:
                     path.unlink()
         # When nothing is left to compute nobody asks for the states, and they need not be read.
-        self.room = Room(self._device, self.folder, spill=self._spill, saved=saved if self.blocks < self.total else None)
+        left = saved if self.blocks < self.total else None
+        self.room = Room(self._device, self.folder, placement=self._placement, saved=left)
         self.room.calls = last["calls"]
         with disk(self.folder):
             self._journal = Journal(self.folder / _JOURNAL, read_journal(self.folder / _JOURNAL)[1])

@@ -76,7 +76,7 @@ class RunLog:
         """The run begins, or goes on behind ``run.resumed`` blocks."""
         self._run, self._device = run, device
         self._write(
-            "start", recipe_sha256=recipe.sha256(), blocks=run.total, finished_before=run.resumed, spilled=run.room.spill,
+            "start", recipe_sha256=recipe.sha256(), blocks=run.total, finished_before=run.resumed, spilled=run.room.placement.spill,
             device=str(device), threads=torch.get_num_threads(), versions=versions(),
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""Whether the hidden states of a walk fit in memory beside everything else.
+"""Whether the hidden states of a walk fit in memory beside everything else, and what would save passes beside them.
 
-It decides where the states live and nothing that is computed. What the run needs is counted as a plan counts it
+It decides where they live and nothing that is computed. What the run needs is counted as a plan counts it
 (:mod:`llmquant.forecast`), with a margin for what such a count may be short of.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from llmquant.forecast import Work
+from llmquant.states import IN_MEMORY, Placement
 from llmquant.usage import available_bytes, resident_bytes
 from llmquant.walkplan import WalkPlan
 
@@ -19,8 +20,8 @@ _SHARE = 0.8  # of the memory that the machine has left, where no limit was give
 _MARGIN = 1.25
 
 
-def must_spill(plan: WalkPlan, windows: Sequence[Tensor], limit: int | None, processes: int = 1) -> bool:
-    """Whether hidden states belong in files.
+def placement(plan: WalkPlan, windows: Sequence[Tensor], limit: int | None, processes: int = 1) -> Placement:
+    """Where hidden states belong, and whether what passes leave for later ones can be kept.
 
     Args:
         plan: the walk.
@@ -29,10 +30,12 @@ def must_spill(plan: WalkPlan, windows: Sequence[Tensor], limit: int | None, pro
         processes: that share this machine.
     """
     if not windows:
-        return False
+        return IN_MEMORY
     now = resident_bytes()
     allowed = limit if limit is not None else now + int(available_bytes() * _SHARE / processes)
-    return now + _MARGIN * max(_work(plan, windows).phases.values()) > allowed
+    work = _work(plan, windows)
+    fits = [now + _MARGIN * max(phases.values()) <= allowed for phases in (work.phases, work.phases_with_replay)]
+    return Placement(spill=not fits[0], replays=fits[1])
 
 
 def _work(plan: WalkPlan, windows: Sequence[Tensor]) -> Work:

@@ -157,13 +157,29 @@ def check_stream(folder: Path, saved: SavedStream) -> None:
     raise CheckpointError(f"{path} does not hold the hidden states that were saved there; begin anew with --restart")
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What there is memory for; it changes nothing that is computed.
+
+    Attributes:
+        spill: hidden states are kept in files.
+        replays: what passes through a block leave for later ones is kept in memory (:mod:`llmquant.replay`).
+    """
+
+    spill: bool = False
+    replays: bool = True
+
+
+IN_MEMORY = Placement()
+
+
 class Room:
     """The streams of a walk and the place for them.
 
     Args:
         device: where a batch goes when it is asked for.
         folder: for files; None: everything stays in memory and nothing is saved.
-        spill: keep streams in files instead of memory.
+        placement: whether streams are kept in files, and what else is kept.
         saved: streams to continue with, by name.
     """
 
@@ -172,11 +188,11 @@ class Room:
         device: torch.device,
         folder: Path | None = None,
         *,
-        spill: bool = False,
+        placement: Placement = IN_MEMORY,
         saved: Mapping[str, SavedStream] | None = None,
     ) -> None:
-        assert folder is not None or not spill
-        self.device, self.folder, self.spill = device, folder, spill
+        assert folder is not None or not placement.spill
+        self.device, self.folder, self.placement = device, folder, placement
         self.calls: str | None = None  # digest of what blocks are called with beside the states; None: not known yet
         self.kept = dict(saved or {})
         self.streams: dict[str, Stream] = {name: self._opened(stream) for name, stream in self.kept.items()}
@@ -187,7 +203,7 @@ class Room:
         check_stream(self.folder, saved)
         found = InFile(self.folder, saved, self.device)
         # Copies: the file may go before the tensors do.
-        return found if self.spill else InMemory((found.stored(i).clone() for i in range(len(found))), self.device)
+        return found if self.placement.spill else InMemory((found.stored(i).clone() for i in range(len(found))), self.device)
 
     def _new_path(self) -> Path:
         assert self.folder is not None
@@ -199,7 +215,7 @@ class Room:
 
     def scratch(self, tensors: Iterable[Tensor]) -> Stream:
         """A stream without a name, to be dropped by who made it."""
-        if not self.spill:
+        if not self.placement.spill:
             return InMemory(tensors, self.device)
         assert self.folder is not None
         return InFile(self.folder, write_stream(self._new_path(), tensors), self.device)

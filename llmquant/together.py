@@ -17,7 +17,7 @@ from torch import Tensor
 from llmquant.destination import disk, remove
 from llmquant.errors import UsageError
 from llmquant.resume import kept_blocks
-from llmquant.states import Room
+from llmquant.states import Placement, Room
 from llmquant.walk import walk
 from llmquant.walkplan import WalkPlan, batched
 
@@ -49,30 +49,30 @@ def check_together(plan: WalkPlan, windows: Sequence[Tensor], destination: Path,
     world.meet()
 
 
-def assist(plan: WalkPlan, windows: Sequence[Tensor], destination: Path, *, spill: bool) -> None:
+def assist(plan: WalkPlan, windows: Sequence[Tensor], destination: Path, placement: Placement) -> None:
     """Walk along with the first process, which writes.
 
     Args:
         plan: the same in every process.
         windows: likewise; the walk takes its share.
         destination: what the first process makes; files for hidden states stand beside it.
-        spill: keep hidden states in files.
+        placement: where hidden states are kept.
     """
-    with _room(plan, destination, spill) as room:
+    with _room(plan, destination, placement) as room:
         for _ in walk(plan, windows, lambda _: None, room):
             pass
 
 
 @contextmanager
-def _room(plan: WalkPlan, destination: Path, spill: bool) -> Iterator[Room]:
-    if not spill:
-        yield Room(plan.device)
+def _room(plan: WalkPlan, destination: Path, placement: Placement) -> Iterator[Room]:
+    if not placement.spill:
+        yield Room(plan.device, placement=placement)
         return
     folder = destination.with_name(f".{destination.name}.process-{plan.world.rank}")
     remove(folder)
     try:
         with disk(folder):
             folder.mkdir(parents=True)
-            yield Room(plan.device, folder, spill=True)
+            yield Room(plan.device, folder, placement=placement)
     finally:
         remove(folder)

@@ -18,7 +18,7 @@ nothing before is computed again but masks and position embeddings, and those mu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 import torch
@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from llmquant.algorithms import factorize
 from llmquant.architectures import blocks_of, norm_of
 from llmquant.calls import Calls
-from llmquant.capture import first_inputs, observe, run_block, stages
+from llmquant.capture import Around, first_inputs, observe, run_block, stages
 from llmquant.errors import CheckpointError, QuantizationError
 from llmquant.experts import UNSEEN, passes_of, place_of
 from llmquant.finite import all_finite
 from llmquant.inputs import STREAM, Inputs
 from llmquant.materialize import materialized, outer_names
 from llmquant.reference import Reference
+from llmquant.replay import Replay, Tail, Tails
 from llmquant.rounding import Rounded, to_nearest, weight_error, with_statistics
 from llmquant.scaling import AWQFinder, BlockScaling, Finder, scale_block
 from llmquant.smoothing import SmoothFinder
@@ -136,6 +137,7 @@ class _Calibrated(_DataFree):
         if start and STREAM not in room.streams:
             raise CheckpointError(f"the hidden states in front of block {start} were not saved")
         room.calls = calls.settle(room.calls)
+        self.replays = room.placement.replays and plan.recipe.gptq.true_sequential
         self.inputs = Inputs(room, calls, start)
         aims = plan.recipe.asymmetric or plan.recipe.tune is not None
         self.reference = Reference(room, self.inputs) if aims else None
@@ -147,25 +149,41 @@ class _Calibrated(_DataFree):
         results: dict[str, Rounded] = {}
         with materialized(self.plan, block, f"{prefix}."):
             linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
-            sets = self.plan.world.told(stages(block, linears, self.inputs[0], self.plan.all_experts)) if linears else []
+            sets, tails = self._sets(block, linears)
             self._scale(index, block, prefix, sets)
             # After scaling, which leaves the block's function alone: its originals must fit the norms that now stand in it.
             if self.reference is not None:
-                self.reference.enter(block, linears, self.inputs)
+                self.reference.enter(block, linears, self.inputs, tails if self._pairs is not None else ())
             room = sum(p.numel() for p in block.parameters())
             passes = passes_of(block, sets, room) if self.plan.recipe.gptq.true_sequential else [sets]
-            for together in passes:
-                stats = self._observe(block, {s[0]: linears[s[0]] for s in together}) if together else {}
-                for members in together:
-                    full = [f"{prefix}.{m}" for m in members]
-                    results.update(self.quantize_set(index, full, stats[members[0]]))
-                    for member, name in zip(members, full, strict=True):
-                        linears[member].weight.data.copy_(results[name][0].dequantize(self.plan.dtype))
+            with Replay(block, tails, linears) as replay:
+                for together in passes:
+                    stats = self._observe(block, {s[0]: linears[s[0]] for s in together}, replay.batch) if together else {}
+                    for members in together:
+                        full = [f"{prefix}.{m}" for m in members]
+                        results.update(self.quantize_set(index, full, stats[members[0]]))
+                        for member, name in zip(members, full, strict=True):
+                            linears[member].weight.data.copy_(results[name][0].dequantize(self.plan.dtype))
+                        replay.settle(members)
+                        if self.reference is not None:
+                            self.reference.settle(members)
+                if self.plan.recipe.tune is None:
+                    self._advance(block, index, replay.batch)
             if self.reference is not None:
+                self.reference.forget()
                 results = self._tuned(index, block, prefix, results)
                 self.reference.leave()
-            self._advance(block, index)
+            if self.plan.recipe.tune is not None:  # it moved weights, so nothing that was kept holds any longer
+                self._advance(block, index, nullcontext)
         return results
+
+    def _sets(self, block: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[list[tuple[str, ...]], list[Tail]]:
+        """Linears that share an input, in execution order, and what need not run again for those behind them."""
+        if not linears:
+            return [], []
+        with Tails(block, linears) if self.replays else nullcontext() as watched:
+            sets = self.plan.world.told(stages(block, linears, self.inputs[0], self.plan.all_experts))
+        return sets, watched.found() if watched is not None else []
 
     def _scale(self, index: int, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]) -> None:
         if self.plan.recipe.awq is not None or self.plan.recipe.smooth is not None:
@@ -205,12 +223,12 @@ class _Calibrated(_DataFree):
             return None
         return AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq, plan.all_experts, plan.world)
 
-    def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear]) -> Mapping[str, InputStats]:
+    def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear], around: Around) -> Mapping[str, InputStats]:
         stats: Mapping[str, InputStats]
         if self._pairs is None:
-            stats = observe(block, wanted, self.inputs, self.plan.all_experts)
+            stats = observe(block, wanted, self.inputs, self.plan.all_experts, around)
         else:
-            stats = self._pairs.observe(block, wanted, self.inputs, self.plan.all_experts)
+            stats = self._pairs.observe(block, wanted, self.inputs, self.plan.all_experts, around)
         for share in stats.values():
             self.plan.world.add_up(share)
         return stats
@@ -236,13 +254,14 @@ class _Calibrated(_DataFree):
             for name, weight in weights.items()
         }  # fmt: skip
 
-    def _advance(self, block: nn.Module, index: int) -> None:
-        self.room.name(STREAM, self.room.streams[STREAM].replaced(self._outputs(block, index), self.room))
+    def _advance(self, block: nn.Module, index: int, around: Around) -> None:
+        self.room.name(STREAM, self.room.streams[STREAM].replaced(self._outputs(block, index, around), self.room))
         self.inputs.block += 1
 
-    def _outputs(self, block: nn.Module, index: int) -> Iterator[Tensor]:
-        for batch in self.inputs:
-            hidden = run_block(block, batch)
+    def _outputs(self, block: nn.Module, index: int, around: Around) -> Iterator[Tensor]:
+        for number, batch in enumerate(self.inputs):
+            with around(number):
+                hidden = run_block(block, batch)
             if not all_finite(hidden):
                 raise QuantizationError(
                     f"block {index} gave NaN or Inf on the calibration text at {self.plan.dtype}; use --dtype float32"

@@ -16,7 +16,8 @@ from llmquant.forecast import LIBRARIES, Forecast, forecast
 from llmquant.plan import make_plan
 from llmquant.preparation import prepare
 from llmquant.recipe import Recipe
-from llmquant.spilling import must_spill
+from llmquant.spilling import placement
+from llmquant.states import IN_MEMORY, Placement
 from llmquant.timing import Timing, time_blocks
 
 TEXT = {"calibration": {"source": f"file:{EXAMPLE / 'calibration.txt'}", "nsamples": 16, "seqlen": 64}}
@@ -105,14 +106,19 @@ def test_hidden_states_go_to_files_when_a_plan_says_that_they_do_not_fit(
 ) -> None:
     recipe = GPTQ.updated({"weights.group_size": 32} | changes)
     prepared = prepare(model, recipe)
-    told = of(model, recipe).peak - LIBRARIES
     monkeypatch.setattr(spilling, "resident_bytes", lambda: 0)
     calibration, plan = prepared.calibration(), prepared.plan(prepared.selection())
     assert calibration is not None
-    assert not must_spill(plan, calibration.windows, int(1.26 * told))
-    assert must_spill(plan, calibration.windows, int(1.24 * told))
-    assert not must_spill(plan, calibration.windows, None), "the machine has room for so little"
-    assert not must_spill(plan, (), 1), "without a text there are no hidden states"
+    work = spilling._work(plan, calibration.windows)
+    least, most = (max(phases.values()) for phases in (work.phases, work.phases_with_replay))
+    assert most + LIBRARIES == of(model, recipe).peak
+    assert most >= least
+    assert placement(plan, calibration.windows, int(1.26 * most)) == Placement(spill=False, replays=True)
+    assert not placement(plan, calibration.windows, int(1.24 * most)).replays
+    assert not placement(plan, calibration.windows, int(1.26 * least)).spill
+    assert placement(plan, calibration.windows, int(1.24 * least)) == Placement(spill=True, replays=False)
+    assert placement(plan, calibration.windows, None) == IN_MEMORY, "the machine has room for so little"
+    assert placement(plan, (), 1) == IN_MEMORY, "without a text there are no hidden states"
 
 
 def test_blocks_add_disk_and_no_memory(make_model: Callable[..., Path]) -> None:

@@ -36,9 +36,13 @@ def test_the_hessian_is_the_sum_of_outer_products(dtype):
     assert stats.tokens == 450
 
 
-def test_a_hessian_of_integers_is_exact():
-    x = torch.randint(-9, 10, (40, WIDTH), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(of(x).hessian, sum(torch.outer(row, row) for row in x))
+@pytest.mark.parametrize("width", [1, WIDTH, 255, 256, 257, 515], ids=str)
+def test_a_hessian_of_integers_is_exact(width):
+    x = torch.randint(-9, 10, (40, width), generator=torch.Generator().manual_seed(0)).float()
+    stats = InputStats(width)
+    stats.add(x[:30])
+    stats.add(x[30:])
+    assert torch.equal(stats.hessian, sum(torch.outer(row, row) for row in x))
 
 
 def test_importance_and_mean_magnitude_are_per_token():

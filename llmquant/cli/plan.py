@@ -99,6 +99,7 @@ def _as_dict(plan: Plan, needs: Forecast, timing: Timing | None, computing: Comp
         "peak_ram_bytes": needs.peak,
         "phases": dict(needs.phases),
         "hidden_states_bytes": needs.states,
+        "replay_bytes": needs.replay,
         "device_bytes": needs.accelerator,
         "disk_bytes": needs.disk,
         "seconds": None if timing is None else timing.total,
@@ -109,7 +110,9 @@ def _needs(needs: Forecast, timing: Timing | None, computing: Computing) -> list
     """Rows about how it would be quantized: on what, memory, disk and time."""
     worst = max(needs.phases, key=lambda phase: needs.phases[phase])
     states = f"; {_size(needs.states)} of it are hidden states, which --max-memory can keep in files" if needs.states else ""
-    rows = [("quantizing", computing.told()), ("memory", f"about {_size(needs.peak)} at most, while {_DOING[worst]}{states}")]
+    kept = f"; {_size(needs.replay)} save passes and are kept only where there is room" if needs.replay else ""
+    rows = [("quantizing", computing.told())]
+    rows.append(("memory", f"about {_size(needs.peak)} at most, while {_DOING[worst]}{states}{kept}"))
     if not computing.device.startswith("cpu"):
         rows.append((computing.device, f"about {_size(needs.accelerator)}"))
     rows.append(("disk", f"{_size(needs.disk)} while it runs, {_size(needs.output)} afterwards"))
