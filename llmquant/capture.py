@@ -29,6 +29,11 @@ Around = Callable[[int], AbstractContextManager[None]]
 """What is entered around the passes of a batch, by its number; see :class:`llmquant.replay.Replay`."""
 
 
+def nothing(_number: int) -> AbstractContextManager[None]:
+    """Passes as they are."""
+    return nullcontext()
+
+
 class _LastBlockReached(Exception):  # noqa: N818 - control flow, never an error that anyone sees
     """Raised by a catcher to end the forward pass at the last block."""
 
@@ -182,7 +187,7 @@ def stages(
 
 def observe(
     block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], all_experts: bool = False,
-    around: Around = nullcontext,
+    around: Around = nothing,
 ) -> dict[str, InputStats]:  # fmt: skip
     """Input statistics of each wanted linear over all batches. A pass ends once the last wanted linear is reached.
 
@@ -212,8 +217,8 @@ def observe_pairs(
     originals: Mapping[str, Tensor],
     reference: Sequence[Tensor],
     all_experts: bool = False,
-    around: Around = nullcontext,
-    around_originals: Around = nullcontext,
+    around: Around = nothing,
+    around_originals: Around = nothing,
 ) -> dict[str, PairStats]:
     """Input statistics of each wanted linear beside what the original model reads there.
 

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from llmquant.capture import first_inputs
+from llmquant.decoder_steps import BlockForward, Run
+from llmquant.errors import ArchitectureError
 from llmquant.kernels import native
 from llmquant.kernels.block import LINEARS, BlockShape, Step
 from llmquant.kernels.cpu import Cpu
@@ -42,7 +45,34 @@ def speed_up(model: PreTrainedModel) -> None:
             reason = _install(layer, model)
             if reason:
                 log.info("%s is stepped by transformers' code: %s", name, reason)
+    _install_run(model)
     _halve_head(model)
+
+
+def _install_run(model: PreTrainedModel) -> None:
+    """Let the first block of a model step all of them, where every block has a compiled step and gets the same arguments."""
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(_stepped(layer) for layer in m)]
+    if len(stacks) != 1 or not all(map(_stepped, stacks[0])):
+        return
+    try:
+        caught = first_inputs(model, stacks[0], [torch.zeros(1, 2, dtype=torch.int64, device=model.device)])
+    except ArchitectureError as e:
+        log.info("blocks are stepped one by one: %s", e)
+        return
+    calls = [(args, kwargs.get("attention_mask"), *(kwargs.get("position_embeddings") or ())) for args, kwargs in caught[0].calls]
+    config = model.config.get_text_config()
+    # With a longer prompt blocks of different attention would get different masks.
+    alike = len(set(getattr(config, "layer_types", None) or ())) <= 1
+    if alike and all(len(c) == 4 and not c[0] and all(map(_is, c[1:], calls[0][1:])) for c in calls):
+        Run(config, list(stacks[0]))
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _stepped(layer: nn.Module) -> bool:
+    return isinstance(layer.__dict__.get("forward"), BlockForward)
 
 
 def _install(layer: Any, model: PreTrainedModel) -> str | None:
@@ -54,7 +84,7 @@ def _install(layer: Any, model: PreTrainedModel) -> str | None:
     if step is None:
         return "its linears are not all packed for kernel cpu, or its parts are others than a Llama block's"
     plain = layer.forward
-    fast = _Forward(step, plain, layer.self_attn.layer_idx)
+    fast = BlockForward(step, plain, layer.self_attn.layer_idx)
     if not _agree(fast, plain, model, layer.self_attn):
         return "a trial gave other numbers"
     layer.forward = fast
@@ -86,43 +116,7 @@ def _step_of(layer: Any, model: PreTrainedModel) -> Step | None:
     return Step({n: (linears[n]._buffers, linears[n].spec.bits, linears[n].shape) for n in LINEARS}, vectors, shape)
 
 
-class _Forward:
-    """A block's ``forward``: the compiled step for one token of one sequence, the plain one for everything else."""
-
-    def __init__(self, step: Step, plain: Callable[..., Any], index: int) -> None:
-        self.step, self.plain, self.index = step, plain, index
-
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if (
-            attention_mask is not None
-            or past_key_values is None
-            or position_embeddings is None
-            or hidden_states.shape[:2] != (1, 1)
-            or not self.step.takes(hidden_states, *position_embeddings)
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or kwargs.get("output_attentions")
-            or kwargs.get("output_hidden_states")
-        ):
-            return self.plain(
-                hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
-            )  # fmt: skip
-        query, key, value = self.step.before(hidden_states, *position_embeddings)
-        keys, values = past_key_values.update(key, value, self.index)
-        return self.step.after(hidden_states, query, keys, values)
-
-
-def _agree(fast: _Forward, plain: Callable[..., Any], model: PreTrainedModel, attention: Any) -> bool:
+def _agree(fast: BlockForward, plain: Callable[..., Any], model: PreTrainedModel, attention: Any) -> bool:
     """Whether both give the same output for a random token behind a random cache, in float32 and up to its rounding."""
     shape = fast.step.shape
     random = torch.Generator().manual_seed(0)

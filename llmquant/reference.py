@@ -8,11 +8,11 @@ hidden states (two while a block is worked on), one copy of the block's linears,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from llmquant.capture import Around, BlockInput, observe_pairs, run_block, run_with
+from llmquant.capture import Around, BlockInput, nothing, observe_pairs, run_block, run_with
 from llmquant.replay import Replay, Tail
 from llmquant.states import Room, Stream
 from llmquant.stats import PairStats
@@ -71,14 +71,14 @@ class Reference:
 
     def observe(
         self, block: nn.Module, wanted: Mapping[str, nn.Linear], inputs: Sequence[BlockInput], all_experts: bool = False,
-        around: Around = nullcontext,
+        around: Around = nothing,
     ) -> dict[str, PairStats]:  # fmt: skip
         """See :func:`llmquant.capture.observe_pairs`."""
         return observe_pairs(block, wanted, inputs, self._originals, self.hidden, all_experts, around, self._around)
 
     @property
     def _around(self) -> Around:
-        return nullcontext if self._replay is None else self._replay.batch
+        return nothing if self._replay is None else self._replay.batch
 
     def settle(self, names: Collection[str]) -> None:
         """These linears need not be observed again."""

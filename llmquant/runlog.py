@@ -76,8 +76,8 @@ class RunLog:
         """The run begins, or goes on behind ``run.resumed`` blocks."""
         self._run, self._device = run, device
         self._write(
-            "start", recipe_sha256=recipe.sha256(), blocks=run.total, finished_before=run.resumed, spilled=run.room.placement.spill,
-            device=str(device), threads=torch.get_num_threads(), versions=versions(),
+            "start", recipe_sha256=recipe.sha256(), blocks=run.total, finished_before=run.resumed,
+            spilled=run.room.placement.spill, device=str(device), threads=torch.get_num_threads(), versions=versions(),
         )  # fmt: skip
 
     def block(self, run: SavedRun, done: Outcome) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from llmquant.errors import QuantizationError
 
-
 _WIDE, _BLOCKS = 256, 4  # from this width on; measured at 256 to 4096 with AVX2: 0.62 to 0.71 of the time of the whole product
 
 

@@ -18,7 +18,7 @@ nothing before is computed again but masks and position embeddings, and those mu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from llmquant.algorithms import factorize
 from llmquant.architectures import blocks_of, norm_of
 from llmquant.calls import Calls
-from llmquant.capture import Around, first_inputs, observe, run_block, stages
+from llmquant.capture import Around, first_inputs, nothing, observe, run_block, stages
 from llmquant.errors import CheckpointError, QuantizationError
 from llmquant.experts import UNSEEN, passes_of, place_of
 from llmquant.finite import all_finite
@@ -174,7 +174,7 @@ class _Calibrated(_DataFree):
                 results = self._tuned(index, block, prefix, results)
                 self.reference.leave()
             if self.plan.recipe.tune is not None:  # it moved weights, so nothing that was kept holds any longer
-                self._advance(block, index, nullcontext)
+                self._advance(block, index, nothing)
         return results
 
     def _sets(self, block: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[list[tuple[str, ...]], list[Tail]]:

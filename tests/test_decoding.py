@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from llmquant import decoding
+from llmquant import decoder_steps, decoding
 from llmquant.decoding import HalfEmbedding, HalfLinear, speed_up
+from llmquant.errors import LlmquantError
 from llmquant.kernels import native
 from llmquant.modules import PackedLinear
 from llmquant.spec import QuantSpec
@@ -65,7 +67,7 @@ def packed(make: Any, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Pr
 
 
 def stepped(model: PreTrainedModel) -> int:
-    return sum(isinstance(m.__dict__.get("forward"), decoding._Forward) for m in model.modules())
+    return sum(isinstance(m.__dict__.get("forward"), decoding.BlockForward) for m in model.modules())
 
 
 def logits(model: PreTrainedModel, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -232,3 +234,164 @@ def test_dense_models_are_left_as_they_are():
     speed_up(model)
     assert stepped(model) == 0
     assert type(model.get_output_embeddings()) is nn.Linear
+
+
+def runs(model: PreTrainedModel) -> int:
+    """How many of the model's blocks are stepped by the first one's call."""
+    found = {id(f.run): f.run for m in model.modules() if isinstance(f := m.__dict__.get("forward"), decoding.BlockForward)}
+    assert len(found) <= 1
+    return sum(len(run._forwards) for run in found.values() if run is not None)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of blocks with each compiled call for several."""
+    calls: list[int] = []
+    whole = decoder_steps.Steps.run
+    monkeypatch.setattr(
+        decoder_steps.Steps, "run", lambda self, *a: (calls.append(len(self._steps)), whole(self, *a))[1]
+    )
+    return calls
+
+
+def pair(name: str = "llama", **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same model plain and sped up."""
+    plain = packed(lambda: LlamaConfig(**{**SIZES, **changes}) if name == "llama" else CONFIGS[name](), QuantSpec(4, 32, True))
+    fast = copy.deepcopy(plain)
+    speed_up(fast)
+    return plain, fast
+
+
+TOKENS = torch.randint(0, 128, (1, 24), generator=torch.Generator().manual_seed(1))
+
+
+def step(model: PreTrainedModel, cache: Any, i: int) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TOKENS[:, i : i + 1], past_key_values=cache).logits
+
+
+def prefilled(model: PreTrainedModel, count: int) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(TOKENS[:, :count], past_key_values=cache)
+    return cache
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_token_is_one_compiled_call(name, monkeypatch):
+    plain, fast = pair(name)
+    calls = counted(monkeypatch)
+    close(logits(fast, TOKENS, 6), logits(plain, TOKENS, 6))
+    sliding = "short window" in name  # its cache is not a plain growing one
+    assert calls == ([] if sliding else [2] * 18)
+
+
+def test_a_cache_grows_past_its_spare_room_and_stays_transformers_own(monkeypatch):
+    monkeypatch.setattr(decoder_steps, "_LEAST_SPARE", 3)
+    plain, fast = pair()
+    close(logits(fast, TOKENS, 2), logits(plain, TOKENS, 2))
+    expected, cache = prefilled(plain, 20), prefilled(fast, 4)
+    for i in range(4, 20):
+        step(fast, cache, i)
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        assert layer.keys.shape == other.keys.shape
+        close(layer.keys, other.keys)
+        close(layer.values, other.values)
+
+
+def test_what_others_hold_of_a_cache_is_never_written_over():
+    plain, fast = pair()
+    cache = prefilled(fast, 6)
+    for i in range(6, 9):
+        step(fast, cache, i)
+    held = [layer.keys for layer in cache.layers]
+    before = [t.clone() for t in held]
+    cache.crop(-2)  # by two tokens
+    assert cache.get_seq_length() == 7
+    twin = copy.deepcopy(cache)
+    close(step(fast, cache, 7), step(plain, prefilled(plain, 7), 7))
+    close(step(fast, twin, 10), step(plain, prefilled(plain, 7), 10))
+    assert all(map(torch.equal, held, before))
+
+
+def test_watched_blocks_are_stepped_one_by_one(monkeypatch):
+    plain, fast = pair()
+    calls, seen = counted(monkeypatch), []
+    handle = fast.model.layers[1].register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+    expected = step(plain, prefilled(plain, 5), 5)
+    close(step(fast, prefilled(fast, 5), 5), expected)
+    assert not calls
+    assert len(seen) == 2, "the prompt and the token"
+    handle.remove()
+    close(step(fast, prefilled(fast, 5), 5), expected)
+    assert calls == [2]
+
+
+def test_a_pass_through_fewer_blocks_runs_only_those():
+    plain, fast = pair()
+    caches = prefilled(plain, 5), prefilled(fast, 5)
+    for model in (plain, fast):
+        model.config.num_hidden_layers = 1
+    close(step(fast, caches[1], 5), step(plain, caches[0], 5))
+    assert [layer.keys.shape[2] for layer in caches[1].layers] == [6, 5]
+
+
+def test_a_change_between_blocks_is_an_error_and_not_a_wrong_answer():
+    _, fast = pair()
+    cache, second = prefilled(fast, 5), fast.model.layers[1].forward
+    fast.model.layers[1].forward = lambda hidden, **kwargs: second(hidden * 1, **kwargs)
+    with pytest.raises(LlmquantError, match="changed the hidden states in front of block 1"):
+        step(fast, cache, 5)
+    fast.model.layers[1].forward = second
+    step(fast, prefilled(fast, 5), 5)
+
+
+def test_blocks_of_different_attention_are_stepped_one_by_one():
+    made = packed(
+        lambda: Qwen2Config(
+            **{k: v for k, v in SIZES.items() if k != "head_dim"}, use_sliding_window=True, sliding_window=8, max_window_layers=1
+        ),
+        QuantSpec(4, 32, True),
+    )
+    assert len(set(made.config.layer_types)) == 2
+    fast = copy.deepcopy(made)
+    speed_up(fast)
+    assert stepped(fast) == 2
+    assert runs(fast) == 0
+    close(logits(fast, TOKENS, 6), logits(made, TOKENS, 6))
+
+
+def test_threads_step_their_own():
+    plain, fast = pair()
+    expected = logits(plain, TOKENS, 6)
+    with ThreadPoolExecutor(2) as pool:
+        for made in pool.map(lambda _: logits(copy.deepcopy(fast), TOKENS, 6), range(6)):
+            close(made, expected)
+
+
+class Rows(DynamicLayer):
+    """A cache layer of another kind, with room of its own."""
+
+    def in_place(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        return None if self.keys is None else (self.keys_room, self.values_room, self.held)
+
+
+def test_another_kind_of_cache_says_where_the_next_token_goes(monkeypatch):
+    plain, fast = pair()
+    source = prefilled(fast, 5)
+    cache = Cache(layer_class_to_replicate=Rows)
+    for index, layer in enumerate(source.layers):
+        cache.update(layer.keys, layer.values, index)
+    for layer in cache.layers:
+        room = [torch.zeros(1, 2, 8, 16) for _ in range(2)]
+        for to, held in zip(room, (layer.keys, layer.values), strict=True):
+            to[:, :, :5] = held
+        layer.keys_room, layer.values_room, layer.held = *room, 5
+    calls = counted(monkeypatch)
+    expected = prefilled(plain, 5)
+    close(step(fast, cache, 5), step(plain, expected, 5))
+    assert calls == [2]
+    close(cache.layers[1].keys_room[:, :, :6], expected.layers[1].keys)

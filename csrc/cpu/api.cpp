@@ -27,7 +27,7 @@ constexpr int64_t kWorthThreads = 32 * 1024;   // multiply-adds below which a te
 
 // Memory that a thread keeps for its next call.
 float* scratch(size_t floats, int slot) {
-  thread_local std::vector<float> kept[3];
+  thread_local std::vector<float> kept[4];
   if (kept[slot].size() < floats) kept[slot] = std::vector<float>(floats);
   return kept[slot].data();
 }
@@ -360,6 +360,28 @@ void llmquant_block_after(
     int instructions, const Block* b, const void* hidden, const float* query, const void* keys, const void* values, int32_t type,
     int64_t count, const int64_t* strides, void* out, int threads) {
   block_after(*kAll[instructions], *b, hidden, query, keys, values, type, count, strides, out, threads);
+}
+
+// One step through several blocks, one behind the other: hidden [in] of `type` is read and overwritten. For each block its buffers of
+// keys and values, four strides as above, and how many tokens they hold; the new one is written behind those.
+void llmquant_blocks_step(
+    int instructions, const Block* const* blocks, int64_t count, void* hidden, const void* cos, const void* sin, int32_t type,
+    char* const* keys, char* const* values, const int64_t* strides, const int64_t* held, int threads) {
+  const Instructions& with = *kAll[instructions];
+  const int64_t bytes = size_of(type);
+  with_team(threads, [&] { for (int64_t i = 0; i < count; ++i, strides += 4) {
+    const Block& b = *blocks[i];
+    const int64_t kv = b.kv_heads * b.head_dim;
+    float* query = scratch(b.heads * b.head_dim + 2 * kv, 3);  // a number of any type fits in a float
+    char *key = reinterpret_cast<char*>(query + b.heads * b.head_dim), *value = key + kv * sizeof(float);
+    before_attention(with, b, hidden, cos, sin, type, query, key, value, threads);
+    for (int64_t h = 0; h < b.kv_heads; ++h) {
+      const int64_t from = h * b.head_dim * bytes, size = b.head_dim * bytes;
+      std::memcpy(keys[i] + (h * strides[0] + held[i] * strides[1]) * bytes, key + from, size);
+      std::memcpy(values[i] + (h * strides[2] + held[i] * strides[3]) * bytes, value + from, size);
+    }
+    block_after(with, b, hidden, query, keys[i], values[i], type, held[i] + 1, strides, hidden, threads);
+  } });
 }
 
 }  // extern "C"

@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include <cstring>
+
 #include "packed.h"
 
 #ifndef LANES
@@ -81,28 +83,33 @@ static inline ALWAYS float lacking(int column) {
 
 constexpr int high_bit(int column) { return 8 * (column % 16 / 4) + column % 4 + 4 * (column / 16); }
 
-static void spread(const Weight& w, const float* x, float* spread, float* sums) {
-  if (w.bits == 16) {
-    for (int64_t k = 0; k < w.in; ++k) spread[k] = x[k];
-    return;
-  }
-  const int columns = unit(w.bits);
-  float factor[32], high[32];
+template <int BITS>
+static void spread_of(const Weight& w, const float* x, float* spread, float* sums) {
+  constexpr int columns = unit(BITS), copies = BITS == 3 ? 2 : 1;  // low and high parts of 3 bits have factors of their own
+  float factor[columns], high[columns];
   for (int i = 0; i < columns; ++i) {
-    factor[i] = w.bits == 8 ? lacking<8>(i) : w.bits == 4 ? lacking<4>(i) : lacking<2>(i);
-    high[i] = high_bit(i) < 31 ? 4.0f / static_cast<float>(1u << high_bit(i)) : 4.0f;
+    factor[i] = lacking<BITS == 3 ? 2 : BITS>(i);
+    high[i] = BITS == 3 && high_bit(i) < 31 ? 4.0f / static_cast<float>(1u << high_bit(i)) : 4.0f;
   }
-  const int copies = w.bits == 3 ? 2 : 1;  // low and high parts of 3 bits have factors of their own
   for (int64_t g = 0; g < w.groups; ++g) {
     float partial[8] = {};
     for (int64_t k = 0; k < w.width; k += columns, spread += copies * columns, x += columns) {
-      for (int i = 0; i < columns; ++i) {
-        spread[i] = x[i] * factor[i];
-        if (copies == 2) spread[32 + i] = x[i] * high[i];
-        partial[i & 7] += x[i];
-      }
+      for (int i = 0; i < columns; ++i) spread[i] = x[i] * factor[i];
+      if (copies == 2) for (int i = 0; i < columns; ++i) spread[columns + i] = x[i] * high[i];
+      for (int i = 0; i < columns; i += 8)
+        for (int lane = 0; lane < 8 && lane < columns; ++lane) partial[lane] += x[i + lane];
     }
     sums[g] = ((partial[0] + partial[4]) + (partial[1] + partial[5])) + ((partial[2] + partial[6]) + (partial[3] + partial[7]));
+  }
+}
+
+static void spread(const Weight& w, const float* x, float* spread, float* sums) {
+  switch (w.bits) {
+    case 2: return spread_of<2>(w, x, spread, sums);
+    case 3: return spread_of<3>(w, x, spread, sums);
+    case 4: return spread_of<4>(w, x, spread, sums);
+    case 8: return spread_of<8>(w, x, spread, sums);
+    default: std::memcpy(spread, x, w.in * sizeof(float));
   }
 }
 
@@ -333,12 +340,21 @@ static inline ALWAYS vf number(const void* p, int64_t i) {
 template <int TYPE>
 static void attend_of(const float* query, const void* keys, const void* values, int64_t count, int64_t key_stride,
                       int64_t value_stride, int64_t dim, float scaling, float* scores, float* out) {
+  // Several tokens side by side, then several vectors of the output: a sum of its own for each, so that none waits for another.
+  constexpr int kTokens = 4, kParts = 4;
   float most = -__builtin_inff();
-  for (int64_t t = 0; t < count; ++t) {
-    vf sum = {};
-    for (int64_t i = 0; i < dim; i += LANES) sum += load(query + i) * number<TYPE>(keys, t * key_stride + i);
-    scores[t] = sum_of(sum) * scaling;
-    most = scores[t] > most ? scores[t] : most;
+  for (int64_t t = 0; t < count;) {
+    const int tokens = count - t < kTokens ? 1 : kTokens;
+    vf sum[kTokens] = {};
+    for (int64_t i = 0; i < dim; i += LANES) {
+      const vf q = load(query + i);
+      if (tokens == 1) sum[0] += q * number<TYPE>(keys, t * key_stride + i);
+      else for (int j = 0; j < kTokens; ++j) sum[j] += q * number<TYPE>(keys, (t + j) * key_stride + i);
+    }
+    for (int j = 0; j < tokens; ++j, ++t) {
+      scores[t] = sum_of(sum[j]) * scaling;
+      most = scores[t] > most ? scores[t] : most;
+    }
   }
   float total = 0;
   for (int64_t t = 0; t < count; t += LANES) {
@@ -347,7 +363,14 @@ static void attend_of(const float* query, const void* keys, const void* values, 
     store(lanes, exp_of(load(lanes)));
     for (int i = 0; i < LANES && t + i < count; ++i) total += scores[t + i] = lanes[i];
   }
-  for (int64_t i = 0; i < dim; i += LANES) {
+  int64_t i = 0;
+  for (; i + kParts * LANES <= dim; i += kParts * LANES) {
+    vf sum[kParts] = {};
+    for (int64_t t = 0; t < count; ++t)
+      for (int j = 0; j < kParts; ++j) sum[j] += number<TYPE>(values, t * value_stride + i + j * LANES) * scores[t];
+    for (int j = 0; j < kParts; ++j) store(out + i + j * LANES, sum[j] / total);
+  }
+  for (; i < dim; i += LANES) {
     vf sum = {};
     for (int64_t t = 0; t < count; ++t) sum += number<TYPE>(values, t * value_stride + i) * scores[t];
     store(out + i, sum / total);

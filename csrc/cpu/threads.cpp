@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <thread>
 
 #include <dlfcn.h>
 #ifdef __linux__
@@ -56,7 +57,96 @@ void run(void* data) {
   for (int64_t i; (i = job->next.fetch_add(1, std::memory_order_relaxed)) < job->count;) (*job->work)(i);
 }
 
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// One thread leads and posts jobs; the others take parts of them. A ticket is one word: the number of the job, and in its low half
+// a count that reaches kNone when no part is left. So a thread that comes late learns from the ticket alone whether it has a part,
+// and that is one of the job that is posted now.
+class Team {
+ public:
+  explicit Team(const std::function<void()>& body) : body_(body), leader_(std::this_thread::get_id()) {}
+
+  // What every thread of the team runs.
+  void run() {
+    if (std::this_thread::get_id() == leader_) {
+      current = this;
+      body_();
+      current = nullptr;
+      over_.store(true, std::memory_order_release);
+      return;
+    }
+    uint64_t seen = 0;
+    for (int idle = 0; !over_.load(std::memory_order_acquire);) {
+      const uint64_t job = tickets_.load(std::memory_order_acquire) >> 32;
+      if (job != seen) {
+        seen = job;
+        idle = 0;
+        take_parts();
+      } else if (++idle < kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+  void for_each(int64_t count, const std::function<void(int64_t)>& work) {
+    const uint64_t job = (tickets_.load(std::memory_order_relaxed) >> 32) + 1;
+    posted_ = {&work, count};
+    finished_.store(0, std::memory_order_relaxed);
+    tickets_.store(job << 32 | (kNone - static_cast<uint64_t>(count)), std::memory_order_release);
+    take_parts();
+    for (int idle = 0; finished_.load(std::memory_order_acquire) < count;) {
+      if (++idle < kSpins) pause();
+      else std::this_thread::yield();
+    }
+  }
+
+  static thread_local Team* current;
+
+ private:
+  static constexpr uint64_t kNone = 1u << 31;
+  static constexpr int kSpins = 4000;  // some 50 microseconds
+  struct Posted {
+    const std::function<void(int64_t)>* work;
+    int64_t count;
+  };
+
+  void take_parts() {
+    for (;;) {
+      const uint64_t ticket = tickets_.fetch_add(1, std::memory_order_acq_rel);
+      if (ticket & kNone) return;
+      // A job stays posted until all its parts are finished, this one too.
+      (*posted_.work)(static_cast<int64_t>(ticket & 0xffffffffu) - static_cast<int64_t>(kNone) + posted_.count);
+      finished_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  const std::function<void()>& body_;
+  const std::thread::id leader_;
+  Posted posted_ = {};
+  alignas(64) std::atomic<uint64_t> tickets_{kNone};
+  alignas(64) std::atomic<int64_t> finished_{0};
+  alignas(64) std::atomic<bool> over_{false};
+};
+
+thread_local Team* Team::current = nullptr;
+
+void run_team(void* team) { static_cast<Team*>(team)->run(); }
+
 }  // namespace
+
+void with_team(int threads, const std::function<void()>& body) {
+  if (threads <= 1 || !has_threads()) return body();
+  Team team(body);
+  runtime()(run_team, &team, static_cast<unsigned>(threads), 0);
+}
 
 bool has_threads() { return runtime() != nullptr; }
 
@@ -66,6 +156,7 @@ void for_each(int64_t count, int threads, const std::function<void(int64_t)>& wo
     for (int64_t i = 0; i < count; ++i) work(i);
     return;
   }
+  if (Team::current) return Team::current->for_each(count, work);
   Job job{&work, count};
   runtime()(run, &job, static_cast<unsigned>(threads), 0);
 }

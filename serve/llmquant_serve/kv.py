@@ -54,6 +54,14 @@ class RowLayer(CacheLayerMixin):
         values[:rows, :, w.end] = value_states[:, :, 0]
         return keys[:rows, :, used], values[:rows, :, used]
 
+    def in_place(self) -> tuple[Tensor, Tensor, int] | None:
+        """Where one sequence's keys and values ``[1, heads, columns, head_dim]`` begin and how many tokens they have; the next
+        column is free. None where there are more sequences, or none yet."""
+        w = self.window
+        if self.keys is None or self.values is None or len(w.lengths) != 1:
+            return None
+        return self.keys[:1, :, w.begin :], self.values[:1, :, w.begin :], w.end - w.begin
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
