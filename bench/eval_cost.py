@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 import llmquant
-from llmquant_eval import scoring
-from llmquant_eval.machine import processor, versions
-from llmquant_eval.protocols import GptqProtocol
-from llmquant_eval.stream import Stream
+from llmquant_eval.report.machine import processor, versions
+from llmquant_eval.scoring import score as scoring
+from llmquant_eval.scoring.protocols import GptqProtocol
+from llmquant_eval.scoring.stream import Stream
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-llama"

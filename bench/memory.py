@@ -34,7 +34,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llmquant.checkpoint_writer import CheckpointWriter
+from llmquant.checkpoint.writer import CheckpointWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "memory.json"

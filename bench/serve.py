@@ -32,10 +32,10 @@ import uvicorn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import llmquant
-from llmquant_serve.app import create_app
-from llmquant_serve.local import LocalEngine
+from llmquant_serve.api.app import create_app
+from llmquant_serve.engines.local import LocalEngine
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
-from llmquant_serve.text import TextModel
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny-llama"
 STREAMS = 8

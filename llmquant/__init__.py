@@ -10,66 +10,66 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmquant.allocation import Allocation, allocate
-    from llmquant.calibration import Calibration, calibrate
-    from llmquant.choices import AllocateOptions
+    from llmquant.checkpoint.hub import resolve
+    from llmquant.checkpoint.inspect import Inspection, inspect
+    from llmquant.checkpoint.manifest import verify
     from llmquant.conversion import ConvertOptions, ConvertResult, convert
-    from llmquant.hub import resolve
-    from llmquant.inspection import Inspection, inspect
-    from llmquant.integration import register_with_transformers, unregister_from_transformers
-    from llmquant.loading import compute_dtype, load
-    from llmquant.manifest import verify
-    from llmquant.modules import describe
-    from llmquant.pipeline import QuantizeOptions, QuantizeResult, quantize
+    from llmquant.data.calibration import Calibration, calibrate
+    from llmquant.data.sources import Documents, read_documents
+    from llmquant.kernels.packed_linear import describe
+    from llmquant.models.load import compute_dtype, load
+    from llmquant.models.transformers import register_with_transformers, unregister_from_transformers
+    from llmquant.planning.allocate import Allocation, allocate
+    from llmquant.planning.candidates import AllocateOptions
+    from llmquant.quantization.rerun import Comparison, rerun
+    from llmquant.quantization.run import QuantizeOptions, QuantizeResult, quantize
     from llmquant.recipe import Recipe, load_recipe, shipped_recipes
-    from llmquant.repetition import Comparison, rerun
     from llmquant.runtime.computing import Computing
     from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
+    from llmquant.runtime.memory import peak_resident_bytes, resident_bytes
     from llmquant.runtime.processor import Processor, this_processor
     from llmquant.runtime.threads import set_threads
-    from llmquant.sources import Documents, read_documents
     from llmquant.spec import QuantSpec
-    from llmquant.usage import peak_resident_bytes, resident_bytes
     from llmquant.weight import QuantizedWeight
 
 _HOMES = {
-    "AllocateOptions": "choices",
-    "Allocation": "allocation",
-    "allocate": "allocation",
-    "Calibration": "calibration",
-    "calibrate": "calibration",
+    "AllocateOptions": "planning.candidates",
+    "Allocation": "planning.allocate",
+    "allocate": "planning.allocate",
+    "Calibration": "data.calibration",
+    "calibrate": "data.calibration",
     "ConvertOptions": "conversion",
     "ConvertResult": "conversion",
     "convert": "conversion",
-    "resolve": "hub",
-    "Inspection": "inspection",
-    "inspect": "inspection",
-    "describe": "modules",
-    "register_with_transformers": "integration",
-    "unregister_from_transformers": "integration",
-    "load": "loading",
-    "verify": "manifest",
-    "QuantizeOptions": "pipeline",
-    "QuantizeResult": "pipeline",
-    "quantize": "pipeline",
+    "resolve": "checkpoint.hub",
+    "Inspection": "checkpoint.inspect",
+    "inspect": "checkpoint.inspect",
+    "describe": "kernels.packed_linear",
+    "register_with_transformers": "models.transformers",
+    "unregister_from_transformers": "models.transformers",
+    "load": "models.load",
+    "verify": "checkpoint.manifest",
+    "QuantizeOptions": "quantization.run",
+    "QuantizeResult": "quantization.run",
+    "quantize": "quantization.run",
     "Recipe": "recipe",
     "load_recipe": "recipe",
-    "Comparison": "repetition",
-    "rerun": "repetition",
+    "Comparison": "quantization.rerun",
+    "rerun": "quantization.rerun",
     "shipped_recipes": "recipe",
     "ChosenDtype": "runtime.devices",
     "Computing": "runtime.computing",
     "Processor": "runtime.processor",
-    "compute_dtype": "loading",
+    "compute_dtype": "models.load",
     "parse_device": "runtime.devices",
     "parse_dtype": "runtime.devices",
     "set_threads": "runtime.threads",
     "this_processor": "runtime.processor",
-    "Documents": "sources",
-    "read_documents": "sources",
+    "Documents": "data.sources",
+    "read_documents": "data.sources",
     "QuantSpec": "spec",
-    "peak_resident_bytes": "usage",
-    "resident_bytes": "usage",
+    "peak_resident_bytes": "runtime.memory",
+    "resident_bytes": "runtime.memory",
     "QuantizedWeight": "weight",
 }
 

@@ -1,13 +1,17 @@
 """What an int8 engine does to a linear's input: one scale per token, found as the model runs.
 
-In a layer of its own because two sides need the same arithmetic: :class:`llmquant.modules.PackedLinear`, so that an evaluation is
+In a layer of its own because two sides need the same arithmetic: :class:`llmquant.kernels.packed_linear.PackedLinear`, so that an evaluation is
 one of the served model, and the search for smoothing scales, so that what it compares is what will be served.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Activations = Literal["none", "int8-dynamic"]
 
 
 def int8_per_token(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Override(_Strict):
 
 
 class Scales(_Strict):
-    """Scale search; see :class:`llmquant.algorithms.grid.ScaleSearch`. ``steps: 0`` is plain min-max."""
+    """Scale search; see :class:`llmquant.algorithms.scale_search.ScaleSearch`. ``steps: 0`` is plain min-max."""
 
     steps: int = Field(48, ge=0, le=1000)
     smallest: float = Field(0.35, gt=0, le=1)
@@ -84,7 +84,7 @@ class GPTQ(_Strict):
 
 
 class Tune(_Strict):
-    """Moves codes and scales of a whole block together; see :class:`llmquant.algorithms.tune.TuneOptions`.
+    """Moves codes and scales of a whole block together; see :class:`llmquant.algorithms.block_tuning.TuneOptions`.
 
     ``batch_size`` is in calibration windows, and replaces ``calibration.batch_size`` for the whole run.
     """
@@ -112,7 +112,7 @@ class AWQ(_Strict):
 
 
 class Smooth(_Strict):
-    """SmoothQuant: moves large activations into the weights before 8-bit rounding of both; see :mod:`llmquant.smoothing`.
+    """SmoothQuant: moves large activations into the weights before 8-bit rounding of both; see :mod:`llmquant.quantization.steps.smoothquant`.
 
     ``alpha: auto`` tries 0.1 … 0.9 at each place. ``pairs: norms`` folds into norms only, ``all`` also from linear to linear.
     """
@@ -122,7 +122,7 @@ class Smooth(_Strict):
 
 
 class Rotation(_Strict):
-    """Rotates the model before anything else, without changing what it computes; see :mod:`llmquant.rotation`."""
+    """Rotates the model before anything else, without changing what it computes; see :mod:`llmquant.models.rotated`."""
 
     residual: Literal["hadamard", "random", "off"] = "hadamard"
     heads: bool = True

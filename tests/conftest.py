@@ -17,7 +17,7 @@ import torch
 from tiny_models import EXAMPLE, TOKENIZER
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmquant.pipeline import quantize
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 
 # Every linear has 64 or 96 input columns, so groups of 32 fit and groups of 128 do not.

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llmquant.pipeline import QuantizeOptions, quantize
+from llmquant.quantization.run import QuantizeOptions, quantize
 from llmquant.recipe import Recipe
 
 CALLS = {"write", "fsync", "rename", "truncate", "unlink", "sendfile", "mkdir", "rmdir", "flock"}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms import rtn
-from llmquant.checkpoint import CheckpointReader
-from llmquant.checkpoint_writer import CheckpointWriter
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.formats import FORMATS, Scheme
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, portable

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmquant import walk
+from llmquant.checkpoint.manifest import read_manifest
 from llmquant.errors import LlmquantError, QuantizationError
-from llmquant.manifest import read_manifest
-from llmquant.parallel import World, joined
-from llmquant.pipeline import QuantizeOptions, quantize
+from llmquant.quantization import walk
+from llmquant.quantization.run import QuantizeOptions, quantize
 from llmquant.recipe import Recipe
+from llmquant.runtime.distributed import World, joined
 
 
 def _fail(*_: Any) -> Any:

@@ -17,11 +17,11 @@ import typer
 
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval import leaderboard_cli
+from llmquant_eval.leaderboard import cli as leaderboard_cli
 
 if TYPE_CHECKING:
-    from llmquant_eval.evaluate import Progress
-    from llmquant_eval.report import Report
+    from llmquant_eval.report.schema import Report
+    from llmquant_eval.run.evaluate import Progress
 
 
 _LOG_WIDTH = 120
@@ -92,7 +92,7 @@ def eval_command(
         return
     if missing:
         raise UsageError("--missing belongs to --suite")
-    from llmquant_eval.plan import Request
+    from llmquant_eval.run.plan import Request
 
     request = Request(
         candidates=tuple(model or ()), text=text, reference=reference, protocol=_joined(protocol), window=window,
@@ -106,7 +106,7 @@ def eval_command(
         raise UsageError(f"--output {output}: the folder {output.resolve().parent} does not exist; make it first")
     from transformers.utils import logging as transformers_logging
 
-    from llmquant_eval.evaluate import evaluate
+    from llmquant_eval.run.evaluate import evaluate
 
     # transformers' own bars would be drawn across ours, and in spite of --quiet.
     transformers_logging.disable_progress_bar()
@@ -114,7 +114,7 @@ def eval_command(
         report = evaluate(request, progress)
     _write(report, output, card)
     if plots is not None:
-        from llmquant_eval.plots import write_report_plots
+        from llmquant_eval.leaderboard.plots import write_report_plots
 
         for path in write_report_plots(plots, report):
             sys.stderr.write(f"wrote {path}\n")
@@ -137,7 +137,7 @@ def _check_card_folders(candidates: tuple[str, ...]) -> None:
 
 
 def _write(report: Report, output: Path | None, card: bool) -> None:
-    from llmquant_eval.card import replace_file, write_card
+    from llmquant_eval.report.card import replace_file, write_card
 
     if output is not None:
         try:
@@ -152,7 +152,7 @@ def _write(report: Report, output: Path | None, card: bool) -> None:
 def _show(report: Report) -> None:
     from rich.console import Console
 
-    from llmquant_eval.table import render
+    from llmquant_eval.report.table import render
 
     # rich takes 80 columns where it sees no terminal; a log or a pipe has room for the whole table.
     console = Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)

@@ -17,9 +17,9 @@ import typer
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
-    from llmquant_eval.leaderboard import Stored
-    from llmquant_eval.suite import Suite
-    from llmquant_eval.suite_run import Finished, Watch
+    from llmquant_eval.leaderboard.ranking import Stored
+    from llmquant_eval.suites.run import Finished, Watch
+    from llmquant_eval.suites.schema import Suite
 
 # Options of `llmquant eval` that change a suite, and its switches that are about the run.
 _CHANGES = frozenset({"reference", "dtype", "device", "kernel", "threads", "batch_size", "cost", "noise_floor", "cache_form"})
@@ -48,7 +48,7 @@ def suite_command(context: typer.Context) -> None:
         raise UsageError(f"--output {results} is a file; a suite writes one report per model and protocol into a folder")
     from transformers.utils import logging as transformers_logging
 
-    from llmquant_eval.suite_run import Finished, run_suite
+    from llmquant_eval.suites.run import Finished, run_suite
 
     transformers_logging.disable_progress_bar()
     wanted = _missing(suite, results) if given.get("missing") else suite
@@ -61,7 +61,7 @@ def suite_command(context: typer.Context) -> None:
 
 def _missing(suite: Suite, results: Path | None) -> Suite:
     """The suite without the models whose reports are there and current; says why it keeps each of the others."""
-    from llmquant_eval.suite_current import outdated
+    from llmquant_eval.suites.current import outdated
 
     if results is None:
         raise UsageError("--missing looks for results that are already there; say where with --output DIR or the suite's outputs")
@@ -73,7 +73,7 @@ def _missing(suite: Suite, results: Path | None) -> Suite:
 
 def changed_suite(given: Mapping[str, Any]) -> Suite:
     """The suite with what the command line says instead."""
-    from llmquant_eval.suite import load_suite
+    from llmquant_eval.suites.schema import load_suite
 
     suite = load_suite(given["suite"])
     changes = {name: given[name] for name in _CHANGES & given.keys()}
@@ -102,10 +102,10 @@ def leave(suite: Suite, finished: Finished, results: Path | None, plots: Path | 
     Raises:
         LlmquantError: something cannot be written, or some measurement failed; the others are kept all the same.
     """
-    from llmquant_eval.card import replace_file
-    from llmquant_eval.leaderboard import Stored, load_reports, make_boards
-    from llmquant_eval.leaderboard_cli import render_files, show
-    from llmquant_eval.suite_current import strangers
+    from llmquant_eval.leaderboard.cli import render_files, show
+    from llmquant_eval.leaderboard.ranking import Stored, load_reports, make_boards
+    from llmquant_eval.report.card import replace_file
+    from llmquant_eval.suites.current import strangers
 
     stored: list[Stored] = [Stored(Path(name), report) for name, report in finished.reports.items()]
     if results is not None:
@@ -139,7 +139,7 @@ def _progress(hidden: bool) -> Iterator[Watch]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from llmquant_eval.suite_run import Watch
+    from llmquant_eval.suites.run import Watch
 
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),

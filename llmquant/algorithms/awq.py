@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmquant.algorithms.grid import ScaleSearch
 from llmquant.algorithms.rtn import rtn
+from llmquant.algorithms.scale_search import ScaleSearch
 from llmquant.errors import QuantizationError, SpecError
 from llmquant.spec import QuantSpec
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms import native
-from llmquant.algorithms.grid import ScaleSearch, fit, round_to_codes
 from llmquant.algorithms.rtn import check_weight
+from llmquant.algorithms.scale_search import ScaleSearch, fit, round_to_codes
 from llmquant.errors import QuantizationError, SpecError
-from llmquant.finite import all_finite
+from llmquant.runtime.finite import all_finite
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 

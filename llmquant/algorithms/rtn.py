@@ -1,7 +1,7 @@
 """Round to nearest: fit each group's parameters, round each weight. The data-free baseline.
 
 With a scale search it already beats plain min-max rounding; given input statistics the search weighs the columns that
-matter. The result is exactly ``round_to_codes`` of :func:`llmquant.algorithms.grid.fit`'s parameters.
+matter. The result is exactly ``round_to_codes`` of :func:`llmquant.algorithms.scale_search.fit`'s parameters.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmquant.algorithms.grid import ScaleSearch, fit, round_to_codes
+from llmquant.algorithms.scale_search import ScaleSearch, fit, round_to_codes
 from llmquant.errors import QuantizationError
-from llmquant.finite import all_finite
+from llmquant.runtime.finite import all_finite
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 

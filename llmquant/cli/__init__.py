@@ -18,15 +18,15 @@ from typing import Annotated
 
 import typer
 
-from llmquant.cli.allocate import allocate_command
-from llmquant.cli.convert import convert_command
-from llmquant.cli.doctor import doctor_command
-from llmquant.cli.generate import generate_command
-from llmquant.cli.inspect import inspect_command
-from llmquant.cli.plan import plan_command
-from llmquant.cli.quantize import quantize_command
-from llmquant.cli.recipes import recipes_command
-from llmquant.cli.verify import verify_command
+from llmquant.cli.commands.allocate import allocate_command
+from llmquant.cli.commands.convert import convert_command
+from llmquant.cli.commands.doctor import doctor_command
+from llmquant.cli.commands.generate import generate_command
+from llmquant.cli.commands.inspect import inspect_command
+from llmquant.cli.commands.plan import plan_command
+from llmquant.cli.commands.quantize import quantize_command
+from llmquant.cli.commands.recipes import recipes_command
+from llmquant.cli.commands.verify import verify_command
 from llmquant.errors import LlmquantError
 
 app = typer.Typer(

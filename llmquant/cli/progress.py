@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
-    from llmquant.calibration import Calibration
-    from llmquant.pipeline import Events
-    from llmquant.walkplan import Progress as Where
+    from llmquant.data.calibration import Calibration
+    from llmquant.quantization.plan import Progress as Where
+    from llmquant.quantization.run import Events
 
 
 @contextmanager
@@ -26,8 +26,8 @@ def progress(hidden: bool) -> Iterator[Events]:
         TimeRemainingColumn,
     )
 
-    from llmquant.pipeline import Events
-    from llmquant.usage import peak_resident_bytes, resident_bytes
+    from llmquant.quantization.run import Events
+    from llmquant.runtime.memory import peak_resident_bytes, resident_bytes
 
     console = screen(stderr=True)
     columns = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
-from llmquant.interruption import heeded, stops
+from llmquant.runtime.signals import heeded, stops
 
 
 @contextmanager

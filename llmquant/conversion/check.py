@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from llmquant.activations import Activations
+from llmquant.checkpoint.manifest import packed_bytes
 from llmquant.conversion.source import Source
 from llmquant.errors import FormatError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
-from llmquant.formats.base import Activations
 from llmquant.formats.dense import Dense
-from llmquant.manifest import packed_bytes
 from llmquant.weight import QuantizedWeight
 
 DENSE = Dense()

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from llmquant.card import converted_card, front_matter, measured
-from llmquant.checkpoint_writer import CheckpointWriter
+from llmquant.checkpoint.card import converted_card, front_matter, measured
+from llmquant.checkpoint.detect import without_quantization
+from llmquant.checkpoint.manifest import MANIFEST, Conversion, Manifest, ModuleEntry, file_hashes, versions
+from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, Checked
 from llmquant.conversion.source import Source
-from llmquant.detect import without_quantization
 from llmquant.formats import Format
-from llmquant.manifest import MANIFEST, Conversion, Manifest, ModuleEntry, file_hashes, versions
 
 _RECIPE = "recipe.yaml"
 

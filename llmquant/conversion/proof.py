@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from llmquant.checkpoint import CheckpointReader, sha256_tensor
+from llmquant.checkpoint.manifest import read_module, stored_schemes
+from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.conversion.check import DENSE, Checked, OnProgress
 from llmquant.conversion.source import Source
 from llmquant.errors import FormatError, ProofError, QuantizationError
 from llmquant.formats import Format, Scheme
-from llmquant.manifest import read_module, stored_schemes
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from llmquant.checkpoint import CheckpointReader
-from llmquant.checkpoint_writer import CheckpointWriter
+from llmquant.checkpoint.atomic import check_destination
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
 from llmquant.conversion.files import write_files
 from llmquant.conversion.proof import prove
 from llmquant.conversion.source import Source, model_dtype, open_source
-from llmquant.destination import check_destination
-from llmquant.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
 from llmquant.errors import UsageError
 from llmquant.formats import FORMATS, Format
+from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
 from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from llmquant.checkpoint import CheckpointReader
-from llmquant.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.hub import resolve
+from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest, read_module
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError, UsageError
 from llmquant.formats import Format, Scheme, for_config
-from llmquant.hub import resolve
-from llmquant.manifest import MANIFEST, Manifest, read_manifest, read_module
+from llmquant.models.empty import empty_model
+from llmquant.models.selection import ROUTER, linears_of
 from llmquant.runtime.devices import DTYPES
-from llmquant.selection import ROUTER, linears_of
-from llmquant.skeleton import empty_model
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
 # Parts of a compressed-tensors config that change what an engine computes and that no other layout can say.

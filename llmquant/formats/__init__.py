@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llmquant.activations import Activations
 from llmquant.errors import FormatError, UsageError
 from llmquant.formats.autoround import AutoRound
 from llmquant.formats.awq import Awq
-from llmquant.formats.base import Activations, Format, Scheme
-from llmquant.formats.compressed_family import CompressedFamily
+from llmquant.formats.base import Format, Scheme
+from llmquant.formats.compressed_tensors.family import CompressedFamily
+from llmquant.formats.compressed_tensors.int_quantized import IntQuantized
 from llmquant.formats.gptq import Gptq
 from llmquant.formats.gptq_config import checkpoint_format
-from llmquant.formats.int_quantized import IntQuantized
 
 _WRITABLE: tuple[Format, ...] = (CompressedFamily(), IntQuantized(), Gptq(v2=False), Gptq(v2=True), Awq())
 FORMATS: dict[str, Format] = {f.name: f for f in _WRITABLE}

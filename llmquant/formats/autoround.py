@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
 from llmquant.formats.awq import Awq
-from llmquant.formats.base import Activations, Plain, Scheme
+from llmquant.formats.base import Plain, Scheme
 from llmquant.formats.gptq import Gptq
 from llmquant.formats.gptq_config import packed_modules, spec_of
 from llmquant.weight import QuantizedWeight

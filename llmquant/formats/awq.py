@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from llmquant import bitpack
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
-from llmquant.formats.base import HEADS, Activations, Plain, Scheme, exact, require
-from llmquant.formats.config_groups import ignore_list
+from llmquant.formats.base import HEADS, Plain, Scheme, exact, require
+from llmquant.formats.compressed_tensors.config_groups import ignore_list
 from llmquant.formats.gptq_config import packed_modules
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
-Activations = Literal["none", "int8-dynamic"]
 # What checkpoints call the output head. In vLLM it is no Linear, so configs that say which of those are quantized must name it.
 HEADS = ("lm_head", "embed_out")
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
-from llmquant.finite import all_finite
-from llmquant.formats.base import Activations, Plain, Scheme
+from llmquant.formats.base import Plain, Scheme
+from llmquant.runtime.finite import all_finite
 from llmquant.weight import QuantizedWeight
 
 

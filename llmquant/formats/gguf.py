@@ -1,5 +1,5 @@
 """GGUF's block types Q4_0, Q4_1 and Q8_0: 32 weights to a block with an fp16 scale inside it. Tensors only; the file is
-:mod:`llmquant.gguf_file`.
+:mod:`llmquant.conversion.gguf.file`.
 
 Every row is a run of blocks of 32 columns, the first element's nibble low, element i+16 in the high nibble of byte i::
 

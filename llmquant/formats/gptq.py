@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from llmquant import bitpack
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
 from llmquant.formats import gptq_config
-from llmquant.formats.base import Activations, Plain, Scheme, exact, require
+from llmquant.formats.base import Plain, Scheme, exact, require
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 

@@ -17,8 +17,8 @@ from llmquant.errors import LlmquantError, UsageError
 if TYPE_CHECKING:
     from socket import socket
 
-    from llmquant_serve.options import ModelOptions
-    from llmquant_serve.run import Binding
+    from llmquant_serve.engines.options import ModelOptions
+    from llmquant_serve.server import Binding
     from llmquant_serve.service import Limits
 
 
@@ -63,8 +63,8 @@ def serve_command(
 ) -> None:
     """Serve MODEL over an OpenAI-compatible API."""
     _need("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else []))
-    from llmquant_serve.options import ModelOptions
-    from llmquant_serve.run import Binding, bound_socket
+    from llmquant_serve.engines.options import ModelOptions
+    from llmquant_serve.server import Binding, bound_socket
     from llmquant_serve.service import Limits
 
     if reference is not None and not ui:
@@ -103,12 +103,13 @@ def chat_command(
 ) -> None:
     """Talk to MODEL, in the terminal or on a page."""
     _need("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if web else []))
-    from llmquant_serve.options import ModelOptions, build_service
+    from llmquant_serve.build import build_service
+    from llmquant_serve.engines.options import ModelOptions
     from llmquant_serve.service import Limits
 
     options = ModelOptions(model=model, dtype=dtype, device=device, kernel=kernel, threads=threads)
     if web:
-        from llmquant_serve.run import Binding, bound_socket
+        from llmquant_serve.server import Binding, bound_socket
 
         binding = Binding("127.0.0.1", port, ui=True)
         with bound_socket(binding) as listening:
@@ -118,8 +119,8 @@ def chat_command(
         raise UsageError("--reference is for the page; add --web")
     import asyncio
 
-    from llmquant_serve.chat import Terminal
-    from llmquant_serve.engine import Sampling
+    from llmquant_serve.chat.terminal import Terminal
+    from llmquant_serve.engines.base import Sampling
 
     sampling = Sampling(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     asyncio.run(Terminal(build_service(options, Limits(max_streams=1)), sampling, system).run())
@@ -127,8 +128,9 @@ def chat_command(
 
 def _serve(options: ModelOptions, limits: Limits, binding: Binding, listening: socket, reference: str | None) -> None:
     import llmquant
-    from llmquant_serve.options import ModelOptions, build_service
-    from llmquant_serve.run import run
+    from llmquant_serve.build import build_service
+    from llmquant_serve.engines.options import ModelOptions
+    from llmquant_serve.server import run
     from llmquant_serve.service import Limits
 
     original = None

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from llmquant_serve.engine import Engine
-from llmquant_serve.failures import ApiError, bad
+from llmquant_serve.engines.base import Engine
+from llmquant_serve.errors import ApiError, bad
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.metrics import Metrics
-from llmquant_serve.text import TextModel
 
 
 @dataclass(frozen=True, slots=True)

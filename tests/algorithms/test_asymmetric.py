@@ -13,7 +13,7 @@ from tolerances import TWIN_ATOL
 from llmquant.algorithms import Factor, GPTQOptions, asymmetric_target, factorize
 
 OUT, IN, ROWS, DEAD = 6, 24, 200, 7
-MODULE = sys.modules["llmquant.algorithms.asymmetric"]
+MODULE = sys.modules["llmquant.algorithms.gptaq"]
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
 OUT, IN = 5, 32
-MODULE = sys.modules["llmquant.algorithms.descent"]
+MODULE = sys.modules["llmquant.algorithms.coordinate_descent"]
 SPECS = {str(s): s for s in (QuantSpec(2, 8, True), QuantSpec(3, 16, False), QuantSpec(4, None, True), QuantSpec(4, 8, False))}
 
 

@@ -20,7 +20,7 @@ from llmquant.weight import is_portable
 SPECS = pytest.mark.parametrize(
     "spec", [QuantSpec(b, g, s) for b in SUPPORTED_BITS for g in (8, None) for s in (True, False)], ids=str
 )
-MODULE = sys.modules["llmquant.algorithms.grid"]
+MODULE = sys.modules["llmquant.algorithms.scale_search"]
 SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 
 
@@ -240,7 +240,7 @@ def test_slicing_by_rows_changes_nothing(monkeypatch, spec, elements):
     w = heavy_tailed(33, 24, seed=6)
     importance = torch.rand(24, generator=torch.Generator().manual_seed(0))
     whole = fit(w, spec, ScaleSearch(steps=9), importance)
-    monkeypatch.setattr(sys.modules["llmquant.algorithms.grid"], "_SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(sys.modules["llmquant.algorithms.scale_search"], "_SLICE_ELEMENTS", elements)
     sliced = fit(w, spec, ScaleSearch(steps=9), importance)
     assert torch.equal(whole[0], sliced[0])
     assert torch.equal(whole[1], sliced[1])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms import GPTQOptions, ScaleSearch, factorize, fit, gptq, native
-from llmquant.algorithms.grid import _folded
+from llmquant.algorithms.scale_search import _folded
 from llmquant.runtime import native_library
 from llmquant.runtime.processor import this_processor
 from llmquant.spec import SUPPORTED_BITS, QuantSpec

@@ -10,14 +10,14 @@ import torch
 from slips import slipped
 
 from llmquant.algorithms import Reader, ScaleSearch, rtn, search_smoothing
-from llmquant.algorithms.smooth import smooth_scale, smoothed_loss
+from llmquant.algorithms.smoothquant import smooth_scale, smoothed_loss
 from llmquant.errors import SpecError
 from llmquant.spec import QuantSpec
 
 SPEC = QuantSpec(8, None, True)
 SEARCH = ScaleSearch(steps=2)
 OWN = torch.arange(8)
-MODULE = sys.modules["llmquant.algorithms.smooth"]
+MODULE = sys.modules["llmquant.algorithms.smoothquant"]
 
 
 def case(seed: int = 0, outlier: float = 60.0) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -12,14 +12,14 @@ from slips import slipped
 from torch import Tensor
 
 from llmquant.algorithms import ScaleSearch, TuneOptions, rtn, tune
-from llmquant.algorithms.tune import _Latent
+from llmquant.algorithms.block_tuning import _Latent
 from llmquant.errors import QuantizationError, SpecError
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, is_portable
 
 WIDTH, HIDDEN, BATCHES = 16, 24, 6
 SPECS = {str(s): s for s in (QuantSpec(2, 8, True), QuantSpec(3, 8, False), QuantSpec(4, None, True))}
-MODULE = sys.modules["llmquant.algorithms.tune"]
+MODULE = sys.modules["llmquant.algorithms.block_tuning"]
 
 
 def draw(*shape: int, seed: int) -> Tensor:

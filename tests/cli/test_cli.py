@@ -23,8 +23,8 @@ import pytest
 import torch
 from children import heeds_interrupts, interrupts
 
-from llmquant.checkpoint import SINGLE, CheckpointReader
-from llmquant.checkpoint_writer import CheckpointWriter
+from llmquant.checkpoint.reader import SINGLE, CheckpointReader
+from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.cli import main
 from llmquant.cli.method import parse_method
 from llmquant.cli.sizes import parse_size
@@ -402,7 +402,7 @@ def test_a_full_disk_is_told_in_words_and_the_same_command_continues(
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patched:
-        patched.setattr("llmquant.shards.ShardWriter.finish", full)
+        patched.setattr("llmquant.checkpoint.shards.ShardWriter.finish", full)
         ran = run("quantize", model, "-o", "a/b/out", *RTN)
     assert (ran.code, ran.out) == (1, "")
     assert ran.err[ran.err.index("error:") :] == (

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llmquant.cli import app, checkup
-from llmquant.cli.checkup import look
+from llmquant.cli import app
+from llmquant.cli.commands import checkup
+from llmquant.cli.commands.checkup import look
 from llmquant.kernels import KERNELS
 from llmquant.runtime.devices import parse_dtype
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from llmquant_eval.leaderboard import Stored
-from llmquant_eval.report import (
+from llmquant_eval.leaderboard.ranking import Stored
+from llmquant_eval.report.schema import (
     Breakdown,
     Bucket,
     Cost,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmquant_eval.suite import Suite
+from llmquant_eval.suites.schema import Suite
 
 RTN = "method: rtn\nweights: {bits: 4, group_size: 32}\nscales: {steps: 0}\n"
 PROTOCOL = "ppl/gptq-64"

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import llmquant
-from llmquant_eval.leaderboard import load_reports, make_boards
-from llmquant_eval.leaderboard_markdown import render_markdown
-from llmquant_eval.report import read_report
-from llmquant_eval.suite import Suite, load_suite
-from llmquant_eval.suite_current import outdated, strangers
+from llmquant_eval.leaderboard.markdown import render_markdown
+from llmquant_eval.leaderboard.ranking import load_reports, make_boards
+from llmquant_eval.report.schema import read_report
+from llmquant_eval.suites.current import outdated, strangers
+from llmquant_eval.suites.schema import Suite, load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "eval" / "results"

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from llmquant.errors import CheckpointError, UsageError
-from llmquant_eval.compact import Full16, Top, exact_arrays, parse_form
-from llmquant_eval.divergence import token_divergence
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.plan import Request
-from llmquant_eval.protocols import GptqProtocol
-from llmquant_eval.reference_cache import INDEX, CacheKey, choose_form, sample_positions
-from llmquant_eval.report import Report
-from llmquant_eval.stream import Stream
+from llmquant_eval.report.schema import Report
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
+from llmquant_eval.scoring.compact import Full16, Top, exact_arrays, parse_form
+from llmquant_eval.scoring.divergence import token_divergence
+from llmquant_eval.scoring.protocols import GptqProtocol
+from llmquant_eval.scoring.reference_cache import INDEX, CacheKey, choose_form, sample_positions
+from llmquant_eval.scoring.stream import Stream
 
 POSITIONS, VOCABULARY, WINDOW = 80, 3000, 64
 

@@ -12,8 +12,8 @@ import pytest
 
 from llmquant import peak_resident_bytes, resident_bytes
 from llmquant.errors import LlmquantError
-from llmquant_eval.cost import _Clock, _generate_once, main, measure_apart
-from llmquant_eval.machine import hardware, versions
+from llmquant_eval.report.machine import hardware, versions
+from llmquant_eval.run.cost import _Clock, _generate_once, main, measure_apart
 
 
 def test_a_model_is_measured_apart(base_model: Path) -> None:
@@ -51,7 +51,7 @@ def test_prefill_ends_with_the_first_new_token_and_decode_begins_there(monkeypat
     import torch
 
     now = iter([10.0, 12.0, 12.5, 13.0])  # prompt seen, then three tokens
-    monkeypatch.setattr("llmquant_eval.cost.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("llmquant_eval.run.cost.time.perf_counter", lambda: next(now))
 
     class Model:
         asked: dict[str, object] = {}  # noqa: RUF012

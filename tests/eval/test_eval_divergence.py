@@ -9,13 +9,13 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-import llmquant_eval.perplexity as perplexity_module
+import llmquant_eval.scoring.perplexity as perplexity_module
 from llmquant.errors import QuantizationError
-from llmquant_eval.buckets import breakdowns, context_edges
-from llmquant_eval.divergence import Divergence, token_divergence
-from llmquant_eval.layout import Layout
-from llmquant_eval.protocols import GptqProtocol
-from llmquant_eval.statistics import Floats
+from llmquant_eval.report.statistics import Floats
+from llmquant_eval.scoring.buckets import breakdowns, context_edges
+from llmquant_eval.scoring.divergence import Divergence, token_divergence
+from llmquant_eval.scoring.layout import Layout
+from llmquant_eval.scoring.protocols import GptqProtocol
 
 POSITIONS, VOCABULARY = 60, 37
 

@@ -7,7 +7,7 @@ import torch
 
 from llmquant import Documents
 from llmquant.errors import CheckpointError, SourceError, UsageError
-from llmquant_eval.protocols import (
+from llmquant_eval.scoring.protocols import (
     GptqProtocol,
     StridedProtocol,
     Window,
@@ -17,8 +17,8 @@ from llmquant_eval.protocols import (
     has_window,
     parse_protocol,
 )
-from llmquant_eval.stream import Stream, make_stream, prefix_token
-from llmquant_eval.text import check_same_tokens, encode, load_tokenizer, tokenizer_sha256
+from llmquant_eval.scoring.stream import Stream, make_stream, prefix_token
+from llmquant_eval.texts.tokens import check_same_tokens, encode, load_tokenizer, tokenizer_sha256
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.card import END, START, measured_section, splice, write_card
-from llmquant_eval.report import (
+from llmquant_eval.report.card import END, START, measured_section, splice, write_card
+from llmquant_eval.report.schema import (
     Cost,
     Hardware,
     Metric,
@@ -23,7 +23,7 @@ from llmquant_eval.report import (
     Text,
     read_report,
 )
-from llmquant_eval.table import HEADERS, footnotes, render, row, size, speed, with_error
+from llmquant_eval.report.table import HEADERS, footnotes, render, row, size, speed, with_error
 
 
 def metric(value: float, error: float | None, unit: Any, protocol: str = "kl/top-512") -> Metric:

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 import llmquant
 from llmquant.errors import CheckpointError, LlmquantError, QuantizationError, SourceError, UsageError
 from llmquant_eval.cli import register
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.models import other_dtype
-from llmquant_eval.plan import Request, make_plan
-from llmquant_eval.report import Report, read_report
+from llmquant_eval.models.door import other_dtype
+from llmquant_eval.report.schema import Report, read_report
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request, make_plan
 
 WINDOW = 64
 

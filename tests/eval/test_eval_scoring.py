@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import llmquant_eval.perplexity as perplexity_module
+import llmquant_eval.scoring.perplexity as perplexity_module
 from llmquant.errors import QuantizationError, UsageError
-from llmquant_eval.perplexity import position_chunks, token_nll
-from llmquant_eval.protocols import GptqProtocol, StridedProtocol, WindowProtocol
-from llmquant_eval.scoring import batches, score
-from llmquant_eval.stream import Stream
+from llmquant_eval.scoring.perplexity import position_chunks, token_nll
+from llmquant_eval.scoring.protocols import GptqProtocol, StridedProtocol, WindowProtocol
+from llmquant_eval.scoring.score import batches, score
+from llmquant_eval.scoring.stream import Stream
 
 VOCABULARY, WINDOW = 50, 16
 

@@ -11,10 +11,10 @@ import pytest
 from fake_server import FakeServer, serving
 
 from llmquant.errors import LlmquantError, QuantizationError, UsageError
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.plan import Request, make_plan
-from llmquant_eval.report import Report
-from llmquant_eval.table import render, row
+from llmquant_eval.report.schema import Report
+from llmquant_eval.report.table import render, row
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request, make_plan
 
 WINDOW = 48
 
@@ -80,8 +80,8 @@ def test_rolling_likelihoods_and_generation_over_a_server(tiny_llama: Path) -> N
     from transformers import AutoTokenizer
 
     import llmquant
-    from llmquant_eval.endpoint import Endpoint
-    from llmquant_eval.harness_models import LocalModel, ServedLM
+    from llmquant_eval.models.endpoint import Endpoint
+    from llmquant_eval.tasks.harness_models import LocalModel, ServedLM
 
     text = (tiny_llama / "heldout.txt").read_text(encoding="utf-8")[:400]
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
@@ -187,7 +187,7 @@ def test_what_lists_no_models(base_model: Path, words: Path, monkeypatch: pytest
 def test_a_key_goes_with_every_request(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import urllib.request
 
-    from llmquant_eval.endpoint import Endpoint
+    from llmquant_eval.models.endpoint import Endpoint
 
     seen: list[str | None] = []
     original = urllib.request.urlopen

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from llmquant_eval.layout import Layout, context_lengths
-from llmquant_eval.protocols import Window
-from llmquant_eval.statistics import Estimate, Floats, block_bootstrap, exponential, ratio_of_sums, root, scaled
+from llmquant_eval.report.statistics import Estimate, Floats, block_bootstrap, exponential, ratio_of_sums, root, scaled
+from llmquant_eval.scoring.layout import Layout, context_lengths
+from llmquant_eval.scoring.protocols import Window
 
 
 def perplexity(window_means: Floats) -> Estimate:

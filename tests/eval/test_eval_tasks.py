@@ -14,11 +14,11 @@ import torch
 from scipy import stats as scipy_stats
 
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.paired import mcnemar, paired_metric, with_pairs
-from llmquant_eval.plan import Request
-from llmquant_eval.report import Report, TaskMetric, TaskResult
-from llmquant_eval.table import grids
+from llmquant_eval.report.paired import mcnemar, paired_metric, with_pairs
+from llmquant_eval.report.schema import Report, TaskMetric, TaskResult
+from llmquant_eval.report.table import grids
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own

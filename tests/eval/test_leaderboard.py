@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.cli import register
-from llmquant_eval.leaderboard import Board, front, make_boards
-from llmquant_eval.leaderboard_app import table
-from llmquant_eval.leaderboard_cells import columns
-from llmquant_eval.leaderboard_html import render_html
-from llmquant_eval.leaderboard_markdown import render_markdown
-from llmquant_eval.leaderboard_svg import plots, points
-from llmquant_eval.report import Report
+from llmquant_eval.leaderboard.app import table
+from llmquant_eval.leaderboard.cells import columns
+from llmquant_eval.leaderboard.html import render_html
+from llmquant_eval.leaderboard.markdown import render_markdown
+from llmquant_eval.leaderboard.ranking import Board, front, make_boards
+from llmquant_eval.leaderboard.svg import plots, points
+from llmquant_eval.report.schema import Report
 
 EVIL = '<img src=x onerror=alert(1)>"\'|`[a](b)` {{boards}} & \x1b[2J\u202e'
 

@@ -19,8 +19,8 @@ import board_kit as kit
 import pytest
 from children import heeds_interrupts
 
-from llmquant_eval.leaderboard import make_boards
-from llmquant_eval.leaderboard_app import HOST, table
+from llmquant_eval.leaderboard.app import HOST, table
+from llmquant_eval.leaderboard.ranking import make_boards
 
 COMMAND = [sys.executable, "-c", "from llmquant.cli import main; main()", "leaderboard"]
 

@@ -15,8 +15,8 @@ import board_kit as kit
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from llmquant_eval.leaderboard import make_boards
-from llmquant_eval.leaderboard_html import render_html
+from llmquant_eval.leaderboard.html import render_html
+from llmquant_eval.leaderboard.ranking import make_boards
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",

@@ -11,9 +11,9 @@ import pytest
 
 import llmquant
 from llmquant.errors import UsageError
-from llmquant_eval.leaderboard import make_boards
-from llmquant_eval.plots import divergence_figure, front_figure, layer_errors, layers_figure, write_plots
-from llmquant_eval.report import Report
+from llmquant_eval.leaderboard.plots import divergence_figure, front_figure, layer_errors, layers_figure, write_plots
+from llmquant_eval.leaderboard.ranking import make_boards
+from llmquant_eval.report.schema import Report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -9,8 +9,8 @@ from hatchling.builders.wheel import WheelBuilder
 
 import llmquant
 from llmquant.errors import UsageError
-from llmquant_eval.leaderboard_html import TEMPLATE
-from llmquant_eval.suite import Suite, file_name, load_suite, shipped_suites, slug
+from llmquant_eval.leaderboard.html import TEMPLATE
+from llmquant_eval.suites.schema import Suite, file_name, load_suite, shipped_suites, slug
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """

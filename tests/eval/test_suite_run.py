@@ -18,13 +18,13 @@ import torch
 from suite_kit import PROTOCOL, RTN, recipe, suite_of
 
 from llmquant.errors import CheckpointError, LlmquantError, QuantizationError, SourceError, UsageError
-from llmquant_eval import suite_run
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.leaderboard import Stored, make_boards
-from llmquant_eval.plan import Request
-from llmquant_eval.report import Report
-from llmquant_eval.suite import Suite
-from llmquant_eval.suite_run import Watch, run_suite
+from llmquant_eval.leaderboard.ranking import Stored, make_boards
+from llmquant_eval.report.schema import Report
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
+from llmquant_eval.suites import run as suite_run
+from llmquant_eval.suites.run import Watch, run_suite
+from llmquant_eval.suites.schema import Suite
 
 Altered = Callable[..., Path]
 
@@ -135,8 +135,8 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(
     # It kills itself within the third measurement, when the models have been loaded and a batch was scored.
     code = f"""
 import os, pathlib, signal
-from llmquant_eval.suite import Suite
-from llmquant_eval.suite_run import Watch, run_suite
+from llmquant_eval.suites.schema import Suite
+from llmquant_eval.suites.run import Watch, run_suite
 suite, at = Suite.model_validate_json(pathlib.Path({str(path)!r}).read_text()), []
 def stage(name, done, total):
     if at[-1] == 2 and done:

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmquant import bitpack
-from llmquant.checkpoint import CheckpointReader
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import FormatError, QuantizationError
 from llmquant.formats import FORMATS, Scheme, for_config
-from llmquant.formats.compressed_tensors import CompressedTensors
+from llmquant.formats.compressed_tensors.pack_quantized import CompressedTensors
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from llmquant import QuantizeOptions, load, quantize, verify
-from llmquant.checkpoint import CheckpointReader
-from llmquant.detect import quantization_config
+from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.manifest import read_module, stored_schemes
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.formats import for_config
-from llmquant.manifest import read_module, stored_schemes
-from llmquant.modules import PackedLinear
+from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import llmquant
+from llmquant.conversion.gguf.file import export_gguf, read_weights
+from llmquant.conversion.gguf.metadata import read_tokenizer, rope_factors
 from llmquant.errors import FormatError, UsageError
-from llmquant.gguf_file import export_gguf, read_weights
-from llmquant.gguf_metadata import read_tokenizer, rope_factors
 from llmquant.recipe import Recipe
 
 gguf = pytest.importorskip("gguf")

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant.checkpoint import CheckpointReader
-from llmquant.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import FormatError
 from llmquant.formats import FORMATS, Scheme, for_config
 from llmquant.formats.zero_points import check_zero_convention, doubtful, refuse_shifted

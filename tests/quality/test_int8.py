@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llmquant import Recipe, quantize
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.plan import Request
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
 
 pytestmark = pytest.mark.quality
 

@@ -12,7 +12,7 @@ import pytest
 from test_tiny_llama import CALIBRATION, MODEL, measured, values
 
 from llmquant import Recipe, load_recipe, quantize
-from llmquant.allocation import AllocateOptions, allocate
+from llmquant.planning.allocate import AllocateOptions, allocate
 
 pytestmark = pytest.mark.quality
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from llmquant import Recipe, inspect, load_recipe, quantize
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.plan import Request
-from llmquant_eval.report import Report
+from llmquant_eval.report.schema import Report
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
 
 pytestmark = pytest.mark.quality
 

@@ -13,9 +13,9 @@ from serving import NAME, TEXTS, TINY, MakeServer, Server, running
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import llmquant
-from llmquant_serve.local import LocalEngine
+from llmquant_serve.engines.local import LocalEngine
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
-from llmquant_serve.text import TextModel
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import PreTrainedModel
 
-from llmquant_serve.app import create_app
-from llmquant_serve.engine import Sampling, Token
-from llmquant_serve.local import LocalEngine
+from llmquant_serve.api.app import create_app
+from llmquant_serve.engines.base import Sampling, Token
+from llmquant_serve.engines.local import LocalEngine
 from llmquant_serve.service import Service
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"

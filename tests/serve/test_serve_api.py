@@ -8,7 +8,7 @@ import openai
 import pytest
 from serving import NAME, TEXTS, greedy
 
-from llmquant_serve.detokenize import decode
+from llmquant_serve.generation.detokenize import decode
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 from serving import NAME, TEXTS, TINY, greedy
 
-from llmquant_serve.detokenize import decode
+from llmquant_serve.generation.detokenize import decode
 
 TURNS = [SystemMessage("Be brief."), HumanMessage("Tell me about the history of the river.")]
 

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from llmquant.errors import ArchitectureError
-from llmquant_serve.batcher import PROMPT_CHUNK
-from llmquant_serve.engine import EngineError, Load, Sampling
-from llmquant_serve.local import LocalEngine
+from llmquant_serve.engines.base import EngineError, Load, Sampling
+from llmquant_serve.engines.batcher import PROMPT_CHUNK
+from llmquant_serve.engines.local import LocalEngine
 
 GREEDY = Sampling(max_tokens=40, temperature=0.0, logprobs=5)
 

@@ -16,9 +16,9 @@ from playwright.sync_api import expect, sync_playwright
 from serving import NAME, TINY, running
 
 import llmquant
-from llmquant_serve.local import LocalEngine
+from llmquant_serve.engines.local import LocalEngine
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
-from llmquant_serve.text import TextModel
 
 # Gradio uses what pandas has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
@@ -30,7 +30,7 @@ TABLE = "| model | ppl |\n| --- | ---: |\n| tiny | 12.34 |"
 @pytest.fixture(scope="module")
 def page_server(model, tmp_path_factory):
     """Chat with tiny-llama packed, A/B with the original."""
-    from llmquant_serve.ui import mount
+    from llmquant_serve.chat.page import mount
 
     folder = tmp_path_factory.mktemp("card")
     card = f"# tiny\n\n<!-- llmquant:measured:start -->\n{TABLE}\n<!-- llmquant:measured:end -->\n"

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from llmquant_serve.engine import Sampling
-from llmquant_serve.sampling import Chooser, described, described_all
+from llmquant_serve.engines.base import Sampling
+from llmquant_serve.engines.sampling import Chooser, described, described_all
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, 0.5])
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmquant_serve.completions import write
-from llmquant_serve.detokenize import Detokenizer, StopStrings, decode, token_bytes, token_text
-from llmquant_serve.engine import Sampling, Step, Token
+from llmquant_serve.engines.base import Sampling, Step, Token
+from llmquant_serve.generation.detokenize import Detokenizer, StopStrings, decode, token_bytes, token_text
+from llmquant_serve.generation.pieces import write
 
 TEXTS = [
     "plain words, and more", "Grüße aus Köln", "日本語のテキスト",

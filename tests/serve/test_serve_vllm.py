@@ -16,11 +16,12 @@ from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompleti
 from serving import NAME, TEXTS, TINY, running
 
 import llmquant
-from llmquant.engines import VLLM_NO_AVX512, vllm_here
 from llmquant.errors import UsageError
-from llmquant_serve.options import ModelOptions, build_engine
+from llmquant.formats.engines import VLLM_NO_AVX512, vllm_here
+from llmquant_serve.build import build_engine
+from llmquant_serve.engines.options import ModelOptions
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
-from llmquant_serve.text import TextModel
 
 pytestmark = pytest.mark.vllm
 

@@ -30,11 +30,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from llmquant import QuantizeOptions, load, quantize
-from llmquant.checkpoint import CheckpointReader
+from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.manifest import stored_schemes
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion import convert
-from llmquant.detect import quantization_config
-from llmquant.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
-from llmquant.manifest import stored_schemes
+from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
 from llmquant.recipe import Recipe
 
 pytestmark = pytest.mark.vllm
