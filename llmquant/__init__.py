@@ -1,7 +1,7 @@
 """llmquant: quantize a Hugging Face LLM, prove what it cost, and serve it.
 
-The names below are the public API. They are loaded on first use, so that ``import llmquant`` and ``llmquant --help`` do not
-pay for torch.
+The names below are the public API. They are loaded on first use, so that ``import llmquant`` and
+``llmquant --help`` do not pay for torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from llmquant.data.sources import Documents, read_documents
     from llmquant.kernels.packed_linear import describe
     from llmquant.models.load import compute_dtype, load
-    from llmquant.models.transformers import register_with_transformers, unregister_from_transformers
+    from llmquant.models.transformers import (
+        register_with_transformers,
+        unregister_from_transformers,
+    )
     from llmquant.planning.allocate import Allocation, allocate
     from llmquant.planning.candidates import AllocateOptions
     from llmquant.quantization.rerun import Comparison, rerun

@@ -1,4 +1,5 @@
-"""Imports point down, read from the syntax trees; importing does nothing; asking for help does not cost torch."""
+"""Imports point down, read from the syntax trees; importing does nothing; asking for help does not
+cost torch."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import llmquant
 
 ROOT = Path(__file__).parent.parent
 
-# Lowest first. A room may import lower rows only; rooms of one row never import each other. Modules of one room may.
+# Lowest first. A room may import lower rows only; rooms of one row never import each other. Modules
+# of one room may.
 ROWS = {
     "llmquant": (
         ("errors",),
@@ -55,7 +57,8 @@ ROWS = {
     ),
 }
 MOST_MODULES = 12  # of a folder
-# What the packages above may import beside the names of ``llmquant`` itself: the exceptions, which cost no torch.
+# What the packages above may import beside the names of ``llmquant`` itself: the exceptions, which
+# cost no torch.
 PUBLIC_MODULES = {"llmquant.errors", "llmquant.cli.options"}
 PACKAGES = {
     "llmquant": ROOT / "llmquant",
@@ -77,9 +80,11 @@ MODULES = {package: sources(package) for package in PACKAGES}
 
 
 def imports(path: Path, own: str) -> Iterator[str]:
-    """Every module that a file imports anywhere, functions and type checking included; relative ones made absolute.
+    """Every module that a file imports anywhere, functions and type checking included; relative
+    ones made absolute.
 
-    ``from package import name`` counts as the module ``package.name`` where there is one, else as ``package``.
+    ``from package import name`` counts as the module ``package.name`` where there is one, else as
+    ``package``.
     """
     known = {name for modules in MODULES.values() for name in modules}
     package = own if path.name == "__init__.py" else own.rpartition(".")[0]
@@ -91,7 +96,9 @@ def imports(path: Path, own: str) -> Iterator[str]:
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, base]).rstrip(".")
-            yield from (f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names)
+            yield from (
+                f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names
+            )
 
 
 def part(module: str) -> str:
@@ -100,7 +107,9 @@ def part(module: str) -> str:
 
 
 LIBRARY = {name: path for name, path in MODULES["llmquant"].items() if name != "llmquant"}
-ROOMED = {name: path for package in PACKAGES for name, path in MODULES[package].items() if name != package}
+ROOMED = {
+    name: path for package in PACKAGES for name, path in MODULES[package].items() if name != package
+}
 
 
 def row(module: str) -> int:
@@ -116,25 +125,38 @@ def test_imports_point_down(name):
     for imported in imports(ROOMED[name], name):
         top = imported.split(".")[0]
         if package == "llmquant":
-            assert top not in ("llmquant_eval", "llmquant_serve"), f"{name} imports {imported}, which stands above the library"
+            assert top not in ("llmquant_eval", "llmquant_serve"), (
+                f"{name} imports {imported}, which stands above the library"
+            )
         if top != package:
             continue
-        assert imported != package, f"{name} imports the public face of its own package; import the module"
-        assert part(imported) == part(name) or row(imported) < row(name), f"{name} (row {row(name)}) imports {imported}"
+        assert imported != package, (
+            f"{name} imports the public face of its own package; import the module"
+        )
+        assert part(imported) == part(name) or row(imported) < row(name), (
+            f"{name} (row {row(name)}) imports {imported}"
+        )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_imports_itself_by_a_detour(package):
     modules = MODULES[package]
-    below = {name: {i for i in imports(path, name) if i in modules and i != name} for name, path in modules.items()}
+    below = {
+        name: {i for i in imports(path, name) if i in modules and i != name}
+        for name, path in modules.items()
+    }
     # What a package's __init__ gathers is not an import of the package by its parts.
-    order = graphlib.TopologicalSorter({n: {m for m in found if not n.startswith(f"{m}.")} for n, found in below.items()})
+    order = graphlib.TopologicalSorter(
+        {n: {m for m in found if not n.startswith(f"{m}.")} for n, found in below.items()}
+    )
     order.prepare()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_rows_name_no_room_that_is_gone(package):
-    assert {room for rooms in ROWS[package] for room in rooms} == {part(n) for n in MODULES[package] if n != package}
+    assert {room for rooms in ROWS[package] for room in rooms} == {
+        part(n) for n in MODULES[package] if n != package
+    }
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -143,7 +165,11 @@ def test_no_folder_has_too_many_modules(package):
     assert not {folder: count for folder, count in counts.items() if count > MOST_MODULES}
 
 
-UPPER = {name: path for package in ("llmquant_eval", "llmquant_serve") for name, path in MODULES[package].items()}
+UPPER = {
+    name: path
+    for package in ("llmquant_eval", "llmquant_serve")
+    for name, path in MODULES[package].items()
+}
 
 
 @pytest.mark.parametrize("name", UPPER)
@@ -151,11 +177,21 @@ def test_upper_packages_use_only_the_public_api(name):
     package = name.split(".")[0]
     for imported in imports(UPPER[name], name):
         top = imported.split(".")[0]
-        assert top == package or not top.startswith("llmquant_"), f"{name} imports {imported}, its sibling"
-        assert top != "llmquant" or imported in {"llmquant", *PUBLIC_MODULES}, f"{name} imports {imported}, which is private"
+        assert top == package or not top.startswith("llmquant_"), (
+            f"{name} imports {imported}, its sibling"
+        )
+        assert top != "llmquant" or imported in {"llmquant", *PUBLIC_MODULES}, (
+            f"{name} imports {imported}, which is private"
+        )
     for node in ast.walk(ast.parse(UPPER[name].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "llmquant":
-            assert node.attr in llmquant.__all__, f"{name} uses llmquant.{node.attr}, which is not public"
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "llmquant"
+        ):
+            assert node.attr in llmquant.__all__, (
+                f"{name} uses llmquant.{node.attr}, which is not public"
+            )
         if isinstance(node, ast.ImportFrom) and node.module == "llmquant" and not node.level:
             private = {alias.name for alias in node.names} - set(llmquant.__all__)
             assert not private, f"{name} imports {', '.join(private)}, which is not public"
@@ -179,7 +215,8 @@ def does_something(node: ast.stmt) -> bool:
 
 
 def registers_command(call: ast.expr) -> bool:
-    """``app.command(...)(function)``, ``app.add_typer(...)`` and an operator's gradient: typer's and torch's ways of defining."""
+    """``app.command(...)(function)``, ``app.add_typer(...)`` and an operator's gradient: typer's
+    and torch's ways of defining."""
     text = ast.unparse(call)
     return text.startswith(("app.command(", "app.add_typer(")) or ".register_autograd(" in text
 
@@ -196,7 +233,9 @@ def test_importing_does_nothing(name):
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     paths = [str(ROOT), str(ROOT / "eval"), str(ROOT / "serve"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
 
 
 HELP = """
@@ -231,5 +270,7 @@ def test_help_and_misuse_answer_without_torch(arguments, code, told):
 
 
 def test_importing_the_package_does_not_import_torch():
-    result = run_python("import sys, llmquant, llmquant.errors, llmquant.recipe; print('torch' in sys.modules)")
+    result = run_python(
+        "import sys, llmquant, llmquant.errors, llmquant.recipe; print('torch' in sys.modules)"
+    )
     assert result.stdout.strip() == "False", result.stderr

@@ -1,20 +1,24 @@
-"""Tune: choose the codes and scales of a whole decoder block together, by gradient descent on the block's output.
+"""Tune: choose the codes and scales of a whole decoder block together, by gradient descent on the
+block's output.
 
-GPTQ asks of each linear that its own output stay close. What matters is what leaves the block: here all its linears are moved
-at once so that the *quantized* block, fed what the quantized blocks before it really deliver, gives what the original model
-gave at this place. The family is AutoRound (arXiv:2309.05516) and EfficientQAT's Block-AP (arXiv:2407.11062).
+GPTQ asks of each linear that its own output stay close. What matters is what leaves the block: here
+all its linears are moved at once so that the *quantized* block, fed what the quantized blocks
+before it really deliver, gives what the original model gave at this place. The family is AutoRound
+(arXiv:2309.05516) and EfficientQAT's Block-AP (arXiv:2407.11062).
 
 Per weight there is a latent ``u`` in units of codes, per group a factor of its scale::
 
     w = (clamp(round(u), 0, max_code) - zero) * portable(scale * factor)
 
-The gradient passes the rounding and the portable scale as if they were not there (straight-through). Codes do not depend on
-the factor, so its gradient is the exact one of a scale whose codes stand; narrowing a range means a smaller factor and codes at
-its ends. ``u`` starts at the original weight's place, moved into the interval that rounds to the start's code: step 0 is
+The gradient passes the rounding and the portable scale as if they were not there
+(straight-through). Codes do not depend on the factor, so its gradient is the exact one of a scale
+whose codes stand; narrowing a range means a smaller factor and codes at its ends. ``u`` starts at
+the original weight's place, moved into the interval that rounds to the start's code: step 0 is
 exactly the start, and weights near a boundary cross it first.
 
-Every ``checks``-th part of the steps the loss over *all* batches is measured with exactly the numbers that would be stored,
-and the best state is kept. The start is one of them: the result is never worse than it.
+Every ``checks``-th part of the steps the loss over *all* batches is measured with exactly the
+numbers that would be stored, and the best state is kept. The start is one of them: the result is
+never worse than it.
 """
 
 from __future__ import annotations
@@ -56,7 +60,9 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.checks, self.patience) < 1 or self.lr <= 0 or self.scale_lr < 0:
-            raise SpecError(f"tune needs steps, checks, patience >= 1, lr > 0 and scale_lr >= 0, got {self}")
+            raise SpecError(
+                f"tune needs steps, checks, patience >= 1, lr > 0 and scale_lr >= 0, got {self}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,8 @@ class _Latent:
         return portable(self.start.scales * self.factor.detach())
 
     def weight(self) -> Tensor:
-        """``[out, in]`` exactly as it would be dequantized; gradients flow to ``u`` and ``factor``."""
+        """``[out, in]`` exactly as it would be dequantized; gradients flow to ``u`` and
+        ``factor``."""
         clamped = self.u.clamp(0, self.start.spec.max_code)
         codes = clamped + (self._codes() - clamped.detach())
         scaled = self.start.scales * self.factor
@@ -108,7 +115,9 @@ class _Latent:
 
     def quantized(self) -> QuantizedWeight:
         start = self.start
-        return QuantizedWeight(self._codes().to(torch.uint8), self._scales(), start.zeros, start.spec, start.g_idx)
+        return QuantizedWeight(
+            self._codes().to(torch.uint8), self._scales(), start.zeros, start.spec, start.g_idx
+        )
 
 
 def tune(
@@ -124,7 +133,8 @@ def tune(
     Args:
         originals: float weights ``[out, in]`` by name.
         starts: their quantized forms, same names.
-        forward: the block's output for weights by name and the number of a batch; differentiable in the weights.
+        forward: the block's output for weights by name and the number of a batch; differentiable in
+            the weights.
         targets: the output wanted for each batch.
         options: see :class:`TuneOptions`.
         module: name used in errors.
@@ -136,7 +146,9 @@ def tune(
     kept, step = dict(starts), 0
     before = best = _loss(kept, forward, targets)
     if not math.isfinite(before):
-        raise QuantizationError(f"{module} gave NaN or Inf on the calibration text before tuning; use --dtype float32")
+        raise QuantizationError(
+            f"{module} gave NaN or Inf on the calibration text before tuning; use --dtype float32"
+        )
     groups = [
         {"params": [latent.u for latent in latents.values()], "lr": options.lr},
         {"params": [latent.factor for latent in latents.values()], "lr": options.scale_lr},
@@ -148,7 +160,10 @@ def tune(
     for taken in range(1, options.steps + 1):
         batch = next(batches)
         optimizer.zero_grad()
-        loss = _squared_error(forward({name: latent.weight() for name, latent in latents.items()}, batch), targets[batch])
+        loss = _squared_error(
+            forward({name: latent.weight() for name, latent in latents.items()}, batch),
+            targets[batch],
+        )
         loss.backward()
         if not bool(torch.isfinite(loss)):
             break
@@ -170,11 +185,15 @@ def _squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output.to(torch.float32) - target.to(torch.float32)).square().mean()
 
 
-def _loss(weights: Mapping[str, QuantizedWeight], forward: Forward, targets: Sequence[Tensor]) -> float:
+def _loss(
+    weights: Mapping[str, QuantizedWeight], forward: Forward, targets: Sequence[Tensor]
+) -> float:
     """Mean over the elements of all batches."""
     dense = {name: weight.dequantize() for name, weight in weights.items()}
     with torch.no_grad():
-        total = sum(float(_squared_error(forward(dense, i), t)) * t.numel() for i, t in enumerate(targets))
+        total = sum(
+            float(_squared_error(forward(dense, i), t)) * t.numel() for i, t in enumerate(targets)
+        )
     return total / sum(t.numel() for t in targets)
 
 

@@ -1,10 +1,12 @@
-"""Orthogonal matrices that spread a vector's channels: Hadamard matrices with random signs, or random ones.
+"""Orthogonal matrices that spread a vector's channels: Hadamard matrices with random signs, or
+random ones.
 
-A Hadamard matrix of order ``n`` has entries +-1 and orthogonal rows. Orders that are powers of two are Sylvester's (scipy has
-them); Paley's two constructions over the integers modulo a prime give 12, 20, 28, 36, 44, 60 … and a Kronecker product with
-Sylvester's any of those times a power of two, which covers the widths of the usual models (1536 = 12 * 128, 3584 = 28 * 128,
-5120 = 20 * 256). Kept as its small factors, such a matrix multiplies a row of ``n`` numbers with some ``n * (factor + factor …)``
-operations.
+A Hadamard matrix of order ``n`` has entries +-1 and orthogonal rows. Orders that are powers of two
+are Sylvester's (scipy has them); Paley's two constructions over the integers modulo a prime give
+12, 20, 28, 36, 44, 60 … and a Kronecker product with Sylvester's any of those times a power of two,
+which covers the widths of the usual models (1536 = 12 * 128, 3584 = 28 * 128, 5120 = 20 * 256).
+Kept as its small factors, such a matrix multiplies a row of ``n`` numbers with some ``n * (factor +
+factor …)`` operations.
 
 Everything is float64. Row vectors throughout: :meth:`Rotation.apply` is ``x @ Q``.
 """
@@ -27,7 +29,8 @@ _LARGEST_FACTOR = 64
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """An orthogonal ``[size, size]`` matrix as a product of steps, each signs ``[size]`` or the factors of a Kronecker product.
+    """An orthogonal ``[size, size]`` matrix as a product of steps, each signs ``[size]`` or the
+    factors of a Kronecker product.
 
     Attributes:
         name: for reports.
@@ -38,19 +41,25 @@ class Rotation:
     steps: tuple[Tensor | tuple[Tensor, ...], ...]
 
     def apply(self, x: Tensor) -> Tensor:
-        """``x @ Q`` for ``x`` of any float dtype ``[..., size]``, in float64; rows go in slices of bounded size."""
+        """``x @ Q`` for ``x`` of any float dtype ``[..., size]``, in float64; rows go in slices of
+        bounded size."""
         rows = x.reshape(-1, self.size)
         out = torch.empty(rows.shape, dtype=torch.float64, device=x.device)
         step = max(1, _SLICE_ELEMENTS // self.size)
         for start in range(0, rows.shape[0], step):
             part = rows[start : start + step].to(torch.float64)
             for matrix in self.steps:
-                part = part * matrix.to(x.device) if isinstance(matrix, Tensor) else _times_kronecker(part, matrix)
+                part = (
+                    part * matrix.to(x.device)
+                    if isinstance(matrix, Tensor)
+                    else _times_kronecker(part, matrix)
+                )
             out[start : start + step] = part
         return out.reshape(x.shape)
 
     def apply_to_rows(self, weight: Tensor) -> Tensor:
-        """``Q^T @ weight`` for ``[size, columns]``: a linear whose outputs are to come out rotated."""
+        """``Q^T @ weight`` for ``[size, columns]``: a linear whose outputs are to come out
+        rotated."""
         return self.apply(weight.T).T.contiguous()
 
 
@@ -65,7 +74,8 @@ def _times_kronecker(rows: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
 
 
 def hadamard_rotation(size: int, seed: int, keep_mean: bool = False) -> Rotation:
-    """``diag(signs) H / sqrt(size)``; with ``keep_mean`` ``H diag(1, signs) H^T / size``, which leaves ``(1, …, 1)`` where it is.
+    """``diag(signs) H / sqrt(size)``; with ``keep_mean`` ``H diag(1, signs) H^T / size``, which
+    leaves ``(1, …, 1)`` where it is.
 
     Raises:
         SpecError: no Hadamard matrix of this order is known here.
@@ -81,7 +91,8 @@ def hadamard_rotation(size: int, seed: int, keep_mean: bool = False) -> Rotation
 
 
 def random_rotation(size: int, seed: int, keep_mean: bool = False) -> Rotation:
-    """A uniformly random orthogonal matrix; with ``keep_mean`` one of those that leave ``(1, …, 1)`` where it is."""
+    """A uniformly random orthogonal matrix; with ``keep_mean`` one of those that leave ``(1, …,
+    1)`` where it is."""
     name = f"random {size}"
     if not keep_mean:
         return Rotation(name, size, ((_haar(size, seed),),))
@@ -89,12 +100,16 @@ def random_rotation(size: int, seed: int, keep_mean: bool = False) -> Rotation:
     normal = torch.full((size,), -1 / math.sqrt(size), dtype=torch.float64)
     normal[0] += 1
     # The reflection that swaps the first axis and the direction of (1, …, 1).
-    mirror = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(normal, normal) / normal.square().sum().clamp(min=1e-300)
+    mirror = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(
+        normal, normal
+    ) / normal.square().sum().clamp(min=1e-300)
     return Rotation(name, size, ((mirror @ inner @ mirror,),))
 
 
 def _haar(size: int, seed: int) -> Tensor:
-    factored = torch.linalg.qr(torch.randn(size, size, generator=_generator(seed), dtype=torch.float64))
+    factored = torch.linalg.qr(
+        torch.randn(size, size, generator=_generator(seed), dtype=torch.float64)
+    )
     signs: Tensor = factored.R.diagonal().sign()
     orthogonal: Tensor = factored.Q
     return orthogonal * signs  # without the signs the distribution is not uniform
@@ -105,7 +120,8 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def hadamard_factors(order: int) -> tuple[Tensor, ...]:
-    """Matrices with entries +-1 and a first column of ones, whose Kronecker product is a Hadamard matrix of the order.
+    """Matrices with entries +-1 and a first column of ones, whose Kronecker product is a Hadamard
+    matrix of the order.
 
     Raises:
         SpecError: none is known here.
@@ -114,7 +130,9 @@ def hadamard_factors(order: int) -> tuple[Tensor, ...]:
     while core and order % core == 0 and not _constructible(core):
         core *= 2
     if not core or order % core:
-        raise SpecError(f"no Hadamard matrix of order {order} is known here; use residual: random, or heads: false for heads")
+        raise SpecError(
+            f"no Hadamard matrix of order {order} is known here; use residual: random, or heads: false for heads"
+        )
     power, sizes = order // core, [core] if core > 1 else []
     while power > 1:
         sizes.append(min(power, _LARGEST_FACTOR))
@@ -131,7 +149,9 @@ def _paley(order: int) -> tuple[int, bool] | None:
     if order % 4 == 0 and _is_prime(order - 1):
         return order - 1, False
     half = order // 2
-    return (half - 1, True) if order % 4 == 0 and (half - 1) % 4 == 1 and _is_prime(half - 1) else None
+    return (
+        (half - 1, True) if order % 4 == 0 and (half - 1) % 4 == 1 and _is_prime(half - 1) else None
+    )
 
 
 def _is_prime(n: int) -> bool:
@@ -150,10 +170,15 @@ def _hadamard(order: int) -> Tensor:
     core = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
     core[0, 1:] = 1
     core[1:, 0] = 1 if second else -1
-    core[1:, 1:] = torch.tensor([[character[(i - j) % prime] for j in range(prime)] for i in range(prime)])
+    core[1:, 1:] = torch.tensor(
+        [[character[(i - j) % prime] for j in range(prime)] for i in range(prime)]
+    )
     identity = torch.eye(prime + 1, dtype=torch.float64)
     if second:
-        plus, minus = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double()
+        plus, minus = (
+            torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(),
+            torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double(),
+        )
         matrix = torch.kron(core, plus) + torch.kron(identity, minus)
     else:
         matrix = core + identity

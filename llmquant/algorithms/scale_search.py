@@ -1,15 +1,17 @@
 """Group parameters: the (scale, zero-point) of every group of a weight, before any code is chosen.
 
-Two ways. ``minmax`` spans the group's extremes. ``search`` tries a grid of narrower ranges, and for symmetric specs both
-signs of the scale, and keeps the one with the smallest weighted error ``sum_j importance_j * |w_j - q(w_j)|**norm``;
-``importance`` is the mean square of each input channel (the Hessian's diagonal) or 1. A negative scale mirrors the code range
-``-2**(b-1) … 2**(b-1)-1``, so the longer side can fall on whichever end of a group holds the outlier.
+Two ways. ``minmax`` spans the group's extremes. ``search`` tries a grid of narrower ranges, and for
+symmetric specs both signs of the scale, and keeps the one with the smallest weighted error ``sum_j
+importance_j * |w_j - q(w_j)|**norm``; ``importance`` is the mean square of each input channel (the
+Hessian's diagonal) or 1. A negative scale mirrors the code range ``-2**(b-1) … 2**(b-1)-1``, so the
+longer side can fall on whichever end of a group holds the outlier.
 
-Every candidate is rounded to a portable scale *before* its error is measured, so what is compared is what will be stored.
-The min-max candidate is always among them: a search is never worse than min-max by its own measure. All of it is
-element-wise per group, so rows are processed in slices of bounded size. A group's errors are summed in one order
-everywhere (:func:`_folded`), so the result does not depend on the processor, the device or the number of threads. In
-float32 on the CPU compiled code does the same, bit for bit (``native.py``).
+Every candidate is rounded to a portable scale *before* its error is measured, so what is compared
+is what will be stored. The min-max candidate is always among them: a search is never worse than
+min-max by its own measure. All of it is element-wise per group, so rows are processed in slices of
+bounded size. A group's errors are summed in one order everywhere (:func:`_folded`), so the result
+does not depend on the processor, the device or the number of threads. In float32 on the CPU
+compiled code does the same, bit for bit (``native.py``).
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from llmquant.errors import SpecError
 from llmquant.spec import QuantSpec
 from llmquant.weight import portable
 
-# Rows are searched in slices whose temporaries stay in a CPU's cache (measured up to three times faster than 1 << 21); an
-# accelerator wants few, large launches instead. The result does not depend on it.
+# Rows are searched in slices whose temporaries stay in a CPU's cache (measured up to three times
+# faster than 1 << 21); an accelerator wants few, large launches instead. The result does not depend
+# on it.
 _SLICE_ELEMENTS = 1 << 17
 _SLICE_ELEMENTS_ACCELERATOR = 1 << 24
 
@@ -39,8 +42,8 @@ class ScaleSearch:
         steps: candidate ranges per sign; 0 means plain min-max.
         smallest: the narrowest candidate as a fraction of the widest.
         norm: exponent of the error.
-        weighted: weigh errors by input-channel importance where statistics are at hand. Off by default: under GPTQ the
-            unweighted search measures better (docs/decisions.md).
+        weighted: weigh errors by input-channel importance where statistics are at hand. Off by
+            default: under GPTQ the unweighted search measures better (docs/decisions.md).
     """
 
     steps: int = 48
@@ -50,14 +53,17 @@ class ScaleSearch:
 
     def __post_init__(self) -> None:
         if self.steps < 0 or not 0 < self.smallest <= 1 or self.norm <= 0:
-            raise SpecError(f"scale search needs steps >= 0, 0 < smallest <= 1 and norm > 0, got {self}")
+            raise SpecError(
+                f"scale search needs steps >= 0, 0 < smallest <= 1 and norm > 0, got {self}"
+            )
 
 
 MINMAX = ScaleSearch(steps=0)
 
 
 def round_to_codes(w: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
-    """Nearest code of each weight as a float tensor in ``0 … max_code`` (ties to even). Shapes broadcast."""
+    """Nearest code of each weight as a float tensor in ``0 … max_code`` (ties to even). Shapes
+    broadcast."""
     return torch.round(w / scale).add_(zero).clamp_(0, max_code)
 
 
@@ -82,7 +88,9 @@ def fit(
     if search.norm == 2.0 and native.why_not(groups) is None:
         factors, fractions = _ranges(spec, search)
         lines = None if cost is None else cost[0]
-        return native.fit(groups, lines, spec.max_code, spec.symmetric, search.steps, factors, fractions)
+        return native.fit(
+            groups, lines, spec.max_code, spec.symmetric, search.steps, factors, fractions
+        )
     elements = _SLICE_ELEMENTS if weight.device.type == "cpu" else _SLICE_ELEMENTS_ACCELERATOR
     rows = max(1, elements // in_features)
     parts = [_fit_slice(part, spec, search, cost) for part in groups.split(rows)]
@@ -90,7 +98,9 @@ def fit(
     return scales, zeros.to(torch.uint8)
 
 
-def _fit_slice(w: Tensor, spec: QuantSpec, search: ScaleSearch, cost: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fit_slice(
+    w: Tensor, spec: QuantSpec, search: ScaleSearch, cost: Tensor | None
+) -> tuple[Tensor, Tensor]:
     candidates = _candidates(w, spec, search)
     scale, zero = next(candidates)
     if search.steps == 0:
@@ -106,14 +116,19 @@ def _fit_slice(w: Tensor, spec: QuantSpec, search: ScaleSearch, cost: Tensor | N
 
 
 def _ranges(spec: QuantSpec, search: ScaleSearch) -> tuple[list[float], list[float]]:
-    """What a group's reach is multiplied with for the scale of every candidate range, and its fraction of the widest.
+    """What a group's reach is multiplied with for the scale of every candidate range, and its
+    fraction of the widest.
 
-    The first is min-max. For symmetric specs that is one range more: their search spans the shorter side of the codes.
+    The first is min-max. For symmetric specs that is one range more: their search spans the shorter
+    side of the codes.
     """
     fractions = torch.linspace(1.0, search.smallest, max(search.steps, 1)).tolist()
     if not spec.symmetric:
         return [fraction / spec.max_code for fraction in fractions], fractions
-    return [2 / spec.max_code, *(fraction / (spec.middle - 1) for fraction in fractions)], [1.0, *fractions]
+    return [2 / spec.max_code, *(fraction / (spec.middle - 1) for fraction in fractions)], [
+        1.0,
+        *fractions,
+    ]
 
 
 def _candidates(w: Tensor, spec: QuantSpec, search: ScaleSearch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,7 +154,12 @@ def _candidates(w: Tensor, spec: QuantSpec, search: ScaleSearch) -> Iterator[tup
 
 
 def _error(
-    w: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, search: ScaleSearch, cost: Tensor | None
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    spec: QuantSpec,
+    search: ScaleSearch,
+    cost: Tensor | None,
 ) -> Tensor:
     scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
     delta = round_to_codes(w, scale, zero, spec.max_code).sub_(zero).mul_(scale).sub_(w)
@@ -148,9 +168,11 @@ def _error(
 
 
 def _folded(numbers: Tensor) -> Tensor:
-    """The sum over the last dim: its second half onto the first until one is left; of an odd number the middle one stays.
+    """The sum over the last dim: its second half onto the first until one is left; of an odd number
+    the middle one stays.
 
-    ``sum`` would add in an order of the processor's choosing, and a last bit can choose between two candidates.
+    ``sum`` would add in an order of the processor's choosing, and a last bit can choose between two
+    candidates.
     """
     while (count := numbers.shape[-1]) > 1:
         half = (count + 1) // 2

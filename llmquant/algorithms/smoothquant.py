@@ -1,13 +1,16 @@
-"""SmoothQuant: make activations easier to round and weights harder, by as much as helps (Xiao et al., arXiv:2211.10438).
+"""SmoothQuant: make activations easier to round and weights harder, by as much as helps (Xiao et
+al., arXiv:2211.10438).
 
-Where a linear's input is rounded per token, one channel far larger than the others takes the grid of them all. ``W x =
-(W diag(s)) (diag(1/s) x)`` with ``s_j = max|X_j|^alpha / max|W_j|^(1-alpha)`` (paper, equation 4) hands part of such a channel's
-size to the weights, which are rounded per row and hold it more easily. A factor common to all ``s`` changes nothing in either
-rounding, so the extremes' geometric mean is made 1, which keeps what is folded inside fp16.
+Where a linear's input is rounded per token, one channel far larger than the others takes the grid
+of them all. ``W x = (W diag(s)) (diag(1/s) x)`` with ``s_j = max|X_j|^alpha / max|W_j|^(1-alpha)``
+(paper, equation 4) hands part of such a channel's size to the weights, which are rounded per row
+and hold it more easily. A factor common to all ``s`` changes nothing in either rounding, so the
+extremes' geometric mean is made 1, which keeps what is folded inside fp16.
 
-Whether it helps is measured, with weights *and* inputs rounded as they will be: ``|A(X / s) Q(W diag(s))^T - X W^T|^2`` over a
-sample of calibration tokens, ``A`` being an int8 engine's rounding of activations (not quadratic in ``X``, so no sum of ``x x^T``
-can stand for the tokens). The best of the candidates and no scaling at all wins.
+Whether it helps is measured, with weights *and* inputs rounded as they will be: ``|A(X / s) Q(W
+diag(s))^T - X W^T|^2`` over a sample of calibration tokens, ``A`` being an int8 engine's rounding
+of activations (not quadratic in ``X``, so no sum of ``x x^T`` can stand for the tokens). The best
+of the candidates and no scaling at all wins.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ class Reader:
     int8: bool
 
 
-def smooth_scale(weights: Sequence[Tensor], largest: Tensor, alpha: float, channel: Tensor) -> Tensor:
+def smooth_scale(
+    weights: Sequence[Tensor], largest: Tensor, alpha: float, channel: Tensor
+) -> Tensor:
     """``[channels]`` factors of the weights' columns.
 
     Args:
@@ -56,12 +61,15 @@ def smooth_scale(weights: Sequence[Tensor], largest: Tensor, alpha: float, chann
     if not 0 <= alpha <= 1:
         raise SpecError(f"SmoothQuant's alpha must be between 0 and 1, got {alpha}")
     inputs = _pooled_max(largest, channel)
-    columns = _pooled_max(torch.stack([w.abs().amax(0) for w in weights]).amax(0).to(largest.dtype), channel)
+    columns = _pooled_max(
+        torch.stack([w.abs().amax(0) for w in weights]).amax(0).to(largest.dtype), channel
+    )
     known = (inputs > 0) & (columns > 0)
     if not bool(known.any()):
         return torch.ones_like(inputs)
     scale = inputs.where(known, 1.0).pow(alpha) / columns.where(known, 1.0).pow(1 - alpha)
-    # A channel without inputs or without weights says nothing of its size: it takes a middling factor.
+    # A channel without inputs or without weights says nothing of its size: it takes a middling
+    # factor.
     scale = torch.where(known, scale, scale[known].log().mean().exp())
     return scale / (scale.max() * scale.min()).sqrt()
 
@@ -82,7 +90,8 @@ def search_smoothing(
         largest: ``[in]`` largest magnitude of each input over all tokens.
         alphas: strengths to try.
         search: the recipe's scale search.
-        channel: int64 ``[in]``, the factor that each input takes, where several must take the same; None: each its own.
+        channel: int64 ``[in]``, the factor that each input takes, where several must take the same;
+            None: each its own.
 
     Raises:
         SpecError: an ``alpha`` outside 0 … 1.
@@ -104,7 +113,9 @@ def search_smoothing(
     return found
 
 
-def smoothed_loss(readers: Sequence[Reader], rows: Tensor, scale: Tensor, search: ScaleSearch) -> float:
+def smoothed_loss(
+    readers: Sequence[Reader], rows: Tensor, scale: Tensor, search: ScaleSearch
+) -> float:
     """``|A(X / s) Q(W diag(s))^T - X W^T|^2`` over the readers; ``scale`` is ``[in]``."""
     scaled = rows / scale
     rounded = int8_per_token(scaled)
@@ -121,4 +132,6 @@ def smoothed_loss(readers: Sequence[Reader], rows: Tensor, scale: Tensor, search
 def _pooled_max(values: Tensor, channel: Tensor) -> Tensor:
     """The largest over the inputs of each channel."""
     channels = int(channel.max()) + 1
-    return torch.zeros(channels, dtype=values.dtype, device=values.device).scatter_reduce_(0, channel, values, "amax")
+    return torch.zeros(channels, dtype=values.dtype, device=values.device).scatter_reduce_(
+        0, channel, values, "amax"
+    )

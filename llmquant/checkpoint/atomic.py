@@ -1,7 +1,9 @@
-"""Where a result goes: refused before any work if it cannot be right, and put in place by a rename when it is whole.
+"""Where a result goes: refused before any work if it cannot be right, and put in place by a rename
+when it is whole.
 
-A destination that exists is left untouched until its successor is complete; if the last rename fails, the old one comes back.
-The folder in which it is built is locked for as long as its process lives.
+A destination that exists is left untouched until its successor is complete; if the last rename
+fails, the old one comes back. The folder in which it is built is locked for as long as its process
+lives.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ def check_destination(path: Path, overwrite: bool) -> None:
     """Refuse a destination that holds something or cannot be made.
 
     Raises:
-        UsageError: it exists and is not an empty folder (and, with ``overwrite``, is not a model folder either), or a file
-            stands in its way.
+        UsageError: it exists and is not an empty folder (and, with ``overwrite``, is not a model
+            folder either), or a file stands in its way.
         CheckpointError: nothing may be written there.
     """
     try:
@@ -33,7 +35,9 @@ def check_destination(path: Path, overwrite: bool) -> None:
     if not ancestor.is_dir():
         raise UsageError(f"{ancestor} is a file, so {path} cannot be made; choose another -o")
     if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise CheckpointError(f"nothing may be written in {ancestor}; choose another -o, or change its permissions")
+        raise CheckpointError(
+            f"nothing may be written in {ancestor}; choose another -o, or change its permissions"
+        )
 
 
 def _check_folder(path: Path, overwrite: bool) -> None:
@@ -46,13 +50,18 @@ def _check_folder(path: Path, overwrite: bool) -> None:
     if not any(path.iterdir()):
         return
     if not overwrite:
-        raise UsageError(f"{path} already exists and is not empty; choose another -o, or pass --overwrite")
+        raise UsageError(
+            f"{path} already exists and is not empty; choose another -o, or pass --overwrite"
+        )
     if not (path / "config.json").is_file():
-        raise UsageError(f"{path} is not a model folder, so --overwrite will not delete it; choose another -o")
+        raise UsageError(
+            f"{path} is not a model folder, so --overwrite will not delete it; choose another -o"
+        )
 
 
 def refuse_source(path: Path, source: Path) -> None:
-    """Refuse a destination that is the source, or a folder that holds it: replacing it would delete what is read.
+    """Refuse a destination that is the source, or a folder that holds it: replacing it would delete
+    what is read.
 
     Raises:
         UsageError: it is.
@@ -61,7 +70,9 @@ def refuse_source(path: Path, source: Path) -> None:
     if destination == original:
         raise UsageError(f"-o {path} is the model itself; choose another folder")
     if destination in original.parents and (path / "config.json").is_file():
-        raise UsageError(f"-o {path} holds the model {source}, which --overwrite would delete; choose another folder")
+        raise UsageError(
+            f"-o {path} holds the model {source}, which --overwrite would delete; choose another folder"
+        )
 
 
 def put_in_place(whole: Path, path: Path) -> None:
@@ -108,12 +119,15 @@ def disk(folder: Path) -> Iterator[None]:
         yield
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some space and run again" if full else "choose another -o, or look after the disk"
+        hint = (
+            "free some space and run again" if full else "choose another -o, or look after the disk"
+        )
         raise DiskError(f"writing to {folder} failed: {e.strerror or e}; {hint}", full=full) from e
 
 
 def lock_folder(folder: Path) -> int:
-    """Make a folder if need be and lock it; the lock ends when the descriptor that is returned is closed or its process dies.
+    """Make a folder if need be and lock it; the lock ends when the descriptor that is returned is
+    closed or its process dies.
 
     Raises:
         UsageError: another process holds it.
@@ -129,7 +143,9 @@ def lock_folder(folder: Path) -> int:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
-                raise UsageError(f"another llmquant is at work in {folder}; wait for it, or choose another -o") from e
+                raise UsageError(
+                    f"another llmquant is at work in {folder}; wait for it, or choose another -o"
+                ) from e
             # Who held it until now may have removed or renamed it meanwhile.
             if folder.exists() and folder.stat().st_ino == os.fstat(fd).st_ino:
                 opened.pop_all()

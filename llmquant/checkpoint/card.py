@@ -1,8 +1,9 @@
-"""The model card of a quantized folder: what it is, what it came from, how to load it, and room for measured figures.
+"""The model card of a quantized folder: what it is, what it came from, how to load it, and room for
+measured figures.
 
-The block between the two markers is where ``llmquant eval --card`` writes its table; until then it says that nothing was
-measured. Every other number comes from the manifest. A converted folder holds the same numbers, so it keeps the table
-that was measured before.
+The block between the two markers is where ``llmquant eval --card`` writes its table; until then it
+says that nothing was measured. Every other number comes from the manifest. A converted folder holds
+the same numbers, so it keeps the table that was measured before.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def measured(readme: Path) -> str | None:
     return found.strip() if end and found.strip() not in ("", _NOTHING) else None
 
 
-def model_card(manifest: Manifest, recipe_yaml: str, scheme: str, layout: str, inherited: Mapping[str, Any]) -> str:
+def model_card(
+    manifest: Manifest, recipe_yaml: str, scheme: str, layout: str, inherited: Mapping[str, Any]
+) -> str:
     """README.md of a model that was quantized here, in the byte layout ``layout``."""
     errors = {n: m.output_error or m.weight_error or 0.0 for n, m in manifest.modules.items()}
     worst = max(errors, key=errors.__getitem__)
@@ -72,7 +75,12 @@ hashes of what went in and came out; `llmquant inspect --verify` checks them.
 
 
 def converted_card(
-    manifest: Manifest, scheme: str, name: str, recipe_yaml: str | None, before: str | None, inherited: Mapping[str, Any]
+    manifest: Manifest,
+    scheme: str,
+    name: str,
+    recipe_yaml: str | None,
+    before: str | None,
+    inherited: Mapping[str, Any],
 ) -> str:
     """README.md of a folder that was converted from another layout.
 
@@ -83,7 +91,9 @@ def converted_card(
     step = manifest.conversions[-1]
     table = before or _NOTHING
     if before and not before.startswith(_BEFORE):
-        table = f"{_BEFORE} as `{step.source_format}`; the weights' numbers are the same.\n\n{before}"
+        table = (
+            f"{_BEFORE} as `{step.source_format}`; the weights' numbers are the same.\n\n{before}"
+        )
     recipe = f"\n## Recipe\n\n```yaml\n{recipe_yaml}```\n" if recipe_yaml else ""
     return f"""{_head(manifest, scheme, step.format, inherited)}
 # {name}, {scheme}, {step.format}
@@ -108,7 +118,10 @@ def _head(manifest: Manifest, scheme: str, layout: str, inherited: Mapping[str, 
 
 
 def _measured_and_use(table: str, layout: str) -> str:
-    comment, files = ("", "The files are an ordinary unquantized checkpoint that holds the quantized numbers.")
+    comment, files = (
+        "",
+        "The files are an ordinary unquantized checkpoint that holds the quantized numbers.",
+    )
     if layout != "dense":
         comment = "   # linears stay packed in memory"
         files = f"The files' layout is `{layout}`; llmquant's docs/formats.md says which engines read it."
@@ -148,7 +161,11 @@ def _rest(manifest: Manifest) -> str:
     turned = manifest.rotation
     if turned is None:
         return "the rest as in the original"
-    parts = [f"{what} ({name})" for what, name in (("residual stream", turned.residual), ("value heads", turned.heads)) if name]
+    parts = [
+        f"{what} ({name})"
+        for what, name in (("residual stream", turned.residual), ("value heads", turned.heads))
+        if name
+    ]
     head = ", the head has weights of its own" if turned.untied else ""
     return (
         f"after a rotation of the {' and '.join(parts)}\nthat leaves the function alone: norms and embeddings differ from the "

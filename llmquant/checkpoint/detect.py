@@ -1,8 +1,10 @@
-"""What a folder says of its quantization, wherever its tool has put it, and whether that can be believed.
+"""What a folder says of its quantization, wherever its tool has put it, and whether that can be
+believed.
 
-``quantization_config`` is the one door: config.json's key of that name, its older name ``compression_config``, the text part
-of a multimodal config, or the file beside config.json that GPTQ and AWQ tools write (``quantize_config.json``,
-``quant_config.json``), which counts only where there are packed tensors for it to describe.
+``quantization_config`` is the one door: config.json's key of that name, its older name
+``compression_config``, the text part of a multimodal config, or the file beside config.json that
+GPTQ and AWQ tools write (``quantize_config.json``, ``quant_config.json``), which counts only where
+there are packed tensors for it to describe.
 """
 
 from __future__ import annotations
@@ -49,8 +51,12 @@ def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
             found = place.get(key)
             if found:
                 if not isinstance(found, dict):
-                    raise FormatError(f"{reader.path / 'config.json'}: {key} is {type(found).__name__}, not a mapping")
-                return found if "quant_method" in found else {**found, "quant_method": _method(found)}
+                    raise FormatError(
+                        f"{reader.path / 'config.json'}: {key} is {type(found).__name__}, not a mapping"
+                    )
+                return (
+                    found if "quant_method" in found else {**found, "quant_method": _method(found)}
+                )
     if any(n.endswith(".qweight") for n in reader.tensors):
         for name in _SIDE_FILES:
             if (reader.path / name).is_file():
@@ -75,7 +81,9 @@ def _method(config: Mapping[str, Any]) -> str:
         return "awq"
     if "desc_act" in config:
         return "gptq"
-    raise FormatError(f"a quantization config without quant_method (its keys: {', '.join(sorted(config))}) cannot be read")
+    raise FormatError(
+        f"a quantization config without quant_method (its keys: {', '.join(sorted(config))}) cannot be read"
+    )
 
 
 def refuse_shifted_zeros(
@@ -98,11 +106,16 @@ def refuse_shifted_zeros(
     if not names:
         return
     weights = {n: _read(reader, layout, n, schemes[n]) for n in names}
-    originals = {n: base.read(f"{n}.weight") for n in names if base is not None and f"{n}.weight" in base}
+    originals = {
+        n: base.read(f"{n}.weight") for n in names if base is not None and f"{n}.weight" in base
+    }
     neighbours = (
         reader.read(n)
         for n, info in reader.tensors.items()
-        if n.endswith(".weight") and len(info.shape) == 2 and "embed" not in n and info.dtype != torch.int8
+        if n.endswith(".weight")
+        and len(info.shape) == 2
+        and "embed" not in n
+        and info.dtype != torch.int8
     )
     verdict = check_zero_convention(weights, originals, neighbours)
     try:
@@ -112,12 +125,18 @@ def refuse_shifted_zeros(
 
 
 def _label(config: Mapping[str, Any]) -> str:
-    told = (f"{k}: {config[k]}" for k in ("checkpoint_format", "packing_format", "quant_method") if config.get(k))
+    told = (
+        f"{k}: {config[k]}"
+        for k in ("checkpoint_format", "packing_format", "quant_method")
+        if config.get(k)
+    )
     return next(told)
 
 
 def _read(reader: CheckpointReader, layout: Format, name: str, scheme: Scheme) -> QuantizedWeight:
-    tensors = {s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader}
+    tensors = {
+        s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader
+    }
     try:
         return layout.unpack(tensors, scheme)
     except (FormatError, QuantizationError) as e:

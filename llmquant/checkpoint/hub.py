@@ -1,4 +1,5 @@
-"""From what a user writes for MODEL to a folder: a local path first, otherwise a Hugging Face hub name.
+"""From what a user writes for MODEL to a folder: a local path first, otherwise a Hugging Face hub
+name.
 
 Only safetensors, JSON, tokenizer and template files are fetched: no pickle, no Python code.
 """
@@ -20,11 +21,14 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
     Raises:
         UsageError: neither a folder nor a possible hub name.
-        CheckpointError: the hub does not have it, or cannot be reached and the cache does not hold it.
+        CheckpointError: the hub does not have it, or cannot be reached and the cache does not hold
+            it.
     """
     name = os.fspath(model)
     if not name:
-        raise UsageError("'' is neither a folder nor a hub name like org/model; was a variable empty?")
+        raise UsageError(
+            "'' is neither a folder nor a hub name like org/model; was a variable empty?"
+        )
     try:
         path = Path(name).expanduser()
         if path.is_dir():
@@ -41,13 +45,20 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    # The client's transport errors derive from its HTTP library's base, from which its own error derives too.
+    # The client's transport errors derive from its HTTP library's base, from which its own error
+    # derives too.
     failures: tuple[type[BaseException], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
     repo, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(_WANTED)))
+        return Path(
+            snapshot_download(repo, revision=revision or None, allow_patterns=list(_WANTED))
+        )
     except RepositoryNotFoundError as e:
         raise CheckpointError(
             f"{name} is no folder here and no model on the hub (or it is private: log in with `hf auth login`)"

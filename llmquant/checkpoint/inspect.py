@@ -1,4 +1,5 @@
-"""inspect: what a model folder holds, from its headers alone; no weight is read and no model is built."""
+"""inspect: what a model folder holds, from its headers alone; no weight is read and no model is
+built."""
 
 from __future__ import annotations
 
@@ -38,19 +39,24 @@ class Inspection:
         path: the folder.
         model_type: from config.json.
         format: layout name, or None for an unquantized model.
-        scheme: for people, most frequent first ("W4 g128 sym"), or the dtype of an unquantized model.
+        scheme: for people, most frequent first ("W4 g128 sym"), or the dtype of an unquantized
+            model.
         bytes_on_disk: of all weight files.
         parameters: number of weights, packed ones counted by what they stand for.
-        linears: quantized linears plus unquantized two-dimensional ``.weight`` tensors other than embeddings.
+        linears: quantized linears plus unquantized two-dimensional ``.weight`` tensors other than
+            embeddings.
         quantized: quantized linears.
         coverage: share of the parameters that is quantized.
-        bits_per_weight: average over quantized linears with scales and zero-points, None if there are none.
+        bits_per_weight: average over quantized linears with scales and zero-points, None if there
+            are none.
         weights_sha256: over config.json and the weight files.
         recipe_sha256: of the recipe that made it, if it has a manifest.
         modules: the quantized linears.
         engines: serving engine → why it refuses the folder; an empty tuple where it takes it.
-        fallbacks: which linears the run that made it rounded to nearest for want of calibration tokens, and why.
-        cautions: serving engine → why its answers are not the evaluated ones though it takes the folder.
+        fallbacks: which linears the run that made it rounded to nearest for want of calibration
+            tokens, and why.
+        cautions: serving engine → why its answers are not the evaluated ones though it takes the
+            folder.
     """
 
     path: Path
@@ -101,7 +107,9 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     packed = sum(math.prod(m.shape) for m in modules)
     others = {n: i for n, i in reader.tensors.items() if n not in inside}
     dense_linears = [
-        n for n, i in others.items() if n.endswith(".weight") and len(i.shape) == 2 and "embed" not in n
+        n
+        for n, i in others.items()
+        if n.endswith(".weight") and len(i.shape) == 2 and "embed" not in n
     ]
     dense = sum(math.prod(i.shape) for i in others.values())
     dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in others.values())
@@ -122,8 +130,8 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         recipe_sha256=manifest.recipe_sha256 if manifest else None,
         modules=modules,
         engines=engines,
-        fallbacks=tuple(told_fallbacks({n: m.fallback for n, m in manifest.modules.items()})) if manifest else (),
+        fallbacks=tuple(told_fallbacks({n: m.fallback for n, m in manifest.modules.items()}))
+        if manifest
+        else (),
         cautions=cautioned,
     )
-
-

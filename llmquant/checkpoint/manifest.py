@@ -1,11 +1,13 @@
 """manifest.json: the record that lets anyone check a folder against its run, and the check itself.
 
-It holds hashes of what went in (model, recipe, calibration ids) and of every file that came out, versions, seed and, per module,
-its grid, error, damping and the digest of its numbers. It holds no time and no path, so the same run gives the same bytes.
-README.md is not hashed: measured tables are added to it later.
+It holds hashes of what went in (model, recipe, calibration ids) and of every file that came out,
+versions, seed and, per module, its grid, error, damping and the digest of its numbers. It holds no
+time and no path, so the same run gives the same bytes. README.md is not hashed: measured tables are
+added to it later.
 
-A conversion carries the record over and adds to ``conversions`` which folder it read; of a folder that came without a record
-(another tool's) it can only say what it saw, and what it cannot know is null.
+A conversion carries the record over and adds to ``conversions`` which folder it read; of a folder
+that came without a record (another tool's) it can only say what it saw, and what it cannot know is
+null.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class _Strict(BaseModel):
 
 
 class ModuleEntry(_Strict):
-    """One quantized linear; see :class:`llmquant.quantization.plan.ModuleReport`. Another tool's leaves no errors and no counts."""
+    """One quantized linear; see :class:`llmquant.quantization.plan.ModuleReport`. Another tool's
+    leaves no errors and no counts."""
 
     spec: str
     shape: tuple[int, int]
@@ -60,7 +63,9 @@ class TuneEntry(_Strict):
 
 
 class ScaledEntry(_Strict):
-    """One pair of AWQ or SmoothQuant; see :class:`llmquant.quantization.steps.channel_scaling.PairReport`. ``reason`` is None where channels were scaled."""
+    """One pair of AWQ or SmoothQuant; see
+    :class:`llmquant.quantization.steps.channel_scaling.PairReport`. ``reason`` is None where
+    channels were scaled."""
 
     producer: str
     readers: tuple[str, ...]
@@ -132,7 +137,9 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a module's stored tensors, less the two numbers that only repeat its shape."""
-    return sum(t.numel() * t.element_size() for name, t in tensors.items() if name != "weight_shape")
+    return sum(
+        t.numel() * t.element_size() for name, t in tensors.items() if name != "weight_shape"
+    )
 
 
 def told_fallbacks(fallbacks: Mapping[str, str | None]) -> list[str]:
@@ -141,17 +148,24 @@ def told_fallbacks(fallbacks: Mapping[str, str | None]) -> list[str]:
     for name, reason in fallbacks.items():
         if reason is not None:
             by_reason.setdefault(reason, []).append(name)
-    return [f"{some(names)}: {reason}; rounded to nearest by the weights alone" for reason, names in by_reason.items()]
+    return [
+        f"{some(names)}: {reason}; rounded to nearest by the weights alone"
+        for reason, names in by_reason.items()
+    ]
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError when the file is missing or not a manifest."""
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST}, so it was not written by llmquant and cannot be checked")
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}, so it was not written by llmquant and cannot be checked"
+        )
     try:
         return Manifest.model_validate(read_json(folder / MANIFEST))
     except ValidationError as e:
-        raise CheckpointError(f"{folder / MANIFEST} is not a manifest of this version: {e.errors()[0]['msg']}") from e
+        raise CheckpointError(
+            f"{folder / MANIFEST} is not a manifest of this version: {e.errors()[0]['msg']}"
+        ) from e
 
 
 def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
@@ -161,9 +175,14 @@ def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
         ProofError: a module is missing, extra, damaged, or holds other numbers.
     """
     layout, schemes = stored_schemes(reader)
-    missing, extra = sorted(digests.keys() - schemes.keys()), sorted(schemes.keys() - digests.keys())
+    missing, extra = (
+        sorted(digests.keys() - schemes.keys()),
+        sorted(schemes.keys() - digests.keys()),
+    )
     if missing or extra:
-        raise ProofError(f"{reader.path}: quantized modules missing on disk: {missing or 'none'}; unexpected: {extra or 'none'}")
+        raise ProofError(
+            f"{reader.path}: quantized modules missing on disk: {missing or 'none'}; unexpected: {extra or 'none'}"
+        )
     for name, expected in digests.items():
         try:
             weight = read_module(reader, layout, name, schemes[name])
@@ -172,7 +191,9 @@ def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
         if not all_finite(weight.dequantize()):
             raise ProofError(f"{reader.path}: {name} dequantizes to NaN or Inf")
         if weight.digest() != expected:
-            raise ProofError(f"{reader.path}: {name} does not hold the numbers the algorithm returned")
+            raise ProofError(
+                f"{reader.path}: {name} does not hold the numbers the algorithm returned"
+            )
 
 
 def stored_schemes(reader: CheckpointReader) -> tuple[Format, dict[str, Scheme]]:
@@ -188,9 +209,13 @@ def stored_schemes(reader: CheckpointReader) -> tuple[Format, dict[str, Scheme]]
     return layout, layout.schemes(config, reader.tensors.keys())
 
 
-def read_module(reader: CheckpointReader, layout: Format, name: str, scheme: Scheme) -> QuantizedWeight:
+def read_module(
+    reader: CheckpointReader, layout: Format, name: str, scheme: Scheme
+) -> QuantizedWeight:
     """One quantized module of a folder."""
-    tensors = {s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader}
+    tensors = {
+        s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader
+    }
     return layout.unpack(tensors, scheme)
 
 
@@ -211,10 +236,16 @@ def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Man
         if not (folder / name).is_file():
             raise ProofError(f"{folder / name} is in the manifest but not in the folder")
         if sha256_file(folder / name) != expected:
-            raise ProofError(f"{folder / name} is not the file that was written: its sha256 differs from the manifest's")
-    extra = sorted(p.name for p in folder.iterdir() if p.name not in manifest.files and _loaded(p.name))
+            raise ProofError(
+                f"{folder / name} is not the file that was written: its sha256 differs from the manifest's"
+            )
+    extra = sorted(
+        p.name for p in folder.iterdir() if p.name not in manifest.files and _loaded(p.name)
+    )
     if extra:
-        raise ProofError(f"{folder} holds files that engines load and that are not in the manifest: {', '.join(extra)}")
+        raise ProofError(
+            f"{folder} holds files that engines load and that are not in the manifest: {', '.join(extra)}"
+        )
     if manifest.modules:  # a dense copy has none, and its numbers are those of its files
         prove_modules(CheckpointReader(folder), {n: m.digest for n, m in manifest.modules.items()})
     return manifest

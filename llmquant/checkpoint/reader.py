@@ -1,8 +1,8 @@
 """Reading model folders: safetensors only, lazily.
 
-``CheckpointReader`` knows names, shapes and dtypes from the headers and reads a tensor when it is asked for, so a 16 GB
-folder costs nothing to open. Pickle files are refused: unpickling runs code. Its counterpart is
-:class:`llmquant.checkpoint.writer.CheckpointWriter`.
+``CheckpointReader`` knows names, shapes and dtypes from the headers and reads a tensor when it is
+asked for, so a 16 GB folder costs nothing to open. Pickle files are refused: unpickling runs code.
+Its counterpart is :class:`llmquant.checkpoint.writer.CheckpointWriter`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,33 @@ SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Everything beside the weights that a served model needs; copied when present.
 SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +89,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise CheckpointError(f"{path} is missing; is {path.parent} a Hugging Face model folder?") from e
+        raise CheckpointError(
+            f"{path} is missing; is {path.parent} a Hugging Face model folder?"
+        ) from e
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(value, dict):
@@ -82,18 +103,24 @@ def _header(path: Path) -> dict[str, TensorInfo]:
     """Parse one shard's header and check it against the file, without reading weights."""
     try:
         with safe_open(path, framework="pt"):
-            pass  # the library's own reading refuses every header that is malformed or does not cover the file exactly
+            # the library's own reading refuses every header that is malformed or does not cover the
+            # file exactly
+            pass
         with path.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
             header = json.loads(f.read(length))
     except (SafetensorError, OSError, struct.error, ValueError) as e:
-        raise CheckpointError(f"{path} is truncated, damaged or not safetensors: {e}; fetch it again") from e
+        raise CheckpointError(
+            f"{path} is truncated, damaged or not safetensors: {e}; fetch it again"
+        ) from e
     header.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
         if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{path}: tensor {name} has dtype {entry['dtype']}, which llmquant does not read")
+            raise CheckpointError(
+                f"{path}: tensor {name} has dtype {entry['dtype']}, which llmquant does not read"
+            )
         infos[name] = TensorInfo(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), stop - start)
     return infos
 
@@ -109,24 +136,31 @@ class CheckpointReader:
         path: a model folder.
 
     Raises:
-        CheckpointError: no folder, no config.json, no safetensors, only pickle files, a damaged shard or index.
+        CheckpointError: no folder, no config.json, no safetensors, only pickle files, a damaged
+            shard or index.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path} is not a folder; give a local model folder or a hub name like org/model")
+            raise CheckpointError(
+                f"{self.path} is not a folder; give a local model folder or a hub name like org/model"
+            )
         self.config = read_json(self.path / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self._shards():
             infos = _header(shard)
             twice = sorted(self.tensors.keys() & infos.keys())
             if twice:
-                raise CheckpointError(f"{shard}: tensor {twice[0]} is also in {self.tensors[twice[0]].file.name}")
+                raise CheckpointError(
+                    f"{shard}: tensor {twice[0]} is also in {self.tensors[twice[0]].file.name}"
+                )
             self.tensors.update(infos)
         absent = sorted(self._weight_map().keys() - self.tensors.keys())
         if absent:
-            raise CheckpointError(f"{self.path / INDEX} names {absent[0]}, which is in no shard; fetch the folder again")
+            raise CheckpointError(
+                f"{self.path / INDEX} names {absent[0]}, which is in no shard; fetch the folder again"
+            )
         if not self.tensors:
             raise CheckpointError(f"{self.path} has weight files without a single tensor")
 
@@ -136,15 +170,23 @@ class CheckpointReader:
         if not index.is_file():
             return {}
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(_is_file_name(n) for n in weight_map.values()):
-            raise CheckpointError(f"{index} holds no weight_map from tensor names to files of this folder")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(_is_file_name(n) for n in weight_map.values())
+        ):
+            raise CheckpointError(
+                f"{index} holds no weight_map from tensor names to files of this folder"
+            )
         return weight_map
 
     def _shards(self) -> list[Path]:
         names = sorted(set(self._weight_map().values()))
         missing = [n for n in names if not (self.path / n).is_file()]
         if missing:
-            raise CheckpointError(f"{self.path / INDEX} names shards that are not there: {', '.join(missing)}")
+            raise CheckpointError(
+                f"{self.path / INDEX} names shards that are not there: {', '.join(missing)}"
+            )
         if names:
             return [self.path / n for n in names]
         if (self.path / SINGLE).is_file():
@@ -153,7 +195,9 @@ class CheckpointReader:
         if len(others) == 1:
             return others
         if others:
-            raise CheckpointError(f"{self.path} has {len(others)} safetensors files but no {INDEX}; fetch the index too")
+            raise CheckpointError(
+                f"{self.path} has {len(others)} safetensors files but no {INDEX}; fetch the index too"
+            )
         pickles = [p.name for pattern in _PICKLES for p in sorted(self.path.glob(pattern))]
         if pickles:
             raise CheckpointError(

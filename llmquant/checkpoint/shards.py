@@ -1,11 +1,13 @@
 """One safetensors file, written tensor by tensor in bounded memory.
 
-The format wants its header, with every size, in front, and the usual writer therefore takes all tensors at once. Here each
-tensor's bytes go to a side file as it comes; when the shard is full the header is known, is written, and the bytes are copied
-behind it by the kernel (no tensor comes back into memory). The result is byte for byte what ``safetensors.torch.save_file``
-writes for the same tensors: larger dtypes first, then by name, which keeps every tensor aligned.
+The format wants its header, with every size, in front, and the usual writer therefore takes all
+tensors at once. Here each tensor's bytes go to a side file as it comes; when the shard is full the
+header is known, is written, and the bytes are copied behind it by the kernel (no tensor comes back
+into memory). The result is byte for byte what ``safetensors.torch.save_file`` writes for the same
+tensors: larger dtypes first, then by name, which keeps every tensor aligned.
 
-The side file is also what a run that was killed continues: it is cut where the journal says that everything was durable.
+The side file is also what a run that was killed continues: it is cut where the journal says that
+everything was durable.
 """
 
 from __future__ import annotations
@@ -22,11 +24,22 @@ import torch
 from torch import Tensor
 
 DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 # safetensors' own order of types, largest alignment first.
-_RANK = {name: i for i, name in enumerate(("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL"))}
+_RANK = {
+    name: i
+    for i, name in enumerate(("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL"))
+}
 _METADATA = {"format": "pt"}
 
 
@@ -55,8 +68,10 @@ def header(tensors: Mapping[str, Stored]) -> bytes:
         tensor = tensors[name]
         offsets = [offset, offset + tensor.nbytes]
         entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets,
-        }  # fmt: skip
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
         offset = offsets[1]
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -71,7 +86,8 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, known: Mapping[str, Stored] | None = None) -> None:
-        """``known``: the tensors that the side file already holds, in its order; what stands behind them is cut off."""
+        """``known``: the tensors that the side file already holds, in its order; what stands behind
+        them is cut off."""
         self.path = path
         self.side = side_of(path)
         self.keep_side = False  # after finish(), for whoever may still have to come back to it
@@ -100,14 +116,17 @@ class ShardWriter:
         os.fsync(self._file.fileno())
 
     def finish(self) -> bytes:
-        """Write the safetensors file, durably, and remove the side file (unless ``keep_side``); returns the file's head."""
+        """Write the safetensors file, durably, and remove the side file (unless ``keep_side``);
+        returns the file's head."""
         self._file.close()
         head = header(self._tensors)
         with self.side.open("rb") as source, self.path.open("wb") as target:
             target.write(head)
             target.flush()
             for name in order(self._tensors):
-                _copy_range(source.fileno(), target.fileno(), self._starts[name], self._tensors[name].nbytes)
+                _copy_range(
+                    source.fileno(), target.fileno(), self._starts[name], self._tensors[name].nbytes
+                )
             os.fsync(target.fileno())
         if not self.keep_side:
             self.side.unlink()
@@ -115,7 +134,9 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Close without a result; the caller removes or continues what lies there."""
-        with contextlib.suppress(OSError):  # a full disk refuses what is still buffered a second time
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk refuses what is still buffered a second time
             self._file.close()
 
 
@@ -125,7 +146,8 @@ def side_of(path: Path) -> Path:
 
 
 def _copy_range(source: int, target: int, start: int, count: int) -> None:
-    """Copy ``count`` bytes from ``start`` of one descriptor to the end of another, inside the kernel."""
+    """Copy ``count`` bytes from ``start`` of one descriptor to the end of another, inside the
+    kernel."""
     while count:
         copied = os.sendfile(target, source, start, count)
         if copied == 0:

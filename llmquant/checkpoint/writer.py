@@ -1,9 +1,10 @@
 """Writing model folders: they appear whole or not at all.
 
-``CheckpointWriter`` builds the folder beside its destination and renames it into place when it is whole: every file is
-fsynced, shards are written as they fill, and the index and config come last. An interrupted run leaves a hidden
-``.NAME.partial`` folder that no loader takes for a model. With ``mark`` and ``restore`` a later process continues it: a mark is
-what became durable since the mark before, and all marks together say which bytes of which files count.
+``CheckpointWriter`` builds the folder beside its destination and renames it into place when it is
+whole: every file is fsynced, shards are written as they fill, and the index and config come last.
+An interrupted run leaves a hidden ``.NAME.partial`` folder that no loader takes for a model. With
+``mark`` and ``restore`` a later process continues it: a mark is what became durable since the mark
+before, and all marks together say which bytes of which files count.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.atomic import check_destination, disk, fsync_path, lock_folder, put_in_place, remove
+from llmquant.checkpoint.atomic import (
+    check_destination,
+    disk,
+    fsync_path,
+    lock_folder,
+    put_in_place,
+    remove,
+)
 from llmquant.checkpoint.reader import INDEX, SIDE_FILES, SINGLE, sha256_file
 from llmquant.checkpoint.shards import ShardWriter, Stored, side_of
 from llmquant.errors import CheckpointError, ProofError
@@ -41,7 +49,8 @@ class Mark:
     """What a writer made durable since its last mark.
 
     Attributes:
-        tensors: name, shard, dtype and shape of each tensor, in the order in which they were written.
+        tensors: name, shard, dtype and shape of each tensor, in the order in which they were
+            written.
         finished: shards that became whole.
     """
 
@@ -52,14 +61,15 @@ class Mark:
 class CheckpointWriter:
     """An output folder that appears whole or not at all.
 
-    Use as a context manager: leaving it normally renames the folder into place, leaving it by an exception removes
+    Use as a context manager: leaving it normally renames the folder into place, leaving it by an
+        exception removes
     what was written.
 
     Args:
         path: destination; must not exist, or be an empty folder, unless ``overwrite``.
         max_shard_size: bytes after which a shard is written out.
-        keep: begin with what an earlier process left (see :meth:`restore`), and leave it when an exception ends this one.
-            May be changed at any time.
+        keep: begin with what an earlier process left (see :meth:`restore`), and leave it when an
+            exception ends this one. May be changed at any time.
 
     Raises:
         UsageError: the destination exists and is not empty, or another process is writing it.
@@ -94,7 +104,8 @@ class CheckpointWriter:
         self.total_bytes = 0
 
     def __enter__(self) -> CheckpointWriter:
-        # An interrupt may come at any moment up to the return: whoever asked for the folder is not there yet to remove it.
+        # An interrupt may come at any moment up to the return: whoever asked for the folder is not
+        # there yet to remove it.
         try:
             with contextlib.ExitStack() as undo:
                 undo.callback(self._leave_nothing)
@@ -104,7 +115,9 @@ class CheckpointWriter:
                 undo.pop_all()
                 return self
         except OSError as e:
-            raise CheckpointError(f"cannot write beside {self.path}: {e.strerror or e}; choose another -o") from e
+            raise CheckpointError(
+                f"cannot write beside {self.path}: {e.strerror or e}; choose another -o"
+            ) from e
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if kind is not None:
@@ -126,7 +139,8 @@ class CheckpointWriter:
                 path.unlink()
 
     def _leave_nothing(self) -> None:
-        """Remove what was written, and the parent folders that were made for it; nothing that another process holds."""
+        """Remove what was written, and the parent folders that were made for it; nothing that
+        another process holds."""
         if self._lock is not None:
             remove(self.partial)
         for folder in (self.partial, *self._made):
@@ -134,7 +148,8 @@ class CheckpointWriter:
                 folder.rmdir()
 
     def mark(self) -> Mark:
-        """Make everything written so far durable, and say what that is; see :meth:`restore` and :meth:`marked`.
+        """Make everything written so far durable, and say what that is; see :meth:`restore` and
+        :meth:`marked`.
 
         Raises:
             DiskError: the disk refused.
@@ -154,7 +169,8 @@ class CheckpointWriter:
         self._retired = []
 
     def restore(self, marks: Sequence[Mark]) -> None:
-        """Continue behind the last of the marks that an earlier process made; what it wrote later is removed.
+        """Continue behind the last of the marks that an earlier process made; what it wrote later
+        is removed.
 
         Raises:
             CheckpointError: files that the marks count on are gone or have another size.
@@ -172,7 +188,9 @@ class CheckpointWriter:
             path = self._path(len(self._finished))
             need, side = sum(s.nbytes for s in current.values()), side_of(path)
             if not side.is_file() or side.stat().st_size < need:
-                raise CheckpointError(f"{side} is not what the interrupted run left there; begin anew with --restart")
+                raise CheckpointError(
+                    f"{side} is not what the interrupted run left there; begin anew with --restart"
+                )
             with self._disk():
                 self._shard = ShardWriter(path, current)
             kept.append(side)
@@ -181,11 +199,14 @@ class CheckpointWriter:
         self.marked()
 
     def _kept_shard(self, index: int) -> Path:
-        """A whole shard of an earlier process, under its first name or, once all were whole, its final one."""
+        """A whole shard of an earlier process, under its first name or, once all were whole, its
+        final one."""
         for path in (self._path(index), self.partial / self._final_name(index)):
             if path.is_file() and path.stat().st_size == self._finished[index].nbytes:
                 return path
-        raise CheckpointError(f"{self._path(index)} is not what the interrupted run left there; begin anew with --restart")
+        raise CheckpointError(
+            f"{self._path(index)} is not what the interrupted run left there; begin anew with --restart"
+        )
 
     def _path(self, shard: int) -> Path:
         return self.partial / f"shard-{shard:05d}.safetensors"
@@ -201,7 +222,11 @@ class CheckpointWriter:
             raise CheckpointError(f"tensor {twice[0]} was written twice")
         nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
         with self._disk():
-            if self._shard is not None and self._shard.nbytes and self._shard.nbytes + nbytes > self.max_shard_size:
+            if (
+                self._shard is not None
+                and self._shard.nbytes
+                and self._shard.nbytes + nbytes > self.max_shard_size
+            ):
                 self._finish_shard()
             for name, tensor in tensors.items():
                 if self._shard is None:
@@ -262,7 +287,8 @@ class CheckpointWriter:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def copy_side_files(self, source: Path) -> list[str]:
-        """Carry the tokenizer, chat template and generation config along; returns the names copied."""
+        """Carry the tokenizer, chat template and generation config along; returns the names
+        copied."""
         names = [n for n in SIDE_FILES if (source / n).is_file()]
         for name in names:
             with self._disk():
@@ -272,18 +298,23 @@ class CheckpointWriter:
         return names
 
     def publish(self) -> None:
-        """Compare every file beside the tensors with what was meant to be in it, then rename the folder into place.
+        """Compare every file beside the tensors with what was meant to be in it, then rename the
+        folder into place.
 
         The tensors are the caller's to compare: only it knows what they stand for.
         """
         with self._disk():
             for name, meant in self._meant.items():
                 if sha256_file(self.partial / name) != meant:
-                    raise ProofError(f"{self.partial / name} is not what was written to it; is the disk sound?")
+                    raise ProofError(
+                        f"{self.partial / name} is not what was written to it; is the disk sound?"
+                    )
             for i, shard in enumerate(self._finished):
                 with (self.partial / self._final_name(i)).open("rb") as f:
                     if hashlib.sha256(f.read(shard.head_bytes)).hexdigest() != shard.head_sha256:
-                        raise ProofError(f"{f.name} does not begin with the header that was written; is the disk sound?")
+                        raise ProofError(
+                            f"{f.name} does not begin with the header that was written; is the disk sound?"
+                        )
             fsync_path(self.partial)
             put_in_place(self.partial, self.path)
 

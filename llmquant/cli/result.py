@@ -28,14 +28,27 @@ def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
         "calibration": result.calibration.summary.as_dict() if result.calibration else None,
         "modules": [
             {
-                "name": m.name, "scheme": str(m.spec), "weight_error": m.weight_error, "output_error": m.output_error,
-                "damping": m.damping, "dead": m.dead, "tokens": m.tokens, "dropped": m.dropped, "seconds": m.seconds,
+                "name": m.name,
+                "scheme": str(m.spec),
+                "weight_error": m.weight_error,
+                "output_error": m.output_error,
+                "damping": m.damping,
+                "dead": m.dead,
+                "tokens": m.tokens,
+                "dropped": m.dropped,
+                "seconds": m.seconds,
                 "fallback": m.fallback,
             }
             for m in result.modules
         ],
         "tuned": {
-            name: {"before": t.before, "after": t.after, "step": t.step, "steps": t.steps, "seconds": t.seconds}
+            name: {
+                "before": t.before,
+                "after": t.after,
+                "step": t.step,
+                "steps": t.steps,
+                "seconds": t.seconds,
+            }
             for name, t in result.tuned.items()
         },
         "scaled": {name: [asdict(pair) for pair in pairs] for name, pairs in result.scaled.items()},
@@ -43,7 +56,7 @@ def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
         "computing": result.computing.as_dict(),
         "resumed_blocks": result.resumed,
         "warnings": list(result.warnings),
-    }  # fmt: skip
+    }
 
 
 def _show_tuned(tuned: Mapping[str, TuneReport], console: Console) -> None:
@@ -69,10 +82,16 @@ def _show_scaled(scaled: Mapping[str, tuple[PairReport, ...]], console: Console)
     kinds: dict[tuple[str, ...], list[PairReport]] = {}
     for block, pairs in scaled.items():
         for pair in pairs:
-            kinds.setdefault(tuple(r.removeprefix(f"{block}.") for r in pair.readers), []).append(pair)
+            kinds.setdefault(tuple(r.removeprefix(f"{block}.") for r in pair.readers), []).append(
+                pair
+            )
     for readers, reports in kinds.items():
-        measured = [(r.before, r.after) for r in reports if r.before is not None and r.after is not None]
-        means = [f"{sum(values) / len(measured):.2e}" for values in zip(*measured, strict=True)] or ["–", "–"]
+        measured = [
+            (r.before, r.after) for r in reports if r.before is not None and r.after is not None
+        ]
+        means = [
+            f"{sum(values) / len(measured):.2e}" for values in zip(*measured, strict=True)
+        ] or ["–", "–"]
         left = [r.reason for r in reports if r.reason is not None]
         why = f"{len(left)} ({', '.join(sorted(set(left)))})" if left else "0"
         table.add_row(", ".join(readers), str(len(reports)), *means, why)
@@ -114,4 +133,6 @@ def show_result(result: QuantizeResult, seconds: float) -> None:
         f"{result.bits_per_weight:.3f} bits per quantized weight"
     )
     console.print(f"computed     {result.computing.told()}")
-    console.print(f"proved       every tensor re-read from disk and equal to what was computed; {seconds:.1f} s")
+    console.print(
+        f"proved       every tensor re-read from disk and equal to what was computed; {seconds:.1f} s"
+    )

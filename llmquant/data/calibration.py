@@ -1,18 +1,23 @@
-"""Calibration: the token windows that quantization looks at, where they came from, and what was left out.
+"""Calibration: the token windows that quantization looks at, where they came from, and what was
+left out.
 
 Two packings:
 
-* ``concat``: every row is tokenized as the tokenizer does by default (so a BOS stands where it puts one), the rows are
-  laid end to end and cut into windows of exactly ``seqlen``; ``nsamples`` of those are drawn without replacement.
-* ``sample``: one row is one window, cut at ``seqlen`` and never padded; rows under ``MIN_TOKENS`` are dropped.
+* ``concat``: every row is tokenized as the tokenizer does by default (so a BOS stands where it puts
+  one), the rows are laid end to end and cut into windows of exactly ``seqlen``; ``nsamples`` of
+  those are drawn without replacement.
+* ``sample``: one row is one window, cut at ``seqlen`` and never padded; rows under ``MIN_TOKENS``
+  are dropped.
 
-Nothing is silent: ``rows_read == rows_used + rows_not_drawn + sum(dropped)``, tokens of used rows that fell outside the
-windows are counted, and fewer windows than asked for is an error that says what would work. The draw orders the
-candidates by the raw 64-bit stream of PCG64, which numpy keeps the same across versions and machines.
+Nothing is silent: ``rows_read == rows_used + rows_not_drawn + sum(dropped)``, tokens of used rows
+that fell outside the windows are counted, and fewer windows than asked for is an error that says
+what would work. The draw orders the candidates by the raw 64-bit stream of PCG64, which numpy keeps
+the same across versions and machines.
 
-Overlap with the evaluation text is the share of the windows' 13-token shingles (13 consecutive tokens, as long as the
-word shingles of the GPT-3 paper's appendix C) that also occur within a row of the evaluation text, by the same
-tokenizer. Shingles are compared by a 64-bit hash: between two million-shingle texts some false match has odds of 1e-7.
+Overlap with the evaluation text is the share of the windows' 13-token shingles (13 consecutive
+tokens, as long as the word shingles of the GPT-3 paper's appendix C) that also occur within a row
+of the evaluation text, by the same tokenizer. Shingles are compared by a 64-bit hash: between two
+million-shingle texts some false match has odds of 1e-7.
 """
 
 from __future__ import annotations
@@ -57,7 +62,8 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSummary:
-    """What was read, used and left out. ``tokens_truncated``: tokens of used rows that are in no window."""
+    """What was read, used and left out. ``tokens_truncated``: tokens of used rows that are in no
+    window."""
 
     packing: Packing
     seqlen: int
@@ -76,7 +82,9 @@ class CalibrationSummary:
 
     def lines(self) -> list[str]:
         """The summary for people, one fact a line."""
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "none"
+        dropped = (
+            ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "none"
+        )
         lines = [
             f"windows  {self.windows:,} of {self.windows_available:,} available, "
             f"{'exactly' if self.packing == 'concat' else 'at most'} {self.seqlen:,} tokens each ({self.packing})",
@@ -100,7 +108,8 @@ class CalibrationSummary:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows of token ids (int64, 1-D, none padded) and their origin. ``sha256`` covers lengths and ids, in order."""
+    """Windows of token ids (int64, 1-D, none padded) and their origin. ``sha256`` covers lengths
+    and ids, in order."""
 
     windows: tuple[Tensor, ...]
     summary: CalibrationSummary
@@ -144,7 +153,8 @@ def calibrate(
 
     Raises:
         UsageError: a number that cannot be right.
-        SourceError: too little text, chats without a chat template, or ids that the model does not have.
+        SourceError: too little text, chats without a chat template, or ids that the model does not
+            have.
     """
     _check_numbers(nsamples, seqlen, seed, packing, max_positions)
     dropped = Counter(documents.dropped)
@@ -155,7 +165,9 @@ def calibrate(
         rows = [row for row in rows if len(row) >= MIN_TOKENS]
     pick = (_concat if packing == "concat" else _sample)(rows, nsamples, seqlen, seed)
     if pick.available < nsamples:
-        raise SourceError(_too_little(documents.source, rows, pick.available, nsamples, seqlen, packing))
+        raise SourceError(
+            _too_little(documents.source, rows, pick.available, nsamples, seqlen, packing)
+        )
     _check_ids(pick.windows, vocab_size, documents.source)
     summary = CalibrationSummary(
         packing, seqlen, len(pick.windows), pick.available,
@@ -166,10 +178,14 @@ def calibrate(
     )  # fmt: skip
     windows = tuple(torch.from_numpy(window.copy()) for window in pick.windows)
     sha256 = _sha256(pick.windows)
-    return Calibration(windows, summary, sha256, documents.source, documents.sha256, seed, seqlen, packing)
+    return Calibration(
+        windows, summary, sha256, documents.source, documents.sha256, seed, seqlen, packing
+    )
 
 
-def _check_numbers(nsamples: int, seqlen: int, seed: int, packing: str, max_positions: int | None) -> None:
+def _check_numbers(
+    nsamples: int, seqlen: int, seed: int, packing: str, max_positions: int | None
+) -> None:
     if nsamples < 1 or seqlen < MIN_TOKENS or seed < 0:
         raise UsageError(
             f"nsamples={nsamples}, seqlen={seqlen}, seed={seed} cannot be; give at least 1, {MIN_TOKENS} and 0"
@@ -210,7 +226,9 @@ def _sample(rows: list[Ids], nsamples: int, seqlen: int, seed: int) -> _Pick:
     return _Pick([row[:seqlen] for row in drawn], len(rows), len(drawn), len(cut), sum(cut))
 
 
-def _too_little(source: str, rows: list[Ids], available: int, nsamples: int, seqlen: int, packing: Packing) -> str:
+def _too_little(
+    source: str, rows: list[Ids], available: int, nsamples: int, seqlen: int, packing: Packing
+) -> str:
     """Why the text is too little, and the numbers that would work."""
     fits = [f"--nsamples {available}"] if available else []
     if packing == "sample":
@@ -221,7 +239,9 @@ def _too_little(source: str, rows: list[Ids], available: int, nsamples: int, seq
         has = f"{total:,} tokens in {len(rows):,} rows"
         wanted = f"{nsamples:,} windows of {seqlen:,} tokens"
         fits += [f"--seqlen {total // nsamples}"] if total // nsamples >= MIN_TOKENS else []
-    return f"{source} gives {has}, too little for {wanted}; give {' or '.join([*fits, 'more text'])}"
+    return (
+        f"{source} gives {has}, too little for {wanted}; give {' or '.join([*fits, 'more text'])}"
+    )
 
 
 def _check_ids(windows: list[Ids], vocab_size: int | None, source: str) -> None:
@@ -242,7 +262,8 @@ def _sha256(windows: Sequence[Ids]) -> str:
 
 
 def shingles(ids: Ids) -> NDArray[np.uint64]:
-    """A hash of every ``SHINGLE`` consecutive ids: their polynomial modulo 2**64. Empty for fewer ids."""
+    """A hash of every ``SHINGLE`` consecutive ids: their polynomial modulo 2**64. Empty for fewer
+    ids."""
     count = max(0, len(ids) - SHINGLE + 1)
     values = np.zeros(count, np.uint64)
     for i in range(SHINGLE):
@@ -250,8 +271,11 @@ def shingles(ids: Ids) -> NDArray[np.uint64]:
     return values
 
 
-def measure_overlap(windows: Sequence[Ids], evaluation: Documents, tokenizer: PreTrainedTokenizerBase) -> Overlap:
-    """The share of the windows' shingles that occur in the evaluation text, over all and by window."""
+def measure_overlap(
+    windows: Sequence[Ids], evaluation: Documents, tokenizer: PreTrainedTokenizerBase
+) -> Overlap:
+    """The share of the windows' shingles that occur in the evaluation text, over all and by
+    window."""
     known = [shingles(row) for row in tokenize(evaluation, tokenizer, Counter(), specials=False)]
     table = np.unique(np.concatenate(known)) if known else np.zeros(0, np.uint64)
     hits = [_found(shingles(window), table) for window in windows]
@@ -262,7 +286,8 @@ def measure_overlap(windows: Sequence[Ids], evaluation: Documents, tokenizer: Pr
 
 
 def _found(values: NDArray[np.uint64], table: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which values are in a sorted table (``np.isin`` would sort the table again for every window)."""
+    """Which values are in a sorted table (``np.isin`` would sort the table again for every
+    window)."""
     places = np.searchsorted(table, values)
     inside = places < len(table)
     inside[inside] = table[places[inside]] == values[inside]

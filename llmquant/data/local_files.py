@@ -1,7 +1,8 @@
-"""Records of a local file, exactly as its bytes have them: ``file:``, ``jsonl:`` and ``json:`` sources.
+"""Records of a local file, exactly as its bytes have them: ``file:``, ``jsonl:`` and ``json:``
+sources.
 
-Files are read as bytes, because text mode would turn a carriage return into a line end, and ``splitlines`` would end a
-line at U+2028, which JSON allows inside a string.
+Files are read as bytes, because text mode would turn a carriage return into a line end, and
+``splitlines`` would end a line at U+2028, which JSON allows inside a string.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from llmquant.errors import SourceError
 
 MAX_BYTES = 1 << 30
-"""Text beyond this is refused: it would not fit the memory, and no calibration or evaluation needs it."""
+"""Text beyond this is refused: it would not fit the memory, and no calibration or evaluation needs
+it."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -50,7 +52,9 @@ def json_records(path: Path) -> Iterator[object]:
     """
     data = _parse(_bytes(path), str(path))
     if not isinstance(data, list):
-        raise SourceError(f"{path} holds a JSON {type(data).__name__}, not a list; use jsonl: for one object a line")
+        raise SourceError(
+            f"{path} holds a JSON {type(data).__name__}, not a list; use jsonl: for one object a line"
+        )
     yield from data
 
 
@@ -73,7 +77,9 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise SourceError(f"{where} is not UTF-8 at byte {e.start}; convert it, or name a text file") from e
+        raise SourceError(
+            f"{where} is not UTF-8 at byte {e.start}; convert it, or name a text file"
+        ) from e
 
 
 def _parse(data: bytes, where: str) -> object:

@@ -1,23 +1,26 @@
-"""One door for every text of the project: what a model is calibrated on, and what it is evaluated on.
+"""One door for every text of the project: what a model is calibrated on, and what it is evaluated
+on.
 
 A source is one string:
 
-    hf:NAME[:CONFIG]:SPLIT[:FIELD]   a dataset of the Hugging Face hub, or a local folder, through ``datasets``
+    hf:NAME[:CONFIG]:SPLIT[:FIELD]   a dataset of the hub, or a local folder
     file:PATH                        one UTF-8 file, which is one document
     jsonl:PATH[#FIELD]               one JSON object (or string) a line
     json:PATH[#FIELD]                one JSON list of strings or objects
-    PATH                             an existing file: by its suffix .jsonl, .json, anything else as ``file:``
+    PATH                             an existing file; .jsonl, .json, others as ``file:``
 
-FIELD, where it is left out, is ``text`` if the records have it, else ``messages``. A value is a text, or a chat: a list
-of ``{"role", "content"}``. SPLIT may be sliced: ``train[:1000]``.
+FIELD, where it is left out, is ``text`` if the records have it, else ``messages``. A value is a
+text, or a chat: a list of ``{"role", "content"}``. SPLIT may be sliced: ``train[:1000]``.
 
-An ``hf:`` source with three parts is read by its split, for which a part is taken that starts with train, test,
-validation, valid, val, dev or eval: ``hf:D:train:body`` is split and field, ``hf:D:en:train`` config and split. Where
-both or neither look like a split it is refused, and an empty CONFIG settles it: ``hf:D::SPLIT:FIELD``.
+An ``hf:`` source with three parts is read by its split, for which a part is taken that starts with
+train, test, validation, valid, val, dev or eval: ``hf:D:train:body`` is split and field,
+``hf:D:en:train`` config and split. Where both or neither look like a split it is refused, and an
+empty CONFIG settles it: ``hf:D::SPLIT:FIELD``.
 
-Rows come through exactly: no stripping, no newline translation (a byte order mark is removed), and empty rows are kept,
-because the papers' perplexity joins *all* rows of WikiText by two newlines. What cannot be a row is dropped and counted
-by reason; JSON that does not parse is an error. Nothing here imports torch.
+Rows come through exactly: no stripping, no newline translation (a byte order mark is removed), and
+empty rows are kept, because the papers' perplexity joins *all* rows of WikiText by two newlines.
+What cannot be a row is dropped and counted by reason; JSON that does not parse is an error. Nothing
+here imports torch.
 """
 
 from __future__ import annotations
@@ -39,7 +42,11 @@ GRAMMAR = "hf:NAME[:CONFIG]:SPLIT[:FIELD], file:PATH, jsonl:PATH#FIELD or json:P
 DEFAULT_FIELDS = ("text", "messages")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)([._-][\w.-]*)?(\[.*\])?(\+.*)?")
 _COLON = re.compile(r":(?![^\[]*\])")  # a colon inside train[:10] is not a separator
-_SUFFIXES: Mapping[str, Literal["jsonl", "json"]] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+_SUFFIXES: Mapping[str, Literal["jsonl", "json"]] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,8 @@ Row: TypeAlias = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A parsed source string. ``name`` is a path or a dataset name; ``config`` and ``split`` belong to ``hf``."""
+    """A parsed source string. ``name`` is a path or a dataset name; ``config`` and ``split`` belong
+    to ``hf``."""
 
     kind: Literal["hf", "file", "jsonl", "json"]
     name: str
@@ -65,7 +73,12 @@ class Source:
 
     def __str__(self) -> str:
         if self.kind == "hf":
-            parts = [self.name, self.config or "", self.split, *([self.field] if self.field else [])]
+            parts = [
+                self.name,
+                self.config or "",
+                self.split,
+                *([self.field] if self.field else []),
+            ]
             return "hf:" + ":".join(parts)
         return f"{self.kind}:{self.name}" + (f"#{self.field}" if self.field else "")
 
@@ -74,9 +87,10 @@ class Source:
 class Documents:
     """Texts and chats as they were read.
 
-    ``dropped`` counts by reason the records that could not be rows; ``len(rows) + sum(dropped) == rows_read``.
-    ``duplicates`` counts the non-empty rows that equal an earlier one. ``sha256`` is that of the rows written as JSON
-    Lines: each row's ``json.dumps(row, ensure_ascii=False)`` (a chat as a list of objects) and a newline.
+    ``dropped`` counts by reason the records that could not be rows; ``len(rows) + sum(dropped) ==
+    rows_read``. ``duplicates`` counts the non-empty rows that equal an earlier one. ``sha256`` is
+    that of the rows written as JSON Lines: each row's ``json.dumps(row, ensure_ascii=False)`` (a
+        chat as a list of objects) and a newline.
     """
 
     rows: tuple[Row, ...]
@@ -87,7 +101,9 @@ class Documents:
     sha256: str = ""
 
     @classmethod
-    def of(cls, rows: Iterable[Row], source: str, dropped: Mapping[str, int] | None = None) -> Documents:
+    def of(
+        cls, rows: Iterable[Row], source: str, dropped: Mapping[str, int] | None = None
+    ) -> Documents:
         """Documents of rows at hand; counts the duplicates and hashes the content."""
         rows, dropped = tuple(rows), dict(dropped or {})
         digest = hashlib.sha256()
@@ -96,7 +112,9 @@ class Documents:
             digest.update(json.dumps(plain, ensure_ascii=False).encode() + b"\n")
         full = [row for row in rows if not is_empty(row)]
         duplicates = len(full) - len(set(full))
-        return cls(rows, source, len(rows) + sum(dropped.values()), dropped, duplicates, digest.hexdigest())
+        return cls(
+            rows, source, len(rows) + sum(dropped.values()), dropped, duplicates, digest.hexdigest()
+        )
 
     @property
     def empty(self) -> int:
@@ -107,7 +125,8 @@ class Documents:
         """All rows joined by two newlines: the convention of the GPTQ paper, for evaluation.
 
         Raises:
-            SourceError: a row is a chat, which is no text until a tokenizer's template has written it.
+            SourceError: a row is a chat, which is no text until a tokenizer's template has written
+                it.
         """
         texts = [row for row in self.rows if isinstance(row, str)]
         if len(texts) < len(self.rows):
@@ -120,14 +139,18 @@ class Documents:
 
 def is_empty(row: Row) -> bool:
     """Whether a row holds nothing but white space."""
-    return not (row.strip() if isinstance(row, str) else any(message.content.strip() for message in row))
+    return not (
+        row.strip() if isinstance(row, str) else any(message.content.strip() for message in row)
+    )
 
 
 def parse_source(source: str) -> Source:
-    """Read a source string by the grammar above; touches nothing but, for a bare path, the file's existence.
+    """Read a source string by the grammar above; touches nothing but, for a bare path, the file's
+    existence.
 
     Raises:
-        SourceError: no such scheme or file, a missing part, or three ``hf:`` parts that can be read two ways.
+        SourceError: no such scheme or file, a missing part, or three ``hf:`` parts that can be read
+            two ways.
     """
     kind, _, rest = source.partition(":")
     if kind == "hf":
@@ -142,7 +165,9 @@ def parse_source(source: str) -> Source:
     path, _, name = source.partition("#") if not Path(source).is_file() else (source, "", "")
     suffix = Path(path).suffix.lower()
     if Path(path).is_dir():
-        raise SourceError(f"{source!r} is a folder; name a split of it, hf:{path}:train, or a file in it")
+        raise SourceError(
+            f"{source!r} is a folder; name a split of it, hf:{path}:train, or a file in it"
+        )
     if not Path(path).is_file() or (name and suffix not in _SUFFIXES):
         raise SourceError(f"{source!r} is neither an existing file nor a source; write {GRAMMAR}")
     return Source(_SUFFIXES.get(suffix, "file"), path, name or None)
@@ -151,7 +176,9 @@ def parse_source(source: str) -> Source:
 def _parse_hf(source: str, parts: list[str]) -> Source:
     name, rest = parts[0], parts[1:]
     if not name or not rest or not rest[-1] or len(rest) > 3:
-        raise SourceError(f"{source!r} does not name a dataset and a split; write hf:NAME[:CONFIG]:SPLIT[:FIELD]")
+        raise SourceError(
+            f"{source!r} does not name a dataset and a split; write hf:NAME[:CONFIG]:SPLIT[:FIELD]"
+        )
     if len(rest) == 1:
         return Source("hf", name, split=rest[0])
     if len(rest) == 3:
@@ -179,7 +206,8 @@ def read_documents(source: str, *, limit: int | None = None) -> Documents:
         limit: read at most so many records.
 
     Raises:
-        SourceError: it does not exist, does not parse, has no such field, is too large, or holds no row of text.
+        SourceError: it does not exist, does not parse, has no such field, is too large, or holds no
+            row of text.
     """
     if limit is not None and limit < 1:
         raise SourceError(f"{source}: a limit of {limit} rows reads nothing; give 1 or more")
@@ -189,7 +217,9 @@ def read_documents(source: str, *, limit: int | None = None) -> Documents:
 
 def _records(source: Source) -> Iterator[object]:
     if source.kind == "hf":
-        from llmquant.data.hub_datasets import hf_records  # here, because datasets takes a second to import
+        from llmquant.data.hub_datasets import (
+            hf_records,
+        )  # here, because datasets takes a second to import
 
         fields = (source.field,) if source.field else DEFAULT_FIELDS
         return hf_records(source.name, source.config, source.split, fields)
@@ -215,17 +245,30 @@ def _collect(records: Iterable[object], source: Source) -> Documents:
         rows.append(row)
         size += len(row) if isinstance(row, str) else sum(len(message.content) for message in row)
         if size > MAX_BYTES:
-            rows_of_it = f"{source.split.partition('[')[0]}[:10000]" if source.kind == "hf" else "a smaller file"
-            raise SourceError(f"{source} holds more than {MAX_BYTES / 2**30:.3g} GiB of text; name {rows_of_it}")
+            rows_of_it = (
+                f"{source.split.partition('[')[0]}[:10000]"
+                if source.kind == "hf"
+                else "a smaller file"
+            )
+            raise SourceError(
+                f"{source} holds more than {MAX_BYTES / 2**30:.3g} GiB of text; name {rows_of_it}"
+            )
     if not any(not is_empty(row) for row in rows):
-        raise SourceError(_nothing(source, column, list(seen), dropped + Counter({"empty": len(rows)})))
+        raise SourceError(
+            _nothing(source, column, list(seen), dropped + Counter({"empty": len(rows)}))
+        )
     if seen:
         source = Source(source.kind, source.name, column, source.config, source.split)
     return Documents.of(rows, str(source), dropped)
 
 
-def _nothing(source: Source, column: str | None, seen: list[str], dropped: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{count} × {reason}" for reason, count in dropped.items() if count) or "no records at all"
+def _nothing(
+    source: Source, column: str | None, seen: list[str], dropped: Mapping[str, int]
+) -> str:
+    reasons = (
+        ", ".join(f"{count} × {reason}" for reason, count in dropped.items() if count)
+        or "no records at all"
+    )
     if seen and column not in seen:
         wanted = f"field {column!r}" if column else "field 'text' or 'messages'"
         return f"{source} has no {wanted}; its fields: {', '.join(seen)}"
@@ -238,7 +281,8 @@ class _Dropped:
 
 
 def _row(record: object, column: str | None, *, by_name: bool) -> Row | _Dropped:
-    """The row in a record, or why there is none. ``by_name``: the user chose the field, so a bare string is none."""
+    """The row in a record, or why there is none. ``by_name``: the user chose the field, so a bare
+    string is none."""
     value = record
     if isinstance(record, dict):
         if column is None or column not in record:
@@ -258,7 +302,11 @@ def _chat(turns: list[object]) -> Row | _Dropped:
         return _Dropped("no messages")
     messages = []
     for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
+        if (
+            not isinstance(turn, dict)
+            or not isinstance(turn.get("role"), str)
+            or "content" not in turn
+        ):
             return _Dropped("neither text nor chat")
         if turn.get("tool_calls") or not isinstance(turn["content"], str):
             return _Dropped("a turn that is not plain text")

@@ -1,4 +1,5 @@
-"""Byte layouts by name. ``for_config`` finds the one that a checkpoint's ``quantization_config`` announces."""
+"""Byte layouts by name. ``for_config`` finds the one that a checkpoint's ``quantization_config``
+announces."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from llmquant.formats.compressed_tensors.int_quantized import IntQuantized
 from llmquant.formats.gptq import Gptq
 from llmquant.formats.gptq_config import checkpoint_format
 
-_WRITABLE: tuple[Format, ...] = (CompressedFamily(), IntQuantized(), Gptq(v2=False), Gptq(v2=True), Awq())
+_WRITABLE: tuple[Format, ...] = (
+    CompressedFamily(),
+    IntQuantized(),
+    Gptq(v2=False),
+    Gptq(v2=True),
+    Awq(),
+)
 FORMATS: dict[str, Format] = {f.name: f for f in _WRITABLE}
 
 _READS = ("compressed-tensors", "gptq", "awq", "auto-round")
@@ -40,10 +47,14 @@ def for_config(quantization_config: Mapping[str, Any]) -> Format:
             return FORMATS[method]
         case "gptq":
             # A label that is neither is refused by schemes(), which knows why.
-            return FORMATS["gptq_v2" if checkpoint_format(quantization_config) == "gptq_v2" else "gptq"]
+            return FORMATS[
+                "gptq_v2" if checkpoint_format(quantization_config) == "gptq_v2" else "gptq"
+            ]
         case "auto-round" | "auto_round" | "intel/auto-round":
             return AutoRound(quantization_config.get("packing_format"))
-    raise FormatError(f"quant_method {method!r} is not one llmquant reads; it reads {', '.join(_READS)}")
+    raise FormatError(
+        f"quant_method {method!r} is not one llmquant reads; it reads {', '.join(_READS)}"
+    )
 
 
 __all__ = ["FORMATS", "Activations", "Format", "Scheme", "for_config", "layout_of"]

@@ -1,11 +1,14 @@
-"""PackedLinear: an ``nn.Linear`` whose weight is whatever buffers a kernel wants. Moves like a module, is never cast.
+"""PackedLinear: an ``nn.Linear`` whose weight is whatever buffers a kernel wants. Moves like a
+module, is never cast.
 
-The buffers are numbers, not approximations of numbers: ``.half()`` on a bf16 scale would change the model. So a cast
-of the module changes only the activation dtype and the bias, and only where the kernel's buffers serve any dtype
-(``reference``); a kernel prepared for one dtype or device refuses and says how to load for the other.
+The buffers are numbers, not approximations of numbers: ``.half()`` on a bf16 scale would change the
+model. So a cast of the module changes only the activation dtype and the bias, and only where the
+kernel's buffers serve any dtype (``reference``); a kernel prepared for one dtype or device refuses
+and says how to load for the other.
 
-Where the config says that engines quantize a linear's inputs (W8A8), so does this module, in plain arithmetic: per token, to
-the same integers as an int8 engine. It is not faster for that; it is what makes an evaluation here one of the served model.
+Where the config says that engines quantize a linear's inputs (W8A8), so does this module, in plain
+arithmetic: per token, to the same integers as an int8 engine. It is not faster for that; it is what
+makes an evaluation here one of the served model.
 """
 
 from __future__ import annotations
@@ -70,7 +73,9 @@ class PackedLinear(nn.Module):
             )
         for name, tensor in self.kernel.prepare(weight, dtype).items():
             self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
+        self.bias = (
+            None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` → ``[..., out]``."""
@@ -155,7 +160,9 @@ def describe(model: nn.Module) -> Description:
     others = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside}
     return Description(
         kernels=dict(Counter(m.kernel.name for m in packed)),
-        refusals=dict(Counter(f"{k}: {reason}" for m in packed for k, reason in m.refusals.items())),
+        refusals=dict(
+            Counter(f"{k}: {reason}" for m in packed for k, reason in m.refusals.items())
+        ),
         packed_weights=sum(m.in_features * m.out_features for m in packed),
         packed_bytes=sum(m.packed_bytes() for m in packed),
         other_bytes=sum(t.numel() * t.element_size() for t in others.values()),

@@ -1,1 +1,2 @@
-"""transformers models: their parts and names, built empty, loaded packed, registered with transformers."""
+"""transformers models: their parts and names, built empty, loaded packed, registered with
+transformers."""

@@ -1,13 +1,16 @@
 """Where a model keeps its decoder blocks, and which linears an engine fuses. A table, not branches.
 
-Three facts cannot be found by running the model: the path of the block list, the sets of linears that serving engines merge into
-one matrix (so they must share bits, group size and symmetry), and linears whose outputs another one reads channel by channel.
-Which linears share an input, and in what order they run, is observed in :mod:`llmquant.quantization.blocks.capture`.
+Three facts cannot be found by running the model: the path of the block list, the sets of linears
+that serving engines merge into one matrix (so they must share bits, group size and symmetry), and
+linears whose outputs another one reads channel by channel. Which linears share an input, and in
+what order they run, is observed in :mod:`llmquant.quantization.blocks.capture`.
 
-All names are those of the *checkpoint*. Where transformers names a module otherwise in memory, or keeps the experts of a block in
-stacked tensors, the table says so, and :mod:`llmquant.models.names` gives the model the checkpoint's names.
+All names are those of the *checkpoint*. Where transformers names a module otherwise in memory, or
+keeps the experts of a block in stacked tensors, the table says so, and :mod:`llmquant.models.names`
+gives the model the checkpoint's names.
 
-A model type that is not in the table is walked by its one list of equal blocks, if it has exactly one.
+A model type that is not in the table is walked by its one list of equal blocks, if it has exactly
+one.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ _GATED_MLP = ("mlp.gate_proj", "mlp.up_proj")
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A block's experts: ``down(act(gate(x)) * up(x))`` for the tokens that the router sends to each.
+    """A block's experts: ``down(act(gate(x)) * up(x))`` for the tokens that the router sends to
+    each.
 
     Attributes:
-        inside: path (relative to a block) of the module that holds the router and the list of experts.
+        inside: path (relative to a block) of the module that holds the router and the list of
+            experts.
         gate, up, down: an expert's linears.
         experts, router: that module's two children.
     """
@@ -45,7 +50,9 @@ class Experts:
 
     def linears(self) -> tuple[str, ...]:
         """Patterns (relative to a block) of all the experts' linears."""
-        return tuple(f"{self.inside}.{self.experts}.*.{linear}" for linear in (self.gate, self.up, self.down))
+        return tuple(
+            f"{self.inside}.{self.experts}.*.{linear}" for linear in (self.gate, self.up, self.down)
+        )
 
     def scaled(self) -> tuple[str, str]:
         """An expert's up and down."""
@@ -61,12 +68,14 @@ class Architecture:
         blocks: path of the ``ModuleList`` of decoder blocks.
         norm: path of the norm between the last block and the head.
         fused: sets of linears (relative to a block, ``*`` for any expert) that engines merge.
-        scaled: pairs of linears (relative to a block, ``*`` for an expert): scaling an output of the first scales inputs of the
-            second.
-        renamed: paths in transformers' model (``*`` for any block), and what the checkpoint calls their last part.
+        scaled: pairs of linears (relative to a block, ``*`` for an expert): scaling an output of
+            the first scales inputs of the second.
+        renamed: paths in transformers' model (``*`` for any block), and what the checkpoint calls
+            their last part.
         experts: of the blocks that have some.
         head: the linear after the last norm.
-        outside: linears that some models have between the embeddings or the head and the blocks; left alone.
+        outside: linears that some models have between the embeddings or the head and the blocks;
+            left alone.
     """
 
     blocks: str
@@ -80,7 +89,10 @@ class Architecture:
 
     def fused_with(self, leaf: str) -> tuple[str, ...] | None:
         """The set that the linear ``leaf`` (relative to a block) is in."""
-        return next((s for s in self.fused if any(fnmatch.fnmatchcase(leaf, pattern) for pattern in s)), None)
+        return next(
+            (s for s in self.fused if any(fnmatch.fnmatchcase(leaf, pattern) for pattern in s)),
+            None,
+        )
 
     def scaled_in(self, linears: Iterable[str]) -> list[tuple[str, str]]:
         """The pairs that a block with these linears has."""
@@ -88,7 +100,11 @@ class Architecture:
         found = [pair for pair in self.scaled if there.issuperset(pair)]
         for first, second in (pair for pair in self.scaled if "*" in pair[0]):
             before, after = first.split("*")
-            experts = (n.removeprefix(before).removesuffix(after) for n in linears if fnmatch.fnmatchcase(n, first))
+            experts = (
+                n.removeprefix(before).removesuffix(after)
+                for n in linears
+                if fnmatch.fnmatchcase(n, first)
+            )
             found += [(first.replace("*", e), second.replace("*", e)) for e in experts]
         return found
 
@@ -113,30 +129,45 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture("model.layers", "model.norm", ()),
     # The smallest OPT but one has narrower embeddings than blocks.
     "opt": Architecture(
-        "model.decoder.layers", "model.decoder.final_layer_norm", (_ATTENTION,),
+        "model.decoder.layers",
+        "model.decoder.final_layer_norm",
+        (_ATTENTION,),
         outside=("model.decoder.project_in", "model.decoder.project_out"),
     ),
     "starcoder2": Architecture("model.layers", "model.norm", (_ATTENTION,)),
     # query_key_value is one matrix in the checkpoint.
     "gpt_neox": Architecture(
-        "gpt_neox.layers", "gpt_neox.final_layer_norm", (), renamed=(("lm_head", "embed_out"),), head="embed_out"
+        "gpt_neox.layers",
+        "gpt_neox.final_layer_norm",
+        (),
+        renamed=(("lm_head", "embed_out"),),
+        head="embed_out",
     ),
     "mixtral": Architecture(
-        "model.layers", "model.norm", (_ATTENTION, _MIXTRAL.linears()), (*_SCALED[:1], _MIXTRAL.scaled()),
-        renamed=(("model.layers.*.mlp", "block_sparse_moe"),), experts=_MIXTRAL,
+        "model.layers",
+        "model.norm",
+        (_ATTENTION, _MIXTRAL.linears()),
+        (*_SCALED[:1], _MIXTRAL.scaled()),
+        renamed=(("model.layers.*.mlp", "block_sparse_moe"),),
+        experts=_MIXTRAL,
     ),
     "qwen3_moe": Architecture(
-        "model.layers", "model.norm", (_ATTENTION, _GATED_MLP, _QWEN.linears()), (*_SCALED, _QWEN.scaled()), experts=_QWEN
+        "model.layers",
+        "model.norm",
+        (_ATTENTION, _GATED_MLP, _QWEN.linears()),
+        (*_SCALED, _QWEN.scaled()),
+        experts=_QWEN,
     ),
-}  # fmt: skip
+}
 
 
 def find(model: nn.Module, model_type: str) -> Architecture:
     """The table's entry, or one derived from the only list of two or more equal blocks.
 
     Raises:
-        ArchitectureError: the entry does not fit the model, there is no single such list, the model is more than a text decoder,
-            or it holds experts that are not linears: the larger part of it would stay as it is.
+        ArchitectureError: the entry does not fit the model, there is no single such list, the model
+            is more than a text decoder, or it holds experts that are not linears: the larger part
+                of it would stay as it is.
     """
     config = getattr(model, "config", None)
     refuse_multimodal(config.to_dict() if config is not None else {}, model_type)
@@ -144,18 +175,24 @@ def find(model: nn.Module, model_type: str) -> Architecture:
     known = ARCHITECTURES.get(model_type)
     if known is not None:
         if not isinstance(_get(model, known.blocks), nn.ModuleList):
-            raise ArchitectureError(f"{type(model).__name__} has no block list at {known.blocks}; is its config.json right?")
+            raise ArchitectureError(
+                f"{type(model).__name__} has no block list at {known.blocks}; is its config.json right?"
+            )
         return known
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
+        if isinstance(module, nn.ModuleList)
+        and any(isinstance(m, nn.Linear) for m in module.modules())
     }
-    # A list inside another one (experts, branches) is part of a block, even where the outer list does not qualify.
+    # A list inside another one (experts, branches) is part of a block, even where the outer list
+    # does not qualify.
     outer = [
         name
         for name, blocks in lists.items()
-        if not any(name.startswith(f"{o}.") for o in lists) and len(blocks) > 1 and len({type(m) for m in blocks}) == 1
+        if not any(name.startswith(f"{o}.") for o in lists)
+        and len(blocks) > 1
+        and len({type(m) for m in blocks}) == 1
     ]
     if len(outer) != 1:
         raise ArchitectureError(
@@ -216,5 +253,7 @@ def norm_of(model: nn.Module, architecture: Architecture) -> nn.Module:
     """
     norm = _get(model, architecture.norm) if architecture.norm else None
     if norm is None:
-        raise ArchitectureError(f"cannot find the norm before the head of {type(model).__name__}; --ignore lm_head")
+        raise ArchitectureError(
+            f"cannot find the norm before the head of {type(model).__name__}; --ignore lm_head"
+        )
     return norm

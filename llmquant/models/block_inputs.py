@@ -1,9 +1,11 @@
 """How a model calls its decoder blocks, observed rather than assumed, and one block run by itself.
 
-``first_inputs`` runs the embedding part of a model whose blocks may still be on the meta device: every block is replaced by a
-catcher that notes how it was called and hands the hidden states on untouched; the last one stops the forward pass. From
-then on each block is called with exactly what transformers would have given *it* (position embeddings, mask, cache position:
-models that mix full and sliding-window attention give different blocks different masks), so no per-model code is needed here.
+``first_inputs`` runs the embedding part of a model whose blocks may still be on the meta device:
+every block is replaced by a catcher that notes how it was called and hands the hidden states on
+untouched; the last one stops the forward pass. From then on each block is called with exactly what
+transformers would have given *it* (position embeddings, mask, cache position: models that mix full
+and sliding-window attention give different blocks different masks), so no per-model code is needed
+here.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class BlockInput:
 
     Attributes:
         hidden: hidden states ``[batch, positions, hidden]`` that the block reads.
-        calls: for this block and every later one, the positional arguments behind the hidden states and the keyword
-            arguments. Blocks that get the same mask share the tensor.
+        calls: for this block and every later one, the positional arguments behind the hidden states
+            and the keyword arguments. Blocks that get the same mask share the tensor.
     """
 
     hidden: Tensor
@@ -63,19 +65,22 @@ class _Catcher(nn.Module):
         return self._note(hidden, ((), kwargs))
 
 
-def first_inputs(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> list[BlockInput]:
-    """What the first block is called with for each batch of token ids ``[batch, positions]``, and the later ones beside it.
+def first_inputs(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]
+) -> list[BlockInput]:
+    """What the first block is called with for each batch of token ids ``[batch, positions]``, and
+    the later ones beside it.
 
     Raises:
-        ArchitectureError: the model finished without calling each block once, or changes the hidden states between two of
-            them, which a walk from block to block would miss.
+        ArchitectureError: the model finished without calling each block once, or changes the hidden
+            states between two of them, which a walk from block to block would miss.
     """
     return [_inputs_of(model, blocks, ids) for ids in batches]
 
 
 def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> BlockInput:
-    # A block returns its hidden states, or (older models) a tuple that begins with them: the model picks item 0 of what it
-    # gets, so handing on the wrong one shows at the next block.
+    # A block returns its hidden states, or (older models) a tuple that begins with them: the model
+    # picks item 0 of what it gets, so handing on the wrong one shows at the next block.
     for hand_on in (lambda hidden: hidden, lambda hidden: (hidden,)):
         caught = _catch(model, blocks, ids, hand_on)
         if all(hidden is caught[0][0] for hidden, _ in caught):
@@ -121,7 +126,8 @@ def run_block(block: nn.Module, inputs: BlockInput) -> Tensor:
 
 
 def run_with(block: nn.Module, parameters: Mapping[str, Tensor], inputs: BlockInput) -> Tensor:
-    """The block's output with some parameters, named from the block, replaced; gradients flow to them."""
+    """The block's output with some parameters, named from the block, replaced; gradients flow to
+    them."""
     args, kwargs = inputs.calls[0]
     out = functional_call(block, dict(parameters), (inputs.hidden, *args), kwargs)
     result: Tensor = out[0] if isinstance(out, tuple) else out

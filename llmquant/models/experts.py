@@ -1,14 +1,18 @@
-"""ExpertList: a block's experts as linears of their own, one module per matrix, where transformers keeps stacked tensors.
+"""ExpertList: a block's experts as linears of their own, one module per matrix, where transformers
+keeps stacked tensors.
 
-transformers 5 holds ``gate_up_proj [experts, 2*inner, hidden]`` and ``down_proj [experts, hidden, inner]``. Checkpoints hold a
-matrix per expert and projection, and so do the packed formats, so here each is an ``nn.Linear`` that can be observed, quantized
-and replaced like any other. The call is that of transformers' experts modules, and so is the sum: every token's ``k`` weighted
-outputs are added in the router's order, as its ``grouped_mm`` does (in floating point another order would differ).
+transformers 5 holds ``gate_up_proj [experts, 2*inner, hidden]`` and ``down_proj [experts, hidden,
+inner]``. Checkpoints hold a matrix per expert and projection, and so do the packed formats, so here
+each is an ``nn.Linear`` that can be observed, quantized and replaced like any other. The call is
+that of transformers' experts modules, and so is the sum: every token's ``k`` weighted outputs are
+added in the router's order, as its ``grouped_mm`` does (in floating point another order would
+differ).
 
-An expert that no token is sent to is not called. While its inputs are observed it must be: inside :func:`watched` every expert is
-called in every pass, with no rows if need be, so that linears and their order are found from any batch. There all experts can
-also be *shown* every token, of which only the routed ones count for the output; their statistics then cover each expert alike,
-but are not those of the tokens that it really gets.
+An expert that no token is sent to is not called. While its inputs are observed it must be: inside
+:func:`watched` every expert is called in every pass, with no rows if need be, so that linears and
+their order are found from any batch. There all experts can also be *shown* every token, of which
+only the routed ones count for the output; their statistics then cover each expert alike, but are
+not those of the tokens that it really gets.
 """
 
 from __future__ import annotations
@@ -37,8 +41,10 @@ class Watch:
 
     Attributes:
         everything: every expert is shown every token.
-        routes: the router's choice and weights at each list of experts, in calling order; filled by the pass.
-        replay: choices of another pass, used in place of this one's own, so that both passes show an expert the same tokens.
+        routes: the router's choice and weights at each list of experts, in calling order; filled by
+            the pass.
+        replay: choices of another pass, used in place of this one's own, so that both passes show
+            an expert the same tokens.
     """
 
     everything: bool = False
@@ -81,15 +87,19 @@ class ExpertList(nn.ModuleList):
         act: the gate's activation.
     """
 
-    def __init__(self, names: tuple[str, str, str], gate_up: Tensor, down: Tensor, act: nn.Module) -> None:
+    def __init__(
+        self, names: tuple[str, str, str], gate_up: Tensor, down: Tensor, act: nn.Module
+    ) -> None:
         gates, ups = gate_up.detach().chunk(2, dim=1)
         super().__init__(
-            Expert(dict(zip(names, weights, strict=True)), act) for weights in zip(gates, ups, down.detach(), strict=True)
+            Expert(dict(zip(names, weights, strict=True)), act)
+            for weights in zip(gates, ups, down.detach(), strict=True)
         )
         self.watch: Watch | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Tokens ``[tokens, hidden]``, each with its ``k`` experts and their weights ``[tokens, k]`` → ``[tokens, hidden]``."""
+        """Tokens ``[tokens, hidden]``, each with its ``k`` experts and their weights ``[tokens,
+        k]`` → ``[tokens, hidden]``."""
         if self.watch is not None:
             top_k_index, top_k_weights = self.watch.route(top_k_index, top_k_weights)
         tokens, k = top_k_index.shape
@@ -122,20 +132,27 @@ def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
 
 
 def place_of(module: nn.Module, name: str) -> Place | None:
-    """Where among the experts the linear ``name`` (from the module) is; None where it is in none."""
+    """Where among the experts the linear ``name`` (from the module) is; None where it is in
+    none."""
     path, _, linear = name.rpartition(".")
     parent, _, expert = path.rpartition(".")
     inside = expert.isdecimal() and isinstance(module.get_submodule(parent), ExpertList)
     return Place(int(expert), linear) if inside else None
 
 
-def passes_of(block: nn.Module, sets: Sequence[tuple[str, ...]], room: int) -> list[list[tuple[str, ...]]]:
-    """Sets to observe together: each by itself, but those of a block's experts, which do not read one another, side by side.
+def passes_of(
+    block: nn.Module, sets: Sequence[tuple[str, ...]], room: int
+) -> list[list[tuple[str, ...]]]:
+    """Sets to observe together: each by itself, but those of a block's experts, which do not read
+    one another, side by side.
 
-    As many experts at a time as have Hessians of no more than ``room`` numbers together, and at least one.
+    As many experts at a time as have Hessians of no more than ``room`` numbers together, and at
+    least one.
     """
     places = {members: place_of(block, members[0]) for members in sets}
-    widths = [block.get_parameter(f"{s[0]}.weight").shape[1] for s, place in places.items() if place]
+    widths = [
+        block.get_parameter(f"{s[0]}.weight").shape[1] for s, place in places.items() if place
+    ]
     together = max(1, room // max(widths, default=1) ** 2)
     passes: dict[object, list[tuple[str, ...]]] = {}
     for members, place in places.items():

@@ -1,17 +1,18 @@
-"""load: a model folder → a transformers model in eval mode, quantized linears still packed. Any model, one door.
+"""load: a model folder → a transformers model in eval mode, quantized linears still packed. Any
+model, one door.
 
-A quantized folder is built on the meta device, so nothing dense is ever allocated for a packed linear: the tensors of
-one module are read from the mapped shard, turned into a QuantizedWeight and from there into a kernel's buffers, one
-module at a time; everything else is assigned straight from the mapped file, cast only if its dtype differs.
-transformers' own quantizers are not involved. An unquantized folder goes through ``from_pretrained``, which knows
-every historical renaming.
+A quantized folder is built on the meta device, so nothing dense is ever allocated for a packed
+linear: the tensors of one module are read from the mapped shard, turned into a QuantizedWeight and
+from there into a kernel's buffers, one module at a time; everything else is assigned straight from
+the mapped file, cast only if its dtype differs. transformers' own quantizers are not involved. An
+unquantized folder goes through ``from_pretrained``, which knows every historical renaming.
 
-``dtype="auto"`` means on a CPU the faster of bfloat16 and float32, for both kinds of folder, so that two models compared are
-rounded alike; on other devices it is the checkpoint's own dtype (:mod:`llmquant.runtime.devices`). A dtype that is given
-is obeyed.
+``dtype="auto"`` means on a CPU the faster of bfloat16 and float32, for both kinds of folder, so
+that two models compared are rounded alike; on other devices it is the checkpoint's own dtype
+(:mod:`llmquant.runtime.devices`). A dtype that is given is obeyed.
 
-What is in the folder and what is in the model must match tensor by tensor; a difference is an error that names it. Code
-from a model folder is never run.
+What is in the folder and what is in the model must match tensor by tensor; a difference is an error
+that names it. Code from a model folder is never run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import ArchitectureError, CheckpointError, FormatError, QuantizationError, UsageError
+from llmquant.errors import (
+    ArchitectureError,
+    CheckpointError,
+    FormatError,
+    QuantizationError,
+    UsageError,
+)
 from llmquant.formats import for_config
 from llmquant.formats.base import Format, Scheme
 from llmquant.kernels import AUTO, check_name
@@ -56,18 +63,21 @@ def load(
 
     Args:
         model: a folder, or a hub name.
-        dtype: of activations and unquantized tensors: ``auto``, ``bfloat16``, ``float16`` or ``float32``;
-            :func:`compute_dtype` tells what ``auto`` is here, and why.
+        dtype: of activations and unquantized tensors: ``auto``, ``bfloat16``, ``float16`` or
+            ``float32``; :func:`compute_dtype` tells what ``auto`` is here, and why.
         device: ``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda``, ``cuda:0`` …
         kernel: ``auto``, or the name of one that every quantized linear must take.
 
     Raises:
         UsageError: no such dtype, device or kernel, or the kernel refuses a weight.
-        CheckpointError: a folder that is missing, damaged, or does not fit the model its config describes.
+        CheckpointError: a folder that is missing, damaged, or does not fit the model its config
+            describes.
         FormatError: quantized tensors that cannot be read.
         ArchitectureError: a model type that transformers does not know.
     """
-    check_name(kernel)  # an unquantized model takes none, but a misspelt one should not pass there either
+    check_name(
+        kernel
+    )  # an unquantized model takes none, but a misspelt one should not pass there either
     reader = CheckpointReader(resolve(model))
     where = parse_device(device)
     torch_dtype = parse_dtype(dtype, where, stored=_stored_dtype(reader)).dtype
@@ -83,9 +93,12 @@ def load(
 
 
 def compute_dtype(
-    model: str | os.PathLike[str], dtype: str | torch.dtype | None = AUTO_DTYPE, device: str | torch.device | None = "cpu"
+    model: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = AUTO_DTYPE,
+    device: str | torch.device | None = "cpu",
 ) -> ChosenDtype:
-    """The dtype in which :func:`load` would run a model, with the reason where it is chosen automatically.
+    """The dtype in which :func:`load` would run a model, with the reason where it is chosen
+    automatically.
 
     Raises:
         UsageError: no such dtype or device.
@@ -100,7 +113,9 @@ def _stored_dtype(reader: CheckpointReader) -> str | None:
     return declared if isinstance(declared, str) else None
 
 
-def _load_dense(reader: CheckpointReader, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_dense(
+    reader: CheckpointReader, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     config = read_config(reader.path)
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
@@ -120,12 +135,18 @@ def _load_dense(reader: CheckpointReader, dtype: torch.dtype, device: torch.devi
 
 
 def _load_packed(
-    reader: CheckpointReader, quantization: Mapping[str, Any], dtype: torch.dtype, device: torch.device, kernel: str
+    reader: CheckpointReader,
+    quantization: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: str,
 ) -> PreTrainedModel:
     layout = for_config(quantization)
     schemes = layout.schemes(quantization, list(reader.tensors))
     if not schemes:
-        raise CheckpointError(f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed")
+        raise CheckpointError(
+            f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed"
+        )
     refuse_shifted_zeros(reader, layout, quantization, schemes)
     model = _skeleton(reader, dtype)
     head = model.get_output_embeddings()
@@ -135,7 +156,9 @@ def _load_packed(
     for name, scheme in schemes.items():
         _replace(model, name, reader, packed[name], scheme, layout, dtype, device, kernel)
     used = {tensor for names in packed.values() for tensor in names.values()}
-    _assign(model, reader, [n for n in reader.tensors if n not in used], set(schemes), dtype, device)
+    _assign(
+        model, reader, [n for n in reader.tensors if n not in used], set(schemes), dtype, device
+    )
     refuse_saving(model, reader.path)
     return model
 
@@ -145,13 +168,19 @@ def _skeleton(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
     model = empty_model(reader, dtype)
     if (reader.path / "generation_config.json").is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(reader.path, local_files_only=True)
+            model.generation_config = GenerationConfig.from_pretrained(
+                reader.path, local_files_only=True
+            )
         except (OSError, ValueError, TypeError, json.JSONDecodeError) as e:
-            raise CheckpointError(f"{reader.path / 'generation_config.json'} cannot be read: {e}") from e
+            raise CheckpointError(
+                f"{reader.path / 'generation_config.json'} cannot be read: {e}"
+            ) from e
     return model
 
 
-def packed_names(names: Iterable[str], schemes: Mapping[str, Scheme], layout: Format) -> dict[str, dict[str, str]]:
+def packed_names(
+    names: Iterable[str], schemes: Mapping[str, Scheme], layout: Format
+) -> dict[str, dict[str, str]]:
     """Quantized module → {name relative to it: full tensor name}."""
     suffixes = layout.tensor_suffixes()
     found: dict[str, dict[str, str]] = defaultdict(dict)
@@ -176,14 +205,19 @@ def _replace(
     """Put a PackedLinear where the model has the linear ``name``."""
     linear = linear_at(model, name, reader.path)
     weight = unpacked(
-        layout, {s: reader.read(full) for s, full in tensors.items()}, scheme, (linear.out_features, linear.in_features),
+        layout,
+        {s: reader.read(full) for s, full in tensors.items()},
+        scheme,
+        (linear.out_features, linear.in_features),
         f"{reader.path}: {name}",
-    )  # fmt: skip
+    )
     bias = None
     if linear.bias is not None:
         bias = _checked(reader, f"{name}.bias", linear.bias)
     try:
-        replacement = PackedLinear(weight, bias, dtype=dtype, device=device, kernel=kernel, activations=scheme.activations)
+        replacement = PackedLinear(
+            weight, bias, dtype=dtype, device=device, kernel=kernel, activations=scheme.activations
+        )
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from e
     put_module(model, name, replacement)
@@ -199,16 +233,25 @@ def linear_at(model: nn.Module, name: str, path: Path) -> nn.Linear:
     try:
         linear = model.get_submodule(name)
     except AttributeError as e:
-        raise CheckpointError(f"{path} has packed weights for {name}, which {type(model).__name__} has not") from e
+        raise CheckpointError(
+            f"{path} has packed weights for {name}, which {type(model).__name__} has not"
+        ) from e
     if type(linear) is not nn.Linear:
-        raise ArchitectureError(f"{name} is packed but is a {type(linear).__name__}, not a plain Linear")
+        raise ArchitectureError(
+            f"{name} is packed but is a {type(linear).__name__}, not a plain Linear"
+        )
     return linear
 
 
 def unpacked(
-    layout: Format, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], where: str
+    layout: Format,
+    tensors: Mapping[str, Tensor],
+    scheme: Scheme,
+    shape: tuple[int, int],
+    where: str,
 ) -> QuantizedWeight:
-    """A module's stored tensors as a weight of the shape ``(out, in)`` that the config wants; ``where`` begins the messages.
+    """A module's stored tensors as a weight of the shape ``(out, in)`` that the config wants;
+    ``where`` begins the messages.
 
     Raises:
         FormatError, CheckpointError: they are not.
@@ -234,7 +277,9 @@ def _checked(reader: CheckpointReader, name: str, like: Tensor) -> Tensor:
         raise CheckpointError(f"{reader.path}: tensor {name} is missing")
     shape = reader.info(name).shape
     if shape != tuple(like.shape):
-        raise CheckpointError(f"{reader.path}: {name} is {list(shape)}, the config wants {list(like.shape)}")
+        raise CheckpointError(
+            f"{reader.path}: {name} is {list(shape)}, the config wants {list(like.shape)}"
+        )
     return reader.read(name)
 
 
@@ -246,7 +291,8 @@ def _assign(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give every remaining parameter its tensor, tie what is tied, move computed buffers; nothing may be left over."""
+    """Give every remaining parameter its tensor, tie what is tied, move computed buffers; nothing
+    may be left over."""
     wanted: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     wanted |= {n: b for n, b in model.named_buffers() if n in reader}
     wanted = {n: t for n, t in wanted.items() if n.rpartition(".")[0] not in packed}
@@ -263,7 +309,11 @@ def _assign(
             check_tied(reader, name, tied[name])
             continue
         value = tensor.to(device, like.dtype if not like.is_floating_point() else dtype)
-        _set(model, name, nn.Parameter(value, requires_grad=False) if isinstance(like, nn.Parameter) else value)
+        _set(
+            model,
+            name,
+            nn.Parameter(value, requires_grad=False) if isinstance(like, nn.Parameter) else value,
+        )
     model.tie_weights()
     for module in model.modules():
         if not isinstance(module, PackedLinear):
@@ -271,7 +321,9 @@ def _assign(
                 setattr(module, name, buffer.to(device))
     stuck = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if stuck:
-        raise CheckpointError(f"{reader.path} leaves {some(stuck)} of {type(model).__name__} without values")
+        raise CheckpointError(
+            f"{reader.path} leaves {some(stuck)} of {type(model).__name__} without values"
+        )
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
@@ -280,7 +332,8 @@ def _set(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def refuse_saving(model: nn.Module, path: Path) -> None:
-    """Make ``save_pretrained`` and ``push_to_hub`` of a packed model, and of the models inside it, raise UsageError."""
+    """Make ``save_pretrained`` and ``push_to_hub`` of a packed model, and of the models inside it,
+    raise UsageError."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             for method in ("save_pretrained", "push_to_hub"):

@@ -1,8 +1,10 @@
-"""The checkpoint's names for a model's modules, so that reader, walk, formats and engines all mean the same by one name.
+"""The checkpoint's names for a model's modules, so that reader, walk, formats and engines all mean
+the same by one name.
 
-transformers renames some modules between file and memory (GPT-NeoX: ``embed_out`` and ``lm_head``) and stacks experts. Here a
-model is changed to what the file says: a renamed module is registered under the file's name and stays reachable by the old one,
-which the model's own code uses; stacked experts become an :class:`llmquant.models.experts.ExpertList` over the same numbers.
+transformers renames some modules between file and memory (GPT-NeoX: ``embed_out`` and ``lm_head``)
+and stacks experts. Here a model is changed to what the file says: a renamed module is registered
+under the file's name and stays reachable by the old one, which the model's own code uses; stacked
+experts become an :class:`llmquant.models.experts.ExpertList` over the same numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def as_in_checkpoint(model: PreTrainedModel, model_type: str) -> None:
     _rename_ties(model, architecture)
     if architecture.experts is not None:
         for name, module in list(model.named_modules()):
-            if name.startswith(f"{architecture.blocks}.") and name.endswith(f".{architecture.experts.inside}"):
+            if name.startswith(f"{architecture.blocks}.") and name.endswith(
+                f".{architecture.experts.inside}"
+            ):
                 _unstack(module, name, architecture.experts)
 
 
@@ -51,18 +55,30 @@ def _rename(model: nn.Module, path: str, name: str) -> None:
 
 @cache
 def _reachable(kind: Any, old: str, new: str) -> type[nn.Module]:
-    """The class with one more name for a submodule, looked up anew each time, since modules are replaced by packed ones."""
-    return type(kind.__name__, (kind,), {old: property(lambda self: self._modules[new]), "__module__": kind.__module__})
+    """The class with one more name for a submodule, looked up anew each time, since modules are
+    replaced by packed ones."""
+    return type(
+        kind.__name__,
+        (kind,),
+        {old: property(lambda self: self._modules[new]), "__module__": kind.__module__},
+    )
 
 
 def _rename_ties(model: PreTrainedModel, architecture: Architecture) -> None:
     ties: Any = getattr(model, "_tied_weights_keys", None)
-    renamed = {f"{old}.": f"{old.removesuffix(old.split('.')[-1])}{new}." for old, new in architecture.renamed if "*" not in old}
+    renamed = {
+        f"{old}.": f"{old.removesuffix(old.split('.')[-1])}{new}."
+        for old, new in architecture.renamed
+        if "*" not in old
+    }
     if not renamed or not isinstance(ties, dict):
         return
 
     def told(name: str) -> str:
-        return next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
+        return next(
+            (new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)),
+            name,
+        )
 
     model._tied_weights_keys = {told(n): told(s) for n, s in ties.items()}
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -78,6 +94,12 @@ def _unstack(module: nn.Module, name: str, experts: Experts) -> None:
         and getattr(stacked, "is_concatenated", True)
     )
     if not plain:
-        raise ArchitectureError(f"{name}.{experts.experts} is not stacked as gate_up_proj and down_proj; is transformers newer?")
+        raise ArchitectureError(
+            f"{name}.{experts.experts} is not stacked as gate_up_proj and down_proj; is transformers newer?"
+        )
     names = (experts.gate, experts.up, experts.down)
-    setattr(module, experts.experts, ExpertList(names, stacked.gate_up_proj, stacked.down_proj, stacked.act_fn))
+    setattr(
+        module,
+        experts.experts,
+        ExpertList(names, stacked.gate_up_proj, stacked.down_proj, stacked.act_fn),
+    )

@@ -1,4 +1,5 @@
-"""What the linears of each architecture do to the residual stream and to the heads: what :mod:`llmquant.models.rotated` goes by."""
+"""What the linears of each architecture do to the residual stream and to the heads: what
+:mod:`llmquant.models.rotated` goes by."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """What the linears of a block do, named from the block, ``*`` for an expert's number; embeddings named from the model.
+    """What the linears of a block do, named from the block, ``*`` for an expert's number;
+    embeddings named from the model.
 
     Attributes:
-        norms: norm → the linears that read its output; empty where the residual stream cannot be rotated.
+        norms: norm → the linears that read its output; empty where the residual stream cannot be
+            rotated.
         writers: linears whose output is added to the residual stream.
         values: the linear that makes the values, as its last rows.
         output: the linear that reads the heads.
@@ -32,8 +35,12 @@ class Roles:
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LLAMA = Roles({"input_layernorm": _QKV, "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")})
-_GEMMA = Roles(why_not="its norms on the outputs of attention and MLP scale channels and cannot be absorbed")
+_LLAMA = Roles(
+    {"input_layernorm": _QKV, "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
+)
+_GEMMA = Roles(
+    why_not="its norms on the outputs of attention and MLP scale channels and cannot be absorbed"
+)
 
 ROLES: dict[str, Roles] = {
     "llama": _LLAMA,
@@ -43,7 +50,10 @@ ROLES: dict[str, Roles] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "phi3": Roles(
-        {"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)},
+        {
+            "input_layernorm": ("self_attn.qkv_proj",),
+            "post_attention_layernorm": ("mlp.gate_up_proj",),
+        },
         values="self_attn.qkv_proj",
     ),
     "opt": Roles(
@@ -64,7 +74,9 @@ ROLES: dict[str, Roles] = {
         {
             "input_layernorm": _QKV,
             "post_attention_layernorm": (
-                "block_sparse_moe.gate", "block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3",
+                "block_sparse_moe.gate",
+                "block_sparse_moe.experts.*.w1",
+                "block_sparse_moe.experts.*.w3",
             ),
         },
         writers=("self_attn.o_proj", "block_sparse_moe.experts.*.w2"),
@@ -73,9 +85,13 @@ ROLES: dict[str, Roles] = {
         {
             "input_layernorm": _QKV,
             "post_attention_layernorm": (
-                "mlp.gate_proj", "mlp.up_proj", "mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+                "mlp.gate",
+                "mlp.experts.*.gate_proj",
+                "mlp.experts.*.up_proj",
             ),
         },
         writers=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj"),
     ),
-}  # fmt: skip
+}

@@ -1,22 +1,27 @@
-"""A checkpoint seen rotated: the same function in other coordinates, in which weights and activations have fewer outliers.
+"""A checkpoint seen rotated: the same function in other coordinates, in which weights and
+activations have fewer outliers.
 
-QuaRot and SpinQuant (arXiv:2404.00456, 2405.16406), as far as it can be folded into weights, so that no engine needs to know.
-With row vectors ``x`` and orthogonal ``Q``:
+QuaRot and SpinQuant (arXiv:2404.00456, 2405.16406), as far as it can be folded into weights, so
+that no engine needs to know. With row vectors ``x`` and orthogonal ``Q``:
 
-* The residual stream becomes ``x Q``: embeddings ``E Q``, linears that write to it ``Q^T W`` and ``b Q``, linears that read it
-  ``W diag(n) Q`` with the weight ``n`` of the norm before them, which becomes 1. An RMSNorm without weights commutes with every
-  ``Q``, a LayerNorm with those that keep the mean, so there ``Q`` leaves ``(1, …, 1)`` where it is; a norm's bias ``b`` becomes
-  ``(b / n) Q``.
-* The head reads the residual stream too. Where it shares its weights with the embeddings it gets its own: one is multiplied
-  by the last norm's weight and the other is not.
-* Inside attention every value head becomes ``v R``, with one ``R`` for all, undone by the columns of the output projection that
-  read it. Probabilities mix positions, not channels, so ``R`` passes through, shared key-value heads included.
+* The residual stream becomes ``x Q``: embeddings ``E Q``, linears that write to it ``Q^T W`` and
+  ``b Q``, linears that read it ``W diag(n) Q`` with the weight ``n`` of the norm before them, which
+  becomes 1. An RMSNorm without weights commutes with every ``Q``, a LayerNorm with those that keep
+  the mean, so there ``Q`` leaves ``(1, …, 1)`` where it is; a norm's bias ``b`` becomes ``(b / n)
+  Q``.
+* The head reads the residual stream too. Where it shares its weights with the embeddings it gets
+  its own: one is multiplied by the last norm's weight and the other is not.
+* Inside attention every value head becomes ``v R``, with one ``R`` for all, undone by the columns
+  of the output projection that read it. Probabilities mix positions, not channels, so ``R`` passes
+  through, shared key-value heads included.
 
-Queries and keys are not rotated: rotary embeddings and norms stand between them. Norms on the *outputs* of attention and MLP
-(Gemma 2 and 3) scale channels of the rotated stream and cannot be absorbed: refused.
+Queries and keys are not rotated: rotary embeddings and norms stand between them. Norms on the
+*outputs* of attention and MLP (Gemma 2 and 3) scale channels of the rotated stream and cannot be
+absorbed: refused.
 
-:class:`RotatedReader` does this tensor by tensor as it is read, in float64, rounded once to the checkpoint's dtype. Whoever reads
-through it (calibration, rounding, copying, proof) sees one model, and never more of it in memory than before.
+:class:`RotatedReader` does this tensor by tensor as it is read, in float64, rounded once to the
+checkpoint's dtype. Whoever reads through it (calibration, rounding, copying, proof) sees one model,
+and never more of it in memory than before.
 """
 
 from __future__ import annotations
@@ -50,7 +55,8 @@ _UNTOUCHED = re.compile(r"\.(q_norm|k_norm)\.weight$|rotary_emb\.inv_freq$")
 
 @dataclass(frozen=True, slots=True)
 class RotationReport:
-    """What was rotated: names of the matrices, the seed, norms that were absorbed, and whether the head was untied."""
+    """What was rotated: names of the matrices, the seed, norms that were absorbed, and whether the
+    head was untied."""
 
     residual: str | None
     heads: str | None
@@ -60,7 +66,8 @@ class RotationReport:
 
 
 def rotated(reader: CheckpointReader, recipe: Recipe) -> CheckpointReader:
-    """The checkpoint as the recipe wants it seen; the same reader where it wants no rotation. No weight is read.
+    """The checkpoint as the recipe wants it seen; the same reader where it wants no rotation. No
+    weight is read.
 
     Raises:
         ArchitectureError: a model that cannot be rotated, or is not known well enough.
@@ -70,7 +77,8 @@ def rotated(reader: CheckpointReader, recipe: Recipe) -> CheckpointReader:
 
 
 class RotatedReader(CheckpointReader):
-    """A :class:`CheckpointReader` that gives rotated tensors, and a head of its own where it was tied.
+    """A :class:`CheckpointReader` that gives rotated tensors, and a head of its own where it was
+    tied.
 
     Args:
         reader: the original.
@@ -89,18 +97,25 @@ class RotatedReader(CheckpointReader):
         self.config = dict(reader.config)
         self._kind = str(self.config.get("model_type"))
         if self._kind not in ROLES:
-            raise ArchitectureError(f"rotation is not known for model type {self._kind!r}, only for {', '.join(ROLES)}")
+            raise ArchitectureError(
+                f"rotation is not known for model type {self._kind!r}, only for {', '.join(ROLES)}"
+            )
         self._roles, self._architecture = ROLES[self._kind], ARCHITECTURES[self._kind]
         self._changes: dict[str, list[Change]] = defaultdict(list)
-        self._source: dict[str, str] = {}  # a tensor that the folder has not → the one it is made of
-        # As long as the vocabulary, and changed row by row: a float64 copy of one would outgrow a block.
+        self._source: dict[
+            str, str
+        ] = {}  # a tensor that the folder has not → the one it is made of
+        # As long as the vocabulary, and changed row by row: a float64 copy of one would outgrow a
+        # block.
         self._by_rows = {f"{m}.weight" for m in (*self._roles.embeddings, _HEAD)}
         norms, untied, residual, heads = 0, False, None, None
         if wanted.residual != "off":
             self._refuse_residual()
             untied = self._untie()
             width = self.info(f"{self._roles.embeddings[0]}.weight").shape[1]
-            residual = self._matrix(wanted.residual, width, wanted.seed, self._roles.layer_norm, "hidden_size")
+            residual = self._matrix(
+                wanted.residual, width, wanted.seed, self._roles.layer_norm, "hidden_size"
+            )
             norms = self._rotate_residual(residual)
         if wanted.heads:
             kind = "hadamard" if wanted.residual == "off" else wanted.residual
@@ -128,7 +143,11 @@ class RotatedReader(CheckpointReader):
         return value.to(tensor.dtype)
 
     def _refuse_residual(self) -> None:
-        reasons = [f"config.json has {k}: {self.config[k]}" for k, v in self._roles.needs if self.config.get(k, v) != v]
+        reasons = [
+            f"config.json has {k}: {self.config[k]}"
+            for k, v in self._roles.needs
+            if self.config.get(k, v) != v
+        ]
         if self._roles.why_not is not None or reasons:
             raise ArchitectureError(
                 f"the residual stream of model type {self._kind!r} cannot be rotated: {self._roles.why_not or reasons[0]}; "
@@ -154,7 +173,8 @@ class RotatedReader(CheckpointReader):
         return True
 
     def _rotate_residual(self, matrix: Rotation) -> int:
-        """Note what happens to every tensor that is in the residual stream's coordinates; the number of norms."""
+        """Note what happens to every tensor that is in the residual stream's coordinates; the
+        number of norms."""
         roles = self._roles
         last = f"{self._architecture.norm}.weight"
         for module in roles.embeddings:
@@ -164,7 +184,9 @@ class RotatedReader(CheckpointReader):
         readers = {reader: norm for norm, members in roles.norms.items() for reader in members}
         unknown = []
         for name in self.tensors:
-            place = re.fullmatch(rf"({re.escape(self._architecture.blocks)}\.\d+)\.(.+)\.(weight|bias)", name)
+            place = re.fullmatch(
+                rf"({re.escape(self._architecture.blocks)}\.\d+)\.(.+)\.(weight|bias)", name
+            )
             if place is None:
                 if name not in self._changes and not _UNTOUCHED.search(name):
                     unknown.append(name)
@@ -175,9 +197,13 @@ class RotatedReader(CheckpointReader):
                 norms += self._absorb(name, matrix) if leaf == "weight" else 0
             elif module in readers:
                 if leaf == "weight":
-                    self._changes[name].append(self._absorbing(f"{block}.{readers[module]}.weight", matrix))
+                    self._changes[name].append(
+                        self._absorbing(f"{block}.{readers[module]}.weight", matrix)
+                    )
             elif module in roles.writers:
-                self._changes[name].append(matrix.apply_to_rows if leaf == "weight" else matrix.apply)
+                self._changes[name].append(
+                    matrix.apply_to_rows if leaf == "weight" else matrix.apply
+                )
             elif not _UNTOUCHED.search(name):
                 unknown.append(name)
         if unknown:
@@ -188,7 +214,8 @@ class RotatedReader(CheckpointReader):
         return norms
 
     def _absorb(self, norm: str, matrix: Rotation) -> int:
-        """A norm whose weight goes into what reads it, and whose bias, if any, is kept in the new coordinates; counts one."""
+        """A norm whose weight goes into what reads it, and whose bias, if any, is kept in the new
+        coordinates; counts one."""
         bias = f"{norm.removesuffix('weight')}bias"
         self._changes[norm].append(torch.ones_like)
         if bias in self.tensors:
@@ -218,7 +245,10 @@ class RotatedReader(CheckpointReader):
         width = int(self.config.get("head_dim") or int(self.config["hidden_size"]) // queries)
         for name, info in self.tensors.items():
             rows = info.shape[0]
-            if name.endswith(f".{self._roles.values}.weight") and rows not in (count * width, (queries + 2 * count) * width):
+            if name.endswith(f".{self._roles.values}.weight") and rows not in (
+                count * width,
+                (queries + 2 * count) * width,
+            ):
                 raise ArchitectureError(
                     f"{self.path}: {name} has {rows} rows, and config.json has {count} key-value heads of {width}; "
                     "rotation.heads: false leaves them alone"
@@ -231,13 +261,17 @@ class RotatedReader(CheckpointReader):
         values, output = (re.escape(m) for m in (self._roles.values, self._roles.output))
 
         def rotate_values(tensor: Tensor) -> Tensor:
-            rows = count * matrix.size  # the last ones, where queries and keys stand before them in one matrix
+            rows = (
+                count * matrix.size
+            )  # the last ones, where queries and keys stand before them in one matrix
             heads = tensor[-rows:].reshape(count, matrix.size, -1).transpose(1, 2)
             own = matrix.apply(heads).transpose(1, 2).reshape(tensor[-rows:].shape)
             return torch.cat([tensor[:-rows], own])
 
         def rotate_columns(weight: Tensor) -> Tensor:
-            return matrix.apply(weight.reshape(weight.shape[0], -1, matrix.size)).reshape(weight.shape)
+            return matrix.apply(weight.reshape(weight.shape[0], -1, matrix.size)).reshape(
+                weight.shape
+            )
 
         for name in self.tensors:
             if re.fullmatch(rf"{blocks}\.\d+\.{values}\.(weight|bias)", name):

@@ -1,7 +1,9 @@
-"""What a run will quantize, decided before any work: every linear gets a spec or a reason why it was left alone.
+"""What a run will quantize, decided before any work: every linear gets a spec or a reason why it
+was left alone.
 
-Refused here, so that nobody waits hours for it: a pattern that matches nothing, a group size that does not divide, a scheme
-the format cannot hold, parts of a fused engine layer that would differ, a tied head, a recipe that selects nothing.
+Refused here, so that nobody waits hours for it: a pattern that matches nothing, a group size that
+does not divide, a scheme the format cannot hold, parts of a fused engine layer that would differ, a
+tied head, a recipe that selects nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Full module name → scheme, module name → why it stays as it is, and the head's name if it is selected."""
+    """Full module name → scheme, module name → why it stays as it is, and the head's name if it is
+    selected."""
 
     schemes: Mapping[str, Scheme]
     skipped: Mapping[str, str]
@@ -49,7 +52,8 @@ class Linears:
         shapes: full name → (out, in).
         head: its name, if it has one.
         tied: whether the head shares the embeddings' weights.
-        routers: what chooses experts; never quantized, since a wrong choice costs more than these few weights.
+        routers: what chooses experts; never quantized, since a wrong choice costs more than these
+            few weights.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -58,7 +62,8 @@ class Linears:
     routers: tuple[str, ...] = ()
 
     def names(self, linear: str) -> tuple[str, ...]:
-        """What patterns may call a linear: a head is also ``lm_head``, whatever the checkpoint calls it."""
+        """What patterns may call a linear: a head is also ``lm_head``, whatever the checkpoint
+        calls it."""
         return (linear,) if linear != self.head else tuple(dict.fromkeys((linear, HEAD)))
 
 
@@ -77,7 +82,9 @@ def linears_of(model: PreTrainedModel) -> Linears:
     return Linears(shapes, head, bool(getattr(model.config, "tie_word_embeddings", False)), routers)
 
 
-def select(linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format) -> Selection:
+def select(
+    linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format
+) -> Selection:
     """Give every linear a scheme or a reason why it stays as it is.
 
     Raises:
@@ -98,7 +105,9 @@ def select(linears: Linears, architecture: Architecture, recipe: Recipe, layout:
             skipped[name] = OUTSIDE
             continue
         if name == head and linears.tied:
-            raise UsageError(f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore")
+            raise UsageError(
+                f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore"
+            )
         scheme = _scheme(recipe, linears.names(name))
         scheme.spec.check(shape[1], name)
         reason = layout.why_not(scheme, shape)
@@ -106,7 +115,9 @@ def select(linears: Linears, architecture: Architecture, recipe: Recipe, layout:
             raise FormatError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
         schemes[name] = scheme
     if not schemes:
-        raise UsageError(f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore")
+        raise UsageError(
+            f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
+        )
     _check_places(schemes, architecture, head)
     _check_fused(schemes, skipped, architecture)
     mixed = layout.why_not_together(schemes, skipped)
@@ -123,26 +134,40 @@ def _scheme(recipe: Recipe, names: tuple[str, ...]) -> Scheme:
 
 def _why_skipped(recipe: Recipe, names: tuple[str, ...]) -> str:
     pattern = next((p for p in recipe.ignore if any(matches(p, n) for n in names)), None)
-    return f"ignore pattern {pattern}" if pattern else f"no include pattern of {', '.join(recipe.include)} matches"
+    return (
+        f"ignore pattern {pattern}"
+        if pattern
+        else f"no include pattern of {', '.join(recipe.include)} matches"
+    )
 
 
 def _check_patterns(recipe: Recipe, linears: Linears) -> None:
     names = [n for name in linears.shapes for n in linears.names(name)]
     # A default such as lm_head may be absent from a model; a pattern somebody wrote should not be.
     default = Recipe.model_fields["ignore"].default
-    written = (*recipe.include, *(p for p in recipe.ignore if p not in default), *(o.match for o in recipe.overrides))
+    written = (
+        *recipe.include,
+        *(p for p in recipe.ignore if p not in default),
+        *(o.match for o in recipe.overrides),
+    )
     for pattern in written:
         # Routers stay as they are, so a pattern that ignores them has its way; any other would not.
         known = [*names, *linears.routers] if pattern in recipe.ignore else names
         if not any(matches(pattern, name) for name in known):
             some = ", ".join(list(linears.shapes)[:3])
-            raise UsageError(f"pattern {pattern!r} matches none of the model's {len(linears.shapes)} linears (such as {some})")
+            raise UsageError(
+                f"pattern {pattern!r} matches none of the model's {len(linears.shapes)} linears (such as {some})"
+            )
 
 
-def _check_places(schemes: Mapping[str, Scheme], architecture: Architecture, head: str | None) -> None:
+def _check_places(
+    schemes: Mapping[str, Scheme], architecture: Architecture, head: str | None
+) -> None:
     for name in schemes:
         if name != head and _block_of(name, architecture) is None:
-            raise ArchitectureError(f"{name} is neither in a decoder block nor the head; add it to --ignore")
+            raise ArchitectureError(
+                f"{name} is neither in a decoder block nor the head; add it to --ignore"
+            )
 
 
 def _block_of(name: str, architecture: Architecture) -> str | None:
@@ -151,7 +176,9 @@ def _block_of(name: str, architecture: Architecture) -> str | None:
     return None if inside == name else f"{architecture.blocks}.{inside.partition('.')[0]}"
 
 
-def _check_fused(schemes: Mapping[str, Scheme], skipped: Mapping[str, str], architecture: Architecture) -> None:
+def _check_fused(
+    schemes: Mapping[str, Scheme], skipped: Mapping[str, str], architecture: Architecture
+) -> None:
     sets: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name in (*schemes, *skipped):
         block = _block_of(name, architecture)
@@ -163,4 +190,6 @@ def _check_fused(schemes: Mapping[str, Scheme], skipped: Mapping[str, str], arch
         if len(firsts) > 1:
             told = names if len(names) < 5 else sorted(firsts.values(), key=names.index)
             kinds = ", ".join(f"{n}: {schemes.get(n, 'unquantized')}" for n in told)
-            raise UsageError(f"engines fuse these linears, so they need one scheme, but the recipe gives {kinds}")
+            raise UsageError(
+                f"engines fuse these linears, so they need one scheme, but the recipe gives {kinds}"
+            )

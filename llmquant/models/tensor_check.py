@@ -1,7 +1,8 @@
-"""Does a folder fit the model that its config describes? Compared tensor by tensor, from names, shapes and dtypes alone.
+"""Does a folder fit the model that its config describes? Compared tensor by tensor, from names,
+shapes and dtypes alone.
 
-A checkpoint with a tensor too few gives a model that lacks it, one with a tensor too many a model that silently leaves it out
-(a layer count that was cut, say). Both are refused before work starts.
+A checkpoint with a tensor too few gives a model that lacks it, one with a tensor too many a model
+that silently leaves it out (a layer count that was cut, say). Both are refused before work starts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from llmquant.errors import CheckpointError
 from llmquant.runtime.finite import some
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # a plan looks at headers only, and does not wait for it
+    from transformers import (
+        PreTrainedModel,
+    )  # a plan looks at headers only, and does not wait for it
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +34,9 @@ def check_fit(reader: CheckpointReader, model: PreTrainedModel) -> None:
     """Compare an unquantized folder with the (meta) model of its config.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of another shape or not floating-point, a tied one differs, or a
-            tokenizer or generation file, which would be carried along, is no JSON.
+        CheckpointError: a tensor is missing, left over, of another shape or not floating-point, a
+            tied one differs, or a tokenizer or generation file, which would be carried along, is no
+            JSON.
     """
     for side in SIDE_FILES:
         if side.endswith(".json") and (reader.path / side).is_file():
@@ -54,7 +58,9 @@ def check_fit(reader: CheckpointReader, model: PreTrainedModel) -> None:
                 f"{reader.path}: {name} is {list(info.shape)} in the checkpoint, config.json makes it {list(like.shape)}"
             )
         if not info.dtype.is_floating_point:
-            raise CheckpointError(f"{reader.path}: {name} is {info.dtype}; an unquantized model's weights are floating-point")
+            raise CheckpointError(
+                f"{reader.path}: {name} is {info.dtype}; an unquantized model's weights are floating-point"
+            )
         if name in tied:
             check_tied(reader, name, tied[name])
 
@@ -72,7 +78,8 @@ def check_tied(reader: CheckpointReader, name: str, source: str) -> None:
 
 
 def refuse_mismatch(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Refuse tensors that the model wants and the folder has not, or the other way round; tables it computes may stay.
+    """Refuse tensors that the model wants and the folder has not, or the other way round; tables it
+    computes may stay.
 
     Raises:
         CheckpointError: naming some of them.
@@ -88,8 +95,10 @@ def refuse_mismatch(path: Path, missing: Iterable[str], unexpected: Iterable[str
             "checkpoints name tensors otherwise than transformers does in memory, which cannot be quantized yet"
         )
     if lacking:
-        raise CheckpointError(f"{path} lacks {some(lacking)}; the folder is incomplete, fetch or quantize it again")
+        raise CheckpointError(
+            f"{path} lacks {some(lacking)}; the folder is incomplete, fetch or quantize it again"
+        )
     if extra:
-        raise CheckpointError(f"{path} has tensors that its config.json gives no place for: {some(extra)}")
-
-
+        raise CheckpointError(
+            f"{path} has tensors that its config.json gives no place for: {some(extra)}"
+        )

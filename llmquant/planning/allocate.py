@@ -1,17 +1,22 @@
-"""allocate: which width and group size each linear gets, so that a model of a given size loses as little as possible.
+"""allocate: which width and group size each linear gets, so that a model of a given size loses as
+little as possible.
 
-Three steps. Every item (linears that engines fuse, else one linear) and every scheme that layout and engine can hold becomes an
-option with its bytes, which are those the layout really writes (:class:`llmquant.checkpoint.sizes.Sizes`: zero-points, scales and padding
-included). :mod:`llmquant.planning.sensitivity` says what each option costs in quality, from one pass through the model.
-:mod:`llmquant.planning.knapsack` picks one option per item within the budget, with a proof of how near to the optimum it is.
+Three steps. Every item (linears that engines fuse, else one linear) and every scheme that layout
+and engine can hold becomes an option with its bytes, which are those the layout really writes
+(:class:`llmquant.checkpoint.sizes.Sizes`: zero-points, scales and padding included).
+:mod:`llmquant.planning.sensitivity` says what each option costs in quality, from one pass through
+the model. :mod:`llmquant.planning.knapsack` picks one option per item within the budget, with a
+proof of how near to the optimum it is.
 
-The budget is ``target_bpw`` bits times the weights of all linears that the recipe selects. A linear that keeps its 16 bits counts
-with them, though the result then calls it unquantized; so ``bits_per_weight`` here is over all selected linears, while a
-manifest's is over the packed ones alone.
+The budget is ``target_bpw`` bits times the weights of all linears that the recipe selects. A linear
+that keeps its 16 bits counts with them, though the result then calls it unquantized; so
+``bits_per_weight`` here is over all selected linears, while a manifest's is over the packed ones
+alone.
 
-The outcome is a recipe: the most common scheme as ``weights``, an override for each linear that differs, the 16-bit ones under
-``ignore``. It says everything, so it can be read, edited and run again without this module. Overrides of the recipe that one
-starts from are kept: they pin their linears (and those fused with them).
+The outcome is a recipe: the most common scheme as ``weights``, an override for each linear that
+differs, the 16-bit ones under ``ignore``. It says everything, so it can be read, edited and run
+again without this module. Overrides of the recipe that one starts from are kept: they pin their
+linears (and those fused with them).
 """
 
 from __future__ import annotations
@@ -93,24 +98,31 @@ class Allocation:
 
 
 def allocate(
-    model: str | os.PathLike[str], recipe: Recipe, options: AllocateOptions, events: Events | None = None
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    options: AllocateOptions,
+    events: Events | None = None,
 ) -> Allocation:
     """Choose a scheme for every linear that the recipe selects.
 
     Args:
         model: folder or hub name of an unquantized decoder LLM.
-        recipe: method, patterns, calibration and format; its overrides pin linears, its ``weights`` are replaced.
+        recipe: method, patterns, calibration and format; its overrides pin linears, its ``weights``
+            are replaced.
         options: the budget and what may be chosen.
         events: callbacks.
 
     Raises:
-        UsageError: a target outside what is possible (with the range), no calibration text, or what ``quantize`` refuses.
+        UsageError: a target outside what is possible (with the range), no calibration text, or what
+            ``quantize`` refuses.
         FormatError: the layout cannot hold a mix.
         CheckpointError, ArchitectureError, QuantizationError: as in ``quantize``.
     """
     events = events or Events()
     if recipe.calibration.source is None:
-        raise SourceError("an allocation measures on text: give --calibration file:PATH, jsonl:PATH#FIELD or hf:…")
+        raise SourceError(
+            "an allocation measures on text: give --calibration file:PATH, jsonl:PATH#FIELD or hf:…"
+        )
     prepared = prepare(model, recipe, options.device, options.dtype)
     choices = choices_of(prepared, options)
     _check_layout(choices, prepared)
@@ -118,18 +130,25 @@ def allocate(
     calibration = prepared.calibration(options.evaluation)
     assert calibration is not None
     events.on_calibration(calibration)
-    items = [Item(c.block, c.names, tuple(s.spec for s in c.sizes if s is not None)) for c in choices]
+    items = [
+        Item(c.block, c.names, tuple(s.spec for s in c.sizes if s is not None)) for c in choices
+    ]
     seen, unseen = split_windows(calibration.windows, options.probe_tokens)
     with deterministic(recipe.seed):
-        damages = measure(prepared.plan(None), items, seen, Probe(options.sensitivity, unseen), events.on_progress)
+        damages = measure(
+            prepared.plan(None), items, seen, Probe(options.sensitivity, unseen), events.on_progress
+        )
     return _decide(choices, damages, budget, recipe, options)
 
 
-def split_windows(windows: Sequence[torch.Tensor], tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Windows to round by, and the last ones, of at least ``tokens`` tokens together but at most half of all, to measure on.
+def split_windows(
+    windows: Sequence[torch.Tensor], tokens: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Windows to round by, and the last ones, of at least ``tokens`` tokens together but at most
+    half of all, to measure on.
 
-    GPTQ's errors are smaller on the windows it has seen, and the more so the wider a linear is: measured there, wide ones would
-    look better than they will be. A single window serves for both.
+    GPTQ's errors are smaller on the windows it has seen, and the more so the wider a linear is:
+    measured there, wide ones would look better than they will be. A single window serves for both.
     """
     taken, count = 0, 0
     while count < tokens and taken < len(windows) // 2:
@@ -140,7 +159,8 @@ def split_windows(windows: Sequence[torch.Tensor], tokens: int) -> tuple[list[to
 
 
 def _check_layout(choices: Sequence[Choice], prepared: Prepared) -> None:
-    """Refuse early what the run would refuse: one allocation with as many different schemes as can be is put to the test.
+    """Refuse early what the run would refuse: one allocation with as many different schemes as can
+    be is put to the test.
 
     Raises:
         FormatError: the layout holds no such mix.
@@ -150,7 +170,9 @@ def _check_layout(choices: Sequence[Choice], prepared: Prepared) -> None:
         schemes: list[Scheme | None] = [s for s in choice.sizes if s is not None] or [None]
         chosen.append(schemes[i % len(schemes)])
     if all(s is None for s in chosen):
-        raise UsageError("the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8")
+        raise UsageError(
+            "the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8"
+        )
     trial = recipe_of_choice(prepared.recipe, choices, chosen)
     select(prepared.linears, prepared.architecture, trial, prepared.layout)
 
@@ -187,7 +209,10 @@ def _decide(
     options: AllocateOptions,
 ) -> Allocation:
     offers = [
-        [Option(size, 0.0 if scheme is None else damage[scheme.spec].predicted) for scheme, size in choice.sizes.items()]
+        [
+            Option(size, 0.0 if scheme is None else damage[scheme.spec].predicted)
+            for scheme, size in choice.sizes.items()
+        ]
         for choice, damage in zip(choices, damages, strict=True)
     ]
     solution = solve(offers, budget)
@@ -196,7 +221,8 @@ def _decide(
     return Allocation(
         recipe=recipe_of_choice(recipe, choices, chosen, _description(solution, choices, options)),
         items=tuple(
-            _allocated(c, d, o, i) for c, d, o, i in zip(choices, damages, offers, solution.chosen, strict=True)
+            _allocated(c, d, o, i)
+            for c, d, o, i in zip(choices, damages, offers, solution.chosen, strict=True)
         ),
         target_bpw=options.target_bpw,
         bits_per_weight=8 * solution.size / sum(c.weights for c in choices),
@@ -208,11 +234,17 @@ def _decide(
     )
 
 
-def _allocated(choice: Choice, damage: Mapping[QuantSpec, Damage], offers: Sequence[Option], index: int) -> Allocated:
+def _allocated(
+    choice: Choice, damage: Mapping[QuantSpec, Damage], offers: Sequence[Option], index: int
+) -> Allocated:
     schemes = list(choice.sizes)
     scheme, mine = schemes[index], offers[index]
     larger = next((i for i in undominated(offers) if offers[i].size > mine.size), None)
-    gain = None if larger is None else (mine.cost - offers[larger].cost) / ((offers[larger].size - mine.size) / 1e6)
+    gain = (
+        None
+        if larger is None
+        else (mine.cost - offers[larger].cost) / ((offers[larger].size - mine.size) / 1e6)
+    )
     return Allocated(
         names=choice.names,
         scheme=scheme,

@@ -1,8 +1,9 @@
-"""What an allocation may choose from: every item of a model and every scheme it could have, with its bytes; and back to a recipe.
+"""What an allocation may choose from: every item of a model and every scheme it could have, with
+its bytes; and back to a recipe.
 
-An *item* is a set of linears that engines fuse, else one linear. A scheme is offered where its group size divides, the layout
-holds it and the engine takes it. Its bytes are those the layout really writes (:class:`llmquant.checkpoint.sizes.Sizes`): zero-points, scales
-and padding included.
+An *item* is a set of linears that engines fuse, else one linear. A scheme is offered where its
+group size divides, the layout holds it and the engine takes it. Its bytes are those the layout
+really writes (:class:`llmquant.checkpoint.sizes.Sizes`): zero-points, scales and padding included.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ class AllocateOptions:
     Attributes:
         target_bpw: at most this many bits per weight over all selected linears.
         widths: of 2, 3, 4, 8 and 16 (left unquantized).
-        group_sizes: -1 is one scale per row; a size that does not divide a linear is no option for it.
+        group_sizes: -1 is one scale per row; a size that does not divide a linear is no option for
+            it.
         symmetric: only symmetric (True) or only asymmetric schemes (False), None for both.
         engine: ``any``, or one whose refusals count: ``vllm`` (GPU), ``vllm-cpu`` (this machine's),
             ``vllm-cpu-avx512`` (one with AVX-512), ``transformers``.
         sensitivity: ``kl`` or ``block``; see :mod:`llmquant.planning.sensitivity`.
-        probe_tokens: calibration tokens on which damage is measured and that rounding does not see: the last windows, whole
-            ones, at most half of them.
+        probe_tokens: calibration tokens on which damage is measured and that rounding does not see:
+            the last windows, whole ones, at most half of them.
         device, dtype, evaluation: as for a quantization run.
     """
 
@@ -61,7 +63,9 @@ class AllocateOptions:
         if not self.widths or any(w not in possible for w in self.widths):
             raise UsageError(f"widths {_told(self.widths)}: choose among {_told(possible)}")
         if not self.group_sizes or any(g != -1 and g < 1 for g in self.group_sizes):
-            raise UsageError(f"group sizes {_told(self.group_sizes)}: each is positive, or -1 for one scale per row")
+            raise UsageError(
+                f"group sizes {_told(self.group_sizes)}: each is positive, or -1 for one scale per row"
+            )
         if self.engine not in ("any", *_ENGINES):
             raise UsageError(f"engine {self.engine!r} is not one of any, {', '.join(_ENGINES)}")
         if self.sensitivity not in ("kl", "block"):
@@ -82,8 +86,11 @@ class Choice:
     weights: int
 
 
-def fused_items(names: Sequence[str], architecture: Architecture) -> list[tuple[int | None, tuple[str, ...]]]:
-    """Block index (None for the head) and names of each set of linears that must share a scheme, in the order of ``names``."""
+def fused_items(
+    names: Sequence[str], architecture: Architecture
+) -> list[tuple[int | None, tuple[str, ...]]]:
+    """Block index (None for the head) and names of each set of linears that must share a scheme, in
+    the order of ``names``."""
     found: dict[tuple[int | None, object], list[str]] = {}
     for name in names:
         inside = name.removeprefix(f"{architecture.blocks}.")
@@ -101,7 +108,12 @@ def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
         UsageError: the recipe selects nothing, or the engine takes nothing.
         SpecError: nothing that is allowed fits an item.
     """
-    linears, recipe, layout, reader = prepared.linears, prepared.recipe, prepared.layout, prepared.reader
+    linears, recipe, layout, reader = (
+        prepared.linears,
+        prepared.recipe,
+        prepared.layout,
+        prepared.reader,
+    )
     names = [n for n in linears.shapes if recipe.selects(*linears.names(n))]
     if not names:
         raise UsageError(
@@ -114,7 +126,9 @@ def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
         taken: dict[Scheme | None, int] = {}
         for scheme in _schemes(members, recipe, options):
             if all(_holds(scheme, linears.shapes[n], layout, table, n) for n in members):
-                taken[scheme] = sum(sizes.nbytes(scheme, linears.shapes[n], i.dtype) for n, i in stored.items())
+                taken[scheme] = sum(
+                    sizes.nbytes(scheme, linears.shapes[n], i.dtype) for n, i in stored.items()
+                )
         if UNQUANTIZED in options.widths and not _pinned(members, recipe):
             taken[None] = sum(i.nbytes for i in stored.values())
         if not taken:
@@ -122,14 +136,18 @@ def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
                 f"{', '.join(members)}: none of the allowed schemes fits (widths {_told(options.widths)}, group sizes "
                 f"{_told(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
             )
-        found.append(Choice(block, members, taken, sum(math.prod(linears.shapes[n]) for n in members)))
+        found.append(
+            Choice(block, members, taken, sum(math.prod(linears.shapes[n]) for n in members))
+        )
     return found
 
 
 def _pinned(members: Sequence[str], recipe: Recipe) -> list[Scheme]:
     """The schemes that the recipe's overrides give the item's linears."""
     by_group = recipe.method != "rtn" and recipe.gptq.act_order == "group"
-    pinned = [recipe.weights_of(n) for n in members if any(matches(o.match, n) for o in recipe.overrides)]
+    pinned = [
+        recipe.weights_of(n) for n in members if any(matches(o.match, n) for o in recipe.overrides)
+    ]
     return list(dict.fromkeys(Scheme(w.spec, by_group, w.activations) for w in pinned))
 
 
@@ -137,11 +155,15 @@ def _schemes(members: Sequence[str], recipe: Recipe, options: AllocateOptions) -
     pinned = _pinned(members, recipe)
     if len(pinned) > 1:
         told = " and ".join(map(str, pinned))
-        raise UsageError(f"engines fuse {', '.join(members)}, so they need one scheme, but the recipe's overrides give {told}")
+        raise UsageError(
+            f"engines fuse {', '.join(members)}, so they need one scheme, but the recipe's overrides give {told}"
+        )
     if pinned:
         return pinned
     if recipe.weights.activations != "none":
-        raise UsageError("an allocation chooses weight-only schemes; give linears with int8 activations an override instead")
+        raise UsageError(
+            "an allocation chooses weight-only schemes; give linears with int8 activations an override instead"
+        )
     by_group = recipe.method != "rtn" and recipe.gptq.act_order == "group"
     allowed = _WIDTHS.get(options.engine, options.widths)
     symmetries = (True, False) if options.symmetric is None else (options.symmetric,)
@@ -150,8 +172,11 @@ def _schemes(members: Sequence[str], recipe: Recipe, options: AllocateOptions) -
         for bits in options.widths
         for size in options.group_sizes
         for symmetric in symmetries
-        # A zero-point buys nothing at 8 bits: those schemes are only offered to who asks for nothing else.
-        if bits != UNQUANTIZED and bits in allowed and (bits < 8 or symmetric or len(symmetries) == 1)
+        # A zero-point buys nothing at 8 bits: those schemes are only offered to who asks for
+        # nothing else.
+        if bits != UNQUANTIZED
+        and bits in allowed
+        and (bits < 8 or symmetric or len(symmetries) == 1)
         if not (by_group and size == -1)
     ]
 
@@ -172,7 +197,9 @@ def _table(engine: str) -> str | None:
     return engine if engine == "transformers" else None
 
 
-def _holds(scheme: Scheme, shape: tuple[int, int], layout: Format, table: str | None, module: str) -> bool:
+def _holds(
+    scheme: Scheme, shape: tuple[int, int], layout: Format, table: str | None, module: str
+) -> bool:
     size = scheme.spec.group_size
     if (size is not None and shape[1] % size) or layout.why_not(scheme, shape):
         return False
@@ -180,9 +207,13 @@ def _holds(scheme: Scheme, shape: tuple[int, int], layout: Format, table: str | 
 
 
 def recipe_of_choice(
-    recipe: Recipe, choices: Sequence[Choice], chosen: Sequence[Scheme | None], description: str = ""
+    recipe: Recipe,
+    choices: Sequence[Choice],
+    chosen: Sequence[Scheme | None],
+    description: str = "",
 ) -> Recipe:
-    """The recipe that gives each item its scheme: the one with most weights for all, overrides by full name for the others."""
+    """The recipe that gives each item its scheme: the one with most weights for all, overrides by
+    full name for the others."""
     votes: Counter[Scheme] = Counter()
     for choice, scheme in zip(choices, chosen, strict=True):
         if scheme is not None:
@@ -197,10 +228,12 @@ def recipe_of_choice(
                 overrides.append({"match": name, **_differences(scheme, common)})
     return recipe.updated(
         {
-            "description": description or recipe.description, "weights": _weights(common).model_dump(),
-            "overrides": tuple(overrides), "ignore": tuple(ignore),
+            "description": description or recipe.description,
+            "weights": _weights(common).model_dump(),
+            "overrides": tuple(overrides),
+            "ignore": tuple(ignore),
         }
-    )  # fmt: skip
+    )
 
 
 def _weights(scheme: Scheme) -> Weights:
@@ -222,4 +255,11 @@ def _told(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-__all__ = ["UNQUANTIZED", "AllocateOptions", "Choice", "choices_of", "fused_items", "recipe_of_choice"]
+__all__ = [
+    "UNQUANTIZED",
+    "AllocateOptions",
+    "Choice",
+    "choices_of",
+    "fused_items",
+    "recipe_of_choice",
+]

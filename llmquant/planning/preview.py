@@ -1,11 +1,13 @@
-"""plan: what a run would make and need, from config.json and the safetensors headers alone. No weight is read.
+"""plan: what a run would make and need, from config.json and the safetensors headers alone. No
+weight is read.
 
-Sizes are not estimated: every distinct (scheme, shape) is packed once by the real format on two thin slices (64 and 128 rows of
-zeros), and since each tensor of every layout grows linearly with the rows, two sizes give all others. The file's own
-header is composed and measured too.
+Sizes are not estimated: every distinct (scheme, shape) is packed once by the real format on two
+thin slices (64 and 128 rows of zeros), and since each tensor of every layout grows linearly with
+the rows, two sizes give all others. The file's own header is composed and measured too.
 
-Linears are recognized by name: two-dimensional ``.weight`` tensors inside the decoder blocks, and the head. The run itself
-asks the model; a test holds the two equal for every architecture in the table.
+Linears are recognized by name: two-dimensional ``.weight`` tensors inside the decoder blocks, and
+the head. The run itself asks the model; a test holds the two equal for every architecture in the
+table.
 """
 
 from __future__ import annotations
@@ -57,8 +59,10 @@ class Plan:
         tensor_parallel: numbers of GPUs over which engines could split every quantized linear.
         suggestions: other group sizes that divide every selected linear.
         engines: serving engine → why it would refuse the result; an empty tuple where it takes it.
-        cautions: serving engine → why its answers would not be the evaluated ones though it takes the result.
-        kernels: llmquant's own kernel → how many of the linears it would run, and why not those before it.
+        cautions: serving engine → why its answers would not be the evaluated ones though it takes
+            the result.
+        kernels: llmquant's own kernel → how many of the linears it would run, and why not those
+            before it.
         kernels_for: device and dtype of that: what ``auto`` means where a CPU runs it.
         architecture: where its decoder blocks and experts are.
         hidden: width of the hidden states.
@@ -122,7 +126,9 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         scheme, shape = selection.schemes[module], linears.shapes[module]
         stored = sizes.tensors(scheme, shape, info.dtype)
         tensors.update({f"{module}.{suffix}": t for suffix, t in stored.items()})
-        modules.append(PlannedModule(module, scheme, shape, sizes.nbytes(scheme, shape, info.dtype)))
+        modules.append(
+            PlannedModule(module, scheme, shape, sizes.nbytes(scheme, shape, info.dtype))
+        )
     running = parse_dtype(AUTO, "cpu")
     return Plan(
         model_type=str(reader.config.get("model_type")),
@@ -133,8 +139,12 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         source_bytes=sum(i.nbytes for i in original.tensors.values()),
         tensor_parallel=_tensor_parallel(modules, reader.config),
         suggestions=_group_sizes(modules),
-        engines={e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()},
-        cautions={e: tuple(reasons) for e, reasons in cautions(layout.name, selection.schemes).items()},
+        engines={
+            e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()
+        },
+        cautions={
+            e: tuple(reasons) for e, reasons in cautions(layout.name, selection.schemes).items()
+        },
         kernels=_kernels(modules, running.dtype),
         kernels_for=Computing.of("cpu", running),
         architecture=architecture,
@@ -163,13 +173,16 @@ def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
     head = architecture.head
     for name, info in reader.tensors.items():
         module = name.removesuffix(".weight")
-        if len(info.shape) != 2 or not (inside.fullmatch(name) or module in (head, *architecture.outside)):
+        if len(info.shape) != 2 or not (
+            inside.fullmatch(name) or module in (head, *architecture.outside)
+        ):
             continue
         if architecture.is_router(module.removeprefix(f"{architecture.blocks}.").partition(".")[2]):
             routers.append(module)
         else:
             shapes[module] = (info.shape[0], info.shape[1])
-    # Absent from config.json means the class's default, which is untied for every type in the table.
+    # Absent from config.json means the class's default, which is untied for every type in the
+    # table.
     tied = bool(reader.config.get("tie_word_embeddings", False))
     if head not in shapes and tied:
         hidden, vocabulary = reader.config.get("hidden_size"), reader.config.get("vocab_size")
@@ -178,18 +191,27 @@ def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
     return Linears(shapes, head if head in shapes else None, tied, tuple(routers)), architecture
 
 
-
-
-
-
 def _tensor_parallel(modules: list[PlannedModule], config: Mapping[str, object]) -> tuple[int, ...]:
-    """Splits that keep heads whole and every shard's columns in whole groups (and whole 32-bit words)."""
-    heads = [v for k in ("num_attention_heads", "num_key_value_heads") if isinstance(v := config.get(k), int)]
+    """Splits that keep heads whole and every shard's columns in whole groups (and whole 32-bit
+    words)."""
+    heads = [
+        v
+        for k in ("num_attention_heads", "num_key_value_heads")
+        if isinstance(v := config.get(k), int)
+    ]
     good = []
     for parts in (1, 2, 4, 8, 16):
-        columns = all(m.shape[1] % (parts * math.lcm(m.scheme.spec.group_size or 1, 32)) == 0 for m in modules)
+        columns = all(
+            m.shape[1] % (parts * math.lcm(m.scheme.spec.group_size or 1, 32)) == 0 for m in modules
+        )
         rows = all(m.shape[0] % parts == 0 for m in modules)
-        if columns and rows and all(h % parts == 0 or parts % h == 0 for h in heads[1:]) and heads[:1] and heads[0] % parts == 0:
+        if (
+            columns
+            and rows
+            and all(h % parts == 0 or parts % h == 0 for h in heads[1:])
+            and heads[:1]
+            and heads[0] % parts == 0
+        ):
             good.append(parts)
     return tuple(good)
 
@@ -205,7 +227,8 @@ def _kernels(modules: list[PlannedModule], dtype: torch.dtype) -> dict[str, tupl
 
 
 def _hidden_size(config: Mapping[str, object]) -> int:
-    """At the top of config.json or in the part that describes the text model; 0 where it is not said."""
+    """At the top of config.json or in the part that describes the text model; 0 where it is not
+    said."""
     for place in (config, config.get("text_config")):
         if isinstance(place, Mapping) and isinstance(value := place.get("hidden_size"), int):
             return value
@@ -214,5 +237,3 @@ def _hidden_size(config: Mapping[str, object]) -> int:
 
 def _group_sizes(modules: list[PlannedModule]) -> tuple[int, ...]:
     return tuple(g for g in (16, 32, 64, 128, 256) if all(m.shape[1] % g == 0 for m in modules))
-
-

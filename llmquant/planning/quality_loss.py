@@ -1,4 +1,5 @@
-"""What a scheme does to an item: how it is measured on a model's outputs, and what follows for schemes that were not measured.
+"""What a scheme does to an item: how it is measured on a model's outputs, and what follows for
+schemes that were not measured.
 
 See :mod:`llmquant.planning.sensitivity`.
 """
@@ -32,7 +33,8 @@ class Damage:
 
 
 def anchors_of(layer: Mapping[QuantSpec, float]) -> list[QuantSpec]:
-    """The schemes to measure: per width of at most four bits (or, without any, the narrowest) the one of median layer error."""
+    """The schemes to measure: per width of at most four bits (or, without any, the narrowest) the
+    one of median layer error."""
     widths = sorted({s.bits for s in layer})
     low = [b for b in widths if b <= _EXTRAPOLATED_ABOVE_BITS] or widths[:1]
     anchors = []
@@ -42,11 +44,16 @@ def anchors_of(layer: Mapping[QuantSpec, float]) -> list[QuantSpec]:
     return anchors
 
 
-def interpolate(layer: Mapping[QuantSpec, float], measured: Mapping[QuantSpec, float]) -> dict[QuantSpec, Damage]:
-    """Damage of every scheme: that of the measured one of its width (else of the next narrower), by the ratio of layer errors."""
+def interpolate(
+    layer: Mapping[QuantSpec, float], measured: Mapping[QuantSpec, float]
+) -> dict[QuantSpec, Damage]:
+    """Damage of every scheme: that of the measured one of its width (else of the next narrower), by
+    the ratio of layer errors."""
     found = {}
     for spec, error in layer.items():
-        anchor = max((a for a in measured if a.bits <= spec.bits), key=lambda a: a.bits, default=None)
+        anchor = max(
+            (a for a in measured if a.bits <= spec.bits), key=lambda a: a.bits, default=None
+        )
         assert anchor is not None
         ratio = error / layer[anchor] if layer[anchor] > 0 else 0.0
         found[spec] = Damage(error, measured[anchor] * ratio, measured.get(spec))
@@ -62,4 +69,6 @@ def divergence(reference: Tensor, changed: Tensor) -> Tensor:
 def relative_error(reference: Tensor, changed: Tensor) -> Tensor:
     """``|dy|^2 / |y|^2`` of each position: ``[positions]`` of ``[1, positions, hidden]``."""
     y = reference[0].float()
-    return (changed[0].float() - y).square().sum(-1) / y.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (changed[0].float() - y).square().sum(-1) / y.square().sum(-1).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )

@@ -1,20 +1,26 @@
-"""What each linear costs at each scheme: one pass through the model, from which a size budget can be spent well.
+"""What each linear costs at each scheme: one pass through the model, from which a size budget can
+be spent well.
 
-Linears are taken in *items*: those that engines fuse stand together, every other alone. For each item and scheme the pass rounds
-the original weights as the run itself would (GPTQ with the item's Hessian, or to nearest) and knows two numbers. The *layer
-error* is GPTQ's objective, ``tr(D H D^T)`` per token with ``D = W - Q``: exact and cheap, known for every scheme, but in a unit
-of that layer's output, so it compares schemes of one item and never two items. The *damage* compares items:
+Linears are taken in *items*: those that engines fuse stand together, every other alone. For each
+item and scheme the pass rounds the original weights as the run itself would (GPTQ with the item's
+Hessian, or to nearest) and knows two numbers. The *layer error* is GPTQ's objective, ``tr(D H
+D^T)`` per token with ``D = W - Q``: exact and cheap, known for every scheme, but in a unit of that
+layer's output, so it compares schemes of one item and never two items. The *damage* compares items:
 
-``kl``     divergence of the whole model's next-token distribution from the original's, in nats per token, with only this item
-           rounded. Needs the whole model in memory, and runs of the blocks behind the item.
-``block``  change of the block's output, ``mean_t |dy_t|^2 / |y_t|^2``. Needs one block in memory. It does not know how much the
-           rest of the model minds, so it predicts less well (docs/mixed-precision.md has the figures).
+``kl``     divergence of the whole model's next-token distribution from the original's, in nats
+           per token, with only this item rounded. Needs the whole model in memory, and runs of the
+           blocks after the item.
+``block``  change of the block's output, ``mean_t |dy_t|^2 / |y_t|^2``. Needs one block in memory.
+           It does not know how much the rest of the model minds, so it predicts less well
+           (docs/mixed-precision.md has the figures).
 
-Damage is measured once per item and width of at most four bits, at the scheme whose layer error is the median of its width. The
-others of that width follow by the ratio of their layer errors, since both measures are quadratic in a small ``D``; so does the
-8-bit damage, which would drown in the noise of a low-precision run.
+Damage is measured once per item and width of at most four bits, at the scheme whose layer error is
+the median of its width. The others of that width follow by the ratio of their layer errors, since
+both measures are quadratic in a small ``D``; so does the 8-bit damage, which would drown in the
+noise of a low-precision run.
 
-Statistics are those of the original model: items are judged one by one, with everything before them unrounded.
+Statistics are those of the original model: items are judged one by one, with everything before them
+unrounded.
 """
 
 from __future__ import annotations
@@ -33,7 +39,13 @@ from llmquant.errors import QuantizationError
 from llmquant.models.architectures import blocks_of, norm_of
 from llmquant.models.block_inputs import BlockInput, first_inputs
 from llmquant.models.experts import place_of
-from llmquant.planning.quality_loss import Damage, anchors_of, divergence, interpolate, relative_error
+from llmquant.planning.quality_loss import (
+    Damage,
+    anchors_of,
+    divergence,
+    interpolate,
+    relative_error,
+)
 from llmquant.quantization.blocks.capture import observe, stages
 from llmquant.quantization.blocks.materialize import materialized, outer_names
 from llmquant.quantization.blocks.whole_model import already_run, swapped, whole
@@ -63,12 +75,17 @@ class Probe:
 
 
 def measure(
-    plan: WalkPlan, items: Sequence[Item], windows: Sequence[Tensor], probe: Probe, on_progress: Callable[[Progress], None]
+    plan: WalkPlan,
+    items: Sequence[Item],
+    windows: Sequence[Tensor],
+    probe: Probe,
+    on_progress: Callable[[Progress], None],
 ) -> list[dict[QuantSpec, Damage]]:
     """The damage of every scheme of every item, in the items' order.
 
     Args:
-        plan: the model, where its tensors are, device and dtype; its recipe says how to round. ``specs`` is not used.
+        plan: the model, where its tensors are, device and dtype; its recipe says how to round.
+            ``specs`` is not used.
         items: of the model's blocks and head.
         windows: calibration token ids for the statistics, each ``[positions]``.
         probe: how the damage is measured.
@@ -94,10 +111,15 @@ def measure(
 
 
 class _Pass:
-    """The state between blocks: what goes into the next one, for the statistics and for the probe."""
+    """The state between blocks: what goes into the next one, for the statistics and for the
+    probe."""
 
     def __init__(
-        self, plan: WalkPlan, probe: Probe, windows: Sequence[Tensor], on_progress: Callable[[Progress], None]
+        self,
+        plan: WalkPlan,
+        probe: Probe,
+        windows: Sequence[Tensor],
+        on_progress: Callable[[Progress], None],
     ) -> None:
         self.plan, self.kind, self._on_progress = plan, probe.kind, on_progress
         self.blocks = blocks_of(plan.model, plan.architecture)
@@ -108,16 +130,23 @@ class _Pass:
                 outer.enter_context(materialized(plan, plan.model, "", outer_names(plan)))
             self.inputs = first_inputs(plan.model, self.blocks, batches)
             self.probes = first_inputs(plan.model, self.blocks, self.ids)
-        # What the block before gave for each probe window, in whatever form this model's blocks give it.
+        # What the block before gave for each probe window, in whatever form this model's blocks
+        # give it.
         self.given: list[Any] = [None] * len(self.ids)
 
-    def block(self, index: int, block: nn.Module, items: Mapping[int, Item]) -> dict[int, dict[QuantSpec, Damage]]:
+    def block(
+        self, index: int, block: nn.Module, items: Mapping[int, Item]
+    ) -> dict[int, dict[QuantSpec, Damage]]:
         prefix = f"{self.plan.architecture.blocks}.{index}."
         found = {}
         with ExitStack() as resident:
             if self.kind == "block":
                 resident.enter_context(materialized(self.plan, block, prefix))
-            linears = {n: _linear(block, n.removeprefix(prefix)) for item in items.values() for n in item.names}
+            linears = {
+                n: _linear(block, n.removeprefix(prefix))
+                for item in items.values()
+                for n in item.names
+            }
             hessians = self._observe(block, linears, prefix)
             for i, item in items.items():
                 self._on_progress(Progress(index, len(self.blocks), item.names[0]))
@@ -129,11 +158,16 @@ class _Pass:
     def head(self, item: Item) -> dict[QuantSpec, Damage]:
         """The head's damage; ``block`` takes the relative error of the logits."""
         (name,) = item.names
-        norm, head = norm_of(self.plan.model, self.plan.architecture), self.plan.model.get_output_embeddings()
+        norm, head = (
+            norm_of(self.plan.model, self.plan.architecture),
+            self.plan.model.get_output_embeddings(),
+        )
         assert isinstance(head, nn.Linear)
         with ExitStack() as resident:
             if self.kind == "block":
-                resident.enter_context(materialized(self.plan, norm, f"{self.plan.architecture.norm}."))
+                resident.enter_context(
+                    materialized(self.plan, norm, f"{self.plan.architecture.norm}.")
+                )
                 resident.enter_context(materialized(self.plan, head, f"{name}."))
             stats = InputStats(head.in_features, self.plan.device)
             with torch.no_grad():
@@ -142,7 +176,9 @@ class _Pass:
             self._on_progress(Progress(len(self.blocks), len(self.blocks), name))
             return self._judge(item, {name: head}, {name: stats}, len(self.blocks), None)
 
-    def _observe(self, block: nn.Module, linears: Mapping[str, nn.Linear], prefix: str) -> dict[str, InputStats]:
+    def _observe(
+        self, block: nn.Module, linears: Mapping[str, nn.Linear], prefix: str
+    ) -> dict[str, InputStats]:
         """Statistics of every linear, one object per shared input."""
         if not linears:
             return {}
@@ -153,23 +189,41 @@ class _Pass:
         return {f"{prefix}{leaf}": stats[s[0]] for s in sets for leaf in s}
 
     def _judge(
-        self, item: Item, linears: Mapping[str, nn.Linear], stats: Mapping[str, InputStats], index: int, block: nn.Module | None
+        self,
+        item: Item,
+        linears: Mapping[str, nn.Linear],
+        stats: Mapping[str, InputStats],
+        index: int,
+        block: nn.Module | None,
     ) -> dict[QuantSpec, Damage]:
-        originals = {n: self.plan.reader.read(f"{n}.weight").to(self.plan.device, torch.float32) for n in item.names}
+        originals = {
+            n: self.plan.reader.read(f"{n}.weight").to(self.plan.device, torch.float32)
+            for n in item.names
+        }
         rounding = _Rounding(self.plan, originals, stats)
-        # Rounded weights are made, judged and dropped; those that will be measured are made again, which costs less than
-        # keeping every scheme of a large item.
+        # Rounded weights are made, judged and dropped; those that will be measured are made again,
+        # which costs less than keeping every scheme of a large item.
         layer = {spec: rounding.error(rounding(spec)) for spec in item.specs}
         anchors = anchors_of(layer)
         if block is None and self.kind == "block":
-            return interpolate(layer, {a: layer[a] / rounding.energy if rounding.energy > 0 else 0.0 for a in anchors})
+            return interpolate(
+                layer,
+                {a: layer[a] / rounding.energy if rounding.energy > 0 else 0.0 for a in anchors},
+            )
         return interpolate(layer, self._damage(linears, {a: rounding(a) for a in anchors}, index))
 
     def _damage(
-        self, linears: Mapping[str, nn.Linear], rounded: Mapping[QuantSpec, Mapping[str, QuantizedWeight]], index: int
+        self,
+        linears: Mapping[str, nn.Linear],
+        rounded: Mapping[QuantSpec, Mapping[str, QuantizedWeight]],
+        index: int,
     ) -> dict[QuantSpec, float]:
         """The mean damage over all positions of all probe windows, for each scheme."""
-        run, difference = (self._logits, divergence) if self.kind == "kl" else (self._block_output, relative_error)
+        run, difference = (
+            (self._logits, divergence)
+            if self.kind == "kl"
+            else (self._block_output, relative_error)
+        )
         values: dict[QuantSpec, list[Tensor]] = {spec: [] for spec in rounded}
         for i in range(len(self.ids)):
             reference = run(i, index)
@@ -188,15 +242,20 @@ class _Pass:
         return _hidden(_raw_output(self.blocks[index], self.probes[i]))
 
     def _logits(self, i: int, index: int) -> Tensor:
-        """The whole model's logits ``[1, positions, vocabulary]`` with the blocks before ``index`` taken as already run."""
+        """The whole model's logits ``[1, positions, vocabulary]`` with the blocks before ``index``
+        taken as already run."""
         with already_run(self.blocks, index, self.given[i]), torch.no_grad():
             logits: Tensor = self.plan.model(input_ids=self.ids[i], use_cache=False).logits
         return logits
 
     def _advance(self, block: nn.Module, index: int) -> None:
-        self.inputs = [b.after(self._finite(_hidden(_raw_output(block, b)), index)) for b in self.inputs]
+        self.inputs = [
+            b.after(self._finite(_hidden(_raw_output(block, b)), index)) for b in self.inputs
+        ]
         self.given = [_raw_output(block, b) for b in self.probes]
-        self.probes = [b.after(_hidden(raw)) for b, raw in zip(self.probes, self.given, strict=True)]
+        self.probes = [
+            b.after(_hidden(raw)) for b, raw in zip(self.probes, self.given, strict=True)
+        ]
 
     def _finite(self, hidden: Tensor, index: int) -> Tensor:
         if not bool(torch.isfinite(hidden).all()):
@@ -207,17 +266,24 @@ class _Pass:
 
 
 class _Rounding:
-    """Rounds an item's linears to a scheme as the recipe's method does; one factorization per shared input."""
+    """Rounds an item's linears to a scheme as the recipe's method does; one factorization per
+    shared input."""
 
-    def __init__(self, plan: WalkPlan, originals: Mapping[str, Tensor], stats: Mapping[str, InputStats]) -> None:
+    def __init__(
+        self, plan: WalkPlan, originals: Mapping[str, Tensor], stats: Mapping[str, InputStats]
+    ) -> None:
         self.plan, self.originals, self.stats = plan, originals, stats
         self._factors: dict[int, Factor] = {}
         for name in originals:
             mine = stats[name]
             if mine.tokens == 0 and mine.dropped == 0 and place_of(plan.model, name):
-                continue  # an expert without tokens is rounded to nearest by the run, and costs nothing on this text
+                # an expert without tokens is rounded to nearest by the run, and costs nothing on
+                # this text
+                continue
             if mine.tokens == 0:
-                raise QuantizationError(f"{name} saw no finite calibration token ({mine.dropped} dropped)")
+                raise QuantizationError(
+                    f"{name} saw no finite calibration token ({mine.dropped} dropped)"
+                )
             if plan.recipe.method != "rtn" and id(mine) not in self._factors:
                 self._factors[id(mine)] = factorize(mine.hessian, plan.gptq_options, name)
 
@@ -232,8 +298,12 @@ class _Rounding:
         return gptq(self.originals[name], factor, spec, self.plan.gptq_options, name)
 
     def error(self, rounded: Mapping[str, QuantizedWeight]) -> float:
-        """``tr(D H D^T)`` per token, summed over the linears; rounding errors of the sum never make it negative."""
-        return sum(max(_energy(w - rounded[n].dequantize(), self.stats[n]), 0.0) for n, w in self.originals.items())
+        """``tr(D H D^T)`` per token, summed over the linears; rounding errors of the sum never make
+        it negative."""
+        return sum(
+            max(_energy(w - rounded[n].dequantize(), self.stats[n]), 0.0)
+            for n, w in self.originals.items()
+        )
 
     @property
     def energy(self) -> float:
@@ -262,4 +332,14 @@ def _hidden(raw: Any) -> Tensor:
     return hidden
 
 
-__all__ = ["Damage", "Item", "Kind", "Probe", "anchors_of", "divergence", "interpolate", "measure", "relative_error"]
+__all__ = [
+    "Damage",
+    "Item",
+    "Kind",
+    "Probe",
+    "anchors_of",
+    "divergence",
+    "interpolate",
+    "measure",
+    "relative_error",
+]

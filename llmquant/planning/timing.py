@@ -1,7 +1,9 @@
-"""How long a run would take on this machine, from its first two blocks: they are quantized, packed, written and proved for real.
+"""How long a run would take on this machine, from its first two blocks: they are quantized, packed,
+written and proved for real.
 
-The first block also pays for the embedding, so all further ones are taken to cost what the second did. Tensors that are copied,
-and the head of a run that quantizes it too, are not timed: next to the blocks they are small.
+The first block also pays for the embedding, so all further ones are taken to cost what the second
+did. Tensors that are copied, and the head of a run that quantizes it too, are not timed: next to
+the blocks they are small.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from llmquant.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of the first block (with what comes before it), of the one behind it, and the number of blocks."""
+    """Seconds of the first block (with what comes before it), of the one behind it, and the number
+    of blocks."""
 
     first: float
     later: float
@@ -40,7 +43,9 @@ class Timing:
         return self.first + self.later * (self.blocks - 1)
 
 
-def time_blocks(model: str | os.PathLike[str], recipe: Recipe, options: QuantizeOptions | None = None) -> Timing:
+def time_blocks(
+    model: str | os.PathLike[str], recipe: Recipe, options: QuantizeOptions | None = None
+) -> Timing:
     """Quantize the first two blocks of a model and throw them away.
 
     Args:
@@ -72,10 +77,16 @@ def _write_and_prove(result: BlockResult, prepared: Prepared, selection: Selecti
     schemes = {name: selection.schemes[name] for name in result.weights}
     if not schemes:
         return
-    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder) / "block") as writer:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        CheckpointWriter(Path(folder) / "block") as writer,
+    ):
         for name, (weight, _) in result.weights.items():
             store(name, weight, schemes[name].activations, prepared.reader, writer, prepared.layout)
         writer.finish_weights()
         write_config(writer, prepared.reader, prepared.layout, schemes, selection)
-        prove_modules(CheckpointReader(writer.partial), {n: report.digest for n, (_, report) in result.weights.items()})
+        prove_modules(
+            CheckpointReader(writer.partial),
+            {n: report.digest for n, (_, report) in result.weights.items()},
+        )
         writer.publish()

@@ -1,4 +1,5 @@
-"""The end of a run: what stands in a folder beside its weights, and the proof that the folder holds what was computed."""
+"""The end of a run: what stands in a folder beside its weights, and the proof that the folder holds
+what was computed."""
 
 from __future__ import annotations
 
@@ -33,10 +34,16 @@ from llmquant.quantization.steps.channel_scaling import PairReport
 
 
 def write_config(
-    writer: CheckpointWriter, reader: CheckpointReader, layout: Format, schemes: Mapping[str, Scheme], selection: Selection
+    writer: CheckpointWriter,
+    reader: CheckpointReader,
+    layout: Format,
+    schemes: Mapping[str, Scheme],
+    selection: Selection,
 ) -> None:
-    """Write config.json with the quantization in it, and the files that the layout wants beside it."""
-    # Sorted, so that the order in which a config is written says nothing of the run: a conversion there and back is equal.
+    """Write config.json with the quantization in it, and the files that the layout wants beside
+    it."""
+    # Sorted, so that the order in which a config is written says nothing of the run: a conversion
+    # there and back is equal.
     quantization = layout.config(dict(sorted(schemes.items())), selection.skipped)
     writer.write_json("config.json", {**reader.config, "quantization_config": quantization})
     for name, text in layout.side_files(quantization).items():
@@ -80,22 +87,30 @@ def describe(
         processes=plan.world.size,
         versions=versions(),
         bits_per_weight=outcome.packed_bytes * 8 / weights,
-        rotation=RotationEntry(**asdict(reader.report)) if isinstance(reader, RotatedReader) else None,
+        rotation=RotationEntry(**asdict(reader.report))
+        if isinstance(reader, RotatedReader)
+        else None,
         modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
-        tuned={n: TuneEntry(before=t.before, after=t.after, step=t.step, steps=t.steps) for n, t in outcome.tuned.items()},
+        tuned={
+            n: TuneEntry(before=t.before, after=t.after, step=t.step, steps=t.steps)
+            for n, t in outcome.tuned.items()
+        },
         scaled={block: tuple(map(_scaled_entry, pairs)) for block, pairs in outcome.scaled.items()},
         skipped=dict(selection.skipped),
         files=file_hashes(writer.partial),
     )
     writer.write_text(MANIFEST, manifest.to_json())
     scheme = ", ".join(sorted({str(s) for s in outcome.schemes.values()}))
-    card = model_card(manifest, recipe.to_yaml(), scheme, layout.name, front_matter(reader.path / "README.md"))
+    card = model_card(
+        manifest, recipe.to_yaml(), scheme, layout.name, front_matter(reader.path / "README.md")
+    )
     writer.write_text("README.md", card)
     return manifest
 
 
 def base_name(model: str) -> str:
-    """A hub name without its revision; of a folder only its own name, since a path means nothing on another machine."""
+    """A hub name without its revision; of a folder only its own name, since a path means nothing on
+    another machine."""
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.is_dir() else model.partition("@")[0]
 
@@ -113,9 +128,14 @@ def _calibration_entry(calibration: Calibration) -> dict[str, object]:
 
 
 def _portable_source(source: str) -> str:
-    """A text source without the folders of this machine: what identifies its content is the hash beside it."""
+    """A text source without the folders of this machine: what identifies its content is the hash
+    beside it."""
     kind, _, rest = source.partition(":")
-    return f"{kind}:{rest.rpartition('/')[2]}" if kind != "hf" or Path(rest.partition(":")[0]).is_dir() else source
+    return (
+        f"{kind}:{rest.rpartition('/')[2]}"
+        if kind != "hf" or Path(rest.partition(":")[0]).is_dir()
+        else source
+    )
 
 
 def _scaled_entry(report: PairReport) -> ScaledEntry:
@@ -139,7 +159,11 @@ def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
 
 
 def prove(
-    writer: CheckpointWriter, source: CheckpointReader, layout: Format, outcome: Outcome, manifest: Manifest
+    writer: CheckpointWriter,
+    source: CheckpointReader,
+    layout: Format,
+    outcome: Outcome,
+    manifest: Manifest,
 ) -> None:
     """Open the written folder as a stranger would and compare it with the run, tensor by tensor.
 
@@ -154,10 +178,13 @@ def prove(
     lost = [
         n
         for n in source.tensors
-        if n not in written and not (n.endswith(".weight") and n.removesuffix(".weight") in outcome.modules)
+        if n not in written
+        and not (n.endswith(".weight") and n.removesuffix(".weight") in outcome.modules)
     ]
     if lost:
-        raise ProofError(f"{writer.partial}: tensors of the original are missing: {', '.join(lost[:3])}")
+        raise ProofError(
+            f"{writer.partial}: tensors of the original are missing: {', '.join(lost[:3])}"
+        )
     packed = {f"{m}.{s}" for m in outcome.modules for s in layout.tensor_suffixes()}
     extra = sorted(written.tensors.keys() - outcome.copied.keys() - packed)
     if extra:

@@ -30,15 +30,16 @@ class ModuleReport:
         spec: its grid.
         digest: :meth:`QuantizedWeight.digest` as the algorithm returned it.
         weight_error: ``|W - Q|^2 / |W|^2``.
-        output_error: relative output error on the calibration inputs; None for a data-free method, and for a tuned block,
-            whose error is measured as a whole.
+        output_error: relative output error on the calibration inputs; None for a data-free method,
+            and for a tuned block, whose error is measured as a whole.
         damping: GPTQ's damping as finally used; larger than the recipe's when Cholesky failed.
         dead: input channels that were zero for every calibration token.
         tokens: calibration tokens seen.
         dropped: tokens left out for NaN or Inf.
         seconds: time spent rounding; not part of the manifest.
         peak: the most bytes that this process had in RAM up to then; likewise.
-        fallback: why the recipe's method was not used and the weight rounded to nearest instead, else None.
+        fallback: why the recipe's method was not used and the weight rounded to nearest instead,
+            else None.
     """
 
     name: str
@@ -57,9 +58,11 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """The quantized linears of one decoder block (``index`` None: of the head), by full name; what tuning it did.
+    """The quantized linears of one decoder block (``index`` None: of the head), by full name; what
+    tuning it did.
 
-    ``changed`` holds tensors beside them (norms, biases) that scaling changed, by full name; ``scaled`` says what it did.
+    ``changed`` holds tensors beside them (norms, biases) that scaling changed, by full name;
+    ``scaled`` says what it did.
     """
 
     index: int | None
@@ -71,7 +74,8 @@ class BlockResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where the walk is: ``block`` of ``blocks`` (the head counts as one), and the module being worked on."""
+    """Where the walk is: ``block`` of ``blocks`` (the head counts as one), and the module being
+    worked on."""
 
     block: int
     blocks: int
@@ -80,9 +84,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class WalkPlan:
-    """What to walk: the meta model, where its tensors are, and the spec of every linear to quantize, by full name.
+    """What to walk: the meta model, where its tensors are, and the spec of every linear to
+    quantize, by full name.
 
-    Of several processes in a ``world`` each walks with its share of the calibration batches; all hand out the same results.
+    Of several processes in a ``world`` each walks with its share of the calibration batches; all
+    hand out the same results.
     """
 
     model: PreTrainedModel
@@ -103,7 +109,11 @@ class WalkPlan:
     @property
     def tune_options(self) -> TuneOptions | None:
         t = self.recipe.tune
-        return None if t is None else TuneOptions(t.steps, t.lr, t.scale_lr, t.checks, t.patience, self.recipe.seed)
+        return (
+            None
+            if t is None
+            else TuneOptions(t.steps, t.lr, t.scale_lr, t.checks, t.patience, self.recipe.seed)
+        )
 
     @property
     def awq_options(self) -> AWQOptions | None:
@@ -118,7 +128,11 @@ class WalkPlan:
     @property
     def batch_size(self) -> int:
         """Calibration windows per pass."""
-        return self.recipe.calibration.batch_size if self.recipe.tune is None else self.recipe.tune.batch_size
+        return (
+            self.recipe.calibration.batch_size
+            if self.recipe.tune is None
+            else self.recipe.tune.batch_size
+        )
 
     @property
     def all_experts(self) -> bool:
@@ -132,7 +146,8 @@ class WalkPlan:
 
 
 def batched(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
-    """Stack windows of equal length ``[batch, positions]``; no padding, so no token is ever seen twice or masked."""
+    """Stack windows of equal length ``[batch, positions]``; no padding, so no token is ever seen
+    twice or masked."""
     by_length: dict[int, list[Tensor]] = {}
     for window in windows:
         by_length.setdefault(window.numel(), []).append(window)

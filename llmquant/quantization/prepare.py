@@ -1,6 +1,8 @@
-"""What every run over a model begins with: quantize, allocate and the timing of a plan ask for the same things in the same order.
+"""What every run over a model begins with: quantize, allocate and the timing of a plan ask for the
+same things in the same order.
 
-Nothing here reads a weight; everything that model, recipe, device and text alone can refuse is refused here.
+Nothing here reads a weight; everything that model, recipe, device and text alone can refuse is
+refused here.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class Prepared:
     computing: Computing
 
     def selection(self) -> Selection:
-        """Which linears the recipe quantizes, and how; raises what :func:`llmquant.models.selection.select` does."""
+        """Which linears the recipe quantizes, and how; raises what
+        :func:`llmquant.models.selection.select` does."""
         return select(self.linears, self.architecture, self.recipe, self.layout)
 
     def calibration(self, evaluation: str | None = None) -> Calibration | None:
@@ -96,11 +99,21 @@ class Prepared:
         """The walk that quantizes the selection; None: a walk for something else."""
         specs, head = ({}, None) if selection is None else (selection.specs, selection.head)
         return WalkPlan(
-            self.skeleton, self.architecture, self.reader, specs, self.recipe, self.device, self.dtype, head, world
+            self.skeleton,
+            self.architecture,
+            self.reader,
+            specs,
+            self.recipe,
+            self.device,
+            self.dtype,
+            head,
+            world,
         )
 
 
-def prepare(model: str | os.PathLike[str], recipe: Recipe, device: str = "cpu", dtype: str = "auto") -> Prepared:
+def prepare(
+    model: str | os.PathLike[str], recipe: Recipe, device: str = "cpu", dtype: str = "auto"
+) -> Prepared:
     """Bring model and recipe together.
 
     Args:
@@ -121,8 +134,17 @@ def prepare(model: str | os.PathLike[str], recipe: Recipe, device: str = "cpu", 
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
     check_fit(reader, skeleton)
     return Prepared(
-        original, reader, skeleton, architecture, linears_of(skeleton), layout, recipe, on, chosen.dtype, Computing.of(on, chosen)
-    )  # fmt: skip
+        original,
+        reader,
+        skeleton,
+        architecture,
+        linears_of(skeleton),
+        layout,
+        recipe,
+        on,
+        chosen.dtype,
+        Computing.of(on, chosen),
+    )
 
 
 class deterministic:  # noqa: N801 - used as a with-statement verb
@@ -141,5 +163,3 @@ class deterministic:  # noqa: N801 - used as a with-statement verb
         torch.set_rng_state(self._rng)
         torch.set_float32_matmul_precision(self._precision)
         gc.collect()
-
-

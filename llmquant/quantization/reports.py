@@ -1,6 +1,8 @@
-"""What the proof and the manifest need of each tensor written: gathered block by block, and kept in the journal of a run.
+"""What the proof and the manifest need of each tensor written: gathered block by block, and kept in
+the journal of a run.
 
-Numbers survive the way through JSON exactly: Python writes a float's shortest form that reads back as the same float.
+Numbers survive the way through JSON exactly: Python writes a float's shortest form that reads back
+as the same float.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from llmquant.quantization.steps.tuning import TuneReport
 
 @dataclass(slots=True)
 class Outcome:
-    """Reports, shapes and schemes of quantized linears by full name; digests of the tensors carried over."""
+    """Reports, shapes and schemes of quantized linears by full name; digests of the tensors carried
+    over."""
 
     modules: dict[str, ModuleReport] = field(default_factory=dict)
     tuned: dict[str, TuneReport] = field(default_factory=dict)

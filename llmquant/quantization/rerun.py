@@ -1,9 +1,10 @@
 """Repeat a run from what its folder records, and compare: is this checkpoint what its recipe gives?
 
-The recipe, the seed and the dtype come from the folder; the original model, and the calibration text where its path has
-changed, from the caller. Both are checked against the recorded hashes *before* the work, so that a difference in the result
-cannot come from another input. What may still differ is the software and the number of threads (floating-point sums are
-ordered by both); those are named beside the verdict.
+The recipe, the seed and the dtype come from the folder; the original model, and the calibration
+text where its path has changed, from the caller. Both are checked against the recorded hashes
+*before* the work, so that a difference in the result cannot come from another input. What may still
+differ is the software and the number of threads (floating-point sums are ordered by both); those
+are named beside the verdict.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def rerun(
     max_shard_size: int = 5_000_000_000,
     events: Events | None = None,
 ) -> Comparison:
-    """Quantize again, beside ``folder`` and for the length of the call, and compare every file and every linear.
+    """Quantize again, beside ``folder`` and for the length of the call, and compare every file and
+    every linear.
 
     Args:
         folder: written by ``llmquant quantize``.
@@ -62,24 +64,36 @@ def rerun(
         events: callbacks of the run.
 
     Raises:
-        UsageError: the folder was converted or has no recipe, or the model or the text is not the recorded one.
+        UsageError: the folder was converted or has no recipe, or the model or the text is not the
+            recorded one.
     """
     then = read_manifest(folder)
     if then.conversions or then.recipe_sha256 is None or not (folder / "recipe.yaml").is_file():
-        raise UsageError(f"{folder} was not written by a run of quantize (it is a conversion); rerun the folder it came from")
+        raise UsageError(
+            f"{folder} was not written by a run of quantize (it is a conversion); rerun the folder it came from"
+        )
     recipe = load_recipe(folder / "recipe.yaml")
     if calibration is not None:
         if recipe.calibration.source is None:
-            raise UsageError(f"{folder} was made without a calibration text; leave --calibration out")
+            raise UsageError(
+                f"{folder} was made without a calibration text; leave --calibration out"
+            )
         recipe = recipe.updated({"calibration.source": calibration})
     source = resolve(then.base_model or "" if model is None else model)
     if CheckpointReader(source).digest() != then.base_weights_sha256:
-        raise UsageError(f"{source} does not hold the weights that {folder} was made from; give that model with --model")
+        raise UsageError(
+            f"{source} does not hold the weights that {folder} was made from; give that model with --model"
+        )
     options = QuantizeOptions(
-        device=device or then.device, dtype=then.dtype, max_shard_size=max_shard_size, base_model=then.base_model,
+        device=device or then.device,
+        dtype=then.dtype,
+        max_shard_size=max_shard_size,
+        base_model=then.base_model,
         resume=False,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.rerun-", dir=folder.resolve().parent) as scratch:
+    )
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}.rerun-", dir=folder.resolve().parent
+    ) as scratch:
         quantize(source, Path(scratch) / folder.name, recipe, options, events)
         now = read_manifest(Path(scratch) / folder.name)
     _same_text(folder, then, now)
@@ -90,7 +104,9 @@ def _same_text(folder: Path, then: Manifest, now: Manifest) -> None:
     if then.calibration is not None and now.calibration is not None:
         key = "ids_sha256"
         if then.calibration.get(key) != now.calibration.get(key):
-            raise UsageError(f"the calibration windows are not those {folder} was made with; give its text with --calibration")
+            raise UsageError(
+                f"the calibration windows are not those {folder} was made with; give its text with --calibration"
+            )
 
 
 def _compare(then: Manifest, now: Manifest, ignore: tuple[str, ...]) -> Comparison:
@@ -106,7 +122,11 @@ def _compare(then: Manifest, now: Manifest, ignore: tuple[str, ...]) -> Comparis
 
 def _circumstances(then: Manifest) -> list[str]:
     here = versions()
-    found = [f"{n} {v} then, {here.get(n, 'none')} now" for n, v in then.versions.items() if here.get(n) != v]
+    found = [
+        f"{n} {v} then, {here.get(n, 'none')} now"
+        for n, v in then.versions.items()
+        if here.get(n) != v
+    ]
     if then.threads != torch.get_num_threads():
         found.append(f"{then.threads} threads then, {torch.get_num_threads()} now")
     if then.processes != 1:
@@ -121,7 +141,11 @@ def demand_same(folder: Path, comparison: Comparison) -> None:
     parts = [f"files {_some(comparison.files)}"] if comparison.files else []
     parts += [f"linears {_some(comparison.modules)}"] if comparison.modules else []
     around = "; ".join(comparison.circumstances)
-    told = f" (also different: {around})" if around else "; versions and thread count are the recorded ones"
+    told = (
+        f" (also different: {around})"
+        if around
+        else "; versions and thread count are the recorded ones"
+    )
     raise ProofError(f"running again did not give {folder}: {', '.join(parts)} differ{told}")
 
 

@@ -1,8 +1,9 @@
 """quantize: from a model and a recipe to a proved folder. The only place where the nouns meet.
 
-Everything that can be refused is refused before a weight is touched: the destination, the recipe against the model, the
-calibration text. Then blocks stream from the walk into the writer, the finished folder is read back and compared with what
-the algorithm returned, and only then does it get its name. What a killed run had finished is continued
+Everything that can be refused is refused before a weight is touched: the destination, the recipe
+against the model, the calibration text. Then blocks stream from the walk into the writer, the
+finished folder is read back and compared with what the algorithm returned, and only then does it
+get its name. What a killed run had finished is continued
 (:mod:`llmquant.quantization.state.resume`).
 """
 
@@ -47,21 +48,26 @@ from llmquant.runtime.distributed import ALONE, World
 
 @dataclass(frozen=True, slots=True)
 class QuantizeOptions:
-    """Where and how a run happens; nothing here is meant to change what is computed but ``dtype`` and ``device``.
+    """Where and how a run happens; nothing here is meant to change what is computed but ``dtype``
+    and ``device``.
 
     Attributes:
-        device: torch device that holds the current block; ``auto``: cuda where there is one, else cpu.
-        dtype: in which blocks are run for calibration: float32 (``auto``), bfloat16 or float16. Statistics and rounding
-            are float32 whatever it is.
+        device: torch device that holds the current block; ``auto``: cuda where there is one, else
+            cpu.
+        dtype: in which blocks are run for calibration: float32 (``auto``), bfloat16 or float16.
+            Statistics and rounding are float32 whatever it is.
         overwrite: replace an existing model folder.
         max_shard_size: bytes per safetensors file.
         base_model: name for the model card; default: the model as it was given.
         evaluation: text that calibration must not overlap with, as a source.
-        resume: keep what is needed to continue after a kill, and continue what such a run left. False: keep nothing.
+        resume: keep what is needed to continue after a kill, and continue what such a run left.
+            False: keep nothing.
         restart: begin anew even if there is something to continue.
-        max_memory: bytes of RAM to stay under by keeping hidden states in files; None: what the machine has left.
+        max_memory: bytes of RAM to stay under by keeping hidden states in files; None: what the
+            machine has left.
         log: file for one JSON line per module, block and turn of the run; None: none.
-        world: the processes that do it together, each with the same arguments; see :mod:`llmquant.runtime.distributed`.
+        world: the processes that do it together, each with the same arguments; see
+            :mod:`llmquant.runtime.distributed`.
     """
 
     device: str = "cpu"
@@ -79,7 +85,8 @@ class QuantizeOptions:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What came out, and how it was computed. ``resumed``: blocks that an earlier process had finished."""
+    """What came out, and how it was computed. ``resumed``: blocks that an earlier process had
+    finished."""
 
     path: Path
     recipe: Recipe
@@ -98,8 +105,9 @@ class QuantizeResult:
 
 @dataclass(slots=True)
 class Events:
-    """Callbacks of a run, all optional: calibration is ready, a module begins, a phase begins, a warning before work starts,
-    something worth knowing (an earlier run is continued, hidden states go to files)."""
+    """Callbacks of a run, all optional: calibration is ready, a module begins, a phase begins, a
+    warning before work starts, something worth knowing (an earlier run is continued, hidden states
+    go to files)."""
 
     on_calibration: Callable[[Calibration], None] = lambda _: None
     on_progress: Callable[[Progress], None] = lambda _: None
@@ -119,15 +127,15 @@ def quantize(
 
     Args:
         model: folder or hub name of an unquantized decoder LLM.
-        output: folder to make; appears whole, after its proof, or not at all. A run that was killed leaves ``.NAME.partial`` and
-            ``.NAME.resume`` beside it.
+        output: folder to make; appears whole, after its proof, or not at all. A run that was killed
+            leaves ``.NAME.partial`` and ``.NAME.resume`` beside it.
         recipe: what to do.
         options: where to do it.
         events: callbacks.
 
     Raises:
-        UsageError: the request is impossible as written (destination, recipe, text source, group size, device), or what is to be
-            continued was another run.
+        UsageError: the request is impossible as written (destination, recipe, text source, group
+            size, device), or what is to be continued was another run.
         CheckpointError, ArchitectureError: the model cannot be read or walked.
         QuantizationError: NaN or Inf in weights, activations or results.
         ProofError: what was written is not what was computed.
@@ -150,8 +158,12 @@ def quantize(
     if calibration is not None:
         events.on_calibration(calibration)
     plan = prepared.plan(selection, options.world)
-    work = _Work(Path(output), os.fspath(model), prepared, plan, selection, calibration, options, events)
-    facts = fingerprint(plan.reader, recipe, calibration, plan.device, plan.dtype, options.max_shard_size)
+    work = _Work(
+        Path(output), os.fspath(model), prepared, plan, selection, calibration, options, events
+    )
+    facts = fingerprint(
+        plan.reader, recipe, calibration, plan.device, plan.dtype, options.max_shard_size
+    )
     check_together(plan, work.windows, destination, restart=options.restart)
     if not plan.world.first:
         with deterministic(recipe.seed):
@@ -159,15 +171,32 @@ def quantize(
             return work.told(None)
     before = None if options.restart or plan.world.size > 1 else finished_before(destination, facts)
     if before is not None:
-        return work.result(before, work.total, sum(i.nbytes for i in CheckpointReader(destination).tensors.values()))
+        return work.result(
+            before,
+            work.total,
+            sum(i.nbytes for i in CheckpointReader(destination).tensors.values()),
+        )
     for note in here:  # not earlier: what stops a run should stand alone
         events.on_note(note)
-    with deterministic(recipe.seed), CheckpointWriter(
-        output, max_shard_size=options.max_shard_size, overwrite=options.overwrite,
-        keep=state_of(destination).exists() and not options.restart,
-    ) as writer, SavedRun(
-        writer, facts, work.total, plan.device, enabled=work.keeps_state, restart=options.restart, placement=work.placement,
-    ) as run, RunLog(options.log, append=run.blocks > 0) as log:  # fmt: skip
+    with (
+        deterministic(recipe.seed),
+        CheckpointWriter(
+            output,
+            max_shard_size=options.max_shard_size,
+            overwrite=options.overwrite,
+            keep=state_of(destination).exists() and not options.restart,
+        ) as writer,
+        SavedRun(
+            writer,
+            facts,
+            work.total,
+            plan.device,
+            enabled=work.keeps_state,
+            restart=options.restart,
+            placement=work.placement,
+        ) as run,
+        RunLog(options.log, append=run.blocks > 0) as log,
+    ):
         work.run(writer, run, log)
     return work.told(work.result(run.outcome, run.resumed, writer.total_bytes))
 
@@ -204,18 +233,31 @@ class _Work:
 
     @property
     def placement(self) -> Placement:
-        return placement(self.plan, self.plan.world.mine(self.windows), self.options.max_memory, self.plan.world.local)
+        return placement(
+            self.plan,
+            self.plan.world.mine(self.windows),
+            self.options.max_memory,
+            self.plan.world.local,
+        )
 
     def run(self, writer: CheckpointWriter, run: SavedRun, log: RunLog) -> None:
         run.bytes_expected = self._bytes_expected()
         log.start(self.plan.recipe, run, self.plan.device)
         if self.plan.world.size > 1:
-            kept = "; a run of several processes keeps nothing to continue from" if self.options.resume else ""
+            kept = (
+                "; a run of several processes keeps nothing to continue from"
+                if self.options.resume
+                else ""
+            )
             self.events.on_note(f"{self.plan.world.size} processes share the work{kept}")
         if run.resumed:
-            self.events.on_note(f"continuing behind block {run.resumed} of {run.total} of an interrupted run")
+            self.events.on_note(
+                f"continuing behind block {run.resumed} of {run.total} of an interrupted run"
+            )
         if run.room.placement.spill:
-            self.events.on_note(f"hidden states are kept in {run.folder}: they do not fit in memory")
+            self.events.on_note(
+                f"hidden states are kept in {run.folder}: they do not fit in memory"
+            )
         self._blocks(writer, run, log)
         self.events.on_phase("writing")
         log.phase("writing")
@@ -246,9 +288,13 @@ class _Work:
         """Walk through what is not done yet."""
         if run.blocks == run.total:
             return
-        for block in walk(self.plan, self.windows, self.events.on_progress, run.room, min(run.blocks, self.blocks)):
+        for block in walk(
+            self.plan, self.windows, self.events.on_progress, run.room, min(run.blocks, self.blocks)
+        ):
             prefix = f"{self.plan.architecture.blocks}.{block.index}"
-            done = store_block(block, prefix, self.plan.reader, writer, self.prepared.layout, self.selection)
+            done = store_block(
+                block, prefix, self.plan.reader, writer, self.prepared.layout, self.selection
+            )
             run.block_done(done)
             log.block(run, done)
 

@@ -1,18 +1,21 @@
 """The walk: block by block through a model of which only the current block exists in memory.
 
-The model is built on the meta device. Each decoder block is filled from the checkpoint, its linears are quantized in
-execution order, the block is run once more *with* its quantized weights to make the next block's inputs (so later layers
-compensate for earlier errors), and it is emptied again. What leaves is a stream of :class:`BlockResult`; the walk
-knows no file layout and writes nothing.
+The model is built on the meta device. Each decoder block is filled from the checkpoint, its linears
+are quantized in execution order, the block is run once more *with* its quantized weights to make
+the next block's inputs (so later layers compensate for earlier errors), and it is emptied again.
+What leaves is a stream of :class:`BlockResult`; the walk knows no file layout and writes nothing.
 
-With ``true_sequential`` the inputs of each set of linears are observed after the sets before it were quantized; without
-it all inputs of a block are observed in one pass with its original weights. A data-free recipe never runs the model.
+With ``true_sequential`` the inputs of each set of linears are observed after the sets before it
+were quantized; without it all inputs of a block are observed in one pass with its original weights.
+A data-free recipe never runs the model.
 
-Asymmetric calibration and tuning aim at what the original model computes: then its hidden states walk along beside the
-quantized model's (:mod:`llmquant.quantization.blocks.original`), and a tuned block's linears are moved once more, together, before it is left.
+Asymmetric calibration and tuning aim at what the original model computes: then its hidden states
+walk along beside the quantized model's (:mod:`llmquant.quantization.blocks.original`), and a tuned
+block's linears are moved once more, together, before it is left.
 
-Hidden states live in a :class:`llmquant.quantization.blocks.hidden_states.Room`. A room that comes with saved states continues the walk that saved them:
-nothing before is computed again but masks and position embeddings, and those must come out as they did then.
+Hidden states live in a :class:`llmquant.quantization.blocks.hidden_states.Room`. A room that comes
+with saved states continues the walk that saved them: nothing before is computed again but masks and
+position embeddings, and those must come out as they did then.
 """
 
 from __future__ import annotations
@@ -61,22 +64,31 @@ def walk(
         windows: calibration token ids, each ``[positions]``; empty for a data-free method.
         on_progress: called before each module.
         room: where hidden states live; default: in memory.
-        start: the first block to quantize. Of a calibrated walk that is not the first one, the room must hold what an earlier
-            walk left in front of it.
+        start: the first block to quantize. Of a calibrated walk that is not the first one, the room
+            must hold what an earlier walk left in front of it.
 
     Raises:
         QuantizationError: NaN or Inf where there must be none; names the module.
-        CheckpointError: a tensor of the model is missing from the checkpoint; saved states are damaged or do not fit.
+        CheckpointError: a tensor of the model is missing from the checkpoint; saved states are
+            damaged or do not fit.
     """
     if plan.recipe.needs_text and not windows:
-        raise QuantizationError(f"method {plan.recipe.steps} needs calibration windows and got none")
-    walker = _DataFree(plan, on_progress) if not windows else _Calibrated(plan, on_progress, windows, room, start)
+        raise QuantizationError(
+            f"method {plan.recipe.steps} needs calibration windows and got none"
+        )
+    walker = (
+        _DataFree(plan, on_progress)
+        if not windows
+        else _Calibrated(plan, on_progress, windows, room, start)
+    )
     blocks = blocks_of(plan.model, plan.architecture)
     for index in range(start, len(blocks)):
         prefix = f"{plan.architecture.blocks}.{index}"
         names = [n for n in plan.specs if n.startswith(f"{prefix}.")]
         weights = walker.block(index, blocks[index], prefix, names)
-        yield BlockResult(index, weights, walker.tuned, walker.scaling.changed, walker.scaling.reports)
+        yield BlockResult(
+            index, weights, walker.tuned, walker.scaling.changed, walker.scaling.reports
+        )
     if plan.head is not None:
         yield BlockResult(None, walker.head(plan.head))
 
@@ -129,12 +141,15 @@ class _Calibrated(_DataFree):
         blocks = blocks_of(plan.model, plan.architecture)
         calls = Calls()
         with materialized(plan, plan.model, "", outer_names(plan)):
-            first = _first_states(plan, blocks, plan.world.mine(batched(windows, plan.batch_size)), calls)
+            first = _first_states(
+                plan, blocks, plan.world.mine(batched(windows, plan.batch_size)), calls
+            )
             if start == 0:
                 room.name(STREAM, room.scratch(first))
             else:
                 for _ in first:
-                    pass  # the states in front of block 0 are not needed, only how blocks are called
+                    # the states in front of block 0 are not needed, only how blocks are called
+                    pass
         if start and STREAM not in room.streams:
             raise CheckpointError(f"the hidden states in front of block {start} were not saved")
         room.calls = calls.settle(room.calls)
@@ -149,22 +164,36 @@ class _Calibrated(_DataFree):
     ) -> dict[str, Rounded]:
         results: dict[str, Rounded] = {}
         with materialized(self.plan, block, f"{prefix}."):
-            linears = {n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}.")) for n in names}
+            linears = {
+                n.removeprefix(f"{prefix}."): _linear(block, n.removeprefix(f"{prefix}."))
+                for n in names
+            }
             sets, tails = self._sets(block, linears)
             self._scale(index, block, prefix, sets)
-            # After scaling, which leaves the block's function alone: its originals must fit the norms that now stand in it.
+            # After scaling, which leaves the block's function alone: its originals must fit the
+            # norms that now stand in it.
             if self.reference is not None:
-                self.reference.enter(block, linears, self.inputs, tails if self._pairs is not None else ())
+                self.reference.enter(
+                    block, linears, self.inputs, tails if self._pairs is not None else ()
+                )
             room = sum(p.numel() for p in block.parameters())
-            passes = passes_of(block, sets, room) if self.plan.recipe.gptq.true_sequential else [sets]
+            passes = (
+                passes_of(block, sets, room) if self.plan.recipe.gptq.true_sequential else [sets]
+            )
             with Replay(block, tails, linears) as replay:
                 for together in passes:
-                    stats = self._observe(block, {s[0]: linears[s[0]] for s in together}, replay.batch) if together else {}
+                    stats = (
+                        self._observe(block, {s[0]: linears[s[0]] for s in together}, replay.batch)
+                        if together
+                        else {}
+                    )
                     for members in together:
                         full = [f"{prefix}.{m}" for m in members]
                         results.update(self.quantize_set(index, full, stats[members[0]]))
                         for member, name in zip(members, full, strict=True):
-                            linears[member].weight.data.copy_(results[name][0].dequantize(self.plan.dtype))
+                            linears[member].weight.data.copy_(
+                                results[name][0].dequantize(self.plan.dtype)
+                            )
                         replay.settle(members)
                         if self.reference is not None:
                             self.reference.settle(members)
@@ -174,29 +203,49 @@ class _Calibrated(_DataFree):
                 self.reference.forget()
                 results = self._tuned(index, block, prefix, results)
                 self.reference.leave()
-            if self.plan.recipe.tune is not None:  # it moved weights, so nothing that was kept holds any longer
+            if (
+                self.plan.recipe.tune is not None
+            ):  # it moved weights, so nothing that was kept holds any longer
                 self._advance(block, index, nothing)
         return results
 
-    def _sets(self, block: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[list[tuple[str, ...]], list[Tail]]:
-        """Linears that share an input, in execution order, and what need not run again for those behind them."""
+    def _sets(
+        self, block: nn.Module, linears: Mapping[str, nn.Linear]
+    ) -> tuple[list[tuple[str, ...]], list[Tail]]:
+        """Linears that share an input, in execution order, and what need not run again for those
+        behind them."""
         if not linears:
             return [], []
         with Tails(block, linears) if self.replays else nullcontext() as watched:
-            sets = self.plan.world.told(stages(block, linears, self.inputs[0], self.plan.all_experts))
+            sets = self.plan.world.told(
+                stages(block, linears, self.inputs[0], self.plan.all_experts)
+            )
         return sets, watched.found() if watched is not None else []
 
-    def _scale(self, index: int, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]) -> None:
+    def _scale(
+        self, index: int, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]
+    ) -> None:
         if self.plan.recipe.awq is not None or self.plan.recipe.smooth is not None:
             self.announce(index, f"{prefix} (scaling)")
         find = self._finder(block, prefix, sets)
         if find is None:
             return
         config = self.plan.model.config.get_text_config()
-        heads: int = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1) or 1
+        heads: int = (
+            getattr(config, "num_key_value_heads", None)
+            or getattr(config, "num_attention_heads", 1)
+            or 1
+        )
         if self.plan.world.first:
             self.scaling = scale_block(
-                block, prefix, sets, self.inputs, self.plan.reader, self.plan.architecture, heads, find
+                block,
+                prefix,
+                sets,
+                self.inputs,
+                self.plan.reader,
+                self.plan.architecture,
+                heads,
+                find,
             )
         self._share_scaling(block, prefix)
 
@@ -204,27 +253,41 @@ class _Calibrated(_DataFree):
         """Give every process what the first one found, in the block too."""
         if self.plan.world.size == 1:
             return
-        names = [name.removeprefix(f"{prefix}.") for name in (*self.scaling.weights, *self.scaling.changed)]
+        names = [
+            name.removeprefix(f"{prefix}.")
+            for name in (*self.scaling.weights, *self.scaling.changed)
+        ]
         found = self.scaling, {name: block.get_parameter(name).data for name in names}
         self.scaling, values = self.plan.world.told(found)
         for name, value in values.items():
             block.get_parameter(name).data.copy_(value)
 
-    def _finder(self, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]) -> Finder | None:
-        """The recipe's search for channel scales; None where it wants none or has nothing to scale for."""
+    def _finder(
+        self, block: nn.Module, prefix: str, sets: Sequence[tuple[str, ...]]
+    ) -> Finder | None:
+        """The recipe's search for channel scales; None where it wants none or has nothing to scale
+        for."""
         plan, awq, smooth = self.plan, self.plan.awq_options, self.plan.smooth_options
         self.scaling = BlockScaling({}, {}, ())
         if not sets:
             return None
         if smooth is not None:
             names = (f"{prefix}.{m}" for s in sets for m in s)
-            int8 = frozenset(n for n in names if plan.recipe.weights_of(n).activations == "int8-dynamic")
-            return SmoothFinder(block, sets, self.inputs, plan.specs, int8, plan.search, smooth, plan.all_experts)
+            int8 = frozenset(
+                n for n in names if plan.recipe.weights_of(n).activations == "int8-dynamic"
+            )
+            return SmoothFinder(
+                block, sets, self.inputs, plan.specs, int8, plan.search, smooth, plan.all_experts
+            )
         if awq is None:
             return None
-        return AWQFinder(block, sets, self.inputs, plan.specs, plan.search, awq, plan.all_experts, plan.world)
+        return AWQFinder(
+            block, sets, self.inputs, plan.specs, plan.search, awq, plan.all_experts, plan.world
+        )
 
-    def _observe(self, block: nn.Module, wanted: Mapping[str, nn.Linear], around: Around) -> Mapping[str, InputStats]:
+    def _observe(
+        self, block: nn.Module, wanted: Mapping[str, nn.Linear], around: Around
+    ) -> Mapping[str, InputStats]:
         stats: Mapping[str, InputStats]
         if self._pairs is None:
             stats = observe(block, wanted, self.inputs, self.plan.all_experts, around)
@@ -246,17 +309,32 @@ class _Calibrated(_DataFree):
         own = nullcontext(self.reference.outputs)
         originals = {name: self.original(name) for name in results}
         starts = {name: weight for name, (weight, _) in results.items()}
-        with own if wanted.target == "original" else self.reference.block_outputs(block, self.inputs) as targets:
-            weights, self.tuned = tune_block(block, prefix, originals, starts, self.inputs, targets, options, self.plan.dtype)
+        with (
+            own
+            if wanted.target == "original"
+            else self.reference.block_outputs(block, self.inputs) as targets
+        ):
+            weights, self.tuned = tune_block(
+                block, prefix, originals, starts, self.inputs, targets, options, self.plan.dtype
+            )
         return {
-            name: (weight, replace(
-                results[name][1], digest=weight.digest(), weight_error=weight_error(originals[name], weight), output_error=None
-            ))
+            name: (
+                weight,
+                replace(
+                    results[name][1],
+                    digest=weight.digest(),
+                    weight_error=weight_error(originals[name], weight),
+                    output_error=None,
+                ),
+            )
             for name, weight in weights.items()
-        }  # fmt: skip
+        }
 
     def _advance(self, block: nn.Module, index: int, around: Around) -> None:
-        self.room.name(STREAM, self.room.streams[STREAM].replaced(self._outputs(block, index, around), self.room))
+        self.room.name(
+            STREAM,
+            self.room.streams[STREAM].replaced(self._outputs(block, index, around), self.room),
+        )
         self.inputs.block += 1
 
     def _outputs(self, block: nn.Module, index: int, around: Around) -> Iterator[Tensor]:
@@ -283,9 +361,13 @@ class _Calibrated(_DataFree):
     ) -> dict[str, Rounded]:
         """Quantize linears that share an input: one Hessian, one factorization."""
         if stats.tokens == 0 and stats.dropped == 0 and place_of(self.plan.model, names[0]):
-            return self.plan.world.deal(names, lambda name: self.round_to_nearest(index, name, UNSEEN))
+            return self.plan.world.deal(
+                names, lambda name: self.round_to_nearest(index, name, UNSEEN)
+            )
         if stats.tokens == 0:
-            raise QuantizationError(f"{names[0]} saw no finite calibration token ({stats.dropped} dropped)")
+            raise QuantizationError(
+                f"{names[0]} saw no finite calibration token ({stats.dropped} dropped)"
+            )
         world, factor = self.plan.world, None
         if self.plan.recipe.method == "gptq" and world.mine(names):
             factor = factorize(stats.hessian, self.plan.gptq_options, names[0])
@@ -297,8 +379,11 @@ class _Calibrated(_DataFree):
         return world.deal(names, one)
 
 
-def _first_states(plan: WalkPlan, blocks: nn.ModuleList, batches: Sequence[Tensor], calls: Calls) -> Iterator[Tensor]:
-    """The states in front of block 0, batch by batch; ``calls`` notes what every block is called with beside them."""
+def _first_states(
+    plan: WalkPlan, blocks: nn.ModuleList, batches: Sequence[Tensor], calls: Calls
+) -> Iterator[Tensor]:
+    """The states in front of block 0, batch by batch; ``calls`` notes what every block is called
+    with beside them."""
     for ids in batches:
         (first,) = first_inputs(plan.model, blocks, [ids.to(plan.device)])
         calls.add(first.calls)

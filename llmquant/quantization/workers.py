@@ -1,9 +1,11 @@
-"""A run of several processes, beside what one does alone: what it must refuse, and the part of those that do not write.
+"""A run of several processes, beside what one does alone: what it must refuse, and the part of
+those that do not write.
 
-The first process goes the way of a run alone. The others carry their share of the hidden states through the same walk, so that
-its sums are whole and its linears are shared out, and then wait for the folder to be proved. What needs more than sums of the
-shares (tuning's gradients, SmoothQuant's samples of rows) is refused, and no state is kept to continue from: hidden states are
-spread over processes that may be others next time.
+The first process goes the way of a run alone. The others carry their share of the hidden states
+through the same walk, so that its sums are whole and its linears are shared out, and then wait for
+the folder to be proved. What needs more than sums of the shares (tuning's gradients, SmoothQuant's
+samples of rows) is refused, and no state is kept to continue from: hidden states are spread over
+processes that may be others next time.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from llmquant.quantization.state.resume import kept_blocks
 from llmquant.quantization.walk import walk
 
 
-def check_together(plan: WalkPlan, windows: Sequence[Tensor], destination: Path, *, restart: bool) -> None:
+def check_together(
+    plan: WalkPlan, windows: Sequence[Tensor], destination: Path, *, restart: bool
+) -> None:
     """Wait until every process has looked at the request; each looks at the same.
 
     Raises:
@@ -34,7 +38,9 @@ def check_together(plan: WalkPlan, windows: Sequence[Tensor], destination: Path,
         return
     alone = [name for name in ("smooth", "tune") if getattr(recipe, name) is not None]
     if alone:
-        raise UsageError(f"{' and '.join(alone)} works in one process only, not in {world.size}: run it without torchrun")
+        raise UsageError(
+            f"{' and '.join(alone)} works in one process only, not in {world.size}: run it without torchrun"
+        )
     batches = len(batched(windows, plan.batch_size))
     if windows and batches < world.size:
         raise UsageError(
@@ -49,7 +55,9 @@ def check_together(plan: WalkPlan, windows: Sequence[Tensor], destination: Path,
     world.meet()
 
 
-def assist(plan: WalkPlan, windows: Sequence[Tensor], destination: Path, placement: Placement) -> None:
+def assist(
+    plan: WalkPlan, windows: Sequence[Tensor], destination: Path, placement: Placement
+) -> None:
     """Walk along with the first process, which writes.
 
     Args:

@@ -1,4 +1,5 @@
-"""From what the walk hands out to tensors in a writer: linears packed, everything beside them carried over byte for byte."""
+"""From what the walk hands out to tensors in a writer: linears packed, everything beside them
+carried over byte for byte."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ from llmquant.weight import QuantizedWeight
 
 
 def store_block(
-    block: BlockResult, prefix: str, reader: CheckpointReader, writer: CheckpointWriter, layout: Format, selection: Selection
+    block: BlockResult,
+    prefix: str,
+    reader: CheckpointReader,
+    writer: CheckpointWriter,
+    layout: Format,
+    selection: Selection,
 ) -> Outcome:
     """Pack a block's linears and carry its other tensors over.
 
@@ -34,7 +40,9 @@ def store_block(
     outcome = Outcome()
     for name, (weight, report) in block.weights.items():
         activations = selection.schemes[name].activations
-        outcome.packed_bytes += packed_bytes(store(name, weight, activations, reader, writer, layout))
+        outcome.packed_bytes += packed_bytes(
+            store(name, weight, activations, reader, writer, layout)
+        )
         outcome.modules[name] = report
         outcome.shapes[name] = weight.shape
         outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
@@ -64,7 +72,10 @@ def store(
 
 
 def carry(
-    names: Iterable[str], reader: CheckpointReader, writer: CheckpointWriter, changed: Mapping[str, Tensor] | None = None
+    names: Iterable[str],
+    reader: CheckpointReader,
+    writer: CheckpointWriter,
+    changed: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
     """Write tensors as they are, or as ``changed`` has them; returns the digest of each.
 
@@ -75,7 +86,9 @@ def carry(
     for name in names:
         tensor = changed[name] if changed and name in changed else reader.read(name)
         if not all_finite(tensor):
-            raise QuantizationError(f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?")
+            raise QuantizationError(
+                f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?"
+            )
         writer.add(name, tensor)
         digests[name] = sha256_tensor(tensor)
     return digests

@@ -1,15 +1,19 @@
-"""World: the processes that quantize one model together, each on its own device, and what they tell each other.
+"""World: the processes that quantize one model together, each on its own device, and what they tell
+each other.
 
-Each process carries its share of the calibration batches through every block. Three things are common: the statistics of a
-linear's inputs are added up over all processes, the linears are dealt out to be rounded, and every process gets every result, so
-that all of them go on with the same weights. The first process alone writes. A world of one does nothing of this.
+Each process carries its share of the calibration batches through every block. Three things are
+common: the statistics of a linear's inputs are added up over all processes, the linears are dealt
+out to be rounded, and every process gets every result, so that all of them go on with the same
+weights. The first process alone writes. A world of one does nothing of this.
 
-Each share is summed by itself and the shares are added in the order of the ranks: as :meth:`InputStats.merge` would, bit for bit,
-and the same in every run with as many processes. One process adds the same terms in another order. Its Hessians differ in the
-last bits of float32, and GPTQ passes a code that falls the other way on to every column behind it. A data-free method has no
+Each share is summed by itself and the shares are added in the order of the ranks: as
+:meth:`InputStats.merge` would, bit for bit, and the same in every run with as many processes. One
+process adds the same terms in another order. Its Hessians differ in the last bits of float32, and
+GPTQ passes a code that falls the other way on to every column behind it. A data-free method has no
 sums and gives the same bytes however many take part.
 
-Values travel pickled between the processes of one run, which run the same program; nothing pickled is ever read from a file.
+Values travel pickled between the processes of one run, which run the same program; nothing pickled
+is ever read from a file.
 """
 
 from __future__ import annotations
@@ -32,13 +36,16 @@ from llmquant.stats import InputStats
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)  # others wait while the first one writes and proves; a process that dies is noticed at once
+_PATIENCE = timedelta(
+    days=7
+)  # others wait while the first one writes and proves; a process that dies is noticed at once
 _PART = 1 << 24  # numbers sent at a time: bounds the memory that adding up takes
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """``size`` processes, of which this is number ``rank``; ``local`` of them run on this machine, this one as ``local_rank``."""
+    """``size`` processes, of which this is number ``rank``; ``local`` of them run on this machine,
+    this one as ``local_rank``."""
 
     rank: int = 0
     size: int = 1
@@ -55,12 +62,21 @@ class World:
         try:
             rank, size, local, local_rank = (
                 int(environment.get(name, default))
-                for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+                for name, default in (
+                    ("RANK", "0"),
+                    ("WORLD_SIZE", "1"),
+                    ("LOCAL_WORLD_SIZE", "1"),
+                    ("LOCAL_RANK", "0"),
+                )
             )
         except ValueError as e:
-            raise UsageError(f"RANK, WORLD_SIZE and LOCAL_RANK are torchrun's and must be numbers: {e}") from e
+            raise UsageError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK are torchrun's and must be numbers: {e}"
+            ) from e
         if not 0 <= rank < size:
-            raise UsageError(f"RANK {rank} is not in 0 … {size - 1}, as WORLD_SIZE {size} has it; start with torchrun")
+            raise UsageError(
+                f"RANK {rank} is not in 0 … {size - 1}, as WORLD_SIZE {size} has it; start with torchrun"
+            )
         return cls(rank, size, local, local_rank)
 
     @property
@@ -69,8 +85,8 @@ class World:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device of this process, given what was asked for: ``auto`` is a GPU where there is one; of several each process
-        takes its own.
+        """The device of this process, given what was asked for: ``auto`` is a GPU where there is
+        one; of several each process takes its own.
 
         Raises:
             UsageError: one GPU was named for several processes.
@@ -80,7 +96,9 @@ class World:
         if self.size == 1 or not name.startswith("cuda"):
             return name
         if name != "cuda":
-            raise UsageError(f"{self.size} processes cannot share {name}; give --device cuda, and each takes a GPU of its own")
+            raise UsageError(
+                f"{self.size} processes cannot share {name}; give --device cuda, and each takes a GPU of its own"
+            )
         return f"cuda:{self.local_rank}"
 
     def mine(self, items: Sequence[T]) -> list[T]:
@@ -126,7 +144,8 @@ class World:
         return {name: self.told(done.get(name), i % self.size) for i, name in enumerate(names)}  # type: ignore[misc]
 
     def told(self, value: T, by: int = 0) -> T:
-        """The value that process ``by`` has. Tensors arrive on the kind of device that they left from.
+        """The value that process ``by`` has. Tensors arrive on the kind of device that they left
+        from.
 
         Raises:
             ParallelError: another process is gone.
@@ -147,7 +166,10 @@ class World:
             distributed.broadcast_object_list(message, src=by, device=torch.device("cpu"))
             data, kinds = message[0]
             if self.rank != by:
-                tensors = [torch.empty(shape, dtype=dtype, device=self._beside(kind)) for shape, dtype, kind in kinds]
+                tensors = [
+                    torch.empty(shape, dtype=dtype, device=self._beside(kind))
+                    for shape, dtype, kind in kinds
+                ]
             for tensor in tensors:
                 distributed.broadcast(tensor, src=by)
         if self.rank == by:
@@ -223,7 +245,9 @@ def joined(world: World) -> Iterator[World]:
     if not distributed.is_available():
         raise UsageError("this torch was built without torch.distributed; quantize in one process")
     with _reached(world):
-        distributed.init_process_group(_backends(), rank=world.rank, world_size=world.size, timeout=_PATIENCE)
+        distributed.init_process_group(
+            _backends(), rank=world.rank, world_size=world.size, timeout=_PATIENCE
+        )
     try:
         yield world
     finally:

@@ -1,4 +1,5 @@
-"""Whether a tensor holds NaN or Inf, without the several copies of it that ``torch.isfinite`` makes on the way.
+"""Whether a tensor holds NaN or Inf, without the several copies of it that ``torch.isfinite`` makes
+on the way.
 
 An embedding of a billion bytes would cost two more of them; in pieces it costs a few megabytes.
 """

@@ -1,8 +1,8 @@
 """Memory of this process.
 
-The peak is ``VmHWM`` of ``/proc/self/status`` where there is one. ``ru_maxrss`` looks like the same thing and is not: on Linux a
-child starts with its parent's peak (``execve`` folds the old address space into it), so a small run started by a big process
-would look big.
+The peak is ``VmHWM`` of ``/proc/self/status`` where there is one. ``ru_maxrss`` looks like the same
+thing and is not: on Linux a child starts with its parent's peak (``execve`` folds the old address
+space into it), so a small run started by a big process would look big.
 """
 
 from __future__ import annotations

@@ -12,16 +12,14 @@ if TYPE_CHECKING:
     from llmquant_serve.service import Limits, Service
 
 
-
-
-
 def build_engine(options: ModelOptions, max_streams: int) -> Engine:
     """The engine, not yet started; raises as :func:`built`."""
     return built(options, max_streams)[0]
 
 
 def built(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
-    """The engine, not yet started, and how it computes, as a line (nothing of an engine in another process).
+    """The engine, not yet started, and how it computes, as a line (nothing of an engine in another
+    process).
 
     Raises:
         LlmquantError: no such engine or model, or the engine cannot run it.
@@ -36,12 +34,16 @@ def built(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
         llmquant.set_threads(options.threads)
         device = llmquant.parse_device(options.device)
         chosen = llmquant.compute_dtype(options.model, options.dtype, device)
-        model = llmquant.load(options.model, dtype=chosen.dtype, device=device, kernel=options.kernel)
+        model = llmquant.load(
+            options.model, dtype=chosen.dtype, device=device, kernel=options.kernel
+        )
         computing = llmquant.Computing.of(device, chosen).told(llmquant.describe(model).kernels)
         return LocalEngine(model, max_streams, options.context), computing
     if options.engine == "vllm":
         if options.threads is not None:
-            raise UsageError("--threads is of the local engine; vLLM takes OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND")
+            raise UsageError(
+                "--threads is of the local engine; vLLM takes OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND"
+            )
         from llmquant_serve.engines.vllm import vllm_engine
 
         return vllm_engine(options, max_streams), ""

@@ -1,4 +1,5 @@
-"""Errors as the OpenAI API words them: ``{"error": {"message", "type", "param", "code"}}`` with a fitting status."""
+"""Errors as the OpenAI API words them: ``{"error": {"message", "type", "param", "code"}}`` with a
+fitting status."""
 
 from __future__ import annotations
 
@@ -29,7 +30,14 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, object]:
-        return {"error": {"message": self.message, "type": _kind(self.status), "param": self.parameter, "code": self.code}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": _kind(self.status),
+                "param": self.parameter,
+                "code": self.code,
+            }
+        }
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
@@ -41,5 +49,10 @@ def bad(message: str, parameter: str | None = None, code: str | None = None) -> 
 
 
 def _kind(status: int) -> str:
-    names = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    names = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+    }
     return names.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -1,6 +1,7 @@
 """Run a service under uvicorn: bind, announce, stop in order.
 
-SIGTERM or Ctrl-C stop accepting; running answers get ``drain_seconds`` to end, then they are cut off and the engine is closed.
+SIGTERM or Ctrl-C stop accepting; running answers get ``drain_seconds`` to end, then they are cut
+off and the engine is closed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def bound_socket(binding: Binding) -> socket.socket:
         UsageError: the address cannot be had.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(binding.host, binding.port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            binding.host, binding.port, type=socket.SOCK_STREAM
+        )[0]
         sock = socket.socket(family, kind, protocol)
     except OSError as e:
         raise UsageError(f"--host {binding.host}: {e}") from e
@@ -56,17 +59,31 @@ def bound_socket(binding: Binding) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as e:
         sock.close()
-        raise UsageError(f"cannot listen on {binding.host} port {binding.port}: {e.strerror}; choose another with --port") from e
+        raise UsageError(
+            f"cannot listen on {binding.host} port {binding.port}: {e.strerror}; choose another with --port"
+        ) from e
     return sock
 
 
 def run(
-    service: Service, binding: Binding, listening: socket.socket, reference: Service | None = None, folder: Path | None = None
+    service: Service,
+    binding: Binding,
+    listening: socket.socket,
+    reference: Service | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Serve until a signal comes; ``reference`` and ``folder`` are for the chat page."""
     if not _is_loopback(binding.host) and not binding.keys:
-        _say(f"warning: {binding.host} can be reached from other machines and no --api-key is set: anyone there can use it")
-    app = create_app(service, keys=binding.keys, cors_origins=binding.cors_origins, ui=binding.ui, reference=reference)
+        _say(
+            f"warning: {binding.host} can be reached from other machines and no --api-key is set: anyone there can use it"
+        )
+    app = create_app(
+        service,
+        keys=binding.keys,
+        cors_origins=binding.cors_origins,
+        ui=binding.ui,
+        reference=reference,
+    )
     if binding.ui:
         from llmquant_serve.chat.page import mount
 
@@ -88,7 +105,8 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, binding: Binding) -> None:
         super().__init__(config)
         self._service, self._binding = service, binding
-        # uvicorn sets its own handlers whatever it finds; a shell's background commands are to ignore Ctrl-C.
+        # uvicorn sets its own handlers whatever it finds; a shell's background commands are to
+        # ignore Ctrl-C.
         self._ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -1,4 +1,5 @@
-"""The model card: front matter a hub can read, facts from the manifest, and room for measured figures."""
+"""The model card: front matter a hub can read, facts from the manifest, and room for measured
+figures."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from llmquant.checkpoint.card import MEASURED_END, MEASURED_START, front_matter, measured, model_card
+from llmquant.checkpoint.card import (
+    MEASURED_END,
+    MEASURED_START,
+    front_matter,
+    measured,
+    model_card,
+)
 from llmquant.checkpoint.manifest import read_manifest
 from llmquant.quantization.run import QuantizeOptions, quantize
 from llmquant.recipe import Recipe
@@ -38,10 +45,13 @@ def test_the_facts_are_the_manifests(quantized: Path) -> None:
     manifest = read_manifest(quantized)
     worst = max(manifest.modules, key=lambda n: manifest.modules[n].output_error or 0)
     for fact in (
-        "# small, W4 g32 sym", f"{len(manifest.modules)} linear layers", f"{manifest.bits_per_weight:.3f} bits",
-        f"{manifest.modules[worst].output_error:.3g} (`{worst}`)", "- `lm_head`: ignore pattern lm_head",
+        "# small, W4 g32 sym",
+        f"{len(manifest.modules)} linear layers",
+        f"{manifest.bits_per_weight:.3f} bits",
+        f"{manifest.modules[worst].output_error:.3g} (`{worst}`)",
+        "- `lm_head`: ignore pattern lm_head",
         (quantized / "recipe.yaml").read_text(encoding="utf-8"),
-    ):  # fmt: skip
+    ):
         assert fact in body
 
 
@@ -71,7 +81,9 @@ def test_the_base_model_can_be_named(model: Path, rtn: Recipe, tmp_path: Path) -
 
 
 CARDS = [
-    pytest.param("---\nlicense: mit\ntags: [a]\n---\n# x", {"license": "mit", "tags": ["a"]}, id="a card"),
+    pytest.param(
+        "---\nlicense: mit\ntags: [a]\n---\n# x", {"license": "mit", "tags": ["a"]}, id="a card"
+    ),
     pytest.param("# x\n---\nlicense: mit\n---\n", {}, id="rules, no front matter"),
     pytest.param("---\nlicense: mit\n", {}, id="no end"),
     pytest.param("---\n: : [\n---\n", {}, id="no yaml"),

@@ -1,4 +1,5 @@
-"""Model folders: what the reader refuses, what the writer leaves behind, and when the new folder takes its place."""
+"""Model folders: what the reader refuses, what the writer leaves behind, and when the new folder
+takes its place."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmquant.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json, sha256_file, sha256_tensor
+from llmquant.checkpoint.reader import (
+    INDEX,
+    SINGLE,
+    CheckpointReader,
+    read_json,
+    sha256_file,
+    sha256_tensor,
+)
 from llmquant.checkpoint.shards import ShardWriter
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.errors import CheckpointError, ProofError, UsageError
@@ -71,33 +79,79 @@ def same_tensor_twice(folder: Path) -> None:
 DAMAGE = [
     pytest.param(lambda f: (f / "config.json").unlink(), "config.json is missing", id="no config"),
     pytest.param(contents("config.json", b"{"), "cannot be read as JSON", id="config cut"),
-    pytest.param(contents("config.json", b"[]"), "holds list, not a JSON object", id="config is a list"),
-    pytest.param(contents("config.json", b"\xff{"), "cannot be read as JSON", id="config not utf-8"),
-    pytest.param(contents("config.json", b"[" * 100_000), "cannot be read as JSON", id="config nested too deep"),
+    pytest.param(
+        contents("config.json", b"[]"), "holds list, not a JSON object", id="config is a list"
+    ),
+    pytest.param(
+        contents("config.json", b"\xff{"), "cannot be read as JSON", id="config not utf-8"
+    ),
+    pytest.param(
+        contents("config.json", b"[" * 100_000),
+        "cannot be read as JSON",
+        id="config nested too deep",
+    ),
     pytest.param(lambda f: (f / SINGLE).unlink(), "has no safetensors weights", id="no weights"),
-    pytest.param(only_pickle, "only pickle files .pytorch_model.bin., which can run code", id="pickle only"),
-    pytest.param(two_without_index, "has 2 safetensors files but no model.safetensors.index.json", id="no index"),
+    pytest.param(
+        only_pickle, "only pickle files .pytorch_model.bin., which can run code", id="pickle only"
+    ),
+    pytest.param(
+        two_without_index,
+        "has 2 safetensors files but no model.safetensors.index.json",
+        id="no index",
+    ),
     pytest.param(contents(SINGLE, b""), "truncated, damaged or not safetensors", id="empty file"),
-    pytest.param(contents(SINGLE, struct.pack("<Q", 2) + b"[]"), "truncated, damaged or not", id="header is a list"),
-    pytest.param(contents(SINGLE, struct.pack("<Q", 1 << 60) + b"{}"), "truncated, damaged or not", id="header too long"),
-    pytest.param(contents(SINGLE, struct.pack("<Q", 2) + b"{}"), "without a single tensor", id="no tensors"),
+    pytest.param(
+        contents(SINGLE, struct.pack("<Q", 2) + b"[]"),
+        "truncated, damaged or not",
+        id="header is a list",
+    ),
+    pytest.param(
+        contents(SINGLE, struct.pack("<Q", 1 << 60) + b"{}"),
+        "truncated, damaged or not",
+        id="header too long",
+    ),
+    pytest.param(
+        contents(SINGLE, struct.pack("<Q", 2) + b"{}"), "without a single tensor", id="no tensors"
+    ),
     pytest.param(cut, "truncated, damaged or not", id="file cut"),
     pytest.param(longer, "truncated, damaged or not", id="file too long"),
-    pytest.param(entry(lambda e: e.pop("data_offsets")), "truncated, damaged or not", id="no offsets"),
-    pytest.param(entry(lambda e: e.update(data_offsets="ab")), "truncated, damaged or not", id="offsets no numbers"),
-    pytest.param(entry(lambda e: e.update(data_offsets=[-5, 10])), "truncated, damaged or not", id="negative offset"),
+    pytest.param(
+        entry(lambda e: e.pop("data_offsets")), "truncated, damaged or not", id="no offsets"
+    ),
+    pytest.param(
+        entry(lambda e: e.update(data_offsets="ab")),
+        "truncated, damaged or not",
+        id="offsets no numbers",
+    ),
+    pytest.param(
+        entry(lambda e: e.update(data_offsets=[-5, 10])),
+        "truncated, damaged or not",
+        id="negative offset",
+    ),
     pytest.param(entry(lambda e: e.pop("dtype")), "truncated, damaged or not", id="no dtype"),
-    pytest.param(entry(lambda e: e.update(shape=[1, 1])), "truncated, damaged or not", id="shape too small"),
+    pytest.param(
+        entry(lambda e: e.update(shape=[1, 1])), "truncated, damaged or not", id="shape too small"
+    ),
     pytest.param(entry(lambda e: e.update(shape=None)), "truncated, damaged or not", id="no shape"),
     pytest.param(
-        entry(lambda e: e.update(dtype="F8_E5M2", shape=[64, 128])), "dtype F8_E5M2, which llmquant does not read", id="fp8"
+        entry(lambda e: e.update(dtype="F8_E5M2", shape=[64, 128])),
+        "dtype F8_E5M2, which llmquant does not read",
+        id="fp8",
     ),
     pytest.param(index({}), "holds no weight_map", id="empty index"),
     pytest.param(index([1]), "holds no weight_map", id="index of a list"),
     pytest.param(index({"a": 1}), "holds no weight_map", id="index of numbers"),
-    pytest.param(index({"a": "../m/model.safetensors"}), "holds no weight_map", id="index leads outside"),
-    pytest.param(index({"a": "gone.safetensors"}), "names shards that are not there: gone.safetensors", id="shard gone"),
-    pytest.param(index({"nope.weight": SINGLE}), "names nope.weight, which is in no shard", id="index lies"),
+    pytest.param(
+        index({"a": "../m/model.safetensors"}), "holds no weight_map", id="index leads outside"
+    ),
+    pytest.param(
+        index({"a": "gone.safetensors"}),
+        "names shards that are not there: gone.safetensors",
+        id="shard gone",
+    ),
+    pytest.param(
+        index({"nope.weight": SINGLE}), "names nope.weight, which is in no shard", id="index lies"
+    ),
     pytest.param(same_tensor_twice, "is also in", id="one tensor in two shards"),
 ]
 
@@ -114,7 +168,9 @@ def test_a_damaged_folder_is_refused_by_name(
 
 
 def test_what_is_no_folder() -> None:
-    with pytest.raises(CheckpointError, match="is not a folder; give a local model folder or a hub name"):
+    with pytest.raises(
+        CheckpointError, match="is not a folder; give a local model folder or a hub name"
+    ):
         CheckpointReader("/nonexistent/model")
 
 
@@ -129,7 +185,11 @@ def test_every_tensor_reads_as_it_was_saved(make_model: Callable[..., Path], siz
     assert reader.files() == files
     for name, tensor in saved.items():
         info = reader.info(name)
-        assert (info.shape, info.dtype, info.nbytes) == (tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+        assert (info.shape, info.dtype, info.nbytes) == (
+            tuple(tensor.shape),
+            tensor.dtype,
+            tensor.nbytes,
+        )
         assert torch.equal(reader.read(name), tensor)
 
 
@@ -154,10 +214,16 @@ def test_sha256_of_a_tensor_knows_dtype_and_shape() -> None:
     zeros = torch.zeros(4, dtype=torch.float16)
     others = [zeros.view(2, 2), zeros.view(torch.bfloat16), torch.zeros(0), torch.zeros(())]
     assert len({sha256_tensor(t) for t in (zeros, *others)}) == 5
-    assert sha256_tensor(torch.arange(6).view(2, 3).T) == sha256_tensor(torch.arange(6).view(2, 3).T.contiguous())
+    assert sha256_tensor(torch.arange(6).view(2, 3).T) == sha256_tensor(
+        torch.arange(6).view(2, 3).T.contiguous()
+    )
 
 
-TENSORS = {"a": torch.arange(6, dtype=torch.int32), "b": torch.ones(2, 3), "c": torch.zeros(1, dtype=torch.float16)}
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.int32),
+    "b": torch.ones(2, 3),
+    "c": torch.zeros(1, dtype=torch.float16),
+}
 
 
 def write(destination: Path, **options: Any) -> CheckpointWriter:
@@ -190,7 +256,9 @@ def nothing_but(folder: Path, *names: str) -> bool:
     ],
     ids=["one", "each its own", "two and one"],
 )
-def test_shards_have_the_hubs_names_and_an_index(tmp_path: Path, size: int, files: list[str]) -> None:
+def test_shards_have_the_hubs_names_and_an_index(
+    tmp_path: Path, size: int, files: list[str]
+) -> None:
     writer = write(tmp_path / "out", max_shard_size=size)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == files
     reader = CheckpointReader(tmp_path / "out")
@@ -236,7 +304,9 @@ def test_nothing_written_is_an_error(tmp_path: Path) -> None:
     assert nothing_but(tmp_path)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["error", "ctrl-c"]
+)
 def test_an_exception_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     def fail(writer: CheckpointWriter) -> None:
         writer.add("a", TENSORS["a"])
@@ -283,12 +353,16 @@ def occupy(path: Path, what: str) -> None:
         path.symlink_to(path.with_name("nowhere"))
     else:
         path.mkdir()
-        (path / ("config.json" if what == "a model" else "thesis.tex")).write_text("{}", encoding="utf-8")
+        (path / ("config.json" if what == "a model" else "thesis.tex")).write_text(
+            "{}", encoding="utf-8"
+        )
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
 @pytest.mark.parametrize("what", FULL)
-def test_only_a_model_folder_may_be_replaced_and_only_if_asked(tmp_path: Path, what: str, overwrite: bool) -> None:
+def test_only_a_model_folder_may_be_replaced_and_only_if_asked(
+    tmp_path: Path, what: str, overwrite: bool
+) -> None:
     occupy(tmp_path / "out", what)
     if what == "a model" and overwrite:
         write(tmp_path / "out", overwrite=True)
@@ -322,13 +396,19 @@ def test_a_file_in_the_way_and_a_name_too_long_are_misuse(tmp_path: Path) -> Non
         CheckpointWriter(tmp_path / ("x" * 300))
 
 
-def test_a_folder_that_may_not_be_written_is_known_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not bind the root user
+def test_a_folder_that_may_not_be_written_is_known_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: False
+    )  # permissions do not bind the root user
     with pytest.raises(CheckpointError, match="nothing may be written in"):
         CheckpointWriter(tmp_path / "out")
 
 
-def test_the_old_folder_comes_back_when_the_last_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_folder_comes_back_when_the_last_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     occupy(tmp_path / "out", "a model")
     rename = Path.rename
 
@@ -351,7 +431,9 @@ def flip(path: Path, bit: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", SINGLE])
-def test_no_file_is_published_that_is_not_what_was_written(tmp_path: Path, model: Path, name: str) -> None:
+def test_no_file_is_published_that_is_not_what_was_written(
+    tmp_path: Path, model: Path, name: str
+) -> None:
     """Of weight files this is the header alone: their tensors are for the caller to compare."""
 
     def corrupt(writer: CheckpointWriter) -> None:
@@ -362,6 +444,8 @@ def test_no_file_is_published_that_is_not_what_was_written(tmp_path: Path, model
         flip(writer.partial / name, 8 * 20)
         writer.publish()
 
-    with pytest.raises(ProofError, match=f"{name} (is not what was written|does not begin with the header)"):
+    with pytest.raises(
+        ProofError, match=f"{name} (is not what was written|does not begin with the header)"
+    ):
         use(tmp_path / "out", corrupt)
     assert nothing_but(tmp_path)

@@ -1,4 +1,5 @@
-"""From what a user writes to a folder: paths first, then hub names, and clear words where neither is right."""
+"""From what a user writes to a folder: paths first, then hub names, and clear words where neither
+is right."""
 
 from __future__ import annotations
 
@@ -21,9 +22,28 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["bad name!", "a/b/c", "/no/such/folder", "~nobody-of-that-name/m", "x" * 5000, "", "../m", "org/"],
-    ids=["spaces", "two slashes", "absolute", "nobody's home", "too long", "empty", "parent", "half"],
-)  # fmt: skip
+    "name",
+    [
+        "bad name!",
+        "a/b/c",
+        "/no/such/folder",
+        "~nobody-of-that-name/m",
+        "x" * 5000,
+        "",
+        "../m",
+        "org/",
+    ],
+    ids=[
+        "spaces",
+        "two slashes",
+        "absolute",
+        "nobody's home",
+        "too long",
+        "empty",
+        "parent",
+        "half",
+    ],
+)
 def test_what_is_neither_folder_nor_name(name: str) -> None:
     with pytest.raises(UsageError, match="is neither a folder nor a hub name like org/model"):
         resolve(name)
@@ -34,7 +54,9 @@ def test_a_file_is_not_its_folder(model: Path) -> None:
         resolve(model / "config.json")
 
 
-def test_a_name_is_fetched_at_its_revision_and_without_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_name_is_fetched_at_its_revision_and_without_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked: dict[str, Any] = {}
 
     def snapshot_download(repo: str, **options: Any) -> str:
@@ -58,7 +80,9 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("failure", "words"), FAILURES, ids=["offline", "network", "wordless"])
-def test_a_failed_fetch_says_why(monkeypatch: pytest.MonkeyPatch, failure: Exception, words: str) -> None:
+def test_a_failed_fetch_says_why(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, words: str
+) -> None:
     def snapshot_download(repo: str, **options: Any) -> str:
         raise failure
 

@@ -1,4 +1,5 @@
-"""inspect: the facts of a folder from its headers, equal to those of the run and of the tensors themselves."""
+"""inspect: the facts of a folder from its headers, equal to those of the run and of the tensors
+themselves."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ def test_an_unquantized_model(model: Path) -> None:
     found = inspect(model)
     reader = CheckpointReader(model)
     assert (found.format, found.scheme, found.model_type) == (None, "float16", "llama")
-    assert (found.quantized, found.linears, found.coverage, found.bits_per_weight) == (0, 15, 0.0, None)
+    assert (found.quantized, found.linears, found.coverage, found.bits_per_weight) == (
+        0,
+        15,
+        0.0,
+        None,
+    )
     assert found.parameters == sum(math.prod(i.shape) for i in reader.tensors.values())
     assert found.bytes_on_disk == (model / SINGLE).stat().st_size
     assert found.weights_sha256 == reader.digest()
@@ -55,7 +61,12 @@ def test_a_quantized_model(quantized: Path, model: Path, gptq: Recipe) -> None:
     ids=["W4", "asym", "W8 mlp", "mixed", "gptq", "awq"],
 )
 def test_the_size_is_that_of_the_run(
-    model: Path, rtn: Recipe, tmp_path: Path, changes: dict[str, Any], scheme: str, bits: float | None
+    model: Path,
+    rtn: Recipe,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    scheme: str,
+    bits: float | None,
 ) -> None:
     result = quantize(model, tmp_path / "q", rtn.updated(changes))
     found = inspect(tmp_path / "q")
@@ -67,7 +78,9 @@ def test_the_size_is_that_of_the_run(
     assert found.quantized == len(result.modules)
 
 
-@pytest.mark.parametrize("folder", sorted(p.name for p in GOLDEN.iterdir() if (p / "expected.safetensors").is_file()))
+@pytest.mark.parametrize(
+    "folder", sorted(p.name for p in GOLDEN.iterdir() if (p / "expected.safetensors").is_file())
+)
 def test_other_tools_folders(folder: str) -> None:
     found = inspect(GOLDEN / folder)
     assert found.quantized == 7
@@ -75,9 +88,13 @@ def test_other_tools_folders(folder: str) -> None:
     assert all(m.shape[1] in (64, 128) for m in found.modules)
 
 
-def test_what_cannot_be_inspected(model: Path, tampered: Path, tmp_path: Path, edit_json: Callable[..., None]) -> None:
+def test_what_cannot_be_inspected(
+    model: Path, tampered: Path, tmp_path: Path, edit_json: Callable[..., None]
+) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         inspect(tmp_path)
-    edit_json(tampered / "config.json", lambda c: c["quantization_config"].update(quant_method="spqr"))
+    edit_json(
+        tampered / "config.json", lambda c: c["quantization_config"].update(quant_method="spqr")
+    )
     with pytest.raises(FormatError, match="quant_method 'spqr' is not one llmquant reads"):
         inspect(tampered)

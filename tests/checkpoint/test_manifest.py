@@ -1,4 +1,5 @@
-"""manifest.json: what it records, and that ``verify`` finds every change of a folder that matters."""
+"""manifest.json: what it records, and that ``verify`` finds every change of a folder that
+matters."""
 
 from __future__ import annotations
 
@@ -20,17 +21,26 @@ Q = "model.layers.0.self_attn.q_proj"
 EditJson = Callable[[Path, Callable[[dict[str, Any]], object]], None]
 
 
-def test_it_records_what_went_in_and_what_came_out(quantized: Path, model: Path, gptq: Recipe) -> None:
+def test_it_records_what_went_in_and_what_came_out(
+    quantized: Path, model: Path, gptq: Recipe
+) -> None:
     manifest = verify(quantized)
     assert manifest.base_model == "small"
     assert manifest.base_weights_sha256 == CheckpointReader(model).digest()
     assert manifest.recipe_sha256 == gptq.sha256()
-    assert manifest.files == {p.name: sha256_file(p) for p in quantized.iterdir() if p.name not in UNHASHED}
+    assert manifest.files == {
+        p.name: sha256_file(p) for p in quantized.iterdir() if p.name not in UNHASHED
+    }
     assert {"python", "llmquant", "torch", "transformers"} <= manifest.versions.keys()
     assert manifest.skipped == {"lm_head": "ignore pattern lm_head"}
     assert len(manifest.modules) == 14
     entry = manifest.modules[Q]
-    assert (entry.spec, entry.shape, entry.damping, entry.tokens) == ("W4 g32 sym", (64, 64), 0.01, 6 * 32)
+    assert (entry.spec, entry.shape, entry.damping, entry.tokens) == (
+        "W4 g32 sym",
+        (64, 64),
+        0.01,
+        6 * 32,
+    )
     assert entry.output_error is not None
     assert 0 < entry.output_error < 0.1
 
@@ -41,18 +51,28 @@ def test_written_and_read_it_is_the_same(quantized: Path) -> None:
 
 
 def test_every_file_but_card_and_manifest_is_hashed(quantized: Path) -> None:
-    assert file_hashes(quantized).keys() == {p.name for p in quantized.iterdir()} - {"README.md", MANIFEST}
+    assert file_hashes(quantized).keys() == {p.name for p in quantized.iterdir()} - {
+        "README.md",
+        MANIFEST,
+    }
 
 
 HASHED = [
-    SINGLE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    SINGLE,
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
     "recipe.yaml",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("place", [0.0, 0.5, 1.0], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("name", HASHED)
-def test_one_flipped_bit_is_found_and_its_file_named(tampered: Path, name: str, place: float) -> None:
+def test_one_flipped_bit_is_found_and_its_file_named(
+    tampered: Path, name: str, place: float
+) -> None:
     data = bytearray((tampered / name).read_bytes())
     data[int(place * (len(data) - 1))] ^= 1
     (tampered / name).write_bytes(data)
@@ -68,7 +88,13 @@ def test_a_file_that_is_gone_is_named(tampered: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["other.safetensors", "model.safetensors.index.json", "modeling_small.py", "special_tokens_map.json"]
+    "name",
+    [
+        "other.safetensors",
+        "model.safetensors.index.json",
+        "modeling_small.py",
+        "special_tokens_map.json",
+    ],
 )
 def test_a_file_more_that_engines_would_load_is_named(tampered: Path, name: str) -> None:
     (tampered / name).write_bytes(b"{}")
@@ -127,7 +153,9 @@ NO_MANIFEST = [
     pytest.param("{", "cannot be read as JSON", id="cut"),
     pytest.param("[]", "holds list", id="a list"),
     pytest.param("{}", "is not a manifest of this version", id="somebody else's"),
-    pytest.param('{"schema_version": 2}', "is not a manifest of this version", id="a later version"),
+    pytest.param(
+        '{"schema_version": 2}', "is not a manifest of this version", id="a later version"
+    ),
 ]
 
 
@@ -149,4 +177,6 @@ def test_an_unknown_key_is_refused(tampered: Path, edit_json: EditJson) -> None:
 def test_files_are_told_as_they_are_hashed(quantized: Path) -> None:
     told: list[str] = []
     verify(quantized, told.append)
-    assert sorted(told) == sorted(json.loads((quantized / MANIFEST).read_text(encoding="utf-8"))["files"])
+    assert sorted(told) == sorted(
+        json.loads((quantized / MANIFEST).read_text(encoding="utf-8"))["files"]
+    )

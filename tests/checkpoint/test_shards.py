@@ -1,4 +1,5 @@
-"""ShardWriter's twin is safetensors itself: the same tensors must give the same bytes, in whatever order they come."""
+"""ShardWriter's twin is safetensors itself: the same tensors must give the same bytes, in whatever
+order they come."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from llmquant.checkpoint.shards import DTYPE_NAMES, ShardWriter, Stored, header
 def every_dtype() -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for i, dtype in enumerate(DTYPE_NAMES):
-        tensors[f"é{i}.a"] = (torch.rand(3, i + 1, generator=torch.Generator().manual_seed(i)) * 2).to(dtype)
+        tensors[f"é{i}.a"] = (
+            torch.rand(3, i + 1, generator=torch.Generator().manual_seed(i)) * 2
+        ).to(dtype)
         tensors[f"b{i}.scalar"] = torch.ones((), dtype=dtype)
         tensors[f"z{i}.empty"] = torch.zeros(0, 3, dtype=dtype)
     return tensors
@@ -29,7 +32,9 @@ def test_the_bytes_are_those_of_save_file(tmp_path: Path, backwards: bool) -> No
     for name in sorted(tensors, reverse=backwards):
         writer.add(name, tensors[name])
     writer.finish()
-    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "twin.safetensors").read_bytes()
+    assert (tmp_path / "ours.safetensors").read_bytes() == (
+        tmp_path / "twin.safetensors"
+    ).read_bytes()
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["ours.safetensors", "twin.safetensors"]
 
 

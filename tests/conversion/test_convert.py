@@ -90,19 +90,30 @@ def weights_of(folder: Path) -> dict[str, QuantizedWeight]:
 
 def other_files(folder: Path) -> dict[str, bytes]:
     """Everything but the record of how the folder came about."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("README.md", "manifest.json")}
+    return {
+        p.name: p.read_bytes()
+        for p in folder.iterdir()
+        if p.name not in ("README.md", "manifest.json")
+    }
 
 
 def test_every_golden_folder_is_in_the_table() -> None:
-    assert GOLDENS.keys() | {MISLABELLED} == {p.parent.name for p in GOLDEN.glob("*/expected.safetensors")}
+    assert GOLDENS.keys() | {MISLABELLED} == {
+        p.parent.name for p in GOLDEN.glob("*/expected.safetensors")
+    }
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("folder", GOLDENS)
-def test_other_tools_folders_become_equal_or_are_refused(folder: str, target: str, tmp_path: Path) -> None:
-    """Equal to what the *other tool* dequantizes, in fp16, and by our own reader to the source's codes, scales and zeros."""
+def test_other_tools_folders_become_equal_or_are_refused(
+    folder: str, target: str, tmp_path: Path
+) -> None:
+    """Equal to what the *other tool* dequantizes, in fp16, and by our own reader to the source's
+    codes, scales and zeros."""
     output = tmp_path / "out"
-    words = GOLDENS[folder].get(target, NO_INT8 if target == "int-quantized" and folder != "llmcompressor-w8a8" else None)
+    words = GOLDENS[folder].get(
+        target, NO_INT8 if target == "int-quantized" and folder != "llmcompressor-w8a8" else None
+    )
     if words is not None:
         with pytest.raises(FormatError, match=f"(?s)cannot become {target} without loss:.*{words}"):
             convert(GOLDEN / folder, target, output)
@@ -118,14 +129,22 @@ def test_other_tools_folders_become_equal_or_are_refused(folder: str, target: st
         assert "quantization_config" not in json.loads((output / "config.json").read_text())
     else:
         source, converted = weights_of(GOLDEN / folder), weights_of(output)
-        assert {n: w.digest() for n, w in source.items()} == {n: w.digest() for n, w in converted.items()}
+        assert {n: w.digest() for n, w in source.items()} == {
+            n: w.digest() for n, w in converted.items()
+        }
         found = {f"{n}.weight": w.dequantize(torch.float16) for n, w in converted.items()}
     assert found.keys() == expected.keys()
     wrong = {n for n in expected if not torch.equal(found[n], expected[n])}
     assert wrong == ({f"{K_PROJ}.weight"} if folder == WRONG_READER else set())
-    others = {n: t for n, t in load_file(GOLDEN / folder / "model.safetensors").items() if n.endswith("norm.weight")}
+    others = {
+        n: t
+        for n, t in load_file(GOLDEN / folder / "model.safetensors").items()
+        if n.endswith("norm.weight")
+    }
     assert len(others) == 3
-    assert all(torch.equal(t, load_file(output / "model.safetensors")[n]) for n, t in others.items())
+    assert all(
+        torch.equal(t, load_file(output / "model.safetensors")[n]) for n, t in others.items()
+    )
 
 
 def test_a_lying_label_is_not_carried_on(tmp_path: Path) -> None:
@@ -147,7 +166,10 @@ MIX = [
 THERE_AND_BACK = {
     "compressed-tensors sym": (recipe(), ["gptq", "gptq_v2", "awq"]),
     "compressed-tensors asym": (recipe(weights=ASYM), ["gptq_v2", "awq"]),
-    "compressed-tensors row": (recipe(weights={"group_size": -1, "symmetric": False}), ["gptq_v2", "awq"]),
+    "compressed-tensors row": (
+        recipe(weights={"group_size": -1, "symmetric": False}),
+        ["gptq_v2", "awq"],
+    ),
     "compressed-tensors w3": (recipe(weights={**ASYM, "bits": 3}), ["gptq_v2"]),
     "compressed-tensors mixed": (recipe(overrides=MIX), ["gptq_v2"]),
     "compressed-tensors head": (recipe(ignore=[]), ["gptq", "awq"]),
@@ -155,7 +177,10 @@ THERE_AND_BACK = {
     "gptq_v2 mixed": (recipe(format="gptq_v2", overrides=MIX), ["compressed-tensors"]),
     "awq asym": (recipe(format="awq", weights=ASYM), ["compressed-tensors", "gptq_v2"]),
     "int-quantized": (
-        recipe(format="int-quantized", weights={"bits": 8, "group_size": -1, "activations": "int8-dynamic"}),
+        recipe(
+            format="int-quantized",
+            weights={"bits": 8, "group_size": -1, "activations": "int8-dynamic"},
+        ),
         ["compressed-tensors"],
     ),
 }
@@ -172,7 +197,9 @@ def test_there_and_back_gives_the_same_files(name: str, size: int, tmp_path: Pat
         convert(tmp_path / "a", target, tmp_path / "b", ConvertOptions(overwrite=True))
         convert(tmp_path / "b", made.format, tmp_path / "c", ConvertOptions(overwrite=True))
         assert other_files(tmp_path / "c") == files, target
-        assert (other_files(tmp_path / "b") == files) == (name == "int-quantized")  # one layout under two names
+        assert (other_files(tmp_path / "b") == files) == (
+            name == "int-quantized"
+        )  # one layout under two names
         assert ("quantize_config.json" in other_files(tmp_path / "b")) == target.startswith("gptq")
 
 
@@ -204,7 +231,9 @@ def test_a_measured_table_is_carried_on_with_one_note(quantized: Path, tmp_path:
     source = shutil.copytree(quantized, tmp_path / "a")
     card = (source / "README.md").read_text()
     head, _, rest = card.partition(MEASURED_START)
-    (source / "README.md").write_text(f"{head}{MEASURED_START}\n| ppl | 12.5 |\n{MEASURED_END}{rest.partition(MEASURED_END)[2]}")
+    (source / "README.md").write_text(
+        f"{head}{MEASURED_START}\n| ppl | 12.5 |\n{MEASURED_END}{rest.partition(MEASURED_END)[2]}"
+    )
     convert(source, "awq", tmp_path / "b")
     convert(tmp_path / "b", "gptq", tmp_path / "c")
     for folder in ("b", "c"):
@@ -217,12 +246,19 @@ def test_a_measured_table_is_carried_on_with_one_note(quantized: Path, tmp_path:
 
 def test_the_tokenizer_goes_along(quantized: Path, tmp_path: Path) -> None:
     convert(quantized, "dense", tmp_path / "b")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "recipe.yaml"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "recipe.yaml",
+    ):
         assert (tmp_path / "b" / name).read_bytes() == (quantized / name).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
-def test_dense_is_what_the_packed_model_computes_with(dtype: str, quantized: Path, tmp_path: Path) -> None:
+def test_dense_is_what_the_packed_model_computes_with(
+    dtype: str, quantized: Path, tmp_path: Path
+) -> None:
     convert(quantized, "dense", tmp_path / "dense", ConvertOptions(dtype=dtype))
     verify(tmp_path / "dense")
     wanted = {"auto": torch.float16}.get(dtype) or getattr(torch, dtype)
@@ -230,11 +266,15 @@ def test_dense_is_what_the_packed_model_computes_with(dtype: str, quantized: Pat
     for name, weight in weights_of(quantized).items():
         assert torch.equal(written[f"{name}.weight"], weight.dequantize(wanted))
     assert written["model.norm.weight"].dtype == torch.float16
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", dtype="auto", output_loading_info=True
+    )
     assert not any(info.values())
     assert model.dtype == wanted
     ids = torch.arange(5, 30)[None]
-    assert torch.equal(model(ids).logits, load(quantized, dtype=wanted, kernel="reference")(ids).logits)
+    assert torch.equal(
+        model(ids).logits, load(quantized, dtype=wanted, kernel="reference")(ids).logits
+    )
 
 
 def test_a_dense_result_is_divided_by_size(quantized: Path, tmp_path: Path) -> None:
@@ -248,11 +288,16 @@ def test_a_dense_head_is_untied(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     (tmp_path / "a" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     convert(tmp_path / "a", "dense", tmp_path / "dense")
-    assert json.loads((tmp_path / "dense" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert (
+        json.loads((tmp_path / "dense" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
 
 
-def folder_of(path: Path, make: Callable[[int, int], QuantizedWeight], layout: str, **config: Any) -> Path:
-    """``base/`` with every linear of layer 0 replaced by ``make(out, in)``, without a manifest; for W4 g32 weights."""
+def folder_of(
+    path: Path, make: Callable[[int, int], QuantizedWeight], layout: str, **config: Any
+) -> Path:
+    """``base/`` with every linear of layer 0 replaced by ``make(out, in)``, without a manifest; for
+    W4 g32 weights."""
     reader = CheckpointReader(BASE)
     tensors: dict[str, Tensor] = {}
     schemes: dict[str, Scheme] = {}
@@ -260,19 +305,31 @@ def folder_of(path: Path, make: Callable[[int, int], QuantizedWeight], layout: s
         module = name.removesuffix(".weight")
         if ".layers." in name and module.endswith("_proj"):
             weight = make(*reader.info(name).shape)
-            tensors |= {f"{module}.{s}": t for s, t in FORMATS[layout].pack(weight, torch.float32).items()}
+            tensors |= {
+                f"{module}.{s}": t for s, t in FORMATS[layout].pack(weight, torch.float32).items()
+            }
             schemes[module] = Scheme(weight.spec, weight.g_idx is not None)
         else:
             tensors[name] = reader.read(name)
     path.mkdir()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     quantization = FORMATS[layout].config(schemes, ["lm_head"])
-    (path / "config.json").write_text(json.dumps({**reader.config, **config, "quantization_config": quantization}))
+    (path / "config.json").write_text(
+        json.dumps({**reader.config, **config, "quantization_config": quantization})
+    )
     return path
 
 
-def weight(out: int, columns: int, *, zero: int = 1, bits_of: torch.dtype | None = None, order: str = "none") -> QuantizedWeight:
-    """W4 g32 asymmetric with scales of both signs: portable, or with as many bits as ``bits_of`` has."""
+def weight(
+    out: int,
+    columns: int,
+    *,
+    zero: int = 1,
+    bits_of: torch.dtype | None = None,
+    order: str = "none",
+) -> QuantizedWeight:
+    """W4 g32 asymmetric with scales of both signs: portable, or with as many bits as ``bits_of``
+    has."""
     generator = torch.Generator().manual_seed(out * columns)
     groups = columns // 32
     scales = (torch.rand(out, groups, generator=generator) - 0.5) * 0.1
@@ -297,16 +354,30 @@ def test_negative_scales_survive(target: str, tmp_path: Path) -> None:
 
 
 def test_an_order_that_says_nothing_is_dropped_and_one_that_does_is_told(tmp_path: Path) -> None:
-    trivial = folder_of(tmp_path / "a", lambda o, i: weight(o, i, order="trivial"), "compressed-tensors")
+    trivial = folder_of(
+        tmp_path / "a", lambda o, i: weight(o, i, order="trivial"), "compressed-tensors"
+    )
     convert(trivial, "awq", tmp_path / "b")
-    shuffled = folder_of(tmp_path / "c", lambda o, i: weight(o, i, order="shuffled"), "compressed-tensors")
+    shuffled = folder_of(
+        tmp_path / "c", lambda o, i: weight(o, i, order="shuffled"), "compressed-tensors"
+    )
     convert(shuffled, "gptq_v2", tmp_path / "d")
-    assert json.loads((tmp_path / "d" / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    assert (
+        json.loads((tmp_path / "d" / "config.json").read_text())["quantization_config"]["desc_act"]
+        is True
+    )
     assert all(w.g_idx is not None for w in weights_of(tmp_path / "d").values())
 
 
-def test_scales_that_the_models_dtype_would_round_are_refused_with_the_dtype_that_would_not(tmp_path: Path) -> None:
-    source = folder_of(tmp_path / "a", lambda o, i: weight(o, i, bits_of=torch.float16), "gptq_v2", dtype="bfloat16")
+def test_scales_that_the_models_dtype_would_round_are_refused_with_the_dtype_that_would_not(
+    tmp_path: Path,
+) -> None:
+    source = folder_of(
+        tmp_path / "a",
+        lambda o, i: weight(o, i, bits_of=torch.float16),
+        "gptq_v2",
+        dtype="bfloat16",
+    )
     told = "224 of 256 scales are not exact in bfloat16.*; --scale-dtype float16 or float32 would hold it"
     with pytest.raises(FormatError, match=told):
         convert(source, "compressed-tensors", tmp_path / "b")
@@ -319,7 +390,9 @@ def test_scales_that_the_models_dtype_would_round_are_refused_with_the_dtype_tha
 
 
 def test_a_layout_with_a_scale_dtype_of_its_own_offers_no_other(tmp_path: Path) -> None:
-    source = folder_of(tmp_path / "a", lambda o, i: weight(o, i, bits_of=torch.float32), "compressed-tensors")
+    source = folder_of(
+        tmp_path / "a", lambda o, i: weight(o, i, bits_of=torch.float32), "compressed-tensors"
+    )
     with pytest.raises(FormatError, match="scales are not exact in float16") as caught:
         convert(source, "awq", tmp_path / "b")
     assert "--scale-dtype" not in str(caught.value)
@@ -336,7 +409,9 @@ def test_modules_that_refuse_for_one_reason_share_a_line(quantized: Path, tmp_pa
 
 def test_weights_alone_do_not_become_w8a8(tmp_path: Path) -> None:
     quantize(BASE, tmp_path / "a", recipe(weights={"bits": 8, "group_size": -1}))
-    with pytest.raises(FormatError, match="all 14 linears: engines quantize the activations of such weights"):
+    with pytest.raises(
+        FormatError, match="all 14 linears: engines quantize the activations of such weights"
+    ):
         convert(tmp_path / "a", "int-quantized", tmp_path / "b")
 
 
@@ -346,7 +421,9 @@ def test_a_weight_too_large_for_a_dense_dtype_is_refused(tmp_path: Path) -> None
         return QuantizedWeight(small.codes, small.scales.sign() * 32768.0, small.zeros, small.spec)
 
     source = folder_of(tmp_path / "a", huge, "compressed-tensors")
-    with pytest.raises(FormatError, match="too large for float16; --dtype bfloat16 or float32 would hold it"):
+    with pytest.raises(
+        FormatError, match="too large for float16; --dtype bfloat16 or float32 would hold it"
+    ):
         convert(source, "dense", tmp_path / "b")
     convert(source, "dense", tmp_path / "b", ConvertOptions(dtype="bfloat16"))
 
@@ -355,7 +432,11 @@ def test_a_weight_too_large_for_a_dense_dtype_is_refused(tmp_path: Path) -> None
 def test_engines_that_will_not_take_the_result_are_named(target: str, tmp_path: Path) -> None:
     warnings = convert(GOLDEN / "gptqmodel-w4-v1-desc_act-sym", target, tmp_path / "b").warnings
     scheme = Scheme(QuantSpec(4, 32, True), g_idx=True)
-    told = {"vllm (CPU)" if e == VLLM_AVX512 else e: why_not(e, target, scheme) for e in ENGINES if e != VLLM_NO_AVX512}
+    told = {
+        "vllm (CPU)" if e == VLLM_AVX512 else e: why_not(e, target, scheme)
+        for e in ENGINES
+        if e != VLLM_NO_AVX512
+    }
     assert set(warnings) == {f"{e} will not take it: {r}" for e, r in told.items() if r}
     assert any(w.startswith("vllm") for w in warnings)
 
@@ -363,11 +444,15 @@ def test_engines_that_will_not_take_the_result_are_named(target: str, tmp_path: 
 @pytest.mark.parametrize(
     ("folder", "target", "words"),
     [
-        pytest.param("llmcompressor-w8a8", "dense", "inputs of these linears to int8", id="activations"),
+        pytest.param(
+            "llmcompressor-w8a8", "dense", "inputs of these linears to int8", id="activations"
+        ),
         pytest.param("llmcompressor-w4-sym", "dense", None, id="nothing to say"),
     ],
 )
-def test_what_dense_engines_do_otherwise_is_said(folder: str, target: str, words: str | None, tmp_path: Path) -> None:
+def test_what_dense_engines_do_otherwise_is_said(
+    folder: str, target: str, words: str | None, tmp_path: Path
+) -> None:
     warnings = convert(GOLDEN / folder, target, tmp_path / "b").warnings
     assert [words in w for w in warnings if words] == ([True] if words else [])
     assert bool(warnings) == (words is not None)
@@ -376,15 +461,42 @@ def test_what_dense_engines_do_otherwise_is_said(folder: str, target: str, words
 @pytest.mark.parametrize(
     ("target", "options", "error", "words"),
     [
-        pytest.param("gptq3", {}, UsageError, "format 'gptq3' does not exist; choose one of .*dense", id="format"),
-        pytest.param("awq", {"dtype": "float16"}, UsageError, "dtype is for dense results", id="dtype"),
-        pytest.param("dense", {"scale_dtype": "float16"}, UsageError, "which has no scales", id="scale dtype of dense"),
-        pytest.param("awq", {"scale_dtype": "float32"}, UsageError, "a dtype of its own", id="scale dtype of awq"),
-        pytest.param("dense", {"dtype": "int8"}, UsageError, "dtype 'int8' does not exist", id="no dtype"),
+        pytest.param(
+            "gptq3",
+            {},
+            UsageError,
+            "format 'gptq3' does not exist; choose one of .*dense",
+            id="format",
+        ),
+        pytest.param(
+            "awq", {"dtype": "float16"}, UsageError, "dtype is for dense results", id="dtype"
+        ),
+        pytest.param(
+            "dense",
+            {"scale_dtype": "float16"},
+            UsageError,
+            "which has no scales",
+            id="scale dtype of dense",
+        ),
+        pytest.param(
+            "awq",
+            {"scale_dtype": "float32"},
+            UsageError,
+            "a dtype of its own",
+            id="scale dtype of awq",
+        ),
+        pytest.param(
+            "dense", {"dtype": "int8"}, UsageError, "dtype 'int8' does not exist", id="no dtype"
+        ),
     ],
 )
 def test_a_request_that_cannot_be(
-    target: str, options: dict[str, Any], error: type[Exception], words: str, quantized: Path, tmp_path: Path
+    target: str,
+    options: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    quantized: Path,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(error, match=words):
         convert(quantized, target, tmp_path / "b", ConvertOptions(**options))
@@ -420,18 +532,27 @@ def flipped(tensor: Tensor) -> Tensor:
     return copy
 
 
-def test_a_source_that_is_not_what_its_manifest_says_is_refused(quantized: Path, tmp_path: Path) -> None:
+def test_a_source_that_is_not_what_its_manifest_says_is_refused(
+    quantized: Path, tmp_path: Path
+) -> None:
     source = shutil.copytree(quantized, tmp_path / "a")
     tensors = load_file(source / "model.safetensors")
     tensors[f"{Q_PROJ}.weight_packed"] = flipped(tensors[f"{Q_PROJ}.weight_packed"])
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ProofError, match=rf"{Q_PROJ} does not hold the numbers that manifest\.json records"):
+    with pytest.raises(
+        ProofError, match=rf"{Q_PROJ} does not hold the numbers that manifest\.json records"
+    ):
         convert(source, "awq", tmp_path / "b")
 
 
 @pytest.mark.parametrize(
     ("target", "tensor"),
-    [("awq", f"{Q_PROJ}.qweight"), ("gptq", f"{Q_PROJ}.g_idx"), ("dense", f"{Q_PROJ}.weight"), ("awq", "model.norm.weight")],
+    [
+        ("awq", f"{Q_PROJ}.qweight"),
+        ("gptq", f"{Q_PROJ}.g_idx"),
+        ("dense", f"{Q_PROJ}.weight"),
+        ("awq", "model.norm.weight"),
+    ],
     ids=["codes", "groups", "dense", "another tensor"],
 )
 def test_the_proof_sees_one_flipped_bit(
@@ -440,7 +561,13 @@ def test_the_proof_sees_one_flipped_bit(
     whole = CheckpointWriter.add_together
 
     def faulty(writer: CheckpointWriter, tensors: dict[str, Tensor]) -> None:
-        whole(writer, {n: flipped(t.view(torch.int16)).view(t.dtype) if n == tensor else t for n, t in tensors.items()})
+        whole(
+            writer,
+            {
+                n: flipped(t.view(torch.int16)).view(t.dtype) if n == tensor else t
+                for n, t in tensors.items()
+            },
+        )
 
     monkeypatch.setattr(CheckpointWriter, "add_together", faulty)
     with pytest.raises(ProofError, match=tensor if "norm" in tensor else Q_PROJ):
@@ -451,7 +578,9 @@ def test_the_proof_sees_one_flipped_bit(
 def test_progress_tells_three_passes(quantized: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     convert(quantized, "awq", tmp_path / "b", on_progress=lambda *step: seen.append(step))
-    assert seen == [(phase, i, 14) for phase in ("checking", "writing", "proving") for i in range(14)]
+    assert seen == [
+        (phase, i, 14) for phase in ("checking", "writing", "proving") for i in range(14)
+    ]
 
 
 def test_the_command(quantized: Path, tmp_path: Path) -> None:
@@ -459,8 +588,14 @@ def test_the_command(quantized: Path, tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, [*arguments, "--json"])
     assert outcome.exit_code == 0, outcome.output
     told = json.loads(outcome.stdout)
-    assert (told["source_format"], told["format"], told["modules"]) == ("compressed-tensors", "awq", 14)
-    assert told["bytes_written"] == sum(i.nbytes for i in CheckpointReader(tmp_path / "b").tensors.values())
+    assert (told["source_format"], told["format"], told["modules"]) == (
+        "compressed-tensors",
+        "awq",
+        14,
+    )
+    assert told["bytes_written"] == sum(
+        i.nbytes for i in CheckpointReader(tmp_path / "b").tensors.values()
+    )
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, UsageError)
     summary = CliRunner().invoke(app, [*arguments, "--overwrite"])

@@ -1,4 +1,5 @@
-"""The kernel with 8-bit activations against its definition: the same bits, on every instruction set that this machine has."""
+"""The kernel with 8-bit activations against its definition: the same bits, on every instruction set
+that this machine has."""
 
 from __future__ import annotations
 
@@ -33,7 +34,12 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def weight(
-    bits: int, out: int, in_: int, group: int | None, symmetric: bool, scales: torch.dtype | None = None
+    bits: int,
+    out: int,
+    in_: int,
+    group: int | None,
+    symmetric: bool,
+    scales: torch.dtype | None = None,
 ) -> QuantizedWeight:
     return random_weight(out, in_, QuantSpec(bits, group, symmetric), scale_dtype=scales)
 
@@ -62,7 +68,10 @@ every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 
 def inputs(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
     """Rows of very different sizes, one of zeros, an outlier."""
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (torch.arange(rows) % 5 - 2)[:, None]
+    x = (
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+        * 10.0 ** (torch.arange(rows) % 5 - 2)[:, None]
+    )
     x[0, 0] = 50
     if rows > 2:
         x[1] = 0
@@ -85,7 +94,11 @@ def test_rounding_x_changes_no_more_than_half_a_step_per_column(make):
     x = inputs(5, w.shape[1])
     y = KERNEL.linear(x, KERNEL.prepare(w, FP32), w.spec, w.shape).double()
     right, magnitude = exact(x, w)
-    assert bool(((y - right).abs() <= rounding_bound(x, w) + dot_bound(FP32, w.shape[1] + 8) * magnitude).all())
+    assert bool(
+        (
+            (y - right).abs() <= rounding_bound(x, w) + dot_bound(FP32, w.shape[1] + 8) * magnitude
+        ).all()
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -96,7 +109,9 @@ def test_the_largest_codes_and_activations_do_not_overflow(bits, instruction_set
             zeros = torch.full((16, 2), zero, dtype=torch.uint8)
             w = QuantizedWeight(codes, torch.ones(16, 2), zeros, QuantSpec(bits, 256, False))
             for rows in (1, 4):
-                y = KERNEL.linear(torch.full((rows, 512), x), KERNEL.prepare(w, FP32), w.spec, w.shape)
+                y = KERNEL.linear(
+                    torch.full((rows, 512), x), KERNEL.prepare(w, FP32), w.spec, w.shape
+                )
                 assert torch.equal(y, product(torch.full((rows, 512), x), w))
 
 
@@ -115,7 +130,9 @@ def test_a_row_alone_or_among_513_is_the_same():
     prepared = KERNEL.prepare(w, FP32)
     x = inputs(513, 288)
     y = KERNEL.linear(x, prepared, w.spec, w.shape)
-    assert torch.equal(y, torch.cat([KERNEL.linear(row, prepared, w.spec, w.shape) for row in x.split(1)]))
+    assert torch.equal(
+        y, torch.cat([KERNEL.linear(row, prepared, w.spec, w.shape) for row in x.split(1)])
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -155,7 +172,9 @@ def test_the_smallest_and_largest_numbers(size, instruction_set):
 @every_case
 def test_the_weight_is_held_exactly(make):
     w = make()
-    assert torch.equal(KERNEL.weight(KERNEL.prepare(w, FP32), w.spec, w.shape, FP32), w.dequantize())
+    assert torch.equal(
+        KERNEL.weight(KERNEL.prepare(w, FP32), w.spec, w.shape, FP32), w.dequantize()
+    )
 
 
 def test_buffers_are_those_of_cpu():
@@ -184,13 +203,18 @@ def test_a_layer_names_it():
 
 def test_inputs_are_not_rounded_twice():
     with pytest.raises(UsageError, match="a second time"):
-        PackedLinear(weight(8, 32, 64, None, True), dtype=FP32, kernel="cpu_int8", activations="int8-dynamic")
+        PackedLinear(
+            weight(8, 32, 64, None, True), dtype=FP32, kernel="cpu_int8", activations="int8-dynamic"
+        )
 
 
 @pytest.mark.parametrize("shape", [(64,), (2, 64), (2, 3, 64), (0, 64), (2, 0, 64)], ids=str)
 def test_leading_dimensions_are_kept(shape):
     w = weight(4, 32, 64, 32, False)
-    assert KERNEL.linear(torch.ones(shape), KERNEL.prepare(w, FP32), w.spec, w.shape).shape == (*shape[:-1], 32)
+    assert KERNEL.linear(torch.ones(shape), KERNEL.prepare(w, FP32), w.spec, w.shape).shape == (
+        *shape[:-1],
+        32,
+    )
 
 
 def test_gradients_go_to_the_input_past_the_rounding():
@@ -226,7 +250,9 @@ def test_inputs_that_do_not_fit_are_refused(x, words):
 
 
 def test_what_torch_is_held_to_holds_it_too():
-    processor = processor_of("x86_64", "some", frozenset({"avx2", "fma"}), {"ATEN_CPU_CAPABILITY": "default"})
+    processor = processor_of(
+        "x86_64", "some", frozenset({"avx2", "fma"}), {"ATEN_CPU_CAPABILITY": "default"}
+    )
     assert native_int8.best_instructions(processor) == "generic"
     with pytest.raises(UsageError, match="there are"), native_int8.instructions("mmx"):
         pass

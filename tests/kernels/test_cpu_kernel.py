@@ -1,4 +1,5 @@
-"""The compiled CPU kernel against the definition, on every instruction set that this machine has."""
+"""The compiled CPU kernel against the definition, on every instruction set that this machine
+has."""
 
 from __future__ import annotations
 
@@ -35,17 +36,28 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_the_kernel_is_compiled_and_has_the_instruction_sets_of_this_processor():
     assert native.why_missing() is None
     processor = this_processor()
-    expected = {"generic"} | ({"avx2"} if processor.has("avx2") else set()) | ({"avx512"} if processor.has("avx512f") else set())
+    expected = (
+        {"generic"}
+        | ({"avx2"} if processor.has("avx2") else set())
+        | ({"avx512"} if processor.has("avx512f") else set())
+    )
     assert expected <= set(native.compiled_instructions())
 
 
 def weight(
-    bits: int, out: int, in_: int, group: int | None, symmetric: bool, scales: torch.dtype | None = None
+    bits: int,
+    out: int,
+    in_: int,
+    group: int | None,
+    symmetric: bool,
+    scales: torch.dtype | None = None,
 ) -> QuantizedWeight:
     return random_weight(out, in_, QuantSpec(bits, group, symmetric), scale_dtype=scales)
 
 
-def ordered(bits: int, out: int, in_: int, group: int, symmetric: bool, even: bool = True) -> QuantizedWeight:
+def ordered(
+    bits: int, out: int, in_: int, group: int, symmetric: bool, even: bool = True
+) -> QuantizedWeight:
     spec = QuantSpec(bits, group, symmetric)
     g_idx = shuffled_groups(in_, spec.groups(in_))
     if not even:
@@ -56,12 +68,22 @@ def ordered(bits: int, out: int, in_: int, group: int, symmetric: bool, even: bo
 
 CASES = {
     **{
-        f"W{bits} g{group} {'sym' if symmetric else 'asym'}": (lambda b=bits, g=group, s=symmetric: weight(b, 48, 192, g, s))
-        for bits in (2, 3, 4, 8) for group in (32, 64, None) for symmetric in (True, False)
+        f"W{bits} g{group} {'sym' if symmetric else 'asym'}": (
+            lambda b=bits, g=group, s=symmetric: weight(b, 48, 192, g, s)
+        )
+        for bits in (2, 3, 4, 8)
+        for group in (32, 64, None)
+        for symmetric in (True, False)
     },
-    **{f"W{bits} odd: 7 x 35 g5": (lambda b=bits: weight(b, 7, 35, 5, False)) for bits in (2, 3, 4, 8)},
+    **{
+        f"W{bits} odd: 7 x 35 g5": (lambda b=bits: weight(b, 7, 35, 5, False))
+        for bits in (2, 3, 4, 8)
+    },
     **{f"W{bits} one row": (lambda b=bits: weight(b, 1, 64, 64, False)) for bits in (2, 3, 4, 8)},
-    **{f"W{bits} one column": (lambda b=bits: weight(b, 33, 1, None, False)) for bits in (2, 3, 4, 8)},
+    **{
+        f"W{bits} one column": (lambda b=bits: weight(b, 33, 1, None, False))
+        for bits in (2, 3, 4, 8)
+    },
     **{f"W{bits} g_idx": (lambda b=bits: ordered(b, 40, 128, 32, False)) for bits in (2, 3, 4, 8)},
     "W4 g_idx of uneven groups": lambda: ordered(4, 24, 96, 16, True, even=False),
     "W4 g16": lambda: weight(4, 64, 64, 16, True),
@@ -74,21 +96,24 @@ CASES = {
     "W4 enough for threads": lambda: weight(4, 1000, 384, 128, True),
     "fp16 scales": lambda: weight(4, 32, 128, 64, False, FP16),
     "fp32 scales": lambda: weight(4, 32, 128, 64, False, FP32),
-}  # fmt: skip
+}
 every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs are filled with NaN first, so that an element nobody wrote is seen."""
     plain = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape, **k: plain(self, *shape, **k).fill_(float("nan")))
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda self, *shape, **k: plain(self, *shape, **k).fill_(float("nan"))
+    )
 
 
 def exact(x: Tensor, w: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """float64 product, and the magnitude that rounding errors are bounded by: the kernel sums ``q x`` and ``zero x`` apart."""
+    """float64 product, and the magnitude that rounding errors are bounded by: the kernel sums ``q
+    x`` and ``zero x`` apart."""
     dense = w.dequantize().double()
     group = w.column_groups()
-    magnitude = ((w.codes.double() + w.zeros.double()[:, group]) * w.scales.double().abs()[:, group])
+    magnitude = (w.codes.double() + w.zeros.double()[:, group]) * w.scales.double().abs()[:, group]
     return x.double() @ dense.T, x.double().abs() @ magnitude.T
 
 
@@ -145,23 +170,32 @@ def test_blocks_of_rows_join_without_a_seam(rows, instruction_set, monkeypatch):
 def test_the_product_by_torch_reads_the_same_weight(make, dtype, instruction_set, monkeypatch):
     w = make()
     monkeypatch.setattr(cpu_module, "_rows_for_torch", lambda _: 1)
-    monkeypatch.setattr(cpu_module, "_TILE_BYTES", 32 * w.shape[1])  # a tiny tile makes many of them
+    monkeypatch.setattr(
+        cpu_module, "_TILE_BYTES", 32 * w.shape[1]
+    )  # a tiny tile makes many of them
     y = KERNEL.linear(torch.eye(w.shape[1], dtype=dtype), KERNEL.prepare(w, dtype), w.spec, w.shape)
     assert torch.equal(y.T, w.dequantize(dtype))
 
 
-@pytest.mark.parametrize(("dtype", "needed"), [(BF16, "amx_bf16"), (BF16, "avx512_bf16"), (FP32, "avx512f")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "needed"), [(BF16, "amx_bf16"), (BF16, "avx512_bf16"), (FP32, "avx512f")], ids=str
+)
 def test_where_torch_may_win_its_rows_are_measured(dtype, needed, monkeypatch):
-    """What runs on processors with AVX-512 alone: the measurement gives a number of rows, and both sides of it work."""
+    """What runs on processors with AVX-512 alone: the measurement gives a number of rows, and both
+    sides of it work."""
     fast = processor_of("x86_64", "some", frozenset({"avx2", "fma", "avx512f", needed}), {})
     monkeypatch.setattr(cpu_module, "this_processor", lambda: fast)
     measure = cpu_module._rows_for_torch.__wrapped__
     found = measure(dtype)
     assert found in (16, 32, 64, 128, 256, 512, cpu_module._NEVER)
     assert measure(FP16) == cpu_module._NEVER
-    monkeypatch.setattr(cpu_module, "_best_of", lambda work, *_: 1.0 if work is native.linear else 0.5)
+    monkeypatch.setattr(
+        cpu_module, "_best_of", lambda work, *_: 1.0 if work is native.linear else 0.5
+    )
     assert measure(dtype) == 16
-    monkeypatch.setattr(cpu_module, "_best_of", lambda work, *_: 0.5 if work is native.linear else 1.0)
+    monkeypatch.setattr(
+        cpu_module, "_best_of", lambda work, *_: 0.5 if work is native.linear else 1.0
+    )
     assert measure(dtype) == cpu_module._NEVER
 
 
@@ -183,14 +217,20 @@ def test_threads_do_not_change_a_bit(threads):
 @pytest.mark.parametrize("shape", [(64,), (2, 64), (2, 3, 64), (0, 64), (2, 0, 64)], ids=str)
 def test_leading_dimensions_are_kept(shape):
     w = weight(4, 32, 64, 32, False)
-    assert KERNEL.linear(torch.ones(shape), KERNEL.prepare(w, FP32), w.spec, w.shape).shape == (*shape[:-1], 32)
+    assert KERNEL.linear(torch.ones(shape), KERNEL.prepare(w, FP32), w.spec, w.shape).shape == (
+        *shape[:-1],
+        32,
+    )
 
 
 def test_a_strided_input_is_read_as_it_is():
     w = weight(4, 32, 64, 32, True)
     prepared = KERNEL.prepare(w, FP32)
     x = torch.randn(2, 5, 64)[:, -1:]
-    assert torch.equal(KERNEL.linear(x, prepared, w.spec, w.shape), KERNEL.linear(x.clone(), prepared, w.spec, w.shape))
+    assert torch.equal(
+        KERNEL.linear(x, prepared, w.spec, w.shape),
+        KERNEL.linear(x.clone(), prepared, w.spec, w.shape),
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -251,12 +291,20 @@ def test_buffers_that_moved_are_found_again():
 
 
 @pytest.mark.parametrize(
-    ("held", "expected"), [("default", "generic"), ("avx2", "avx2")], ids=["held to nothing", "held to AVX2"]
+    ("held", "expected"),
+    [("default", "generic"), ("avx2", "avx2")],
+    ids=["held to nothing", "held to AVX2"],
 )
 def test_what_torch_is_held_to_holds_the_kernel(held, expected):
     flags = frozenset({"avx2", "fma", "f16c", "avx512f"})
-    processor = processor_of(this_processor().architecture, "some", flags, {"ATEN_CPU_CAPABILITY": held})
-    wanted = expected if this_processor().is_x86 and expected in native.compiled_instructions() else "generic"
+    processor = processor_of(
+        this_processor().architecture, "some", flags, {"ATEN_CPU_CAPABILITY": held}
+    )
+    wanted = (
+        expected
+        if this_processor().is_x86 and expected in native.compiled_instructions()
+        else "generic"
+    )
     assert native.best_instructions(processor) == wanted
 
 

@@ -1,4 +1,5 @@
-"""Every kernel against the definition: the weight exactly, the product within the roundings it is allowed."""
+"""Every kernel against the definition: the weight exactly, the product within the roundings it is
+allowed."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ from llmquant.weight import QuantizedWeight
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 
-needs_int4 = pytest.mark.skipif(int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU")
+needs_int4 = pytest.mark.skipif(
+    int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
+)
 
 
 def case(
@@ -64,13 +67,18 @@ OTHER_CASES = {
     "3 bits asym": lambda: random_weight(33, 96, QuantSpec(3, 48, False)),
     "8 bits asym": lambda: random_weight(17, 100, QuantSpec(8, 50, False)),
     "odd sizes": lambda: random_weight(7, 35, QuantSpec(4, 5, False)),
-    "odd sizes g_idx": lambda: random_weight(7, 35, QuantSpec(3, 5, False), g_idx=shuffled_groups(35, 7)),
-    "fp32 scales": lambda: random_weight(16, 64, QuantSpec(4, 32, False), scale_dtype=torch.float32),
+    "odd sizes g_idx": lambda: random_weight(
+        7, 35, QuantSpec(3, 5, False), g_idx=shuffled_groups(35, 7)
+    ),
+    "fp32 scales": lambda: random_weight(
+        16, 64, QuantSpec(4, 32, False), scale_dtype=torch.float32
+    ),
 }
 
 
 def exact_product(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """float64 ``x @ W.T``, and ``|x| @ |W|.T``, the scale against which rounding errors are bounded."""
+    """float64 ``x @ W.T``, and ``|x| @ |W|.T``, the scale against which rounding errors are
+    bounded."""
     w = weight.dequantize().double()
     return x.double() @ w.T, x.double().abs() @ w.abs().T
 
@@ -81,7 +89,9 @@ def exact_product(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
 def test_cpu_int4_holds_the_weight_exactly(make, dtype):
     weight = make()
     prepared = CpuInt4().prepare(weight, BF16)
-    assert torch.equal(CpuInt4().weight(prepared, weight.spec, weight.shape, dtype), weight.dequantize(dtype))
+    assert torch.equal(
+        CpuInt4().weight(prepared, weight.spec, weight.shape, dtype), weight.dequantize(dtype)
+    )
 
 
 @pytest.mark.parametrize("make", (INT4_CASES | OTHER_CASES).values(), ids=INT4_CASES | OTHER_CASES)
@@ -90,9 +100,13 @@ def test_reference_and_dense_hold_the_weight_exactly(make, dtype):
     weight = make()
     for name in ("reference", "dense"):
         kernel = KERNELS[name]
-        assert kernel.why_not(weight.spec, weight.shape, CPU, dtype, weight.g_idx is not None) is None
+        assert (
+            kernel.why_not(weight.spec, weight.shape, CPU, dtype, weight.g_idx is not None) is None
+        )
         prepared = kernel.prepare(weight, dtype)
-        assert torch.equal(kernel.weight(prepared, weight.spec, weight.shape, dtype), weight.dequantize(dtype))
+        assert torch.equal(
+            kernel.weight(prepared, weight.spec, weight.shape, dtype), weight.dequantize(dtype)
+        )
         x = torch.randn(3, weight.shape[1], dtype=dtype)
         expected = torch.nn.functional.linear(x, weight.dequantize(dtype))
         assert torch.equal(kernel.linear(x, prepared, weight.spec, weight.shape), expected)
@@ -107,7 +121,8 @@ def test_cpu_int4_product_is_within_bf16_rounding(make, rows):
     x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(BF16)
     y = kernel.linear(x, kernel.prepare(weight, BF16), weight.spec, weight.shape)
     exact, scale = exact_product(x, weight)
-    # Operator: the result is rounded, and rounded again when a correction is added. GEMM: weights and result are.
+    # Operator: the result is rounded, and rounded again when a correction is added. GEMM: weights
+    # and result are.
     assert bool(((y.double() - exact).abs() <= 2.01 * ROUNDOFF[BF16] * scale).all())
     assert y.shape == (rows, weight.shape[0])
     assert y.dtype == BF16
@@ -120,8 +135,14 @@ def test_many_rows_are_a_dense_linear_over_the_rounded_weight():
     y = CpuInt4().linear(x, CpuInt4().prepare(weight, BF16), weight.spec, weight.shape)
     rounded = weight.dequantize(BF16).double()
     exact, scale = x.double() @ rounded.T, x.double().abs() @ rounded.abs().T
-    # One rounding to bf16 of a float32 sum in any order: without bf16 instructions torch sums in blocks of its own.
-    assert bool(((y.double() - exact).abs() <= ROUNDOFF[BF16] * exact.abs() + dot_bound(torch.float32, 512) * scale).all())
+    # One rounding to bf16 of a float32 sum in any order: without bf16 instructions torch sums in
+    # blocks of its own.
+    assert bool(
+        (
+            (y.double() - exact).abs()
+            <= ROUNDOFF[BF16] * exact.abs() + dot_bound(torch.float32, 512) * scale
+        ).all()
+    )
 
 
 @needs_int4
@@ -133,18 +154,23 @@ def test_dequantized_tiles_are_the_rounded_weight_bit_for_bit(make, monkeypatch)
     # Multiplying by the identity reads the tiles themselves; a tiny tile makes many of them.
     monkeypatch.setattr(cpu_int4_module, "_TILE_BYTES", 64 * in_features * 2)
     monkeypatch.setattr(cpu_int4_module, "CROSSOVER_ROWS", 1)
-    columns = CpuInt4().linear(torch.eye(in_features, dtype=BF16), prepared, weight.spec, weight.shape)
+    columns = CpuInt4().linear(
+        torch.eye(in_features, dtype=BF16), prepared, weight.spec, weight.shape
+    )
     assert torch.equal(columns.T, weight.dequantize(BF16))
 
 
 @needs_int4
 @pytest.mark.parametrize("correction", [True, False], ids=["with the residual", "without it"])
 def test_the_residual_is_what_makes_zero_points_exact(correction):
-    # Codes at the zero-point or one above, far from 8: small weights, large (8 - z) * s that bf16 cannot hold.
+    # Codes at the zero-point or one above, far from 8: small weights, large (8 - z) * s that bf16
+    # cannot hold.
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(1, 3, (64, 256), generator=generator, dtype=torch.uint8)
     scales = torch.full((64, 2), 251 / 2**15)
-    weight = QuantizedWeight(codes, scales, torch.ones(64, 2, dtype=torch.uint8), QuantSpec(4, 128, False))
+    weight = QuantizedWeight(
+        codes, scales, torch.ones(64, 2, dtype=torch.uint8), QuantSpec(4, 128, False)
+    )
     prepared = CpuInt4().prepare(weight, BF16)
     if not correction:
         del prepared["residual"]
@@ -158,7 +184,9 @@ def test_the_residual_is_what_makes_zero_points_exact(correction):
 @pytest.mark.parametrize("shape", [(64,), (2, 64), (2, 3, 64), (0, 64), (2, 0, 64)], ids=str)
 def test_leading_dimensions_are_kept(shape):
     weight = case(32, 64, 32, False)
-    y = CpuInt4().linear(torch.ones(shape, dtype=BF16), CpuInt4().prepare(weight, BF16), weight.spec, weight.shape)
+    y = CpuInt4().linear(
+        torch.ones(shape, dtype=BF16), CpuInt4().prepare(weight, BF16), weight.spec, weight.shape
+    )
     assert y.shape == (*shape[:-1], 32)
 
 
@@ -169,7 +197,9 @@ def test_a_strided_input_is_read_as_it_is():
     x = torch.randn(2, 5, 64).to(BF16)[:, -1:]
     assert torch.equal(
         CpuInt4().linear(x, prepared, weight.spec, weight.shape),
-        CpuInt4().linear(x.clone(memory_format=torch.contiguous_format), prepared, weight.spec, weight.shape),
+        CpuInt4().linear(
+            x.clone(memory_format=torch.contiguous_format), prepared, weight.spec, weight.shape
+        ),
     )
 
 
@@ -210,7 +240,10 @@ def test_scratch_serves_inference_mode_and_plain_mode_alike():
     ids=lambda v: str(v),
 )
 def test_cpu_int4_refuses_with_a_reason(spec, device, dtype, words, caplog):
-    with caplog.at_level(logging.INFO, "llmquant.kernels"), pytest.raises(UsageError, match="kernel cpu_int4 cannot take"):
+    with (
+        caplog.at_level(logging.INFO, "llmquant.kernels"),
+        pytest.raises(UsageError, match="kernel cpu_int4 cannot take"),
+    ):
         choose(spec, (256, 256), torch.device(device), dtype, prefer="cpu_int4")
     assert words in caplog.text
 
@@ -236,12 +269,16 @@ def test_another_device_gets_the_reference():
 @needs_int4
 def test_choice_looks_at_the_numbers_when_it_has_them():
     wide = random_weight(64, 128, QuantSpec(4, 64, True), scale_dtype=torch.float32)
-    uneven = random_weight(64, 128, QuantSpec(4, 64, True), g_idx=torch.tensor([0] * 50 + [1] * 78, dtype=torch.int32))
+    uneven = random_weight(
+        64, 128, QuantSpec(4, 64, True), g_idx=torch.tensor([0] * 50 + [1] * 78, dtype=torch.int32)
+    )
     for weight, words in ((wide, "significant bits"), (uneven, "different sizes")):
         ordered = weight.g_idx is not None
         with pytest.raises(UsageError, match=words):
             choose(weight.spec, weight.shape, CPU, BF16, ordered, "cpu_int4", weight)
-        assert choose(weight.spec, weight.shape, CPU, BF16, ordered, "cpu_int4")[0].name == "cpu_int4"
+        assert (
+            choose(weight.spec, weight.shape, CPU, BF16, ordered, "cpu_int4")[0].name == "cpu_int4"
+        )
 
 
 def test_an_unknown_kernel_is_a_usage_error():
@@ -250,7 +287,9 @@ def test_an_unknown_kernel_is_a_usage_error():
 
 
 def test_the_crossover_is_the_measured_one():
-    report = json.loads((Path(__file__).parents[2] / "bench" / "results" / "crossover.json").read_text())
+    report = json.loads(
+        (Path(__file__).parents[2] / "bench" / "results" / "crossover.json").read_text()
+    )
     measured = [run["crossover_rows"] for run in report["runs"]]
     assert statistics.median(measured) == CROSSOVER_ROWS
 
@@ -259,7 +298,9 @@ def test_the_crossover_is_the_measured_one():
 def test_cpu_int4_refuses_activations_of_another_dtype():
     weight = case(32, 64, 32, True)
     with pytest.raises(UsageError, match="float16"):
-        CpuInt4().linear(torch.ones(1, 64).half(), CpuInt4().prepare(weight, BF16), weight.spec, weight.shape)
+        CpuInt4().linear(
+            torch.ones(1, 64).half(), CpuInt4().prepare(weight, BF16), weight.spec, weight.shape
+        )
 
 
 def test_dense_does_not_round_twice():
@@ -271,7 +312,12 @@ def test_dense_does_not_round_twice():
 
 @pytest.mark.parametrize(
     ("value", "dtype"),
-    [(1.0078125, BF16), (1 + 2.0**-10, torch.float16), (1 + 2.0**-20, torch.float32), (2.0**-30, BF16)],
+    [
+        (1.0078125, BF16),
+        (1 + 2.0**-10, torch.float16),
+        (1 + 2.0**-20, torch.float32),
+        (2.0**-30, BF16),
+    ],
     ids=["8 bits", "11 bits", "21 bits", "below fp16's range"],
 )
 def test_scales_are_stored_in_the_narrowest_exact_dtype(value, dtype):
@@ -279,7 +325,8 @@ def test_scales_are_stored_in_the_narrowest_exact_dtype(value, dtype):
 
 
 @pytest.mark.parametrize(
-    ("width", "group"), [(128, 128), (96, 32), (512, 256), (768, 256), (11008, 256), (160, 32), (48, None), (16, None)]
+    ("width", "group"),
+    [(128, 128), (96, 32), (512, 256), (768, 256), (11008, 256), (160, 32), (48, None), (16, None)],
 )
 def test_operator_group_is_the_widest_that_divides(width, group):
     assert operator_group(width) == group

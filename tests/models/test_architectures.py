@@ -1,4 +1,5 @@
-"""Finding decoder blocks: the table fits the real modules, unknown models are searched, and nothing is guessed."""
+"""Finding decoder blocks: the table fits the real modules, unknown models are searched, and nothing
+is guessed."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def test_every_row_of_the_table_fits_its_model(kind):
         members = {n for n in linears if architecture.fused_with(n) == together}
         if architecture.experts is None:
             assert members == set(together)
-            assert len({linears[n].in_features for n in members}) == 1, f"{together} do not read the same input"
+            assert len({linears[n].in_features for n in members}) == 1, (
+                f"{together} do not read the same input"
+            )
     if architecture.experts is not None:
         assert {n for n in linears if ".experts." in n} == {
             n for n in linears if architecture.fused_with(n) == architecture.experts.linears()
@@ -103,42 +106,83 @@ def test_lists_inside_blocks_do_not_count():
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        pytest.param(lambda: Model(encoder=of_blocks(2), decoder=of_blocks(2)), "has 2 lists .*encoder, decoder", id="two"),
+        pytest.param(
+            lambda: Model(encoder=of_blocks(2), decoder=of_blocks(2)),
+            "has 2 lists .*encoder, decoder",
+            id="two",
+        ),
         pytest.param(lambda: Model(), r"has 0 lists of equal blocks \(none\)", id="no list"),
         pytest.param(lambda: Model(layers=of_blocks(1)), "has 0 lists", id="a list of one"),
-        pytest.param(lambda: Model(layers=nn.ModuleList([Block(), nn.Linear(4, 4)])), "has 0 lists", id="unequal blocks"),
-        pytest.param(lambda: Model(layers=nn.ModuleList([nn.ReLU(), nn.ReLU()])), "has 0 lists", id="no linears"),
+        pytest.param(
+            lambda: Model(layers=nn.ModuleList([Block(), nn.Linear(4, 4)])),
+            "has 0 lists",
+            id="unequal blocks",
+        ),
+        pytest.param(
+            lambda: Model(layers=nn.ModuleList([nn.ReLU(), nn.ReLU()])),
+            "has 0 lists",
+            id="no linears",
+        ),
     ],
 )
 def test_an_unknown_model_without_one_list_is_refused(model, told):
-    with pytest.raises(ArchitectureError, match=f"model type 'new' is not in llmquant's table .*{told}"):
+    with pytest.raises(
+        ArchitectureError, match=f"model type 'new' is not in llmquant's table .*{told}"
+    ):
         find(model(), "new")
 
 
 def test_a_table_row_that_does_not_fit_is_refused():
-    with pytest.raises(ArchitectureError, match=r"GPTNeoXForCausalLM has no block list at model\.layers"):
+    with pytest.raises(
+        ArchitectureError, match=r"GPTNeoXForCausalLM has no block list at model\.layers"
+    ):
         find(random_model("gpt_neox"), "llama")
 
 
 def test_a_head_without_a_known_norm_is_refused():
     model = Model(norm=False, layers=of_blocks(2))
-    with pytest.raises(ArchitectureError, match="cannot find the norm before the head of Model; --ignore lm_head"):
+    with pytest.raises(
+        ArchitectureError, match="cannot find the norm before the head of Model; --ignore lm_head"
+    ):
         norm_of(model, find(model, "new"))
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "qwen2_moe"])
 def test_experts_of_other_types_are_refused_before_most_of_a_model_is_left_alone(kind: str) -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
-    with pytest.raises(ArchitectureError, match=r"stacks its experts.*\.experts\.gate_up_proj\); of mixtures .* mixtral"):
+    with pytest.raises(
+        ArchitectureError,
+        match=r"stacks its experts.*\.experts\.gate_up_proj\); of mixtures .* mixtral",
+    ):
         find(model, kind)
 
 
 def test_a_model_that_also_sees_is_refused(tmp_path: Path) -> None:
-    text = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    config = Gemma3Config(text_config=text, vision_config={**vision, "patch_size": 14}, image_token_index=250)
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
+    config = Gemma3Config(
+        text_config=text, vision_config={**vision, "patch_size": 14}, image_token_index=250
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     told = r"model type 'gemma3' is more than a text decoder \(its config has vision_config\)"

@@ -31,10 +31,18 @@ from llmquant.models.decoding.speed_up import HalfEmbedding, HalfLinear, speed_u
 from llmquant.spec import QuantSpec
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.2,
-    "tie_word_embeddings": True, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
     "llama with biases": lambda: LlamaConfig(**SIZES, attention_bias=True),
@@ -52,23 +60,32 @@ OTHERS = {
 
 
 def packed(make: Any, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A random model with packed linears in its blocks, as :func:`llmquant.load` gives it before it is sped up."""
+    """A random model with packed linears in its blocks, as :func:`llmquant.load` gives it before it
+    is sped up."""
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(make(), dtype=torch.float32).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "layers" in name:
             weight = random_weight(module.out_features, module.in_features, spec)
-            scaled = type(weight)(weight.codes, weight.scales / weight.scales.abs().mean() / 16, weight.zeros, spec)
+            scaled = type(weight)(
+                weight.codes, weight.scales / weight.scales.abs().mean() / 16, weight.zeros, spec
+            )
             bias = None if module.bias is None else torch.randn(module.out_features)
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, PackedLinear(scaled, bias, dtype=dtype, kernel="cpu"))
+            setattr(
+                model.get_submodule(parent),
+                leaf,
+                PackedLinear(scaled, bias, dtype=dtype, kernel="cpu"),
+            )
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float().to(dtype)
     return model.requires_grad_(False)
 
 
 def stepped(model: PreTrainedModel) -> int:
-    return sum(isinstance(m.__dict__.get("forward"), decoding.BlockForward) for m in model.modules())
+    return sum(
+        isinstance(m.__dict__.get("forward"), decoding.BlockForward) for m in model.modules()
+    )
 
 
 def logits(model: PreTrainedModel, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -132,7 +149,9 @@ def test_a_block_with_a_slip_is_caught_by_its_trial(monkeypatch, caplog):
     model = packed(CONFIGS["llama"], QuantSpec(4, 32, True))
     model.model.layers[1].self_attn.scaling *= 1.001
     shape = decoding.BlockShape
-    monkeypatch.setattr(decoding, "BlockShape", lambda h, k, d, eps, scaling: shape(h, k, d, eps, 16**-0.5))
+    monkeypatch.setattr(
+        decoding, "BlockShape", lambda h, k, d, eps, scaling: shape(h, k, d, eps, 16**-0.5)
+    )
     with caplog.at_level(logging.INFO, "llmquant.models.decoding.speed_up"):
         speed_up(model)
     assert stepped(model) == 1
@@ -144,11 +163,16 @@ def test_several_sequences_and_padding_run_transformers_code():
     fast = copy.deepcopy(plain)
     speed_up(fast)
     tokens = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(logits(fast, tokens, 5), logits(plain, tokens, 5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(fast, tokens, 5), logits(plain, tokens, 5), rtol=1e-5, atol=1e-5
+    )
     mask = torch.ones(2, 6, dtype=torch.int64)
     mask[0, :3] = 0
     made = [
-        m.generate(tokens[:, :6], attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0) for m in (fast, plain)
+        m.generate(
+            tokens[:, :6], attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+        for m in (fast, plain)
     ]
     assert torch.equal(*made)
 
@@ -159,7 +183,10 @@ def test_hidden_states_can_still_be_asked_for():
     speed_up(fast)
     token, asked = torch.tensor([[5]]), {"output_hidden_states": True}
     with torch.inference_mode():
-        expected, got = (m(token, past_key_values=DynamicCache(config=m.config), **asked).hidden_states for m in (plain, fast))
+        expected, got = (
+            m(token, past_key_values=DynamicCache(config=m.config), **asked).hidden_states
+            for m in (plain, fast)
+        )
     assert len(got) == len(expected) == 3
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -188,7 +215,9 @@ def test_gradients_run_transformers_code():
     model = packed(CONFIGS["llama"], QuantSpec(4, 32, True))
     speed_up(model)
     embedded = torch.randn(1, 1, 64, requires_grad=True)
-    model(inputs_embeds=embedded, past_key_values=DynamicCache(config=model.config)).logits.sum().backward()
+    model(
+        inputs_embeds=embedded, past_key_values=DynamicCache(config=model.config)
+    ).logits.sum().backward()
     assert embedded.grad is not None
 
 
@@ -197,7 +226,9 @@ def test_gradients_run_transformers_code():
 @pytest.mark.parametrize("instruction_set", list(native.compiled_instructions()))
 def test_a_head_of_16_bits_is_exact(stored, rows, instruction_set):
     weight = torch.randn(70, 45, generator=torch.Generator().manual_seed(0)).to(stored).float()
-    weight[0, :4] = torch.tensor([0.0, -0.0, 2.0**-14, 2.0**-24 if stored is torch.float16 else 2.0**-100])
+    weight[0, :4] = torch.tensor(
+        [0.0, -0.0, 2.0**-14, 2.0**-24 if stored is torch.float16 else 2.0**-100]
+    )
     head = HalfLinear(weight, torch.ones(70), stored)
     assert torch.equal(native.half_weight(head.words, 70).float(), weight)
     x = torch.randn(rows, 45)
@@ -205,7 +236,12 @@ def test_a_head_of_16_bits_is_exact(stored, rows, instruction_set):
         y = head(x)
         assert torch.equal((head(torch.eye(45)) - 1).T, weight + 1 - 1)
     exact = x.double() @ weight.double().T + 1
-    assert bool(((y.double() - exact).abs() <= 50 * 2.0**-24 * (x.double().abs() @ weight.double().abs().T + 1)).all())
+    assert bool(
+        (
+            (y.double() - exact).abs()
+            <= 50 * 2.0**-24 * (x.double().abs() @ weight.double().abs().T + 1)
+        ).all()
+    )
     asked = x.clone().requires_grad_()
     head(asked).sum().backward()
     assert asked.grad is not None
@@ -231,7 +267,9 @@ def test_a_head_and_the_embedding_tied_to_it_are_halved_where_that_is_exact():
 
 
 def test_dense_models_are_left_as_they_are():
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        CONFIGS["llama"](), dtype=torch.float32
+    )
     speed_up(model)
     assert stepped(model) == 0
     assert type(model.get_output_embeddings()) is nn.Linear
@@ -239,7 +277,11 @@ def test_dense_models_are_left_as_they_are():
 
 def runs(model: PreTrainedModel) -> int:
     """How many of the model's blocks are stepped by the first one's call."""
-    found = {id(f.run): f.run for m in model.modules() if isinstance(f := m.__dict__.get("forward"), decoding.BlockForward)}
+    found = {
+        id(f.run): f.run
+        for m in model.modules()
+        if isinstance(f := m.__dict__.get("forward"), decoding.BlockForward)
+    }
     assert len(found) <= 1
     return sum(len(run._forwards) for run in found.values() if run is not None)
 
@@ -249,14 +291,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     whole = decoder_steps.Steps.run
     monkeypatch.setattr(
-        decoder_steps.Steps, "run", lambda self, *a: (calls.append(len(self._steps)), whole(self, *a))[1]
+        decoder_steps.Steps,
+        "run",
+        lambda self, *a: (calls.append(len(self._steps)), whole(self, *a))[1],
     )
     return calls
 
 
 def pair(name: str = "llama", **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same model plain and sped up."""
-    plain = packed(lambda: LlamaConfig(**{**SIZES, **changes}) if name == "llama" else CONFIGS[name](), QuantSpec(4, 32, True))
+    plain = packed(
+        lambda: LlamaConfig(**{**SIZES, **changes}) if name == "llama" else CONFIGS[name](),
+        QuantSpec(4, 32, True),
+    )
     fast = copy.deepcopy(plain)
     speed_up(fast)
     return plain, fast
@@ -321,7 +368,9 @@ def test_what_others_hold_of_a_cache_is_never_written_over():
 def test_watched_blocks_are_stepped_one_by_one(monkeypatch):
     plain, fast = pair()
     calls, seen = counted(monkeypatch), []
-    handle = fast.model.layers[1].register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+    handle = fast.model.layers[1].register_forward_pre_hook(
+        lambda _m, args: seen.append(args[0].clone())
+    )
     expected = step(plain, prefilled(plain, 5), 5)
     close(step(fast, prefilled(fast, 5), 5), expected)
     assert not calls
@@ -353,7 +402,10 @@ def test_a_change_between_blocks_is_an_error_and_not_a_wrong_answer():
 def test_blocks_of_different_attention_are_stepped_one_by_one():
     made = packed(
         lambda: Qwen2Config(
-            **{k: v for k, v in SIZES.items() if k != "head_dim"}, use_sliding_window=True, sliding_window=8, max_window_layers=1
+            **{k: v for k, v in SIZES.items() if k != "head_dim"},
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
         ),
         QuantSpec(4, 32, True),
     )

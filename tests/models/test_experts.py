@@ -1,7 +1,8 @@
-"""Mixtures of experts: linears of their own compute what transformers' stacked experts do, and none goes uncalibrated in silence.
+"""Mixtures of experts: linears of their own compute what transformers' stacked experts do, and none
+goes uncalibrated in silence.
 
-The float64 comparisons are of two derivations of the same numbers; ``TWIN_ATOL`` is their bound, and each planted slip is larger
-by orders of magnitude.
+The float64 comparisons are of two derivations of the same numbers; ``TWIN_ATOL`` is their bound,
+and each planted slip is larger by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def experts_of(model: nn.Module) -> list[ExpertList]:
     ],
 )
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_the_model_computes_what_transformers_does(kind: str, kernel: str, dtype: torch.dtype) -> None:
+def test_the_model_computes_what_transformers_does(
+    kind: str, kernel: str, dtype: torch.dtype
+) -> None:
     model = random_model(kind).to(dtype)
     model.set_experts_implementation(kernel)
     with torch.no_grad():
@@ -76,7 +79,9 @@ def test_the_model_computes_what_transformers_does(kind: str, kernel: str, dtype
         as_in_checkpoint(model, kind)
         got = model(TOKENS).logits
     assert len(experts_of(model)) == 2
-    torch.testing.assert_close(got, wanted, **({"rtol": 0, "atol": TWIN_ATOL} if dtype == torch.float64 else {}))
+    torch.testing.assert_close(
+        got, wanted, **({"rtol": 0, "atol": TWIN_ATOL} if dtype == torch.float64 else {})
+    )
 
 
 def swap_gate_and_up(experts: ExpertList) -> None:
@@ -92,10 +97,14 @@ def next_experts_down(experts: ExpertList) -> None:
 
 
 def another_order(experts: ExpertList) -> None:
-    experts._modules = dict(zip(experts._modules, reversed(list(experts._modules.values())), strict=True))
+    experts._modules = dict(
+        zip(experts._modules, reversed(list(experts._modules.values())), strict=True)
+    )
 
 
-@pytest.mark.parametrize("slip", [swap_gate_and_up, next_experts_down, another_order], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "slip", [swap_gate_and_up, next_experts_down, another_order], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_planted_slip_is_caught(kind: str, slip) -> None:
     model = random_model(kind).double()
@@ -111,18 +120,24 @@ def test_a_planted_slip_is_caught(kind: str, slip) -> None:
 def test_names_are_those_that_transformers_saves(kind: str, tmp_path: Path) -> None:
     reader = CheckpointReader(save(kind, tmp_path))
     model = empty_model(reader, torch.float32)
-    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == {n: i.shape for n, i in reader.tensors.items()}
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == {
+        n: i.shape for n, i in reader.tensors.items()
+    }
     if kind == "gpt_neox":
         assert "embed_out.weight" in reader
     else:
-        expert = {n for n in reader.tensors if ".0." in n.partition("layers.1.")[2] and "experts" in n}
+        expert = {
+            n for n in reader.tensors if ".0." in n.partition("layers.1.")[2] and "experts" in n
+        }
         assert expert == {f"model.layers.1.{n}" for n in EXPERT_0[kind]}
 
 
 def test_a_tied_head_is_tied_by_its_name_in_the_checkpoint() -> None:
     model = named("gpt_neox", tie_word_embeddings=True)
     model.tie_weights()
-    assert model.get_expanded_tied_weights_keys(all_submodels=True) == {"embed_out.weight": "gpt_neox.embed_in.weight"}
+    assert model.get_expanded_tied_weights_keys(all_submodels=True) == {
+        "embed_out.weight": "gpt_neox.embed_in.weight"
+    }
     assert model.lm_head is model.embed_out
     assert model.embed_out.weight is model.gpt_neox.embed_in.weight
 
@@ -138,12 +153,16 @@ def test_blocks_without_experts_stay_and_other_stacks_are_refused() -> None:
     assert len(experts_of(model)) == 1
     strange = random_model("mixtral")
     strange.model.layers[0].mlp.experts.is_transposed = True
-    with pytest.raises(ArchitectureError, match=r"block_sparse_moe\.experts is not stacked as gate_up_proj and down_proj"):
+    with pytest.raises(
+        ArchitectureError,
+        match=r"block_sparse_moe\.experts is not stacked as gate_up_proj and down_proj",
+    ):
         as_in_checkpoint(strange, "mixtral")
 
 
 def toy(chosen: list[list[int]], everything: bool) -> tuple[Tensor, list[int], Watch]:
-    """A list of three experts, of which the last gets no token: its output, the rows each linear was called with, the watch."""
+    """A list of three experts, of which the last gets no token: its output, the rows each linear
+    was called with, the watch."""
     torch.manual_seed(0)
     experts = ExpertList(("w1", "w3", "w2"), torch.randn(3, 8, 6), torch.randn(3, 6, 4), nn.SiLU())
     rows: list[int] = []
@@ -176,7 +195,9 @@ def test_experts_shown_everything_change_no_output() -> None:
 
 @pytest.mark.parametrize("everything", [False, True], ids=["routed", "all"])
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_statistics_are_those_of_the_tokens_that_the_router_sends(kind: str, everything: bool) -> None:
+def test_statistics_are_those_of_the_tokens_that_the_router_sends(
+    kind: str, everything: bool
+) -> None:
     model = named(kind)
     blocks = blocks_of(model, find(model, kind))
     inputs = first_inputs(model, blocks, [TOKENS, TOKENS[:, 3:9]])
@@ -208,12 +229,16 @@ def test_pairs_are_of_the_same_tokens_though_the_original_routes_others(everythi
     (inputs,) = first_inputs(model, blocks, [TOKENS])
     names = [f"block_sparse_moe.experts.{i}.w1" for i in range(EXPERTS)]
     wanted = {n: blocks[0].get_submodule(n) for n in names}
-    original = inputs.hidden + 0.5 * torch.randn(inputs.hidden.shape, generator=torch.Generator().manual_seed(2))
+    original = inputs.hidden + 0.5 * torch.randn(
+        inputs.hidden.shape, generator=torch.Generator().manual_seed(2)
+    )
     routes = [Watch(), Watch()]
     for watch, hidden in zip(routes, (inputs.hidden, original), strict=True):
         with watched(blocks[0], watch):
             run_block(blocks[0], type(inputs)(hidden, inputs.calls))
-    assert not torch.equal(routes[0].routes[0][0], routes[1].routes[0][0]), "the streams must part for this test to tell"
+    assert not torch.equal(routes[0].routes[0][0], routes[1].routes[0][0]), (
+        "the streams must part for this test to tell"
+    )
     pairs = observe_pairs(blocks[0], wanted, [inputs], {}, [original], everything)
     plain = observe(blocks[0], wanted, [inputs], everything)
     for name, pair in pairs.items():
@@ -228,13 +253,24 @@ def test_experts_are_observed_together_as_far_as_memory_goes() -> None:
     gates, downs = [(f"{e}.w1", f"{e}.w3") for e in experts], [(f"{e}.w2",) for e in experts]
     sets += [s for pair in zip(gates, downs, strict=True) for s in pair]
     assert passes_of(block, sets, room=10**9) == [[sets[0]], [sets[1]], gates, downs]
-    assert passes_of(block, sets, room=48 * 48 * 2) == [[sets[0]], [sets[1]], gates[:2], downs[:2], gates[2:], downs[2:]]
+    assert passes_of(block, sets, room=48 * 48 * 2) == [
+        [sets[0]],
+        [sets[1]],
+        gates[:2],
+        downs[:2],
+        gates[2:],
+        downs[2:],
+    ]
     assert passes_of(block, sets, room=1) == [[s] for s in sets]
 
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("block_sparse_moe.experts.2.w3", (2, "w3")), ("self_attn.q_proj", None), ("block_sparse_moe.gate", None)],
+    [
+        ("block_sparse_moe.experts.2.w3", (2, "w3")),
+        ("self_attn.q_proj", None),
+        ("block_sparse_moe.gate", None),
+    ],
     ids=["expert", "attention", "router"],
 )
 def test_the_place_of_a_linear(name: str, place: tuple[int, str] | None) -> None:
@@ -248,12 +284,19 @@ def starving(folder: Path) -> Path:
     model = random_model("mixtral", vocab_size=4096, num_experts_per_tok=1, bos_token_id=0)
     for layer in model.model.layers:
         direction = torch.randn(32, generator=torch.Generator().manual_seed(5))
-        layer.mlp.gate.weight.copy_(torch.stack([direction, 2 * direction, -direction, 0.5 * direction]))
+        layer.mlp.gate.weight.copy_(
+            torch.stack([direction, 2 * direction, -direction, 0.5 * direction])
+        )
     model.save_pretrained(path)
     return path
 
 
-STARVED = {f"model.layers.{b}.block_sparse_moe.experts.{e}.{w}" for b in (0, 1) for e in (0, 3) for w in ("w1", "w2", "w3")}
+STARVED = {
+    f"model.layers.{b}.block_sparse_moe.experts.{e}.{w}"
+    for b in (0, 1)
+    for e in (0, 3)
+    for w in ("w1", "w2", "w3")
+}
 
 
 @pytest.mark.parametrize(
@@ -267,11 +310,17 @@ STARVED = {f"model.layers.{b}.block_sparse_moe.experts.{e}.{w}" for b in (0, 1) 
         pytest.param({"tune": {"steps": 2}}, id="tune"),
     ],
 )
-def test_an_expert_without_tokens_is_rounded_to_nearest_and_reported(changes: dict[str, object], tmp_path: Path) -> None:
+def test_an_expert_without_tokens_is_rounded_to_nearest_and_reported(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
     source, out = starving(tmp_path / "source"), tmp_path / "out"
     result = quantize(source, out, recipe("gptq").updated(changes))
     assert {m.name for m in result.modules if m.fallback} == STARVED
-    assert all(m.fallback == UNSEEN and m.tokens == 0 and m.output_error is None for m in result.modules if m.name in STARVED)
+    assert all(
+        m.fallback == UNSEEN and m.tokens == 0 and m.output_error is None
+        for m in result.modules
+        if m.name in STARVED
+    )
     assert {n for n, m in read_manifest(out).modules.items() if m.fallback == UNSEEN} == STARVED
     (told,) = (w for w in result.warnings if UNSEEN in w)
     assert "experts.0.w1" in told
@@ -285,8 +334,13 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_reported(changes: di
         assert all((m.digest == digests[m.name]) == (m.name in STARVED) for m in result.modules)
     if not changes.keys().isdisjoint(("awq", "smooth")):
         reasons = {p.readers[0]: p.reason for pairs in result.scaled.values() for p in pairs}
-        assert {n for n, why in reasons.items() if why == UNSEEN} == {n for n in STARVED if n.endswith("w2")}
-        assert reasons["model.layers.0.block_sparse_moe.experts.0.w1"] == "the router reads these channels too"
+        assert {n for n, why in reasons.items() if why == UNSEEN} == {
+            n for n in STARVED if n.endswith("w2")
+        }
+        assert (
+            reasons["model.layers.0.block_sparse_moe.experts.0.w1"]
+            == "the router reads these channels too"
+        )
         assert reasons["model.layers.0.block_sparse_moe.experts.1.w2"] != UNSEEN
 
 
@@ -302,7 +356,9 @@ def test_shown_every_token_no_expert_falls_back(changes: dict[str, object], tmp_
 @pytest.mark.parametrize("sensitivity", ["kl", "block"])
 def test_an_allocation_takes_a_blocks_experts_together(sensitivity: str, tmp_path: Path) -> None:
     source = starving(tmp_path / "source")
-    few = AllocateOptions(7, widths=(4, 8), group_sizes=(16,), symmetric=True, sensitivity=sensitivity)
+    few = AllocateOptions(
+        7, widths=(4, 8), group_sizes=(16,), symmetric=True, sensitivity=sensitivity
+    )
     found = allocate(source, recipe("gptq"), few)
     sizes = [len(item.names) for item in found.items]
     assert sizes == [3, 1, 3 * EXPERTS] * 2
@@ -311,7 +367,9 @@ def test_an_allocation_takes_a_blocks_experts_together(sensitivity: str, tmp_pat
 
 
 def test_a_conversion_keeps_experts_and_routers(tmp_path: Path) -> None:
-    packed = quantize(checkpoint("mixtral", tmp_path / "source"), tmp_path / "a", recipe("rtn")).path
+    packed = quantize(
+        checkpoint("mixtral", tmp_path / "source"), tmp_path / "a", recipe("rtn")
+    ).path
     convert(packed, "gptq", tmp_path / "b")
     convert(tmp_path / "b", "compressed-tensors", tmp_path / "c")
     convert(packed, "dense", tmp_path / "d")
@@ -320,13 +378,20 @@ def test_a_conversion_keeps_experts_and_routers(tmp_path: Path) -> None:
     dense = empty_model(CheckpointReader(tmp_path / "d"), torch.float32)
     with torch.no_grad():
         for folder in ("b", "c"):
-            assert torch.equal(load(tmp_path / folder, dtype="float32", kernel="reference")(IDS).logits, reference(IDS).logits)
+            assert torch.equal(
+                load(tmp_path / folder, dtype="float32", kernel="reference")(IDS).logits,
+                reference(IDS).logits,
+            )
     assert {n for n, _ in dense.named_parameters()} == set(CheckpointReader(tmp_path / "d").tensors)
 
 
 def test_a_recipe_that_says_nothing_of_experts_keeps_its_hash() -> None:
     off = Recipe.model_validate({"calibration": {"all_experts": False}})
-    assert off.sha256() == Recipe().sha256() != Recipe.model_validate({"calibration": {"all_experts": True}}).sha256()
+    assert (
+        off.sha256()
+        == Recipe().sha256()
+        != Recipe.model_validate({"calibration": {"all_experts": True}}).sha256()
+    )
 
 
 def test_a_gpt_neox_as_it_was_published(tmp_path: Path) -> None:
@@ -350,7 +415,9 @@ def test_a_gpt_neox_as_it_was_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [*MIXTURES, "gpt_neox"])
 def test_from_pretrained_gives_what_load_gives(kind: str, tmp_path: Path) -> None:
     include = {} if kind == "gpt_neox" else {"include": ("*experts.*.*",)}
-    packed = quantize(checkpoint(kind, tmp_path / "source"), tmp_path / "out", recipe("rtn").updated(include)).path
+    packed = quantize(
+        checkpoint(kind, tmp_path / "source"), tmp_path / "out", recipe("rtn").updated(include)
+    ).path
     register_with_transformers()
     try:
         theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
@@ -366,27 +433,51 @@ def test_transformers_own_loader_computes_the_same(kind: str, tmp_path: Path) ->
     assert inspect(packed).engines["transformers"] == ()
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)(IDS).logits
-        ours, original = (load(f, dtype="float32", kernel="dense")(IDS).logits for f in (packed, tmp_path / "source"))
-    # Its packed scales are float32 here as ours are, so only the order of sums is left; what quantization changed is far larger.
+        ours, original = (
+            load(f, dtype="float32", kernel="dense")(IDS).logits
+            for f in (packed, tmp_path / "source")
+        )
+    # Its packed scales are float32 here as ours are, so only the order of sums is left; what
+    # quantization changed is far larger.
     assert float((theirs - ours).abs().max()) < 1e-3 * float((ours - original).abs().max())
 
 
 @pytest.mark.parametrize(
     ("layout", "spec", "engine", "words"),
     [
-        pytest.param("compressed-tensors", {}, VLLM_AVX512, "no kernel for experts of 4 bits", id="vllm, compressed-tensors"),
-        pytest.param("gptq", {"weights.group_size": 16}, VLLM_AVX512, "no groups of 16", id="vllm, gptq as ever"),
         pytest.param(
-            "int-quantized", INT8, "transformers", "stored as int8", id="transformers, int8",
+            "compressed-tensors",
+            {},
+            VLLM_AVX512,
+            "no kernel for experts of 4 bits",
+            id="vllm, compressed-tensors",
+        ),
+        pytest.param(
+            "gptq",
+            {"weights.group_size": 16},
+            VLLM_AVX512,
+            "no groups of 16",
+            id="vllm, gptq as ever",
+        ),
+        pytest.param(
+            "int-quantized",
+            INT8,
+            "transformers",
+            "stored as int8",
+            id="transformers, int8",
         ),
     ],
-)  # fmt: skip
-def test_what_engines_refuse_of_experts(layout: str, spec: dict[str, object], engine: str, words: str, tmp_path: Path) -> None:
+)
+def test_what_engines_refuse_of_experts(
+    layout: str, spec: dict[str, object], engine: str, words: str, tmp_path: Path
+) -> None:
     source = save("mixtral", tmp_path / "source")
     everything = Recipe(method="rtn", format=layout).updated({"weights.group_size": 16, **spec})
     (reason,) = make_plan(source, everything).engines[engine]
     assert words in reason
-    attention = make_plan(source, everything.updated({"include": ("*.self_attn.*",)})).engines[engine]
+    attention = make_plan(source, everything.updated({"include": ("*.self_attn.*",)})).engines[
+        engine
+    ]
     assert attention == (() if "groups" not in words else (reason,))
 
 
@@ -394,7 +485,9 @@ def test_a_quantized_head_of_another_name(tmp_path: Path) -> None:
     wanted = recipe("gptq").updated({"ignore": ()})
     result = quantize(checkpoint("gpt_neox", tmp_path / "source"), tmp_path / "out", wanted)
     assert "embed_out" in {m.name for m in result.modules}
-    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ]
     assert groups["group_0"]["targets"] == ["Linear", "embed_out"]
     assert load(tmp_path / "out")(IDS).logits.shape[-1] == 4096
 
@@ -407,13 +500,22 @@ def test_a_quantized_head_of_another_name(tmp_path: Path) -> None:
     ],
 )
 def test_experts_of_a_block_share_one_scheme(changes: dict[str, object], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"engines fuse these linears.*experts.0.w1: W4 g16 sym, .*experts\.[03]\.w[123]:"):
-        quantize(checkpoint("mixtral", tmp_path / "source"), tmp_path / "out", recipe("rtn").updated(changes))
+    with pytest.raises(
+        UsageError,
+        match=r"engines fuse these linears.*experts.0.w1: W4 g16 sym, .*experts\.[03]\.w[123]:",
+    ):
+        quantize(
+            checkpoint("mixtral", tmp_path / "source"),
+            tmp_path / "out",
+            recipe("rtn").updated(changes),
+        )
 
 
 def test_routers_may_be_ignored_and_not_included(tmp_path: Path) -> None:
     source = checkpoint("mixtral", tmp_path / "source")
-    result = quantize(source, tmp_path / "out", recipe("rtn").updated({"ignore": ("lm_head", "*.gate")}))
+    result = quantize(
+        source, tmp_path / "out", recipe("rtn").updated({"ignore": ("lm_head", "*.gate")})
+    )
     assert result.skipped["model.layers.0.block_sparse_moe.gate"] == "router of experts"
     with pytest.raises(UsageError, match=r"pattern '\*\.gate' matches none"):
         quantize(source, tmp_path / "none", recipe("rtn").updated({"include": ("*.gate",)}))

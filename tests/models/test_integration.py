@@ -1,4 +1,5 @@
-"""register_with_transformers: ``from_pretrained`` gives what ``llmquant.load`` gives; no packed model is saved by mistake."""
+"""register_with_transformers: ``from_pretrained`` gives what ``llmquant.load`` gives; no packed
+model is saved by mistake."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from transformers.quantizers.auto import (
 )
 
 from llmquant import register_with_transformers, unregister_from_transformers
-from llmquant.errors import ArchitectureError, CheckpointError, FormatError, LlmquantError, UsageError
+from llmquant.errors import (
+    ArchitectureError,
+    CheckpointError,
+    FormatError,
+    LlmquantError,
+    UsageError,
+)
 from llmquant.kernels import int4pack
 from llmquant.kernels.packed_linear import PackedLinear, describe
 from llmquant.models.load import load
@@ -35,9 +42,13 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 IDS = torch.randint(6, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 BF16, FP16 = torch.bfloat16, torch.float16
-needs_int4 = pytest.mark.skipif(int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU")
+needs_int4 = pytest.mark.skipif(
+    int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
+)
 FOLDERS = sorted(
-    p.parent.name for p in GOLDEN.glob("*/expected.safetensors") if "model-free" not in p.parent.name
+    p.parent.name
+    for p in GOLDEN.glob("*/expected.safetensors")
+    if "model-free" not in p.parent.name
 )  # that one's label lies
 
 
@@ -90,7 +101,11 @@ def test_linears_stay_packed_and_small_and_generate_as_loads_do(tiny: Path) -> N
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    arguments: dict[str, Any] = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 16, "pad_token_id": 5}
+    arguments: dict[str, Any] = {
+        "attention_mask": torch.ones_like(IDS),
+        "max_new_tokens": 16,
+        "pad_token_id": 5,
+    }
     for _ in range(2):
         texts = [m.generate(IDS, do_sample=False, **arguments) for m in (model, ours)]
         assert torch.equal(*texts)
@@ -137,15 +152,29 @@ def test_registering_twice_is_registering_once_and_it_can_be_undone() -> None:
     assert "llmquant" not in AUTO_QUANTIZER_MAPPING
 
 
-FP8 = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "format": "float-quantized"}
+FP8 = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+    "format": "float-quantized",
+}
 
 
 def test_what_llmquant_does_not_read_goes_where_it_went_before() -> None:
-    told = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": FP8}}
+    told = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": FP8},
+    }
     config = AutoQuantizationConfig.from_dict(told)
     assert type(config) is CompressedTensorsConfig
     assert type(AutoHfQuantizer.from_config(config)).__name__ == "CompressedTensorsHfQuantizer"
-    marlin = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "checkpoint_format": "marlin"}
+    marlin = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "desc_act": False,
+        "checkpoint_format": "marlin",
+    }
     assert not isinstance(AutoQuantizationConfig.from_dict(marlin), PackedConfig)
 
 
@@ -169,7 +198,10 @@ def test_a_packed_model_is_never_saved_by_mistake(how: str, tmp_path: Path) -> N
     target = tmp_path / "saved"
     for part in (model, model.model):
         for method in (part.save_pretrained, part.push_to_hub):
-            with pytest.raises(UsageError, match=r"packed in memory.*copy .*llmcompressor-w4-sym instead.*llmquant convert"):
+            with pytest.raises(
+                UsageError,
+                match=r"packed in memory.*copy .*llmcompressor-w4-sym instead.*llmquant convert",
+            ):
                 method(target)
     assert not target.exists()
 
@@ -177,7 +209,10 @@ def test_a_packed_model_is_never_saved_by_mistake(how: str, tmp_path: Path) -> N
 def test_a_dense_model_is_saved_as_ever(tmp_path: Path) -> None:
     model = load(GOLDEN / "base", dtype=FP16)
     model.save_pretrained(tmp_path / "saved")
-    saved, original = load_file(tmp_path / "saved" / "model.safetensors"), load_file(GOLDEN / "base" / "model.safetensors")
+    saved, original = (
+        load_file(tmp_path / "saved" / "model.safetensors"),
+        load_file(GOLDEN / "base" / "model.safetensors"),
+    )
     assert saved.keys() == original.keys()
     assert all(torch.equal(saved[n], original[n]) for n in saved)
 
@@ -203,25 +238,67 @@ def unpack_all(tensors: dict[str, Tensor]) -> None:
     ("edit", "config", "error", "words"),
     [
         pytest.param(
-            lambda t: t.pop(f"{Q_PROJ}.weight_scale"), {}, FormatError, rf"{Q_PROJ}: weight_scale missing", id="no scale"
+            lambda t: t.pop(f"{Q_PROJ}.weight_scale"),
+            {},
+            FormatError,
+            rf"{Q_PROJ}: weight_scale missing",
+            id="no scale",
         ),
         pytest.param(
-            lambda t: t.update({f"{Q_PROJ}.weight_scale": torch.ones(64, 3)}), {}, FormatError, Q_PROJ, id="scale shape"
+            lambda t: t.update({f"{Q_PROJ}.weight_scale": torch.ones(64, 3)}),
+            {},
+            FormatError,
+            Q_PROJ,
+            id="scale shape",
         ),
-        pytest.param(lambda t: None, {"intermediate_size": 64}, CheckpointError, "the config wants", id="config shape"),
         pytest.param(
-            lambda t: t.update({n.replace("layers.0", "layers.7"): v.clone() for n, v in t.items() if "proj.weight_" in n}),
-            {}, CheckpointError, r"packed weights for model\.layers\.7\..*, which LlamaForCausalLM has not", id="no such layer",
+            lambda t: None,
+            {"intermediate_size": 64},
+            CheckpointError,
+            "the config wants",
+            id="config shape",
         ),
         pytest.param(
-            lambda t: t.update({f"model.norm.{n.rpartition('.')[2]}": v.clone() for n, v in t.items() if Q_PROJ in n}),
-            {}, ArchitectureError, r"model\.norm is packed but is a LlamaRMSNorm", id="no linear",
+            lambda t: t.update(
+                {
+                    n.replace("layers.0", "layers.7"): v.clone()
+                    for n, v in t.items()
+                    if "proj.weight_" in n
+                }
+            ),
+            {},
+            CheckpointError,
+            r"packed weights for model\.layers\.7\..*, which LlamaForCausalLM has not",
+            id="no such layer",
         ),
-        pytest.param(unpack_all, {}, CheckpointError, "announces compressed-tensors weights but no tensor is packed", id="dense"),
+        pytest.param(
+            lambda t: t.update(
+                {
+                    f"model.norm.{n.rpartition('.')[2]}": v.clone()
+                    for n, v in t.items()
+                    if Q_PROJ in n
+                }
+            ),
+            {},
+            ArchitectureError,
+            r"model\.norm is packed but is a LlamaRMSNorm",
+            id="no linear",
+        ),
+        pytest.param(
+            unpack_all,
+            {},
+            CheckpointError,
+            "announces compressed-tensors weights but no tensor is packed",
+            id="dense",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_folder_that_is_not_right_is_refused(
-    edit: Callable[[dict[str, Tensor]], Any], config: dict[str, Any], error: type[LlmquantError], words: str, tmp_path: Path
+    edit: Callable[[dict[str, Tensor]], Any],
+    config: dict[str, Any],
+    error: type[LlmquantError],
+    words: str,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(error, match=words):
         from_pretrained(edited(tmp_path, edit, **config), dtype=BF16)
@@ -234,12 +311,18 @@ def test_zero_points_are_judged_here_too() -> None:
 
 def test_one_device_only() -> None:
     with pytest.raises(UsageError, match="lies on one device"):
-        from_pretrained(GOLDEN / "llmcompressor-w4-sym", device_map={"model": "cpu", "lm_head": "disk"})
+        from_pretrained(
+            GOLDEN / "llmcompressor-w4-sym", device_map={"model": "cpu", "lm_head": "disk"}
+        )
     model = from_pretrained(GOLDEN / "llmcompressor-w4-sym", device_map="cpu", dtype=BF16)
-    assert torch.equal(model(IDS).logits, load(GOLDEN / "llmcompressor-w4-sym", dtype=BF16)(IDS).logits)
+    assert torch.equal(
+        model(IDS).logits, load(GOLDEN / "llmcompressor-w4-sym", dtype=BF16)(IDS).logits
+    )
 
 
-def test_transformers_reports_what_it_lacks_as_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_transformers_reports_what_it_lacks_as_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = edited(tmp_path, lambda t: t.pop("model.norm.weight"))
     with caplog.at_level(logging.WARNING, "transformers"):
         _, info = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, output_loading_info=True)

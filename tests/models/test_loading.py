@@ -1,4 +1,5 @@
-"""load: the packed model is the dense model with its weights rounded, and every folder that is not right says so."""
+"""load: the packed model is the dense model with its weights rounded, and every folder that is not
+right says so."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ from llmquant.spec import QuantSpec
 
 BF16 = torch.bfloat16
 GOLDEN = Path(__file__).parents[1] / "golden"
-needs_int4 = pytest.mark.skipif(int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU")
+needs_int4 = pytest.mark.skipif(
+    int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
+)
 IDS = torch.randint(6, 4096, (2, 48), generator=torch.Generator().manual_seed(0))
 Q_PROJ = "model.layers.2.self_attn.q_proj"
 
@@ -67,7 +70,11 @@ def test_reference_gives_the_logits_and_the_text_of_the_dense_twin(packed, dtype
     assert torch.equal(model(IDS).logits, twin(IDS).logits)
     text, expected = (
         m.generate(
-            IDS[:1, :8], attention_mask=torch.ones_like(IDS[:1, :8]), max_new_tokens=32, do_sample=False, pad_token_id=5
+            IDS[:1, :8],
+            attention_mask=torch.ones_like(IDS[:1, :8]),
+            max_new_tokens=32,
+            do_sample=False,
+            pad_token_id=5,
         )
         for m in (model, twin)
     )
@@ -95,7 +102,10 @@ def test_generate_works_with_sampling_batches_and_cache(packed):
     model = load(packed[0], dtype=BF16)
     torch.manual_seed(0)
     out = model.generate(
-        IDS[:, :8], attention_mask=torch.ones(2, 8, dtype=torch.long), max_new_tokens=8, do_sample=True
+        IDS[:, :8],
+        attention_mask=torch.ones(2, 8, dtype=torch.long),
+        max_new_tokens=8,
+        do_sample=True,
     )
     assert out.shape[0] == 2
     assert 8 < out.shape[1] <= 16
@@ -107,8 +117,13 @@ def test_nothing_dense_is_left_in_memory(packed):
     told = describe(model)
     elements = sum(w.codes.numel() for w in weights.values())
     assert told.packed_weights == elements
-    # 4 bits, and per group of 128 a scale (2 bytes) and, where the grid is asymmetric, a zero-point (1).
-    assert elements // 2 + elements // 128 * 2 <= told.packed_bytes <= elements // 2 + elements // 128 * 3
+    # 4 bits, and per group of 128 a scale (2 bytes) and, where the grid is asymmetric, a zero-point
+    # (1).
+    assert (
+        elements // 2 + elements // 128 * 2
+        <= told.packed_bytes
+        <= elements // 2 + elements // 128 * 3
+    )
     kept = {n: t for n, t in model.named_parameters() if not n.endswith("_proj.weight")}
     assert set(kept) == set(dict(model.named_parameters()))
     rotary = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if "inv_freq" in n)
@@ -131,7 +146,12 @@ def test_tied_embeddings_stay_one_tensor_and_generation_config_is_read(packed):
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [("auto", parse_dtype("auto").dtype), ("bf16", BF16), ("float16", torch.float16), (torch.float32, torch.float32)],
+    [
+        ("auto", parse_dtype("auto").dtype),
+        ("bf16", BF16),
+        ("float16", torch.float16),
+        (torch.float32, torch.float32),
+    ],
     ids=str,
 )
 def test_dtype_is_as_asked_and_the_processors_by_default(packed, dtype, expected):
@@ -152,7 +172,16 @@ def test_an_unquantized_folder_is_what_transformers_loads():
 
 
 @pytest.mark.parametrize(
-    "name", ["w4-sym", "w4-asym", "w4-channel", "w4-channel-asym", "w4-actorder-static", "w8-sym", "w8-asym"]
+    "name",
+    [
+        "w4-sym",
+        "w4-asym",
+        "w4-channel",
+        "w4-channel-asym",
+        "w4-actorder-static",
+        "w8-sym",
+        "w8-asym",
+    ],
 )
 def test_folders_of_llm_compressor_load_with_their_own_numbers(name):
     folder = GOLDEN / f"llmcompressor-{name}"
@@ -161,7 +190,9 @@ def test_folders_of_llm_compressor_load_with_their_own_numbers(name):
         linears = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
         assert {f"{n}.weight" for n in linears} == set(expected.keys())
         for module, linear in linears.items():
-            assert torch.equal(linear.dequantize(torch.float16), expected.get_tensor(f"{module}.weight"))
+            assert torch.equal(
+                linear.dequantize(torch.float16), expected.get_tensor(f"{module}.weight")
+            )
     assert bool(torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all())
 
 
@@ -179,15 +210,29 @@ def put(name, tensor):
         (drop("model.norm.weight"), CheckpointError, r"lacks model\.norm\.weight"),
         (drop(f"{Q_PROJ}.weight_packed"), CheckpointError, rf"lacks {Q_PROJ}\.weight"),
         (drop(f"{Q_PROJ}.weight_scale"), FormatError, rf"{Q_PROJ}: weight_scale missing"),
-        (put("model.layers.9.x.weight", torch.ones(2)), CheckpointError, r"no place for: model\.layers\.9\.x\.weight"),
-        (put("model.norm.weight", torch.ones(2)), CheckpointError, r"norm\.weight is \[2\], the config wants \[256\]"),
+        (
+            put("model.layers.9.x.weight", torch.ones(2)),
+            CheckpointError,
+            r"no place for: model\.layers\.9\.x\.weight",
+        ),
+        (
+            put("model.norm.weight", torch.ones(2)),
+            CheckpointError,
+            r"norm\.weight is \[2\], the config wants \[256\]",
+        ),
         (put(f"{Q_PROJ}.weight_shape", torch.tensor([256, 512])), FormatError, Q_PROJ),
-        (put("lm_head.weight", torch.ones(4096, 256)), CheckpointError, r"ties lm_head\.weight to model\.embed_tokens"),
+        (
+            put("lm_head.weight", torch.ones(4096, 256)),
+            CheckpointError,
+            r"ties lm_head\.weight to model\.embed_tokens",
+        ),
         (put(f"{Q_PROJ}.bias", torch.ones(256)), CheckpointError, rf"no place for: {Q_PROJ}\.bias"),
     ],
     ids=["missing", "half packed", "no scale", "extra", "shape", "packed shape", "untied", "bias"],
-)  # fmt: skip
-def test_a_folder_that_does_not_fit_its_config_names_the_tensor(packed, tmp_path, edit, error, words):
+)
+def test_a_folder_that_does_not_fit_its_config_names_the_tensor(
+    packed, tmp_path, edit, error, words
+):
     with pytest.raises(error, match=words):
         load(copy_of(packed[0], tmp_path, edit))
 
@@ -196,7 +241,10 @@ def test_a_folder_that_does_not_fit_its_config_names_the_tensor(packed, tmp_path
     ("edit", "words"),
     [
         (drop("model.norm.weight"), r"lacks model\.norm\.weight"),
-        (put("model.layers.9.x.weight", torch.ones(2)), r"no place for: model\.layers\.9\.x\.weight"),
+        (
+            put("model.layers.9.x.weight", torch.ones(2)),
+            r"no place for: model\.layers\.9\.x\.weight",
+        ),
     ],
     ids=["missing", "extra"],
 )
@@ -206,12 +254,16 @@ def test_an_unquantized_folder_that_does_not_fit_names_the_tensor(tmp_path, edit
 
 
 def test_a_packed_module_of_the_wrong_size_is_refused(packed, tmp_path):
-    with pytest.raises(CheckpointError, match=r"down_proj is \[256, 768\], the config wants \[256, 512\]"):
+    with pytest.raises(
+        CheckpointError, match=r"down_proj is \[256, 768\], the config wants \[256, 512\]"
+    ):
         load(copy_of(packed[0], tmp_path, config={"intermediate_size": 512}))
 
 
 def test_tables_that_the_model_computes_are_ignored_aloud(packed, tmp_path, caplog):
-    folder = copy_of(packed[0], tmp_path, put("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(32)))
+    folder = copy_of(
+        packed[0], tmp_path, put("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(32))
+    )
     with caplog.at_level(logging.INFO, "llmquant.models.tensor_check"):
         load(folder)
     assert "rotary_emb.inv_freq" in caplog.text

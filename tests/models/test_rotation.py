@@ -1,4 +1,5 @@
-"""A rotated checkpoint computes what the original does, in float64 to the last digits; slips in it are noticed."""
+"""A rotated checkpoint computes what the original does, in float64 to the last digits; slips in it
+are noticed."""
 
 from __future__ import annotations
 
@@ -22,17 +23,32 @@ from llmquant.models.rotated import RotatedReader, rotated
 from llmquant.recipe import Recipe
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))
-RESIDUAL = ("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "starcoder2", "qwen2 mixed windows", "mixtral", "qwen3_moe")
+RESIDUAL = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "opt",
+    "starcoder2",
+    "qwen2 mixed windows",
+    "mixtral",
+    "qwen3_moe",
+)
 BOTH = {"residual": "hadamard"}
 
 
 def source(kind: str, folder: Path, **changes: Any) -> Path:
-    """A random float64 model whose norms and biases are far from ones and zeros, which would hide slips."""
+    """A random float64 model whose norms and biases are far from ones and zeros, which would hide
+    slips."""
     model = random_model(kind, **changes).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
+                parameter.copy_(
+                    torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    + 0.5
+                )
     model.save_pretrained(folder)
     return folder
 
@@ -42,25 +58,35 @@ def reader_of(folder: Path, **wanted: Any) -> CheckpointReader:
 
 
 class Exact(TorchFunctionMode):
-    """Keeps float64 where transformers asks for float32: norms and softmax would otherwise round what is compared."""
+    """Keeps float64 where transformers asks for float32: norms and softmax would otherwise round
+    what is compared."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
             return args[0].double()
         wide = [torch.float64 if a is torch.float32 else a for a in args]
-        return func(*wide, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+        return func(
+            *wide,
+            **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()},
+        )
 
 
 def logits(folder: Path) -> Tensor:
     # The fused product over experts has no float64.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
     with torch.no_grad(), Exact():
         return model(IDS).logits
 
 
 def written(reader: CheckpointReader, folder: Path) -> Path:
     folder.mkdir()
-    save_file({name: reader.read(name) for name in reader.tensors}, folder / SINGLE, metadata={"format": "pt"})
+    save_file(
+        {name: reader.read(name) for name in reader.tensors},
+        folder / SINGLE,
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(reader.config))
     return folder
 
@@ -75,7 +101,10 @@ CASES = [
     pytest.param("llama", {"residual": "random"}, id="random"),
     pytest.param("opt", {"residual": "random"}, id="random that keeps the mean"),
     pytest.param("qwen2", {"residual": "hadamard", "heads": False}, id="residual alone"),
-    *(pytest.param(kind, {"residual": "off"}, id=f"heads alone: {kind}") for kind in ("qwen3", "gemma2", "gemma3_text")),
+    *(
+        pytest.param(kind, {"residual": "off"}, id=f"heads alone: {kind}")
+        for kind in ("qwen3", "gemma2", "gemma3_text")
+    ),
 ]
 
 
@@ -85,8 +114,19 @@ def test_a_rotated_model_computes_the_same(kind, wanted, tied, tmp_path):
     before = source(kind, tmp_path / "before", tie_word_embeddings=tied)
     reader = reader_of(before, **wanted)
     assert change(before, written(reader, tmp_path / "after")) < 1e-11
-    same = [n for n in CheckpointReader(before).tensors if torch.equal(reader.read(n), CheckpointReader(before).read(n))]
-    untouched = ("q_norm.weight", "k_norm.weight", "q_proj.bias", "k_proj.bias", "fc1.bias", "c_fc.bias")
+    same = [
+        n
+        for n in CheckpointReader(before).tensors
+        if torch.equal(reader.read(n), CheckpointReader(before).read(n))
+    ]
+    untouched = (
+        "q_norm.weight",
+        "k_norm.weight",
+        "q_proj.bias",
+        "k_proj.bias",
+        "fc1.bias",
+        "c_fc.bias",
+    )
     if wanted["residual"] == "off":
         assert {n.split(".")[-2] for n in reader.tensors if n not in same} == {"v_proj", "o_proj"}
     elif wanted.get("heads", True):
@@ -117,7 +157,7 @@ def test_norms_become_ones_and_the_config_says_that_the_head_is_its_own(tmp_path
     assert reader.digest() == CheckpointReader(tmp_path / "m").digest()
 
 
-# --- slips ------------------------------------------------------------------------------------------------------------
+# --- slips ------------------------------------------------------------------
 
 
 def wrong_head_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +202,11 @@ def value_bias_left(monkeypatch: pytest.MonkeyPatch) -> None:
 def wrong_rows_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half as many key-value heads as there are: the last rows only."""
     original = RotatedReader._rotate_heads
-    monkeypatch.setattr(RotatedReader, "_rotate_heads", lambda self, matrix, count: original(self, matrix, count // 2))
+    monkeypatch.setattr(
+        RotatedReader,
+        "_rotate_heads",
+        lambda self, matrix, count: original(self, matrix, count // 2),
+    )
 
 
 def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +218,9 @@ def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
 def mean_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     original = RotatedReader._matrix
     monkeypatch.setattr(
-        RotatedReader, "_matrix", lambda self, kind, size, seed, _, what: original(self, kind, size, seed, False, what)
+        RotatedReader,
+        "_matrix",
+        lambda self, kind, size, seed, _, what: original(self, kind, size, seed, False, what),
     )
 
 
@@ -196,7 +242,7 @@ def test_a_slip_changes_what_the_model_computes(kind, slip, tmp_path, monkeypatc
     assert change(before, written(reader_of(before, residual="random"), tmp_path / "after")) > 0.01
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------
 
 
 def renamed_norm(folder: Path) -> None:
@@ -222,20 +268,56 @@ def said(key: str, value: object) -> Any:
 @pytest.mark.parametrize(
     ("kind", "edit", "wanted", "error", "message"),
     [
-        pytest.param("gemma2", None, BOTH, ArchitectureError, "'gemma2' cannot be rotated: its norms on the outputs", id="gemma"),
-        pytest.param("gpt_neox", None, BOTH, ArchitectureError, "not known for model type 'gpt_neox', only", id="unknown"),
         pytest.param(
-            "opt", said("do_layer_norm_before", False), BOTH, ArchitectureError, "config.json has do_layer_norm_before: False",
+            "gemma2",
+            None,
+            BOTH,
+            ArchitectureError,
+            "'gemma2' cannot be rotated: its norms on the outputs",
+            id="gemma",
+        ),
+        pytest.param(
+            "gpt_neox",
+            None,
+            BOTH,
+            ArchitectureError,
+            "not known for model type 'gpt_neox', only",
+            id="unknown",
+        ),
+        pytest.param(
+            "opt",
+            said("do_layer_norm_before", False),
+            BOTH,
+            ArchitectureError,
+            "config.json has do_layer_norm_before: False",
             id="norms behind",
         ),
-        pytest.param("llama", renamed_norm, BOTH, ArchitectureError, r"how model\.layers\.0\.extra\.weight take", id="tensor"),
-        pytest.param("starcoder2", dead_norm, BOTH, ArchitectureError, "has channels of weight 0", id="norm of 0 with a bias"),
         pytest.param(
-            "llama", said("num_key_value_heads", 4), BOTH, ArchitectureError, "16 rows, and config.json has 4 key-value heads",
+            "llama",
+            renamed_norm,
+            BOTH,
+            ArchitectureError,
+            r"how model\.layers\.0\.extra\.weight take",
+            id="tensor",
+        ),
+        pytest.param(
+            "starcoder2",
+            dead_norm,
+            BOTH,
+            ArchitectureError,
+            "has channels of weight 0",
+            id="norm of 0 with a bias",
+        ),
+        pytest.param(
+            "llama",
+            said("num_key_value_heads", 4),
+            BOTH,
+            ArchitectureError,
+            "16 rows, and config.json has 4 key-value heads",
             id="heads",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_rotated_is_refused(kind, edit, wanted, error, message, tmp_path):
     folder = source(kind, tmp_path / "m")
     if edit is not None:
@@ -246,7 +328,9 @@ def test_what_cannot_be_rotated_is_refused(kind, edit, wanted, error, message, t
 
 def test_a_width_without_a_hadamard_matrix_is_refused_and_a_random_rotation_taken(tmp_path):
     folder = source("llama", tmp_path / "m", hidden_size=52)  # heads of 13
-    with pytest.raises(SpecError, match=r"rotation of hidden_size 52: no Hadamard matrix .* residual: random") as refused:
+    with pytest.raises(
+        SpecError, match=r"rotation of hidden_size 52: no Hadamard matrix .* residual: random"
+    ) as refused:
         reader_of(folder, **BOTH)
     assert isinstance(refused.value, LlmquantError)
     assert change(folder, written(reader_of(folder, residual="random"), tmp_path / "after")) < 1e-11

@@ -1,4 +1,5 @@
-"""What a plan says a run needs, against what the kernel counted in real runs, and how the parts behave."""
+"""What a plan says a run needs, against what the kernel counted in real runs, and how the parts
+behave."""
 
 from __future__ import annotations
 
@@ -20,10 +21,13 @@ from llmquant.quantization.memory import placement
 from llmquant.quantization.prepare import prepare
 from llmquant.recipe import Recipe
 
-TEXT = {"calibration": {"source": f"file:{EXAMPLE / 'calibration.txt'}", "nsamples": 16, "seqlen": 64}}
+TEXT = {
+    "calibration": {"source": f"file:{EXAMPLE / 'calibration.txt'}", "nsamples": 16, "seqlen": 64}
+}
 GPTQ = Recipe().updated(TEXT)
 RTN = Recipe(method="rtn")
-# Prints the most bytes the process had, which its own start counts from: what its parent had does not matter.
+# Prints the most bytes the process had, which its own start counts from: what its parent had does
+# not matter.
 RUN = """
 import sys
 from llmquant.recipe import load_recipe
@@ -36,8 +40,14 @@ print(int(line.split()[1]) * 1024)
 
 @pytest.fixture(scope="module")
 def wide(make_model: Callable[..., Path]) -> Path:
-    """Wide enough that what is worked on outweighs what was imported; one block, since further ones add time and no memory."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 6144, "num_attention_heads": 8, "num_key_value_heads": 4}
+    """Wide enough that what is worked on outweighs what was imported; one block, since further ones
+    add time and no memory."""
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 6144,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
     return make_model(**sizes, num_hidden_layers=1, initializer_range=0.02)
 
 
@@ -46,10 +56,20 @@ def wide(make_model: Callable[..., Path]) -> Path:
     [
         pytest.param(RTN, {"scales.steps": 0}, id="RTN"),
         pytest.param(GPTQ, {"scales.steps": 0}, id="GPTQ"),
-        pytest.param(RTN, {"weights.bits": 8, "weights.activations": "int8-dynamic", "weights.group_size": -1}, id="INT8"),
+        pytest.param(
+            RTN,
+            {"weights.bits": 8, "weights.activations": "int8-dynamic", "weights.group_size": -1},
+            id="INT8",
+        ),
         pytest.param(
             GPTQ,
-            {"scales.steps": 0, "overrides": ({"match": "*.down_proj", "bits": 8}, {"match": "*.o_proj", "group_size": 32})},
+            {
+                "scales.steps": 0,
+                "overrides": (
+                    {"match": "*.down_proj", "bits": 8},
+                    {"match": "*.o_proj", "group_size": 32},
+                ),
+            },
             id="mixed",
         ),
     ],
@@ -59,7 +79,14 @@ def test_the_peak_is_within_a_quarter_of_what_the_kernel_counted(
 ) -> None:
     chosen = recipe.updated(changes)
     (tmp_path / "recipe.yaml").write_text(chosen.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-c", RUN, str(wide), str(tmp_path / "q"), str(tmp_path / "recipe.yaml")]
+    command = [
+        sys.executable,
+        "-c",
+        RUN,
+        str(wide),
+        str(tmp_path / "q"),
+        str(tmp_path / "recipe.yaml"),
+    ]
     counted = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     told = forecast(make_plan(wide, chosen), chosen)
     print(f"counted {counted / 1e6:.0f} MB, told {told.peak / 1e6:.0f} MB, {dict(told.phases)}")
@@ -85,14 +112,18 @@ def test_the_parts_grow_with_what_they_depend_on(wide: Path) -> None:
 
 
 @pytest.mark.parametrize("inner", [16, 160], ids=["wide in", "wide out"])
-def test_the_hessians_of_experts_are_those_that_one_pass_gathers(tmp_path: Path, inner: int) -> None:
+def test_the_hessians_of_experts_are_those_that_one_pass_gathers(
+    tmp_path: Path, inner: int
+) -> None:
     recipe = GPTQ.updated({"weights.group_size": 16})
     plan = prepare(save("mixtral", tmp_path / "model", intermediate_size=inner), recipe).plan(None)
     block = plan.model.get_submodule("model.layers.0")
     experts = [f"block_sparse_moe.experts.{i}" for i in range(plan.model.config.num_local_experts)]
     sets: list[tuple[str, ...]] = [("self_attn.q_proj",), ("self_attn.o_proj",)]
     sets += [(f"{e}.w1", f"{e}.w3") for e in experts] + [(f"{e}.w2",) for e in experts]
-    widths = {name: plan.reader.info(f"model.layers.0.{name}.weight").shape[1] for s in sets for name in s}
+    widths = {
+        name: plan.reader.info(f"model.layers.0.{name}.weight").shape[1] for s in sets for name in s
+    }
     passes = passes_of(block, sets, sum(p.numel() for p in block.parameters()))
     gathered = max(sum(widths[members[0]] ** 2 for members in together) for together in passes)
     phases = of(tmp_path / "model", recipe).phases
@@ -100,7 +131,9 @@ def test_the_hessians_of_experts_are_those_that_one_pass_gathers(tmp_path: Path,
     assert phases["statistics"] - phases["pass"] >= 4 * gathered
 
 
-@pytest.mark.parametrize("changes", [{}, {"tune": {"steps": 1}}, {"gptq": {"asymmetric": 0.5}}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tune": {"steps": 1}}, {"gptq": {"asymmetric": 0.5}}], ids=str
+)
 def test_hidden_states_go_to_files_when_a_plan_says_that_they_do_not_fit(
     model: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
@@ -113,11 +146,17 @@ def test_hidden_states_go_to_files_when_a_plan_says_that_they_do_not_fit(
     least, most = (max(phases.values()) for phases in (work.phases, work.phases_with_replay))
     assert most + LIBRARIES == of(model, recipe).peak
     assert most >= least
-    assert placement(plan, calibration.windows, int(1.26 * most)) == Placement(spill=False, replays=True)
+    assert placement(plan, calibration.windows, int(1.26 * most)) == Placement(
+        spill=False, replays=True
+    )
     assert not placement(plan, calibration.windows, int(1.24 * most)).replays
     assert not placement(plan, calibration.windows, int(1.26 * least)).spill
-    assert placement(plan, calibration.windows, int(1.24 * least)) == Placement(spill=True, replays=False)
-    assert placement(plan, calibration.windows, None) == IN_MEMORY, "the machine has room for so little"
+    assert placement(plan, calibration.windows, int(1.24 * least)) == Placement(
+        spill=True, replays=False
+    )
+    assert placement(plan, calibration.windows, None) == IN_MEMORY, (
+        "the machine has room for so little"
+    )
     assert placement(plan, (), 1) == IN_MEMORY, "without a text there are no hidden states"
 
 

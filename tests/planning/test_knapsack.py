@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from llmquant.errors import UsageError
 from llmquant.planning.knapsack import Option, solve, undominated
 
-OPTION = st.builds(Option, st.integers(0, 60).map(lambda n: n * 96), st.floats(0, 1).map(lambda c: round(c, 4)))
+OPTION = st.builds(
+    Option, st.integers(0, 60).map(lambda n: n * 96), st.floats(0, 1).map(lambda c: round(c, 4))
+)
 ITEMS = st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5)
 
 
@@ -29,8 +31,14 @@ def test_it_finds_what_trying_everything_finds(items: list[list[Option]], spare:
     budget = sum(min(o.size for o in options) for options in items) + spare
     found = solve(items, budget)
     best = every_choice(items, budget)
-    assert found.size == sum(options[i].size for options, i in zip(items, found.chosen, strict=True)) <= budget
-    assert found.cost == sum(options[i].cost for options, i in zip(items, found.chosen, strict=True))
+    assert (
+        found.size
+        == sum(options[i].size for options, i in zip(items, found.chosen, strict=True))
+        <= budget
+    )
+    assert found.cost == sum(
+        options[i].cost for options, i in zip(items, found.chosen, strict=True)
+    )
     assert best <= found.cost <= best * (1 + 1e-5) + 1e-12
     assert found.bound <= best * (1 + 1e-9) + 1e-12
     assert found.gap <= 1e-5
@@ -56,7 +64,14 @@ def test_too_small_a_budget_is_refused() -> None:
 
 
 def test_options_that_are_beaten_are_dropped() -> None:
-    options = [Option(5, 2.0), Option(4, 2.0), Option(4, 3.0), Option(9, 1.0), Option(10, 1.0), Option(6, 2.5)]
+    options = [
+        Option(5, 2.0),
+        Option(4, 2.0),
+        Option(4, 3.0),
+        Option(9, 1.0),
+        Option(10, 1.0),
+        Option(6, 2.5),
+    ]
     assert undominated(options) == [1, 3]
 
 
@@ -68,7 +83,10 @@ def test_a_large_problem_is_solved_to_a_small_gap() -> None:
         sensitivity = math.exp(draw.gauss(0, 1.5)) * math.sqrt(weights)
         items.append(
             [
-                Option(weights * (bits * group + extra) // group // 8, sensitivity * 4.0**-bits * group**0.3 / extra)
+                Option(
+                    weights * (bits * group + extra) // group // 8,
+                    sensitivity * 4.0**-bits * group**0.3 / extra,
+                )
                 for bits in (2, 3, 4, 8)
                 for group in (32, 64, 128)
                 for extra in (16, 16 + bits)
@@ -83,6 +101,8 @@ def test_a_large_problem_is_solved_to_a_small_gap() -> None:
 
 def test_nothing_of_the_solver_reaches_stdout(capfd: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(1)
-    items = [[Option(draw.randrange(10**6), draw.random() ** 9) for _ in range(20)] for _ in range(60)]
+    items = [
+        [Option(draw.randrange(10**6), draw.random() ** 9) for _ in range(20)] for _ in range(60)
+    ]
     solve(items, sum(min(o.size for o in i) for i in items) + 10**7)
     assert capfd.readouterr().out == ""

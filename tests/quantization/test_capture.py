@@ -1,4 +1,5 @@
-"""Capture against hooks in a fully loaded model: the same tensors go into every block and every linear."""
+"""Capture against hooks in a fully loaded model: the same tensors go into every block and every
+linear."""
 
 from __future__ import annotations
 
@@ -17,7 +18,17 @@ from llmquant.quantization.blocks.capture import observe, stages
 from llmquant.stats import InputStats
 
 BATCHES = [torch.stack(token_windows(3, 12)), torch.stack(token_windows(2, 9, seed=1))]
-KINDS = ["llama", "mistral", "qwen2", "qwen3", "qwen2 mixed windows", "gpt_neox", "opt", "mixtral", "qwen3_moe"]
+KINDS = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2 mixed windows",
+    "gpt_neox",
+    "opt",
+    "mixtral",
+    "qwen3_moe",
+]
 
 
 def blocks_in(model: nn.Module) -> nn.ModuleList:
@@ -29,8 +40,11 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
-def hooked_calls(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
-    """How the whole model calls its blocks on one batch: hidden states, other positional and keyword arguments."""
+def hooked_calls(
+    model: nn.Module, ids: Tensor
+) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
+    """How the whole model calls its blocks on one batch: hidden states, other positional and
+    keyword arguments."""
     calls = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -38,7 +52,9 @@ def hooked_calls(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, tuple[Any,
         hidden, *rest = args or (kwargs.pop("hidden_states"),)
         calls.append((hidden, tuple(rest), kwargs))
 
-    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks_in(model)]
+    handles = [
+        block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks_in(model)
+    ]
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     for handle in handles:
@@ -49,7 +65,12 @@ def hooked_calls(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, tuple[Any,
 def equal(a: Any, b: Any) -> bool:
     """Deep equality with ``torch.equal`` for tensors."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and a.dtype == b.dtype
+            and torch.equal(a, b)
+        )
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
@@ -96,15 +117,25 @@ def test_stages_of_some_linears_are_of_those_only():
     model = random_model("llama")
     block = blocks_in(model)[0]
     (inputs,) = first_inputs(model, blocks_in(model), BATCHES[:1])
-    some = {name: m for name, m in linears_of(block).items() if name.endswith(("down_proj", "v_proj", "q_proj"))}
-    assert stages(block, some, inputs) == [("self_attn.q_proj", "self_attn.v_proj"), ("mlp.down_proj",)]
+    some = {
+        name: m
+        for name, m in linears_of(block).items()
+        if name.endswith(("down_proj", "v_proj", "q_proj"))
+    }
+    assert stages(block, some, inputs) == [
+        ("self_attn.q_proj", "self_attn.v_proj"),
+        ("mlp.down_proj",),
+    ]
 
 
 def test_observed_statistics_are_those_of_the_whole_model():
     model = random_model("qwen3")
     blocks = blocks_in(model)
     linears = linears_of(blocks[0])
-    wanted = {name: linears[name] for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")}
+    wanted = {
+        name: linears[name]
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    }
     observed = observe(blocks[0], wanted, first_inputs(model, blocks, BATCHES))
     expected = {name: InputStats(linear.in_features) for name, linear in wanted.items()}
     handles = [
@@ -135,7 +166,8 @@ def test_a_pass_ends_at_the_last_wanted_linear_and_leaves_no_hook():
 
 
 class Toy(nn.Module):
-    """An embedding and blocks, put together by ``between``: what happens around each call of a block."""
+    """An embedding and blocks, put together by ``between``: what happens around each call of a
+    block."""
 
     def __init__(self, blocks: int = 2, how: str = "plain") -> None:
         super().__init__()
@@ -191,13 +223,20 @@ def test_blocks_may_return_hidden_states_or_a_tuple(how):
 def test_linears_that_share_an_input_share_a_stage_wherever_they_are_called():
     model = Toy()
     (inputs,) = first_inputs(model, model.layers, IDS[:1])
-    assert stages(model.layers[0], linears_of(model.layers[0]), inputs) == [("first", "third"), ("second",)]
+    assert stages(model.layers[0], linears_of(model.layers[0]), inputs) == [
+        ("first", "third"),
+        ("second",),
+    ]
 
 
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        pytest.param("scales", "Toy changes the hidden states between its .*--method rtn", id="works between blocks"),
+        pytest.param(
+            "scales",
+            "Toy changes the hidden states between its .*--method rtn",
+            id="works between blocks",
+        ),
         pytest.param("skips", "Toy called 1 of its 2 decoder blocks", id="leaves a block out"),
     ],
 )
@@ -213,7 +252,9 @@ def test_a_model_that_cannot_be_walked_is_refused_and_left_as_it_was(how, told):
     ("how", "told"),
     [
         pytest.param("twice", "second was called 2 times", id="called twice"),
-        pytest.param("unused", "third was called 0 times .*--ignore it or use --method rtn", id="not called"),
+        pytest.param(
+            "unused", "third was called 0 times .*--ignore it or use --method rtn", id="not called"
+        ),
     ],
 )
 def test_a_linear_that_is_not_called_once_is_refused(how, told):

@@ -1,4 +1,5 @@
-"""Folding leaves a block's function alone, in float64 to the last digits; slips in it are noticed."""
+"""Folding leaves a block's function alone, in float64 to the last digits; slips in it are
+noticed."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from llmquant.models.architectures import blocks_of, find
 from llmquant.models.block_inputs import BlockInput, first_inputs, run_with
-from llmquant.quantization.steps.folding import Pair, checked, fold, head_channels, names_of, norm_pairs
+from llmquant.quantization.steps.folding import (
+    Pair,
+    checked,
+    fold,
+    head_channels,
+    names_of,
+    norm_pairs,
+)
 
 GATED = ("llama", "mistral", "qwen2", "qwen3")
 BIASED = ("qwen2", "opt", "gpt_neox")
@@ -22,7 +30,10 @@ def block_of(kind: str, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Mo
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms of ones and biases of zeros would hide slips
-                parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
+                parameter.copy_(
+                    torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    + 0.5
+                )
     blocks = blocks_of(model, find(model, kind))
     return blocks[0], first_inputs(model, blocks, [torch.stack(token_windows(2, 12))])[0]
 
@@ -31,7 +42,12 @@ def value_pair(shared: bool = True) -> Pair:
     """v -> o of four query heads over two key-value heads of width 8."""
     channel = head_channels(16, 32, 2)
     assert channel is not None
-    return Pair("self_attn.v_proj", ("self_attn.o_proj",), channel if shared else torch.arange(16).repeat(2), linear=True)
+    return Pair(
+        "self_attn.v_proj",
+        ("self_attn.o_proj",),
+        channel if shared else torch.arange(16).repeat(2),
+        linear=True,
+    )
 
 
 UP = Pair("mlp.up_proj", ("mlp.down_proj",), linear=True)
@@ -40,8 +56,16 @@ UP = Pair("mlp.up_proj", ("mlp.down_proj",), linear=True)
 def folded(block: torch.nn.Module, pair: Pair, seed: int = 3) -> dict[str, Tensor]:
     tensors = {name: block.get_parameter(name).detach() for name in names_of(pair, block)}
     channels = tensors[f"{pair.producer}.weight"].shape[0]
-    scale = torch.rand(channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 0.2
-    return fold(pair, scale.to(next(iter(tensors.values())).dtype), tensors, {name: t.dtype for name, t in tensors.items()})
+    scale = (
+        torch.rand(channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+        + 0.2
+    )
+    return fold(
+        pair,
+        scale.to(next(iter(tensors.values())).dtype),
+        tensors,
+        {name: t.dtype for name, t in tensors.items()},
+    )
 
 
 def difference(block: torch.nn.Module, changed: dict[str, Tensor], inputs: BlockInput) -> float:
@@ -74,7 +98,9 @@ def inverted(changed: dict[str, Tensor], block: torch.nn.Module, pair: Pair) -> 
     return changed | {reader: original * original / changed[reader]}
 
 
-def without_bias(changed: dict[str, Tensor], block: torch.nn.Module, pair: Pair) -> dict[str, Tensor]:
+def without_bias(
+    changed: dict[str, Tensor], block: torch.nn.Module, pair: Pair
+) -> dict[str, Tensor]:
     return {name: t for name, t in changed.items() if name != f"{pair.producer}.bias"}
 
 
@@ -83,7 +109,11 @@ def without_bias(changed: dict[str, Tensor], block: torch.nn.Module, pair: Pair)
     [
         pytest.param(value_pair(), inverted, id="inverse scale on the wrong side"),
         pytest.param(value_pair(), without_bias, id="v's bias forgotten"),
-        pytest.param(value_pair(shared=False), lambda changed, *_: changed, id="query heads repeated in the wrong order"),
+        pytest.param(
+            value_pair(shared=False),
+            lambda changed, *_: changed,
+            id="query heads repeated in the wrong order",
+        ),
     ],
 )
 def test_a_slip_changes_what_the_block_computes(pair, slip):
@@ -104,8 +134,14 @@ def test_the_trial_allows_every_true_pair(kind, dtype):
     "pair",
     [
         pytest.param(value_pair(shared=False), id="wrong repetition"),
-        pytest.param(Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj")), id="a reader left out"),
-        pytest.param(Pair("mlp.gate_proj", ("mlp.down_proj",), linear=True), id="through an activation function"),
+        pytest.param(
+            Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj")),
+            id="a reader left out",
+        ),
+        pytest.param(
+            Pair("mlp.gate_proj", ("mlp.down_proj",), linear=True),
+            id="through an activation function",
+        ),
     ],
 )
 def test_the_trial_refuses_what_is_no_pair(pair, dtype):
@@ -127,7 +163,9 @@ class OnePlus(torch.nn.Module):
 def test_a_norm_that_multiplies_by_one_plus_its_weight_is_told_apart():
     block, inputs = block_of("llama")
     block.input_layernorm = OnePlus(block.input_layernorm)
-    pair = next(p for p in norm_pairs(block, STAGES["llama"], inputs) if p.producer == "input_layernorm")
+    pair = next(
+        p for p in norm_pairs(block, STAGES["llama"], inputs) if p.producer == "input_layernorm"
+    )
     found = checked(block, pair, inputs)
     assert found == replace(pair, offset=1.0)
     assert difference(block, folded(block, found), inputs) < 1e-12

@@ -1,7 +1,8 @@
-"""Runs killed with SIGKILL at every kind of instant, continued by the same command, must end with the same bytes.
+"""Runs killed with SIGKILL at every kind of instant, continued by the same command, must end with
+the same bytes.
 
-The process that is killed is a fork of ``killing.py``, which has imported everything once. After every second kill the files get
-what a power loss may leave behind: bytes that no fsync covered.
+The process that is killed is a fork of ``killing.py``, which has imported everything once. After
+every second kill the files get what a power loss may leave behind: bytes that no fsync covered.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from llmquant.checkpoint.reader import sha256_file
 from llmquant.recipe import Recipe
 
 Ask = Callable[..., dict[str, Any]]
-TUNE = {"steps": 8, "lr": 0.01, "scale_lr": 0.002, "batch_size": 2, "checks": 2, "patience": 2, "target": "block"}
+TUNE = {
+    "steps": 8,
+    "lr": 0.01,
+    "scale_lr": 0.002,
+    "batch_size": 2,
+    "checks": 2,
+    "patience": 2,
+    "target": "block",
+}
 # 60 kB is about a block of the small model, so shards end inside, between and behind blocks.
 ONE_SHARD, MANY = 5_000_000_000, 60_000
 
@@ -29,14 +38,23 @@ ONE_SHARD, MANY = 5_000_000_000, 60_000
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """A quantization in a child of a warm process; returns what became of it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     command = [sys.executable, str(Path(__file__).parents[1] / "killing.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as warm:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as warm:
         assert warm.stdin is not None
         assert warm.stdout is not None
 
         def ask_(**job: Any) -> dict[str, Any]:
-            warm.stdin.write(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in job.items()}) + "\n")
+            warm.stdin.write(
+                json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in job.items()}) + "\n"
+            )
             warm.stdin.flush()
             answer: dict[str, Any] = json.loads(warm.stdout.readline())
             return answer
@@ -50,7 +68,8 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def lose_power(folder: Path, step: int) -> None:
-    """Leave what was never synced: bytes behind the end of files that were in work, a file that nobody names, a torn line."""
+    """Leave what was never synced: bytes behind the end of files that were in work, a file that
+    nobody names, a torn line."""
     for path in sorted(folder.glob(".out.*/*")):
         if path.name.endswith((".data", "journal.jsonl")):
             with path.open("ab") as file:
@@ -65,27 +84,54 @@ def case(recipe: Recipe, **changes: Any) -> dict[str, Any]:
 
 
 RUNS = [
-    pytest.param({"method": "gptq", "include": ["*"], "ignore": []}, MANY, None, 28, id="gptq, head too, many shards"),
-    pytest.param({"method": "gptq", "gptq.asymmetric": 0.5, "tune": TUNE}, ONE_SHARD, 1, 6, id="gptq+tune, spilled"),
+    pytest.param(
+        {"method": "gptq", "include": ["*"], "ignore": []},
+        MANY,
+        None,
+        28,
+        id="gptq, head too, many shards",
+    ),
+    pytest.param(
+        {"method": "gptq", "gptq.asymmetric": 0.5, "tune": TUNE},
+        ONE_SHARD,
+        1,
+        6,
+        id="gptq+tune, spilled",
+    ),
     pytest.param({"method": "rtn"}, MANY, None, 6, id="rtn, many shards"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "shard", "memory", "kills"), RUNS)
 def test_killed_anywhere_it_ends_with_the_same_files(
-    ask: Ask, model: Path, gptq: Recipe, tmp_path: Path, changes: dict[str, Any], shard: int, memory: int | None, kills: int
+    ask: Ask,
+    model: Path,
+    gptq: Recipe,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    shard: int,
+    memory: int | None,
+    kills: int,
 ) -> None:
-    job = {"model": model, "recipe": case(gptq, **changes), "max_shard_size": shard, "max_memory": memory}
+    job = {
+        "model": model,
+        "recipe": case(gptq, **changes),
+        "max_shard_size": shard,
+        "max_memory": memory,
+    }
     whole = ask(output=tmp_path / "whole" / "out", count=True, **job)
     expected = hashes(tmp_path / "whole" / "out")
     assert (whole["killed"], whole["resumed"]) == (False, 0)
     seen = set()
-    # Spread over the run, and the last few one by one: there the folder gets its name and the state goes.
+    # Spread over the run, and the last few one by one: there the folder gets its name and the state
+    # goes.
     last = whole["instants"] - kills // 4
     spread = [1 + (last - 1) * i // (kills - kills // 4) for i in range(kills - kills // 4)]
     for i, at in enumerate([*spread, *range(last + 1, whole["instants"] + 1)]):
         folder = tmp_path / f"at-{at}"
-        assert ask(output=folder / "out", kill=at, behind=bool(i % 2), **job)["killed"], f"instant {at}"
+        assert ask(output=folder / "out", kill=at, behind=bool(i % 2), **job)["killed"], (
+            f"instant {at}"
+        )
         if i % 2:
             lose_power(folder, i)
         whole_already = (folder / "out").exists()
@@ -101,7 +147,9 @@ def test_killed_anywhere_it_ends_with_the_same_files(
     verify(folder / "out")
 
 
-def test_killed_again_and_again_at_random_moments(ask: Ask, model: Path, gptq: Recipe, tmp_path: Path) -> None:
+def test_killed_again_and_again_at_random_moments(
+    ask: Ask, model: Path, gptq: Recipe, tmp_path: Path
+) -> None:
     job = {"model": model, "recipe": case(gptq), "max_shard_size": MANY}
     seconds = ask(output=tmp_path / "whole" / "out", **job)["seconds"]
     for _ in range(5):

@@ -1,6 +1,8 @@
-"""Two processes quantize one model: bit for bit what one process computes when it sums the same shares in the same order.
+"""Two processes quantize one model: bit for bit what one process computes when it sums the same
+shares in the same order.
 
-The processes run for real, under torchrun with gloo on the CPU; they are started twice, because each start imports torch twice.
+The processes run for real, under torchrun with gloo on the CPU; they are started twice, because
+each start imports torch twice.
 """
 
 from __future__ import annotations
@@ -31,15 +33,34 @@ from llmquant.stats import InputStats
 
 TESTS = Path(__file__).parents[1]
 ASYMMETRIC = {"gptq.asymmetric": 0.5}
-SMOOTH = {"smooth": {}, "weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic"}
+SMOOTH = {
+    "smooth": {},
+    "weights.bits": 8,
+    "weights.group_size": -1,
+    "weights.activations": "int8-dynamic",
+}
 
 
 def torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Two processes; ``--standalone`` finds a free port."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *arguments,
+    ]
     paths = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +71,8 @@ def batched(gptq: Recipe) -> Recipe:
 
 @pytest.fixture(scope="module")
 def runs(batched: Recipe) -> dict[str, tuple[Recipe, int | None]]:
-    """Recipe and memory limit of each run; a limit of one byte puts all hidden states into files."""
+    """Recipe and memory limit of each run; a limit of one byte puts all hidden states into
+    files."""
     return {
         "rtn": (batched.updated({"method": "rtn", "calibration.source": None}), None),
         "gptq": (batched, None),
@@ -63,16 +85,26 @@ def runs(batched: Recipe) -> dict[str, tuple[Recipe, int | None]]:
 
 
 @pytest.fixture(scope="module")
-def together(model: Path, runs: dict[str, tuple[Recipe, int | None]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(
+    model: Path,
+    runs: dict[str, tuple[Recipe, int | None]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A folder with one folder for each run of two processes."""
     folder = tmp_path_factory.mktemp("together")
     wanted = [
-        {"output": str(folder / name), "recipe": recipe.model_dump(mode="json"), "max_memory": limit}
+        {
+            "output": str(folder / name),
+            "recipe": recipe.model_dump(mode="json"),
+            "max_memory": limit,
+        }
         for name, (recipe, limit) in runs.items()
     ]
     failing = {"output": str(folder / "failing"), "recipe": runs["gptq"][0].model_dump(mode="json")}
     request = folder / "request.json"
-    request.write_text(json.dumps({"model": str(model), "runs": wanted, "failing": failing}), encoding="utf-8")
+    request.write_text(
+        json.dumps({"model": str(model), "runs": wanted, "failing": failing}), encoding="utf-8"
+    )
     done = torchrun(str(TESTS / "parallel_worker.py"), str(request), cwd=folder)
     assert (folder / "error-0.txt").is_file(), done.stderr
     return folder
@@ -91,15 +123,30 @@ def by_shares(batches: Sequence[BlockInput], observed: Any) -> Mapping[str, Inpu
 def summed_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process that sums as two do."""
 
-    def shares(block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], *more: Any) -> Any:
-        return by_shares(batches, lambda share: observe(block, wanted, [batches[i] for i in share], *more))
+    def shares(
+        block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], *more: Any
+    ) -> Any:
+        return by_shares(
+            batches, lambda share: observe(block, wanted, [batches[i] for i in share], *more)
+        )
 
     def pairs(
-        block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], originals: Mapping[str, Tensor],
-        hidden: Sequence[Tensor], *more: Any,
-    ) -> Any:  # fmt: skip
+        block: nn.Module,
+        wanted: Mapping[str, nn.Linear],
+        batches: Sequence[BlockInput],
+        originals: Mapping[str, Tensor],
+        hidden: Sequence[Tensor],
+        *more: Any,
+    ) -> Any:
         def observed(share: Sequence[int]) -> Any:
-            return observe_pairs(block, wanted, [batches[i] for i in share], originals, [hidden[i] for i in share], *more)
+            return observe_pairs(
+                block,
+                wanted,
+                [batches[i] for i in share],
+                originals,
+                [hidden[i] for i in share],
+                *more,
+            )
 
         return by_shares(batches, observed)
 
@@ -121,13 +168,19 @@ def alike(manifest: Manifest) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["gptq", "asymmetric", "awq"])
 @pytest.mark.usefixtures("summed_by_shares")
 def test_two_processes_give_what_one_gives_that_sums_their_shares(
-    model: Path, together: Path, runs: dict[str, tuple[Recipe, int | None]], tmp_path: Path, name: str
+    model: Path,
+    together: Path,
+    runs: dict[str, tuple[Recipe, int | None]],
+    tmp_path: Path,
+    name: str,
 ) -> None:
     quantize(model, tmp_path / "one", runs[name][0])
     one, two = read_manifest(tmp_path / "one"), verify(together / name)
     assert (one.processes, two.processes) == (1, 2)
     assert alike(two) == alike(one)
-    assert name != "awq" or any(pair.ratio is not None for pairs in one.scaled.values() for pair in pairs)
+    assert name != "awq" or any(
+        pair.ratio is not None for pairs in one.scaled.values() for pair in pairs
+    )
 
 
 def test_a_data_free_method_gives_the_same_files_in_two_processes(
@@ -148,31 +201,60 @@ def test_the_head_sees_the_tokens_of_all_processes(together: Path) -> None:
     assert head["lm_head"].tokens == 6 * 32
 
 
-def test_the_processes_left_nothing_beside_their_folders(together: Path, runs: dict[str, Any]) -> None:
-    assert {p.name for p in together.iterdir()} == {*runs, "request.json", "error-0.txt", "error-1.txt"}
+def test_the_processes_left_nothing_beside_their_folders(
+    together: Path, runs: dict[str, Any]
+) -> None:
+    assert {p.name for p in together.iterdir()} == {
+        *runs,
+        "request.json",
+        "error-0.txt",
+        "error-1.txt",
+    }
 
 
 def test_a_process_that_fails_ends_the_others_with_a_word(together: Path) -> None:
     assert (together / "error-1.txt").read_text(encoding="utf-8") == "QuantizationError: deliberate"
     told = (together / "error-0.txt").read_text(encoding="utf-8")
-    assert told.startswith("ParallelError: process 0 of 2 lost the others; the one that failed says why")
+    assert told.startswith(
+        "ParallelError: process 0 of 2 lost the others; the one that failed says why"
+    )
 
 
-def test_torchrun_starts_the_command_line(model: Path, text: Path, together: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_the_command_line(
+    model: Path, text: Path, together: Path, tmp_path: Path
+) -> None:
     recipe = f"weights: {{group_size: 32}}\nscales: {{steps: 4}}\ncalibration: {{source: 'file:{text}', batch_size: 2}}\n"
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     done = torchrun(
-        "-m", "llmquant", "quantize", str(model), "-o", "q", "--recipe", "recipe.yaml", "--nsamples", "6", "--seqlen", "32",
+        "-m",
+        "llmquant",
+        "quantize",
+        str(model),
+        "-o",
+        "q",
+        "--recipe",
+        "recipe.yaml",
+        "--nsamples",
+        "6",
+        "--seqlen",
+        "32",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("proved ") == 1, "only the first process prints"
-    assert done.stderr.count("2 processes share the work; a run of several processes keeps nothing to continue from") == 1
+    assert (
+        done.stderr.count(
+            "2 processes share the work; a run of several processes keeps nothing to continue from"
+        )
+        == 1
+    )
     assert file_hashes(tmp_path / "q").keys() == file_hashes(together / "gptq").keys()
-    assert {n: m.digest for n, m in verify(tmp_path / "q").modules.items()} == digests(together / "gptq")
+    assert {n: m.digest for n, m in verify(tmp_path / "q").modules.items()} == digests(
+        together / "gptq"
+    )
 
 
-# --- what is refused, without starting anything ------------------------------------------------------------------------
+# --- what is refused, without starting anything -----------------------------
 
 
 @pytest.mark.parametrize(
@@ -212,18 +294,27 @@ def test_every_process_takes_a_gpu_of_its_own() -> None:
     [
         pytest.param({"tune": {}}, 2, "tune works in one process only, not in 2", id="tune"),
         pytest.param(SMOOTH, 2, "smooth works in one process only, not in 2", id="smooth"),
-        pytest.param({}, 4, "4 processes share 3 calibration batches of up to 2 windows", id="too few batches"),
+        pytest.param(
+            {},
+            4,
+            "4 processes share 3 calibration batches of up to 2 windows",
+            id="too few batches",
+        ),
     ],
 )
 def test_what_processes_cannot_share_is_refused(
     model: Path, batched: Recipe, tmp_path: Path, changes: dict[str, Any], size: int, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        quantize(model, tmp_path / "q", batched.updated(changes), QuantizeOptions(world=World(size=size)))
+        quantize(
+            model, tmp_path / "q", batched.updated(changes), QuantizeOptions(world=World(size=size))
+        )
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_run_of_one_process_is_not_continued_by_two(model: Path, batched: Recipe, tmp_path: Path) -> None:
+def test_an_interrupted_run_of_one_process_is_not_continued_by_two(
+    model: Path, batched: Recipe, tmp_path: Path
+) -> None:
     def interrupt(where: walk.Progress) -> None:
         if where.block == 1:
             raise KeyboardInterrupt

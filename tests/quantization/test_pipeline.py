@@ -1,6 +1,8 @@
-"""The whole way from a model to a proved folder: what it holds, that it repeats, and that a failure leaves nothing.
+"""The whole way from a model to a proved folder: what it holds, that it repeats, and that a failure
+leaves nothing.
 
-The heart is the proof: one bit flipped between the algorithm and the finished folder, in any file, and the run must fail.
+The heart is the proof: one bit flipped between the algorithm and the finished folder, in any file,
+and the run must fail.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from llmquant.checkpoint.manifest import read_manifest, read_module, stored_sche
 from llmquant.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json
 from llmquant.checkpoint.shards import ShardWriter
 from llmquant.checkpoint.writer import CheckpointWriter
-from llmquant.errors import CheckpointError, LlmquantError, ProofError, QuantizationError, SpecError, UsageError
+from llmquant.errors import (
+    CheckpointError,
+    LlmquantError,
+    ProofError,
+    QuantizationError,
+    SpecError,
+    UsageError,
+)
 from llmquant.models.load import load
 from llmquant.quantization import prepare as preparation
 from llmquant.quantization import run as pipeline
@@ -51,7 +60,8 @@ def weights_of(folder: Path) -> dict[str, QuantizedWeight]:
 
 
 def dense_twin(source: Path, packed: Path, destination: Path) -> Path:
-    """The source with every quantized weight replaced by its dequantized numbers, made by the plainest means."""
+    """The source with every quantized weight replaced by its dequantized numbers, made by the
+    plainest means."""
     shutil.copytree(source, destination)
     tensors = load_file(destination / SINGLE)
     for name, weight in weights_of(packed).items():
@@ -70,7 +80,7 @@ def through_transformers(folder: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
 
 
-# --- what a run gives -------------------------------------------------------------------------------------------------
+# --- what a run gives -------------------------------------------------------
 
 SPECS = [
     pytest.param({}, 4.5, id="W4 g32 sym"),
@@ -84,7 +94,12 @@ SPECS = [
 @pytest.mark.parametrize(("changes", "bits"), SPECS)
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_every_grid_is_written_and_proved(
-    model: Path, gptq: Recipe, tmp_path: Path, method: str, changes: dict[str, Any], bits: float | None
+    model: Path,
+    gptq: Recipe,
+    tmp_path: Path,
+    method: str,
+    changes: dict[str, Any],
+    bits: float | None,
 ) -> None:
     result = quantize(model, tmp_path / "q", gptq.updated({"method": method, **changes}))
     assert len(result.modules) == 14
@@ -99,7 +114,9 @@ def test_every_grid_is_written_and_proved(
     assert bool(torch.isfinite(logits(loaded)).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
+)
 def test_the_sources_dtype_is_that_of_scales_and_of_what_is_left(
     make_model: Callable[..., Path], rtn: Recipe, tmp_path: Path, dtype: torch.dtype
 ) -> None:
@@ -110,11 +127,17 @@ def test_the_sources_dtype_is_that_of_scales_and_of_what_is_left(
     assert read_json(tmp_path / "q" / "config.json")["dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_the_same_numbers_whatever_dtype_holds_them(make_model: Callable[..., Path], rtn: Recipe, tmp_path: Path) -> None:
+def test_the_same_numbers_whatever_dtype_holds_them(
+    make_model: Callable[..., Path], rtn: Recipe, tmp_path: Path
+) -> None:
     """bf16 widened to fp32 is the same weights, and portable scales are exact in both."""
     narrow = make_model(dtype=torch.bfloat16)
     wide = Path(shutil.copytree(narrow, tmp_path / "wide"))
-    save_file({n: t.float() for n, t in load_file(narrow / SINGLE).items()}, wide / SINGLE, metadata={"format": "pt"})
+    save_file(
+        {n: t.float() for n, t in load_file(narrow / SINGLE).items()},
+        wide / SINGLE,
+        metadata={"format": "pt"},
+    )
     quantize(narrow, tmp_path / "a", rtn)
     quantize(wide, tmp_path / "b", rtn)
     digests = [{n: w.digest() for n, w in weights_of(tmp_path / f).items()} for f in ("a", "b")]
@@ -125,27 +148,42 @@ def test_the_same_numbers_whatever_dtype_holds_them(make_model: Callable[..., Pa
 def test_our_folder_through_transformers_is_the_dense_model(
     make_model: Callable[..., Path], gptq: Recipe, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    """from_pretrained reads what we wrote, and the logits are those of the dequantized weights within the dtype's rounding.
+    """from_pretrained reads what we wrote, and the logits are those of the dequantized weights
+    within the dtype's rounding.
 
-    Both multiply by the same numbers, so only the order of the additions can differ: some roundoffs of the largest logit.
+    Both multiply by the same numbers, so only the order of the additions can differ: some roundoffs
+        of the largest logit.
     """
     source = make_model(dtype=dtype)
     quantize(source, tmp_path / "q", gptq)
     theirs = logits(through_transformers(tmp_path / "q", dtype))
-    dense = logits(through_transformers(dense_twin(source, tmp_path / "q", tmp_path / "dense"), dtype))
+    dense = logits(
+        through_transformers(dense_twin(source, tmp_path / "q", tmp_path / "dense"), dtype)
+    )
     assert float((theirs - dense).abs().max()) <= 4 * ROUNDOFF[dtype] * float(dense.abs().max())
     assert not torch.equal(dense, logits(through_transformers(source, dtype)))
 
 
-def test_our_loader_in_fp32_is_the_dense_model(quantized: Path, model: Path, tmp_path: Path) -> None:
-    dense = logits(through_transformers(dense_twin(model, quantized, tmp_path / "dense"), torch.float32))
+def test_our_loader_in_fp32_is_the_dense_model(
+    quantized: Path, model: Path, tmp_path: Path
+) -> None:
+    dense = logits(
+        through_transformers(dense_twin(model, quantized, tmp_path / "dense"), torch.float32)
+    )
     packed = logits(load(quantized, dtype="float32", kernel="reference"))
     # fp16 rounds a dequantized weight once; the packed one is exact.
-    assert float((packed - dense).abs().max()) <= 32 * ROUNDOFF[torch.float16] * float(dense.abs().max())
+    assert float((packed - dense).abs().max()) <= 32 * ROUNDOFF[torch.float16] * float(
+        dense.abs().max()
+    )
 
 
 def test_the_tokenizer_and_its_template_come_along(quantized: Path, model: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         assert (quantized / name).read_bytes() == (model / name).read_bytes()
     config, original = read_json(quantized / "config.json"), read_json(model / "config.json")
     assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
@@ -163,10 +201,12 @@ def test_events_are_told_in_order(model: Path, gptq: Recipe, tmp_path: Path) -> 
     assert told == [6, *[0] * 7, *[1] * 7, "writing", "proving"]
 
 
-# --- shards, tied embeddings, the head --------------------------------------------------------------------------------
+# --- shards, tied embeddings, the head --------------------------------------
 
 
-def test_shards_in_and_out_hold_the_same(make_model: Callable[..., Path], model: Path, rtn: Recipe, tmp_path: Path) -> None:
+def test_shards_in_and_out_hold_the_same(
+    make_model: Callable[..., Path], model: Path, rtn: Recipe, tmp_path: Path
+) -> None:
     sharded = make_model(max_shard_size="300KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     quantize(model, tmp_path / "one", rtn)
@@ -182,7 +222,9 @@ def test_shards_in_and_out_hold_the_same(make_model: Callable[..., Path], model:
     assert torch.equal(logits(load(tmp_path / "many")), logits(load(tmp_path / "one")))
 
 
-def test_tied_embeddings_stay_tied_and_unquantized(make_model: Callable[..., Path], gptq: Recipe, tmp_path: Path) -> None:
+def test_tied_embeddings_stay_tied_and_unquantized(
+    make_model: Callable[..., Path], gptq: Recipe, tmp_path: Path
+) -> None:
     source = make_model(tie_word_embeddings=True)
     quantize(source, tmp_path / "q", gptq)
     assert "lm_head.weight" not in CheckpointReader(tmp_path / "q")
@@ -193,18 +235,22 @@ def test_tied_embeddings_stay_tied_and_unquantized(make_model: Callable[..., Pat
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_an_untied_head_can_be_quantized(model: Path, gptq: Recipe, tmp_path: Path, method: str) -> None:
+def test_an_untied_head_can_be_quantized(
+    model: Path, gptq: Recipe, tmp_path: Path, method: str
+) -> None:
     result = quantize(model, tmp_path / "q", gptq.updated({"method": method, "ignore": ()}))
     assert result.modules[-1].name == "lm_head"
     assert "lm_head.weight" not in CheckpointReader(tmp_path / "q")
     assert type(load(tmp_path / "q").get_output_embeddings()).__name__ == "PackedLinear"
     theirs = through_transformers(tmp_path / "q", torch.float16)
-    dense = through_transformers(dense_twin(model, tmp_path / "q", tmp_path / "dense"), torch.float16)
+    dense = through_transformers(
+        dense_twin(model, tmp_path / "q", tmp_path / "dense"), torch.float16
+    )
     bound = 4 * ROUNDOFF[torch.float16] * float(logits(dense).abs().max())
     assert float((logits(theirs) - logits(dense)).abs().max()) <= bound
 
 
-# --- the same command gives the same bytes ----------------------------------------------------------------------------
+# --- the same command gives the same bytes ----------------------------------
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -216,14 +262,18 @@ def test_twice_is_byte_identical(model: Path, gptq: Recipe, tmp_path: Path, meth
     assert every_file(tmp_path / "a" / "same") == every_file(tmp_path / "b" / "same")
 
 
-def test_the_recipe_that_was_written_repeats_the_run(quantized: Path, model: Path, gptq: Recipe, tmp_path: Path) -> None:
+def test_the_recipe_that_was_written_repeats_the_run(
+    quantized: Path, model: Path, gptq: Recipe, tmp_path: Path
+) -> None:
     written = load_recipe(quantized / "recipe.yaml")
     assert written == gptq
     quantize(model, tmp_path / quantized.name, written)
     assert every_file(tmp_path / quantized.name) == every_file(quantized)
 
 
-def test_another_seed_is_another_draw(model: Path, gptq: Recipe, quantized: Path, tmp_path: Path) -> None:
+def test_another_seed_is_another_draw(
+    model: Path, gptq: Recipe, quantized: Path, tmp_path: Path
+) -> None:
     quantize(model, tmp_path / "q", gptq.updated({"seed": 1}))
     assert (tmp_path / "q" / SINGLE).read_bytes() != (quantized / SINGLE).read_bytes()
 
@@ -235,7 +285,7 @@ def test_the_random_state_is_the_callers(model: Path, rtn: Recipe, tmp_path: Pat
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- the proof --------------------------------------------------------------------------------------------------------
+# --- the proof --------------------------------------------------------------
 
 
 def flip(path: Path, byte: int) -> None:
@@ -245,12 +295,21 @@ def flip(path: Path, byte: int) -> None:
 
 
 FILES = [
-    SINGLE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "recipe.yaml", "manifest.json", "README.md",
-]  # fmt: skip
+    SINGLE,
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "recipe.yaml",
+    "manifest.json",
+    "README.md",
+]
 
 
-def fails_and_leaves_nothing(model: Path, recipe: Recipe, folder: Path, error: type[LlmquantError], words: str = "") -> None:
+def fails_and_leaves_nothing(
+    model: Path, recipe: Recipe, folder: Path, error: type[LlmquantError], words: str = ""
+) -> None:
     with pytest.raises(error, match=words):
         quantize(model, folder / "q", recipe)
     assert empty(folder)
@@ -263,10 +322,20 @@ def test_the_list_of_files_is_complete(quantized: Path) -> None:
 @pytest.mark.parametrize("place", [0.0, 0.002, 0.3, 0.6, 0.97], ids=lambda p: f"at {p:.1%}")
 @pytest.mark.parametrize("name", FILES)
 def test_a_bit_flipped_on_the_way_to_the_disk_is_caught(
-    model: Path, rtn: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: float
+    model: Path,
+    rtn: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    place: float,
 ) -> None:
-    """The disk lies as soon as the file is written: weights after finish_weights, others after their own write."""
-    finish, text, copy = CheckpointWriter.finish_weights, CheckpointWriter.write_text, CheckpointWriter.copy_side_files
+    """The disk lies as soon as the file is written: weights after finish_weights, others after
+    their own write."""
+    finish, text, copy = (
+        CheckpointWriter.finish_weights,
+        CheckpointWriter.write_text,
+        CheckpointWriter.copy_side_files,
+    )
 
     def corrupt(writer: CheckpointWriter, *written: str) -> None:
         path = writer.partial / name
@@ -296,20 +365,55 @@ def test_a_bit_flipped_on_the_way_to_the_disk_is_caught(
 
 Rewrite = Callable[[dict[str, Tensor]], object]
 WRONG_TENSORS = [
-    pytest.param(lambda t: t[f"{Q}.weight_scale"].mul_(2), f"{Q} does not hold the numbers", id="a scale doubled"),
-    pytest.param(lambda t: t[f"{Q}.weight_packed"].bitwise_xor_(1), f"{Q} does not hold the numbers", id="codes changed"),
-    pytest.param(lambda t: t[f"{Q}.weight_scale"].fill_(float("inf")), f"{Q} cannot be read back", id="a scale infinite"),
-    pytest.param(lambda t: t.pop(f"{Q}.weight_packed"), f"missing on disk: ['{Q}']", id="a module lost"),
-    pytest.param(lambda t: t.pop(f"{Q}.weight_scale"), f"{Q} cannot be read back: weight_scale missing", id="a scale lost"),
-    pytest.param(lambda t: t.pop("model.norm.weight"), "model.norm.weight is not what was to be written", id="a norm lost"),
-    pytest.param(lambda t: t["model.norm.weight"].add_(1), "model.norm.weight is not what was to be written", id="a norm off"),
-    pytest.param(lambda t: t.update(extra=torch.zeros(2)), "tensors that nobody wrote: extra", id="a tensor more"),
+    pytest.param(
+        lambda t: t[f"{Q}.weight_scale"].mul_(2),
+        f"{Q} does not hold the numbers",
+        id="a scale doubled",
+    ),
+    pytest.param(
+        lambda t: t[f"{Q}.weight_packed"].bitwise_xor_(1),
+        f"{Q} does not hold the numbers",
+        id="codes changed",
+    ),
+    pytest.param(
+        lambda t: t[f"{Q}.weight_scale"].fill_(float("inf")),
+        f"{Q} cannot be read back",
+        id="a scale infinite",
+    ),
+    pytest.param(
+        lambda t: t.pop(f"{Q}.weight_packed"), f"missing on disk: ['{Q}']", id="a module lost"
+    ),
+    pytest.param(
+        lambda t: t.pop(f"{Q}.weight_scale"),
+        f"{Q} cannot be read back: weight_scale missing",
+        id="a scale lost",
+    ),
+    pytest.param(
+        lambda t: t.pop("model.norm.weight"),
+        "model.norm.weight is not what was to be written",
+        id="a norm lost",
+    ),
+    pytest.param(
+        lambda t: t["model.norm.weight"].add_(1),
+        "model.norm.weight is not what was to be written",
+        id="a norm off",
+    ),
+    pytest.param(
+        lambda t: t.update(extra=torch.zeros(2)),
+        "tensors that nobody wrote: extra",
+        id="a tensor more",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("rewrite", "words"), WRONG_TENSORS)
 def test_a_well_formed_file_with_other_tensors_is_caught(
-    model: Path, rtn: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rewrite: Rewrite, words: str
+    model: Path,
+    rtn: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rewrite: Rewrite,
+    words: str,
 ) -> None:
     finish = ShardWriter.finish
 
@@ -339,7 +443,7 @@ def test_a_truncated_shard_is_caught(
     fails_and_leaves_nothing(model, rtn, tmp_path, CheckpointError, "truncated, damaged")
 
 
-# --- failures leave nothing -------------------------------------------------------------------------------------------
+# --- failures leave nothing -------------------------------------------------
 
 
 def test_an_error_in_the_middle_leaves_nothing(
@@ -387,9 +491,12 @@ def one(name: str, value: float) -> Rewrite:
 
 NAN, INF = float("nan"), float("inf")
 BAD_NUMBERS = [
-    (f"{Q}.weight", NAN), ("model.embed_tokens.weight", NAN), ("model.layers.1.input_layernorm.weight", INF),
-    ("model.norm.weight", NAN), ("lm_head.weight", -INF),
-]  # fmt: skip
+    (f"{Q}.weight", NAN),
+    ("model.embed_tokens.weight", NAN),
+    ("model.layers.1.input_layernorm.weight", INF),
+    ("model.norm.weight", NAN),
+    ("lm_head.weight", -INF),
+]
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -399,7 +506,10 @@ def test_nan_in_the_original_is_an_error_that_names_the_tensor(
 ) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "m"))
     edited(folder, one(name, value))
-    with pytest.raises(QuantizationError, match=f"{re.escape(name.removesuffix('.weight'))}.*NaN or Inf.*is the checkpoint"):
+    with pytest.raises(
+        QuantizationError,
+        match=f"{re.escape(name.removesuffix('.weight'))}.*NaN or Inf.*is the checkpoint",
+    ):
         quantize(folder, tmp_path / "out" / "q", gptq.updated({"method": method}))
     assert not (tmp_path / "out").exists()
 
@@ -407,13 +517,22 @@ def test_nan_in_the_original_is_an_error_that_names_the_tensor(
 MISFITS = [
     pytest.param(lambda t: t.pop(f"{Q}.weight"), f"lacks {Q}.weight", id="a linear lost"),
     pytest.param(lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight", id="a norm lost"),
-    pytest.param(lambda t: t.update({"what.weight": torch.zeros(2, 2)}), "no place for: what.weight", id="one too many"),
     pytest.param(
-        lambda t: t.update({f"{Q}.weight": torch.zeros(32, 64)}), "[32, 64] in the checkpoint, config.json makes it [64, 64]",
+        lambda t: t.update({"what.weight": torch.zeros(2, 2)}),
+        "no place for: what.weight",
+        id="one too many",
+    ),
+    pytest.param(
+        lambda t: t.update({f"{Q}.weight": torch.zeros(32, 64)}),
+        "[32, 64] in the checkpoint, config.json makes it [64, 64]",
         id="another shape",
     ),
-    pytest.param(lambda t: t.update({f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int32)}), "is torch.int32", id="integers"),
-]  # fmt: skip
+    pytest.param(
+        lambda t: t.update({f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int32)}),
+        "is torch.int32",
+        id="integers",
+    ),
+]
 
 
 @pytest.mark.parametrize(("change", "words"), MISFITS)
@@ -427,22 +546,49 @@ def test_a_folder_that_does_not_fit_its_config_is_refused(
 
 
 CONFIGS = [
-    pytest.param({"num_hidden_layers": 1}, CheckpointError, "no place for: model.layers.1", id="layers cut"),
-    pytest.param({"num_hidden_layers": 3}, CheckpointError, "lacks model.layers.2", id="layers invented"),
-    pytest.param({"tie_word_embeddings": True}, CheckpointError, "but the two differ", id="tied, but two tensors"),
-    pytest.param({"model_type": "nope"}, LlmquantError, "transformers cannot read", id="unknown type"),
-    pytest.param({"hidden_size": 63}, LlmquantError, "not a multiple of the number of attention heads", id="odd width"),
+    pytest.param(
+        {"num_hidden_layers": 1}, CheckpointError, "no place for: model.layers.1", id="layers cut"
+    ),
+    pytest.param(
+        {"num_hidden_layers": 3}, CheckpointError, "lacks model.layers.2", id="layers invented"
+    ),
+    pytest.param(
+        {"tie_word_embeddings": True},
+        CheckpointError,
+        "but the two differ",
+        id="tied, but two tensors",
+    ),
+    pytest.param(
+        {"model_type": "nope"}, LlmquantError, "transformers cannot read", id="unknown type"
+    ),
+    pytest.param(
+        {"hidden_size": 63},
+        LlmquantError,
+        "not a multiple of the number of attention heads",
+        id="odd width",
+    ),
     pytest.param({"hidden_size": "a"}, LlmquantError, "expected int, got str", id="width a word"),
     pytest.param({"hidden_act": "zzz"}, LlmquantError, "'zzz' (KeyError)", id="unknown activation"),
     pytest.param({"num_attention_heads": 0}, LlmquantError, "cannot read", id="no heads"),
     pytest.param({"dtype": "zzz"}, LlmquantError, "has no attribute 'zzz'", id="unknown dtype"),
-    pytest.param({"quantization_config": {"quant_method": "awq"}}, UsageError, "already quantized (awq)", id="quantized"),
-]  # fmt: skip
+    pytest.param(
+        {"quantization_config": {"quant_method": "awq"}},
+        UsageError,
+        "already quantized (awq)",
+        id="quantized",
+    ),
+]
 
 
 @pytest.mark.parametrize(("changes", "error", "words"), CONFIGS)
 def test_a_config_that_cannot_be_right_is_refused(
-    model: Path, rtn: Recipe, tmp_path: Path, edit_json: Any, changes: dict[str, Any], error: type[Exception], words: str
+    model: Path,
+    rtn: Recipe,
+    tmp_path: Path,
+    edit_json: Any,
+    changes: dict[str, Any],
+    error: type[Exception],
+    words: str,
 ) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "m"))
     edit_json(folder / "config.json", lambda config: config.update(changes))
@@ -451,16 +597,24 @@ def test_a_config_that_cannot_be_right_is_refused(
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_a_file_that_would_be_carried_along_must_parse(model: Path, rtn: Recipe, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+def test_a_file_that_would_be_carried_along_must_parse(
+    model: Path, rtn: Recipe, tmp_path: Path, name: str
+) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "m"))
     (folder / name).write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match=f"{name} cannot be read as JSON"):
         quantize(folder, tmp_path / "q", rtn)
 
 
-@pytest.mark.parametrize("json_", ["{}", '{"added_tokens": [], "model": {}}'], ids=["empty", "bare exception inside"])
-def test_a_tokenizer_that_is_none_is_an_error(model: Path, gptq: Recipe, tmp_path: Path, json_: str) -> None:
+@pytest.mark.parametrize(
+    "json_", ["{}", '{"added_tokens": [], "model": {}}'], ids=["empty", "bare exception inside"]
+)
+def test_a_tokenizer_that_is_none_is_an_error(
+    model: Path, gptq: Recipe, tmp_path: Path, json_: str
+) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "m"))
     (folder / "tokenizer.json").write_text(json_, encoding="utf-8")
     with pytest.raises(CheckpointError, match="has no tokenizer that transformers can read"):
@@ -470,15 +624,21 @@ def test_a_tokenizer_that_is_none_is_an_error(model: Path, gptq: Recipe, tmp_pat
 def test_what_is_misuse_is_known_before_any_work(
     model: Path, gptq: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A group size that does not divide, a destination that is taken: no text is read, no weight."""
+    """A group size that does not divide, a destination that is taken: no text is read, no
+    weight."""
 
     def worked(*args: object) -> None:
         raise AssertionError("work began")
 
     monkeypatch.setattr(preparation, "read_documents", worked)
     monkeypatch.setattr(CheckpointReader, "read", worked)
-    with pytest.raises(SpecError, match=r"down_proj: group_size=64 does not divide its 96 .* sizes that do: 8, 12, 16"):
-        quantize(model, tmp_path / "q", gptq.updated({"weights.group_size": 64, "include": ("*.mlp.*",)}))
+    with pytest.raises(
+        SpecError,
+        match=r"down_proj: group_size=64 does not divide its 96 .* sizes that do: 8, 12, 16",
+    ):
+        quantize(
+            model, tmp_path / "q", gptq.updated({"weights.group_size": 64, "include": ("*.mlp.*",)})
+        )
     with pytest.raises(UsageError, match="already exists and is not empty"):
         quantize(model, model, gptq)
     with pytest.raises(UsageError, match="is the model itself"):
@@ -486,7 +646,9 @@ def test_what_is_misuse_is_known_before_any_work(
     assert empty(tmp_path)
 
 
-def test_a_destination_that_holds_the_model_is_refused(model: Path, rtn: Recipe, tmp_path: Path) -> None:
+def test_a_destination_that_holds_the_model_is_refused(
+    model: Path, rtn: Recipe, tmp_path: Path
+) -> None:
     shutil.copytree(model, tmp_path / "outer")
     inner = Path(shutil.copytree(model, tmp_path / "outer" / "inner"))
     with pytest.raises(UsageError, match="which --overwrite would delete"):
@@ -494,12 +656,16 @@ def test_a_destination_that_holds_the_model_is_refused(model: Path, rtn: Recipe,
     assert (inner / SINGLE).is_file()
 
 
-def test_an_evaluation_text_needs_a_calibration_text(model: Path, rtn: Recipe, text: Path, tmp_path: Path) -> None:
+def test_an_evaluation_text_needs_a_calibration_text(
+    model: Path, rtn: Recipe, text: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=r"--eval-text .* this run has none"):
         quantize(model, tmp_path / "q", rtn, QuantizeOptions(evaluation=f"file:{text}"))
 
 
-def test_the_manifest_names_no_folder_of_this_machine_and_no_time(quantized: Path, model: Path, text: Path) -> None:
+def test_the_manifest_names_no_folder_of_this_machine_and_no_time(
+    quantized: Path, model: Path, text: Path
+) -> None:
     manifest = (quantized / "manifest.json").read_text(encoding="utf-8")
     for folder in (quantized.parent, model.parent, text.parent, Path.home()):
         assert str(folder) not in manifest

@@ -1,4 +1,5 @@
-"""verify --rerun: the same inputs give the same bytes, and other inputs are refused before any work."""
+"""verify --rerun: the same inputs give the same bytes, and other inputs are refused before any
+work."""
 
 from __future__ import annotations
 
@@ -25,13 +26,17 @@ def test_a_run_repeated_gives_the_same_bytes(quantized: Path, model: Path) -> No
     assert sorted(quantized.parent.iterdir()) == before  # nothing is left of the second run
 
 
-def test_another_model_is_refused_before_any_work(quantized: Path, make_model: Callable[..., Path]) -> None:
+def test_another_model_is_refused_before_any_work(
+    quantized: Path, make_model: Callable[..., Path]
+) -> None:
     other = make_model(dtype=torch.bfloat16)
     with pytest.raises(UsageError, match=r"does not hold the weights that .* was made from"):
         rerun(quantized, other)
 
 
-def test_another_text_is_told_apart_from_another_result(quantized: Path, model: Path, tmp_path: Path, gptq: Recipe) -> None:
+def test_another_text_is_told_apart_from_another_result(
+    quantized: Path, model: Path, tmp_path: Path, gptq: Recipe
+) -> None:
     assert gptq.calibration.source is not None
     source = Path(gptq.calibration.source.partition(":")[2])
     moved, other = tmp_path / "moved.txt", tmp_path / "other.txt"
@@ -42,7 +47,9 @@ def test_another_text_is_told_apart_from_another_result(quantized: Path, model: 
         rerun(quantized, model, calibration=f"file:{other}")
 
 
-def test_numbers_that_the_recipe_does_not_give_are_found_and_named(tampered: Path, model: Path) -> None:
+def test_numbers_that_the_recipe_does_not_give_are_found_and_named(
+    tampered: Path, model: Path
+) -> None:
     """A folder that is whole by its own manifest, but whose manifest tells of other numbers."""
     manifest = json.loads((tampered / MANIFEST).read_text(encoding="utf-8"))
     name = "model.layers.0.self_attn.q_proj"
@@ -59,7 +66,9 @@ def test_numbers_that_the_recipe_does_not_give_are_found_and_named(tampered: Pat
 def test_a_recipe_that_was_edited_afterwards_shows(tampered: Path, model: Path) -> None:
     text = (tampered / "recipe.yaml").read_text(encoding="utf-8")
     assert "damping: 0.01" in text
-    (tampered / "recipe.yaml").write_text(text.replace("damping: 0.01", "damping: 0.5"), encoding="utf-8")
+    (tampered / "recipe.yaml").write_text(
+        text.replace("damping: 0.01", "damping: 0.5"), encoding="utf-8"
+    )
     manifest = json.loads((tampered / MANIFEST).read_text(encoding="utf-8"))
     manifest["files"] = file_hashes(tampered)
     (tampered / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
@@ -72,7 +81,12 @@ def test_a_recipe_that_was_edited_afterwards_shows(tampered: Path, model: Path) 
     ("args", "code", "words"),
     [
         pytest.param(("{q}",), 0, "verified   ", id="hashes"),
-        pytest.param(("{q}", "--rerun", "--model", "{m}"), 0, "rerun      the same bytes in every file", id="rerun"),
+        pytest.param(
+            ("{q}", "--rerun", "--model", "{m}"),
+            0,
+            "rerun      the same bytes in every file",
+            id="rerun",
+        ),
         pytest.param(("{q}", "--model", "{m}"), 2, "belong to --rerun", id="model without rerun"),
         pytest.param(("{m}/nothing",), 2, "is not a folder", id="no folder"),
         pytest.param(("{m}",), 1, "has no manifest.json", id="not ours"),
@@ -82,7 +96,9 @@ def test_the_command(
     quantized: Path, model: Path, args: tuple[str, ...], code: int, words: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("sys.argv", ["llmquant", "verify", *(a.format(q=quantized, m=model) for a in args)])
+    monkeypatch.setattr(
+        "sys.argv", ["llmquant", "verify", *(a.format(q=quantized, m=model) for a in args)]
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     out, err = capsys.readouterr()

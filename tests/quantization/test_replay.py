@@ -1,4 +1,5 @@
-"""Replay against running everything again: the same bits, and parts whose weights are final are not run."""
+"""Replay against running everything again: the same bits, and parts whose weights are final are not
+run."""
 
 from __future__ import annotations
 
@@ -21,25 +22,45 @@ from llmquant.quantization.blocks.replay import Replay, Tail, Tails
 from llmquant.quantization.walk import walk
 from llmquant.recipe import Recipe
 
-KINDS = ["llama", "mistral", "qwen2", "qwen3", "qwen2 mixed windows", "gpt_neox", "opt", "mixtral", "qwen3_moe"]
+KINDS = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2 mixed windows",
+    "gpt_neox",
+    "opt",
+    "mixtral",
+    "qwen3_moe",
+]
 METHODS: dict[str, dict[str, Any]] = {
     "gptq": {},
     "at once": {"gptq.true_sequential": False},
     "asymmetric": {"gptq.asymmetric": 0.5},
     "tuned": {"tune": {"steps": 2, "batch_size": 2}},
-    "asymmetric and tuned": {"gptq.asymmetric": 0.5, "tune": {"steps": 2, "batch_size": 2, "target": "block"}},
+    "asymmetric and tuned": {
+        "gptq.asymmetric": 0.5,
+        "tune": {"steps": 2, "batch_size": 2, "target": "block"},
+    },
     "awq": {"awq": {"grid": 3}},
 }
 
 
-def walked(folder: Path, recipe: Recipe, replays: bool) -> tuple[dict[str, str], list[Tensor], Counter[str]]:
-    """Digests of all weights, the states behind the last block, and how often each linear of the first block was called."""
+def walked(
+    folder: Path, recipe: Recipe, replays: bool
+) -> tuple[dict[str, str], list[Tensor], Counter[str]]:
+    """Digests of all weights, the states behind the last block, and how often each linear of the
+    first block was called."""
     plan, calls = plan_of(folder, recipe), Counter[str]()
     for name in (n for n in plan.specs if ".0." in n):
         module = plan.model.get_submodule(name)
         module.register_forward_hook(lambda *_, name=name: calls.update([name.rpartition(".")[2]]))
     room = Room(CPU, placement=Placement(replays=replays))
-    digests = {n: w.digest() for block in walk(plan, WINDOWS, lambda _: None, room) for n, (w, _) in block.weights.items()}
+    digests = {
+        n: w.digest()
+        for block in walk(plan, WINDOWS, lambda _: None, room)
+        for n, (w, _) in block.weights.items()
+    }
     return digests, room.streams[STREAM][:], calls
 
 
@@ -58,8 +79,12 @@ def test_the_same_bits_with_and_without(tmp_path: Path, kind: str, changes: dict
         assert all(calls[name] <= without[name] for name in without)
 
 
-@pytest.mark.parametrize("changes", [METHODS["gptq"], METHODS["asymmetric"]], ids=["gptq", "asymmetric"])
-def test_attention_and_the_mlp_run_once_for_each_batch(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [METHODS["gptq"], METHODS["asymmetric"]], ids=["gptq", "asymmetric"]
+)
+def test_attention_and_the_mlp_run_once_for_each_batch(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     _, _, calls = walked(save("llama", tmp_path / "model"), recipe_of(**changes), replays=True)
     _, _, without = walked(tmp_path / "model", recipe_of(**changes), replays=False)
     batches, shown = 4, 1  # one more pass of the first batch shows what shares an input
@@ -71,7 +96,11 @@ def test_attention_and_the_mlp_run_once_for_each_batch(tmp_path: Path, changes: 
 
 def shown(block: nn.Module, kind: str = "llama") -> list[Tail]:
     model = random_model(kind)
-    inputs = first_inputs(model, blocks_of(model, find(model, model.config.model_type)), [torch.stack(token_windows(2, 8))])[0]
+    inputs = first_inputs(
+        model,
+        blocks_of(model, find(model, model.config.model_type)),
+        [torch.stack(token_windows(2, 8))],
+    )[0]
     linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     with Tails(block, linears) as watch:
         run_block(block, inputs)
@@ -85,7 +114,9 @@ def first_block(kind: str) -> nn.Module:
 
 
 def test_what_returns_its_last_linears_output_is_a_tail() -> None:
-    attention = Tail("self_attn", frozenset({f"self_attn.{n}_proj" for n in "qkv"}), "self_attn.o_proj", (None,))
+    attention = Tail(
+        "self_attn", frozenset({f"self_attn.{n}_proj" for n in "qkv"}), "self_attn.o_proj", (None,)
+    )
     mlp = Tail("mlp", frozenset({"mlp.gate_proj", "mlp.up_proj"}), "mlp.down_proj", None)
     assert shown(first_block("llama")) == [attention, mlp]
     assert [t.part for t in shown(first_block("mixtral"))] == ["self_attn"], "experts are run again"

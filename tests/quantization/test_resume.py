@@ -1,6 +1,8 @@
-"""What is kept of an interrupted run, when it is continued, when that is refused, and that the numbers are the saved ones.
+"""What is kept of an interrupted run, when it is continued, when that is refused, and that the
+numbers are the saved ones.
 
-Killing processes is in ``test_killed.py``; here runs are stopped by an interrupt between two blocks, in this process.
+Killing processes is in ``test_killed.py``; here runs are stopped by an interrupt between two
+blocks, in this process.
 """
 
 from __future__ import annotations
@@ -31,7 +33,15 @@ from llmquant.quantization.state import fingerprint, resume
 from llmquant.quantization.state.journal import Journal
 from llmquant.recipe import Recipe
 
-TUNE = {"steps": 8, "lr": 0.01, "scale_lr": 0.002, "batch_size": 2, "checks": 2, "patience": 2, "target": "block"}
+TUNE = {
+    "steps": 8,
+    "lr": 0.01,
+    "scale_lr": 0.002,
+    "batch_size": 2,
+    "checks": 2,
+    "patience": 2,
+    "target": "block",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +64,9 @@ def until(block: int) -> Events:
     return Events(on_progress=stop)
 
 
-def interrupted(model: Path, output: Path, recipe: Recipe, block: int, options: QuantizeOptions | None = None) -> str:
+def interrupted(
+    model: Path, output: Path, recipe: Recipe, block: int, options: QuantizeOptions | None = None
+) -> str:
     """A run stopped in front of a block; returns what it said."""
     with pytest.raises(KeyboardInterrupt) as stopped:
         quantize(model, output, recipe, options, until(block))
@@ -69,7 +81,8 @@ def twin(deep: Path, gptq: Recipe, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def stopped_once(deep: Path, gptq: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of the model, and a destination ``out`` whose run was stopped in front of the last block."""
+    """A folder with a copy of the model, and a destination ``out`` whose run was stopped in front
+    of the last block."""
     folder = tmp_path_factory.mktemp("stopped")
     shutil.copytree(deep, folder / deep.name)
     interrupted(folder / deep.name, folder / "out", gptq, 2)
@@ -83,7 +96,7 @@ def stopped(stopped_once: Path, deep: Path, tmp_path: Path) -> tuple[Path, Path]
     return folder / deep.name, folder / "out"
 
 
-# --- continuing -------------------------------------------------------------------------------------------------------
+# --- continuing -------------------------------------------------------------
 
 
 def of_engines(note: str) -> bool:
@@ -96,11 +109,17 @@ def test_an_interrupt_says_how_to_continue_and_that_gives_the_same_files(
     deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str], block: int
 ) -> None:
     told = interrupted(deep, tmp_path / "out", gptq, block)
-    assert f"{block} of 3 blocks are finished and kept beside out; the same command continues there" in told
+    assert (
+        f"{block} of 3 blocks are finished and kept beside out; the same command continues there"
+        in told
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", ".out.resume"]
     notes: list[str] = []
     seen: list[int] = []
-    events = Events(on_note=lambda n: None if of_engines(n) else notes.append(n), on_progress=lambda at: seen.append(at.block))
+    events = Events(
+        on_note=lambda n: None if of_engines(n) else notes.append(n),
+        on_progress=lambda at: seen.append(at.block),
+    )
     result = quantize(deep, tmp_path / "out", gptq, events=events)
     assert notes == [f"continuing behind block {block} of 3 of an interrupted run"]
     assert min(seen) == block
@@ -111,8 +130,14 @@ def test_an_interrupt_says_how_to_continue_and_that_gives_the_same_files(
 
 
 def same_but_times(a: QuantizeResult, b: QuantizeResult) -> bool:
-    plain = [[(m.name, m.digest, m.weight_error, m.output_error, m.damping, m.tokens) for m in r.modules] for r in (a, b)]
-    return plain[0] == plain[1] and (a.bits_per_weight, a.bytes_written) == (b.bits_per_weight, b.bytes_written)
+    plain = [
+        [(m.name, m.digest, m.weight_error, m.output_error, m.damping, m.tokens) for m in r.modules]
+        for r in (a, b)
+    ]
+    return plain[0] == plain[1] and (a.bits_per_weight, a.bytes_written) == (
+        b.bits_per_weight,
+        b.bytes_written,
+    )
 
 
 def test_the_result_tells_of_all_blocks(deep: Path, gptq: Recipe, tmp_path: Path) -> None:
@@ -121,14 +146,21 @@ def test_the_result_tells_of_all_blocks(deep: Path, gptq: Recipe, tmp_path: Path
     assert same_but_times(quantize(deep, tmp_path / "out", gptq), whole)
 
 
-def test_nothing_is_kept_of_a_run_without_a_finished_block(deep: Path, gptq: Recipe, tmp_path: Path) -> None:
+def test_nothing_is_kept_of_a_run_without_a_finished_block(
+    deep: Path, gptq: Recipe, tmp_path: Path
+) -> None:
     assert interrupted(deep, tmp_path / "a" / "out", gptq, 0) == "nothing was left half-written"
     assert not any(tmp_path.iterdir())
 
 
-def test_nothing_is_kept_when_that_is_not_wanted(deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str]) -> None:
+def test_nothing_is_kept_when_that_is_not_wanted(
+    deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str]
+) -> None:
     options = QuantizeOptions(resume=False)
-    assert interrupted(deep, tmp_path / "a" / "out", gptq, 2, options) == "nothing was left half-written"
+    assert (
+        interrupted(deep, tmp_path / "a" / "out", gptq, 2, options)
+        == "nothing was left half-written"
+    )
     assert not any(tmp_path.iterdir())
     assert hashes(quantize(deep, tmp_path / "out", gptq, options).path) == twin
 
@@ -149,7 +181,11 @@ def test_interrupted_when_only_its_state_was_left_to_remove(
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointWriter, "__exit__", lambda *args: None)
         publish = CheckpointWriter.publish
-        patched.setattr(CheckpointWriter, "publish", lambda self: (publish(self), patched.setattr(resume, "remove", interrupt)))
+        patched.setattr(
+            CheckpointWriter,
+            "publish",
+            lambda self: (publish(self), patched.setattr(resume, "remove", interrupt)),
+        )
         with pytest.raises(KeyboardInterrupt):
             quantize(deep, tmp_path / "out", gptq)
     assert (tmp_path / ".out.resume").is_dir()
@@ -171,7 +207,9 @@ def test_a_model_that_stands_there_is_kept_until_the_continued_run_is_whole(
     assert hashes(tmp_path / "out") == twin
 
 
-def test_two_processes_cannot_write_one_folder(stopped: tuple[Path, Path], gptq: Recipe, twin: dict[str, str]) -> None:
+def test_two_processes_cannot_write_one_folder(
+    stopped: tuple[Path, Path], gptq: Recipe, twin: dict[str, str]
+) -> None:
     model, output = stopped
     lock = lock_folder(output.with_name(".out.partial"))
     with pytest.raises(UsageError, match="another llmquant is at work in"):
@@ -181,7 +219,7 @@ def test_two_processes_cannot_write_one_folder(stopped: tuple[Path, Path], gptq:
     assert hashes(output) == twin
 
 
-# --- refusing ---------------------------------------------------------------------------------------------------------
+# --- refusing ---------------------------------------------------------------
 
 
 def edit_weight(model: Path) -> None:
@@ -198,7 +236,10 @@ def edit_weight(model: Path) -> None:
 def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
     def edit(model: Path) -> None:
         path = model / name
-        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+        path.write_text(
+            json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}),
+            encoding="utf-8",
+        )
 
     return edit
 
@@ -206,18 +247,54 @@ def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
 Change = tuple[dict[str, Any], dict[str, Any], Callable[[Path], None] | None]
 REFUSED = [
     pytest.param({"weights.bits": 8}, {}, None, "recipe weights.bits was 4 and is 8", id="bits"),
-    pytest.param({"gptq.damping": 0.02}, {}, None, "recipe gptq.damping was 0.01 and is 0.02", id="damping"),
-    pytest.param({"format": "gptq"}, {}, None, "recipe format was compressed-tensors and is gptq", id="layout"),
-    pytest.param({"seed": 1}, {}, None, "recipe seed was 0 and is 1; calibration token ids was", id="seed"),
-    pytest.param({"calibration.nsamples": 7}, {}, None, "calibration token ids was", id="calibration"),
-    pytest.param({}, {"dtype": "bfloat16"}, None, "--dtype was float32 and is bfloat16", id="dtype"),
-    pytest.param({}, {"max_shard_size": 9}, None, "--max-shard-size was 5000000000 and is 9", id="shard size"),
+    pytest.param(
+        {"gptq.damping": 0.02}, {}, None, "recipe gptq.damping was 0.01 and is 0.02", id="damping"
+    ),
+    pytest.param(
+        {"format": "gptq"},
+        {},
+        None,
+        "recipe format was compressed-tensors and is gptq",
+        id="layout",
+    ),
+    pytest.param(
+        {"seed": 1}, {}, None, "recipe seed was 0 and is 1; calibration token ids was", id="seed"
+    ),
+    pytest.param(
+        {"calibration.nsamples": 7}, {}, None, "calibration token ids was", id="calibration"
+    ),
+    pytest.param(
+        {}, {"dtype": "bfloat16"}, None, "--dtype was float32 and is bfloat16", id="dtype"
+    ),
+    pytest.param(
+        {}, {"max_shard_size": 9}, None, "--max-shard-size was 5000000000 and is 9", id="shard size"
+    ),
     pytest.param({}, {"resume": False}, None, "leave --no-resume out", id="--no-resume"),
-    pytest.param({}, {}, edit_weight, f"{SINGLE} of the model, content was", id="weights, same time"),
-    pytest.param({}, {}, lambda m: os.utime(m / SINGLE), f"{SINGLE} of the model, changed at was", id="weights touched"),
-    pytest.param({}, {}, edit_json("config.json", rms_norm_eps=1e-4), "config.json of the model was", id="config"),
-    pytest.param({}, {}, edit_json("tokenizer_config.json", x=3), "tokenizer_config.json of the model was", id="a side file"),
-]  # fmt: skip
+    pytest.param(
+        {}, {}, edit_weight, f"{SINGLE} of the model, content was", id="weights, same time"
+    ),
+    pytest.param(
+        {},
+        {},
+        lambda m: os.utime(m / SINGLE),
+        f"{SINGLE} of the model, changed at was",
+        id="weights touched",
+    ),
+    pytest.param(
+        {},
+        {},
+        edit_json("config.json", rms_norm_eps=1e-4),
+        "config.json of the model was",
+        id="config",
+    ),
+    pytest.param(
+        {},
+        {},
+        edit_json("tokenizer_config.json", x=3),
+        "tokenizer_config.json of the model was",
+        id="a side file",
+    ),
+]
 
 
 @pytest.mark.parametrize(("changes", "options", "edit", "words"), REFUSED)
@@ -246,15 +323,31 @@ def test_other_versions_and_threads_are_refused(
     model, output = stopped
     monkeypatch.setattr(fingerprint, "versions", lambda: {"torch": "2.99"})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    with pytest.raises(UsageError, match=r"threads was \d+ and is 77; .*version of torch was .* and is 2\.99"):
+    with pytest.raises(
+        UsageError, match=r"threads was \d+ and is 77; .*version of torch was .* and is 2\.99"
+    ):
         quantize(model, output, gptq)
 
 
 DAMAGES = [
-    pytest.param(".out.partial/shard-00000.safetensors.data", None, "is not what the interrupted run left", id="weights gone"),
-    pytest.param(".out.partial/shard-00000.safetensors.data", -1, "is not what the interrupted run left", id="weights short"),
-    pytest.param(".out.resume/states-*.bin", None, "does not hold the hidden states", id="states gone"),
-    pytest.param(".out.resume/states-*.bin", 700, "does not hold the hidden states", id="a state changed"),
+    pytest.param(
+        ".out.partial/shard-00000.safetensors.data",
+        None,
+        "is not what the interrupted run left",
+        id="weights gone",
+    ),
+    pytest.param(
+        ".out.partial/shard-00000.safetensors.data",
+        -1,
+        "is not what the interrupted run left",
+        id="weights short",
+    ),
+    pytest.param(
+        ".out.resume/states-*.bin", None, "does not hold the hidden states", id="states gone"
+    ),
+    pytest.param(
+        ".out.resume/states-*.bin", 700, "does not hold the hidden states", id="a state changed"
+    ),
 ]
 
 
@@ -276,7 +369,7 @@ def test_damaged_state_is_an_error_that_names_the_file(
         quantize(model, output, gptq)
 
 
-# --- the numbers are the saved ones: slips that these tests would catch ------------------------------------------------
+# --- the numbers are the saved ones: slips that these tests would catch -----
 
 
 def stale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,19 +387,28 @@ def stale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """States are not those that were saved but close to them, as if computed again by other arithmetic."""
+    """States are not those that were saved but close to them, as if computed again by other
+    arithmetic."""
     opened = Room._opened
 
     def close_by(self: Room, saved: Any) -> Any:
         stream = opened(self, saved)
-        return InMemory((stream.stored(i).to(torch.bfloat16).to(torch.float32) for i in range(len(stream))), self.device)
+        return InMemory(
+            (stream.stored(i).to(torch.bfloat16).to(torch.float32) for i in range(len(stream))),
+            self.device,
+        )
 
     monkeypatch.setattr(Room, "_opened", close_by)
 
 
 @pytest.mark.parametrize("slip", [stale, recomputed])
 def test_a_slip_in_the_states_shows_in_the_files(
-    deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str], monkeypatch: pytest.MonkeyPatch, slip: Callable[..., None]
+    deep: Path,
+    gptq: Recipe,
+    tmp_path: Path,
+    twin: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    slip: Callable[..., None],
 ) -> None:
     slip(monkeypatch)
     interrupted(deep, tmp_path / "out", gptq, 2)
@@ -327,7 +429,7 @@ def test_other_masks_or_positions_are_noticed(stopped: tuple[Path, Path], gptq: 
         quantize(model, output, gptq)
 
 
-# --- a full disk ------------------------------------------------------------------------------------------------------
+# --- a full disk ------------------------------------------------------------
 
 
 def full(*args: object, **kwargs: object) -> None:
@@ -346,7 +448,13 @@ PLACES: list[Any] = [
 
 @pytest.mark.parametrize(("place", "call"), PLACES)
 def test_a_full_disk_says_what_to_free_and_is_continued(
-    deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str], monkeypatch: pytest.MonkeyPatch, place: Any, call: int
+    deep: Path,
+    gptq: Recipe,
+    tmp_path: Path,
+    twin: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    call: int,
 ) -> None:
     owner, name = place
     whole, calls = getattr(owner, name), 0
@@ -356,7 +464,11 @@ def test_a_full_disk_says_what_to_free_and_is_continued(
         calls += 1
         if calls < call:
             return whole(*args, **kwargs)
-        with args[0]._disk() if isinstance(args[0], CheckpointWriter) else pytest.MonkeyPatch.context():
+        with (
+            args[0]._disk()
+            if isinstance(args[0], CheckpointWriter)
+            else pytest.MonkeyPatch.context()
+        ):
             return full()
 
     with monkeypatch.context() as patched:
@@ -371,13 +483,15 @@ def test_a_full_disk_says_what_to_free_and_is_continued(
     assert hashes(tmp_path / "out") == twin
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------
 
 SPILLED = [
     pytest.param({}, id="gptq"),
     pytest.param({"awq": {"grid": 4}, "include": ["*"], "ignore": []}, id="awq+gptq with the head"),
     pytest.param({"gptq.asymmetric": 0.5, "tune": TUNE}, id="asymmetric, tuned to the block"),
-    pytest.param({"method": "rtn", "tune": {**TUNE, "target": "original"}}, id="rtn tuned to the original"),
+    pytest.param(
+        {"method": "rtn", "tune": {**TUNE, "target": "original"}}, id="rtn tuned to the original"
+    ),
 ]
 
 
@@ -402,36 +516,67 @@ def test_states_in_files_give_the_same_files(
     recipe = gptq.updated(changes)
     expected = hashes(quantize(deep, tmp_path / "in memory" / "out", recipe).path)
     assert watched == [0]
-    # With the reference: two streams, its outputs, the targets; of those that are saved the generation before as well.
+    # With the reference: two streams, its outputs, the targets; of those that are saved the
+    # generation before as well.
     for kept, most in ((False, 4), (True, 6)):
         folder, notes = tmp_path / f"kept {kept}", []
         options = QuantizeOptions(max_memory=1, resume=kept)
-        quantize(deep, folder / "out", recipe, options, Events(on_note=lambda n, k=notes: None if of_engines(n) else k.append(n)))
-        assert notes == [f"hidden states are kept in {folder / '.out.resume'}: they do not fit in memory"]
+        quantize(
+            deep,
+            folder / "out",
+            recipe,
+            options,
+            Events(on_note=lambda n, k=notes: None if of_engines(n) else k.append(n)),
+        )
+        assert notes == [
+            f"hidden states are kept in {folder / '.out.resume'}: they do not fit in memory"
+        ]
         assert 1 <= watched[0] <= most
         assert hashes(folder / "out") == expected
         assert [p.name for p in folder.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, None), (None, 1)], ids=["files then memory", "memory then files"])
+@pytest.mark.parametrize(
+    ("before", "after"), [(1, None), (None, 1)], ids=["files then memory", "memory then files"]
+)
 def test_a_run_may_be_continued_with_another_limit(
-    deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str], before: int | None, after: int | None
+    deep: Path,
+    gptq: Recipe,
+    tmp_path: Path,
+    twin: dict[str, str],
+    before: int | None,
+    after: int | None,
 ) -> None:
     interrupted(deep, tmp_path / "out", gptq, 2, QuantizeOptions(max_memory=before))
     assert quantize(deep, tmp_path / "out", gptq, QuantizeOptions(max_memory=after)).resumed == 2
     assert hashes(tmp_path / "out") == twin
 
 
-# --- the log ----------------------------------------------------------------------------------------------------------
+# --- the log ----------------------------------------------------------------
 
 
-def test_the_log_has_every_linear_and_block_of_both_runs(deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str]) -> None:
+def test_the_log_has_every_linear_and_block_of_both_runs(
+    deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str]
+) -> None:
     options = QuantizeOptions(log=tmp_path / "log.jsonl")
     interrupted(deep, tmp_path / "out", gptq, 2, options)
     quantize(deep, tmp_path / "out", gptq, options)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     turns = [line["event"] for line in lines if line["event"] != "module"]
-    assert turns == ["start", "block", "block", "interrupted", "start", "block", "writing", "proving", "done"]
+    assert turns == [
+        "start",
+        "block",
+        "block",
+        "interrupted",
+        "start",
+        "block",
+        "writing",
+        "proving",
+        "done",
+    ]
     modules = [line for line in lines if line["event"] == "module"]
     assert len({line["module"] for line in modules}) == len(modules) == 21
     for line in modules:
@@ -439,11 +584,17 @@ def test_the_log_has_every_linear_and_block_of_both_runs(deep: Path, gptq: Recip
         assert line["damping"] == 0.01
         assert line["seconds"] > 0
         assert line["peak_bytes"] > 10_000_000
-    assert [(line["block"], line["of"]) for line in lines if line["event"] == "block"] == [(1, 3), (2, 3), (3, 3)]
+    assert [(line["block"], line["of"]) for line in lines if line["event"] == "block"] == [
+        (1, 3),
+        (2, 3),
+        (3, 3),
+    ]
     assert hashes(tmp_path / "out") == twin
 
 
-def test_a_failure_stands_in_the_log(deep: Path, gptq: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_stands_in_the_log(
+    deep: Path, gptq: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object) -> None:
         raise LlmquantError("boom")
 

@@ -1,4 +1,5 @@
-"""Rotation in whole runs: what comes out is an ordinary checkpoint that computes nearly what the original does."""
+"""Rotation in whole runs: what comes out is an ordinary checkpoint that computes nearly what the
+original does."""
 
 from __future__ import annotations
 
@@ -57,9 +58,13 @@ def distances(model: Path, recipe: Recipe, folder: Path) -> tuple[float, float]:
 
 STEPS = {
     "rtn": {"method": "rtn"},
-    "awq+gptq+tune": {"awq": {"grid": 2}, "tune": {"steps": 2, "checks": 1}, "gptq.asymmetric": 0.5},
+    "awq+gptq+tune": {
+        "awq": {"grid": 2},
+        "tune": {"steps": 2, "checks": 1},
+        "gptq.asymmetric": 0.5,
+    },
     "smooth+gptq": {"weights.group_size": -1, "weights.activations": "int8-dynamic", "smooth": {}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -69,10 +74,19 @@ def test_a_tied_model_comes_out_rotated_and_close(steps, tied, gptq, tmp_path):
     assert turned < 1.5 * plain < 0.1
     entry = read_manifest(tmp_path / "q").rotation
     assert entry is not None
-    assert (entry.residual, entry.heads, entry.seed, entry.norms, entry.untied) == ("hadamard 64", "hadamard 16", 3, 5, True)
+    assert (entry.residual, entry.heads, entry.seed, entry.norms, entry.untied) == (
+        "hadamard 64",
+        "hadamard 16",
+        3,
+        5,
+        True,
+    )
     assert json.loads((tmp_path / "q" / "config.json").read_text())["tie_word_embeddings"] is False
     card = (tmp_path / "q" / "README.md").read_text(encoding="utf-8")
-    assert "after a rotation of the residual stream (hadamard 64) and value heads (hadamard 16)" in card
+    assert (
+        "after a rotation of the residual stream (hadamard 64) and value heads (hadamard 16)"
+        in card
+    )
     verify(tmp_path / "q")
 
 
@@ -84,7 +98,9 @@ def test_packed_equals_the_rotated_original_with_dequantized_weights(tied, gptq,
     before = rotated(CheckpointReader(tied), recipe)
     tensors = {n: before.read(n) for n in before.tensors}
     for name, scheme in schemes.items():
-        tensors[f"{name}.weight"] = read_module(reader, layout, name, scheme).dequantize(torch.float32)
+        tensors[f"{name}.weight"] = read_module(reader, layout, name, scheme).dequantize(
+            torch.float32
+        )
     twin.mkdir()
     save_file(tensors, twin / SINGLE, metadata={"format": "pt"})
     (twin / "config.json").write_text(json.dumps(before.config))
@@ -110,7 +126,9 @@ def test_the_head_of_a_tied_model_can_be_quantized(tied, gptq, tmp_path):
 def test_a_head_that_is_not_the_rotated_one_fails_the_proof(tied, rtn, tmp_path, monkeypatch):
     add = pipeline.CheckpointWriter.add
     monkeypatch.setattr(
-        pipeline.CheckpointWriter, "add", lambda self, name, t: add(self, name, t * 2 if name == "lm_head.weight" else t)
+        pipeline.CheckpointWriter,
+        "add",
+        lambda self, name, t: add(self, name, t * 2 if name == "lm_head.weight" else t),
     )
     with pytest.raises(ProofError, match=r"lm_head\.weight is not what was to be written"):
         quantize(tied, tmp_path / "q", rtn.updated({"rotation": {}}))
@@ -121,7 +139,11 @@ def test_a_rerun_gives_the_same_bytes(tied, gptq, tmp_path):
     assert rerun(tmp_path / "q", tied).same
 
 
-@pytest.mark.parametrize("changes", [{"rotation": {}}, STEPS["smooth+gptq"] | {"weights.bits": 8}], ids=["rotation", "smooth"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"rotation": {}}, STEPS["smooth+gptq"] | {"weights.bits": 8}],
+    ids=["rotation", "smooth"],
+)
 def test_a_run_that_was_stopped_continues_to_the_same_bytes(changes, tied, gptq, tmp_path):
     def stop(where: Progress) -> None:
         if where.block == 1:
@@ -144,7 +166,9 @@ def test_refused_before_anything_is_written(rtn, tmp_path):
 
 
 def test_an_allocation_measures_the_rotated_model(tied, gptq):
-    options = AllocateOptions(5.0, widths=(4, 8), group_sizes=(32,), symmetric=True, probe_tokens=32)
+    options = AllocateOptions(
+        5.0, widths=(4, 8), group_sizes=(32,), symmetric=True, probe_tokens=32
+    )
     plain, turned = (allocate(tied, gptq.updated({"rotation": r}), options) for r in (None, {}))
     assert turned.recipe.rotation == gptq.updated({"rotation": {}}).rotation
     assert plain.predicted != turned.predicted
@@ -160,5 +184,7 @@ def test_an_allocation_measures_the_rotated_model(tied, gptq):
     ],
 )
 def test_the_command_line_switches_it(given, rotate, expected):
-    recipe = with_rotation(Recipe.model_validate({"rotation": given and {"residual": given}}), rotate)
+    recipe = with_rotation(
+        Recipe.model_validate({"rotation": given and {"residual": given}}), rotate
+    )
     assert (recipe.rotation.residual if recipe.rotation else None) == expected

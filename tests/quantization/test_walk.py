@@ -1,4 +1,5 @@
-"""The walk against a naive whole-model implementation: the same bits for every weight, one block in memory at a time."""
+"""The walk against a naive whole-model implementation: the same bits for every weight, one block in
+memory at a time."""
 
 from __future__ import annotations
 
@@ -33,31 +34,60 @@ Weights = dict[str, QuantizedWeight]
 
 def recipe_of(**changes: Any) -> Recipe:
     defaults = {
-        "method": "gptq", "weights.bits": 3, "weights.group_size": 16, "weights.symmetric": False, "scales.steps": 4,
-        "calibration.batch_size": 2, "gptq.block_size": 10,
-    }  # fmt: skip
+        "method": "gptq",
+        "weights.bits": 3,
+        "weights.group_size": 16,
+        "weights.symmetric": False,
+        "scales.steps": 4,
+        "calibration.batch_size": 2,
+        "gptq.block_size": 10,
+    }
     return Recipe().updated(defaults | changes)
 
 
-def plan_of(folder: Path, recipe: Recipe, *, select: Callable[[str], bool] = lambda _: True, head: bool = False) -> WalkPlan:
+def plan_of(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    select: Callable[[str], bool] = lambda _: True,
+    head: bool = False,
+) -> WalkPlan:
     """Every selected linear of the blocks, and the head if wanted."""
     reader = CheckpointReader(folder)
     model = empty_model(reader, torch.float32)
     architecture = find(model, reader.config["model_type"])
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    specs = {n: recipe.weights.spec for n in linears if n.startswith(f"{architecture.blocks}.") and select(n)}
-    name = next(n for n, m in model.named_modules() if m is model.get_output_embeddings()) if head else None
+    specs = {
+        n: recipe.weights.spec
+        for n in linears
+        if n.startswith(f"{architecture.blocks}.") and select(n)
+    }
+    name = (
+        next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+        if head
+        else None
+    )
     if name is not None:
         specs[name] = recipe.weights.spec
     return WalkPlan(model, architecture, reader, specs, recipe, CPU, torch.float32, name)
 
 
-def results(plan: WalkPlan, windows: list[Tensor], on_progress: Callable[[Progress], None] = lambda _: None) -> Weights:
-    return {name: weight for block in walk(plan, windows, on_progress) for name, (weight, _) in block.weights.items()}
+def results(
+    plan: WalkPlan, windows: list[Tensor], on_progress: Callable[[Progress], None] = lambda _: None
+) -> Weights:
+    return {
+        name: weight
+        for block in walk(plan, windows, on_progress)
+        for name, (weight, _) in block.weights.items()
+    }
 
 
 def reports(plan: WalkPlan, windows: list[Tensor]) -> dict[str, ModuleReport]:
-    return {name: report for block in walk(plan, windows, lambda _: None) for name, (_, report) in block.weights.items()}
+    return {
+        name: report
+        for block in walk(plan, windows, lambda _: None)
+        for name, (_, report) in block.weights.items()
+    }
 
 
 def digests(weights: Weights) -> dict[str, str]:
@@ -81,8 +111,13 @@ def statistics(model: PreTrainedModel, names: list[str], batch_size: int) -> dic
 
 
 def naive(folder: Path, plan: WalkPlan, steps: list[list[str]]) -> Weights:
-    """Quantize the fully loaded model, running all of it from its tokens before each step's linears are quantized."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    """Quantize the fully loaded model, running all of it from its tokens before each step's linears
+    are quantized."""
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
     as_in_checkpoint(model, model.config.model_type)
     options, done = plan.gptq_options, {}
     for names in steps:
@@ -100,7 +135,9 @@ def steps_of(plan: WalkPlan, stages: list[tuple[str, ...]], together: bool) -> l
     """The linears of each step, by full name: a stage each, or a whole block at once."""
     found: list[list[str]] = []
     for block in range(2):
-        each = [[f"{plan.architecture.blocks}.{block}.{name}" for name in stage] for stage in stages]
+        each = [
+            [f"{plan.architecture.blocks}.{block}.{name}" for name in stage] for stage in stages
+        ]
         found.extend([[name for stage in each for name in stage]] if together else each)
     return found
 
@@ -131,19 +168,27 @@ def test_the_walk_equals_the_naive_whole_model_run(folders, kind, sequential):
     stages = STAGES.get(kind, STAGES["qwen2"])
     expected = naive(folder, plan, steps_of(plan, stages, together=not sequential))
     got = results(plan, WINDOWS)
-    # Experts do not read one another, so the walk takes their first linears together, then their second ones.
-    assert list(got) == list(expected) or (plan.architecture.experts and sorted(got) == sorted(expected))
+    # Experts do not read one another, so the walk takes their first linears together, then their
+    # second ones.
+    assert list(got) == list(expected) or (
+        plan.architecture.experts and sorted(got) == sorted(expected)
+    )
     assert digests(got) == digests(expected)
 
 
 @pytest.mark.parametrize("order", ["off", "group"])
 def test_every_act_order_goes_through_the_walk(llama, order):
     plan = plan_of(llama, recipe_of(**{"gptq.act_order": order}))
-    assert digests(results(plan, WINDOWS)) == digests(naive(llama, plan, steps_of(plan, STAGES["llama"], together=False)))
+    assert digests(results(plan, WINDOWS)) == digests(
+        naive(llama, plan, steps_of(plan, STAGES["llama"], together=False))
+    )
 
 
 def test_true_sequential_changes_every_stage_but_the_first(llama):
-    on, off = (digests(results(plan_of(llama, recipe_of(**{"gptq.true_sequential": v})), WINDOWS)) for v in (True, False))
+    on, off = (
+        digests(results(plan_of(llama, recipe_of(**{"gptq.true_sequential": v})), WINDOWS))
+        for v in (True, False)
+    )
     same = {name for name in on if on[name] == off[name]}
     assert same == {f"model.layers.0.self_attn.{p}_proj" for p in "qkv"}
 
@@ -162,7 +207,10 @@ def test_a_block_with_nothing_to_quantize_still_yields_and_passes_on(llama):
     assert first == BlockResult(0, {})
     assert (second.index, list(second.weights)) == (1, ["model.layers.1.mlp.down_proj"])
     expected = naive(llama, plan, [["model.layers.1.mlp.down_proj"]])
-    assert second.weights["model.layers.1.mlp.down_proj"][0].digest() == expected["model.layers.1.mlp.down_proj"].digest()
+    assert (
+        second.weights["model.layers.1.mlp.down_proj"][0].digest()
+        == expected["model.layers.1.mlp.down_proj"].digest()
+    )
 
 
 def real_parameters(model: nn.Module) -> set[str]:
@@ -173,7 +221,9 @@ def real_parameters(model: nn.Module) -> set[str]:
 def test_one_block_at_a_time_is_in_memory_and_none_afterwards(llama, method):
     plan = plan_of(llama, recipe_of(method=method), head=True)
     seen: dict[int, set[str]] = {}
-    for block in walk(plan, WINDOWS, lambda p: seen.setdefault(p.block, set()).update(real_parameters(plan.model))):
+    for block in walk(
+        plan, WINDOWS, lambda p: seen.setdefault(p.block, set()).update(real_parameters(plan.model))
+    ):
         assert real_parameters(plan.model) == set(), f"after block {block.index}"
     names = [name for name, _ in plan.model.named_parameters()]
     assert seen == {
@@ -208,12 +258,19 @@ def test_rtn_without_windows_never_runs_the_model(llama, monkeypatch):
 
 def test_rtn_with_windows_weighs_the_search_by_importance(llama):
     plan = plan_of(llama, recipe_of(method="rtn", **{"scales.weighted": True}))
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
     name = "model.layers.0.self_attn.q_proj"
     importance = statistics(model, [name], 2)[name].importance
     expected = rtn(plan.reader.read(f"{name}.weight"), plan.specs[name], plan.search, importance)
     assert results(plan, WINDOWS)[name].digest() == expected.digest()
-    assert expected.digest() != rtn(plan.reader.read(f"{name}.weight"), plan.specs[name], plan.search).digest()
+    assert (
+        expected.digest()
+        != rtn(plan.reader.read(f"{name}.weight"), plan.specs[name], plan.search).digest()
+    )
 
 
 def test_gptq_without_windows_is_refused_and_never_becomes_rtn(llama):
@@ -229,14 +286,22 @@ def test_the_head_is_calibrated_on_the_normed_output_of_the_quantized_blocks(lla
 
 
 def test_reports_say_what_was_done(llama):
-    plan = plan_of(llama, recipe_of(), select=lambda name: name.endswith("layers.0.self_attn.k_proj"))
+    plan = plan_of(
+        llama, recipe_of(), select=lambda name: name.endswith("layers.0.self_attn.k_proj")
+    )
     name = "model.layers.0.self_attn.k_proj"
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
     hessian = statistics(model, [name], 2)[name].hessian
     weight, quantized = plan.reader.read(f"{name}.weight"), results(plan, WINDOWS)[name]
     report = reports(plan, WINDOWS)[name]
     delta = (weight - quantized.dequantize()).double()
-    assert report.weight_error == pytest.approx(float(delta.square().sum() / weight.double().square().sum()), rel=1e-5)
+    assert report.weight_error == pytest.approx(
+        float(delta.square().sum() / weight.double().square().sum()), rel=1e-5
+    )
     assert report.output_error == layer_error(weight, quantized.dequantize(), hessian)
     assert (report.name, report.spec, report.digest) == (name, plan.specs[name], quantized.digest())
     assert (report.tokens, report.dropped, report.dead, report.damping) == (TOKENS, 0, 0, 0.01)
@@ -257,14 +322,19 @@ def test_dead_channels_are_reported(llama, tmp_path):
 
     folder = changed_copy(llama, tmp_path / "silent", silence)
     found = reports(plan_of(folder, recipe_of()), WINDOWS)
-    assert {name: report.dead for name, report in found.items() if report.dead} == {"model.layers.0.mlp.down_proj": 4}
+    assert {name: report.dead for name, report in found.items() if report.dead} == {
+        "model.layers.0.mlp.down_proj": 4
+    }
 
 
 def test_damping_that_had_to_rise_is_reported(llama):
-    # Twelve tokens leave the Hessians singular, and float32 cannot factorize them at a damping far below its roundoff.
+    # Twelve tokens leave the Hessians singular, and float32 cannot factorize them at a damping far
+    # below its roundoff.
     found = reports(plan_of(llama, recipe_of(**{"gptq.damping": 1e-12})), WINDOWS[:1])
     assert all(report.tokens == 12 for report in found.values())
-    assert all(report.damping is not None and 1e-9 < report.damping < 1e-3 for report in found.values())
+    assert all(
+        report.damping is not None and 1e-9 < report.damping < 1e-3 for report in found.values()
+    )
 
 
 def poison(name: str, row: int | None = None) -> Callable[[dict[str, Tensor]], None]:
@@ -279,9 +349,18 @@ def poison(name: str, row: int | None = None) -> Callable[[dict[str, Tensor]], N
 
 TOKEN = int(WINDOWS[0][5])
 BROKEN = {
-    "a weight": (poison("model.layers.1.mlp.up_proj.weight", 0), r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or Inf"),
-    "a norm": (poison("model.layers.0.input_layernorm.weight"), "input_layernorm.weight holds NaN or Inf"),
-    "a token's embedding": (poison("model.embed_tokens.weight", TOKEN), "embed_tokens.weight holds NaN or Inf"),
+    "a weight": (
+        poison("model.layers.1.mlp.up_proj.weight", 0),
+        r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or Inf",
+    ),
+    "a norm": (
+        poison("model.layers.0.input_layernorm.weight"),
+        "input_layernorm.weight holds NaN or Inf",
+    ),
+    "a token's embedding": (
+        poison("model.embed_tokens.weight", TOKEN),
+        "embed_tokens.weight holds NaN or Inf",
+    ),
     "statistics that overflow": (
         lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(1e30),
         r"^model\.layers\.0\.self_attn\.q_proj: its calibration statistics overflowed",
@@ -306,12 +385,18 @@ def with_shape(name: str, *shape: int) -> Callable[[dict[str, Tensor]], None]:
 
 
 UNLIKE_ITS_CONFIG = {
-    "no embedding": (without("model.embed_tokens.weight"), r"tensor model\.embed_tokens\.weight of the model is not in"),
+    "no embedding": (
+        without("model.embed_tokens.weight"),
+        r"tensor model\.embed_tokens\.weight of the model is not in",
+    ),
     "no norm in a block": (
         without("model.layers.1.post_attention_layernorm.weight"),
         r"tensor model\.layers\.1\.post_attention_layernorm\.weight of the model is not in the checkpoint",
     ),
-    "no weight to quantize": (without("model.layers.0.mlp.up_proj.weight"), r"tensor model\.layers\.0\.mlp\.up_proj\.weight"),
+    "no weight to quantize": (
+        without("model.layers.0.mlp.up_proj.weight"),
+        r"tensor model\.layers\.0\.mlp\.up_proj\.weight",
+    ),
     "another shape": (
         with_shape("model.layers.1.mlp.up_proj.weight", 40, 32),
         r"model\.layers\.1\.mlp\.up_proj\.weight is \[40, 32\] in the checkpoint, config\.json makes it \[48, 32\]",
@@ -349,7 +434,9 @@ def test_a_walk_can_be_left_in_the_middle(llama):
 def test_an_architecture_without_a_block_list_is_refused_by_name(llama):
     model = empty_model(CheckpointReader(llama), torch.float32)
     model.model.layers = nn.ModuleList(model.model.layers[:1])
-    with pytest.raises(ArchitectureError, match="model type 'unheard-of' is not in llmquant's table"):
+    with pytest.raises(
+        ArchitectureError, match="model type 'unheard-of' is not in llmquant's table"
+    ):
         find(model, "unheard-of")
 
 
@@ -357,7 +444,9 @@ def test_an_architecture_without_a_block_list_is_refused_by_name(llama):
     ("lengths", "size", "shapes"),
     [
         pytest.param([4, 4, 4], 2, [(2, 4), (1, 4)], id="equal lengths, a smaller last batch"),
-        pytest.param([4, 7, 4, 7, 2], 8, [(2, 7), (2, 4), (1, 2)], id="unequal lengths are never padded"),
+        pytest.param(
+            [4, 7, 4, 7, 2], 8, [(2, 7), (2, 4), (1, 2)], id="unequal lengths are never padded"
+        ),
         pytest.param([3], 8, [(1, 3)], id="one window"),
         pytest.param([], 8, [], id="none"),
     ],

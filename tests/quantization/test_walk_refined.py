@@ -1,4 +1,5 @@
-"""Asymmetric calibration, descent and tuning inside the walk, against whole runs of the original and the quantized model."""
+"""Asymmetric calibration, descent and tuning inside the walk, against whole runs of the original
+and the quantized model."""
 
 from __future__ import annotations
 
@@ -35,15 +36,31 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_of(folder: Path, **changes: Any) -> WalkPlan:
     defaults = {
-        "weights.bits": 3, "weights.group_size": 16, "weights.symmetric": False, "scales.steps": 4, "calibration.batch_size": 2,
+        "weights.bits": 3,
+        "weights.group_size": 16,
+        "weights.symmetric": False,
+        "scales.steps": 4,
+        "calibration.batch_size": 2,
         "gptq.block_size": 10,
-    }  # fmt: skip
+    }
     recipe = Recipe().updated(defaults | changes)
     reader = CheckpointReader(folder)
     model = empty_model(reader, torch.float32)
     architecture = find(model, reader.config["model_type"])
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{architecture.blocks}.")]
-    return WalkPlan(model, architecture, reader, dict.fromkeys(names, recipe.weights.spec), recipe, CPU, torch.float32)
+    names = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and n.startswith(f"{architecture.blocks}.")
+    ]
+    return WalkPlan(
+        model,
+        architecture,
+        reader,
+        dict.fromkeys(names, recipe.weights.spec),
+        recipe,
+        CPU,
+        torch.float32,
+    )
 
 
 def run(plan: WalkPlan) -> list[BlockResult]:
@@ -59,14 +76,22 @@ def digests(weights: dict[str, QuantizedWeight]) -> dict[str, str]:
 
 
 def whole(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
-def inputs_of(model: PreTrainedModel, names: list[str], batches: list[Tensor]) -> dict[str, list[Tensor]]:
+def inputs_of(
+    model: PreTrainedModel, names: list[str], batches: list[Tensor]
+) -> dict[str, list[Tensor]]:
     """What each named module reads in whole passes of the whole model."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _m, args, name=name: seen[name].append(args[0]))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _m, args, name=name: seen[name].append(args[0])
+        )
         for name in names
     ]
     with torch.no_grad():
@@ -77,13 +102,21 @@ def inputs_of(model: PreTrainedModel, names: list[str], batches: list[Tensor]) -
     return seen
 
 
-@pytest.mark.parametrize(("strength", "passes"), [(1.0, 0), (0.5, 2)], ids=["asymmetric", "half asymmetric, two passes"])
+@pytest.mark.parametrize(
+    ("strength", "passes"), [(1.0, 0), (0.5, 2)], ids=["asymmetric", "half asymmetric, two passes"]
+)
 @pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "a block at once"])
 def test_the_walk_equals_the_naive_run_of_both_models(llama, strength, passes, sequential):
-    changes = {"gptq.asymmetric": strength, "gptq.passes": passes, "gptq.true_sequential": sequential}
+    changes = {
+        "gptq.asymmetric": strength,
+        "gptq.passes": passes,
+        "gptq.true_sequential": sequential,
+    }
     plan = plan_of(llama, **changes)
     original, model, done = whole(llama), whole(llama), {}
-    stages = STAGES["llama"] if sequential else [tuple(n for stage in STAGES["llama"] for n in stage)]
+    stages = (
+        STAGES["llama"] if sequential else [tuple(n for stage in STAGES["llama"] for n in stage)]
+    )
     batches = batched(WINDOWS, 2)
     for block in range(2):
         for stage in stages:
@@ -95,9 +128,13 @@ def test_the_walk_equals_the_naive_run_of_both_models(llama, strength, passes, s
                 for x, f in zip(read[name], wanted[name], strict=True):
                     stats.add_pair(x, f)
                 factor = factorize(stats.hessian, plan.gptq_options)
-                target = asymmetric_target(linear.weight, stats.hessian, stats.cross, factor, strength)
+                target = asymmetric_target(
+                    linear.weight, stats.hessian, stats.cross, factor, strength
+                )
                 rounded = gptq(target, factor, plan.specs[name], plan.gptq_options)
-                damped = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(linear.in_features)
+                damped = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(
+                    linear.in_features
+                )
                 done[name] = descend(target, rounded, damped, passes, plan.gptq_options.block_size)
             for name in names:
                 model.get_submodule(name).weight.data = done[name].dequantize()
@@ -105,12 +142,19 @@ def test_the_walk_equals_the_naive_run_of_both_models(llama, strength, passes, s
 
 
 def test_the_first_linears_have_no_error_behind_them_to_mend(llama):
-    plain, mended = (digests(weights_of(run(plan_of(llama, **{"gptq.asymmetric": a})))) for a in (0.0, 1.0))
-    assert {name for name in plain if plain[name] == mended[name]} == {f"model.layers.0.self_attn.{p}_proj" for p in "qkv"}
+    plain, mended = (
+        digests(weights_of(run(plan_of(llama, **{"gptq.asymmetric": a})))) for a in (0.0, 1.0)
+    )
+    assert {name for name in plain if plain[name] == mended[name]} == {
+        f"model.layers.0.self_attn.{p}_proj" for p in "qkv"
+    }
 
 
-def block_error(folder: Path, weights: dict[str, QuantizedWeight], block: int, on_same_inputs: bool) -> float:
-    """Mean squared difference behind a block, from whole passes of the whole models with nothing of the walk in them."""
+def block_error(
+    folder: Path, weights: dict[str, QuantizedWeight], block: int, on_same_inputs: bool
+) -> float:
+    """Mean squared difference behind a block, from whole passes of the whole models with nothing of
+    the walk in them."""
     original, model = whole(folder), whole(folder)
     for name, weight in weights.items():
         if int(name.split(".")[2]) <= block:
@@ -121,11 +165,18 @@ def block_error(folder: Path, weights: dict[str, QuantizedWeight], block: int, o
                 original.get_submodule(name).weight.data = weight.dequantize()
     outputs: dict[str, list[Tensor]] = {"model": [], "original": []}
     for kind, one in (("model", model), ("original", original)):
-        one.model.layers[block].register_forward_hook(lambda _m, _a, out, kind=kind: outputs[kind].append(out))
+        one.model.layers[block].register_forward_hook(
+            lambda _m, _a, out, kind=kind: outputs[kind].append(out)
+        )
         with torch.no_grad():
             for ids in batched(WINDOWS, 2):
                 one(input_ids=ids, use_cache=False)
-    return float(torch.cat([(a - b).flatten() for a, b in zip(*outputs.values(), strict=True)]).double().square().mean())
+    return float(
+        torch.cat([(a - b).flatten() for a, b in zip(*outputs.values(), strict=True)])
+        .double()
+        .square()
+        .mean()
+    )
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -146,7 +197,9 @@ def test_tuning_begins_at_the_rounding_algorithms_result(llama, method):
     start = weights_of(run(plan_of(llama, method=method, **{"calibration.batch_size": 2})))
     first = run(plan_of(llama, method=method, tune=TUNE))[0]
     assert isinstance(first.tuned, TuneReport)
-    assert first.tuned.before == pytest.approx(block_error(llama, start, 0, on_same_inputs=False), rel=1e-3)
+    assert first.tuned.before == pytest.approx(
+        block_error(llama, start, 0, on_same_inputs=False), rel=1e-3
+    )
 
 
 def test_a_tuned_linear_reports_its_final_numbers(llama):
@@ -154,7 +207,9 @@ def test_a_tuned_linear_reports_its_final_numbers(llama):
     for block in run(plan):
         for name, (weight, report) in block.weights.items():
             original = plan.reader.read(f"{name}.weight").double()
-            expected = (original - weight.dequantize(torch.float64)).square().sum() / original.square().sum()
+            expected = (
+                original - weight.dequantize(torch.float64)
+            ).square().sum() / original.square().sum()
             assert report.digest == weight.digest()
             assert report.weight_error == pytest.approx(float(expected), rel=1e-5)
             assert report.output_error is None
@@ -168,7 +223,9 @@ def test_tuning_twice_gives_the_same_and_another_seed_does_not(llama):
 
 def test_groups_in_visiting_order_are_tuned_too(llama):
     blocks = run(plan_of(llama, tune=TUNE, **{"gptq.act_order": "group"}))
-    assert all(block.tuned is not None and block.tuned.after < block.tuned.before for block in blocks)
+    assert all(
+        block.tuned is not None and block.tuned.after < block.tuned.before for block in blocks
+    )
     assert all(weight.g_idx is not None for weight in weights_of(blocks).values())
 
 

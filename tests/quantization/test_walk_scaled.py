@@ -1,4 +1,5 @@
-"""AWQ and SmoothQuant in whole runs: the finished folder holds the scaled norms, and its proof fails when it does not."""
+"""AWQ and SmoothQuant in whole runs: the finished folder holds the scaled norms, and its proof
+fails when it does not."""
 
 from __future__ import annotations
 
@@ -27,8 +28,16 @@ RECIPE = Recipe().updated({
 })  # fmt: skip
 
 
-INT8 = {"weights.bits": 8, "weights.group_size": -1, "weights.symmetric": True, "weights.activations": "int8-dynamic"}
-SCALED = {"awq": {"awq": {"grid": 4}}, "smooth": INT8 | {"smooth": {"alpha": "auto", "pairs": "all"}}}
+INT8 = {
+    "weights.bits": 8,
+    "weights.group_size": -1,
+    "weights.symmetric": True,
+    "weights.activations": "int8-dynamic",
+}
+SCALED = {
+    "awq": {"awq": {"grid": 4}},
+    "smooth": INT8 | {"smooth": {"alpha": "auto", "pairs": "all"}},
+}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gpt_neox"])
@@ -40,7 +49,11 @@ def test_every_pair_is_scaled_or_says_why(tmp_path, kind, method, scaled):
         for pair in block.scaled:
             assert pair.after <= pair.before
             assert (pair.ratio is None) == (pair.reason is not None)
-        norms = {f"{p.producer}.weight" for p in block.scaled if p.reason is None and f"{p.producer}" not in block.weights}
+        norms = {
+            f"{p.producer}.weight"
+            for p in block.scaled
+            if p.reason is None and f"{p.producer}" not in block.weights
+        }
         assert norms <= block.changed.keys()
     assert weights_of([block])
 
@@ -48,7 +61,9 @@ def test_every_pair_is_scaled_or_says_why(tmp_path, kind, method, scaled):
 SMOOTH = RECIPE.updated(INT8 | {"awq": None, "smooth": {"pairs": "all"}})
 
 
-@pytest.mark.parametrize(("recipe", "name"), [(RECIPE, "AWQ"), (SMOOTH, "SmoothQuant")], ids=["awq", "smooth"])
+@pytest.mark.parametrize(
+    ("recipe", "name"), [(RECIPE, "AWQ"), (SMOOTH, "SmoothQuant")], ids=["awq", "smooth"]
+)
 def test_the_folder_holds_the_scaled_norms(tmp_path, recipe, name):
     result = quantize(MODEL, tmp_path / "q", recipe)
     assert f"({name})" in (tmp_path / "q" / "README.md").read_text(encoding="utf-8")

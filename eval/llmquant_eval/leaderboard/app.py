@@ -1,8 +1,8 @@
 """The leaderboard as a Gradio app: a tab per ranking, on this machine only.
 
-Gradio is an extra (``pip install 'llmquant[eval]'``) and is imported when the app is asked for. It is told not to report
-usage, and the app listens on 127.0.0.1. :func:`add_board` puts a ranking into any Gradio layout, so that another app can
-have it as a tab.
+Gradio is an extra (``pip install 'llmquant[eval]'``) and is imported when the app is asked for. It
+is told not to report usage, and the app listens on 127.0.0.1. :func:`add_board` puts a ranking into
+any Gradio layout, so that another app can have it as a tab.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from llmquant_eval.leaderboard.svg import plots
 
 _BYTES = ("size", "peak memory")
 HOST = "127.0.0.1"
-# The page's plot colours, for a drawing outside of the page: Gradio sets the class "dark" on the body.
+# The page's plot colours, for a drawing outside of the page: Gradio sets the class "dark" on the
+# body.
 _STYLE = """
 .board-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 12px;
   --ink: #1b1f24; --soft: #5b6470; --line: #d9dee4; --best: #0b63ce; --other: #77808c; --base: #b4530a; --panel: #ffffff; }
@@ -44,23 +45,34 @@ def load_gradio() -> Any:
     try:
         import gradio
     except ImportError as e:
-        raise UsageError(f"--serve needs Gradio, which is not installed ({e}); pip install 'llmquant[eval]'") from e
+        raise UsageError(
+            f"--serve needs Gradio, which is not installed ({e}); pip install 'llmquant[eval]'"
+        ) from e
     return gradio
 
 
 def table(board: Board) -> tuple[list[str], list[str], list[list[Any]]]:
-    """Headers, Gradio's column types and rows. Numbers stay numbers of few digits, so that the app sorts them; bytes are MB."""
+    """Headers, Gradio's column types and rows. Numbers stay numbers of few digits, so that the app
+    sorts them; bytes are MB."""
     shown = columns(board)
-    headers = ["#", "model", "scheme", *(f"{c.title} MB" if c.title in _BYTES else c.title for c in shown)]
+    headers = [
+        "#",
+        "model",
+        "scheme",
+        *(f"{c.title} MB" if c.title in _BYTES else c.title for c in shown),
+    ]
     rows = [
-        [rank_text(row), row.name, row.scheme, *(_number(c, row) for c in shown)] for row in board.rows
-    ]  # fmt: skip
+        [rank_text(row), row.name, row.scheme, *(_number(c, row) for c in shown)]
+        for row in board.rows
+    ]
     return headers, ["str", "str", "str", *["number"] * len(shown)], rows
 
 
 def _number(column: Column, row: Row) -> float | None:
     value = column.cell(row).value
-    return None if value is None else float(f"{value * (1e-6 if column.title in _BYTES else 1.0):.6g}")
+    return (
+        None if value is None else float(f"{value * (1e-6 if column.title in _BYTES else 1.0):.6g}")
+    )
 
 
 def add_board(gradio: Any, board: Board) -> None:
@@ -73,7 +85,9 @@ def add_board(gradio: Any, board: Board) -> None:
     )  # fmt: skip
     drawn = plots(board)
     if drawn:
-        gradio.HTML(f'<style>{_STYLE}</style><div class="board-plots">{"".join(plot.svg for plot in drawn)}</div>')
+        gradio.HTML(
+            f'<style>{_STYLE}</style><div class="board-plots">{"".join(plot.svg for plot in drawn)}</div>'
+        )
     names = [row.name for row in board.rows]
     commands = {row.name: "\n".join(steps(row)) for row in board.rows}
     choice = gradio.Dropdown(names, value=names[0], label="The command that repeats a row")
@@ -101,14 +115,24 @@ def serve(boards: Sequence[Board], port: int, title: str, *, block: bool = True)
         LlmquantError: the port is taken.
     """
     app = build(boards, title)
-    theme = load_gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = load_gradio().themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     try:
         app.launch(
-            server_name=HOST, server_port=port or None, share=False, theme=theme, prevent_thread_lock=True, quiet=True,
-            footer_links=[], ssr_mode=False,
-        )  # fmt: skip
+            server_name=HOST,
+            server_port=port or None,
+            share=False,
+            theme=theme,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            ssr_mode=False,
+        )
     except OSError as e:
-        raise LlmquantError(f"the app cannot listen on {HOST}:{port}: {e}; choose another --port") from e
+        raise LlmquantError(
+            f"the app cannot listen on {HOST}:{port}: {e}; choose another --port"
+        ) from e
     print(f"the leaderboard is at {app.local_url} (Ctrl-C ends it)", flush=True)
     if block:
         app.block_thread()

@@ -1,6 +1,8 @@
-"""``llmquant leaderboard``: rankings from a folder of reports, in the terminal, as Markdown, as a page, as plots, as an app.
+"""``llmquant leaderboard``: rankings from a folder of reports, in the terminal, as Markdown, as a
+page, as plots, as an app.
 
-Registered through the entry-point group ``llmquant.commands``; importing this module loads typer and nothing heavier.
+Registered through the entry-point group ``llmquant.commands``; importing this module loads typer
+and nothing heavier.
 """
 
 from __future__ import annotations
@@ -27,15 +29,29 @@ def register(app: typer.Typer) -> None:
 
 
 def leaderboard_command(
-    results: Annotated[Path, typer.Argument(help="Folder of reports, as `llmquant eval --output` writes them.", metavar="DIR")],
-    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML page.", metavar="FILE")] = None,
+    results: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of reports, as `llmquant eval --output` writes them.", metavar="DIR"
+        ),
+    ],
+    html: Annotated[
+        Path | None, typer.Option(help="Write one self-contained HTML page.", metavar="FILE")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown.", metavar="FILE")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Write plots as PNG and SVG.", metavar="DIR")] = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Show it as an app on this machine, until Ctrl-C.")] = False,
-    port: Annotated[int, typer.Option(help="Port of --serve; 0 takes a free one.", min=0, max=_LAST_PORT)] = 7861,
+    plots: Annotated[
+        Path | None, typer.Option(help="Write plots as PNG and SVG.", metavar="DIR")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show it as an app on this machine, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(help="Port of --serve; 0 takes a free one.", min=0, max=_LAST_PORT)
+    ] = 7861,
     title: Annotated[str, typer.Option(help="Title of the page and the app.")] = "Leaderboard",
 ) -> None:
-    """Rank stored evaluations; different protocols, texts or window counts are never ranked together."""
+    """Rank stored evaluations; different protocols, texts or window counts are never ranked
+    together."""
     from llmquant_eval.leaderboard.ranking import load_reports, make_boards
 
     stored = load_reports(results)
@@ -51,10 +67,16 @@ def leaderboard_command(
 
 
 def render_files(
-    boards: Sequence[Board], stored: Sequence[Stored], markdown: Path | None = None, html: Path | None = None,
-    plots: Path | None = None, title: str = "Leaderboard", folders: Mapping[str, Path] | None = None,
-) -> list[Path]:  # fmt: skip
-    """Write what is asked for; returns what was written. ``folders``: where models lie by label, for their layers' errors.
+    boards: Sequence[Board],
+    stored: Sequence[Stored],
+    markdown: Path | None = None,
+    html: Path | None = None,
+    plots: Path | None = None,
+    title: str = "Leaderboard",
+    folders: Mapping[str, Path] | None = None,
+) -> list[Path]:
+    """Write what is asked for; returns what was written. ``folders``: where models lie by label,
+    for their layers' errors.
 
     Raises:
         UsageError: a file's folder does not exist, or plots need a library that is not there.
@@ -70,7 +92,9 @@ def render_files(
     ]
     for path, _ in pages:
         if path is not None and not path.resolve().parent.is_dir():
-            raise UsageError(f"{path}: the folder {path.resolve().parent} does not exist; make it first")
+            raise UsageError(
+                f"{path}: the folder {path.resolve().parent} does not exist; make it first"
+            )
     written = []
     for path, render in pages:
         if path is None:
@@ -95,7 +119,12 @@ def show(boards: Sequence[Board]) -> None:
 
     from llmquant_eval.leaderboard.cells import columns, notes, rank_text
 
-    console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, markup=False, highlight=False, emoji=False)
+    console = Console(
+        width=None if sys.stdout.isatty() else _LOG_WIDTH,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
     for board in boards:
         shown = columns(board)
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
@@ -105,7 +134,11 @@ def show(boards: Sequence[Board]) -> None:
             table.add_column(column.title, justify="right", overflow="fold")
         for row in board.rows:
             cells = [column.cell(row) for column in shown]
-            table.add_row(rank_text(row), row.name, *("\n".join(filter(None, (c.text, c.error))) for c in cells))
+            table.add_row(
+                rank_text(row),
+                row.name,
+                *("\n".join(filter(None, (c.text, c.error))) for c in cells),
+            )
         console.print(board.title, style="bold", soft_wrap=True)
         console.print(table)
         for note in notes(board):

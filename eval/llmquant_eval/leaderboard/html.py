@@ -1,7 +1,9 @@
-"""The leaderboard as one HTML page that needs nothing else: no network, no library, readable without scripts.
+"""The leaderboard as one HTML page that needs nothing else: no network, no library, readable
+without scripts.
 
-Tables and plots are rendered here; the page's script only sorts, filters, folds and highlights what is there. A content
-security policy forbids the page to load anything. Every text from a report is escaped.
+Tables and plots are rendered here; the page's script only sorts, filters, folds and highlights what
+is there. A content security policy forbids the page to load anything. Every text from a report is
+escaped.
 """
 
 from __future__ import annotations
@@ -21,15 +23,24 @@ _INTRODUCTION = (
     "The order is by loss; neighbours whose ± overlap are not told apart."
 )
 _ONLY_BEST = "only what nothing beats in size and loss"
-_LOSSES = {"kl_mean": "KL", "perplexity_ratio": "perplexity ratio", "word_perplexity_ratio": "word perplexity ratio",
-           "perplexity": "perplexity", "word_perplexity": "word perplexity"}  # fmt: skip
+_LOSSES = {
+    "kl_mean": "KL",
+    "perplexity_ratio": "perplexity ratio",
+    "word_perplexity_ratio": "word perplexity ratio",
+    "perplexity": "perplexity",
+    "word_perplexity": "word perplexity",
+}
 
 
 def render_html(boards: Sequence[Board], title: str = "Leaderboard") -> str:
     """The whole page."""
     page = TEMPLATE.read_text(encoding="utf-8")
     sections = "\n".join(_section(board, number) for number, board in enumerate(boards))
-    parts = {"title": escape(printable(title)), "introduction": escape(_INTRODUCTION), "boards": sections}
+    parts = {
+        "title": escape(printable(title)),
+        "introduction": escape(_INTRODUCTION),
+        "boards": sections,
+    }
     # In one pass: what a label says is never taken for a place to fill.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
 
@@ -43,12 +54,14 @@ def _section(board: Board, number: int) -> str:
         f'<section class="board" aria-labelledby="board-{number}">\n<h2 id="board-{number}">{escape(board.title)}{flag}</h2>\n'
         f"<ul>{listed}</ul>\n{_controls(board, drawn)}\n"
         + (f'<div class="plots">\n{figures}\n</div>\n' if drawn else "")
-        + f'{_table(board, number)}\n</section>'
-    )  # fmt: skip
+        + f"{_table(board, number)}\n</section>"
+    )
 
 
 def _figure(plot: Plot) -> str:
-    filled = "Filled: no other model is better in both. " if 'class="point best"' in plot.svg else ""
+    filled = (
+        "Filled: no other model is better in both. " if 'class="point best"' in plot.svg else ""
+    )
     caption = f"{plot.title[0].upper()}{plot.title[1:]}. {filled}Whiskers: one standard error."
     return (
         f'<figure data-kind="{plot.kind}" data-loss="{plot.loss}">{plot.svg}'
@@ -66,7 +79,11 @@ def _controls(board: Board, drawn: Sequence[Plot]) -> str:
         '<div class="controls" hidden>'
         '<label>Filter <input type="search" name="filter" placeholder="model, scheme or tool"></label>'
         f'<label>Weights <select name="bits"><option value="">all</option>{options}</select></label>'
-        + (f'<label><input type="checkbox" name="front"> {_ONLY_BEST}</label>' if _best(board) else "")
+        + (
+            f'<label><input type="checkbox" name="front"> {_ONLY_BEST}</label>'
+            if _best(board)
+            else ""
+        )
         + (f'<label>Plot <select name="loss">{choice}</select></label>' if len(losses) > 1 else "")
         + '<span class="count" role="status"></span></div>'
     )
@@ -80,15 +97,24 @@ def _bits(row: Row) -> str:
 
 def _best(board: Board) -> set[str]:
     """The models that no other beats in size and loss."""
-    return {p.row.name for p in points(board, "size", board.loss_name) if p.best} if board.loss_name else set()
+    return (
+        {p.row.name for p in points(board, "size", board.loss_name) if p.best}
+        if board.loss_name
+        else set()
+    )
 
 
 def _table(board: Board, number: int) -> str:
     shown = columns(board)
-    heads = _head("#", "number") + _head("model", "text", css="text model") + _head("scheme", "text")
+    heads = (
+        _head("#", "number") + _head("model", "text", css="text model") + _head("scheme", "text")
+    )
     heads += "".join(_head(c.title, "number", more=c.more_is_better) for c in shown)
     best = _best(board)
-    bodies = "\n".join(_body(row, shown, row.name in best, f"detail-{number}-{i}") for i, row in enumerate(board.rows))
+    bodies = "\n".join(
+        _body(row, shown, row.name in best, f"detail-{number}-{i}")
+        for i, row in enumerate(board.rows)
+    )
     caption = f"{board.title}, {board.scope}"
     return (
         f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0"><table>'
@@ -137,5 +163,7 @@ def _detail(row: Row) -> str:
         "kernels": ", ".join(f"{name} × {count}" for name, count in result.kernels.items()),
         "report": row.path.name,
     }
-    listed = "".join(f"<dt>{name}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items() if fact)
+    listed = "".join(
+        f"<dt>{name}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items() if fact
+    )
     return f"To repeat this row:<pre><code>{escape(chr(10).join(steps(row)))}</code></pre><dl>{listed}</dl>"

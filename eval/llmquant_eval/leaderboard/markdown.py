@@ -1,4 +1,5 @@
-"""The leaderboard as Markdown: rendered from Reports alone, so that the same reports give the same bytes."""
+"""The leaderboard as Markdown: rendered from Reports alone, so that the same reports give the same
+bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _INTRODUCTION = (
 
 
 def render_markdown(boards: Sequence[Board]) -> str:
-    """One section per ranking: a table, what its numbers mean, and the commands that repeat its rows."""
+    """One section per ranking: a table, what its numbers mean, and the commands that repeat its
+    rows."""
     lines = ["# Leaderboard", "", _INTRODUCTION, ""]
     for board in boards:
         lines += [f"## {_plain(board.title)}", "", *_table(board), ""]
@@ -30,7 +32,8 @@ def _table(board: Board) -> list[str]:
     header = ["#", "model", "scheme", *(c.title for c in shown)]
     rule = ["---:", "---", "---", *["---:"] * len(shown)]
     rows = [
-        [rank_text(row), _plain(row.name), _plain(row.scheme), *(c.cell(row).both for c in shown)] for row in board.rows
+        [rank_text(row), _plain(row.name), _plain(row.scheme), *(c.cell(row).both for c in shown)]
+        for row in board.rows
     ]
     return ["| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]]
 
@@ -43,12 +46,25 @@ def _plain(text: str) -> str:
 def _commands(board: Board) -> list[str]:
     lines = ["<details><summary>Commands that repeat these rows</summary>", ""]
     for row in board.rows:
-        fence = "`" * max(3, *(1 + len(run) for step in steps(row) for run in re.findall("`+", step)), 3)
-        lines += [f"{_plain(row.name)}, {_measured(row)}:", "", f"{fence}sh", *steps(row), fence, ""]
+        fence = "`" * max(
+            3, *(1 + len(run) for step in steps(row) for run in re.findall("`+", step)), 3
+        )
+        lines += [
+            f"{_plain(row.name)}, {_measured(row)}:",
+            "",
+            f"{fence}sh",
+            *steps(row),
+            fence,
+            "",
+        ]
     return [*lines, "</details>", ""]
 
 
 def _measured(row: Row) -> str:
     versions = row.report.versions
-    tools = ", ".join(f"{name} {versions[name]}" for name in ("llmquant", "torch", "transformers") if name in versions)
+    tools = ", ".join(
+        f"{name} {versions[name]}"
+        for name in ("llmquant", "torch", "transformers")
+        if name in versions
+    )
     return f"{row.report.created:%Y-%m-%d} with {tools}"

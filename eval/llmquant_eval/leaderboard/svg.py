@@ -1,9 +1,11 @@
-"""Pareto plots as inline SVG: what a model loses against what it weighs, or against how fast it decodes.
+"""Pareto plots as inline SVG: what a model loses against what it weighs, or against how fast it
+decodes.
 
-Drawn here rather than by a script in the page, so the page shows them without scripts, and rendered from the same rows as the
-table. Colours are CSS variables of the page, so one drawing serves light and dark; shape and fill say the same as colour. A
-point no other beats in both directions is filled and lies on the stepped line; the reference is a diamond. Whiskers are one
-standard error. Losses in KL stand on a logarithmic axis (they span decades), ratios on a linear one.
+Drawn here rather than by a script in the page, so the page shows them without scripts, and rendered
+from the same rows as the table. Colours are CSS variables of the page, so one drawing serves light
+and dark; shape and fill say the same as colour. A point no other beats in both directions is filled
+and lies on the stepped line; the reference is a diamond. Whiskers are one standard error. Losses in
+KL stand on a logarithmic axis (they span decades), ratios on a linear one.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ _LOSS_TITLES = {
 
 
 def plots(board: Board) -> list[Plot]:
-    """Every plot that the ranking has data for (two models or more): by size and speed, for KL and the ordering loss."""
+    """Every plot that the ranking has data for (two models or more): by size and speed, for KL and
+    the ordering loss."""
     names = dict.fromkeys(filter(None, ("kl_mean", board.loss_name)))
     found = []
     for kind, (title, *_) in _KINDS.items():
@@ -99,7 +102,8 @@ def plots(board: Board) -> list[Plot]:
 
 
 def points(board: Board, kind: str, name: str) -> list[Point]:
-    """The rows that have both coordinates; of speeds only those of the machine that measured most of them.
+    """The rows that have both coordinates; of speeds only those of the machine that measured most
+    of them.
 
     On the logarithmic KL axis the reference, whose KL is 0, has no place and is left out.
     """
@@ -117,7 +121,9 @@ def points(board: Board, kind: str, name: str) -> list[Point]:
     if board.partial:
         best = [False] * len(found)
     return [
-        Point(row, x, metric.value, metric.standard_error or 0.0, on_front, metric_cell(metric).both)
+        Point(
+            row, x, metric.value, metric.standard_error or 0.0, on_front, metric_cell(metric).both
+        )
         for (row, x, metric), on_front in zip(found, best, strict=True)
     ]
 
@@ -130,10 +136,16 @@ def draw(shown: Sequence[Point], kind: str, name: str, label: str) -> str:
     lows, highs = [p.y - p.error for p in shown], [p.y + p.error for p in shown]
     if log:
         smallest = min(p.y for p in shown)
-        up = Axis(max(min(lows), smallest / 3) / 1.4, max(highs) * 1.4, HEIGHT - _BOTTOM, _TOP, log=True)
+        up = Axis(
+            max(min(lows), smallest / 3) / 1.4, max(highs) * 1.4, HEIGHT - _BOTTOM, _TOP, log=True
+        )
     else:
         up = Axis(*_span(lows + highs, 0.1), HEIGHT - _BOTTOM, _TOP)
-    parts = [_axes(across, up, title + (", more is better" if more else ""), _LOSS_TITLES[name], tick_text)]
+    parts = [
+        _axes(
+            across, up, title + (", more is better" if more else ""), _LOSS_TITLES[name], tick_text
+        )
+    ]
     parts.append(_step_line(shown, across, up, more))
     parts += [_mark(p, across, up) for p in shown]
     parts += _labels(shown, across, up)
@@ -144,23 +156,33 @@ def draw(shown: Sequence[Point], kind: str, name: str, label: str) -> str:
     )
 
 
-def _span(values: Sequence[float], margin: float, floor: float | None = None) -> tuple[float, float]:
+def _span(
+    values: Sequence[float], margin: float, floor: float | None = None
+) -> tuple[float, float]:
     low, high = min(values), max(values)
     width = (high - low) or abs(high) or 1.0
     low, high = low - margin * width, high + margin * width
     return (low if floor is None else max(low, floor)), high
 
 
-def _axes(across: Axis, up: Axis, x_title: str, y_title: str, tick_text: Callable[[float], str]) -> str:
+def _axes(
+    across: Axis, up: Axis, x_title: str, y_title: str, tick_text: Callable[[float], str]
+) -> str:
     bottom, parts = HEIGHT - _BOTTOM, []
     for tick in up.ticks():
         y = up(tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
     for tick in across.ticks():
         x = across(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick_text(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick_text(tick)}</text>'
+        )
     middle = (_TOP + bottom) / 2
     parts.append(
         f'<text class="title" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
@@ -170,7 +192,8 @@ def _axes(across: Axis, up: Axis, x_title: str, y_title: str, tick_text: Callabl
 
 
 def _step_line(shown: Sequence[Point], across: Axis, up: Axis, more: bool) -> str:
-    """The edge of what is reached: from each best point straight on until the next one is better."""
+    """The edge of what is reached: from each best point straight on until the next one is
+    better."""
     best = sorted((p for p in shown if p.best), key=lambda p: p.x, reverse=more)
     if len(best) < 2:
         return ""
@@ -184,9 +207,7 @@ def _mark(p: Point, across: Axis, up: Axis) -> str:
     whisker = ""
     if p.error:
         top, bottom = up(p.y + p.error), up(p.y - p.error)
-        whisker = (
-            f'<path class="whisker" d="M{x:.1f} {top:.1f}V{bottom:.1f}M{x - 4:.1f} {top:.1f}h8M{x - 4:.1f} {bottom:.1f}h8"/>'
-        )
+        whisker = f'<path class="whisker" d="M{x:.1f} {top:.1f}V{bottom:.1f}M{x - 4:.1f} {top:.1f}h8M{x - 4:.1f} {bottom:.1f}h8"/>'
     if p.row.is_reference:
         shape = f'<path class="dot" d="M{x:.1f} {y - 6:.1f}l6 6-6 6-6-6z"/>'
     else:
@@ -197,8 +218,12 @@ def _mark(p: Point, across: Axis, up: Axis) -> str:
 
 
 def _labels(shown: Sequence[Point], across: Axis, up: Axis) -> list[str]:
-    """Names beside the points, each at the first of eight places where it hides nothing; one without a place is left out."""
-    taken = [(across(p.x) - 6, up(p.y + p.error) - 2, across(p.x) + 6, up(p.y - p.error) + 2) for p in shown]
+    """Names beside the points, each at the first of eight places where it hides nothing; one
+    without a place is left out."""
+    taken = [
+        (across(p.x) - 6, up(p.y + p.error) - 2, across(p.x) + 6, up(p.y - p.error) + 2)
+        for p in shown
+    ]
     parts = []
     for p in sorted(shown, key=lambda p: (not p.best, p.x)):
         if len(shown) > _LABELLED and not p.best:
@@ -207,7 +232,12 @@ def _labels(shown: Sequence[Point], across: Axis, up: Axis) -> list[str]:
         for anchor, dx, dy in _PLACES:
             left = x + dx - (0 if anchor == "start" else width if anchor == "end" else width / 2)
             box = (left, y + dy - 9, left + width, y + dy + 3)
-            inside = box[0] >= _LEFT and box[2] <= WIDTH - 2 and box[1] >= 2 and box[3] <= HEIGHT - _BOTTOM
+            inside = (
+                box[0] >= _LEFT
+                and box[2] <= WIDTH - 2
+                and box[1] >= 2
+                and box[3] <= HEIGHT - _BOTTOM
+            )
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 key = escape(p.row.name)
@@ -224,9 +254,19 @@ def _labels(shown: Sequence[Point], across: Axis, up: Axis) -> list[str]:
 
 
 _PLACES = (
-    ("start", 9, 4), ("end", -9, 4), ("middle", 0, -11), ("middle", 0, 19), ("start", 8, -8), ("start", 8, 15),
-    ("end", -8, -8), ("end", -8, 15), ("start", 12, -20), ("start", 12, 27), ("end", -12, -20), ("end", -12, 27),
-)  # fmt: skip
+    ("start", 9, 4),
+    ("end", -9, 4),
+    ("middle", 0, -11),
+    ("middle", 0, 19),
+    ("start", 8, -8),
+    ("start", 8, 15),
+    ("end", -8, -8),
+    ("end", -8, 15),
+    ("start", 12, -20),
+    ("start", 12, 27),
+    ("end", -12, -20),
+    ("end", -12, 27),
+)
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

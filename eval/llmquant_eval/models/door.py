@@ -1,9 +1,10 @@
-"""One door to models: any folder or hub name, dense or packed, through llmquant's public API, or a running server.
+"""One door to models: any folder or hub name, dense or packed, through llmquant's public API, or a
+running server.
 
-The reference and the candidates are loaded at the *same* dtype and scored by the same code, so that a difference
-between them is the quantization's. What ``auto`` means is llmquant's to say (``llmquant.compute_dtype``): on a CPU the faster
-of bfloat16 and float32, elsewhere the first model's own. ``--dtype float32`` takes the rounding of activations out
-of the comparison everywhere.
+The reference and the candidates are loaded at the *same* dtype and scored by the same code, so that
+a difference between them is the quantization's. What ``auto`` means is llmquant's to say
+(``llmquant.compute_dtype``): on a CPU the faster of bfloat16 and float32, elsewhere the first
+model's own. ``--dtype float32`` takes the rounding of activations out of the comparison everywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from llmquant_eval.models.endpoint import Endpoint, is_url
 
 @dataclass(frozen=True, slots=True)
 class ModelPath:
-    """A model as the user named it, where it lies, and the short unique name it goes by in tables."""
+    """A model as the user named it, where it lies, and the short unique name it goes by in
+    tables."""
 
     source: str
     path: Path
@@ -40,7 +42,8 @@ AnyModel = ModelPath | ServedModel
 
 
 def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
-    """Find every model and give each a short name: the folder's, or the whole source where two would be the same.
+    """Find every model and give each a short name: the folder's, or the whole source where two
+    would be the same.
 
     Raises:
         UsageError: the same model twice, or one that a server does not have.
@@ -49,25 +52,34 @@ def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
     """
     import llmquant
 
-    found: list[Path | Endpoint] = [Endpoint(s) if is_url(s) else Path(llmquant.resolve(s)) for s in sources]
+    found: list[Path | Endpoint] = [
+        Endpoint(s) if is_url(s) else Path(llmquant.resolve(s)) for s in sources
+    ]
     places = [m.resolve() if isinstance(m, Path) else (m.url, m.model) for m in found]
     twice = [s for i, s in enumerate(sources) if places[i] in places[:i]]
     if twice:
         raise UsageError(f"{twice[0]} is given twice; name each model once")
     names = [
-        source.rstrip("/").rsplit("/", 1)[-1] if isinstance(model, Path) else f"{model.model.rsplit('/', 1)[-1]} (served)"
+        source.rstrip("/").rsplit("/", 1)[-1]
+        if isinstance(model, Path)
+        else f"{model.model.rsplit('/', 1)[-1]} (served)"
         for source, model in zip(sources, found, strict=True)
     ]
     seen = Counter(names)
-    labels = [name if seen[name] == 1 else source for source, name in zip(sources, names, strict=True)]
+    labels = [
+        name if seen[name] == 1 else source for source, name in zip(sources, names, strict=True)
+    ]
     return [
-        ModelPath(source, model, label) if isinstance(model, Path) else ServedModel(source, model, label)
+        ModelPath(source, model, label)
+        if isinstance(model, Path)
+        else ServedModel(source, model, label)
         for source, model, label in zip(sources, found, labels, strict=True)
     ]
 
 
 def other_dtype(dtype: str) -> str:
-    """The dtype whose rounding sets the noise floor: float32 for the short ones, bfloat16 for float32."""
+    """The dtype whose rounding sets the noise floor: float32 for the short ones, bfloat16 for
+    float32."""
     return "bfloat16" if dtype == "float32" else "float32"
 
 

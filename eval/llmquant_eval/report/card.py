@@ -1,7 +1,8 @@
-"""The measured table in a model's README.md, between two markers, rendered from a Report and never typed.
+"""The measured table in a model's README.md, between two markers, rendered from a Report and never
+typed.
 
-Everything outside the markers is the author's and stays byte for byte. A card without markers gets them at its end; a
-folder without a card gets one. The file is replaced whole or not at all.
+Everything outside the markers is the author's and stays byte for byte. A card without markers gets
+them at its end; a folder without a card gets one. The file is replaced whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ from llmquant_eval.report.table import HEADERS, footnotes, grids, metric_cell, r
 
 START = "<!-- llmquant:measured:start -->"
 END = "<!-- llmquant:measured:end -->"
-_DETAILS = (("KL median", "kl_median"), ("p90", "kl_p90"), ("p99", "kl_p99"), ("p99.9", "kl_p99.9"), ("max", "kl_max"),
-            ("RMS Δp", "rms_delta_p"))  # fmt: skip
+_DETAILS = (
+    ("KL median", "kl_median"),
+    ("p90", "kl_p90"),
+    ("p99", "kl_p99"),
+    ("p99.9", "kl_p99.9"),
+    ("max", "kl_max"),
+    ("RMS Δp", "rms_delta_p"),
+)
 
 
 def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -32,7 +39,8 @@ def _name(result: ModelResult) -> str:
 
 
 def measured_section(report: Report, label: str) -> str:
-    """The Markdown between the markers: this model beside the reference, protocols, text and command.
+    """The Markdown between the markers: this model beside the reference, protocols, text and
+    command.
 
     Raises:
         KeyError: the report has no model of that label.
@@ -43,14 +51,19 @@ def measured_section(report: Report, label: str) -> str:
     metrics = report.model(label).metrics
     if "kl_mean" in metrics:
         details = [" ".join(filter(None, metric_cell(metrics, name))) for _, name in _DETAILS]
-        lines += [*_markdown_table(["per token", *(title for title, _ in _DETAILS)], [["", *details]]), ""]
+        lines += [
+            *_markdown_table(["per token", *(title for title, _ in _DETAILS)], [["", *details]]),
+            "",
+        ]
     names = [m.label for m in shown]
     for grid in grids(report):
         rows = [list(cells) for cells in grid.rows if cells[0] in names]
         lines += [*_markdown_table([grid.title, *grid.headers], rows), ""]
     lines += [f"- {note}" for note in footnotes(report)]
     if report.text is not None:
-        lines.append(f"- Text: `{report.text.source}`, sha256 `{report.text.sha256}`, {report.text.tokens} tokens.")
+        lines.append(
+            f"- Text: `{report.text.source}`, sha256 `{report.text.sha256}`, {report.text.tokens} tokens."
+        )
     lines += [
         f"- Measured {report.created:%Y-%m-%d} with "
         + ", ".join(f"{name} {version}" for name, version in report.versions.items())
@@ -64,7 +77,8 @@ def measured_section(report: Report, label: str) -> str:
 
 
 def splice(card: str, section: str) -> str:
-    """``card`` with ``section`` between its markers, which are added under a heading at the end where there are none.
+    """``card`` with ``section`` between its markers, which are added under a heading at the end
+    where there are none.
 
     Raises:
         UsageError: one marker without the other, markers in the wrong order, or more than one pair.
@@ -75,7 +89,9 @@ def splice(card: str, section: str) -> str:
         return (card.rstrip("\n") + "\n\n" if card.strip() else "") + f"## Measured\n\n{block}\n"
     begin, end = card.find(START), card.find(END)
     if (starts, ends) != (1, 1) or end < begin:
-        raise UsageError(f"the card has {starts} start and {ends} end markers; leave one {START} before one {END}")
+        raise UsageError(
+            f"the card has {starts} start and {ends} end markers; leave one {START} before one {END}"
+        )
     return card[:begin] + block + card[end + len(END) :]
 
 
@@ -98,7 +114,8 @@ def write_card(folder: Path, report: Report, label: str) -> Path:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: beside it, fsync, rename. Keeps the mode of a file that was there."""
+    """Write a text file whole or not at all: beside it, fsync, rename. Keeps the mode of a file
+    that was there."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:

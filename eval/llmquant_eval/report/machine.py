@@ -14,7 +14,8 @@ _PACKAGES = ("llmquant", "torch", "transformers", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Python's and the installed packages' versions; a package run from its sources without metadata is left out."""
+    """Python's and the installed packages' versions; a package run from its sources without
+    metadata is left out."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -39,6 +40,8 @@ def hardware(device: str) -> Hardware:
         cores=here.threads,
         threads=torch.get_num_threads(),
         memory_bytes=psutil.virtual_memory().total,
-        accelerator=torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else None,
+        accelerator=torch.cuda.get_device_name(torch.device(device))
+        if device.startswith("cuda")
+        else None,
         instruction_sets=list(here.instruction_sets),
     )

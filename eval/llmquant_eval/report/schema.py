@@ -1,10 +1,13 @@
-"""The Report: one evaluation run as JSON, enough to repeat it and to know what may be compared with it.
+"""The Report: one evaluation run as JSON, enough to repeat it and to know what may be compared with
+it.
 
-Every metric carries its protocol id, its standard error and the number of tokens and windows behind it. Hashes say
-which weights, tokenizer, recipe and text were used; versions, hardware, dtype and kernel say on what. A reader of
-another schema version must refuse rather than guess, and unknown fields are errors (``extra="forbid"``).
+Every metric carries its protocol id, its standard error and the number of tokens and windows behind
+it. Hashes say which weights, tokenizer, recipe and text were used; versions, hardware, dtype and
+kernel say on what. A reader of another schema version must refuse rather than guess, and unknown
+fields are errors (``extra="forbid"``).
 
-``to_json`` and ``from_json`` are inverse: floats are written with all their digits, NaN and infinities are refused.
+``to_json`` and ``from_json`` are inverse: floats are written with all their digits, NaN and
+infinities are refused.
 """
 
 from __future__ import annotations
@@ -45,11 +48,12 @@ class Metric(_Strict):
 
 
 class Cost(_Strict):
-    """What a model costs to run, measured in a process of its own (see :mod:`llmquant_eval.run.cost`).
+    """What a model costs to run, measured in a process of its own (see
+    :mod:`llmquant_eval.run.cost`).
 
-    Seconds; tokens per second at batch 1, the median of ``repeats``; bytes. ``memory_floor_bytes`` is the resident set
-    after the imports and before the model, so the model's own part is the difference.
-    ``device_peak_bytes`` is the accelerator's, None on CPU.
+    Seconds; tokens per second at batch 1, the median of ``repeats``; bytes. ``memory_floor_bytes``
+    is the resident set after the imports and before the model, so the model's own part is the
+    difference. ``device_peak_bytes`` is the accelerator's, None on CPU.
     """
 
     load_seconds: Finite
@@ -65,7 +69,8 @@ class Cost(_Strict):
 
 
 class Bucket(_Strict):
-    """The positions whose confidence or context lies in ``[lower, upper)`` (the last bucket has its upper edge)."""
+    """The positions whose confidence or context lies in ``[lower, upper)`` (the last bucket has its
+    upper edge)."""
 
     lower: Finite
     upper: Finite
@@ -76,7 +81,8 @@ class Bucket(_Strict):
 
 
 class Breakdown(_Strict):
-    """KL by the reference's confidence (probability of its first choice) or by context (tokens before the position)."""
+    """KL by the reference's confidence (probability of its first choice) or by context (tokens
+    before the position)."""
 
     protocol: str
     by: Literal["confidence", "context"]
@@ -84,7 +90,8 @@ class Breakdown(_Strict):
 
 
 class CompactError(_Strict):
-    """What the compact form of a cached reference changed in this model's KL: compact - exact in nats, on a sample."""
+    """What the compact form of a cached reference changed in this model's KL: compact - exact in
+    nats, on a sample."""
 
     protocol: str
     form: str
@@ -96,7 +103,8 @@ class CompactError(_Strict):
 class TaskMetric(_Strict):
     """One figure of one task over ``items`` documents, as lm-eval aggregates it.
 
-    ``correct`` has a ``1`` or ``0`` per item, in the task's order, where the metric is right or wrong for each.
+    ``correct`` has a ``1`` or ``0`` per item, in the task's order, where the metric is right or
+    wrong for each.
     """
 
     value: Finite
@@ -107,8 +115,9 @@ class TaskMetric(_Strict):
 class PairedMetric(_Strict):
     """The same items answered by the reference and this model.
 
-    ``lost`` items the reference had right and this model has wrong, ``gained`` the other way round; ``difference`` is
-    candidate minus reference with its paired standard error; ``p_value`` is McNemar's exact test, two-sided.
+    ``lost`` items the reference had right and this model has wrong, ``gained`` the other way round;
+    ``difference`` is candidate minus reference with its paired standard error; ``p_value`` is
+    McNemar's exact test, two-sided.
     """
 
     lost: int
@@ -121,14 +130,16 @@ class PairedMetric(_Strict):
 
 
 class SampleFile(_Strict):
-    """A JSON Lines file with everything lm-eval logged for each item; ``path`` is relative to the report."""
+    """A JSON Lines file with everything lm-eval logged for each item; ``path`` is relative to the
+    report."""
 
     path: str
     sha256: Sha256
 
 
 class TaskResult(_Strict):
-    """One lm-eval task. ``items_sha256`` is over the documents' hashes: two results are paired only if it is equal."""
+    """One lm-eval task. ``items_sha256`` is over the documents' hashes: two results are paired only
+    if it is equal."""
 
     task: str
     version: str | None
@@ -149,8 +160,9 @@ class TaskResult(_Strict):
 class ModelResult(_Strict):
     """One model of the run: who it is, how big, and what it scored.
 
-    What a running server does not tell (weights, sizes) is None. Metrics of the run's first protocol go by their plain
-    name; a later protocol's metric of the same name is ``name@protocol``.
+    What a running server does not tell (weights, sizes) is None. Metrics of the run's first
+    protocol go by their plain name; a later protocol's metric of the same name is
+    ``name@protocol``.
     """
 
     label: str
@@ -175,7 +187,8 @@ class ModelResult(_Strict):
 
 
 class NoiseFloor(_Strict):
-    """KL and top-1 agreement of the reference with itself at ``other_dtype``: what rounding alone looks like."""
+    """KL and top-1 agreement of the reference with itself at ``other_dtype``: what rounding alone
+    looks like."""
 
     other_dtype: str
     kl_mean: Metric
@@ -183,7 +196,8 @@ class NoiseFloor(_Strict):
 
 
 class Pass(_Strict):
-    """One protocol of the run and how much of the text it scored; fewer windows than available is a partial run."""
+    """One protocol of the run and how much of the text it scored; fewer windows than available is a
+    partial run."""
 
     perplexity: str
     divergence: str | None
@@ -194,7 +208,8 @@ class Pass(_Strict):
 
 
 class Text(_Strict):
-    """The evaluation text, and how much of it the run's first protocol scored (:class:`Pass` has every protocol)."""
+    """The evaluation text, and how much of it the run's first protocol scored (:class:`Pass` has
+    every protocol)."""
 
     source: str
     sha256: Sha256
@@ -205,9 +220,11 @@ class Text(_Strict):
 
 
 class Settings(_Strict):
-    """How the models were run, as asked for: ``kernel`` "auto" and ``batch_size`` None were chosen automatically.
+    """How the models were run, as asked for: ``kernel`` "auto" and ``batch_size`` None were chosen
+    automatically.
 
-    ``dtype_reason`` says why the dtype is what it is where ``auto`` was asked for; older reports do not have it.
+    ``dtype_reason`` says why the dtype is what it is where ``auto`` was asked for; older reports do
+    not have it.
     """
 
     dtype: str
@@ -220,7 +237,8 @@ class Settings(_Strict):
 class Hardware(_Strict):
     """The machine. ``cores`` are those this process may use; memory in bytes.
 
-    ``instruction_sets`` are those of the processor that torch may use; older reports do not have them.
+    ``instruction_sets`` are those of the processor that torch may use; older reports do not have
+    them.
     """
 
     processor: str
@@ -255,7 +273,8 @@ class Report(_Strict):
         """Parse a report.
 
         Raises:
-            UsageError: not JSON, another schema version, or fields that do not fit; names the source and the field.
+            UsageError: not JSON, another schema version, or fields that do not fit; names the
+                source and the field.
         """
         try:
             raw = json.loads(text)

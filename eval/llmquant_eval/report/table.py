@@ -1,8 +1,9 @@
 """One table for people: a row per model, what it lost beside what it costs.
 
-Cells are rendered from the Report alone, so the table of a stored run is the table of the run. A standard error is
-given to two digits and its value to the same place (``37.34 ±0.48``); more digits would be noise. In the terminal the
-error stands under its value and the scheme under the model's name, so that all columns fit a hundred characters.
+Cells are rendered from the Report alone, so the table of a stored run is the table of the run. A
+standard error is given to two digits and its value to the same place (``37.34 ±0.48``); more digits
+would be noise. In the terminal the error stands under its value and the scheme under the model's
+name, so that all columns fit a hundred characters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ABSENT = "–"
-_DETAILS = ("kl_median", "kl_p", "kl_max", "rms_delta_p")  # metrics that the card shows, not the tables
+_DETAILS = (
+    "kl_median",
+    "kl_p",
+    "kl_max",
+    "rms_delta_p",
+)  # metrics that the card shows, not the tables
 _SHORTEST_NAME = 12  # characters to which the model column may shrink before the table is turned
 HEADERS = (
     "perplexity", "ratio", "KL nats", "top-1 %", "bytes", "bits/w",
@@ -28,10 +34,11 @@ HEADERS = (
 
 
 def with_error(value: float, error: float | None, scale: float = 1.0) -> tuple[str, str]:
-    """``(value, ±error)``: the error at two significant digits, the value at the same decimal place.
+    """``(value, ±error)``: the error at two significant digits, the value at the same decimal
+    place.
 
-    The second is empty where there is no error; a value without one is given four digits. Below a thousandth both take
-    the value's power of ten.
+    The second is empty where there is no error; a value without one is given four digits. Below a
+    thousandth both take the value's power of ten.
     """
     value *= scale
     if error is None or error == 0.0:
@@ -47,7 +54,9 @@ def with_error(value: float, error: float | None, scale: float = 1.0) -> tuple[s
 def metric_cell(metrics: dict[str, Metric], name: str, scale: float = 1.0) -> tuple[str, str]:
     """One metric and its standard error, or a dash."""
     metric = metrics.get(name)
-    return (ABSENT, "") if metric is None else with_error(metric.value, metric.standard_error, scale)
+    return (
+        (ABSENT, "") if metric is None else with_error(metric.value, metric.standard_error, scale)
+    )
 
 
 def first_cell(metrics: dict[str, Metric], *names: str) -> tuple[str, str]:
@@ -76,14 +85,21 @@ def row(result: ModelResult) -> list[tuple[str, str]]:
     m, cost = result.metrics, result.cost
     bits = ABSENT if result.bits_per_weight is None else f"{result.bits_per_weight:.4g}"
     cells = [
-        first_cell(m, "perplexity", "word_perplexity"), first_cell(m, "perplexity_ratio", "word_perplexity_ratio"),
+        first_cell(m, "perplexity", "word_perplexity"),
+        first_cell(m, "perplexity_ratio", "word_perplexity_ratio"),
         metric_cell(m, "kl_mean"),
-        metric_cell(m, "top1_agreement", 100.0), (size(result.bytes_on_disk), ""), (bits, ""),
-    ]  # fmt: skip
+        metric_cell(m, "top1_agreement", 100.0),
+        (size(result.bytes_on_disk), ""),
+        (bits, ""),
+    ]
     if cost is None:
         return cells + [(ABSENT, "")] * 4
     peak = cost.peak_memory_bytes if cost.device_peak_bytes is None else cost.device_peak_bytes
-    last = [f"{cost.load_seconds:.2f} s", speed(cost.prefill_tokens_per_second), speed(cost.decode_tokens_per_second)]
+    last = [
+        f"{cost.load_seconds:.2f} s",
+        speed(cost.prefill_tokens_per_second),
+        speed(cost.decode_tokens_per_second),
+    ]
     return cells + [(text, "") for text in [*last, size(peak)]]
 
 
@@ -97,16 +113,23 @@ class Grid:
 
 
 def grids(report: Report) -> list[Grid]:
-    """Word and byte figures, further protocols, and tasks with their flips against the reference."""
+    """Word and byte figures, further protocols, and tasks with their flips against the
+    reference."""
     found = []
     for number, part in enumerate(report.passes):
         names = dict.fromkeys(
-            name for m in report.models for name, metric in m.metrics.items()
-            if metric.protocol in (part.perplexity, part.divergence) and not name.startswith(_DETAILS)
-        )  # fmt: skip
+            name
+            for m in report.models
+            for name, metric in m.metrics.items()
+            if metric.protocol in (part.perplexity, part.divergence)
+            and not name.startswith(_DETAILS)
+        )
         if number == 0 and "perplexity" in names:
             continue  # the main table has all of it
-        rows = [(m.label, *(" ".join(metric_cell(m.metrics, name)).strip() for name in names)) for m in report.models]
+        rows = [
+            (m.label, *(" ".join(metric_cell(m.metrics, name)).strip() for name in names))
+            for m in report.models
+        ]
         headers = tuple(name.partition("@")[0].replace("_", " ") for name in names)
         found.append(Grid(part.perplexity, headers, rows))
     for task in dict.fromkeys(t.task for m in report.models for t in m.tasks):
@@ -120,12 +143,20 @@ def _task_grid(report: Report, task: str) -> Grid:
     paired = dict.fromkeys(name for t in results.values() for name in t.paired)
     rows = []
     for label, result in results.items():
-        cells = [" ".join(with_error(m.value, m.standard_error)).strip() for m in map(result.metrics.get, metrics) if m]
+        cells = [
+            " ".join(with_error(m.value, m.standard_error)).strip()
+            for m in map(result.metrics.get, metrics)
+            if m
+        ]
         flips = [result.paired.get(name) for name in paired]
         cells += [f"-{p.lost} +{p.gained}, p={p.p_value:.2g}" if p else ABSENT for p in flips]
         rows.append((label, *cells))
     first = next(iter(results.values()))
-    share = f"{first.items}" if first.items == first.items_available else f"{first.items} of {first.items_available}"
+    share = (
+        f"{first.items}"
+        if first.items == first.items_available
+        else f"{first.items} of {first.items_available}"
+    )
     title = f"task/{task}, {share} items, {first.few_shot}-shot, lm-eval {first.lm_eval}"
     return Grid(title, (*metrics, *(f"{name} flips" for name in paired)), rows)
 
@@ -135,7 +166,8 @@ def _share(windows: int, available: int) -> str:
 
 
 def footnotes(report: Report) -> list[str]:
-    """What the table's numbers mean: protocols, text, dtype, floor, cached reference, excluded tokens."""
+    """What the table's numbers mean: protocols, text, dtype, floor, cached reference, excluded
+    tokens."""
     lines = []
     if report.text is not None:
         text, measured = report.text, [p for p in report.protocols if not p.startswith("task/")]
@@ -173,7 +205,12 @@ def footnotes(report: Report) -> list[str]:
 
 
 def _methods(report: Report) -> str:
-    used = {m.error_method for model in report.models for m in model.metrics.values() if m.error_method is not None}
+    used = {
+        m.error_method
+        for model in report.models
+        for m in model.metrics.values()
+        if m.error_method is not None
+    }
     return " or ".join(sorted(used, reverse=True)) or "by window"
 
 
@@ -194,8 +231,8 @@ def _cost_notes(report: Report) -> list[str]:
 def render(report: Report, width: int) -> Group:
     """The run as one rich table with its footnotes.
 
-    A row per model where ``width`` columns have room for it; in a narrower terminal a column per model, because a
-    number cut in two is worse than a table turned.
+    A row per model where ``width`` columns have room for it; in a narrower terminal a column per
+    model, because a number cut in two is worse than a table turned.
     """
     from rich.console import Console, Group
     from rich.measure import Measurement

@@ -24,7 +24,7 @@ from llmquant_eval.report.schema import (
     Settings,
     TaskResult,
     Text,
-    )
+)
 from llmquant_eval.report.statistics import Estimate, exponential, scaled
 from llmquant_eval.scoring.buckets import breakdowns
 from llmquant_eval.scoring.reference_cache import compact_error
@@ -50,7 +50,8 @@ class Measured:
 
 
 def perplexity_metrics(own: Scores, base: Scores | None, stream: Stream) -> dict[str, Metric]:
-    """``perplexity``, or for ``ppl/word`` ``word_perplexity``, ``byte_perplexity`` and ``bits_per_byte``.
+    """``perplexity``, or for ``ppl/word`` ``word_perplexity``, ``byte_perplexity`` and
+    ``bits_per_byte``.
 
     Against a reference also ``perplexity_ratio`` or ``word_perplexity_ratio``.
     """
@@ -89,11 +90,16 @@ def divergence_metrics(divergence: Divergence, protocol: WindowProtocol) -> dict
 def _metrics(estimates: Units, protocol: str, tokens: int, windows: int) -> dict[str, Metric]:
     return {
         name: Metric(
-            protocol=protocol, unit=unit, value=estimate.value, standard_error=estimate.standard_error,
-            error_method=estimate.method, tokens=tokens, windows=windows,
+            protocol=protocol,
+            unit=unit,
+            value=estimate.value,
+            standard_error=estimate.standard_error,
+            error_method=estimate.method,
+            tokens=tokens,
+            windows=windows,
         )
         for name, (estimate, unit) in estimates.items()
-    }  # fmt: skip
+    }
 
 
 def _pass_results(
@@ -108,8 +114,11 @@ def _pass_results(
     return metrics, where, compact_error(own.cache_errors, stream.protocol.divergence_id, form)
 
 
-def model_result(plan: Plan, model: AnyModel, measured: Measured, reference: Measured | None) -> ModelResult:
-    """One model's row of the Report; ``reference`` is None for the reference and where there is none."""
+def model_result(
+    plan: Plan, model: AnyModel, measured: Measured, reference: Measured | None
+) -> ModelResult:
+    """One model's row of the Report; ``reference`` is None for the reference and where there is
+    none."""
     role: Role = "reference" if model is plan.reference else "candidate"
     metrics: dict[str, Metric] = {}
     where: list[Breakdown] = []
@@ -117,42 +126,69 @@ def model_result(plan: Plan, model: AnyModel, measured: Measured, reference: Mea
     for i, stream in enumerate(plan.streams):
         base = None if reference is None else reference.scores[i]
         found, parts, error = _pass_results(measured.scores[i], base, stream)
-        metrics |= {name if name not in metrics else f"{name}@{m.protocol}": m for name, m in found.items()}
+        metrics |= {
+            name if name not in metrics else f"{name}@{m.protocol}": m for name, m in found.items()
+        }
         where += parts
         errors += [error] if error is not None else []
     excluded = sum(s.divergence.excluded for s in measured.scores if s.divergence is not None)
     return ModelResult(
-        label=model.label, role=role, source=model.source,
-        tokenizer_sha256=plan.tokenizers_sha256[model.label], kernels=dict(measured.kernels), metrics=metrics,
-        breakdowns=where, cache_errors=errors, tasks=list(measured.tasks), excluded_tokens=excluded,
-        cost=measured.cost, **_identity(model),
-    )  # fmt: skip
+        label=model.label,
+        role=role,
+        source=model.source,
+        tokenizer_sha256=plan.tokenizers_sha256[model.label],
+        kernels=dict(measured.kernels),
+        metrics=metrics,
+        breakdowns=where,
+        cache_errors=errors,
+        tasks=list(measured.tasks),
+        excluded_tokens=excluded,
+        cost=measured.cost,
+        **_identity(model),
+    )
 
 
 def _identity(model: AnyModel) -> dict[str, Any]:
     """What is known of the weights: everything of a folder, nothing of a server."""
     if not isinstance(model, ModelPath):
         return {
-            "weights_sha256": None, "recipe_sha256": None, "scheme": "served", "quantized_linears": 0, "linears": 0,
-            "parameters": None, "bytes_on_disk": None, "bits_per_weight": None,
-        }  # fmt: skip
+            "weights_sha256": None,
+            "recipe_sha256": None,
+            "scheme": "served",
+            "quantized_linears": 0,
+            "linears": 0,
+            "parameters": None,
+            "bytes_on_disk": None,
+            "bits_per_weight": None,
+        }
     known = llmquant.inspect(model.path)
     return {
-        "weights_sha256": known.weights_sha256, "recipe_sha256": known.recipe_sha256, "scheme": known.scheme,
-        "quantized_linears": known.quantized, "linears": known.linears, "parameters": known.parameters,
-        "bytes_on_disk": known.bytes_on_disk, "bits_per_weight": known.bits_per_weight,
-    }  # fmt: skip
+        "weights_sha256": known.weights_sha256,
+        "recipe_sha256": known.recipe_sha256,
+        "scheme": known.scheme,
+        "quantized_linears": known.quantized,
+        "linears": known.linears,
+        "parameters": known.parameters,
+        "bytes_on_disk": known.bytes_on_disk,
+        "bits_per_weight": known.bits_per_weight,
+    }
 
 
-def make_report(request: Request, plan: Plan, floor: NoiseFloor | None, results: list[ModelResult]) -> Report:
+def make_report(
+    request: Request, plan: Plan, floor: NoiseFloor | None, results: list[ModelResult]
+) -> Report:
     """The Report of a finished run, stamped with the time, versions and hardware of now."""
     passes = [
         Pass(
-            perplexity=s.protocol.perplexity_id, divergence=s.protocol.divergence_id if plan.reference else None,
-            tokens=len(s.ids), scored=s.layout.tokens, windows=len(s.windows), windows_available=s.available,
+            perplexity=s.protocol.perplexity_id,
+            divergence=s.protocol.divergence_id if plan.reference else None,
+            tokens=len(s.ids),
+            scored=s.layout.tokens,
+            windows=len(s.windows),
+            windows_available=s.available,
         )
         for s in plan.streams
-    ]  # fmt: skip
+    ]
     named = [name for p in passes for name in (p.perplexity, p.divergence) if name is not None]
     tasks = dict.fromkeys(t.protocol for r in results for t in r.tasks)
     return Report(
@@ -162,7 +198,10 @@ def make_report(request: Request, plan: Plan, floor: NoiseFloor | None, results:
         passes=passes,
         text=_text(plan),
         settings=Settings(
-            dtype=plan.dtype, dtype_reason=plan.computing.dtype_reason, device=plan.device, kernel=request.kernel,
+            dtype=plan.dtype,
+            dtype_reason=plan.computing.dtype_reason,
+            device=plan.device,
+            kernel=request.kernel,
             batch_size=request.batch_size,
         ),
         reference=None if plan.reference is None else plan.reference.label,
@@ -170,7 +209,7 @@ def make_report(request: Request, plan: Plan, floor: NoiseFloor | None, results:
         models=results,
         versions=machine.versions(),
         hardware=machine.hardware(plan.device),
-    )  # fmt: skip
+    )
 
 
 def _text(plan: Plan) -> Text | None:
@@ -178,6 +217,10 @@ def _text(plan: Plan) -> Text | None:
         return None
     first = plan.streams[0]
     return Text(
-        source=plan.text_source, sha256=plan.text_sha256, tokens=len(first.ids), windows=len(first.windows),
-        windows_available=first.available, window=first.protocol.window,
-    )  # fmt: skip
+        source=plan.text_source,
+        sha256=plan.text_sha256,
+        tokens=len(first.ids),
+        windows=len(first.windows),
+        windows_available=first.available,
+        window=first.protocol.window,
+    )

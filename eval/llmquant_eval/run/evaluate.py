@@ -1,12 +1,13 @@
 """A whole evaluation: models and a text in, a Report out.
 
-The order is chosen for memory and for early errors: everything that can be refused is refused before a weight is read;
-then each model's cost is measured in a process of its own while this one is still small; then the noise floor, with
-the reference twice in memory; then one pass per protocol, with reference and candidates side by side; then the tasks.
+The order is chosen for memory and for early errors: everything that can be refused is refused
+before a weight is read; then each model's cost is measured in a process of its own while this one
+is still small; then the noise floor, with the reference twice in memory; then one pass per
+protocol, with reference and candidates side by side; then the tasks.
 
-With ``--cache`` the reference runs alone, once, and is let go before a candidate is loaded; all candidates, in this run and
-in later ones, are compared with what it left on disk. The same command therefore gives the same figures on a full cache as
-on an empty one.
+With ``--cache`` the reference runs alone, once, and is let go before a candidate is loaded; all
+candidates, in this run and in later ones, are compared with what it left on disk. The same command
+therefore gives the same figures on a full cache as on an empty one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from llmquant_eval.report.schema import Cost, NoiseFloor, Report, TaskResult
 from llmquant_eval.run.assemble import Measured, divergence_metrics, make_report, model_result
 from llmquant_eval.run.cost import measure_apart
 from llmquant_eval.run.plan import Plan, Request, make_plan
-from llmquant_eval.scoring.reference_cache import INDEX, CachedReference, CacheKey, CacheWriter, choose_form, stream_sha256
+from llmquant_eval.scoring.reference_cache import (
+    INDEX,
+    CachedReference,
+    CacheKey,
+    CacheWriter,
+    choose_form,
+    stream_sha256,
+)
 from llmquant_eval.scoring.score import Scores, cached_scores, record, score
 from llmquant_eval.scoring.served import score_served
 from llmquant_eval.scoring.stream import Stream
@@ -43,7 +51,8 @@ def evaluate(request: Request, progress: Progress = _silent) -> Report:
     """Run an evaluation.
 
     Raises:
-        UsageError: the request cannot be right (models, window, dtype, tasks, tokenizers that differ).
+        UsageError: the request cannot be right (models, window, dtype, tasks, tokenizers that
+            differ).
         SourceError: the text is missing, empty or shorter than a window.
         CheckpointError: a folder that is not a model, or a damaged cache.
         QuantizationError: a model's output is NaN or infinite.
@@ -51,7 +60,8 @@ def evaluate(request: Request, progress: Progress = _silent) -> Report:
     """
     plan = make_plan(request)
     costs = _costs(plan, request, progress) if request.cost else {}
-    # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken without it.
+    # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken
+    # without it.
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -74,7 +84,9 @@ def _costs(plan: Plan, request: Request, progress: Progress) -> dict[str, Cost]:
 class _Run:
     """The models of one evaluation as they are loaded and let go, and what they scored."""
 
-    def __init__(self, request: Request, plan: Plan, costs: dict[str, Cost], progress: Progress) -> None:
+    def __init__(
+        self, request: Request, plan: Plan, costs: dict[str, Cost], progress: Progress
+    ) -> None:
         self.request, self.plan, self.costs, self.progress = request, plan, costs, progress
         self.loaded: dict[str, Any] = {}
         self.kernels: dict[str, dict[str, int]] = {}
@@ -84,19 +96,26 @@ class _Run:
         plan = self.plan
         cached = self._caches()
         floor = self._noise_floor(cached) if plan.streams and self.request.noise_floor else None
-        scores = [self._score(stream, source) for stream, source in zip(plan.streams, cached, strict=True)]
+        scores = [
+            self._score(stream, source) for stream, source in zip(plan.streams, cached, strict=True)
+        ]
         tasks = {m.label: self._tasks(m) for m in plan.models} if plan.tasks is not None else {}
         if plan.reference is not None and tasks:
             tasks = _paired(tasks, plan.reference.label)
         found = {
             m.label: Measured(
-                [s[m.label] for s in scores], self.kernels.get(m.label, {}), self.costs.get(m.label),
+                [s[m.label] for s in scores],
+                self.kernels.get(m.label, {}),
+                self.costs.get(m.label),
                 tasks.get(m.label, ()),
             )
             for m in plan.models
-        }  # fmt: skip
+        }
         base = None if plan.reference is None else found[plan.reference.label]
-        results = [model_result(plan, m, found[m.label], None if m is plan.reference else base) for m in plan.models]
+        results = [
+            model_result(plan, m, found[m.label], None if m is plan.reference else base)
+            for m in plan.models
+        ]
         return make_report(self.request, plan, floor, results)
 
     def _load(self, model: ModelPath) -> Any:
@@ -116,22 +135,28 @@ class _Run:
         scores: dict[str, Scores] = {}
         if side_by_side:
             scores = score(
-                {m.label: self._load(m) for m in side_by_side}, stream,
-                reference=reference.label if reference is not None and cached is None else None, cached=cached,
+                {m.label: self._load(m) for m in side_by_side},
+                stream,
+                reference=reference.label if reference is not None and cached is None else None,
+                cached=cached,
                 batch_size=self.request.batch_size,
                 advance=self._advance(f"{name} and KL" if reference is not None else name),
-            )  # fmt: skip
+            )
         if reference is not None and cached is not None:
             scores[reference.label] = cached_scores(cached, stream, reference.label)
         for served in self.plan.models:
             if isinstance(served, ServedModel):
                 scores[served.label] = score_served(
-                    served.endpoint, stream, served.label, self._advance(f"{name} of {served.label}")
+                    served.endpoint,
+                    stream,
+                    served.label,
+                    self._advance(f"{name} of {served.label}"),
                 )
         return scores
 
     def _caches(self) -> list[CachedReference | None]:
-        """One per stream: opened where it exists, made where not; the reference is let go afterwards.
+        """One per stream: opened where it exists, made where not; the reference is let go
+        afterwards.
 
         None each without ``--cache``.
         """
@@ -146,7 +171,14 @@ class _Run:
                 model = self._load(reference)
                 writer = CacheWriter(place, key, stream, models.vocabulary_size(reference.path))
                 stage = f"reference for {stream.protocol.perplexity_id}"
-                record(model, stream, writer, self.request.batch_size, self._advance(stage), reference.label)
+                record(
+                    model,
+                    stream,
+                    writer,
+                    self.request.batch_size,
+                    self._advance(stage),
+                    reference.label,
+                )
                 writer.finish(self.kernels[reference.label])
             cached = CachedReference(place)
             found.append(cached)
@@ -157,16 +189,23 @@ class _Run:
     def _key(self, reference: ModelPath, stream: Stream) -> CacheKey:
         import llmquant
 
-        form = choose_form(self.request.cache_form, stream.layout.tokens, models.vocabulary_size(reference.path))
+        form = choose_form(
+            self.request.cache_form, stream.layout.tokens, models.vocabulary_size(reference.path)
+        )
         return CacheKey(
             weights_sha256=llmquant.inspect(reference.path).weights_sha256,
-            tokenizer_sha256=self.plan.tokenizers_sha256[reference.label], ids_sha256=stream_sha256(stream),
-            protocol=stream.protocol.perplexity_id, dtype=self.plan.dtype, device=self.plan.device,
-            kernel=self.request.kernel, form=form.name,
-        )  # fmt: skip
+            tokenizer_sha256=self.plan.tokenizers_sha256[reference.label],
+            ids_sha256=stream_sha256(stream),
+            protocol=stream.protocol.perplexity_id,
+            dtype=self.plan.dtype,
+            device=self.plan.device,
+            kernel=self.request.kernel,
+            form=form.name,
+        )
 
     def _noise_floor(self, cached: list[CachedReference | None]) -> NoiseFloor | None:
-        """The reference against itself at the other dtype, on the first few windows of the first protocol."""
+        """The reference against itself at the other dtype, on the first few windows of the first
+        protocol."""
         import llmquant
 
         reference = self.plan.reference
@@ -175,20 +214,31 @@ class _Run:
         whole = self.plan.streams[0]
         dtype = models.other_dtype(self.plan.dtype)
         # bfloat16 where `auto` avoids it would take longer than all the rest.
-        slow = dtype == "bfloat16" and llmquant.parse_dtype("auto", self.plan.device, stored=dtype).name == "float32"
-        stream = whole.first(max(2, (NOISE_TOKENS_SLOW if slow else NOISE_TOKENS) // whole.protocol.window))
+        slow = (
+            dtype == "bfloat16"
+            and llmquant.parse_dtype("auto", self.plan.device, stored=dtype).name == "float32"
+        )
+        stream = whole.first(
+            max(2, (NOISE_TOKENS_SLOW if slow else NOISE_TOKENS) // whole.protocol.window)
+        )
         other = f"{reference.label} in {dtype}"
         twins = {other: models.load_model(reference.path, dtype, self.plan.device, "auto")}
         if cached[0] is None:
             twins[reference.label] = self._load(reference)
         scores = score(
-            twins, stream, reference=reference.label if cached[0] is None else None, cached=cached[0],
-            batch_size=self.request.batch_size, advance=self._advance("noise floor"),
-        )  # fmt: skip
+            twins,
+            stream,
+            reference=reference.label if cached[0] is None else None,
+            cached=cached[0],
+            batch_size=self.request.batch_size,
+            advance=self._advance("noise floor"),
+        )
         divergence = scores[other].divergence
         assert divergence is not None  # score() compares every model but the reference
         metrics = divergence_metrics(divergence, stream.protocol)
-        return NoiseFloor(other_dtype=dtype, kl_mean=metrics["kl_mean"], top1_agreement=metrics["top1_agreement"])
+        return NoiseFloor(
+            other_dtype=dtype, kl_mean=metrics["kl_mean"], top1_agreement=metrics["top1_agreement"]
+        )
 
     def _tasks(self, model: AnyModel) -> list[TaskResult]:
         from llmquant_eval.tasks.harness import run_tasks

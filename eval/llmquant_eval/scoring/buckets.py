@@ -1,8 +1,9 @@
-"""Where the divergence sits: KL by the reference's confidence, and by how much context a position had.
+"""Where the divergence sits: KL by the reference's confidence, and by how much context a position
+had.
 
-Fixed edges rather than deciles of the data, so that two models, two texts and two runs have the same buckets: tenths of
-the probability that the reference gives its first choice, and powers of two of the tokens that stand before the
-position. A bucket without tokens is left out.
+Fixed edges rather than deciles of the data, so that two models, two texts and two runs have the
+same buckets: tenths of the probability that the reference gives its first choice, and powers of two
+of the tokens that stand before the position. A bucket without tokens is left out.
 """
 
 from __future__ import annotations
@@ -35,18 +36,25 @@ def breakdowns(divergence: Divergence, windows: Sequence[Window], protocol: str)
     contexts = context_lengths(windows)
     return [
         Breakdown(
-            protocol=protocol, by="confidence",
+            protocol=protocol,
+            by="confidence",
             buckets=_buckets(divergence, divergence.confidence, CONFIDENCE_EDGES),
         ),
         Breakdown(
-            protocol=protocol, by="context",
-            buckets=_buckets(divergence, contexts.astype(np.float64), context_edges(int(contexts.max()))),
+            protocol=protocol,
+            by="context",
+            buckets=_buckets(
+                divergence, contexts.astype(np.float64), context_edges(int(contexts.max()))
+            ),
         ),
-    ]  # fmt: skip
+    ]
 
 
-def _buckets(divergence: Divergence, values: NDArray[np.float64], edges: Sequence[float]) -> list[Bucket]:
-    """One bucket per pair of edges; the last one has its upper edge too (a confidence of exactly 1)."""
+def _buckets(
+    divergence: Divergence, values: NDArray[np.float64], edges: Sequence[float]
+) -> list[Bucket]:
+    """One bucket per pair of edges; the last one has its upper edge too (a confidence of exactly
+    1)."""
     inner = np.digitize(values, edges[1:-1])
     found = []
     for i, (lower, upper) in enumerate(pairwise(edges)):
@@ -57,8 +65,12 @@ def _buckets(divergence: Divergence, values: NDArray[np.float64], edges: Sequenc
         kl = divergence.mean_over(divergence.kl, inside)
         found.append(
             Bucket(
-                lower=lower, upper=upper, tokens=tokens, kl_mean=kl.value, standard_error=kl.standard_error,
+                lower=lower,
+                upper=upper,
+                tokens=tokens,
+                kl_mean=kl.value,
+                standard_error=kl.standard_error,
                 top1_agreement=divergence.mean_over(divergence.same_top, inside).value,
             )
-        )  # fmt: skip
+        )
     return found

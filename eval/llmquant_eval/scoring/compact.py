@@ -1,16 +1,19 @@
-"""A reference's next-token distributions in few bytes: two forms, each a :class:`ReferenceWindow` to compare with.
+"""A reference's next-token distributions in few bytes: two forms, each a :class:`ReferenceWindow`
+to compare with.
 
-``full-16`` keeps the whole vocabulary in 2 bytes a token: log-probabilities are rounded to 65,535 even steps between the
-position's smallest (or 50 nats below its largest) and its largest, and normalized again when read. A step is below
-``8e-4`` nats whatever the model; what it leaves in a KL is that step weighted by how far the two models differ, and has
-no sign. Code 0 is a probability of exactly zero.
+``full-16`` keeps the whole vocabulary in 2 bytes a token: log-probabilities are rounded to 65,535
+even steps between the position's smallest (or 50 nats below its largest) and its largest, and
+normalized again when read. A step is below ``8e-4`` nats whatever the model; what it leaves in a KL
+is that step weighted by how far the two models differ, and has no sign. Code 0 is a probability of
+exactly zero.
 
-``top-K`` keeps the K most likely tokens in float32 and the mass of all others as one token, which is exact about the
-head and blind inside the tail: its KL is a lower bound (the log-sum inequality), and how low depends on the model.
+``top-K`` keeps the K most likely tokens in float32 and the mass of all others as one token, which
+is exact about the head and blind inside the tail: its KL is a lower bound (the log-sum inequality),
+and how low depends on the model.
 
-Either way the true token's log-probability and the reference's first choice are kept exactly, in float32, so perplexity,
-top-1 agreement and Δp are those of the logits. What the form costs the KL is measured, not assumed: see
-:mod:`llmquant_eval.scoring.reference_cache`.
+Either way the true token's log-probability and the reference's first choice are kept exactly, in
+float32, so perplexity, top-1 agreement and Δp are those of the logits. What the form costs the KL
+is measured, not assumed: see :mod:`llmquant_eval.scoring.reference_cache`.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from llmquant_eval.scoring.divergence import TokenDivergence, kl_of_logs
 from llmquant_eval.scoring.perplexity import position_chunks
 
 _STEPS = 65534
-_DEEPEST = 50.0  # nats below the most likely token: a probability that no float32 sum could tell from 0
+_DEEPEST = (
+    50.0  # nats below the most likely token: a probability that no float32 sum could tell from 0
+)
 Arrays = Mapping[str, NDArray[np.generic]]
 
 
@@ -71,7 +76,9 @@ class StoredWindow:
             own = _tensor(self.arrays["target"][part], candidate.device)
             target = targets[part].unsqueeze(1)
             found.delta_p[part] = log_q.gather(1, target).squeeze(1).exp() - own.exp()
-            found.same_top[part] = _tensor(self.arrays["first"][part], candidate.device) == candidate[part].argmax(-1)
+            found.same_top[part] = _tensor(
+                self.arrays["first"][part], candidate.device
+            ) == candidate[part].argmax(-1)
             found.confidence[part] = _tensor(self.arrays["largest"][part], candidate.device).exp()
             found.kl[part] = self.kl(part, log_q)
         return found
@@ -82,7 +89,8 @@ class StoredWindow:
 
 
 def exact_arrays(logits: Tensor, targets: Tensor) -> dict[str, NDArray[np.generic]]:
-    """The exact part of a window's form: ``target`` and ``largest`` float32, ``first`` int32, ``[positions]``."""
+    """The exact part of a window's form: ``target`` and ``largest`` float32, ``first`` int32,
+    ``[positions]``."""
     target = np.empty(len(targets), dtype=np.float32)
     largest = np.empty_like(target)
     for part in position_chunks(*logits.shape):
@@ -111,9 +119,17 @@ class Full16:
         for part in position_chunks(positions, vocabulary):
             log_p = torch.log_softmax(logits[part], dim=-1, dtype=torch.float32)
             top = log_p.amax(dim=-1)
-            low = torch.maximum(log_p.masked_fill(log_p == -torch.inf, torch.inf).amin(dim=-1), top - _DEEPEST)
+            low = torch.maximum(
+                log_p.masked_fill(log_p == -torch.inf, torch.inf).amin(dim=-1), top - _DEEPEST
+            )
             size = ((top - low) / _STEPS).clamp_min_(torch.finfo(torch.float32).tiny)
-            steps = log_p.sub(low.unsqueeze(1)).div_(size.unsqueeze(1)).round_().clamp_(0, _STEPS).add_(1)
+            steps = (
+                log_p.sub(low.unsqueeze(1))
+                .div_(size.unsqueeze(1))
+                .round_()
+                .clamp_(0, _STEPS)
+                .add_(1)
+            )
             steps.masked_fill_(log_p == -torch.inf, 0)
             codes[part] = steps.to(torch.int32).cpu().numpy()
             lowest[part], step[part] = low.cpu().numpy(), size.cpu().numpy()
@@ -127,8 +143,16 @@ class _FullWindow(StoredWindow):
     def kl(self, part: slice, log_q: Tensor) -> Tensor:
         device = log_q.device
         codes = _tensor(self.arrays["codes"][part].astype(np.int32), device)
-        lowest, step = (_tensor(self.arrays[name][part], device).unsqueeze(1) for name in ("lowest", "step"))
-        log_p = codes.sub(1).to(torch.float32).mul_(step).add_(lowest).masked_fill_(codes == 0, -torch.inf)
+        lowest, step = (
+            _tensor(self.arrays[name][part], device).unsqueeze(1) for name in ("lowest", "step")
+        )
+        log_p = (
+            codes.sub(1)
+            .to(torch.float32)
+            .mul_(step)
+            .add_(lowest)
+            .masked_fill_(codes == 0, -torch.inf)
+        )
         return kl_of_logs(torch.log_softmax(log_p, dim=-1), log_q)
 
 
@@ -173,11 +197,14 @@ class _TopWindow(StoredWindow):
         log_p = _tensor(self.arrays["log_p"][part], device)
         tail = _tensor(self.arrays["tail"][part], device)
         log_p = torch.cat([log_p, tail.unsqueeze(1)], dim=1)
-        return kl_of_logs(log_p, torch.cat([log_q.gather(1, ids), _log_rest(log_q, ids).unsqueeze(1)], dim=1))
+        return kl_of_logs(
+            log_p, torch.cat([log_q.gather(1, ids), _log_rest(log_q, ids).unsqueeze(1)], dim=1)
+        )
 
 
 def _log_rest(log_p: Tensor, ids: Tensor) -> Tensor:
-    """Log of the mass outside ``ids`` ``[positions, k]``; summed over the rest, since 1 minus the head would cancel."""
+    """Log of the mass outside ``ids`` ``[positions, k]``; summed over the rest, since 1 minus the
+    head would cancel."""
     return log_p.scatter(1, ids, -torch.inf).logsumexp(dim=-1)
 
 

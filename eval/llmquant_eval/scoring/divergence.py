@@ -1,16 +1,19 @@
 """How far a candidate's next-token distribution is from the reference's, token by token.
 
-``KL(reference ‖ candidate) = Σ p (log p - log q)`` over the *full* vocabulary, in float32 from both models' logits, in
-nats. It sees what perplexity cannot: changes that leave the true token's probability alone, and losses and gains that
-cancel in the mean. With it come the share of positions where both name the same most likely token, and the root mean
-square change of the true token's probability (llama.cpp's RMS Δp).
+``KL(reference ‖ candidate) = Σ p (log p - log q)`` over the *full* vocabulary, in float32 from both
+models' logits, in nats. It sees what perplexity cannot: changes that leave the true token's
+probability alone, and losses and gains that cancel in the mean. With it come the share of positions
+where both name the same most likely token, and the root mean square change of the true token's
+probability (llama.cpp's RMS Δp).
 
-Each position also keeps the reference's *confidence*, the probability of its first choice: most of a mean KL may come
-from where the reference itself was unsure, or may not (:mod:`llmquant_eval.scoring.buckets`).
+Each position also keeps the reference's *confidence*, the probability of its first choice: most of
+a mean KL may come from where the reference itself was unsure, or may not
+(:mod:`llmquant_eval.scoring.buckets`).
 
-A term with p = 0 is 0. A candidate that gives probability zero to a token that the reference thinks possible has an
-infinite KL there; such positions are counted, reported and left out of the mean and the quantiles.
-Values are not clamped at 0: rounding can leave -1e-8, and hiding that would hide a wrong sign as well.
+A term with p = 0 is 0. A candidate that gives probability zero to a token that the reference thinks
+possible has an infinite KL there; such positions are counted, reported and left out of the mean and
+the quantiles. Values are not clamped at 0: rounding can leave -1e-8, and hiding that would hide a
+wrong sign as well.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenDivergence:
-    """Per position ``[positions]``: KL in nats, agreement of the top token, change of the true token's probability, and
-    the probability that the reference gives its top token."""
+    """Per position ``[positions]``: KL in nats, agreement of the top token, change of the true
+    token's probability, and the probability that the reference gives its top token."""
 
     kl: Tensor
     same_top: Tensor
@@ -45,11 +48,14 @@ class TokenDivergence:
     def empty(cls, positions: int, device: torch.device) -> TokenDivergence:
         """Room for ``positions`` results: float32, but ``same_top`` bool."""
         kl = torch.empty(positions, dtype=torch.float32, device=device)
-        return cls(kl, torch.empty_like(kl, dtype=torch.bool), torch.empty_like(kl), torch.empty_like(kl))
+        return cls(
+            kl, torch.empty_like(kl, dtype=torch.bool), torch.empty_like(kl), torch.empty_like(kl)
+        )
 
 
 def kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``Σ p (log p - log q)`` over the last dimension of float32 log-probabilities; overwrites ``log_p``."""
+    """``Σ p (log p - log q)`` over the last dimension of float32 log-probabilities; overwrites
+    ``log_p``."""
     p = log_p.exp()
     return log_p.sub_(log_q).masked_fill_(p == 0, 0.0).mul_(p).sum(dim=-1)
 
@@ -69,7 +75,9 @@ def token_divergence(reference: Tensor, candidate: Tensor, targets: Tensor) -> T
         log_p = torch.log_softmax(reference[part], dim=-1, dtype=torch.float32)
         log_q = torch.log_softmax(candidate[part], dim=-1, dtype=torch.float32)
         target = targets[part].unsqueeze(1)
-        found.delta_p[part] = (log_q.gather(1, target).exp() - log_p.gather(1, target).exp()).squeeze(1)
+        found.delta_p[part] = (
+            log_q.gather(1, target).exp() - log_p.gather(1, target).exp()
+        ).squeeze(1)
         # From the logits: the rounding of log-softmax can make two different logits tie.
         found.same_top[part] = reference[part].argmax(dim=-1) == candidate[part].argmax(dim=-1)
         found.confidence[part] = log_p.amax(dim=-1).exp()
@@ -103,7 +111,8 @@ class LiveWindow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Divergence:
-    """Float64 arrays ``[tokens]`` of what :class:`TokenDivergence` holds, in their layout, and what follows from them.
+    """Float64 arrays ``[tokens]`` of what :class:`TokenDivergence` holds, in their layout, and what
+    follows from them.
 
     Raises:
         QuantizationError: on construction, when no position has a finite divergence.
@@ -138,7 +147,8 @@ class Divergence:
         return int(self.finite.sum())
 
     def mean_over(self, values: Floats, positions: NDArray[np.bool_]) -> Estimate:
-        """Mean of ``values`` ``[tokens]`` over those of ``positions`` whose KL is finite; at least one of them."""
+        """Mean of ``values`` ``[tokens]`` over those of ``positions`` whose KL is finite; at least
+        one of them."""
         counted = self.finite & positions
         return self.layout.mean(np.where(counted, values, 0.0), counted.astype(np.float64))
 

@@ -1,11 +1,11 @@
 """Where the scored tokens of a pass lie: which window each belongs to, and how much context it had.
 
-Windows may score different numbers of tokens (the tail of a stride, the last window of a document), so per-token values
-are flat arrays ``[tokens]`` in stream order and a layout says where each window's begin. It also takes means over them
-with the standard error that fits:
+Windows may score different numbers of tokens (the tail of a stride, the last window of a document),
+so per-token values are flat arrays ``[tokens]`` in stream order and a layout says where each
+window's begin. It also takes means over them with the standard error that fits:
 
-* **by window** where there are at least :data:`FEW_WINDOWS` windows that do not overlap: tokens of one window share their
-  context, windows nearly are independent.
+* **by window** where there are at least :data:`FEW_WINDOWS` windows that do not overlap: tokens of
+  one window share their context, windows nearly are independent.
 * **block bootstrap** over tokens where windows are fewer, or overlap and so are correlated: see
   :func:`llmquant_eval.report.statistics.block_bootstrap`.
 """
@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 from llmquant_eval.report.statistics import Estimate, Floats, block_bootstrap, ratio_of_sums
 from llmquant_eval.scoring.protocols import Window
 
-# Below this many windows their spread is itself too uncertain: the standard error of a standard error of n is 1/sqrt(2n).
+# Below this many windows their spread is itself too uncertain: the standard error of a standard
+# error of n is 1/sqrt(2n).
 FEW_WINDOWS = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Scored tokens per window ``counts`` int64 ``[windows]``, none of them 0, and whether windows overlap."""
+    """Scored tokens per window ``counts`` int64 ``[windows]``, none of them 0, and whether windows
+    overlap."""
 
     counts: NDArray[np.int64]
     overlapping: bool = False
@@ -54,11 +56,14 @@ class Layout:
         return [slice(int(s), int(s + n)) for s, n in zip(self.starts, self.counts, strict=True)]
 
     def mean(self, values: Floats, weights: Floats | None = None) -> Estimate:
-        """``Σ values / Σ weights`` over flat arrays ``[tokens]``; weights are 1 where none are given."""
+        """``Σ values / Σ weights`` over flat arrays ``[tokens]``; weights are 1 where none are
+        given."""
         weights = np.ones_like(values) if weights is None else weights
         if self.overlapping or self.windows < FEW_WINDOWS:
             return block_bootstrap(values, weights)
-        return ratio_of_sums(np.add.reduceat(values, self.starts), np.add.reduceat(weights, self.starts))
+        return ratio_of_sums(
+            np.add.reduceat(values, self.starts), np.add.reduceat(weights, self.starts)
+        )
 
 
 def context_lengths(windows: Sequence[Window]) -> NDArray[np.int64]:

@@ -1,21 +1,26 @@
-"""Protocols: which tokens are fed, which predictions are scored, and under what name the number may be compared.
+"""Protocols: which tokens are fed, which predictions are scored, and under what name the number may
+be compared.
 
-A perplexity without its protocol is not a number. The same model on the same text scores differently with windows of
-512 and 2048, with overlapping windows, with or without the tail; all of that is in the protocol id (``ppl/gptq-512``)
-and figures with different ids never stand in one ranking.
+A perplexity without its protocol is not a number. The same model on the same text scores
+differently with windows of 512 and 2048, with overlapping windows, with or without the tail; all of
+that is in the protocol id (``ppl/gptq-512``) and figures with different ids never stand in one
+ranking.
 
-A protocol is a pure function from a token count to windows; it never sees tokens, models or text. Of a window
-``[begin, end)`` the tokens ``[begin, end-1)`` are fed and those at ``[scored, end)`` are scored, each predicted from
-what stands before it inside the window: the last token is a target only.
+A protocol is a pure function from a token count to windows; it never sees tokens, models or text.
+Of a window ``[begin, end)`` the tokens ``[begin, end-1)`` are fed and those at ``[scored, end)``
+are scored, each predicted from what stands before it inside the window: the last token is a target
+only.
 
-* ``ppl/gptq-N``: non-overlapping windows of N, all but the first token of each scored, the tail shorter than N dropped:
-  the GPTQ paper's evaluation and nearly every table since.
-* ``ppl/strided-N-S``: windows of N that begin S tokens apart, each scoring what the one before it did not: every token
-  but the very first is scored once, the tail included. These are the windows of Hugging Face's page on perplexity of
+* ``ppl/gptq-N``: non-overlapping windows of N, all but the first token of each scored, the tail
+  shorter than N dropped: the GPTQ paper's evaluation and nearly every table since.
+* ``ppl/strided-N-S``: windows of N that begin S tokens apart, each scoring what the one before it
+  did not: every token but the very first is scored once, the tail included. These are the windows
+      of Hugging Face's page on perplexity of
   fixed-length models; the mean is taken over tokens, where that page's loop weighs windows.
-* ``ppl/word-N``: lm-eval's rolling windows. Every document stands alone behind one prefix token (BOS, else EOS), all its
-  tokens are scored, N predictions at a time; the last window is filled up with context from before. ``ppl/word-wikitext-N``
-  is the same over text put through lm-eval's WikiText detokenizer, words and bytes counted before it.
+* ``ppl/word-N``: lm-eval's rolling windows. Every document stands alone behind one prefix token
+  (BOS, else EOS), all its tokens are scored, N predictions at a time; the last window is filled up
+  with context from before. ``ppl/word-wikitext-N`` is the same over text put through lm-eval's
+  WikiText detokenizer, words and bytes counted before it.
 """
 
 from __future__ import annotations
@@ -70,7 +75,8 @@ class WindowProtocol(Protocol):
         ...
 
     def windows(self, tokens: int) -> Sequence[Window]:
-        """The windows of a stream of ``tokens`` tokens, in order; empty when there is nothing that it can score."""
+        """The windows of a stream of ``tokens`` tokens, in order; empty when there is nothing that
+        it can score."""
         ...
 
 
@@ -86,7 +92,9 @@ class GptqProtocol:
 
     def __post_init__(self) -> None:
         if self.window < 2:
-            raise UsageError(f"a window of {self.window} tokens has nothing to predict; choose 2 or more")
+            raise UsageError(
+                f"a window of {self.window} tokens has nothing to predict; choose 2 or more"
+            )
 
     @property
     def perplexity_id(self) -> str:
@@ -103,7 +111,8 @@ class GptqProtocol:
 
     def windows(self, tokens: int) -> Sequence[Window]:
         return [
-            Window(begin, begin + self.window, begin + 1) for begin in range(0, tokens - self.window + 1, self.window)
+            Window(begin, begin + self.window, begin + 1)
+            for begin in range(0, tokens - self.window + 1, self.window)
         ]
 
 
@@ -112,7 +121,8 @@ class StridedProtocol:
     """Windows of ``window`` tokens, ``stride`` apart, each token but the first scored once.
 
     Raises:
-        UsageError: a window below 2, or a stride that is not below the window (tokens would go unscored).
+        UsageError: a window below 2, or a stride that is not below the window (tokens would go
+            unscored).
     """
 
     window: int
@@ -120,7 +130,9 @@ class StridedProtocol:
 
     def __post_init__(self) -> None:
         if self.window < 2:
-            raise UsageError(f"a window of {self.window} tokens has nothing to predict; choose 2 or more")
+            raise UsageError(
+                f"a window of {self.window} tokens has nothing to predict; choose 2 or more"
+            )
         if not 1 <= self.stride < self.window:
             raise UsageError(
                 f"ppl/strided-{self.window}-{self.stride}: a stride is 1 or more and shorter than the window; "
@@ -154,9 +166,11 @@ class StridedProtocol:
 
 @dataclass(frozen=True, slots=True)
 class WordProtocol:
-    """lm-eval's rolling windows over one document, of which :meth:`windows` counts the tokens without the prefix.
+    """lm-eval's rolling windows over one document, of which :meth:`windows` counts the tokens
+    without the prefix.
 
-    The positions are those of the document *with* its prefix at 0. ``detokenized``: the text goes through the WikiText
+    The positions are those of the document *with* its prefix at 0. ``detokenized``: the text goes
+        through the WikiText
     detokenizer first.
     """
 
@@ -165,7 +179,9 @@ class WordProtocol:
 
     def __post_init__(self) -> None:
         if self.window < 2:
-            raise UsageError(f"a window of {self.window} tokens has no context to speak of; choose 2 or more")
+            raise UsageError(
+                f"a window of {self.window} tokens has no context to speak of; choose 2 or more"
+            )
 
     @property
     def _name(self) -> str:
@@ -181,7 +197,8 @@ class WordProtocol:
 
     @property
     def overlapping(self) -> bool:
-        """Only the last window of a document reaches back, and what it reaches is context, not scored again."""
+        """Only the last window of a document reaches back, and what it reaches is context, not
+        scored again."""
         return False
 
     def windows(self, tokens: int) -> Sequence[Window]:
@@ -195,7 +212,8 @@ class WordProtocol:
 
 
 def parse_protocol(text: str, window: int) -> WindowProtocol:
-    """``ppl/strided-512-128`` → its protocol; ``window`` stands in where the id has no N. A stride is N/2 by default.
+    """``ppl/strided-512-128`` → its protocol; ``window`` stands in where the id has no N. A stride
+    is N/2 by default.
 
     Raises:
         UsageError: an id that this version does not know, or numbers that cannot be.

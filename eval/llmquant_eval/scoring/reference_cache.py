@@ -1,12 +1,14 @@
 """The reference's log-probabilities on disk, so that it runs once however many candidates follow.
 
-A cache is a folder named by the sha256 of what determines it: weights, tokenizer, token ids, windows, dtype, kernel, form.
-Windows lie in safetensors shards whose hashes stand in ``cache.json``, which is written last and whole: a folder without it is
-unfinished and made anew, a shard that is missing, short or changed is an error that names it. Nothing is pickled.
+A cache is a folder named by the sha256 of what determines it: weights, tokenizer, token ids,
+windows, dtype, kernel, form. Windows lie in safetensors shards whose hashes stand in
+``cache.json``, which is written last and whole: a folder without it is unfinished and made anew, a
+shard that is missing, short or changed is an error that names it. Nothing is pickled.
 
-A compact form changes the KL by something. So the cache also keeps, at positions spread evenly over the text, the full
-distribution in float32; every candidate is compared with both there, and its report says how far the compact KL was from
-the exact one (:class:`llmquant_eval.report.schema.CompactError`).
+A compact form changes the KL by something. So the cache also keeps, at positions spread evenly over
+the text, the full distribution in float32; every candidate is compared with both there, and its
+report says how far the compact KL was from the exact one
+(:class:`llmquant_eval.report.schema.CompactError`).
 """
 
 from __future__ import annotations
@@ -83,21 +85,31 @@ class CacheKey:
 def stream_sha256(stream: Stream) -> str:
     """Hex sha256 over the ids and the windows to be scored."""
     digest = hashlib.sha256(stream.ids.numpy().tobytes())
-    digest.update(np.array([(w.begin, w.end, w.scored) for w in stream.windows], dtype=np.int64).tobytes())
+    digest.update(
+        np.array([(w.begin, w.end, w.scored) for w in stream.windows], dtype=np.int64).tobytes()
+    )
     return digest.hexdigest()
 
 
 def choose_form(asked: str | None, positions: int, vocabulary: int) -> Form:
-    """The form asked for; by default the whole vocabulary up to 4 GiB in all, else the 512 most likely tokens."""
+    """The form asked for; by default the whole vocabulary up to 4 GiB in all, else the 512 most
+    likely tokens."""
     if asked is not None:
         return parse_form(asked)
-    return Full16() if positions * Full16().bytes_per_position(vocabulary) <= _FULL_LIMIT else Top(_DEFAULT_TOP)
+    return (
+        Full16()
+        if positions * Full16().bytes_per_position(vocabulary) <= _FULL_LIMIT
+        else Top(_DEFAULT_TOP)
+    )
 
 
 def sample_positions(stream: Stream, vocabulary: int) -> dict[int, list[int]]:
-    """Window → positions in it at which the exact distribution is kept: evenly spread over all scored tokens."""
+    """Window → positions in it at which the exact distribution is kept: evenly spread over all
+    scored tokens."""
     layout = stream.layout
-    wanted = min(layout.tokens, _MOST_SAMPLES, max(_FEWEST_SAMPLES, _SAMPLE_BYTES // (4 * vocabulary)))
+    wanted = min(
+        layout.tokens, _MOST_SAMPLES, max(_FEWEST_SAMPLES, _SAMPLE_BYTES // (4 * vocabulary))
+    )
     picked: dict[int, list[int]] = {}
     for flat in np.linspace(0, layout.tokens - 1, wanted).astype(int):
         window = int(np.searchsorted(layout.starts, flat, side="right")) - 1
@@ -123,7 +135,8 @@ class CacheWriter:
             raise UsageError(f"--cache {folder.parent}: {e}") from e
 
     def add(self, window: int, logits: Tensor, targets: Tensor) -> None:
-        """Keep window number ``window``: logits ``[positions, vocabulary]``, targets int64 ``[positions]``."""
+        """Keep window number ``window``: logits ``[positions, vocabulary]``, targets int64
+        ``[positions]``."""
         arrays = exact_arrays(logits, targets) | self._form.encode(logits)
         if window in self._samples:
             rows = logits[self._samples[window]]
@@ -139,7 +152,9 @@ class CacheWriter:
             save_file(self._held, self._folder / name)
         except OSError as e:
             raise UsageError(f"--cache {self._folder.parent}: {name} cannot be written: {e}") from e
-        self._shards.append(_Shard(file=name, sha256=_sha256(self._folder / name), windows=self._windows))
+        self._shards.append(
+            _Shard(file=name, sha256=_sha256(self._folder / name), windows=self._windows)
+        )
         self._held, self._windows = {}, []
 
     def finish(self, kernels: Mapping[str, int]) -> None:
@@ -147,17 +162,22 @@ class CacheWriter:
         if self._held:
             self._flush()
         index = _Index(
-            key=asdict(self._key), vocabulary=self._vocabulary, kernels=dict(kernels), samples=self._samples,
+            key=asdict(self._key),
+            vocabulary=self._vocabulary,
+            kernels=dict(kernels),
+            samples=self._samples,
             shards=self._shards,
-        )  # fmt: skip
+        )
         replace_file(self._folder / INDEX, index.model_dump_json(indent=1) + "\n")
 
 
 class CachedReference:
-    """A finished cache, read a window at a time; each shard's hash is checked when it is first touched.
+    """A finished cache, read a window at a time; each shard's hash is checked when it is first
+    touched.
 
     Raises:
-        CheckpointError: on construction or reading, for an index or shard that is damaged; says which, and to delete it.
+        CheckpointError: on construction or reading, for an index or shard that is damaged; says
+            which, and to delete it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -187,13 +207,22 @@ class CachedReference:
         return parse_form(self.form).window(self._arrays(number), self.vocabulary)
 
     def errors(self, number: int, candidate: Tensor, targets: Tensor) -> NDArray[np.float64]:
-        """Compact minus exact KL of a candidate at this window's sample positions; empty where it has none."""
+        """Compact minus exact KL of a candidate at this window's sample positions; empty where it
+        has none."""
         rows = self._index.samples.get(number, [])
         if not rows:
             return np.empty(0)
-        exact = torch.from_numpy(self._arrays(number)["exact"].astype(np.float32)).to(candidate.device)
-        arrays = {name: array[rows] for name, array in self._arrays(number).items() if name != "exact"}
-        compact = parse_form(self.form).window(arrays, self.vocabulary).divergence(candidate[rows], targets[rows])
+        exact = torch.from_numpy(self._arrays(number)["exact"].astype(np.float32)).to(
+            candidate.device
+        )
+        arrays = {
+            name: array[rows] for name, array in self._arrays(number).items() if name != "exact"
+        }
+        compact = (
+            parse_form(self.form)
+            .window(arrays, self.vocabulary)
+            .divergence(candidate[rows], targets[rows])
+        )
         wanted = token_divergence(exact, candidate[rows], targets[rows])
         difference: NDArray[np.float64] = (compact.kl.double() - wanted.kl.double()).cpu().numpy()
         return difference[np.isfinite(difference)]
@@ -224,7 +253,11 @@ def compact_error(errors: NDArray[np.float64], protocol: str, form: str) -> Comp
     if not len(errors):
         return None
     return CompactError(
-        protocol=protocol, form=form, positions=len(errors), mean=float(errors.mean()), largest=float(abs(errors).max())
+        protocol=protocol,
+        form=form,
+        positions=len(errors),
+        mean=float(errors.mean()),
+        largest=float(abs(errors).max()),
     )
 
 

@@ -1,4 +1,5 @@
-"""Scoring a served model on the windows of a pass: its losses come from the server, everything after is the same code."""
+"""Scoring a served model on the windows of a pass: its losses come from the server, everything
+after is the same code."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from llmquant_eval.scoring.score import Advance, Scores
 from llmquant_eval.scoring.stream import Stream
 
 
-def score_served(endpoint: Endpoint, stream: Stream, label: str, advance: Advance | None = None) -> Scores:
+def score_served(
+    endpoint: Endpoint, stream: Stream, label: str, advance: Advance | None = None
+) -> Scores:
     """Losses of a served model; no divergence, since a server does not give whole distributions.
 
     Raises:

@@ -1,13 +1,15 @@
-"""A text as the token stream of one protocol: ids, windows over them, and how many words and bytes each token stands for.
+"""A text as the token stream of one protocol: ids, windows over them, and how many words and bytes
+each token stands for.
 
-For ``ppl/gptq`` and ``ppl/strided`` the rows of the text are one text, joined by two newlines and tokenized once. For
-``ppl/word`` every row is a document of its own, tokenized alone behind a prefix token, as lm-eval does it: the tokenizer
-adds its special tokens (so a Llama document begins with two BOS, the second of them scored) unless the text itself
-begins with the prefix.
+For ``ppl/gptq`` and ``ppl/strided`` the rows of the text are one text, joined by two newlines and
+tokenized once. For ``ppl/word`` every row is a document of its own, tokenized alone behind a prefix
+token, as lm-eval does it: the tokenizer adds its special tokens (so a Llama document begins with
+two BOS, the second of them scored) unless the text itself begins with the prefix.
 
-Words are runs between white space, ``len(re.split(r"\\s+", document))``, bytes are UTF-8, both counted in the document as
-it was before any detokenizer. A document's words and bytes are shared out evenly over its scored tokens: sums over whole
-documents are exact, and windows of one document can still be told apart for the standard error.
+Words are runs between white space, ``len(re.split(r"\\s+", document))``, bytes are UTF-8, both
+counted in the document as it was before any detokenizer. A document's words and bytes are shared
+out evenly over its scored tokens: sums over whole documents are exact, and windows of one document
+can still be told apart for the standard error.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stream:
-    """``ids`` int64 ``[tokens]``; the ``windows`` to score of ``available``; ``words`` and ``bytes_`` per scored token.
+    """``ids`` int64 ``[tokens]``; the ``windows`` to score of ``available``; ``words`` and
+    ``bytes_`` per scored token.
 
     ``words`` and ``bytes_`` are None where the protocol does not count them.
     """
@@ -90,13 +93,19 @@ def prefix_token(tokenizer: Any) -> int:
     Raises:
         CheckpointError: the tokenizer has neither.
     """
-    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prefix = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
     if prefix is None:
-        raise CheckpointError("the tokenizer has neither a BOS nor an EOS token; ppl/word needs one before each document")
+        raise CheckpointError(
+            "the tokenizer has neither a BOS nor an EOS token; ppl/word needs one before each document"
+        )
     return int(prefix)
 
 
-def _by_document(protocol: WordProtocol, tokenizer: Any, documents: Documents, source: str) -> Stream:
+def _by_document(
+    protocol: WordProtocol, tokenizer: Any, documents: Documents, source: str
+) -> Stream:
     import torch
 
     documents.text()  # refuses chats
@@ -109,9 +118,13 @@ def _by_document(protocol: WordProtocol, tokenizer: Any, documents: Documents, s
     spare_words = spare_bytes = 0
     for row in documents.rows:
         assert isinstance(row, str)
-        tokens = _document_tokens(tokenizer, wikitext_detokenize(row) if protocol.detokenized else row, prefix)
+        tokens = _document_tokens(
+            tokenizer, wikitext_detokenize(row) if protocol.detokenized else row, prefix
+        )
         count, size = len(re.split(r"\s+", row)), len(row.encode("utf-8"))
-        if not tokens:  # an empty row has no token to carry its word: lm-eval counts it, so the others do
+        if (
+            not tokens
+        ):  # an empty row has no token to carry its word: lm-eval counts it, so the others do
             spare_words, spare_bytes = spare_words + count, spare_bytes + size
             continue
         windows += [w.moved(len(ids)) for w in protocol.windows(len(tokens))]
@@ -126,7 +139,8 @@ def _by_document(protocol: WordProtocol, tokenizer: Any, documents: Documents, s
 
 
 def _document_tokens(tokenizer: Any, text: str, prefix: int) -> list[int]:
-    """Tokens as lm-eval's Hugging Face model takes them: default special tokens, none if the text has its own prefix."""
+    """Tokens as lm-eval's Hugging Face model takes them: default special tokens, none if the text
+    has its own prefix."""
     if text.startswith(tokenizer.decode(prefix)):
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return list(tokenizer(text, verbose=False)["input_ids"])

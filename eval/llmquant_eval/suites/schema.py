@@ -1,9 +1,10 @@
 """Suites: which models are measured on which texts by which protocols, as YAML.
 
-A suite names models with labels. Each is a folder, a hub name, a server, or a recipe that is applied to ``base`` (the
-reference, if left out) on the way. Paths are relative to the current directory, as on the command line. Unknown keys are
-errors. ``quick`` and ``standard`` come with the package and take the reference from the command line. A name in ``recipes``
-may be a pattern over the shipped ones (``"*"``, ``"gptq-*"``).
+A suite names models with labels. Each is a folder, a hub name, a server, or a recipe that is
+applied to ``base`` (the reference, if left out) on the way. Paths are relative to the current
+directory, as on the command line. Unknown keys are errors. ``quick`` and ``standard`` come with the
+package and take the reference from the command line. A name in ``recipes`` may be a pattern over
+the shipped ones (``"*"``, ``"gptq-*"``).
 
     description: what it is for
     reference: examples/tiny-llama
@@ -39,7 +40,8 @@ class _Strict(BaseModel):
 
 
 class SuiteModel(_Strict):
-    """``model`` is there already, ``recipe`` is applied to ``base``. ``made_by`` is the command that made ``model``, to show."""
+    """``model`` is there already, ``recipe`` is applied to ``base``. ``made_by`` is the command
+    that made ``model``, to show."""
 
     label: str = Field(min_length=1, max_length=LONGEST_LABEL)
     model: str | None = None
@@ -61,7 +63,9 @@ class SuiteModel(_Strict):
         if self.model is not None and self.base is not None:
             raise ValueError(f"{self.label}: base belongs to recipe")
         if self.recipe is not None and self.made_by is not None:
-            raise ValueError(f"{self.label}: made_by belongs to model; what a recipe makes is known")
+            raise ValueError(
+                f"{self.label}: made_by belongs to model; what a recipe makes is known"
+            )
         return self
 
 
@@ -74,7 +78,8 @@ class SuiteCalibration(_Strict):
 
 
 class SuiteText(_Strict):
-    """An evaluation text; ``name`` goes into file names. Fewer windows than there are make a partial run."""
+    """An evaluation text; ``name`` goes into file names. Fewer windows than there are make a
+    partial run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     source: str
@@ -90,7 +95,8 @@ class SuiteTasks(_Strict):
 
 
 class Outputs(_Strict):
-    """Where things go; ``results`` gets one report per model and protocol, the others are rendered from that folder."""
+    """Where things go; ``results`` gets one report per model and protocol, the others are rendered
+    from that folder."""
 
     results: str
     markdown: str | None = None
@@ -147,20 +153,34 @@ class Suite(_Strict):
         labels, texts = [m.label for m in self.all_models()], [t.name for t in self.texts]
         slugs = [slug(label) for label in labels]
         for what, names, written in (
-            ("label", labels, slugs), ("text", texts, texts), ("protocol", self.protocols, self.protocols),
-        ):  # fmt: skip
-            twice = next((n for n, w in zip(names, written, strict=True) if written.count(w) > 1), None)
+            ("label", labels, slugs),
+            ("text", texts, texts),
+            ("protocol", self.protocols, self.protocols),
+        ):
+            twice = next(
+                (n for n, w in zip(names, written, strict=True) if written.count(w) > 1), None
+            )
             if twice is not None:
-                raise ValueError(f"the {what} {twice!r} is given twice (file names are made of them)")
+                raise ValueError(
+                    f"the {what} {twice!r} is given twice (file names are made of them)"
+                )
         return self
 
     def all_models(self) -> tuple[SuiteModel, ...]:
         """The models in order: recipes, each labelled by its name, then ``models``."""
-        return (*(SuiteModel(label=Path(name).stem, recipe=name) for name in self.recipes), *self.models)
+        return (
+            *(SuiteModel(label=Path(name).stem, recipe=name) for name in self.recipes),
+            *self.models,
+        )
 
     def only(self, labels: Collection[str]) -> Suite:
         """A copy with the models of these labels alone."""
-        return self.model_copy(update={"recipes": (), "models": tuple(m for m in self.all_models() if m.label in labels)})
+        return self.model_copy(
+            update={
+                "recipes": (),
+                "models": tuple(m for m in self.all_models() if m.label in labels),
+            }
+        )
 
     def changed(self, **changes: object) -> Suite:
         """A copy with keys replaced, validated anew; None leaves a key as it is.
@@ -209,7 +229,9 @@ def load_suite(name_or_path: str) -> Suite:
     if not path.is_file():
         known = shipped_suites()
         if name_or_path not in known:
-            raise UsageError(f"--suite {name_or_path} is no file, and the shipped suites are {', '.join(known)}")
+            raise UsageError(
+                f"--suite {name_or_path} is no file, and the shipped suites are {', '.join(known)}"
+            )
         path = known[name_or_path]
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -223,10 +245,15 @@ def _validate(data: object, origin: str) -> Suite:
         return Suite.model_validate(data)
     except ValidationError as e:
         problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'suite'}: {_said(p['type'], p['msg'])}" for p in e.errors()
+            f"{'.'.join(map(str, p['loc'])) or 'suite'}: {_said(p['type'], p['msg'])}"
+            for p in e.errors()
         )
         raise UsageError(f"{origin}: {problems}") from e
 
 
 def _said(kind: str, message: str) -> str:
-    return "there is no such key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
+    return (
+        "there is no such key"
+        if kind == "extra_forbidden"
+        else message.removeprefix("Value error, ")
+    )

@@ -1,10 +1,12 @@
 """Tasks through lm-eval: its prompts, its metrics, our models; every item's outcome kept.
 
-A task is named as lm-eval names it, from its own collection or from ``--include-path``. The tasks of this package's
-``tasks`` folder read a JSON Lines file that is given with the name, ``arc_easy_local=FILE.jsonl``, and need no network.
+A task is named as lm-eval names it, from its own collection or from ``--include-path``. The tasks
+of this package's ``tasks`` folder read a JSON Lines file that is given with the name,
+``arc_easy_local=FILE.jsonl``, and need no network.
 
-Whether each item was right is kept in the Report as a string of ones and zeros, so that two models can be compared item by
-item (:mod:`llmquant_eval.report.paired`); ``--log-samples`` writes all that lm-eval logged, hashed, beside it.
+Whether each item was right is kept in the Report as a string of ones and zeros, so that two models
+can be compared item by item (:mod:`llmquant_eval.report.paired`); ``--log-samples`` writes all that
+lm-eval logged, hashed, beside it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ LOCAL_TASKS = Path(__file__).parent / "local"
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """Tasks that exist. ``configs`` are lm-eval names or whole configurations; ``manager`` is lm-eval's TaskManager."""
+    """Tasks that exist. ``configs`` are lm-eval names or whole configurations; ``manager`` is
+    lm-eval's TaskManager."""
 
     configs: tuple[str | dict[str, Any], ...]
     manager: Any
@@ -42,11 +45,14 @@ class TaskPlan:
     samples: Path | None
 
 
-def plan_tasks(names: Sequence[str], include_path: str | None, limit: int | None, samples: str | None) -> TaskPlan:
+def plan_tasks(
+    names: Sequence[str], include_path: str | None, limit: int | None, samples: str | None
+) -> TaskPlan:
     """Find every task before a weight is read.
 
     Raises:
-        UsageError: lm-eval is not installed, a task, file or folder that does not exist, a limit below 1.
+        UsageError: lm-eval is not installed, a task, file or folder that does not exist, a limit
+            below 1.
         LlmquantError: a task does not fit its data.
     """
     if limit is not None and limit < 1:
@@ -56,8 +62,12 @@ def plan_tasks(names: Sequence[str], include_path: str | None, limit: int | None
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as e:
-        raise UsageError(f"tasks run through lm-eval, which is not installed ({e}); pip install 'llmquant[eval]'") from e
-    configs = tuple(_local_task(name) if "=" in name or _local_file(name).is_file() else name for name in names)
+        raise UsageError(
+            f"tasks run through lm-eval, which is not installed ({e}); pip install 'llmquant[eval]'"
+        ) from e
+    configs = tuple(
+        _local_task(name) if "=" in name or _local_file(name).is_file() else name for name in names
+    )
     plain = [c for c in configs if isinstance(c, str)]
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if any(name not in manager.all_tasks for name in plain):
@@ -69,7 +79,9 @@ def plan_tasks(names: Sequence[str], include_path: str | None, limit: int | None
             f"--tasks {missing[0]}: no such task in lm-eval {_version()}"
             f"{f' or {include_path}' if include_path else ''}; over a file of your own: {local} (NAME=FILE.jsonl)"
         )
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a loaded model, which is what we always give it
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it warns of a loaded model, which is what we always give it
     with _told_apart(configs):
         manager.load(list(configs))  # reads the data and fills in the first item's templates
     return TaskPlan(configs, manager, limit, None if samples is None else Path(samples))
@@ -77,21 +89,33 @@ def plan_tasks(names: Sequence[str], include_path: str | None, limit: int | None
 
 @contextmanager
 def _told_apart(configs: Sequence[str | dict[str, Any]]) -> Iterator[None]:
-    """lm-eval's failures on a task's templates and data as an error of ours; it has none of its own."""
+    """lm-eval's failures on a task's templates and data as an error of ours; it has none of its
+    own."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
 
     try:
         with warnings.catch_warnings(action="ignore"), _without_bars():
             yield
-    except (ValueError, LookupError, TypeError, OSError, ImportError, DatasetsError, TemplateError) as e:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        OSError,
+        ImportError,
+        DatasetsError,
+        TemplateError,
+    ) as e:
         names = ", ".join(c if isinstance(c, str) else str(c["task"]) for c in configs)
-        raise LlmquantError(f"lm-eval cannot run {names}: {type(e).__name__}: {str(e).strip()}") from e
+        raise LlmquantError(
+            f"lm-eval cannot run {names}: {type(e).__name__}: {str(e).strip()}"
+        ) from e
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """lm-eval draws bars on stderr without a switch, across ours and in spite of --quiet; so do the data sets."""
+    """lm-eval draws bars on stderr without a switch, across ours and in spite of --quiet; so do the
+    data sets."""
     import datasets
     from lm_eval.api import task
 
@@ -132,9 +156,13 @@ def run_tasks(plan: TaskPlan, model: Any, label: str) -> list[TaskResult]:
 
     with _told_apart(plan.configs):
         found = simple_evaluate(
-            model=model, tasks=list(plan.configs), task_manager=plan.manager, limit=plan.limit, log_samples=True,
+            model=model,
+            tasks=list(plan.configs),
+            task_manager=plan.manager,
+            limit=plan.limit,
+            log_samples=True,
             bootstrap_iters=0,
-        )  # fmt: skip
+        )
     assert found is not None  # only ranks other than 0 get none
     return [_result(name, found, plan, label) for name in found["samples"]]
 
@@ -145,16 +173,23 @@ def _result(task: str, found: Mapping[str, Any], plan: TaskPlan, label: str) -> 
     identity = "\n".join(f"{s['doc_hash']} {s['target_hash']}" for s in first_filter)
     version = found["versions"].get(task)
     return TaskResult(
-        task=task, version=None if version is None else str(version), lm_eval=_version(),
-        few_shot=int(found["n-shot"].get(task, 0)), items=len(first_filter),
+        task=task,
+        version=None if version is None else str(version),
+        lm_eval=_version(),
+        few_shot=int(found["n-shot"].get(task, 0)),
+        items=len(first_filter),
         items_available=int(found["n-samples"][task]["original"]),
         items_sha256=hashlib.sha256(identity.encode()).hexdigest(),
         metrics=dict(_metrics(found["results"][task], samples)),
-        samples=None if plan.samples is None else _write_samples(plan.samples, label, task, samples),
-    )  # fmt: skip
+        samples=None
+        if plan.samples is None
+        else _write_samples(plan.samples, label, task, samples),
+    )
 
 
-def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, TaskMetric]]:
+def _metrics(
+    results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, TaskMetric]]:
     """lm-eval's ``metric,filter`` keys → metrics; the filter is named only where there is one."""
     metrics = []
     for key, value in results.items():
@@ -162,16 +197,24 @@ def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -
         if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         each = [s.get(name) for s in samples if s["filter"] == chosen]
-        right = "".join(str(int(v)) for v in each if v in (0, 1)) if all(v in (0, 1) for v in each) else None
-        metric = TaskMetric(value=float(value), standard_error=_standard_error(float(value), each), correct=right)
+        right = (
+            "".join(str(int(v)) for v in each if v in (0, 1))
+            if all(v in (0, 1) for v in each)
+            else None
+        )
+        metric = TaskMetric(
+            value=float(value), standard_error=_standard_error(float(value), each), correct=right
+        )
         metrics.append((name if chosen == "none" else key, metric))
     return metrics
 
 
 def _standard_error(value: float, each: Sequence[Any]) -> float | None:
-    """Of a mean over items, or of the perplexity of log-likelihoods (delta method); None for another aggregate.
+    """Of a mean over items, or of the perplexity of log-likelihoods (delta method); None for
+    another aggregate.
 
-    Which it is, the numbers tell. lm-eval's own bootstrap prints to stdout and forks a process per core.
+    Which it is, the numbers tell. lm-eval's own bootstrap prints to stdout and forks a process per
+    core.
     """
     if len(each) < 2 or not all(isinstance(v, (int, float)) for v in each):
         return None
@@ -182,9 +225,13 @@ def _standard_error(value: float, each: Sequence[Any]) -> float | None:
     return value * error if math.isclose(value, math.exp(-mean), rel_tol=1e-9) else None
 
 
-def _write_samples(folder: Path, label: str, task: str, samples: Sequence[Mapping[str, Any]]) -> SampleFile:
+def _write_samples(
+    folder: Path, label: str, task: str, samples: Sequence[Mapping[str, Any]]
+) -> SampleFile:
     path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label).strip('-')}.{task}.jsonl"
-    text = "".join(json.dumps(s, ensure_ascii=False, default=str, sort_keys=True) + "\n" for s in samples)
+    text = "".join(
+        json.dumps(s, ensure_ascii=False, default=str, sort_keys=True) + "\n" for s in samples
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, text)

@@ -1,8 +1,8 @@
 """From a text to one stream of token ids, and the guard that two models read the same stream.
 
-The text is tokenized once, whole, as the tokenizer does by default: at most one BOS, at the very start. Perplexities
-and divergences of models that cut the text differently cannot be compared token by token, so a tokenizer that gives
-other ids is refused rather than averaged over.
+The text is tokenized once, whole, as the tokenizer does by default: at most one BOS, at the very
+start. Perplexities and divergences of models that cut the text differently cannot be compared token
+by token, so a tokenizer that gives other ids is refused rather than averaged over.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hex sha256 over the vocabulary (token → id, added tokens included), whatever file it came from."""
+    """Hex sha256 over the vocabulary (token → id, added tokens included), whatever file it came
+    from."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=True).encode()).hexdigest()
 
 
 def encode(tokenizer: Any, text: str, source: str) -> Tensor:
-    """int64 ``[tokens]``: the whole text tokenized once, with the tokenizer's default special tokens.
+    """int64 ``[tokens]``: the whole text tokenized once, with the tokenizer's default special
+    tokens.
 
     Raises:
         SourceError: the text is empty or only white space.
@@ -49,7 +51,8 @@ def encode(tokenizer: Any, text: str, source: str) -> Tensor:
 
     if not text.strip():
         raise SourceError(f"{source} has no text in it; give a source with some")
-    # verbose=False: the stream is longer than the model's context on purpose; windows are cut from it.
+    # verbose=False: the stream is longer than the model's context on purpose; windows are cut from
+    # it.
     ids: Tensor = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     return ids
 

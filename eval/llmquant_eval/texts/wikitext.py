@@ -1,7 +1,9 @@
-"""lm-eval's WikiText detokenizer: undoing the spaces that WikiText's tokenization put around punctuation and numbers.
+"""lm-eval's WikiText detokenizer: undoing the spaces that WikiText's tokenization put around
+punctuation and numbers.
 
-The substitutions, and their order, are those of lm-eval's ``wikitext`` task (after Megatron-LM), quirks included: the
-pattern with slashes never matches, and ``" N "`` becomes ``" 1 "``. A test holds this table against lm-eval's own function.
+The substitutions, and their order, are those of lm-eval's ``wikitext`` task (after Megatron-LM),
+quirks included: the pattern with slashes never matches, and ``" N "`` becomes ``" 1 "``. A test
+holds this table against lm-eval's own function.
 """
 
 from __future__ import annotations
@@ -39,5 +41,9 @@ _STEPS: tuple[tuple[str, str] | tuple[re.Pattern[str], str], ...] = (
 def wikitext_detokenize(text: str) -> str:
     """The text as it would have been written."""
     for pattern, replacement in _STEPS:
-        text = text.replace(pattern, replacement) if isinstance(pattern, str) else pattern.sub(replacement, text)
+        text = (
+            text.replace(pattern, replacement)
+            if isinstance(pattern, str)
+            else pattern.sub(replacement, text)
+        )
     return text

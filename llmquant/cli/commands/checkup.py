@@ -1,6 +1,8 @@
-"""What ``llmquant doctor`` looks at. Each look stands alone: what cannot be found out is said in words, never a traceback.
+"""What ``llmquant doctor`` looks at. Each look stands alone: what cannot be found out is said in
+words, never a traceback.
 
-What llmquant needs, and what its extras are, is read from its own installed metadata, so there is no second list of them.
+What llmquant needs, and what its extras are, is read from its own installed metadata, so there is
+no second list of them.
 """
 
 from __future__ import annotations
@@ -24,10 +26,28 @@ from llmquant.errors import LlmquantError
 from llmquant.runtime.processor import Processor, this_processor
 
 _SHOWN_VERSIONS = (
-    "llmquant", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "datasets", "accelerate",
-)  # fmt: skip
-_NEEDED = ("torch", "transformers", "safetensors", "tokenizers")  # imported, not only looked up: a broken wheel shows then
-_BROKEN = (ImportError, OSError, RuntimeError, AttributeError, ValueError)  # what importing a broken package raises
+    "llmquant",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "compressed-tensors",
+    "datasets",
+    "accelerate",
+)
+_NEEDED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+)  # imported, not only looked up: a broken wheel shows then
+_BROKEN = (
+    ImportError,
+    OSError,
+    RuntimeError,
+    AttributeError,
+    ValueError,
+)  # what importing a broken package raises
 _BITS = (2, 3, 4, 8)
 _SHAPE = (4096, 4096)
 _GROUP = 128
@@ -38,7 +58,8 @@ _LLAMA_CPP = ("llama-cli", "llama-server", "llama-perplexity")
 
 @dataclass(slots=True)
 class Checkup:
-    """What was found. ``problems`` are what llmquant cannot work with; ``hints`` are what could be better."""
+    """What was found. ``problems`` are what llmquant cannot work with; ``hints`` are what could be
+    better."""
 
     processor: Processor
     versions: Mapping[str, str | None]
@@ -69,13 +90,18 @@ def look(environment: Mapping[str, str] = os.environ) -> Checkup:
     here = this_processor()
     found = Checkup(
         processor=here,
-        versions={"python": platform.python_version(), **{name: _version(name) for name in _SHOWN_VERSIONS}},
+        versions={
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _SHOWN_VERSIONS},
+        },
         memory={
-            "total": here.memory_bytes, "available": min(int(memory.available), here.memory_bytes), "swap": int(swap.total),
+            "total": here.memory_bytes,
+            "available": min(int(memory.available), here.memory_bytes),
+            "swap": int(swap.total),
             "swap_free": int(swap.free),
         },
         disk=_disk(),
-    )  # fmt: skip
+    )
     found.problems += _requirements(found.extras)
     broken = _imports()
     found.problems += broken
@@ -109,34 +135,47 @@ def _imports() -> list[str]:
             importlib.import_module(name)
         except _BROKEN as e:
             first = next(iter(str(e).splitlines()), type(e).__name__)
-            problems.append(f"{name} cannot be imported: {first}; reinstall it: pip install --force-reinstall {name}")
+            problems.append(
+                f"{name} cannot be imported: {first}; reinstall it: pip install --force-reinstall {name}"
+            )
             if name == "torch":
                 break  # the others only repeat it
     return problems
 
 
 def _requirements(extras: dict[str, dict[str, Any]]) -> list[str]:
-    """What the installed llmquant requires and does not have; fills ``extras`` with what each of those lacks."""
+    """What the installed llmquant requires and does not have; fills ``extras`` with what each of
+    those lacks."""
     try:
         from packaging.requirements import Requirement
 
         wanted = [Requirement(text) for text in requires("llmquant") or []]
     except PackageNotFoundError:
-        return ["llmquant runs from sources that are not installed, so what it requires is not known: pip install -e ."]
+        return [
+            "llmquant runs from sources that are not installed, so what it requires is not known: pip install -e ."
+        ]
     except ImportError as e:
-        return [f"packaging cannot be imported, which transformers needs: {e}; pip install packaging"]
+        return [
+            f"packaging cannot be imported, which transformers needs: {e}; pip install packaging"
+        ]
     problems = []
     for requirement in wanted:
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker or ""))
         have = _version(requirement.name)
         fits = have is not None and requirement.specifier.contains(have, prereleases=True)
-        what = f"{requirement.name}{requirement.specifier}" + (f" (there is {have})" if have is not None else "")
+        what = f"{requirement.name}{requirement.specifier}" + (
+            f" (there is {have})" if have is not None else ""
+        )
         if extra is not None:
-            entry = extras.setdefault(extra[1], {"missing": [], "install": f"pip install 'llmquant[{extra[1]}]'"})
+            entry = extras.setdefault(
+                extra[1], {"missing": [], "install": f"pip install 'llmquant[{extra[1]}]'"}
+            )
             if not fits:
                 entry["missing"].append(what)
         elif not fits and (requirement.marker is None or requirement.marker.evaluate()):
-            problems.append(f"{what} is needed and not there: pip install '{requirement.name}{requirement.specifier}'")
+            problems.append(
+                f"{what} is needed and not there: pip install '{requirement.name}{requirement.specifier}'"
+            )
     extras.pop("dev", None)  # of those who change llmquant, not of those who use it
     return problems
 
@@ -158,8 +197,15 @@ def _look_with_torch(found: Checkup) -> None:
         "calibration_dtype": CALIBRATION.name,
         "calibration_reason": CALIBRATION.reason,
     }
-    found.versions = {**found.versions, "torch's CPU capability": torch.backends.cpu.get_cpu_capability()}
-    found.threads = {"torch": torch.get_num_threads(), "available": here.threads, "cores": here.cores}
+    found.versions = {
+        **found.versions,
+        "torch's CPU capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    found.threads = {
+        "torch": torch.get_num_threads(),
+        "available": here.threads,
+        "cores": here.cores,
+    }
     if torch.get_num_threads() > here.threads:
         found.hints.append(
             f"torch computes with {torch.get_num_threads()} threads where {here.threads} can run at once: "
@@ -170,8 +216,12 @@ def _look_with_torch(found: Checkup) -> None:
         found.gpus.append({"device": f"cuda:{i}", "name": facts.name, "memory": facts.total_memory,
                            "capability": f"{facts.major}.{facts.minor}"})  # fmt: skip
     if not found.gpus and shutil.which("nvidia-smi"):
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
-        found.hints.append(f"nvidia-smi is here but torch finds no GPU (it is {built}); see https://pytorch.org/get-started")
+        built = (
+            f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        )
+        found.hints.append(
+            f"nvidia-smi is here but torch finds no GPU (it is {built}); see https://pytorch.org/get-started"
+        )
     try:
         found.kernels = _kernels(device, chosen.dtype)
         found.compiled = _compiled(found.hints)
@@ -179,9 +229,10 @@ def _look_with_torch(found: Checkup) -> None:
         found.problems.append(f"kernels cannot be chosen: {e}")
     if found.versions["compressed-tensors"] is None:
         found.engines["transformers"] = {
-            "ready": False, "reason": "compressed-tensors, by which it reads packed folders, is not installed",
+            "ready": False,
+            "reason": "compressed-tensors, by which it reads packed folders, is not installed",
             "install": "pip install compressed-tensors",
-        }  # fmt: skip
+        }
     else:
         found.engines["transformers"] = {"ready": True, **_takes("transformers")}
 
@@ -194,7 +245,11 @@ def _kernels(device: Any, dtype: Any) -> dict[str, dict[str, Any]]:
     found = {}
     for bits in _BITS:
         kernel, refusals = choose(QuantSpec(bits, _GROUP), _SHAPE, device, dtype)
-        found[f"W{bits} g{_GROUP}"] = {"kernel": kernel.name, "dtype": str(dtype).removeprefix("torch."), "not": dict(refusals)}
+        found[f"W{bits} g{_GROUP}"] = {
+            "kernel": kernel.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "not": dict(refusals),
+        }
     return found
 
 
@@ -204,14 +259,19 @@ def _compiled(hints: list[str]) -> dict[str, Any]:
 
     facts = native.describe()
     if not facts["compiled"]:
-        hints.append(f"packed layers are slow on this CPU: kernel cpu is missing; {facts['reason']}")
+        hints.append(
+            f"packed layers are slow on this CPU: kernel cpu is missing; {facts['reason']}"
+        )
     elif not facts["shares_threads"]:
-        hints.append("kernel cpu runs on one thread: torch brought no OpenMP runtime that it could share")
+        hints.append(
+            "kernel cpu runs on one thread: torch brought no OpenMP runtime that it could share"
+        )
     return facts
 
 
 def _takes(name: str) -> dict[str, Any]:
-    """What an engine of llmquant's table takes and refuses: of symmetric compressed-tensors weights in groups."""
+    """What an engine of llmquant's table takes and refuses: of symmetric compressed-tensors weights
+    in groups."""
     from llmquant.formats import Scheme
     from llmquant.formats.engines import ENGINES, why_not
     from llmquant.spec import QuantSpec
@@ -228,7 +288,8 @@ def _takes(name: str) -> dict[str, Any]:
 
 
 def _vllm(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Whether vLLM can be imported in its environment; asked in another process, because it is never imported into this one."""
+    """Whether vLLM can be imported in its environment; asked in another process, because it is
+    never imported into this one."""
     asked = environment.get("LLMQUANT_VLLM_PYTHON", "")
     python = Path(asked) if asked else Path(".venv-vllm") / "bin" / "python"
     found: dict[str, Any] = {"ready": False, "python": str(python)}
@@ -238,11 +299,19 @@ def _vllm(environment: Mapping[str, str]) -> dict[str, Any]:
         return {**found, "reason": f"{python} is not there", "install": install}
     try:
         done = subprocess.run(
-            [str(python), "-I", "-c", _VLLM_CODE], capture_output=True, text=True, check=False, timeout=_VLLM_SECONDS,
+            [str(python), "-I", "-c", _VLLM_CODE],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_VLLM_SECONDS,
             stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
-        return {**found, "reason": f"importing vllm took more than {_VLLM_SECONDS} s", "install": install}
+        return {
+            **found,
+            "reason": f"importing vllm took more than {_VLLM_SECONDS} s",
+            "install": install,
+        }
     except OSError as e:
         return {**found, "reason": f"{python} cannot be started: {e}", "install": install}
     told = re.search(r"^llmquant-vllm (\S+)$", done.stdout, re.MULTILINE)

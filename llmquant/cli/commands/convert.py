@@ -1,4 +1,5 @@
-"""``llmquant convert``: a quantized folder in another layout, with equal numbers, or every reason why not."""
+"""``llmquant convert``: a quantized folder in another layout, with equal numbers, or every reason
+why not."""
 
 from __future__ import annotations
 
@@ -24,31 +25,56 @@ _GGUF = "gguf"
 
 
 def convert_command(
-    model: Annotated[str, typer.Argument(help="Quantized model folder or hub name, of llmquant or another tool.")],
-    to: Annotated[str, typer.Option(help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make (for gguf: the file).")],
+    model: Annotated[
+        str, typer.Argument(help="Quantized model folder or hub name, of llmquant or another tool.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to make (for gguf: the file).")
+    ],
     dtype: Annotated[
-        str, typer.Option(help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32.")
+        str,
+        typer.Option(
+            help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32."
+        ),
     ] = "auto",
     scale_dtype: Annotated[
-        str | None, typer.Option(help="Store scales in this dtype instead of the model's, where the layout lets you.")
+        str | None,
+        typer.Option(
+            help="Store scales in this dtype instead of the model's, where the layout lets you."
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The unquantized model, if zero-points are in doubt.")] = None,
-    max_shard_size: Annotated[int, typer.Option(help="Bytes per file of a dense result.")] = 5_000_000_000,
+    base: Annotated[
+        str | None, typer.Option(help="The unquantized model, if zero-points are in doubt.")
+    ] = None,
+    max_shard_size: Annotated[
+        int, typer.Option(help="Bytes per file of a dense result.")
+    ] = 5_000_000_000,
     threads: ThreadsOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing result.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no summary.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Rewrite a quantized MODEL in another layout without changing a number."""
     if max_shard_size < 1_000_000:
-        raise UsageError(f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000")
+        raise UsageError(
+            f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000"
+        )
     from llmquant.runtime.threads import set_threads
 
     set_threads(threads)
     if to == _GGUF:
         if dtype != "auto" or scale_dtype is not None or base is not None:
-            raise UsageError("--dtype, --scale-dtype and --base do not apply to gguf, whose scales are fp16")
+            raise UsageError(
+                "--dtype, --scale-dtype and --base do not apply to gguf, whose scales are fp16"
+            )
         from llmquant.checkpoint.hub import resolve
         from llmquant.conversion.gguf.file import export_gguf
 
@@ -58,7 +84,11 @@ def convert_command(
     from llmquant.conversion import ConvertOptions, convert
 
     options = ConvertOptions(
-        dtype=dtype, scale_dtype=scale_dtype, base=base, overwrite=overwrite, max_shard_size=max_shard_size
+        dtype=dtype,
+        scale_dtype=scale_dtype,
+        base=base,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
     )
     with stoppable(), _progress(hidden=quiet or as_json) as on_progress:
         result = convert(model, to, output, options, on_progress)
@@ -80,7 +110,12 @@ def _facts(result: ConvertResult) -> dict[str, Any]:
 
 
 def _gguf_facts(result: GgufResult) -> dict[str, Any]:
-    return {"path": str(result.path), "format": _GGUF, "bytes_written": result.nbytes, "types": dict(result.types)}
+    return {
+        "path": str(result.path),
+        "format": _GGUF,
+        "bytes_written": result.nbytes,
+        "types": dict(result.types),
+    }
 
 
 def _tell(facts: dict[str, Any], warnings: tuple[str, ...], quiet: bool, as_json: bool) -> None:
@@ -102,6 +137,10 @@ def _progress(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import Progress
 
     console = screen(stderr=True)
-    with Progress(console=console, disable=hidden or not console.is_terminal, transient=True) as progress:
+    with Progress(
+        console=console, disable=hidden or not console.is_terminal, transient=True
+    ) as progress:
         task = progress.add_task("reading", total=None)
-        yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)
+        yield lambda phase, done, total: progress.update(
+            task, description=phase, completed=done, total=total
+        )

@@ -1,6 +1,8 @@
-"""``llmquant doctor``: the machine, what ``auto`` means on it, which kernels and engines it has, and what is missing.
+"""``llmquant doctor``: the machine, what ``auto`` means on it, which kernels and engines it has,
+and what is missing.
 
-Exit code 0 when llmquant can work here, 1 when something it needs is broken. What is optional and absent breaks nothing.
+Exit code 0 when llmquant can work here, 1 when something it needs is broken. What is optional and
+absent breaks nothing.
 """
 
 from __future__ import annotations
@@ -53,13 +55,21 @@ def _show(found: Checkup) -> None:
         console.print(f"hint: {hint}", soft_wrap=True)
     for problem in found.problems:
         console.print(f"problem: {problem}", soft_wrap=True)
-    console.print("llmquant can work here" if found.ok else "llmquant cannot work here until that is mended")
+    console.print(
+        "llmquant can work here" if found.ok else "llmquant cannot work here until that is mended"
+    )
 
 
 def _rows(found: Checkup) -> list[tuple[str, str]]:
     here = found.processor
-    sets = ", ".join(here.instruction_sets) or ("none of those that matter" if here.known else "not known")
-    held = f"; held back: {', '.join(here.held_back)} by {' '.join(here.held_by)}" if here.held_back else ""
+    sets = ", ".join(here.instruction_sets) or (
+        "none of those that matter" if here.known else "not known"
+    )
+    held = (
+        f"; held back: {', '.join(here.held_back)} by {' '.join(here.held_by)}"
+        if here.held_back
+        else ""
+    )
     rows = [("processor", f"{here.name} ({here.architecture})"), ("instructions", sets + held)]
     if found.auto:
         auto = found.auto
@@ -70,19 +80,51 @@ def _rows(found: Checkup) -> list[tuple[str, str]]:
         rows.append(("to calibrate", f"{auto['calibration_dtype']}: {auto['calibration_reason']}"))
     rows += [_kernel(scheme, facts) for scheme, facts in found.kernels.items()]
     if found.compiled.get("compiled"):
-        rows.append(("compiled code", f"runs on {found.compiled['runs']}; there are {', '.join(found.compiled['available'])}"))
+        rows.append(
+            (
+                "compiled code",
+                f"runs on {found.compiled['runs']}; there are {', '.join(found.compiled['available'])}",
+            )
+        )
     if found.threads:
         cores = f", of {found.threads['cores']} cores" if found.threads["cores"] else ""
-        rows.append(("threads", f"{found.threads['torch']}; {found.threads['available']} can run at once{cores}"))
+        rows.append(
+            (
+                "threads",
+                f"{found.threads['torch']}; {found.threads['available']} can run at once{cores}",
+            )
+        )
     memory = found.memory
     rows.append(("memory", f"{_gb(memory['available'])} free of {_gb(memory['total'])}"))
-    rows.append(("swap", f"{_gb(memory['swap_free'])} free of {_gb(memory['swap'])}" if memory["swap"] else "none"))
+    rows.append(
+        (
+            "swap",
+            f"{_gb(memory['swap_free'])} free of {_gb(memory['swap'])}"
+            if memory["swap"]
+            else "none",
+        )
+    )
     disk = found.disk
-    rows.append(("disk", f"{_gb(disk['free'])} free at {disk['path']}" if disk["path"] else f"not known: {disk['error']}"))
-    rows += [(g["device"], f"{g['name']}, {_gb(g['memory'])}, compute capability {g['capability']}") for g in found.gpus]
+    rows.append(
+        (
+            "disk",
+            f"{_gb(disk['free'])} free at {disk['path']}"
+            if disk["path"]
+            else f"not known: {disk['error']}",
+        )
+    )
+    rows += [
+        (g["device"], f"{g['name']}, {_gb(g['memory'])}, compute capability {g['capability']}")
+        for g in found.gpus
+    ]
     if found.auto and not found.gpus:
         rows.append(("gpu", "none that torch can use"))
-    rows.append(("versions", ", ".join(f"{name} {told or 'not installed'}" for name, told in found.versions.items())))
+    rows.append(
+        (
+            "versions",
+            ", ".join(f"{name} {told or 'not installed'}" for name, told in found.versions.items()),
+        )
+    )
     rows += [_engine(name, facts) for name, facts in found.engines.items()]
     rows += [(f"for {name}", _extra(facts)) for name, facts in found.extras.items()]
     return rows
@@ -98,7 +140,10 @@ def _engine(name: str, facts: dict[str, Any]) -> tuple[str, str]:
         return name, f"{facts['reason']}. To get it: {facts['install']}"
     refusals = "".join(f"; {scheme}: {why}" for scheme, why in facts.get("refuses", {}).items())
     where = f"{facts['version']} at {facts['python']}; " if facts.get("version") else ""
-    return name, f"{where}takes {', '.join(facts.get('takes', [])) or 'nothing'} of compressed-tensors on a CPU{refusals}"
+    return (
+        name,
+        f"{where}takes {', '.join(facts.get('takes', [])) or 'nothing'} of compressed-tensors on a CPU{refusals}",
+    )
 
 
 def _extra(facts: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""``llmquant generate``: a short reply from a model folder, packed or not, streamed as it is made."""
+"""``llmquant generate``: a short reply from a model folder, packed or not, streamed as it is
+made."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def generate_command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, when sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text; do not use the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text; do not use the chat template.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     kernel: KernelOption = "auto",
@@ -58,22 +61,37 @@ def generate_command(
     _refuse_too_long(ids.shape[1], max_new_tokens, loaded.config)
     ids = ids.to(loaded.device)
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=not raw, skip_special_tokens=True)
+    streamer = (
+        None if as_json else TextStreamer(tokenizer, skip_prompt=not raw, skip_special_tokens=True)
+    )
     started = time.perf_counter()
     out = loaded.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        **sampling,
     )
     seconds = time.perf_counter() - started
     new = out[0, ids.shape[1] :]
     if as_json:
         text = tokenizer.decode(new, skip_special_tokens=True)
         record = {
-            "text": text, "prompt_tokens": ids.shape[1], "new_tokens": new.numel(), "seconds": seconds,
-            "kernels": kernels, "computing": computing.as_dict(),
-        }  # fmt: skip
+            "text": text,
+            "prompt_tokens": ids.shape[1],
+            "new_tokens": new.numel(),
+            "seconds": seconds,
+            "kernels": kernels,
+            "computing": computing.as_dict(),
+        }
         sys.stdout.write(json.dumps(record) + "\n")
     else:
         sys.stderr.write(f"computed in {computing.told(kernels)}\n")
@@ -82,7 +100,8 @@ def generate_command(
 def _prompt(given: str) -> str:
     try:
         prompt = sys.stdin.read() if given == "-" else given
-        prompt.encode()  # bytes of another encoding come through the command line as lone surrogates
+        # bytes of another encoding come through the command line as lone surrogates
+        prompt.encode()
     except UnicodeError as e:
         raise UsageError(f"the prompt is not UTF-8 text: {e}") from e
     if not prompt.strip():
@@ -91,7 +110,8 @@ def _prompt(given: str) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:
-    """Token ids ``[1, n]``: of the text itself, or of one user turn in the model's chat template."""
+    """Token ids ``[1, n]``: of the text itself, or of one user turn in the model's chat
+    template."""
     from jinja2 import TemplateError
 
     if raw or tokenizer.chat_template is None:
@@ -99,9 +119,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tenso
         return plain
     turns = [{"role": "user", "content": prompt}]
     try:
-        encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        encoded: Any = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     except (TemplateError, ValueError) as e:
-        raise CheckpointError(f"the model's chat template cannot be used: {e}; --raw does without it") from e
+        raise CheckpointError(
+            f"the model's chat template cannot be used: {e}; --raw does without it"
+        ) from e
     ids: Tensor = encoded["input_ids"]
     return ids
 

@@ -1,4 +1,5 @@
-"""``llmquant inspect``: what a folder holds, and with ``--verify`` whether it is still what was written."""
+"""``llmquant inspect``: what a folder holds, and with ``--verify`` whether it is still what was
+written."""
 
 from __future__ import annotations
 
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
 
 def inspect_command(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Re-hash every file and re-read every packed weight.")] = False,
-    modules: Annotated[bool, typer.Option("--modules", help="One row per quantized linear.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Re-hash every file and re-read every packed weight.")
+    ] = False,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="One row per quantized linear.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show what is quantized in MODEL and how."""
@@ -54,7 +59,8 @@ def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
         "cautions": {engine: list(reasons) for engine, reasons in found.cautions.items()},
         "fallbacks": list(found.fallbacks),
         "modules": [
-            {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes} for m in found.modules
+            {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes}
+            for m in found.modules
         ],
     }
 
@@ -92,7 +98,12 @@ def _show(found: Inspection, verified: bool, modules: bool) -> None:
     for column in ("count", "bits per weight"):
         table.add_column(column, justify="right")
     rows = Counter(
-        (m.name if modules else m.name.rpartition(".")[2], str(list(m.shape)), m.scheme, f"{m.bits_per_weight:.3f}")
+        (
+            m.name if modules else m.name.rpartition(".")[2],
+            str(list(m.shape)),
+            m.scheme,
+            f"{m.bits_per_weight:.3f}",
+        )
         for m in found.modules
     )
     for (name, shape, scheme, size), count in rows.items():

@@ -18,7 +18,9 @@ def recipes_command(
 
     if name is not None:
         recipe = load_recipe(name)
-        sys.stdout.write(json.dumps(recipe.model_dump(mode="json")) + "\n" if as_json else recipe.to_yaml())
+        sys.stdout.write(
+            json.dumps(recipe.model_dump(mode="json")) + "\n" if as_json else recipe.to_yaml()
+        )
         return
     found = {n: load_recipe(n).description for n in shipped()}
     if as_json:

@@ -1,11 +1,14 @@
-"""A quantized folder → one GGUF file for llama.cpp, holding exactly the same numbers, or a refusal that says which do not fit.
+"""A quantized folder → one GGUF file for llama.cpp, holding exactly the same numbers, or a refusal
+that says which do not fit.
 
-Linears go into the narrowest of Q4_0, Q4_1 and Q8_0 that holds them (:mod:`llmquant.formats.gguf`); everything else keeps its
-dtype, except that vectors become float32, as llama.cpp wants. The rows of q and k are reordered, because llama.cpp rotates pairs
-(i, i+1) where transformers rotates (i, i + half): groups run along rows, so that moves whole rows of codes and scales.
+Linears go into the narrowest of Q4_0, Q4_1 and Q8_0 that holds them (:mod:`llmquant.formats.gguf`);
+everything else keeps its dtype, except that vectors become float32, as llama.cpp wants. The rows of
+q and k are reordered, because llama.cpp rotates pairs (i, i+1) where transformers rotates (i, i +
+half): groups run along rows, so that moves whole rows of codes and scales.
 
-Llama and Mistral models with a byte-level BPE tokenizer; others are refused by name. The file is read back and compared
-tensor by tensor before it gets its name. Needs the ``gguf`` package (imported when called).
+Llama and Mistral models with a byte-level BPE tokenizer; others are refused by name. The file is
+read back and compared tensor by tensor before it gets its name. Needs the ``gguf`` package
+(imported when called).
 """
 
 from __future__ import annotations
@@ -43,14 +46,17 @@ class GgufResult:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A tensor to be: ``scheme`` is None for an unquantized one. :data:`_ROPE` has no source but the config."""
+    """A tensor to be: ``scheme`` is None for an unquantized one. :data:`_ROPE` has no source but
+    the config."""
 
     name: str
     target: str
     scheme: Scheme | None
 
 
-def export_gguf(model: str | os.PathLike[str], output: str | os.PathLike[str], *, overwrite: bool = False) -> GgufResult:
+def export_gguf(
+    model: str | os.PathLike[str], output: str | os.PathLike[str], *, overwrite: bool = False
+) -> GgufResult:
     """Write a quantized folder as one GGUF file.
 
     Args:
@@ -72,11 +78,14 @@ def export_gguf(model: str | os.PathLike[str], output: str | os.PathLike[str], *
     reader = CheckpointReader(model)
     config = quantization_config(reader)
     layout = None if config is None else for_config(config)
-    schemes = layout.schemes(config, reader.tensors) if config is not None and layout is not None else {}
+    schemes = (
+        layout.schemes(config, reader.tensors) if config is not None and layout is not None else {}
+    )
     described = describe(reader)
     sources = _sources(gguf, reader, described, layout, schemes)
     read = _Reader(reader, layout, described)
-    # Which type a tensor gets depends on its numbers, and the header comes first: hence two passes, one tensor in memory.
+    # Which type a tensor gets depends on its numbers, and the header comes first: hence two passes,
+    # one tensor in memory.
     kinds = {s.target: read.kind(s) for s in sources}
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -100,14 +109,22 @@ def _package() -> Any:
 
 
 def _sources(
-    gguf: Any, reader: CheckpointReader, model: GgufModel, layout: Format | None, schemes: Mapping[str, Scheme]
+    gguf: Any,
+    reader: CheckpointReader,
+    model: GgufModel,
+    layout: Format | None,
+    schemes: Mapping[str, Scheme],
 ) -> list[_Source]:
-    """Every tensor of the folder with its name in the file; refuses what can be refused without numbers."""
+    """Every tensor of the folder with its name in the file; refuses what can be refused without
+    numbers."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.layers)
     suffixes = layout.tensor_suffixes() if layout is not None else frozenset()
     packed = {f"{m}.{s}" for m in schemes for s in suffixes}
     found: list[_Source] = []
-    for name in [*(n for n in reader.tensors if n not in packed), *(f"{m}.weight" for m in schemes)]:
+    for name in [
+        *(n for n in reader.tensors if n not in packed),
+        *(f"{m}.weight" for m in schemes),
+    ]:
         if model.tied and name == "lm_head.weight":
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -118,7 +135,9 @@ def _sources(
         found.append(_Source("config.json", _ROPE, None))
     for module, scheme in schemes.items():
         assert layout is not None  # schemes came from it
-        shapes = {s: reader.info(f"{module}.{s}").shape for s in suffixes if f"{module}.{s}" in reader}
+        shapes = {
+            s: reader.info(f"{module}.{s}").shape for s in suffixes if f"{module}.{s}" in reader
+        }
         reason = blocks.why_not(scheme, layout.shape_of(shapes, scheme))
         if reason:
             raise FormatError(f"{reader.path}: {module}: {reason}")
@@ -138,13 +157,17 @@ class _Reader:
         assert self.layout is not None  # asked only for quantized tensors
         assert source.scheme is not None
         suffixes = self.layout.tensor_suffixes()
-        tensors = {s: self.reader.read(f"{module}.{s}") for s in suffixes if f"{module}.{s}" in self.reader}
+        tensors = {
+            s: self.reader.read(f"{module}.{s}") for s in suffixes if f"{module}.{s}" in self.reader
+        }
         try:
             weight = self.layout.unpack(tensors, source.scheme)
         except (FormatError, QuantizationError) as e:
             raise FormatError(f"{self.reader.path}: {module}: {e}") from e
         order = self._order(source, weight.shape[0])
-        return QuantizedWeight(weight.codes[order], weight.scales[order], weight.zeros[order], weight.spec)
+        return QuantizedWeight(
+            weight.codes[order], weight.scales[order], weight.zeros[order], weight.spec
+        )
 
     def dense(self, source: _Source) -> Tensor:
         if source.target == _ROPE:
@@ -163,7 +186,9 @@ class _Reader:
                 raise FormatError(f"{self.reader.path}: {source.name}: {e}") from e
         dtype = self.dense(source).dtype
         if dtype not in _DENSE:
-            raise FormatError(f"{self.reader.path}: {source.name} is {dtype}, which is not a weight GGUF holds")
+            raise FormatError(
+                f"{self.reader.path}: {source.name} is {dtype}, which is not a weight GGUF holds"
+            )
         return _DENSE[dtype]
 
     def bytes(self, source: _Source, kind: str) -> Tensor:
@@ -173,17 +198,24 @@ class _Reader:
         return self.dense(source).contiguous().view(torch.uint8)
 
     def _order(self, source: _Source, rows: int) -> Tensor:
-        """Row indices: (i, i + half) pairs of every head side by side for q and k, as they are otherwise."""
-        heads = {"attn_q": self.model.heads, "attn_k": self.model.kv_heads}.get(source.target.split(".")[-2])
+        """Row indices: (i, i + half) pairs of every head side by side for q and k, as they are
+        otherwise."""
+        heads = {"attn_q": self.model.heads, "attn_k": self.model.kv_heads}.get(
+            source.target.split(".")[-2]
+        )
         index = torch.arange(rows)
         return index if heads is None else index.view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def _write(gguf: Any, writer: Any, sources: list[_Source], kinds: Mapping[str, str], read: _Reader) -> None:
+def _write(
+    gguf: Any, writer: Any, sources: list[_Source], kinds: Mapping[str, str], read: _Reader
+) -> None:
     for source in sources:
         data = read.bytes(source, kinds[source.target])
         raw = gguf.GGMLQuantizationType[kinds[source.target]]
-        writer.add_tensor_info(source.target, tuple(data.shape), data.numpy().dtype, data.numel(), raw_dtype=raw)
+        writer.add_tensor_info(
+            source.target, tuple(data.shape), data.numpy().dtype, data.numel(), raw_dtype=raw
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -192,16 +224,28 @@ def _write(gguf: Any, writer: Any, sources: list[_Source], kinds: Mapping[str, s
     writer.close()
 
 
-def _prove(gguf: Any, path: Path, sources: list[_Source], kinds: Mapping[str, str], read: _Reader) -> None:
+def _prove(
+    gguf: Any, path: Path, sources: list[_Source], kinds: Mapping[str, str], read: _Reader
+) -> None:
     """Every tensor of the file dequantizes, by the package's own code, to what the folder holds."""
     written = {t.name: t for t in gguf.GGUFReader(path).tensors}
     if written.keys() != kinds.keys():
-        raise ProofError(f"{path} holds other tensors than were written: {sorted(written.keys() ^ kinds.keys())[:3]}")
+        raise ProofError(
+            f"{path} holds other tensors than were written: {sorted(written.keys() ^ kinds.keys())[:3]}"
+        )
     for source in sources:
         tensor = written[source.target]
-        expected = read.weight(source).dequantize() if source.scheme is not None else read.dense(source).to(torch.float32)
-        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).view(expected.shape)
-        if tensor.tensor_type.name != kinds[source.target] or not torch.equal(found.to(torch.float32), expected):
+        expected = (
+            read.weight(source).dequantize()
+            if source.scheme is not None
+            else read.dense(source).to(torch.float32)
+        )
+        found = torch.from_numpy(
+            gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()
+        ).view(expected.shape)
+        if tensor.tensor_type.name != kinds[source.target] or not torch.equal(
+            found.to(torch.float32), expected
+        ):
             raise ProofError(f"{path}: {source.target} does not hold the numbers of {source.name}")
 
 

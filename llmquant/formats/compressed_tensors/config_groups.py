@@ -19,19 +19,24 @@ def groups_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = config.get("config_groups") or {}
     found = list(groups.values()) if isinstance(groups, dict) else [groups]
     if not all(isinstance(g, dict) and isinstance(g.get("targets"), list) for g in found):
-        raise FormatError("the config's config_groups is no mapping of names to groups with targets")
+        raise FormatError(
+            "the config's config_groups is no mapping of names to groups with targets"
+        )
     return found
 
 
 def priority(target: str, module: str) -> int | None:
-    """compressed-tensors' order of matching: exact name, then regular expression, then class name; None is no match."""
+    """compressed-tensors' order of matching: exact name, then regular expression, then class name;
+    None is no match."""
     if target == module:
         return 0
     if target.startswith("re:"):
         try:
             return 1 if re.match(target[3:], module) else None
         except re.error as e:
-            raise FormatError(f"the config has the target {target!r}, which is no regular expression: {e}") from e
+            raise FormatError(
+                f"the config has the target {target!r}, which is no regular expression: {e}"
+            ) from e
     return 2 if target == "Linear" else None
 
 
@@ -53,7 +58,8 @@ def group_of(module: str, groups: Collection[Mapping[str, Any]]) -> Mapping[str,
 
 
 def ignore_list(skipped: Collection[str]) -> list[str]:
-    """The config's ``ignore``: transformers calls every head ``lm_head``, whatever its checkpoint says, so that is named too."""
+    """The config's ``ignore``: transformers calls every head ``lm_head``, whatever its checkpoint
+    says, so that is named too."""
     return sorted({*skipped, *("lm_head" for name in skipped if name in HEADS)})
 
 

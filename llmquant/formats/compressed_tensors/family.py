@@ -1,8 +1,10 @@
-"""Everything under ``quant_method: compressed-tensors``: one config may hold several byte layouts, a group each.
+"""Everything under ``quant_method: compressed-tensors``: one config may hold several byte layouts,
+a group each.
 
-``pack-quantized`` (:mod:`.compressed_tensors`) for weights alone and ``int-quantized`` (:mod:`.int_quantized`) for W8A8 can
-stand side by side; then the config's top-level ``format`` is ``mixed-precision`` and every group names its own. A module's
-tensors tell which it is: the first has ``weight_packed``, the second ``weight`` and ``weight_scale``.
+``pack-quantized`` (:mod:`.compressed_tensors`) for weights alone and ``int-quantized``
+(:mod:`.int_quantized`) for W8A8 can stand side by side; then the config's top-level ``format`` is
+``mixed-precision`` and every group names its own. A module's tensors tell which it is: the first
+has ``weight_packed``, the second ``weight`` and ``weight_scale``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _READABLE = ("pack-quantized", "int-quantized")
 
 
 class CompressedFamily(Plain):
-    """``pack-quantized`` for modules without, ``int-quantized`` for modules with quantized activations."""
+    """``pack-quantized`` for modules without, ``int-quantized`` for modules with quantized
+    activations."""
 
     name = "compressed-tensors"
 
@@ -39,7 +42,9 @@ class CompressedFamily(Plain):
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         return self._for(scheme.activations).why_not(scheme, shape)
 
-    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
+    def pack(
+        self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none"
+    ) -> dict[str, Tensor]:
         return self._for(activations).pack(weight, dtype)
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
@@ -56,18 +61,34 @@ class CompressedFamily(Plain):
         config = self.packed.config(packed, ignore)
         groups = list(config["config_groups"].values())
         if len(groups) == 1:
-            groups[0] = {**groups[0], "targets": sorted(packed)}  # "Linear" would claim the other layout's modules too
+            groups[0] = {
+                **groups[0],
+                "targets": sorted(packed),
+            }  # "Linear" would claim the other layout's modules too
         groups.append(config_group(sorted(int8)))
-        return {**config, "format": "mixed-precision", "config_groups": {f"group_{i}": g for i, g in enumerate(groups)}}
+        return {
+            **config,
+            "format": "mixed-precision",
+            "config_groups": {f"group_{i}": g for i, g in enumerate(groups)},
+        }
 
-    def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
-        told = {str(g.get("format") or config.get("format") or "pack-quantized") for g in groups_of(config)}
+    def schemes(
+        self, config: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Scheme]:
+        told = {
+            str(g.get("format") or config.get("format") or "pack-quantized")
+            for g in groups_of(config)
+        }
         others = sorted(told.difference(_READABLE))
         if others:
             readable = ", ".join(_READABLE)
-            raise FormatError(f"compressed-tensors format {others[0]!r} is not one llmquant reads; it reads {readable}")
+            raise FormatError(
+                f"compressed-tensors format {others[0]!r} is not one llmquant reads; it reads {readable}"
+            )
         if config.get("transform_config"):
-            raise FormatError("the config's transform_config rotates activations as the model runs, which llmquant does not do")
+            raise FormatError(
+                "the config's transform_config rotates activations as the model runs, which llmquant does not do"
+            )
         found = self.packed.schemes(config, tensor_names)
         if "int-quantized" in told:
             found |= self.int8.schemes(config, tensor_names)

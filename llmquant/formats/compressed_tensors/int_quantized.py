@@ -1,13 +1,15 @@
-"""compressed-tensors ``int-quantized``: W8A8. int8 weights per row; the input is rounded to int8 per token as it arrives.
+"""compressed-tensors ``int-quantized``: W8A8. int8 weights per row; the input is rounded to int8
+per token as it arrives.
 
 For a module ``X`` with weight ``[out, in]``::
 
     X.weight        int8 [out, in]     the code less 128
     X.weight_scale  model dtype [out, 1]
 
-No zero-points and no shape. Activations need nothing stored: an engine takes ``max |x| / 127`` of each token as its scale.
-That part is an approximation of the *run*, not of the weights, so it lives in the scheme (``activations: int8-dynamic``) and
-not in the :class:`QuantizedWeight`, whose dequantized numbers are exact here as everywhere.
+No zero-points and no shape. Activations need nothing stored: an engine takes ``max |x| / 127`` of
+each token as its scale. That part is an approximation of the *run*, not of the weights, so it lives
+in the scheme (``activations: int8-dynamic``) and not in the :class:`QuantizedWeight`, whose
+dequantized numbers are exact here as everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +23,12 @@ from torch import Tensor
 from llmquant.activations import Activations
 from llmquant.errors import FormatError
 from llmquant.formats.base import HEADS, Plain, Scheme, exact, require
-from llmquant.formats.compressed_tensors.config_groups import group_of, groups_of, ignore_list, ignored
+from llmquant.formats.compressed_tensors.config_groups import (
+    group_of,
+    groups_of,
+    ignore_list,
+    ignored,
+)
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -30,7 +37,8 @@ _SPEC = QuantSpec(8, None, True)
 
 
 class IntQuantized(Plain):
-    """The :class:`~llmquant.formats.base.Format` for ``quant_method: compressed-tensors``, ``format: int-quantized``."""
+    """The :class:`~llmquant.formats.base.Format` for ``quant_method: compressed-tensors``,
+    ``format: int-quantized``."""
 
     name = FORMAT
     activations: Activations = "int8-dynamic"
@@ -48,11 +56,16 @@ class IntQuantized(Plain):
     def pack(
         self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "int8-dynamic"
     ) -> dict[str, Tensor]:
-        reason = self.why_not(Scheme(weight.spec, weight.g_idx is not None, self.activations), weight.shape)
+        reason = self.why_not(
+            Scheme(weight.spec, weight.g_idx is not None, self.activations), weight.shape
+        )
         if reason:
             raise FormatError(reason)
         signed = weight.codes.to(torch.int16).sub_(_SPEC.middle).to(torch.int8)
-        return {"weight": signed.contiguous(), "weight_scale": exact(weight.scales, dtype).contiguous()}
+        return {
+            "weight": signed.contiguous(),
+            "weight_scale": exact(weight.scales, dtype).contiguous(),
+        }
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         out_features, _ = self.shape_of({n: tuple(t.shape) for n, t in tensors.items()}, scheme)
@@ -60,7 +73,9 @@ class IntQuantized(Plain):
         if weight.dtype != torch.int8:
             raise FormatError(f"weight is {weight.dtype}, but the config says int8")
         if list(scales.shape) != [out_features, 1]:
-            raise FormatError(f"weight_scale is {list(scales.shape)}, not one scale per row [{out_features}, 1]")
+            raise FormatError(
+                f"weight_scale is {list(scales.shape)}, not one scale per row [{out_features}, 1]"
+            )
         codes = weight.to(torch.int16).add_(_SPEC.middle).to(torch.uint8)
         zeros = torch.full((out_features, 1), _SPEC.middle, dtype=torch.uint8)
         return QuantizedWeight(codes, scales.to(torch.float32), zeros, _SPEC)
@@ -76,20 +91,28 @@ class IntQuantized(Plain):
             "quant_method": "compressed-tensors",
             "format": FORMAT,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": config_group(["Linear", *(n for n in schemes if n in HEADS)])},
+            "config_groups": {
+                "group_0": config_group(["Linear", *(n for n in schemes if n in HEADS)])
+            },
             "ignore": ignore_list(ignore),
             "kv_cache_scheme": None,
         }
 
-    def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
+    def schemes(
+        self, config: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Scheme]:
         names = frozenset(tensor_names)
         groups = groups_of(config)
         found: dict[str, Scheme] = {}
-        for module in sorted(n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")):
+        for module in sorted(
+            n.removesuffix(".weight_scale") for n in names if n.endswith(".weight_scale")
+        ):
             if f"{module}.weight" not in names:
                 continue  # packed weights: another layout's
             if ignored(config.get("ignore") or (), module):
-                raise FormatError(f"{module} has a weight_scale but the config's ignore list names it")
+                raise FormatError(
+                    f"{module} has a weight_scale but the config's ignore list names it"
+                )
             _check(group_of(module, groups), module)
             found[module] = Scheme(_SPEC, activations="int8-dynamic")
         return found
@@ -108,11 +131,17 @@ def config_group(targets: list[str]) -> dict[str, Any]:
 
 
 def _check(group: Mapping[str, Any], module: str) -> None:
-    """Refuse everything that is not 8-bit symmetric per row beside dynamic int8 activations per token."""
-    for part, strategy, dynamic in (("weights", "channel", False), ("input_activations", "token", True)):
+    """Refuse everything that is not 8-bit symmetric per row beside dynamic int8 activations per
+    token."""
+    for part, strategy, dynamic in (
+        ("weights", "channel", False),
+        ("input_activations", "token", True),
+    ):
         args = group.get(part) or {}
         told = {k: args.get(k) for k in ("num_bits", "type", "symmetric", "strategy")}
         wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy}
         if told != wanted or bool(args.get("dynamic")) != dynamic:
             kind = "dynamic" if dynamic else "static"
-            raise FormatError(f"{module}: {part} are {dict(args) or 'not quantized'}; llmquant reads {kind} {wanted}")
+            raise FormatError(
+                f"{module}: {part} are {dict(args) or 'not quantized'}; llmquant reads {kind} {wanted}"
+            )

@@ -1,10 +1,12 @@
-"""A model's decoder blocks stepped in compiled code: each block's ``forward``, and the run of all of them as one call.
+"""A model's decoder blocks stepped in compiled code: each block's ``forward``, and the run of all
+of them as one call.
 
-:class:`BlockForward` stands in a block for its ``forward``. Where a model's blocks follow one another with nothing between them
-and all get the same arguments, the first one's call does the work of all (:class:`Run`), and the others hand on what it left:
-in a small model what Python does for each block costs as much as the block. The new keys and values are written in place, behind
-those that the cache holds; a cache layer that is not one of transformers' plain growing ones can say where that is by a method
-``in_place() -> (keys, values, held)``.
+:class:`BlockForward` stands in a block for its ``forward``. Where a model's blocks follow one
+another with nothing between them and all get the same arguments, the first one's call does the work
+of all (:class:`Run`), and the others hand on what it left: in a small model what Python does for
+each block costs as much as the block. The new keys and values are written in place, behind those
+that the cache holds; a cache layer that is not one of transformers' plain growing ones can say
+where that is by a method ``in_place() -> (keys, values, held)``.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ from llmquant.errors import LlmquantError
 from llmquant.kernels.block import Step, Steps
 
 _SPARE = "llmquant_spare"  # attribute of a cache layer
-_LEAST_SPARE = 256  # tokens; then a quarter of what is held, so that a token is moved a constant number of times
+# tokens; then a quarter of what is held, so that a token is moved a constant number of times
+_LEAST_SPARE = 256
 
 
 class BlockForward:
-    """A block's ``forward``: the compiled step for one token of one sequence, the plain one for everything else."""
+    """A block's ``forward``: the compiled step for one token of one sequence, the plain one for
+    everything else."""
 
     def __init__(self, step: Step, plain: Callable[..., Any], index: int) -> None:
         self.step, self.plain, self.index = step, plain, index
@@ -56,9 +60,14 @@ class BlockForward:
             or kwargs.get("output_hidden_states")
         ):
             return self.plain(
-                hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
-            )  # fmt: skip
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
         if self.run is not None:
             done = self.run.block(self, hidden_states, position_embeddings, past_key_values)
             if done is not None:
@@ -70,7 +79,8 @@ class BlockForward:
 
 @dataclass(slots=True)
 class Spare:
-    """Buffers ``[1, kv_heads, capacity, head_dim]`` of which a cache layer's keys and values are the first ``held`` tokens."""
+    """Buffers ``[1, kv_heads, capacity, head_dim]`` of which a cache layer's keys and values are
+    the first ``held`` tokens."""
 
     keys: Tensor
     values: Tensor
@@ -96,18 +106,27 @@ class Run:
     def __deepcopy__(self, memo: dict[int, object]) -> Run:
         made = Run.__new__(Run)
         memo[id(self)] = made
-        made.__dict__.update({n: copy.deepcopy(v, memo) for n, v in self.__dict__.items() if n != "_of"})
+        made.__dict__.update(
+            {n: copy.deepcopy(v, memo) for n, v in self.__dict__.items() if n != "_of"}
+        )
         made._of = threading.local()
         return made
 
-    def block(self, forward: BlockForward, hidden: Tensor, position: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+    def block(
+        self, forward: BlockForward, hidden: Tensor, position: tuple[Tensor, Tensor], cache: Any
+    ) -> Tensor | None:
         """The output of a block; None: it must run by itself.
 
-        The first block's is already that of the last. The others get that very tensor and hand it on.
+        The first block's is already that of the last. The others get that very tensor and hand it
+        on.
         """
         if forward is self._forwards[0]:
             self._of.done = None
-            caches = self._caches(hidden, cache) if self._steps.takes(hidden, *position) and not self._watched() else None
+            caches = (
+                self._caches(hidden, cache)
+                if self._steps.takes(hidden, *position) and not self._watched()
+                else None
+            )
             if caches is None:
                 return None
             out = self._steps.run(hidden, *position, caches)
@@ -132,9 +151,12 @@ class Run:
         return hooked or self._config.num_hidden_layers != len(self._layers)
 
     def _caches(self, hidden: Tensor, cache: Any) -> list[tuple[Tensor, Tensor, int]] | None:
-        """Where every block's keys and values are; None where one has no place for another token of this kind."""
+        """Where every block's keys and values are; None where one has no place for another token of
+        this kind."""
         layers = getattr(cache, "layers", ())
-        if len(layers) != len(self._layers) or [f.index for f in self._forwards] != list(range(len(layers))):
+        if len(layers) != len(self._layers) or [f.index for f in self._forwards] != list(
+            range(len(layers))
+        ):
             return None
         found = []
         for layer in layers:
@@ -149,20 +171,33 @@ def _place(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, int] | None:
     if type(layer) is not DynamicLayer:
         find = getattr(layer, "in_place", None)
         place: tuple[Tensor, Tensor, int] | None = find() if find is not None else None
-        fits = place is not None and place[0].dtype is hidden.dtype and place[0].stride(3) == place[1].stride(3) == 1
+        fits = (
+            place is not None
+            and place[0].dtype is hidden.dtype
+            and place[0].stride(3) == place[1].stride(3) == 1
+        )
         return place if fits else None
     keys, values = layer.keys, layer.values
-    if not layer.is_initialized or keys is None or values is None or keys.dim() != 4 or keys.shape[0] != 1:
+    if (
+        not layer.is_initialized
+        or keys is None
+        or values is None
+        or keys.dim() != 4
+        or keys.shape[0] != 1
+    ):
         return None
     if keys.dtype is not hidden.dtype or values.dtype is not hidden.dtype or not keys.is_cpu:
         return None
     spare: Spare | None = layer.__dict__.get(_SPARE)
     held = keys.shape[2]
-    # What was cropped, copied or reordered since is not the buffer's any more: others may hold what stands behind it.
+    # What was cropped, copied or reordered since is not the buffer's any more: others may hold what
+    # stands behind it.
     ours = (
-        spare is not None and spare.held == held < spare.keys.shape[2]
-        and spare.keys.data_ptr() == keys.data_ptr() and spare.values.data_ptr() == values.data_ptr()
-    )  # fmt: skip
+        spare is not None
+        and spare.held == held < spare.keys.shape[2]
+        and spare.keys.data_ptr() == keys.data_ptr()
+        and spare.values.data_ptr() == values.data_ptr()
+    )
     if not ours:
         capacity = held + max(_LEAST_SPARE, held // 4)
         spare = Spare(_roomy(keys, capacity), _roomy(values, capacity), held)
@@ -183,4 +218,7 @@ def _held_one_more(layer: Any) -> None:
     if type(layer) is DynamicLayer:
         spare: Spare = layer.__dict__[_SPARE]
         spare.held += 1
-        layer.keys, layer.values = spare.keys.narrow(2, 0, spare.held), spare.values.narrow(2, 0, spare.held)
+        layer.keys, layer.values = (
+            spare.keys.narrow(2, 0, spare.held),
+            spare.values.narrow(2, 0, spare.held),
+        )

@@ -1,7 +1,9 @@
-"""What blocks are called with beside the hidden states: masks and position embeddings, by batch and block.
+"""What blocks are called with beside the hidden states: masks and position embeddings, by batch and
+block.
 
-They depend on the windows' lengths alone, so nearly all batches have equal ones: each distinct tensor is held once, on the CPU.
-A walk that is continued computes them again, and their digest tells whether this machine gives what the first one gave.
+They depend on the windows' lengths alone, so nearly all batches have equal ones: each distinct
+tensor is held once, on the CPU. A walk that is continued computes them again, and their digest
+tells whether this machine gives what the first one gave.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Calls:
 
     def add(self, calls: tuple[Call, ...]) -> None:
         """Note the next batch's; the blocks' arguments in order."""
-        known: dict[int, tuple[Tensor, Tensor]] = {}  # blocks share most tensors, so each is hashed once
+        known: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # blocks share most tensors, so each is hashed once
 
         def interned(tensor: Tensor) -> Tensor:
             if id(tensor) not in known:
@@ -43,7 +47,9 @@ class Calls:
 
     def of(self, batch: int, block: int, device: torch.device) -> tuple[Call, ...]:
         """The arguments of one block as a one-item tuple; empty behind the last block."""
-        calls: tuple[Call, ...] = _mapped(self._of[batch][block : block + 1], lambda tensor: tensor.to(device))
+        calls: tuple[Call, ...] = _mapped(
+            self._of[batch][block : block + 1], lambda tensor: tensor.to(device)
+        )
         return calls
 
     def settle(self, before: str | None) -> str:
@@ -61,7 +67,9 @@ class Calls:
         return found
 
 
-def _mapped(value: Any, on_tensor: Callable[[Tensor], Any], on_other: Callable[[Any], Any] = lambda v: v) -> Any:
+def _mapped(
+    value: Any, on_tensor: Callable[[Tensor], Any], on_other: Callable[[Any], Any] = lambda v: v
+) -> Any:
     """A nest of tuples, lists and dicts with its leaves replaced."""
     if isinstance(value, Tensor):
         return on_tensor(value)

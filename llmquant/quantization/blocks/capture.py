@@ -1,7 +1,8 @@
 """What the linears of a block read, observed rather than assumed.
 
-``stages`` runs one batch through a block and notes which linears were called with the very same tensor, in calling order:
-those share one Hessian. ``observe`` then accumulates :class:`InputStats` for one linear of each such set.
+``stages`` runs one batch through a block and notes which linears were called with the very same
+tensor, in calling order: those share one Hessian. ``observe`` then accumulates :class:`InputStats`
+for one linear of each such set.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from llmquant.models.experts import Watch, watched
 from llmquant.stats import InputStats, PairStats
 
 Around = Callable[[int], AbstractContextManager[None]]
-"""What is entered around the passes of a batch, by its number; see :class:`llmquant.quantization.blocks.replay.Replay`."""
+"""What is entered around the passes of a batch, by its number; see
+:class:`llmquant.quantization.blocks.replay.Replay`."""
 
 
 def nothing(_number: int) -> AbstractContextManager[None]:
@@ -27,28 +29,14 @@ def nothing(_number: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-
-
 class _EnoughSeen(Exception):  # noqa: N818 - control flow, as above
     """Raised by a hook to end a block's pass once every wanted input was seen."""
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 @contextmanager
-def _input_hooks(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _input_hooks(
+    linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, args: see(name, args[0])
 
@@ -61,15 +49,22 @@ def _input_hooks(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], 
 
 
 def stages(
-    block: nn.Module, linears: Mapping[str, nn.Module], inputs: BlockInput, all_experts: bool = False
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    inputs: BlockInput,
+    all_experts: bool = False,
 ) -> list[tuple[str, ...]]:
-    """Sets of linears that read the same tensor, in execution order; ``all_experts`` as for :func:`observe`.
+    """Sets of linears that read the same tensor, in execution order; ``all_experts`` as for
+    :func:`observe`.
 
     Raises:
         ArchitectureError: a linear was not called, or called more than once, in one forward pass.
     """
     calls: list[tuple[str, Tensor]] = []
-    with watched(block, Watch(all_experts)), _input_hooks(linears, lambda name, x: calls.append((name, x))):
+    with (
+        watched(block, Watch(all_experts)),
+        _input_hooks(linears, lambda name, x: calls.append((name, x))),
+    ):
         run_block(block, inputs)
     names = [name for name, _ in calls]
     for name in linears:
@@ -89,12 +84,17 @@ def stages(
 
 
 def observe(
-    block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], all_experts: bool = False,
+    block: nn.Module,
+    wanted: Mapping[str, nn.Linear],
+    batches: Sequence[BlockInput],
+    all_experts: bool = False,
     around: Around = nothing,
-) -> dict[str, InputStats]:  # fmt: skip
-    """Input statistics of each wanted linear over all batches. A pass ends once the last wanted linear is reached.
+) -> dict[str, InputStats]:
+    """Input statistics of each wanted linear over all batches. A pass ends once the last wanted
+    linear is reached.
 
-    An expert's are those of the tokens that the router sends to it, or with ``all_experts`` of all tokens.
+    An expert's are those of the tokens that the router sends to it, or with ``all_experts`` of all
+    tokens.
     """
     stats = {name: InputStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
     waiting: set[str] = set()
@@ -125,14 +125,16 @@ def observe_pairs(
 ) -> dict[str, PairStats]:
     """Input statistics of each wanted linear beside what the original model reads there.
 
-    In the original's pass experts are sent the same tokens as in the other one, or their inputs would not pair up.
+    In the original's pass experts are sent the same tokens as in the other one, or their inputs
+    would not pair up.
 
     Args:
         block: with the weights quantized so far.
         wanted: linears of it, by name.
         batches: what the quantized blocks before it deliver.
         originals: the block's original parameters that no longer stand in it, named from the block.
-        reference: the original model's hidden states ``[batch, positions, hidden]`` for the same batches.
+        reference: the original model's hidden states ``[batch, positions, hidden]`` for the same
+            batches.
         all_experts: as for :func:`observe`.
         around: entered around the quantized block's passes, by the number of the batch.
         around_originals: likewise around those with its original parameters.
@@ -151,10 +153,14 @@ def observe_pairs(
 
 
 def linear_inputs(
-    block: nn.Module, wanted: Mapping[str, nn.Linear], batch: BlockInput, parameters: Mapping[str, Tensor],
+    block: nn.Module,
+    wanted: Mapping[str, nn.Linear],
+    batch: BlockInput,
+    parameters: Mapping[str, Tensor],
     watch: Watch | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """What each wanted linear reads in one batch, with some of the block's parameters replaced; experts as ``watch`` says."""
+) -> dict[str, Tensor]:
+    """What each wanted linear reads in one batch, with some of the block's parameters replaced;
+    experts as ``watch`` says."""
     seen: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -162,6 +168,11 @@ def linear_inputs(
         if len(seen) == len(wanted):
             raise _EnoughSeen
 
-    with watched(block, watch or Watch()), _input_hooks(wanted, see), torch.no_grad(), suppress(_EnoughSeen):
+    with (
+        watched(block, watch or Watch()),
+        _input_hooks(wanted, see),
+        torch.no_grad(),
+        suppress(_EnoughSeen),
+    ):
         run_with(block, parameters, batch)
     return seen

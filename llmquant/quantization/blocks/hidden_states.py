@@ -1,13 +1,15 @@
-"""Hidden states between blocks: in memory while they fit, in files that are mapped when read beyond that, saved for a later run.
+"""Hidden states between blocks: in memory while they fit, in files that are mapped when read beyond
+that, saved for a later run.
 
-A *stream* is one tensor per calibration batch: what the quantized model's blocks deliver (``hidden``) and, for methods that aim
-at the original model, what its own blocks deliver (``reference``). Streams stay on the CPU; a batch goes to the device when it
-is asked for, so a GPU holds the block and one batch.
+A *stream* is one tensor per calibration batch: what the quantized model's blocks deliver
+(``hidden``) and, for methods that aim at the original model, what its own blocks deliver
+(``reference``). Streams stay on the CPU; a batch goes to the device when it is asked for, so a GPU
+holds the block and one batch.
 
-A stream in a file is never rewritten: its successor goes to a new file, and the old one stays until the journal of the run no
-longer names it. So the spilled streams *are* the saved state, and a crash while one is written leaves the one before it whole.
-Tensors are stored contiguous and aligned as torch aligns its own, so that what is computed from them does not depend on where
-they lay.
+A stream in a file is never rewritten: its successor goes to a new file, and the old one stays until
+the journal of the run no longer names it. So the spilled streams *are* the saved state, and a crash
+while one is written leaves the one before it whole. Tensors are stored contiguous and aligned as
+torch aligns its own, so that what is computed from them does not depend on where they lay.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Stream(Sequence[Tensor]):
     device: torch.device
 
     def replaced(self, tensors: Iterable[Tensor], room: Room) -> Stream:
-        """The stream that holds ``tensors``; item ``i`` of this one is read no more once the ``i``-th of them is there."""
+        """The stream that holds ``tensors``; item ``i`` of this one is read no more once the
+        ``i``-th of them is there."""
         raise NotImplementedError
 
     @overload
@@ -139,7 +142,9 @@ def write_stream(path: Path, tensors: Iterable[Tensor]) -> SavedStream:
             flat = _plain(tensor)
             placed.append(Placed(str(flat.dtype).removeprefix("torch."), tuple(flat.shape), end))
             nbytes = flat.numel() * flat.element_size()
-            data: memoryview = flat.reshape(-1).view(torch.uint8).numpy().data if nbytes else memoryview(b"")
+            data: memoryview = (
+                flat.reshape(-1).view(torch.uint8).numpy().data if nbytes else memoryview(b"")
+            )
             for part in (data, memoryview(bytes(-nbytes % _ALIGN))):
                 file.write(part)
                 digest.update(part)
@@ -154,7 +159,9 @@ def check_stream(folder: Path, saved: SavedStream) -> None:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == saved.sha256:
                 return
-    raise CheckpointError(f"{path} does not hold the hidden states that were saved there; begin anew with --restart")
+    raise CheckpointError(
+        f"{path} does not hold the hidden states that were saved there; begin anew with --restart"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +170,8 @@ class Placement:
 
     Attributes:
         spill: hidden states are kept in files.
-        replays: what passes through a block leave for later ones is kept in memory (:mod:`llmquant.quantization.blocks.replay`).
+        replays: what passes through a block leave for later ones is kept in memory
+            (:mod:`llmquant.quantization.blocks.replay`).
     """
 
     spill: bool = False
@@ -193,9 +201,13 @@ class Room:
     ) -> None:
         assert folder is not None or not placement.spill
         self.device, self.folder, self.placement = device, folder, placement
-        self.calls: str | None = None  # digest of what blocks are called with beside the states; None: not known yet
+        self.calls: str | None = (
+            None  # digest of what blocks are called with beside the states; None: not known yet
+        )
         self.kept = dict(saved or {})
-        self.streams: dict[str, Stream] = {name: self._opened(stream) for name, stream in self.kept.items()}
+        self.streams: dict[str, Stream] = {
+            name: self._opened(stream) for name, stream in self.kept.items()
+        }
         self._number = 0
 
     def _opened(self, saved: SavedStream) -> Stream:
@@ -203,7 +215,11 @@ class Room:
         check_stream(self.folder, saved)
         found = InFile(self.folder, saved, self.device)
         # Copies: the file may go before the tensors do.
-        return found if self.placement.spill else InMemory((found.stored(i).clone() for i in range(len(found))), self.device)
+        return (
+            found
+            if self.placement.spill
+            else InMemory((found.stored(i).clone() for i in range(len(found))), self.device)
+        )
 
     def _new_path(self) -> Path:
         assert self.folder is not None
@@ -228,11 +244,14 @@ class Room:
 
     def drop(self, stream: Stream) -> None:
         """Delete a stream's file, unless it is part of the saved state."""
-        if isinstance(stream, InFile) and stream.saved.file not in {s.file for s in self.kept.values()}:
+        if isinstance(stream, InFile) and stream.saved.file not in {
+            s.file for s in self.kept.values()
+        }:
             stream.path.unlink(missing_ok=True)
 
     def save(self) -> dict[str, SavedStream]:
-        """Bring every named stream durably to a file; what was saved before stays until :meth:`forget_all_but`.
+        """Bring every named stream durably to a file; what was saved before stays until
+        :meth:`forget_all_but`.
 
         Raises:
             OSError: the disk refused.
@@ -243,7 +262,9 @@ class Room:
             if isinstance(stream, InFile):
                 saved[name] = stream.saved
             else:
-                saved[name] = write_stream(self._new_path(), (stream.stored(i) for i in range(len(stream))))
+                saved[name] = write_stream(
+                    self._new_path(), (stream.stored(i) for i in range(len(stream)))
+                )
             fsync_path(self.folder / saved[name].file)
         return saved
 
@@ -251,8 +272,9 @@ class Room:
         """Delete the files of what was saved before: the journal names ``saved`` now."""
         assert self.folder is not None
         before, self.kept = self.kept, dict(saved)
-        current = {s.saved.file for s in self.streams.values() if isinstance(s, InFile)} | {s.file for s in saved.values()}
+        current = {s.saved.file for s in self.streams.values() if isinstance(s, InFile)} | {
+            s.file for s in saved.values()
+        }
         for stream in before.values():
             if stream.file not in current:
                 (self.folder / stream.file).unlink(missing_ok=True)
-

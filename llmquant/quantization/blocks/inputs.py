@@ -14,7 +14,8 @@ STREAM = "hidden"
 
 
 class Inputs(Sequence[BlockInput]):
-    """Every batch's way into ``block``, put together when it is asked for: a GPU holds one batch of states, not all."""
+    """Every batch's way into ``block``, put together when it is asked for: a GPU holds one batch of
+    states, not all."""
 
     def __init__(self, room: Room, calls: Calls, block: int) -> None:
         self.room, self.calls, self.block = room, calls, block
@@ -29,4 +30,6 @@ class Inputs(Sequence[BlockInput]):
     def __getitem__(self, index: int | slice) -> BlockInput | list[BlockInput]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return BlockInput(self.room.streams[STREAM][index], self.calls.of(index, self.block, self.room.device))
+        return BlockInput(
+            self.room.streams[STREAM][index], self.calls.of(index, self.block, self.room.device)
+        )

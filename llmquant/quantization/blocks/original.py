@@ -1,8 +1,10 @@
-"""Reference: the original model's hidden states, carried through the blocks beside the quantized model's.
+"""Reference: the original model's hidden states, carried through the blocks beside the quantized
+model's.
 
-Asymmetric calibration and tune both aim at what the *original* model computes. Before a block's linears are quantized, its
-output on the original stream is taken with its original weights; afterwards that becomes the next block's. Costs one more set of
-hidden states (two while a block is worked on), one copy of the block's linears, and one more pass through each block.
+Asymmetric calibration and tune both aim at what the *original* model computes. Before a block's
+linears are quantized, its output on the original stream is taken with its original weights;
+afterwards that becomes the next block's. Costs one more set of hidden states (two while a block is
+worked on), one copy of the block's linears, and one more pass through each block.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ class Reference:
     """The second stream.
 
     Attributes:
-        hidden: the original model's states in front of the current block, ``[batch, positions, hidden]`` per batch.
+        hidden: the original model's states in front of the current block, ``[batch, positions,
+            hidden]`` per batch.
         outputs: behind it; filled by :meth:`enter`.
 
-    Both lie where the ``room`` keeps streams; a room that already has the reference continues an earlier walk.
+    Both lie where the ``room`` keeps streams; a room that already has the reference continues an
+    earlier walk.
     """
 
     def __init__(self, room: Room, inputs: Sequence[BlockInput]) -> None:
@@ -45,14 +49,25 @@ class Reference:
         return self._room.streams[STREAM]
 
     def enter(
-        self, block: nn.Module, linears: Mapping[str, nn.Linear], inputs: Sequence[BlockInput], tails: Sequence[Tail] = ()
+        self,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        inputs: Sequence[BlockInput],
+        tails: Sequence[Tail] = (),
     ) -> None:
-        """Note the block's outputs and its linears' weights; nothing in it may have been quantized yet.
+        """Note the block's outputs and its linears' weights; nothing in it may have been quantized
+        yet.
 
         With ``tails``, what they read is kept for :meth:`observe`.
         """
-        self._originals = {f"{name}.weight": linear.weight.detach().clone() for name, linear in linears.items()}
-        self._replay = self._entered.enter_context(Replay(block, tails, linears, original=True)) if tails else None
+        self._originals = {
+            f"{name}.weight": linear.weight.detach().clone() for name, linear in linears.items()
+        }
+        self._replay = (
+            self._entered.enter_context(Replay(block, tails, linears, original=True))
+            if tails
+            else None
+        )
         self.outputs = self._room.scratch(self._outputs(block, inputs))
 
     def _outputs(self, block: nn.Module, inputs: Sequence[BlockInput]) -> Iterator[Tensor]:
@@ -64,18 +79,26 @@ class Reference:
     @contextmanager
     def block_outputs(self, block: nn.Module, inputs: Sequence[BlockInput]) -> Iterator[Stream]:
         """What the original block makes of the *quantized* model's states."""
-        outputs = self._room.scratch(run_with(block, self._originals, batch).detach() for batch in inputs)
+        outputs = self._room.scratch(
+            run_with(block, self._originals, batch).detach() for batch in inputs
+        )
         try:
             yield outputs
         finally:
             self._room.drop(outputs)
 
     def observe(
-        self, block: nn.Module, wanted: Mapping[str, nn.Linear], inputs: Sequence[BlockInput], all_experts: bool = False,
+        self,
+        block: nn.Module,
+        wanted: Mapping[str, nn.Linear],
+        inputs: Sequence[BlockInput],
+        all_experts: bool = False,
         around: Around = nothing,
-    ) -> dict[str, PairStats]:  # fmt: skip
+    ) -> dict[str, PairStats]:
         """See :func:`llmquant.quantization.blocks.capture.observe_pairs`."""
-        return observe_pairs(block, wanted, inputs, self._originals, self.hidden, all_experts, around, self._around)
+        return observe_pairs(
+            block, wanted, inputs, self._originals, self.hidden, all_experts, around, self._around
+        )
 
     @property
     def _around(self) -> Around:

@@ -1,12 +1,15 @@
-"""Replay: parts of a block that are not run again, because all that changes in them is their last linear.
+"""Replay: parts of a block that are not run again, because all that changes in them is their last
+linear.
 
-With ``true_sequential`` a block is run once for every set of linears. By the time its MLP is calibrated its attention gives the
-same for every batch in every pass: the weights before its last linear are final. So the input of that linear is kept, batch by
-batch, and from then on the part *is* that linear, applied to it: the same operation on the same numbers, so the same bits.
+With ``true_sequential`` a block is run once for every set of linears. By the time its MLP is
+calibrated its attention gives the same for every batch in every pass: the weights before its last
+linear are final. So the input of that linear is kept, batch by batch, and from then on the part
+*is* that linear, applied to it: the same operation on the same numbers, so the same bits.
 
-That a part returns what its last linear gave is observed in one pass (:class:`Tails`), never assumed; a part that does anything
-behind it (a norm, a second output, experts) is simply run again. Inputs are kept on the CPU, as all hidden states are; whether
-there is memory for them is decided by :mod:`llmquant.quantization.memory`.
+That a part returns what its last linear gave is observed in one pass (:class:`Tails`), never
+assumed; a part that does anything behind it (a norm, a second output, experts) is simply run again.
+Inputs are kept on the CPU, as all hidden states are; whether there is memory for them is decided by
+:mod:`llmquant.quantization.memory`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class Tail:
         part: a child of the block.
         before: linears inside it that are called earlier; all names are seen from the block.
         linear: the last one.
-        more: what the part returns behind it, none of it tensors; None: it returns the tensor itself.
+        more: what the part returns behind it, none of it tensors; None: it returns the tensor
+            itself.
     """
 
     part: str
@@ -39,14 +43,16 @@ class Tail:
 
 
 class Tails:
-    """Watches one pass, as long as it is entered, for the tails of a block; ``linears`` are those to be quantized."""
+    """Watches one pass, as long as it is entered, for the tails of a block; ``linears`` are those
+    to be quantized."""
 
     def __init__(self, block: nn.Module, linears: Mapping[str, nn.Module]) -> None:
         self._linears = linears
         self._parts = {
             name: part
             for name, part in block.named_children()
-            if not isinstance(part, nn.Linear) and not any(isinstance(m, ExpertList) for m in part.modules())
+            if not isinstance(part, nn.Linear)
+            and not any(isinstance(m, ExpertList) for m in part.modules())
         }
         self._outputs: dict[str, Tensor] = {}  # in calling order
         self._results: dict[str, Any] = {}
@@ -67,8 +73,14 @@ class Tails:
         tails = []
         for name, result in self._results.items():
             inside = [linear for linear in self._outputs if linear.startswith(f"{name}.")]
-            first, more = (result[0], result[1:]) if type(result) is tuple and result else (result, None)
-            if inside and first is self._outputs[inside[-1]] and not any(isinstance(m, Tensor) for m in more or ()):
+            first, more = (
+                (result[0], result[1:]) if type(result) is tuple and result else (result, None)
+            )
+            if (
+                inside
+                and first is self._outputs[inside[-1]]
+                and not any(isinstance(m, Tensor) for m in more or ())
+            ):
                 tails.append(Tail(name, frozenset(inside[:-1]), inside[-1], more))
         self._outputs.clear()
         self._results.clear()
@@ -81,12 +93,20 @@ class Replay:
     Args:
         block: with the weights of this walk.
         found: its tails.
-        waiting: linears that are still to be observed and quantized; say with :meth:`settle` when they are. A part with one
-            of them before its last linear is run.
-        original: the passes are with original weights, which do not change, so what the last linear reads is kept early.
+        waiting: linears that are still to be observed and quantized; say with :meth:`settle` when
+            they are. A part with one of them before its last linear is run.
+        original: the passes are with original weights, which do not change, so what the last linear
+            reads is kept early.
     """
 
-    def __init__(self, block: nn.Module, found: Sequence[Tail], waiting: Collection[str], *, original: bool = False) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        found: Sequence[Tail],
+        waiting: Collection[str],
+        *,
+        original: bool = False,
+    ) -> None:
         self._block, self._tails, self._original = block, found, original
         self._waiting = set(waiting)
         self._inputs: dict[tuple[str, int], Tensor] = {}

@@ -1,7 +1,9 @@
-"""A whole model in memory, run from the middle with other weights: what measuring one linear's effect on the output takes.
+"""A whole model in memory, run from the middle with other weights: what measuring one linear's
+effect on the output takes.
 
-Blocks that need not run again are replaced by stand-ins that give what the last of them gave, so the model's own forward pass
-does the rest (masks, final norm, head, whatever it does to its logits) and no per-model code is needed.
+Blocks that need not run again are replaced by stand-ins that give what the last of them gave, so
+the model's own forward pass does the rest (masks, final norm, head, whatever it does to its logits)
+and no per-model code is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class _AlreadyRun(nn.Module):
         self.__dict__["_block"], self.__dict__["_given"] = block, given
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)  # models read attributes such as attention_type off the block
+        return getattr(
+            self.__dict__["_block"], name
+        )  # models read attributes such as attention_type off the block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_given"]
@@ -34,7 +38,8 @@ class _AlreadyRun(nn.Module):
 
 @contextmanager
 def already_run(blocks: nn.ModuleList, index: int, given: Any) -> Iterator[None]:
-    """The blocks before ``index`` give ``given``, in the form in which the last of them gave it, instead of running."""
+    """The blocks before ``index`` give ``given``, in the form in which the last of them gave it,
+    instead of running."""
     originals = list(blocks)
     try:
         for i in range(index):
@@ -46,7 +51,9 @@ def already_run(blocks: nn.ModuleList, index: int, given: Any) -> Iterator[None]
 
 
 @contextmanager
-def swapped(linears: Mapping[str, nn.Linear], rounded: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> Iterator[None]:
+def swapped(
+    linears: Mapping[str, nn.Linear], rounded: Mapping[str, QuantizedWeight], dtype: torch.dtype
+) -> Iterator[None]:
     """The linears hold other weights, by name."""
     originals = {n: m.weight for n, m in linears.items()}
     try:

@@ -1,8 +1,10 @@
-"""What a run is: everything that its bytes depend on, as flat facts, so that two runs can be told apart and the difference named.
+"""What a run is: everything that its bytes depend on, as flat facts, so that two runs can be told
+apart and the difference named.
 
-The model's files are not read whole for this, which would take as long as reading the model. Of each weight file it notes size,
-time of change, its header, and 64 pages spread over its length: another fine-tune of the same shapes differs in nearly every
-page, and an edit of a single tensor changes the time. config.json, tokenizer and the like are noted whole.
+The model's files are not read whole for this, which would take as long as reading the model. Of
+each weight file it notes size, time of change, its header, and 64 pages spread over its length:
+another fine-tune of the same shapes differs in nearly every page, and an edit of a single tensor
+changes the time. config.json, tokenizer and the like are noted whole.
 """
 
 from __future__ import annotations
@@ -37,12 +39,19 @@ def fingerprint(
 ) -> Facts:
     """The facts of a run, named as a user would name them."""
     facts = {f"recipe {name}": value for name, value in _flat(recipe.model_dump(mode="json"))}
-    for path in [reader.path / "config.json", *(reader.path / n for n in SIDE_FILES if (reader.path / n).is_file())]:
+    for path in [
+        reader.path / "config.json",
+        *(reader.path / n for n in SIDE_FILES if (reader.path / n).is_file()),
+    ]:
         facts[f"{path.name} of the model"] = sha256_file(path)
     for path in reader.files():
         facts |= {f"{path.name} of the model, {what}": value for what, value in _weight_file(path)}
     facts["calibration token ids"] = "none" if calibration is None else calibration.sha256
-    facts |= {"--device": str(device), "--dtype": str(dtype).removeprefix("torch."), "--max-shard-size": str(max_shard_size)}
+    facts |= {
+        "--device": str(device),
+        "--dtype": str(dtype).removeprefix("torch."),
+        "--max-shard-size": str(max_shard_size),
+    }
     facts["threads"] = str(torch.get_num_threads())
     facts["processor"] = _processor(device)
     return facts | {f"version of {name}": version for name, version in versions().items()}
@@ -50,7 +59,9 @@ def fingerprint(
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
-        return [pair for k, v in value.items() for pair in _flat(v, f"{path}.{k}" if path else str(k))]
+        return [
+            pair for k, v in value.items() for pair in _flat(v, f"{path}.{k}" if path else str(k))
+        ]
     return [(path, str(value))]
 
 
@@ -81,9 +92,13 @@ def _processor(device: torch.device) -> str:
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What differs, as words: ``recipe weights.bits was 4 and is 3; …``; empty when nothing does."""
+    """What differs, as words: ``recipe weights.bits was 4 and is 3; …``; empty when nothing
+    does."""
     names = [n for n in [*then, *(n for n in now if n not in then)] if then.get(n) != now.get(n)]
-    told = [f"{n} was {_short(then.get(n, 'absent'))} and is {_short(now.get(n, 'absent'))}" for n in names[:_SHOWN]]
+    told = [
+        f"{n} was {_short(then.get(n, 'absent'))} and is {_short(now.get(n, 'absent'))}"
+        for n in names[:_SHOWN]
+    ]
     return "; ".join(told) + (f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 

@@ -1,7 +1,7 @@
 """An append-only file of JSON lines, each with its checksum: what happened for certain, in order.
 
-A line counts once its bytes are on the disk. A crash in the middle of one leaves a torn last line, which reading leaves out and
-the next append overwrites.
+A line counts once its bytes are on the disk. A crash in the middle of one leaves a torn last line,
+which reading leaves out and the next append overwrites.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records up to the first line that is torn or damaged, and the bytes they take; nothing where there is no file."""
+    """The records up to the first line that is torn or damaged, and the bytes they take; nothing
+    where there is no file."""
     records: list[dict[str, Any]] = []
     end = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
         text = line[_SUM + 1 : -1]
-        if not line.endswith(b"\n") or hashlib.sha256(text).hexdigest()[:_SUM].encode() + b" " != line[: _SUM + 1]:
+        if (
+            not line.endswith(b"\n")
+            or hashlib.sha256(text).hexdigest()[:_SUM].encode() + b" " != line[: _SUM + 1]
+        ):
             break
         records.append(json.loads(text))
         end += len(line)

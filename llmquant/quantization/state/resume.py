@@ -1,13 +1,16 @@
-"""Continuing a run that was killed: the state that it keeps in ``.NAME.resume`` beside its unfinished ``.NAME.partial``.
+"""Continuing a run that was killed: the state that it keeps in ``.NAME.resume`` beside its
+unfinished ``.NAME.partial``.
 
-The first line of ``journal.jsonl`` says which run it is (:mod:`llmquant.quantization.state.fingerprint`). Then comes a line per finished block:
-what was done, which bytes of the weight files count, and which file holds the hidden states behind it. Before a line is written
-everything that it names is on the disk; what an older line names is removed only after that. So at every instant the last whole
-line describes a state that is there, and continuing from it is the same computation on the same numbers: the files come out byte
-for byte as without the interruption.
+The first line of ``journal.jsonl`` says which run it is
+(:mod:`llmquant.quantization.state.fingerprint`). Then comes a line per finished block: what was
+done, which bytes of the weight files count, and which file holds the hidden states behind it.
+Before a line is written everything that it names is on the disk; what an older line names is
+removed only after that. So at every instant the last whole line describes a state that is there,
+and continuing from it is the same computation on the same numbers: the files come out byte for byte
+as without the interruption.
 
-Two more lines end a run: ``weights`` when all tensors are in finished files, ``whole`` when the folder was proved and is about to
-get its name. The state is removed when it has it.
+Two more lines end a run: ``weights`` when all tensors are in finished files, ``whole`` when the
+folder was proved and is about to get its name. The state is removed when it has it.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ def kept_blocks(output: Path) -> int:
 
 
 def finished_before(output: Path, facts: Facts) -> Outcome | None:
-    """What the run did, if it was killed between giving the folder its name and removing its state; the state is removed then."""
+    """What the run did, if it was killed between giving the folder its name and removing its state;
+    the state is removed then."""
     folder, manifest = state_of(output), output / "manifest.json"
     records = _records(folder)
     if not records or records[-1]["kind"] != "whole" or not manifest.is_file():
@@ -77,7 +81,8 @@ def _remove_at_end(folder: Path) -> None:
 
 
 def _give_up(folder: Path) -> None:
-    """Remove a state that nobody shall continue: the journal first, since without it there is nothing to continue."""
+    """Remove a state that nobody shall continue: the journal first, since without it there is
+    nothing to continue."""
     (folder / _JOURNAL).unlink(missing_ok=True)
     remove(folder)
 
@@ -85,8 +90,9 @@ def _give_up(folder: Path) -> None:
 class SavedRun:
     """The state of one run, as a context manager inside that of its writer.
 
-    Leaving it normally removes the state. Leaving it by an exception keeps it if the same command could do better next time (an
-    interrupt, a full disk, any surprise), and removes it if it could not (impossible numbers, a failed proof).
+    Leaving it normally removes the state. Leaving it by an exception keeps it if the same command
+    could do better next time (an interrupt, a full disk, any surprise), and removes it if it could
+    not (impossible numbers, a failed proof).
 
     Args:
         writer: entered, with ``keep`` set.
@@ -153,7 +159,9 @@ class SavedRun:
             if self._enabled:
                 self._journal = Journal(self.folder / _JOURNAL)
                 self._journal.append({"kind": "run", "facts": self._facts})
-        self.room = Room(self._device, self.folder if self.folder.exists() else None, placement=self._placement)
+        self.room = Room(
+            self._device, self.folder if self.folder.exists() else None, placement=self._placement
+        )
 
     def _continue(self, records: list[dict[str, Any]]) -> None:
         told = f"an interrupted run stands beside {self._writer.path}"
@@ -164,7 +172,9 @@ class SavedRun:
                 "anew, which deletes what it did"
             )
         if not self._enabled:
-            raise UsageError(f"{told}; leave --no-resume out to continue it, or add --restart to begin anew")
+            raise UsageError(
+                f"{told}; leave --no-resume out to continue it, or add --restart to begin anew"
+            )
         self.outcome = _outcome(records)
         self._writer.restore([_MARK.validate_python(r["mark"]) for r in records if "mark" in r])
         self.blocks = self.resumed = sum(r["kind"] == "block" for r in records)
@@ -198,11 +208,18 @@ class SavedRun:
         if self._journal is None:
             return
         mark = self._writer.mark()
-        record = {"kind": kind, "outcome": done.as_json(), "mark": _MARK.dump_python(mark, mode="json")}
+        record = {
+            "kind": kind,
+            "outcome": done.as_json(),
+            "mark": _MARK.dump_python(mark, mode="json"),
+        }
         with disk(self.folder):
             if kind == "block":
                 streams = self.room.save()
-                record |= {"streams": _STREAMS.dump_python(streams, mode="json"), "calls": self.room.calls}
+                record |= {
+                    "streams": _STREAMS.dump_python(streams, mode="json"),
+                    "calls": self.room.calls,
+                }
                 fsync_path(self.folder)
             self._journal.append(record)
             self._writer.keep = True
@@ -214,13 +231,22 @@ class SavedRun:
         """The folder was proved; ``manifest`` is the text of its manifest."""
         if self._journal is not None:
             with disk(self.folder):
-                self._journal.append({"kind": "whole", "manifest": hashlib.sha256(manifest.encode()).hexdigest()})
+                self._journal.append(
+                    {"kind": "whole", "manifest": hashlib.sha256(manifest.encode()).hexdigest()}
+                )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._journal is not None:
             self._journal.close()
         stopped = interruption.stops(error)
-        failed = isinstance(error, QuantizationError | ProofError) or (self.proving and isinstance(error, LlmquantError))
+        failed = isinstance(error, QuantizationError | ProofError) or (
+            self.proving and isinstance(error, LlmquantError)
+        )
         if error is None:
             _remove_at_end(self.folder)
         elif (failed and not stopped) or not self._writer.keep:
@@ -229,7 +255,9 @@ class SavedRun:
         if stopped:
             raise KeyboardInterrupt(self.told()) from error
         if isinstance(error, DiskError) and self._writer.keep:
-            raise DiskError(f"{error}: {self.told()}{self._needs(error)}", full=error.full) from error
+            raise DiskError(
+                f"{error}: {self.told()}{self._needs(error)}", full=error.full
+            ) from error
 
     def told(self) -> str:
         """What an interruption leaves, and how to go on."""
@@ -241,7 +269,8 @@ class SavedRun:
         )
 
     def _needs(self, error: DiskError) -> str:
-        """The room that the rest will take: tensors, the shard that is put together from its side file, states twice."""
+        """The room that the rest will take: tensors, the shard that is put together from its side
+        file, states twice."""
         if not error.full:
             return ""
         left = max(0, self.bytes_expected - self._writer.total_bytes)

@@ -1,9 +1,12 @@
-"""Channel scaling (AWQ, SmoothQuant) on a block of a walked model: which pairs there are, a search for each, the fold.
+"""Channel scaling (AWQ, SmoothQuant) on a block of a walked model: which pairs there are, a search
+for each, the fold.
 
-All searches of a block see the inputs that its *original* weights give; then everything is folded at once, before the first
-linear is rounded. Scaled weights are kept in float32 beside the block, and rounding starts from those, never from a rounded copy.
+All searches of a block see the inputs that its *original* weights give; then everything is folded
+at once, before the first linear is rounded. Scaled weights are kept in float32 beside the block,
+and rounding starts from those, never from a rounded copy.
 
-What a good scale is, is a finder's business: :class:`AWQFinder` here, :class:`llmquant.quantization.steps.smoothquant.SmoothFinder` beside it.
+What a good scale is, is a finder's business: :class:`AWQFinder` here,
+:class:`llmquant.quantization.steps.smoothquant.SmoothFinder` beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ from llmquant.models.architectures import Architecture
 from llmquant.models.block_inputs import BlockInput
 from llmquant.models.experts import UNSEEN, place_of
 from llmquant.quantization.blocks.capture import observe
-from llmquant.quantization.steps.folding import Pair, checked, fold, head_channels, names_of, norm_pairs
+from llmquant.quantization.steps.folding import (
+    Pair,
+    checked,
+    fold,
+    head_channels,
+    names_of,
+    norm_pairs,
+)
 from llmquant.runtime.distributed import ALONE, World
 from llmquant.spec import QuantSpec
 
@@ -35,8 +45,8 @@ class PairReport:
     Attributes:
         ratio: the winning exponent (SmoothQuant's alpha); None where nothing was scaled.
         duo: whether the winner looks at the weights' magnitudes.
-        before, after: relative output error of the readers when rounded to nearest (under SmoothQuant with their inputs rounded
-            too); None where no search was made.
+        before, after: relative output error of the readers when rounded to nearest (under
+            SmoothQuant with their inputs rounded too); None where no search was made.
         reason: why nothing was scaled, else None.
         seconds: of the search; not part of the manifest.
         method: ``awq`` or ``smooth``.
@@ -55,7 +65,8 @@ class PairReport:
 
 @dataclass(frozen=True, slots=True)
 class BlockScaling:
-    """The scaled tensors of a block by full name: float32 weights of linears, and what is written as it is (norms, biases)."""
+    """The scaled tensors of a block by full name: float32 weights of linears, and what is written
+    as it is (norms, biases)."""
 
     weights: Mapping[str, Tensor]
     changed: Mapping[str, Tensor]
@@ -63,7 +74,8 @@ class BlockScaling:
 
 
 class Finder(Protocol):
-    """Finds a pair's factors, given the full names and float32 weights ``[out, in]`` of its readers.
+    """Finds a pair's factors, given the full names and float32 weights ``[out, in]`` of its
+    readers.
 
     Attributes:
         method: what it is called in reports.
@@ -82,7 +94,8 @@ class Finder(Protocol):
 
 
 class AWQFinder:
-    """AWQ's search over the statistics of the block's inputs; see :func:`llmquant.algorithms.search_scale`.
+    """AWQ's search over the statistics of the block's inputs; see
+    :func:`llmquant.algorithms.search_scale`.
 
     Args:
         block: with its original weights.
@@ -109,7 +122,9 @@ class AWQFinder:
         all_experts: bool = False,
         world: World = ALONE,
     ) -> None:
-        self._stats = observe(block, {s[0]: _linear(block, s[0]) for s in sets}, inputs, all_experts)
+        self._stats = observe(
+            block, {s[0]: _linear(block, s[0]) for s in sets}, inputs, all_experts
+        )
         for share in self._stats.values():
             world.add_up(share)
         self._specs, self._search, self._options = specs, search, options
@@ -126,10 +141,19 @@ class AWQFinder:
         """
         seen = self._stats[pair.readers[0]]
         if seen.tokens == 0:
-            raise QuantizationError(f"{names[0]} saw no finite calibration token ({seen.dropped} dropped)")
+            raise QuantizationError(
+                f"{names[0]} saw no finite calibration token ({seen.dropped} dropped)"
+            )
         specs = [self._specs[n] for n in names]
         return search_scale(
-            weights, specs, seen.hessian, seen.mean_abs, self._search, self._options, pair.channel, names[0]
+            weights,
+            specs,
+            seen.hessian,
+            seen.mean_abs,
+            self._search,
+            self._options,
+            pair.channel,
+            names[0],
         )
 
 
@@ -148,7 +172,8 @@ def scale_block(
     Args:
         block: with its original weights.
         prefix: its full name.
-        sets: linears to quantize that share an input, named from the block, in execution order; not empty.
+        sets: linears to quantize that share an input, named from the block, in execution order; not
+            empty.
         inputs: the block's inputs.
         reader: the original's tensors.
         architecture: names pairs of linears.
@@ -160,7 +185,9 @@ def scale_block(
     stored: dict[str, torch.dtype] = {}
     touched: set[str] = set()
     reports = []
-    for pair, reason in _pairs(block, sets, architecture if find.linears else None, kv_heads, inputs[0]):
+    for pair, reason in _pairs(
+        block, sets, architecture if find.linears else None, kv_heads, inputs[0]
+    ):
         start = time.perf_counter()
         names = f"{prefix}.{pair.producer}", tuple(f"{prefix}.{r}" for r in pair.readers)
         if reason is not None:
@@ -176,7 +203,11 @@ def scale_block(
         found = find(pair, names[1], [tensors[f"{r}.weight"] for r in pair.readers])
         seconds = time.perf_counter() - start
         why = None if found.ratio is not None else "no scale made the error smaller"
-        reports.append(PairReport(*names, found.ratio, found.duo, found.before, found.after, why, seconds, find.method))
+        reports.append(
+            PairReport(
+                *names, found.ratio, found.duo, found.before, found.after, why, seconds, find.method
+            )
+        )
         if found.ratio is not None:
             changed = fold(pair, found.scale, tensors, stored)
             tensors |= changed
@@ -192,14 +223,24 @@ def scale_block(
 
 
 def _pairs(
-    block: nn.Module, sets: Sequence[tuple[str, ...]], architecture: Architecture | None, kv_heads: int, inputs: BlockInput
+    block: nn.Module,
+    sets: Sequence[tuple[str, ...]],
+    architecture: Architecture | None,
+    kv_heads: int,
+    inputs: BlockInput,
 ) -> list[tuple[Pair, str | None]]:
-    """Pairs, each with the reason why it must be left alone, or None; without an ``architecture`` those with a norm only."""
+    """Pairs, each with the reason why it must be left alone, or None; without an ``architecture``
+    those with a norm only."""
     members = {m for s in sets for m in s}
     found: list[tuple[Pair, str | None]] = []
     routed = [m for s in sets if len(s) > 1 and place_of(block, s[0]) for m in s]
     if routed and architecture is not None and architecture.experts is not None:
-        found.append((Pair(architecture.experts.inside, tuple(routed)), "the router reads these channels too"))
+        found.append(
+            (
+                Pair(architecture.experts.inside, tuple(routed)),
+                "the router reads these channels too",
+            )
+        )
     for pair in norm_pairs(block, sets, inputs):
         found.append(_tried(block, pair, inputs))
     linears = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
@@ -209,11 +250,16 @@ def _pairs(
         if missing:
             found.append((pair, f"{missing[0]} is not quantized"))
             continue
-        outputs, inward = _linear(block, producer).out_features, _linear(block, consumer).in_features
+        outputs, inward = (
+            _linear(block, producer).out_features,
+            _linear(block, consumer).in_features,
+        )
         if outputs != inward:
             channel = head_channels(outputs, inward, kv_heads)
             if channel is None:
-                found.append((pair, f"{outputs} channels of {kv_heads} heads do not make up {inward}"))
+                found.append(
+                    (pair, f"{outputs} channels of {kv_heads} heads do not make up {inward}")
+                )
                 continue
             pair = Pair(producer, (consumer,), channel.to(inputs.hidden.device), linear=True)
         found.append(_tried(block, pair, inputs))

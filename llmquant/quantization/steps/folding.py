@@ -1,16 +1,20 @@
-"""Folding: multiplying channels between two modules by ``s`` and ``1/s`` so that a block computes what it did.
+"""Folding: multiplying channels between two modules by ``s`` and ``1/s`` so that a block computes
+what it did.
 
-A pair is a producer of channels (a norm, or a linear whose output reaches the readers channel by channel) and the linears
-that read them. The producer's channels are divided by ``s``, the readers' columns multiplied by it.
+A pair is a producer of channels (a norm, or a linear whose output reaches the readers channel by
+channel) and the linears that read them. The producer's channels are divided by ``s``, the readers'
+columns multiplied by it.
 
-A norm's weight is stored in the checkpoint's dtype, so it is rounded to that *first* and ``s`` is then taken as old over new:
-what the readers get is exact up to float32. A linear that is itself to be quantized stays float32 until it is rounded.
-Biases of a producer are rounded to their stored dtype, which is the one inexact step.
+A norm's weight is stored in the checkpoint's dtype, so it is rounded to that *first* and ``s`` is
+then taken as old over new: what the readers get is exact up to float32. A linear that is itself to
+be quantized stays float32 until it is rounded. Biases of a producer are rounded to their stored
+dtype, which is the one inexact step.
 
-Norm pairs are observed: the tensor that the readers read *is* what the norm returned. Whether folding is allowed is not
-assumed either: every pair is first folded with random factors, and refused when one batch then leaves the block changed
-(another reader of the channels, other arithmetic between the two). The same trial tells norms that multiply by ``w`` from those
-that multiply by ``1 + w``.
+Norm pairs are observed: the tensor that the readers read *is* what the norm returned. Whether
+folding is allowed is not assumed either: every pair is first folded with random factors, and
+refused when one batch then leaves the block changed (another reader of the channels, other
+arithmetic between the two). The same trial tells norms that multiply by ``w`` from those that
+multiply by ``1 + w``.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ class Pair:
     Attributes:
         producer: a norm, or a linear.
         readers: linears.
-        channel: int64 ``[in]``, the producer's channel that each input of the readers is; None: the same index.
+        channel: int64 ``[in]``, the producer's channel that each input of the readers is; None: the
+            same index.
         offset: a norm multiplies by ``offset + weight``.
         linear: whether the producer is a linear.
     """
@@ -73,18 +78,25 @@ def fold(
         bias = tensors[bias_name]
         changed[bias_name] = (bias / scale).to(stored[bias_name]).to(bias.dtype)
     columns = scale if pair.channel is None else scale[pair.channel]
-    return changed | {f"{reader}.weight": tensors[f"{reader}.weight"] * columns for reader in pair.readers}
+    return changed | {
+        f"{reader}.weight": tensors[f"{reader}.weight"] * columns for reader in pair.readers
+    }
 
 
 def names_of(pair: Pair, block: nn.Module) -> list[str]:
     """The parameters that folding the pair touches."""
     present = {name for name, _ in block.named_parameters()}
-    wanted = (f"{pair.producer}.weight", f"{pair.producer}.bias", *(f"{r}.weight" for r in pair.readers))
+    wanted = (
+        f"{pair.producer}.weight",
+        f"{pair.producer}.bias",
+        *(f"{r}.weight" for r in pair.readers),
+    )
     return [name for name in wanted if name in present]
 
 
 def norm_pairs(block: nn.Module, sets: Sequence[tuple[str, ...]], inputs: BlockInput) -> list[Pair]:
-    """A pair for every set of linears whose common input is the output of a module with a one-dimensional weight."""
+    """A pair for every set of linears whose common input is the output of a module with a
+    one-dimensional weight."""
     outputs: list[tuple[str, Tensor]] = []
     read: dict[str, Tensor] = {}
 
@@ -116,7 +128,8 @@ def norm_pairs(block: nn.Module, sets: Sequence[tuple[str, ...]], inputs: BlockI
 
 
 def head_channels(outputs: int, inputs: int, kv_heads: int) -> Tensor | None:
-    """For ``v -> o``: which row of v each column of o reads, when ``inputs / outputs`` query heads share a key-value head.
+    """For ``v -> o``: which row of v each column of o reads, when ``inputs / outputs`` query heads
+    share a key-value head.
 
     None where the sizes do not fit.
     """
@@ -131,7 +144,10 @@ def checked(block: nn.Module, pair: Pair, inputs: BlockInput) -> Pair | None:
     """The pair as it may be folded, or None when folding it changes the block's output."""
     parameters = {name: block.get_parameter(name).detach() for name in names_of(pair, block)}
     dtype = inputs.hidden.dtype
-    stored = {name: torch.float64 if t.dtype == torch.float64 else torch.float32 for name, t in parameters.items()}
+    stored = {
+        name: torch.float64 if t.dtype == torch.float64 else torch.float32
+        for name, t in parameters.items()
+    }
     wide = {name: t.to(stored[name]) for name, t in parameters.items()}
     channels = wide[f"{pair.producer}.weight"].shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -141,8 +157,15 @@ def checked(block: nn.Module, pair: Pair, inputs: BlockInput) -> Pair | None:
         size = float((before - inputs.hidden.double()).norm())
         for offset in (0.0,) if pair.linear else _OFFSETS:
             attempt = replace(pair, offset=offset)
-            changed = fold(attempt, scale.to(inputs.hidden.device, stored[f"{pair.producer}.weight"]), wide, stored)
-            after = run_with(block, {n: t.to(parameters[n].dtype) for n, t in changed.items()}, inputs).double()
+            changed = fold(
+                attempt,
+                scale.to(inputs.hidden.device, stored[f"{pair.producer}.weight"]),
+                wide,
+                stored,
+            )
+            after = run_with(
+                block, {n: t.to(parameters[n].dtype) for n, t in changed.items()}, inputs
+            ).double()
             if float((after - before).norm()) <= _TOLERANCE.get(dtype, _TOLERANCE_HALF) * size:
                 return attempt
     return None

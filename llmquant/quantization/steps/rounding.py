@@ -1,4 +1,5 @@
-"""One linear of a walk rounded, by the weights alone or with statistics of its inputs, and what is reported of it."""
+"""One linear of a walk rounded, by the weights alone or with statistics of its inputs, and what is
+reported of it."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def to_nearest(plan: WalkPlan, name: str, weight: Tensor, fallback: str | None =
     return quantized, report
 
 
-def with_statistics(plan: WalkPlan, name: str, weight: Tensor, stats: InputStats, factor: Factor | None) -> Rounded:
+def with_statistics(
+    plan: WalkPlan, name: str, weight: Tensor, stats: InputStats, factor: Factor | None
+) -> Rounded:
     """Round by GPTQ, or without a ``factor`` to nearest, with scales that may weigh the inputs.
 
     Args:
@@ -71,7 +74,9 @@ def with_statistics(plan: WalkPlan, name: str, weight: Tensor, stats: InputStats
     return quantized, report
 
 
-def _gptq(plan: WalkPlan, weight: Tensor, stats: InputStats, factor: Factor, spec: QuantSpec, name: str) -> QuantizedWeight:
+def _gptq(
+    plan: WalkPlan, weight: Tensor, stats: InputStats, factor: Factor, spec: QuantSpec, name: str
+) -> QuantizedWeight:
     """GPTQ with the recipe's refinements around it."""
     wanted, target = plan.recipe.gptq, weight
     if isinstance(stats, PairStats):

@@ -1,7 +1,9 @@
-"""SmoothQuant on a block of a walked model: what the readers of each pair see, and the search among strengths.
+"""SmoothQuant on a block of a walked model: what the readers of each pair see, and the search among
+strengths.
 
-Two things of the block's inputs are kept: the largest magnitude of each channel over all calibration tokens, and an even sample
-of at most ``_ROWS`` tokens on which candidates are compared, so that memory does not grow with the text.
+Two things of the block's inputs are kept: the largest magnitude of each channel over all
+calibration tokens, and an even sample of at most ``_ROWS`` tokens on which candidates are compared,
+so that memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -93,16 +95,24 @@ class SmoothFinder:
         seen = self._seen[pair.readers[0]]
         if not seen.rows:
             raise QuantizationError(f"{names[0]} saw no finite calibration token")
-        readers = [Reader(w, self._specs[n], n in self._int8) for n, w in zip(names, weights, strict=True)]
+        readers = [
+            Reader(w, self._specs[n], n in self._int8) for n, w in zip(names, weights, strict=True)
+        ]
         return search_smoothing(
-            readers, torch.cat(seen.rows), seen.largest, self._options.alphas, self._search, pair.channel
+            readers,
+            torch.cat(seen.rows),
+            seen.largest,
+            self._options.alphas,
+            self._search,
+            pair.channel,
         )
 
 
 def _observed(
     block: nn.Module, wanted: Sequence[str], inputs: Sequence[BlockInput], all_experts: bool
 ) -> dict[str, _Seen]:
-    """Largest magnitudes over all finite tokens and an even sample of those, for each wanted linear."""
+    """Largest magnitudes over all finite tokens and an even sample of those, for each wanted
+    linear."""
     linears = {n: m for n in wanted if isinstance(m := block.get_submodule(n), nn.Linear)}
     found: dict[str, _Seen] = {}
     share = max(1, _ROWS // len(inputs))
@@ -115,6 +125,8 @@ def _observed(
             if not rows.shape[0]:
                 continue
             seen.largest = torch.maximum(seen.largest, rows.abs().amax(0))
-            even = torch.linspace(0, rows.shape[0] - 1, min(share, rows.shape[0]), device=rows.device)
+            even = torch.linspace(
+                0, rows.shape[0] - 1, min(share, rows.shape[0]), device=rows.device
+            )
             seen.rows.append(rows[even.round().to(torch.int64)])
     return {name: found.get(name, _Seen(torch.zeros(0), [])) for name in wanted}

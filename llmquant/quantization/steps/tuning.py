@@ -1,7 +1,8 @@
-"""Tuning a block of a walked model: binds :func:`llmquant.algorithms.tune` to a decoder block and its captured inputs.
+"""Tuning a block of a walked model: binds :func:`llmquant.algorithms.tune` to a decoder block and
+its captured inputs.
 
-The block's linears are replaced call by call, so that nothing in it changes until the best state is known; then that is
-written into the block, and what the next block reads comes from it.
+The block's linears are replaced call by call, so that nothing in it changes until the best state is
+known; then that is written into the block, and what the next block reads comes from it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from llmquant.weight import QuantizedWeight
 class TuneReport:
     """Mean squared error of a block's output on the calibration text before and after it was tuned.
 
-    ``step`` of ``steps`` taken gave the state that was kept; 0 is the rounding algorithm's own. ``seconds`` is not part of the
-    manifest.
+    ``step`` of ``steps`` taken gave the state that was kept; 0 is the rounding algorithm's own.
+    ``seconds`` is not part of the manifest.
     """
 
     before: float
@@ -59,10 +60,16 @@ def tune_block(
     place = {full: f"{full.removeprefix(f'{name}.')}.weight" for full in starts}
 
     def forward(weights: Mapping[str, Tensor], batch: int) -> Tensor:
-        return run_with(block, {place[full]: weight.to(dtype) for full, weight in weights.items()}, inputs[batch])
+        return run_with(
+            block,
+            {place[full]: weight.to(dtype) for full, weight in weights.items()},
+            inputs[batch],
+        )
 
     tuned = tune(originals, starts, forward, targets, options, name)
     for full, weight in tuned.weights.items():
         block.get_parameter(place[full]).data.copy_(weight.dequantize(dtype))
-    report = TuneReport(tuned.before, tuned.after, tuned.step, tuned.steps, time.perf_counter() - start)
+    report = TuneReport(
+        tuned.before, tuned.after, tuned.step, tuned.steps, time.perf_counter() - start
+    )
     return tuned.weights, report

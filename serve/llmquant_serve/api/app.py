@@ -17,7 +17,12 @@ from llmquant_serve.api.chat_completions import ChatWriter
 from llmquant_serve.api.completions import CompletionWriter
 from llmquant_serve.api.guards import Guard
 from llmquant_serve.api.plan import plan_chat, plan_completion
-from llmquant_serve.api.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from llmquant_serve.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from llmquant_serve.api.responses import (
     ChatChunk,
     ChatCompletion,
@@ -38,11 +43,15 @@ UI_PATH = "/ui"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorAnswer, "description": why}
     for code, why in {
-        400: "The request cannot be right; the parameter is named.", 401: "No key, or a wrong one.", 404: "No such model.",
-        413: "The body is too large.", 429: "Too many requests; see Retry-After.", 500: "The engine failed.",
+        400: "The request cannot be right; the parameter is named.",
+        401: "No key, or a wrong one.",
+        404: "No such model.",
+        413: "The body is too large.",
+        429: "Too many requests; see Retry-After.",
+        500: "The engine failed.",
         503: "The engine is not ready.",
     }.items()
-}  # fmt: skip
+}
 
 
 def create_app(
@@ -73,7 +82,14 @@ def create_app(
             for engine in engines:
                 await engine.close()
 
-    app = FastAPI(title="llmquant", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, responses=_ERRORS)
+    app = FastAPI(
+        title="llmquant",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=_ERRORS,
+    )
     _add_generation(app, service)
     _add_models(app, service)
     _add_text(app, service)
@@ -81,9 +97,19 @@ def create_app(
     _add_handlers(app)
     paths = frozenset(str(getattr(r, "path", "")) for r in app.routes)
     if cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
     app.add_middleware(
-        Guard, keys=keys, max_body=service.limits.max_body, metrics=service.metrics, paths=paths, exempt=UI_PATH if ui else None
+        Guard,
+        keys=keys,
+        max_body=service.limits.max_body,
+        metrics=service.metrics,
+        paths=paths,
+        exempt=UI_PATH if ui else None,
     )
     return app
 
@@ -96,31 +122,45 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         _check_ready(service)
         service.check_model(body.model)
         plan = await plan_completion(service, body)
-        return await _answer(service, request, CompletionWriter(service, plan), len(plan.choices), stream=plan.stream)
+        return await _answer(
+            service, request, CompletionWriter(service, plan), len(plan.choices), stream=plan.stream
+        )
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: streamed})
     async def chat(body: ChatRequest, request: Request) -> Response:
         _check_ready(service)
         service.check_model(body.model)
         plan = await plan_chat(service, body)
-        return await _answer(service, request, ChatWriter(service, plan), len(plan.choices), stream=plan.stream)
+        return await _answer(
+            service, request, ChatWriter(service, plan), len(plan.choices), stream=plan.stream
+        )
 
 
 async def _answer(
-    service: Service, request: Request, writer: CompletionWriter | ChatWriter, count: int, *, stream: bool
+    service: Service,
+    request: Request,
+    writer: CompletionWriter | ChatWriter,
+    count: int,
+    *,
+    stream: bool,
 ) -> Response:
     """Enter the gate, then answer as asked; a stream holds its place until it ends."""
     with ExitStack() as held:
         held.enter_context(service.gate.enter(count))
         aborted = service.metrics.aborted.inc
         if stream:
-            return EventStream(_events(writer.stream()), held.pop_all(), service.limits.stall_seconds, aborted)
+            return EventStream(
+                _events(writer.stream()), held.pop_all(), service.limits.stall_seconds, aborted
+            )
         whole: Completion | ChatCompletion = await answered(request, writer.whole(), aborted)
         return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
-async def _events(parts: AsyncGenerator[Completion, None] | AsyncGenerator[ChatChunk, None]) -> AsyncGenerator[bytes, None]:
-    """Parts as server-sent events. An engine that fails midway is told as an error event, without the final [DONE]."""
+async def _events(
+    parts: AsyncGenerator[Completion, None] | AsyncGenerator[ChatChunk, None],
+) -> AsyncGenerator[bytes, None]:
+    """Parts as server-sent events. An engine that fails midway is told as an error event, without
+    the final [DONE]."""
     async with aclosing(parts):
         try:
             async for part in parts:
@@ -134,12 +174,19 @@ async def _events(parts: AsyncGenerator[Completion, None] | AsyncGenerator[ChatC
 def _check_ready(service: Service) -> None:
     health = service.engine.health()
     if not health.ok:
-        raise ApiError(503, f"the engine is not ready: {health.detail}", code="engine_unavailable", headers={"Retry-After": "5"})
+        raise ApiError(
+            503,
+            f"the engine is not ready: {health.detail}",
+            code="engine_unavailable",
+            headers={"Retry-After": "5"},
+        )
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
     def card() -> ModelCard:
-        return ModelCard(id=service.model, created=service.created, max_model_len=service.engine.info.context)
+        return ModelCard(
+            id=service.model, created=service.created, max_model_len=service.engine.info.context
+        )
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -158,9 +205,13 @@ def _add_text(app: FastAPI, service: Service) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise bad("give either prompt or messages", "prompt")
         if body.messages is not None:
-            ids = await service.text.encode_chat(body.messages, generation_prompt=body.add_generation_prompt is not False)
+            ids = await service.text.encode_chat(
+                body.messages, generation_prompt=body.add_generation_prompt is not False
+            )
         else:
-            ids = await service.text.encode(body.prompt or "", "prompt", special=body.add_special_tokens is not False)
+            ids = await service.text.encode(
+                body.prompt or "", "prompt", special=body.add_special_tokens is not False
+            )
         found = Tokens(count=len(ids), max_model_len=service.engine.info.context, tokens=ids)
         if body.return_token_strs:
             found.token_strs = [str(t) for t in service.text.tokenizer.convert_ids_to_tokens(ids)]
@@ -169,7 +220,11 @@ def _add_text(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Text:
         service.check_model(body.model)
-        return Text(prompt=service.text.decode(service.text.checked(body.tokens, "tokens")) if body.tokens else "")
+        return Text(
+            prompt=service.text.decode(service.text.checked(body.tokens, "tokens"))
+            if body.tokens
+            else ""
+        )
 
 
 def _add_watching(app: FastAPI, service: Service) -> None:
@@ -177,14 +232,28 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         state, load = service.engine.health(), service.engine.load()
         answer = HealthAnswer(
-            status="ok" if state.ok else "unavailable", engine=service.engine.name, model=service.model, detail=state.detail,
-            restarts=state.restarts, running=load.running, waiting=load.waiting,
-        )  # fmt: skip
-        return Response(answer.model_dump_json(), 200 if state.ok else 503, media_type="application/json")
+            status="ok" if state.ok else "unavailable",
+            engine=service.engine.name,
+            model=service.model,
+            detail=state.detail,
+            restarts=state.restarts,
+            running=load.running,
+            waiting=load.waiting,
+        )
+        return Response(
+            answer.model_dump_json(), 200 if state.ok else 503, media_type="application/json"
+        )
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def metrics() -> Response:
-        return Response(service.metrics.render(service.engine, service.gate.open), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            service.metrics.render(service.engine, service.gate.open),
+            media_type=CONTENT_TYPE_LATEST,
+        )
 
 
 def _add_handlers(app: FastAPI) -> None:
@@ -207,20 +276,31 @@ def _add_handlers(app: FastAPI) -> None:
     async def gone(_: Request, e: Exception) -> Response:
         return JSONResponse({}, 499)  # nobody reads it
 
-    handlers = ((ApiError, ours), (RequestValidationError, invalid), (HTTPException, http), (EngineError, engine), (Gone, gone))
+    handlers = (
+        (ApiError, ours),
+        (RequestValidationError, invalid),
+        (HTTPException, http),
+        (EngineError, engine),
+        (Gone, gone),
+    )
     for kind, handler in handlers:
         app.add_exception_handler(kind, handler)
 
 
 def _engine_failed(e: EngineError) -> ApiError:
-    return bad(str(e)) if isinstance(e, RefusedError) else ApiError(500, str(e), code="engine_error")
+    return (
+        bad(str(e)) if isinstance(e, RefusedError) else ApiError(500, str(e), code="engine_error")
+    )
 
 
 def _invalid(e: RequestValidationError) -> ApiError:
     """The first complaint, by parameter: ``messages.0.content: …``."""
     first = e.errors()[0]
     if first["type"] == "json_invalid":
-        return bad(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="invalid_json")
+        return bad(
+            f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}",
+            code="invalid_json",
+        )
     where = ".".join(str(part) for part in first["loc"] if part != "body") or None
     if first["type"] == "extra_forbidden":
         return bad(f"unrecognized parameter: {where}", where, "unknown_parameter")

@@ -30,11 +30,16 @@ class ChatWriter:
 
     def __init__(self, service: Service, plan: Plan) -> None:
         self._service, self._plan = service, plan
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model}
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.model,
+        }
         self._made: dict[int, int] = {}
 
     async def stream(self) -> AsyncGenerator[ChatChunk, None]:
-        """The role, one chunk per piece, the finish reason in a chunk of its own, the usage where asked for."""
+        """The role, one chunk per piece, the finish reason in a chunk of its own, the usage where
+        asked for."""
         for choice in self._plan.choices:
             yield self._chunk([_opening(choice)])
         async with aclosing(pieces(self._service, self._plan)) as found:
@@ -45,7 +50,9 @@ class ChatWriter:
                 if piece.finish is not None:
                     yield self._chunk([_closing(choice, piece)])
         if self._plan.usage_chunk:
-            yield ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=self.usage())
+            yield ChatChunk(
+                **self._head, object="chat.completion.chunk", choices=[], usage=self.usage()
+            )
 
     async def whole(self) -> ChatCompletion:
         """Everything at once."""
@@ -56,26 +63,39 @@ class ChatWriter:
                 heard[choice.index].append(piece)
         choices = [self._message(choice, heard[choice.index]) for choice in self._plan.choices]
         extras = {"prompt_token_ids": self._plan.choices[0].prompt} if self._plan.show_ids else {}
-        return ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=self.usage(), **extras)
+        return ChatCompletion(
+            **self._head, object="chat.completion", choices=choices, usage=self.usage(), **extras
+        )
 
     def usage(self) -> Usage:
         made = sum(self._made.values())
-        return Usage(prompt_tokens=self._plan.prompt_tokens, completion_tokens=made, total_tokens=self._plan.prompt_tokens + made)
+        return Usage(
+            prompt_tokens=self._plan.prompt_tokens,
+            completion_tokens=made,
+            total_tokens=self._plan.prompt_tokens + made,
+        )
 
     def _chunk(self, choices: list[ChunkChoice]) -> ChatChunk:
         chunk = ChatChunk(**self._head, object="chat.completion.chunk", choices=choices)
         return chunk.model_copy(update={"usage": None}) if self._plan.usage_chunk else chunk
 
     def _logprobs(self, choice: Choice, tokens: list[Token]) -> ChatLogprobs | None:
-        return None if choice.sampling.logprobs is None else chat_logprobs(self._service.text.tokenizer, tokens)
+        return (
+            None
+            if choice.sampling.logprobs is None
+            else chat_logprobs(self._service.text.tokenizer, tokens)
+        )
 
     def _spoken(self, choice: Choice, piece: Piece) -> ChunkChoice:
         tokens = list(piece.tokens)
         extras = {"token_ids": [t.id for t in tokens]} if self._plan.show_ids else {}
         return ChunkChoice(
-            index=choice.index, delta=Delta(content=piece.text), logprobs=self._logprobs(choice, tokens), finish_reason=None,
+            index=choice.index,
+            delta=Delta(content=piece.text),
+            logprobs=self._logprobs(choice, tokens),
+            finish_reason=None,
             **extras,
-        )  # fmt: skip
+        )
 
     def _message(self, choice: Choice, heard: list[Piece]) -> ChatChoice:
         tokens = [t for piece in heard for t in piece.tokens]
@@ -83,14 +103,31 @@ class ChatWriter:
         assert last.finish is not None
         extras = {"token_ids": [t.id for t in tokens]} if self._plan.show_ids else {}
         return ChatChoice(
-            index=choice.index, message=ChatMessage(role="assistant", content="".join(p.text for p in heard), refusal=None),
-            logprobs=self._logprobs(choice, tokens), finish_reason=last.finish, stop_reason=last.stop, **extras,
-        )  # fmt: skip
+            index=choice.index,
+            message=ChatMessage(
+                role="assistant", content="".join(p.text for p in heard), refusal=None
+            ),
+            logprobs=self._logprobs(choice, tokens),
+            finish_reason=last.finish,
+            stop_reason=last.stop,
+            **extras,
+        )
 
 
 def _opening(choice: Choice) -> ChunkChoice:
-    return ChunkChoice(index=choice.index, delta=Delta(role="assistant", content=""), logprobs=None, finish_reason=None)
+    return ChunkChoice(
+        index=choice.index,
+        delta=Delta(role="assistant", content=""),
+        logprobs=None,
+        finish_reason=None,
+    )
 
 
 def _closing(choice: Choice, piece: Piece) -> ChunkChoice:
-    return ChunkChoice(index=choice.index, delta=Delta(), logprobs=None, finish_reason=piece.finish, stop_reason=piece.stop)
+    return ChunkChoice(
+        index=choice.index,
+        delta=Delta(),
+        logprobs=None,
+        finish_reason=piece.finish,
+        stop_reason=piece.stop,
+    )

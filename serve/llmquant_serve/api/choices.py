@@ -43,7 +43,10 @@ async def pieces(service: Service, plan: Plan) -> AsyncGenerator[tuple[Choice, P
 
 
 async def _feed(
-    service: Service, plan: Plan, choice: Choice, queue: asyncio.Queue[tuple[Choice, Piece] | BaseException]
+    service: Service,
+    plan: Plan,
+    choice: Choice,
+    queue: asyncio.Queue[tuple[Choice, Piece] | BaseException],
 ) -> None:
     try:
         async with aclosing(_one(service, plan, choice)) as found:
@@ -56,7 +59,12 @@ async def _feed(
 async def _one(service: Service, plan: Plan, choice: Choice) -> AsyncGenerator[Piece, None]:
     clock = Clock(service.metrics)
     written = write(
-        service.engine, service.text.tokenizer, choice.prompt, choice.sampling, plan.stops, keep_special=plan.keep_special
+        service.engine,
+        service.text.tokenizer,
+        choice.prompt,
+        choice.sampling,
+        plan.stops,
+        keep_special=plan.keep_special,
     )
     async with aclosing(written) as found:
         async for piece in found:

@@ -20,7 +20,11 @@ class CompletionWriter:
 
     def __init__(self, service: Service, plan: Plan) -> None:
         self._service, self._plan = service, plan
-        self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.model}
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.model,
+        }
         self._made: dict[int, int] = {}
 
     async def stream(self) -> AsyncGenerator[Completion, None]:
@@ -32,7 +36,9 @@ class CompletionWriter:
                 part = self._part(choice, piece, first=choice.index not in begun)
                 begun.add(choice.index)
                 answer = Completion(**self._head, object="text_completion", choices=[part])
-                yield answer.model_copy(update={"usage": None}) if self._plan.usage_chunk else answer
+                yield (
+                    answer.model_copy(update={"usage": None}) if self._plan.usage_chunk else answer
+                )
         if self._plan.usage_chunk:
             yield Completion(**self._head, object="text_completion", choices=[], usage=self.usage())
 
@@ -44,12 +50,19 @@ class CompletionWriter:
                 self._made[choice.index] = piece.made
                 parts[choice.index].append(self._part(choice, piece, first=not parts[choice.index]))
         return Completion(
-            **self._head, object="text_completion", choices=[_joined(p) for p in parts.values()], usage=self.usage()
+            **self._head,
+            object="text_completion",
+            choices=[_joined(p) for p in parts.values()],
+            usage=self.usage(),
         )
 
     def usage(self) -> Usage:
         made = sum(self._made.values())
-        return Usage(prompt_tokens=self._plan.prompt_tokens, completion_tokens=made, total_tokens=self._plan.prompt_tokens + made)
+        return Usage(
+            prompt_tokens=self._plan.prompt_tokens,
+            completion_tokens=made,
+            total_tokens=self._plan.prompt_tokens + made,
+        )
 
     def _part(self, choice: Choice, piece: Piece, *, first: bool) -> CompletionChoice:
         plan, tokenizer = self._plan, self._service.text.tokenizer
@@ -65,9 +78,13 @@ class CompletionWriter:
             if first:
                 extras["prompt_token_ids"] = choice.prompt
         return CompletionChoice(
-            index=choice.index, text=(echo if first else "") + piece.text, finish_reason=piece.finish, stop_reason=piece.stop,
-            logprobs=completion_logprobs(tokenizer, tokens, offsets) if wanted else None, **extras,
-        )  # fmt: skip
+            index=choice.index,
+            text=(echo if first else "") + piece.text,
+            finish_reason=piece.finish,
+            stop_reason=piece.stop,
+            logprobs=completion_logprobs(tokenizer, tokens, offsets) if wanted else None,
+            **extras,
+        )
 
 
 def _joined(parts: list[CompletionChoice]) -> CompletionChoice:

@@ -1,6 +1,8 @@
-"""What every request passes before it reaches a route: its key, its size, its count. Plain ASGI, so that streams stay streams.
+"""What every request passes before it reaches a route: its key, its size, its count. Plain ASGI, so
+that streams stay streams.
 
-Keys are compared in constant time and all of them are, whichever matches. ``/health`` needs no key: load balancers have none.
+Keys are compared in constant time and all of them are, whichever matches. ``/health`` needs no key:
+load balancers have none.
 """
 
 from __future__ import annotations
@@ -28,13 +30,28 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Sequence[str], max_body: int, metrics: Metrics, paths: frozenset[str], exempt: str | None
+        self,
+        app: ASGIApp,
+        *,
+        keys: Sequence[str],
+        max_body: int,
+        metrics: Metrics,
+        paths: frozenset[str],
+        exempt: str | None,
     ) -> None:
-        self._app, self._max_body, self._metrics, self._paths, self._exempt = app, max_body, metrics, paths, exempt
+        self._app, self._max_body, self._metrics, self._paths, self._exempt = (
+            app,
+            max_body,
+            metrics,
+            paths,
+            exempt,
+        )
         self._keys = [k.encode() for k in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (self._exempt and f"{scope['path']}/".startswith(f"{self._exempt}/")):
+        if scope["type"] != "http" or (
+            self._exempt and f"{scope['path']}/".startswith(f"{self._exempt}/")
+        ):
             await self._app(scope, receive, send)
             return
         counted = self._counted(scope["path"], send)
@@ -70,13 +87,17 @@ class Guard:
             got += len(message.get("body", b""))
             if got > self._max_body:
                 e = self._too_big()
-                raise HTTPException(e.status, e.message)  # the one kind that FastAPI lets through while it reads
+                raise HTTPException(
+                    e.status, e.message
+                )  # the one kind that FastAPI lets through while it reads
             return message
 
         return counted
 
     def _too_big(self) -> ApiError:
-        return ApiError(413, f"the request body is larger than {self._max_body} bytes", code="request_too_large")
+        return ApiError(
+            413, f"the request body is larger than {self._max_body} bytes", code="request_too_large"
+        )
 
     def _counted(self, path: str, send: Send) -> Send:
         label = path if path in self._paths else "other"

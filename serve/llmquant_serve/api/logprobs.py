@@ -1,7 +1,8 @@
 """Log-probabilities in OpenAI's two shapes: parallel lists for completions, objects for chats.
 
-A token that is part of a character has no text of its own; completions then name it by its bytes (``bytes:\\xe2``), as OpenAI
-does, so that different tokens have different names. JSON has no infinity: a probability of zero is written as -9999.
+A token that is part of a character has no text of its own; completions then name it by its bytes
+(``bytes:\\xe2``), as OpenAI does, so that different tokens have different names. JSON has no
+infinity: a probability of zero is written as -9999.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ LOWEST = -9999.0
 def completion_logprobs(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token], offsets: Sequence[int]
 ) -> CompletionLogprobs:
-    """Of tokens that begin at ``offsets`` in the choice's text; the chosen token is always among the alternatives."""
+    """Of tokens that begin at ``offsets`` in the choice's text; the chosen token is always among
+    the alternatives."""
     return CompletionLogprobs(
         tokens=[_name(tokenizer, t.id) for t in tokens],
         token_logprobs=[None if t.logprob is None else max(t.logprob, LOWEST) for t in tokens],
@@ -48,7 +50,9 @@ def chat_logprobs(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[Token]) -
 
 def _entry(tokenizer: PreTrainedTokenizerBase, token: Token) -> TokenLogprob:
     own = _top(tokenizer, token.id, token.logprob or 0.0)
-    return TokenLogprob(**own.model_dump(), top_logprobs=[_top(tokenizer, i, p) for i, p in token.top])
+    return TokenLogprob(
+        **own.model_dump(), top_logprobs=[_top(tokenizer, i, p) for i, p in token.top]
+    )
 
 
 def _top(tokenizer: PreTrainedTokenizerBase, token: int, logprob: float) -> TopLogprob:
@@ -56,7 +60,9 @@ def _top(tokenizer: PreTrainedTokenizerBase, token: int, logprob: float) -> TopL
     return TopLogprob(token=text, logprob=max(logprob, LOWEST), bytes=token_bytes(tokenizer, token))
 
 
-def prompt_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, keep_special: bool) -> list[int]:
+def prompt_offsets(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, keep_special: bool
+) -> list[int]:
     """Where each token of an echoed prompt begins in its text."""
     text, length, found = Detokenizer(tokenizer, keep_special=keep_special), 0, []
     for i in ids:

@@ -1,4 +1,5 @@
-"""From a request to what the engine is asked for; everything that can be refused is refused here, by name, before work begins."""
+"""From a request to what the engine is asked for; everything that can be refused is refused here,
+by name, before work begins."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ async def plan_completion(service: Service, request: CompletionRequest) -> Plan:
     if request.max_tokens == 0 and not echo:
         raise bad("max_tokens is 0, which only makes sense together with echo", "max_tokens")
     base = _sampling(service, request)
-    base = replace(base, logprobs=request.logprobs, prompt_logprobs=request.logprobs if echo else None)
+    base = replace(
+        base, logprobs=request.logprobs, prompt_logprobs=request.logprobs if echo else None
+    )
     if request.max_tokens == 0 and base.prompt_logprobs is None:
         base = replace(base, prompt_logprobs=0)
     n = request.n or 1
@@ -63,7 +66,9 @@ async def plan_completion(service: Service, request: CompletionRequest) -> Plan:
         room = service.room(len(ids), request.max_tokens, _COMPLETION_TOKENS, "max_tokens")
         choices += [Choice(j * n + i, ids, _nth(base, i, room)) for i in range(n)]
     _ask(service, choices[0].sampling)
-    echoes = [text for text in _texts(service, request, prompts) for _ in range(n)] if echo else None
+    echoes = (
+        [text for text in _texts(service, request, prompts) for _ in range(n)] if echo else None
+    )
     return _plan(request, choices, sum(map(len, prompts)), echoes)
 
 
@@ -73,14 +78,20 @@ async def plan_chat(service: Service, request: ChatRequest) -> Plan:
     """
     if request.top_logprobs is not None and not request.logprobs:
         raise bad("top_logprobs needs logprobs: true", "top_logprobs")
-    if None not in (request.max_tokens, request.max_completion_tokens) and request.max_tokens != request.max_completion_tokens:
+    if (
+        None not in (request.max_tokens, request.max_completion_tokens)
+        and request.max_tokens != request.max_completion_tokens
+    ):
         raise bad("max_tokens and max_completion_tokens differ; give one", "max_tokens")
     n = request.n or 1
     service.gate.check(n, "n")
     ids = await service.text.encode_chat(request.messages)
     name = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
     room = service.room(len(ids), request.max_tokens or request.max_completion_tokens, None, name)
-    base = replace(_sampling(service, request), logprobs=(request.top_logprobs or 0) if request.logprobs else None)
+    base = replace(
+        _sampling(service, request),
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
     choices = [Choice(i, ids, _nth(base, i, room)) for i in range(n)]
     _ask(service, choices[0].sampling)
     return _plan(request, choices, len(ids), None)
@@ -90,7 +101,9 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
     """Token ids of every prompt, whichever of the four forms was sent."""
     special = request.add_special_tokens is not False
     return [
-        await service.text.encode(p, "prompt", special=special) if isinstance(p, str) else service.text.checked(p, "prompt")
+        await service.text.encode(p, "prompt", special=special)
+        if isinstance(p, str)
+        else service.text.checked(p, "prompt")
         for p in _given(request)
     ]
 
@@ -104,7 +117,10 @@ def _texts(service: Service, request: CompletionRequest, prompts: list[list[int]
     """What echo repeats: a text as it was sent, ids as they read."""
     keep = request.skip_special_tokens is False
     pairs = zip(_given(request), prompts, strict=True)
-    return [p if isinstance(p, str) else decode(service.text.tokenizer, ids, keep_special=keep) for p, ids in pairs]
+    return [
+        p if isinstance(p, str) else decode(service.text.tokenizer, ids, keep_special=keep)
+        for p, ids in pairs
+    ]
 
 
 def _sampling(service: Service, request: CompletionRequest | ChatRequest) -> Sampling:
@@ -148,19 +164,29 @@ def _grammar(asked: ResponseFormat | None) -> dict[str, Any] | None:
 
 
 def _nth(base: Sampling, i: int, room: int) -> Sampling:
-    """The sampling of choice ``i``: its seed is the request's plus i, and an impossible minimum is refused."""
+    """The sampling of choice ``i``: its seed is the request's plus i, and an impossible minimum is
+    refused."""
     if base.min_tokens > room:
-        raise bad(f"min_tokens is {base.min_tokens}, but at most {room} can be generated", "min_tokens")
+        raise bad(
+            f"min_tokens is {base.min_tokens}, but at most {room} can be generated", "min_tokens"
+        )
     return replace(base, max_tokens=room, seed=None if base.seed is None else base.seed + i)
 
 
 def _ask(service: Service, sampling: Sampling) -> None:
     refusal = service.engine.why_not(sampling)
     if refusal is not None:
-        raise bad(f"{refusal.parameter}: {refusal.reason}", refusal.parameter, "unsupported_parameter")
+        raise bad(
+            f"{refusal.parameter}: {refusal.reason}", refusal.parameter, "unsupported_parameter"
+        )
 
 
-def _plan(request: CompletionRequest | ChatRequest, choices: list[Choice], prompt_tokens: int, echoes: list[str] | None) -> Plan:
+def _plan(
+    request: CompletionRequest | ChatRequest,
+    choices: list[Choice],
+    prompt_tokens: int,
+    echoes: list[str] | None,
+) -> Plan:
     stream = bool(request.stream)
     if request.stream_options is not None and not stream:
         raise bad("stream_options needs stream: true", "stream_options")

@@ -1,9 +1,10 @@
-"""What requests may contain. A parameter that is not listed is an error that names it, never ignored.
+"""What requests may contain. A parameter that is not listed is an error that names it, never
+ignored.
 
-The names and meanings are OpenAI's; ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos``,
-``stop_token_ids``, ``skip_special_tokens`` and ``return_token_ids`` are vLLM's extensions, spelled as there. What is listed for
-the sake of clients that send it with its neutral value (``best_of: 1``, ``suffix: null``, ``parallel_tool_calls`` …) is refused
-with any other.
+The names and meanings are OpenAI's; ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``,
+``ignore_eos``, ``stop_token_ids``, ``skip_special_tokens`` and ``return_token_ids`` are vLLM's
+extensions, spelled as there. What is listed for the sake of clients that send it with its neutral
+value (``best_of: 1``, ``suffix: null``, ``parallel_tool_calls`` …) is refused with any other.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ _INT64 = 2**63
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
-
-
 
 
 class StreamOptions(Strict):
@@ -73,19 +72,18 @@ class _Common(Strict):
 class CompletionRequest(_Common):
     """``POST /v1/completions``."""
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | Annotated[
-        list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)
-    ]
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
     add_special_tokens: bool | None = None
     best_of: int | None = None
     suffix: Literal[""] | None = None
-
-
-
-
 
 
 class ChatRequest(_Common):

@@ -1,4 +1,5 @@
-"""What responses look like: OpenAI's shapes. Only fields that were set are sent: extensions appear where they were asked for."""
+"""What responses look like: OpenAI's shapes. Only fields that were set are sent: extensions appear
+where they were asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Parallel lists, one entry per token; the first token of an echoed prompt has no log-probability."""
+    """Parallel lists, one entry per token; the first token of an echoed prompt has no
+    log-probability."""
 
     tokens: list[str]
     token_logprobs: list[float | None]

@@ -1,8 +1,9 @@
-"""Answers that outlive their handler: server-sent events, and answers in one that stop when nobody waits for them.
+"""Answers that outlive their handler: server-sent events, and answers in one that stop when nobody
+waits for them.
 
-Three things end a stream early, and each closes the generator below, which frees the engine's slot: the client disconnects; it
-takes nothing for ``stall_seconds``; the server shuts down and has waited long enough. A reader that is merely slow holds up
-nobody, since only its own connection waits.
+Three things end a stream early, and each closes the generator below, which frees the engine's slot:
+the client disconnects; it takes nothing for ``stall_seconds``; the server shuts down and has waited
+long enough. A reader that is merely slow holds up nobody, since only its own connection waits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
-HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
 
 
 class Gone(Exception):  # noqa: N818 - it is no error of ours
@@ -84,7 +89,9 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def answered(request: Request, work: Coroutine[Any, Any, T], aborted: Callable[[], None]) -> T:
+async def answered(
+    request: Request, work: Coroutine[Any, Any, T], aborted: Callable[[], None]
+) -> T:
     """The same for a handler that answers in one."""
     try:
         return await unless_gone(work, request.receive)

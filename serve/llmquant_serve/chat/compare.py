@@ -1,7 +1,8 @@
-"""Two replies side by side as HTML: every token with its probability on hover, and where the two part ways.
+"""Two replies side by side as HTML: every token with its probability on hover, and where the two
+part ways.
 
-From the first difference on, the two models read different texts, so later differences follow from it; it alone is marked
-strongly, the others faintly. Everything that comes from a model is escaped.
+From the first difference on, the two models read different texts, so later differences follow from
+it; it alone is marked strongly, the others faintly. Everything that comes from a model is escaped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ CSS = """
 
 
 def divergence(left: Sequence[Piece], right: Sequence[Piece]) -> int | None:
-    """The index of the first token in which two replies differ; None if one begins with the other."""
+    """The index of the first token in which two replies differ; None if one begins with the
+    other."""
     ids = zip(_tokens(left), _tokens(right), strict=False)
     return next((i for i, (a, b) in enumerate(ids) if a.id != b.id), None)
 
@@ -37,7 +39,11 @@ def marked(tokenizer: PreTrainedTokenizerBase, own: Sequence[Piece], other: Sequ
     for piece in own:
         places = range(at, at + len(piece.tokens))
         at += len(piece.tokens)
-        differing = [i for i in places if i < len(theirs) and piece.tokens[i - places.start].id != theirs[i].id]
+        differing = [
+            i
+            for i in places
+            if i < len(theirs) and piece.tokens[i - places.start].id != theirs[i].id
+        ]
         kind = "first" if first is not None and first in places else "differs" if differing else ""
         title = "\n".join(_told(tokenizer, t) for t in piece.tokens)
         text = piece.text or ("⏹" if piece.finish == "stop" else "")
@@ -53,5 +59,9 @@ def _told(tokenizer: PreTrainedTokenizerBase, token: Token) -> str:
     """``" river" 0.412 (" house" 0.2, …)``."""
     if token.logprob is None:
         return repr(token_text(tokenizer, token.id))
-    others = ", ".join(f"{token_text(tokenizer, i)!r} {math.exp(p):.3f}" for i, p in token.top if i != token.id)
-    return f"{token_text(tokenizer, token.id)!r} {math.exp(token.logprob):.3f}" + (f" ({others})" if others else "")
+    others = ", ".join(
+        f"{token_text(tokenizer, i)!r} {math.exp(p):.3f}" for i, p in token.top if i != token.id
+    )
+    return f"{token_text(tokenizer, token.id)!r} {math.exp(token.logprob):.3f}" + (
+        f" ({others})" if others else ""
+    )

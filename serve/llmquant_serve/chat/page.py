@@ -1,7 +1,8 @@
 """The chat page (Gradio), mounted beside the API: chat, and A/B with the original model.
 
-With API keys the page asks for one as its password. Generation runs in the server's event loop and through its gate, so people
-and programs share the same limits; Stop, Clear and leaving the page free the engine's slot.
+With API keys the page asks for one as its password. Generation runs in the server's event loop and
+through its gate, so people and programs share the same limits; Stop, Clear and leaving the page
+free the engine's slot.
 """
 
 from __future__ import annotations
@@ -34,10 +35,16 @@ _EXPORT = """(turns, system, a, b) => {
   link.download = "conversation.json"; link.click(); URL.revokeObjectURL(link.href);
 }"""
 _AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-_QUIET: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+_QUIET: dict[str, Any] = {
+    "concurrency_limit": None,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
 
 
-def mount(app: FastAPI, service: Service, keys: Sequence[str], reference: Service | None, folder: Path) -> None:
+def mount(
+    app: FastAPI, service: Service, keys: Sequence[str], reference: Service | None, folder: Path
+) -> None:
     """Put the page at ``/ui``.
 
     Args:
@@ -47,13 +54,22 @@ def mount(app: FastAPI, service: Service, keys: Sequence[str], reference: Servic
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
     def welcome(_: str, password: str) -> bool:
-        return any(tuple(hmac.compare_digest(password.encode(), key.encode()) for key in keys))  # all are compared
+        return any(
+            tuple(hmac.compare_digest(password.encode(), key.encode()) for key in keys)
+        )  # all are compared
 
     page = build_page(service, reference, measured(folder))
     gr.mount_gradio_app(
-        app, page, path=UI_PATH, auth=welcome if keys else None, auth_message="Any name; the password is an API key.",
-        footer_links=[], ssr_mode=False, css=CSS, run_history=False,
-    )  # fmt: skip
+        app,
+        page,
+        path=UI_PATH,
+        auth=welcome if keys else None,
+        auth_message="Any name; the password is an API key.",
+        footer_links=[],
+        ssr_mode=False,
+        css=CSS,
+        run_history=False,
+    )
 
 
 def measured(folder: Path) -> str | None:
@@ -68,7 +84,9 @@ def measured(folder: Path) -> str | None:
 def build_page(service: Service, reference: Service | None, table: str | None) -> gr.Blocks:
     """The whole page."""
     runs: Runs[Any] = Runs()
-    with gr.Blocks(title=f"{service.model} · llmquant", analytics_enabled=False, fill_height=True) as page:
+    with gr.Blocks(
+        title=f"{service.model} · llmquant", analytics_enabled=False, fill_height=True
+    ) as page:
         gr.Markdown(f"## {service.model}")
         settings = _settings()
         with gr.Tabs():
@@ -78,7 +96,10 @@ def build_page(service: Service, reference: Service | None, table: str | None) -
                 with gr.Tab("A/B"):
                     _compare_tab(service, reference, settings, runs)
             with gr.Tab("Measured"):
-                gr.Markdown(table or "Nothing was measured; `llmquant eval --card` does, and writes it into the model card.")
+                gr.Markdown(
+                    table
+                    or "Nothing was measured; `llmquant eval --card` does, and writes it into the model card."
+                )
         page.unload(_stopper(runs))
     found: gr.Blocks = page
     return found
@@ -87,7 +108,9 @@ def build_page(service: Service, reference: Service | None, table: str | None) -
 def _settings() -> list[gr.components.Component]:
     with gr.Accordion("Settings", open=False, elem_id="settings"):
         system = gr.Textbox("", label="System prompt", lines=3, elem_id="system")
-        temperature = gr.Slider(0.0, 2.0, 0.7, step=0.05, label="Temperature (0: greedy)", elem_id="temperature")
+        temperature = gr.Slider(
+            0.0, 2.0, 0.7, step=0.05, label="Temperature (0: greedy)", elem_id="temperature"
+        )
         top_p = gr.Slider(0.0, 1.0, 0.95, step=0.01, label="Top-p")
         top_k = gr.Number(0, label="Top-k (0: all)", precision=0, minimum=0)
         most = gr.Number(256, label="Most tokens", precision=0, minimum=1, elem_id="most")
@@ -99,9 +122,13 @@ def _sampling(numbers: Sequence[float], logprobs: int | None = None) -> Sampling
     """From the sliders and boxes, in the order of :func:`_settings`."""
     temperature, top_p, top_k, most, seed = numbers
     return Sampling(
-        max_tokens=max(1, int(most or 1)), temperature=float(temperature), top_p=float(top_p), top_k=int(top_k or 0),
-        seed=None if seed is None or seed < 0 else int(seed), logprobs=logprobs,
-    )  # fmt: skip
+        max_tokens=max(1, int(most or 1)),
+        temperature=float(temperature),
+        top_p=float(top_p),
+        top_k=int(top_k or 0),
+        seed=None if seed is None or seed < 0 else int(seed),
+        logprobs=logprobs,
+    )
 
 
 def _with_system(system: str | None, turns: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -119,10 +146,24 @@ def _plain(content: Any) -> str:
 
 
 def _chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
-    chat = gr.Chatbot(show_label=False, height="50vh", buttons=["copy"], allow_tags=False, elem_id="chat", feedback_options=None)
+    chat = gr.Chatbot(
+        show_label=False,
+        height="50vh",
+        buttons=["copy"],
+        allow_tags=False,
+        elem_id="chat",
+        feedback_options=None,
+    )
     status = gr.Markdown("", elem_id="status")
     with gr.Row():
-        box = gr.Textbox(show_label=False, placeholder="Say something", scale=6, min_width=120, elem_id="box", autofocus=True)
+        box = gr.Textbox(
+            show_label=False,
+            placeholder="Say something",
+            scale=6,
+            min_width=120,
+            elem_id="box",
+            autofocus=True,
+        )
         send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
     with gr.Row():
@@ -133,8 +174,14 @@ def _chat_tab(service: Service, settings: list[gr.components.Component], runs: R
     halt = _stopper(runs)
     inputs, outputs, typed = [chat, *settings], [chat, status], [box, chat]
     running: list[Any] = [
-        event(halt, **_AT_ONCE).then(change, wires, wires, **_AT_ONCE).then(answer, inputs, outputs, **_QUIET)
-        for event, change, wires in ((send.click, _said, typed), (box.submit, _said, typed), (again.click, _unsaid, [chat]))
+        event(halt, **_AT_ONCE)
+        .then(change, wires, wires, **_AT_ONCE)
+        .then(answer, inputs, outputs, **_QUIET)
+        for event, change, wires in (
+            (send.click, _said, typed),
+            (box.submit, _said, typed),
+            (again.click, _unsaid, [chat]),
+        )
     ]
     stop.click(halt, **_AT_ONCE)
     clear.click(halt, cancels=running, **_AT_ONCE).then(lambda: ([], ""), None, outputs, **_AT_ONCE)
@@ -160,7 +207,9 @@ def _unsaid(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return turns
 
 
-def _answerer(service: Service, runs: Runs[Any]) -> Callable[..., AsyncGenerator[tuple[list[dict[str, Any]], str], None]]:
+def _answerer(
+    service: Service, runs: Runs[Any]
+) -> Callable[..., AsyncGenerator[tuple[list[dict[str, Any]], str], None]]:
     async def answer(
         request: gr.Request, turns: list[dict[str, Any]], system: str, *numbers: float
     ) -> AsyncGenerator[tuple[list[dict[str, Any]], str], None]:
@@ -177,10 +226,20 @@ def _answerer(service: Service, runs: Runs[Any]) -> Callable[..., AsyncGenerator
     return answer
 
 
-def _compare_tab(service: Service, reference: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
-    gr.Markdown("The same prompt, settings and seed. Red: the first token that differs; amber: later ones. Hover for more.")
+def _compare_tab(
+    service: Service, reference: Service, settings: list[gr.components.Component], runs: Runs[Any]
+) -> None:
+    gr.Markdown(
+        "The same prompt, settings and seed. Red: the first token that differs; amber: later ones. Hover for more."
+    )
     with gr.Row():
-        box = gr.Textbox(show_label=False, placeholder="A prompt for both", scale=6, min_width=100, elem_id="ab-box")
+        box = gr.Textbox(
+            show_label=False,
+            placeholder="A prompt for both",
+            scale=6,
+            min_width=100,
+            elem_id="ab-box",
+        )
         go = gr.Button("Compare", variant="primary", scale=1, min_width=90, elem_id="ab-go")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="ab-stop")
     panes: list[gr.components.Component] = []
@@ -188,7 +247,10 @@ def _compare_tab(service: Service, reference: Service, settings: list[gr.compone
         for which, name in ((service, service.model), (reference, f"{reference.model} (original)")):
             with gr.Column(min_width=280):
                 gr.Markdown(f"**{name}**")
-                panes += [gr.HTML(elem_id=f"ab-{'left' if which is service else 'right'}"), gr.Markdown()]
+                panes += [
+                    gr.HTML(elem_id=f"ab-{'left' if which is service else 'right'}"),
+                    gr.Markdown(),
+                ]
     verdict = gr.Markdown("", elem_id="ab-verdict")
     outputs = [*panes, verdict]
     compare = _comparer(service, reference, runs)
@@ -220,7 +282,9 @@ def _comparer(
     return compare
 
 
-def _sides(service: Service, reference: Service, now: Sequence[Reply]) -> tuple[str, str, str, str, str]:
+def _sides(
+    service: Service, reference: Service, now: Sequence[Reply]
+) -> tuple[str, str, str, str, str]:
     left, right = (r.pieces for r in now)
     first = divergence(left, right)
     if first is not None:
@@ -228,6 +292,9 @@ def _sides(service: Service, reference: Service, now: Sequence[Reply]) -> tuple[
     else:
         verdict = "All tokens are the same." if all(r.finished for r in now) else "The same so far."
     return (
-        marked(service.text.tokenizer, left, right), now[0].status, marked(reference.text.tokenizer, right, left), now[1].status,
+        marked(service.text.tokenizer, left, right),
+        now[0].status,
+        marked(reference.text.tokenizer, right, left),
+        now[1].status,
         verdict,
-    )  # fmt: skip
+    )

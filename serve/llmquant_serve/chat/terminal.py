@@ -1,5 +1,5 @@
-"""``llmquant chat`` in a terminal: read, reply as it is made, repeat. Ctrl-C stops a reply; between replies it
-leaves, as does the end of the input.
+"""``llmquant chat`` in a terminal: read, reply as it is made, repeat. Ctrl-C stops a reply; between
+replies it leaves, as does the end of the input.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Terminal:
         system = [{"role": "system", "content": self._system}] if self._system else []
         said = Reply()
         try:
-            async with aclosing(reply(self._service, [*system, *self._turns], self._sampling)) as growing:
+            async with aclosing(
+                reply(self._service, [*system, *self._turns], self._sampling)
+            ) as growing:
                 async for now in growing:
                     sys.stdout.write(now.text[len(said.text) :])
                     sys.stdout.flush()

@@ -1,7 +1,8 @@
-"""Runs: what each visitor of the chat page has under way, so that Stop, Clear and leaving end it at once.
+"""Runs: what each visitor of the chat page has under way, so that Stop, Clear and leaving end it at
+once.
 
-Work runs in tasks of ours and the page only looks on: a page framework may forget a generator without closing it, and a reply
-that nobody reads must not keep its slot.
+Work runs in tasks of ours and the page only looks on: a page framework may forget a generator
+without closing it, and a reply that nobody reads must not keep its slot.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Runs(Generic[T]):
         self._tasks: dict[str, set[asyncio.Task[None]]] = defaultdict(set)
 
     async def follow(self, visitor: str, work: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """What ``work`` yields, at most ten times a second and then the latest; ends early when stopped."""
+        """What ``work`` yields, at most ten times a second and then the latest; ends early when
+        stopped."""
         news: asyncio.Queue[T | Exception | None] = asyncio.Queue()
         task = asyncio.create_task(_feed(work, news))
         self._tasks[visitor].add(task)
@@ -33,11 +35,14 @@ class Runs(Generic[T]):
             while not ended:
                 found = [await news.get()]
                 if task.cancelling():
-                    return  # stopped: what came meanwhile must not overwrite what the page shows by now
+                    # stopped: what came meanwhile must not overwrite what the page shows by now
+                    return
                 while not news.empty():
                     found.append(news.get_nowait())
                 failures = [item for item in found if isinstance(item, Exception)]
-                fresh = [item for item in found if item is not None and not isinstance(item, Exception)]
+                fresh = [
+                    item for item in found if item is not None and not isinstance(item, Exception)
+                ]
                 if fresh:
                     yield fresh[-1]
                 if failures:
@@ -59,7 +64,9 @@ class Runs(Generic[T]):
             del self._tasks[visitor]
 
 
-async def _feed(work: AsyncGenerator[T, None], news: asyncio.Queue[T | Exception | None] | _Side[T]) -> None:
+async def _feed(
+    work: AsyncGenerator[T, None], news: asyncio.Queue[T | Exception | None] | _Side[T]
+) -> None:
     try:
         async with aclosing(work):
             async for item in work:
@@ -70,7 +77,9 @@ async def _feed(work: AsyncGenerator[T, None], news: asyncio.Queue[T | Exception
         news.put_nowait(None)
 
 
-async def together(works: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[list[T | None], None]:
+async def together(
+    works: Sequence[AsyncGenerator[T, None]],
+) -> AsyncGenerator[list[T | None], None]:
     """Several generators side by side: the latest of each, whenever one has something new."""
     news: asyncio.Queue[tuple[int, T | Exception | None]] = asyncio.Queue()
     tasks = [asyncio.create_task(_feed(work, _Side(news, i))) for i, work in enumerate(works)]

@@ -1,9 +1,11 @@
-"""Engine: token ids in; token ids, log-probabilities and a finish reason out. It knows no HTTP, no text and no chat template.
+"""Engine: token ids in; token ids, log-probabilities and a finish reason out. It knows no HTTP, no
+text and no chat template.
 
-An engine is asked ``why_not`` before it is asked to generate, so that what it cannot do is refused by name and never ignored.
-``generate`` is an async generator: it yields a :class:`Step` whenever there is something new, the last one has ``finish`` set,
-and closing it early (``aclose``) gives the engine's slot back before its next step. A consumer that reads slowly delays nobody:
-steps wait for it in a queue that can never hold more than the ``max_tokens`` it was granted.
+An engine is asked ``why_not`` before it is asked to generate, so that what it cannot do is refused
+by name and never ignored. ``generate`` is an async generator: it yields a :class:`Step` whenever
+there is something new, the last one has ``finish`` set, and closing it early (``aclose``) gives the
+engine's slot back before its next step. A consumer that reads slowly delays nobody: steps wait for
+it in a queue that can never hold more than the ``max_tokens`` it was granted.
 
 Log-probabilities are those of the model itself, before temperature, penalties, bias and filters.
 """
@@ -40,14 +42,17 @@ class Sampling:
     """How tokens are chosen and when to end.
 
     Attributes:
-        max_tokens: at least 1, unless the prompt alone is scored (``prompt_logprobs``), where 0 generates nothing.
+        max_tokens: at least 1, unless the prompt alone is scored (``prompt_logprobs``), where 0
+            generates nothing.
         temperature: 0 is greedy.
         top_k: 0 keeps all.
         seed: of this request alone; None draws one.
         logprobs: None for none, else how many alternatives to report beside each chosen token.
         prompt_logprobs: the same for the tokens of the prompt.
-        frequency_penalty, presence_penalty: subtracted per occurrence, or once, for tokens generated so far.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
+        frequency_penalty, presence_penalty: subtracted per occurrence, or once, for tokens
+            generated so far.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or
+            output.
         logit_bias: added to logits, by token id.
         stop_ids: tokens that end the text beside the model's own end tokens.
         ignore_eos: the model's own end tokens end nothing.
@@ -74,7 +79,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token id, and where asked for its log-probability in nats, its rank-ordered alternatives ``(id, logprob)``."""
+    """A token id, and where asked for its log-probability in nats, its rank-ordered alternatives
+    ``(id, logprob)``."""
 
     id: int
     logprob: float | None = None
@@ -83,7 +89,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is new. ``prompt`` comes once, before any token: one entry per prompt token, the first without a log-probability."""
+    """What is new. ``prompt`` comes once, before any token: one entry per prompt token, the first
+    without a log-probability."""
 
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None

@@ -1,14 +1,17 @@
-"""Batcher: continuous batching of one transformers model, in a thread of its own. The only code that touches the model.
+"""Batcher: continuous batching of one transformers model, in a thread of its own. The only code
+that touches the model.
 
-Each turn of the loop drops cancelled jobs, spends a budget of prompt tokens on those that wait, and decodes one token for every
-row that is ready. A prompt is read into a cache of its own; when it is done, the sequence joins the :class:`RowCache`. While
-rows are being decoded a prompt is read in chunks of ``PROMPT_CHUNK`` tokens between steps, so that a long one delays the others
-by a fraction of a second and not by its whole length; with nothing to delay it is read at once, which is what
-``model.generate`` does. A request alone is therefore computed operation by operation like ``model.generate``, and gives the
-same tokens.
+Each turn of the loop drops cancelled jobs, spends a budget of prompt tokens on those that wait, and
+decodes one token for every row that is ready. A prompt is read into a cache of its own; when it is
+done, the sequence joins the :class:`RowCache`. While rows are being decoded a prompt is read in
+chunks of ``PROMPT_CHUNK`` tokens between steps, so that a long one delays the others by a fraction
+of a second and not by its whole length; with nothing to delay it is read at once, which is what
+``model.generate`` does. A request alone is therefore computed operation by operation like
+``model.generate``, and gives the same tokens.
 
-In company the matrix products have other shapes and round differently; a greedy choice can then differ, and only where the two
-best logits lie within that rounding. Measured against transformers' own ContinuousBatchingManager: see docs/decisions.md.
+In company the matrix products have other shapes and round differently; a greedy choice can then
+differ, and only where the two best logits lie within that rounding. Measured against transformers'
+own ContinuousBatchingManager: see docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -100,7 +103,8 @@ class Batcher:
         return Load(len(self._rows) + len(reading), len(self._waiting), held)
 
     def close(self) -> None:
-        """Stop after the current step and fail whatever is left; returns when the thread has ended."""
+        """Stop after the current step and fail whatever is left; returns when the thread has
+        ended."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -159,16 +163,21 @@ class Batcher:
                 self._reading.pop(0)
 
     def _read_chunk(self, job: Job, budget: int) -> int:
-        """Run some of a prompt; at its end choose the first token and join the rows. Returns the tokens read."""
+        """Run some of a prompt; at its end choose the first token and join the rows. Returns the
+        tokens read."""
         scored = job.sampling.prompt_logprobs
         size = min(budget, len(job.prompt) - job.read, budget if scored is None else SCORED_CHUNK)
         ids = self._tensor([job.prompt[job.read : job.read + size]])
         seen = torch.ones((1, job.read + size), dtype=torch.long, device=ids.device)
         positions = torch.arange(job.read, job.read + size, device=ids.device)[None]
         out = self._model(
-            input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=job.cache, use_cache=True,
+            input_ids=ids,
+            attention_mask=seen,
+            position_ids=positions,
+            past_key_values=job.cache,
+            use_cache=True,
             logits_to_keep=1 if scored is None else 0,
-        )  # fmt: skip
+        )
         logits: Tensor = out.logits[0]
         if scored is not None:
             following = list(job.prompt[job.read + 1 : job.read + size + 1])
@@ -184,7 +193,9 @@ class Batcher:
             job.scores = []
         if job.sampling.max_tokens == 0:
             job.deliver(Step(finish="length"))
-        elif not self._take(job, int(logits.argmax()) if job.chooser.plain else job.chooser.choose(logits), logits):
+        elif not self._take(
+            job, int(logits.argmax()) if job.chooser.plain else job.chooser.choose(logits), logits
+        ):
             assert job.cache is not None
             self._cache.join(job.cache, len(job.prompt))
             self._rows.append(job)

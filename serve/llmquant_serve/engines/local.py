@@ -1,7 +1,8 @@
-"""The ``local`` engine: a model loaded by ``llmquant.load`` in this process, packed if the folder is, with continuous batching.
+"""The ``local`` engine: a model loaded by ``llmquant.load`` in this process, packed if the folder
+is, with continuous batching.
 
-This is the asyncio side: it hands jobs to the :class:`~llmquant_serve.engines.batcher.Batcher` thread and receives their steps through
-the event loop. It owns nothing of torch.
+This is the asyncio side: it hands jobs to the :class:`~llmquant_serve.engines.batcher.Batcher`
+thread and receives their steps through the event loop. It owns nothing of torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from llmquant.errors import ArchitectureError
-from llmquant_serve.engines.base import EngineError, Health, Load, ModelInfo, Refusal, Sampling, Step
+from llmquant_serve.engines.base import (
+    EngineError,
+    Health,
+    Load,
+    ModelInfo,
+    Refusal,
+    Sampling,
+    Step,
+)
 from llmquant_serve.engines.batcher import Batcher, Job
 from llmquant_serve.engines.sampling import Chooser
 
@@ -33,7 +42,9 @@ class LocalEngine:
 
     name = "local"
 
-    def __init__(self, model: PreTrainedModel, max_streams: int = 8, context: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_streams: int = 8, context: int | None = None
+    ) -> None:
         _refuse_other_states(model)
         self.info = model_info(model, context)
         self._batcher = Batcher(model, self.info.eos, max_streams)
@@ -41,10 +52,14 @@ class LocalEngine:
 
     def why_not(self, sampling: Sampling) -> Refusal | None:
         if sampling.grammar is not None:
-            return Refusal("response_format", "the local engine cannot constrain its output; use --engine vllm")
+            return Refusal(
+                "response_format", "the local engine cannot constrain its output; use --engine vllm"
+            )
         return None
 
-    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Step, None]:
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Step, None]:
         """Yield steps until one has ``finish``; see :class:`~llmquant_serve.engines.base.Engine`.
 
         Raises:
@@ -87,7 +102,8 @@ class LocalEngine:
 
 
 def model_info(model: PreTrainedModel, context: int | None) -> ModelInfo:
-    """Context, vocabulary and end tokens; the last from the generation config, as ``model.generate`` takes them."""
+    """Context, vocabulary and end tokens; the last from the generation config, as
+    ``model.generate`` takes them."""
     text: Any = model.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     generation: Any = model.generation_config
@@ -100,7 +116,8 @@ def model_info(model: PreTrainedModel, context: int | None) -> ModelInfo:
 
 
 def _refuse_other_states(model: PreTrainedModel) -> None:
-    """Rows are joined and moved as keys and values by token; recurrent states would need other care."""
+    """Rows are joined and moved as keys and values by token; recurrent states would need other
+    care."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     odd = sorted(k.__name__ for k in kinds if k not in (DynamicLayer, DynamicSlidingWindowLayer))
     if odd:

@@ -1,17 +1,21 @@
-"""RowCache: keys and values of several sequences of different lengths, for one decoding step of all of them at once.
+"""RowCache: keys and values of several sequences of different lengths, for one decoding step of all
+of them at once.
 
-Sequences are rows of one buffer and are aligned to the *right*: the newest token of every row stands in the same column.
+Sequences are rows of one buffer and are aligned to the *right*: the newest token of every row
+stands in the same column.
 
     column      0  1  2  3  4  5 │ end
     row 0       .  a  b  c  d  e │        "." is padding: zeros or leftovers, always masked
     row 1       .  .  .  x  y  z │
 
-A step then writes one column of all rows in place, and transformers' own mask code is right for every kind of attention, since
-differences of columns are differences of positions (sliding windows included). One row alone has no padding, needs no mask, and
-so runs the very arithmetic of ``model.generate``.
+A step then writes one column of all rows in place, and transformers' own mask code is right for
+every kind of attention, since differences of columns are differences of positions (sliding windows
+included). One row alone has no padding, needs no mask, and so runs the very arithmetic of
+``model.generate``.
 
-A row that leaves is replaced by the last one; a row that joins is copied in at the right. The buffer moves its contents left, or
-doubles, when its last column is reached: amortized, a token is moved a constant number of times.
+A row that leaves is replaced by the last one; a row that joins is copied in at the right. The
+buffer moves its contents left, or doubles, when its last column is reached: amortized, a token is
+moved a constant number of times.
 """
 
 from __future__ import annotations
@@ -37,14 +41,24 @@ class RowLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Zeros, because a masked NaN is still a NaN."""
-        self.keys = key_states.new_zeros((self.window.max_rows, key_states.shape[1], self.window.columns, key_states.shape[3]))
+        self.keys = key_states.new_zeros(
+            (self.window.max_rows, key_states.shape[1], self.window.columns, key_states.shape[3])
+        )
         self.values = value_states.new_zeros(
-            (self.window.max_rows, value_states.shape[1], self.window.columns, value_states.shape[3])
+            (
+                self.window.max_rows,
+                value_states.shape[1],
+                self.window.columns,
+                value_states.shape[3],
+            )
         )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new column ``[rows, heads, 1, head_dim]``; returns all columns in use and the new one."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new column ``[rows, heads, 1, head_dim]``; returns all columns in use and the
+        new one."""
         w = self.window
         rows, used = len(w.lengths), slice(w.begin, w.end + 1)
         keys, values = self.keys, self.values
@@ -55,8 +69,9 @@ class RowLayer(CacheLayerMixin):
         return keys[:rows, :, used], values[:rows, :, used]
 
     def in_place(self) -> tuple[Tensor, Tensor, int] | None:
-        """Where one sequence's keys and values ``[1, heads, columns, head_dim]`` begin and how many tokens they have; the next
-        column is free. None where there are more sequences, or none yet."""
+        """Where one sequence's keys and values ``[1, heads, columns, head_dim]`` begin and how many
+        tokens they have; the next column is free. None where there are more sequences, or none
+        yet."""
         w = self.window
         if self.keys is None or self.values is None or len(w.lengths) != 1:
             return None
@@ -155,13 +170,15 @@ class RowCache(Cache):
             w.lengths[row] += 1
 
     def mask(self, device: torch.device) -> Tensor:
-        """int64 ``[rows, columns in use + 1]``, 1 where a row has a token; the step's own column included."""
+        """int64 ``[rows, columns in use + 1]``, 1 where a row has a token; the step's own column
+        included."""
         lengths = torch.tensor(self.window.lengths, device=device)
         width = int(lengths.max()) + 1
         return (torch.arange(width, device=device) >= width - 1 - lengths[:, None]).long()
 
     def _make_room(self, longest: int) -> None:
-        """Place the contents so that ``longest`` columns end where the newest token does and one more is free."""
+        """Place the contents so that ``longest`` columns end where the newest token does and one
+        more is free."""
         w = self.window
         if longest <= w.end < w.columns:
             return
@@ -172,7 +189,9 @@ class RowCache(Cache):
         width = w.end - begin
         for layer in self.rows:
             if layer.is_initialized:
-                layer.keys, layer.values = (_moved(t, columns, begin, width, end) for t in layer.each())
+                layer.keys, layer.values = (
+                    _moved(t, columns, begin, width, end) for t in layer.each()
+                )
         w.columns, w.end = columns, end
 
     def _release(self) -> None:

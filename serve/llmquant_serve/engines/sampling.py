@@ -1,8 +1,10 @@
-"""From a row of logits to a token. Every request has its own generator, so its choices do not depend on its neighbours.
+"""From a row of logits to a token. Every request has its own generator, so its choices do not
+depend on its neighbours.
 
-The order is that of vLLM and transformers: bias, penalties, end tokens held back, temperature, top-k, top-p, min-p, draw. A
-draw inverts the cumulative distribution at one uniform number, so a request consumes exactly one number per token. Reported
-log-probabilities are taken before all of it. Temperature 0 takes the first of the largest logits, as ``model.generate`` does.
+The order is that of vLLM and transformers: bias, penalties, end tokens held back, temperature,
+top-k, top-p, min-p, draw. A draw inverts the cumulative distribution at one uniform number, so a
+request consumes exactly one number per token. Reported log-probabilities are taken before all of
+it. Temperature 0 takes the first of the largest logits, as ``model.generate`` does.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from llmquant_serve.engines.base import Sampling, Token
 
-_ROWS = 64  # of prompt log-probabilities at a time: a vocabulary of 128k in float32 is half a megabyte per row
+# of prompt log-probabilities at a time: a vocabulary of 128k in float32 is half a megabyte per row
+_ROWS = 64
 
 
 class Chooser:
@@ -25,7 +28,9 @@ class Chooser:
     def __init__(self, sampling: Sampling, prompt: Sequence[int], eos: frozenset[int]) -> None:
         self.sampling = sampling
         self.generator = torch.Generator()
-        self.generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63)
+        self.generator.manual_seed(
+            secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
+        )
         self._made: Counter[int] = Counter()
         self._seen = set(prompt) if sampling.repetition_penalty != 1.0 else set()
         self._ends = tuple(eos | set(sampling.stop_ids))
@@ -35,7 +40,9 @@ class Chooser:
     def plain(self) -> bool:
         """Whether the next token is simply the largest logit."""
         s = self.sampling
-        changed = s.logit_bias or s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1.0
+        changed = (
+            s.logit_bias or s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1.0
+        )
         return s.temperature == 0 and not changed and self._total >= s.min_tokens
 
     def took(self, token: int) -> None:
@@ -57,14 +64,20 @@ class Chooser:
         s = self.sampling
         logits = logits.clone()
         if s.logit_bias:
-            logits[list(s.logit_bias)] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
+            logits[list(s.logit_bias)] += torch.tensor(
+                list(s.logit_bias.values()), device=logits.device
+            )
         if self._seen:
             seen = torch.tensor(sorted(self._seen), device=logits.device)
             old = logits[seen]
-            logits[seen] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
+            logits[seen] = torch.where(
+                old > 0, old / s.repetition_penalty, old * s.repetition_penalty
+            )
         if self._made and (s.frequency_penalty or s.presence_penalty):
             made = torch.tensor(list(self._made), device=logits.device)
-            counts = torch.tensor(list(self._made.values()), dtype=torch.float32, device=logits.device)
+            counts = torch.tensor(
+                list(self._made.values()), dtype=torch.float32, device=logits.device
+            )
             logits[made] -= s.frequency_penalty * counts + s.presence_penalty
         if self._total < s.min_tokens and self._ends:
             logits[list(self._ends)] = -torch.inf
@@ -95,16 +108,20 @@ def _filtered(logits: Tensor, s: Sampling) -> Tensor:
 
 
 def described(token: int, logits: Tensor, alternatives: int | None) -> Token:
-    """A token with its log-probability and ``alternatives`` most likely ones, from float32 logits ``[vocab]``."""
+    """A token with its log-probability and ``alternatives`` most likely ones, from float32 logits
+    ``[vocab]``."""
     if alternatives is None:
         return Token(token)
     logprobs = torch.log_softmax(logits, -1)
     values, ids = logprobs.topk(min(alternatives, logprobs.numel()))
-    return Token(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return Token(
+        token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    )
 
 
 def described_all(tokens: Sequence[int], logits: Tensor, alternatives: int) -> list[Token]:
-    """The same for consecutive tokens and the logits ``[n, vocab]`` (any float dtype) that predict them."""
+    """The same for consecutive tokens and the logits ``[n, vocab]`` (any float dtype) that predict
+    them."""
     found: list[Token] = []
     for start in range(0, len(tokens), _ROWS):
         ids = torch.tensor(tokens[start : start + _ROWS], device=logits.device)

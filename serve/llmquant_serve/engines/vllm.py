@@ -1,8 +1,10 @@
-"""The ``vllm`` engine: the real vLLM over HTTP, as a child of ours or at a given URL. For what outgrows this process or machine.
+"""The ``vllm`` engine: the real vLLM over HTTP, as a child of ours or at a given URL. For what
+outgrows this process or machine.
 
-Text stays on our side: vLLM gets token ids and returns token ids (``return_token_ids``), with log-probabilities by id
-(``return_tokens_as_token_ids``), so both engines give the layers above exactly the same things. Every sampling parameter is sent
-explicitly; vLLM would take missing ones from the model's generation config. Log-probabilities are vLLM's raw ones, as ours are.
+Text stays on our side: vLLM gets token ids and returns token ids (``return_token_ids``), with
+log-probabilities by id (``return_tokens_as_token_ids``), so both engines give the layers above
+exactly the same things. Every sampling parameter is sent explicitly; vLLM would take missing ones
+from the model's generation config. Log-probabilities are vLLM's raw ones, as ours are.
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ from transformers import AutoConfig, GenerationConfig
 
 import llmquant
 from llmquant.errors import CheckpointError, UsageError
-from llmquant_serve.engines.base import EngineError, Health, Load, ModelInfo, Refusal, RefusedError, Sampling, Step, Token
+from llmquant_serve.engines.base import (
+    EngineError,
+    Health,
+    Load,
+    ModelInfo,
+    Refusal,
+    RefusedError,
+    Sampling,
+    Step,
+    Token,
+)
 from llmquant_serve.engines.options import ModelOptions
 from llmquant_serve.engines.vllm_process import ChildOptions, VllmChild
 
@@ -41,7 +53,14 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, info: ModelInfo, child: VllmChild | None, url: str | None, key: str | None, model: str | None) -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        child: VllmChild | None,
+        url: str | None,
+        key: str | None,
+        model: str | None,
+    ) -> None:
         self.info = info
         self._child, self._url, self._key, self._model = child, url, key, model
         self._running = 0
@@ -63,7 +82,9 @@ class VllmEngine:
         return Load(running=self._running)
 
     async def start(self) -> None:
-        self._client = httpx.AsyncClient(timeout=_TIMEOUT, limits=httpx.Limits(max_connections=None), trust_env=False)
+        self._client = httpx.AsyncClient(
+            timeout=_TIMEOUT, limits=httpx.Limits(max_connections=None), trust_env=False
+        )
         if self._child is not None:
             await self._child.start()
         self._watcher = asyncio.create_task(self._watch())
@@ -78,8 +99,11 @@ class VllmEngine:
         if self._client is not None:
             await self._client.aclose()
 
-    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Step, None]:
-        """Yield steps; see :class:`~llmquant_serve.engines.base.Engine`. Closing it closes the connection, at which vLLM aborts.
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Step, None]:
+        """Yield steps; see :class:`~llmquant_serve.engines.base.Engine`. Closing it closes the
+        connection, at which vLLM aborts.
 
         Raises:
             RefusedError: vLLM does not take the request.
@@ -101,7 +125,9 @@ class VllmEngine:
 
     async def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
         assert self._client is not None
-        answer = await self._client.post(f"{self._address}/v1/completions", json=body, headers=self._headers)
+        answer = await self._client.post(
+            f"{self._address}/v1/completions", json=body, headers=self._headers
+        )
         _refuse(answer.status_code, answer.text)
         found: dict[str, Any] = answer.json()
         return found
@@ -136,7 +162,8 @@ class VllmEngine:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     async def _watch(self) -> None:
-        """Ask for the list of models now and then: whether it is there, what it calls the model, how long its context is."""
+        """Ask for the list of models now and then: whether it is there, what it calls the model,
+        how long its context is."""
         while True:
             if self._child is None or self._child.ready:
                 self._state = await self._asked()
@@ -145,11 +172,15 @@ class VllmEngine:
     async def _asked(self) -> Health:
         assert self._client is not None
         try:
-            answer = await self._client.get(f"{self._address}/v1/models", headers=self._headers, timeout=10)
+            answer = await self._client.get(
+                f"{self._address}/v1/models", headers=self._headers, timeout=10
+            )
             answer.raise_for_status()
             cards = answer.json()["data"]
         except (httpx.HTTPError, ValueError, KeyError) as e:
-            return Health(False, f"vLLM at {self._address} does not answer: {type(e).__name__}: {e}")
+            return Health(
+                False, f"vLLM at {self._address} does not answer: {type(e).__name__}: {e}"
+            )
         found = [c for c in cards if self._model is None or c["id"] == self._model]
         if not found:
             return Health(False, f"vLLM at {self._address} does not serve {self._model}")
@@ -171,11 +202,15 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
     info = _info(path, options.context)
     if options.vllm_url:
         if options.vllm_args or not options.vllm_url.startswith(("http://", "https://")):
-            raise UsageError("--vllm-url is the address of a running vLLM, http://HOST:PORT; it takes no --vllm-arg")
+            raise UsageError(
+                "--vllm-url is the address of a running vLLM, http://HOST:PORT; it takes no --vllm-arg"
+            )
         url = options.vllm_url.rstrip("/").removesuffix("/v1")
         return VllmEngine(info, None, url, os.environ.get("VLLM_API_KEY"), None)
     if not options.vllm_python:
-        raise UsageError("--engine vllm needs --vllm-python, the Python of vLLM's environment, or --vllm-url")
+        raise UsageError(
+            "--engine vllm needs --vllm-python, the Python of vLLM's environment, or --vllm-url"
+        )
     own = [] if options.dtype == "auto" else ["--dtype", llmquant.parse_dtype(options.dtype).name]
     own += [] if options.context is None else ["--max-model-len", str(options.context)]
     arguments = (*own, "--max-num-seqs", str(max_streams), *options.vllm_args)
@@ -185,26 +220,46 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
 
 def _info(path: Path, context: int | None) -> ModelInfo:
     try:
-        config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
         text = config.get_text_config()
         ends = text.eos_token_id
         if (path / "generation_config.json").is_file():
-            ends = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id or ends
+            ends = (
+                GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id or ends
+            )
     except (OSError, ValueError, KeyError) as e:
         raise CheckpointError(f"the config of {path} cannot be read: {e}") from e
-    limits = [n for n in (getattr(text, "max_position_embeddings", None), context) if isinstance(n, int)]
-    return ModelInfo(min(limits, default=4096), text.vocab_size, frozenset([ends] if isinstance(ends, int) else ends or []))
+    limits = [
+        n for n in (getattr(text, "max_position_embeddings", None), context) if isinstance(n, int)
+    ]
+    return ModelInfo(
+        min(limits, default=4096),
+        text.vocab_size,
+        frozenset([ends] if isinstance(ends, int) else ends or []),
+    )
 
 
 def _request(prompt: Sequence[int], s: Sampling) -> dict[str, Any]:
     """vLLM's request for one sequence."""
     body: dict[str, Any] = {
-        "prompt": list(prompt), "max_tokens": max(1, s.max_tokens), "min_tokens": s.min_tokens, "temperature": s.temperature,
-        "top_p": s.top_p or 1e-9, "top_k": s.top_k, "min_p": s.min_p, "frequency_penalty": s.frequency_penalty,
-        "presence_penalty": s.presence_penalty, "repetition_penalty": s.repetition_penalty, "ignore_eos": s.ignore_eos,
-        "stop_token_ids": list(s.stop_ids), "return_token_ids": True, "return_tokens_as_token_ids": True,
+        "prompt": list(prompt),
+        "max_tokens": max(1, s.max_tokens),
+        "min_tokens": s.min_tokens,
+        "temperature": s.temperature,
+        "top_p": s.top_p or 1e-9,
+        "top_k": s.top_k,
+        "min_p": s.min_p,
+        "frequency_penalty": s.frequency_penalty,
+        "presence_penalty": s.presence_penalty,
+        "repetition_penalty": s.repetition_penalty,
+        "ignore_eos": s.ignore_eos,
+        "stop_token_ids": list(s.stop_ids),
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
         "skip_special_tokens": False,
-    }  # fmt: skip
+    }
     if s.seed is not None:
         body["seed"] = s.seed
     if s.logprobs is not None:
@@ -214,7 +269,10 @@ def _request(prompt: Sequence[int], s: Sampling) -> dict[str, Any]:
     if s.logit_bias:
         body["logit_bias"] = {str(k): v for k, v in s.logit_bias.items()}
     if s.grammar is not None:
-        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(s.grammar)}}
+        body["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": dict(s.grammar)},
+        }
     return body
 
 
@@ -223,8 +281,12 @@ def _whole(answer: Mapping[str, Any], prompt: Sequence[int], s: Sampling) -> lis
     choice = answer["choices"][0]
     scored = [Token(prompt[0])]
     for token, told in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True):
-        ranked = sorted(((int(i), float(v["logprob"])) for i, v in told.items()), key=lambda pair: -pair[1])
-        scored.append(Token(token, float(told[str(token)]["logprob"]), tuple(ranked[: s.prompt_logprobs])))
+        ranked = sorted(
+            ((int(i), float(v["logprob"])) for i, v in told.items()), key=lambda pair: -pair[1]
+        )
+        scored.append(
+            Token(token, float(told[str(token)]["logprob"]), tuple(ranked[: s.prompt_logprobs]))
+        )
     if s.max_tokens == 0:
         return [Step(prompt=tuple(scored)), Step(finish="length")]
     return [Step(prompt=tuple(scored)), Step(_tokens(choice), _finish(choice["finish_reason"]))]
@@ -236,7 +298,8 @@ def _tokens(choice: Mapping[str, Any]) -> tuple[Token, ...]:
     if not told:
         return tuple(map(Token, ids))
     return tuple(
-        Token(i, p, _ranked(top, i)) for i, p, top in zip(ids, told["token_logprobs"], told["top_logprobs"], strict=True)
+        Token(i, p, _ranked(top, i))
+        for i, p, top in zip(ids, told["token_logprobs"], told["top_logprobs"], strict=True)
     )
 
 

@@ -1,7 +1,9 @@
-"""VllmChild: vLLM's own server as a supervised process. It is started, watched, restarted with growing pauses, and ended with us.
+"""VllmChild: vLLM's own server as a supervised process. It is started, watched, restarted with
+growing pauses, and ended with us.
 
-vLLM lives in an environment of its own; nothing of it is imported here. The child listens on a free loopback port and takes a
-random key, so that only this process talks to it. What it writes to stderr goes to ours.
+vLLM lives in an environment of its own; nothing of it is imported here. The child listens on a free
+loopback port and takes a random key, so that only this process talks to it. What it writes to
+stderr goes to ours.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class ChildOptions:
 
     Attributes:
         python: of the environment that has vLLM.
-        arguments: for its server, as they are: ``--tensor-parallel-size=4``, ``--distributed-executor-backend=ray`` …
+        arguments: for its server, as they are: ``--tensor-parallel-size=4``,
+            ``--distributed-executor-backend=ray`` …
     """
 
     python: Path
@@ -43,13 +46,25 @@ class ChildOptions:
 
     def __post_init__(self) -> None:
         if not self.python.is_file():
-            raise UsageError(f"there is no Python at {self.python}; give that of vLLM's environment with --vllm-python")
+            raise UsageError(
+                f"there is no Python at {self.python}; give that of vLLM's environment with --vllm-python"
+            )
 
     def command(self, port: int) -> list[str]:
         return [
-            str(self.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), "--host", "127.0.0.1",
-            "--port", str(port), "--served-model-name", self.served_name, *self.arguments,
-        ]  # fmt: skip
+            str(self.python),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(self.model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--served-model-name",
+            self.served_name,
+            *self.arguments,
+        ]
 
 
 class VllmChild:
@@ -108,7 +123,10 @@ class VllmChild:
             port = s.getsockname()[1]
         self.url, self.detail = f"http://127.0.0.1:{port}", "vLLM is starting"
         self._process = await asyncio.create_subprocess_exec(
-            *self._options.command(port), env=_environment(self.key), stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            *self._options.command(port),
+            env=_environment(self.key),
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
         )
 
     async def _until_ready(self) -> None:
@@ -140,5 +158,9 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
 
 def _environment(key: str) -> Mapping[str, str]:
     """Ours without what belongs to our Python, and without telemetry."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS", "VIRTUAL_ENV")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("PYTHONPATH", "OMP_NUM_THREADS", "VIRTUAL_ENV")
+    }
     return kept | {"VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}

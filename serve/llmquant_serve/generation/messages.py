@@ -17,7 +17,8 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """One turn. Fields that templates may use are passed to them; images, sound and tool calls are not understood."""
+    """One turn. Fields that templates may use are passed to them; images, sound and tool calls are
+    not understood."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]

@@ -1,8 +1,9 @@
-"""Pieces: an engine's steps as text. One :func:`write` per choice; what is above only dresses pieces as JSON.
+"""Pieces: an engine's steps as text. One :func:`write` per choice; what is above only dresses
+pieces as JSON.
 
-A piece carries the text that became certain and the tokens it came from. Tokens whose text is still held back (half a character,
-perhaps a stop string) travel with the piece that settles them, so that text and log-probabilities of a streamed answer add up
-to those of the answer in one.
+A piece carries the text that became certain and the tokens it came from. Tokens whose text is still
+held back (half a character, perhaps a stop string) travel with the piece that settles them, so that
+text and log-probabilities of a streamed answer add up to those of the answer in one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""TextModel: the tokenizer's side of a served model: text and chat turns to ids and back, with limits.
+"""TextModel: the tokenizer's side of a served model: text and chat turns to ids and back, with
+limits.
 
-Chat templates run in transformers' sandboxed jinja; nothing from the model folder is ever executed as Python.
+Chat templates run in transformers' sandboxed jinja; nothing from the model folder is ever executed
+as Python.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class TextModel:
         ids = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=special)
         return self.checked(ids, parameter)
 
-    async def encode_chat(self, messages: Sequence[Message | Mapping[str, Any]], *, generation_prompt: bool = True) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Message | Mapping[str, Any]], *, generation_prompt: bool = True
+    ) -> list[int]:
         """Ids of a conversation through the chat template.
 
         Raises:
@@ -53,10 +57,15 @@ class TextModel:
             _check_text(turn["content"], f"messages.{i}.content")
         try:
             text = await asyncio.to_thread(
-                self.tokenizer.apply_chat_template, turns, add_generation_prompt=generation_prompt, tokenize=False
+                self.tokenizer.apply_chat_template,
+                turns,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
             )
         except (TemplateError, ValueError, TypeError) as e:
-            raise bad(f"the model's chat template refuses this conversation: {e}", "messages") from e
+            raise bad(
+                f"the model's chat template refuses this conversation: {e}", "messages"
+            ) from e
         return await self.encode(str(text), "messages", special=False)
 
     def checked(self, ids: Sequence[int], parameter: str) -> list[int]:
@@ -82,7 +91,9 @@ def read_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             Path(path), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as e:
-        raise CheckpointError(f"the tokenizer of {path} cannot be read: {str(e).splitlines()[0] if str(e) else e!r}") from e
+        raise CheckpointError(
+            f"the tokenizer of {path} cannot be read: {str(e).splitlines()[0] if str(e) else e!r}"
+        ) from e
     return tokenizer
 
 
@@ -98,4 +109,6 @@ def _check_text(text: str, parameter: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise bad(f"the text has a character that is none: {e.reason} at position {e.start}", parameter) from e
+        raise bad(
+            f"the text has a character that is none: {e.reason} at position {e.start}", parameter
+        ) from e
