@@ -17,7 +17,7 @@ from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest, read
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError, UsageError
 from llmquant.formats import Format, Scheme, for_config
-from llmquant.models.empty import empty_model
+from llmquant.models.from_folder import empty_model
 from llmquant.models.selection import ROUTER, linears_of
 from llmquant.runtime.devices import DTYPES
 from llmquant.weight import QuantizedWeight, without_trivial_order

@@ -17,7 +17,6 @@ that names it. Code from a model folder is never run.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -27,7 +26,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
 from llmquant.checkpoint.hub import resolve
@@ -44,7 +43,13 @@ from llmquant.formats.base import Format, Scheme
 from llmquant.kernels import AUTO, check_name
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
-from llmquant.models.empty import CONFUSED, empty_model, first_line, read_config
+from llmquant.models.from_folder import (
+    CONFUSED,
+    empty_model,
+    first_line,
+    read_config,
+    read_generation_config,
+)
 from llmquant.models.tensor_check import check_tied, refuse_mismatch
 from llmquant.runtime.devices import AUTO as AUTO_DTYPE
 from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
@@ -166,15 +171,9 @@ def _load_packed(
 def _skeleton(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
     """The empty model with the folder's generation config."""
     model = empty_model(reader, dtype)
-    if (reader.path / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(
-                reader.path, local_files_only=True
-            )
-        except (OSError, ValueError, TypeError, json.JSONDecodeError) as e:
-            raise CheckpointError(
-                f"{reader.path / 'generation_config.json'} cannot be read: {e}"
-            ) from e
+    generation = read_generation_config(reader.path)
+    if generation is not None:
+        model.generation_config = generation
     return model
 
 

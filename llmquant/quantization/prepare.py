@@ -22,7 +22,7 @@ from llmquant.errors import SourceError, UsageError
 from llmquant.formats import Format, layout_of
 from llmquant.models import architectures
 from llmquant.models.architectures import Architecture
-from llmquant.models.empty import empty_model, read_tokenizer
+from llmquant.models.from_folder import empty_model, load_tokenizer
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, Selection, linears_of, select
 from llmquant.models.tensor_check import check_fit
@@ -85,7 +85,7 @@ class Prepared:
         positions = getattr(self.skeleton.config, "max_position_embeddings", None)
         return calibrate(
             documents,
-            read_tokenizer(self.reader.path),
+            load_tokenizer(self.reader.path),
             nsamples=wanted.nsamples,
             seqlen=wanted.seqlen,
             seed=self.recipe.seed,

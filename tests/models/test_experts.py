@@ -27,8 +27,8 @@ from llmquant.errors import ArchitectureError, UsageError
 from llmquant.formats.engines import VLLM_AVX512
 from llmquant.models.architectures import ARCHITECTURES, blocks_of, find
 from llmquant.models.block_inputs import first_inputs, run_block
-from llmquant.models.empty import empty_model
 from llmquant.models.experts import UNSEEN, Expert, ExpertList, Watch, passes_of, place_of, watched
+from llmquant.models.from_folder import empty_model
 from llmquant.models.load import load
 from llmquant.models.names import as_in_checkpoint
 from llmquant.planning.allocate import allocate

@@ -15,7 +15,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.shards import Stored, header, order
 from llmquant.errors import ArchitectureError, FormatError, SpecError, UsageError
 from llmquant.models.architectures import ARCHITECTURES
-from llmquant.models.empty import empty_model
+from llmquant.models.from_folder import empty_model
 from llmquant.models.selection import linears_of
 from llmquant.planning.preview import linears_by_name, make_plan
 from llmquant.recipe import Recipe

@@ -19,7 +19,7 @@ from llmquant.algorithms import factorize, gptq, layer_error, rtn
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import QuantizationError
 from llmquant.models.architectures import blocks_of, find
-from llmquant.models.empty import empty_model
+from llmquant.models.from_folder import empty_model
 from llmquant.planning import sensitivity
 from llmquant.planning.candidates import fused_items
 from llmquant.planning.quality_loss import Damage, anchors_of, interpolate

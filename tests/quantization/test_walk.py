@@ -18,7 +18,7 @@ from llmquant.algorithms import factorize, gptq, layer_error, rtn
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, CheckpointError, QuantizationError
 from llmquant.models.architectures import find, norm_of
-from llmquant.models.empty import empty_model
+from llmquant.models.from_folder import empty_model
 from llmquant.models.names import as_in_checkpoint
 from llmquant.quantization.plan import BlockResult, ModuleReport, Progress, WalkPlan, batched
 from llmquant.quantization.walk import walk

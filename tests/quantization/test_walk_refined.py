@@ -16,7 +16,7 @@ from llmquant.algorithms import asymmetric_target, descend, factorize, gptq
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import QuantizationError
 from llmquant.models.architectures import find
-from llmquant.models.empty import empty_model
+from llmquant.models.from_folder import empty_model
 from llmquant.quantization.plan import BlockResult, WalkPlan, batched
 from llmquant.quantization.steps.tuning import TuneReport
 from llmquant.quantization.walk import walk

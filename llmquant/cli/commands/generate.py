@@ -42,7 +42,7 @@ def generate_command(
 
     from llmquant.checkpoint.hub import resolve
     from llmquant.kernels.packed_linear import describe
-    from llmquant.models.empty import read_config, read_tokenizer
+    from llmquant.models.from_folder import load_tokenizer, read_config
     from llmquant.models.load import compute_dtype, load
     from llmquant.runtime.computing import Computing
     from llmquant.runtime.devices import parse_device
@@ -52,7 +52,7 @@ def generate_command(
     transformers_logging.disable_progress_bar()
     path = resolve(model)
     read_config(path)  # before the tokenizer, which reads it too and would take the blame
-    tokenizer = read_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     ids = _encode(tokenizer, prompt, raw)
     on = parse_device(device)
     chosen = compute_dtype(path, dtype, on)
