@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmquant import Documents
+from llmquant import Documents, load_tokenizer
 from llmquant.errors import CheckpointError, SourceError, UsageError
 from llmquant_eval.scoring.protocols import (
     GptqProtocol,
@@ -18,7 +18,7 @@ from llmquant_eval.scoring.protocols import (
     parse_protocol,
 )
 from llmquant_eval.scoring.stream import Stream, make_stream, prefix_token
-from llmquant_eval.texts.tokens import check_same_tokens, encode, load_tokenizer, tokenizer_sha256
+from llmquant_eval.texts.tokens import check_same_tokens, encode, tokenizer_sha256
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmquant.errors import CheckpointError, UsageError
+from llmquant.errors import UsageError
 from llmquant_eval.models.endpoint import Endpoint, is_url
 
 
@@ -94,24 +94,20 @@ def max_positions(path: Path) -> int | None:
     """The longest input the model was made for, in tokens, or None where its config does not say.
 
     Raises:
-        CheckpointError: the folder has no config that transformers knows.
+        CheckpointError, ArchitectureError: the folder has no config that transformers can read.
     """
-    positions = getattr(_text_config(path), "max_position_embeddings", None)
+    import llmquant
+
+    config = llmquant.read_config(path).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
     return int(positions) if positions else None
 
 
 def vocabulary_size(path: Path) -> int:
     """Tokens that the model's config gives its logits; raises as :func:`max_positions`."""
-    return int(_text_config(path).vocab_size)
+    import llmquant
 
-
-def _text_config(path: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path).get_text_config()
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} has no model config that transformers can read: {e}") from e
+    return int(llmquant.read_config(path).get_text_config().vocab_size)
 
 
 def kernels_used(model: Any) -> dict[str, int]:

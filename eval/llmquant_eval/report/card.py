@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmquant import MEASURED_END as END
+from llmquant import MEASURED_START as START
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.schema import ModelResult, Report
 from llmquant_eval.report.table import HEADERS, footnotes, grids, metric_cell, row
 
-START = "<!-- llmquant:measured:start -->"
-END = "<!-- llmquant:measured:end -->"
 _DETAILS = (
     ("KL median", "kl_median"),
     ("p90", "kl_p90"),

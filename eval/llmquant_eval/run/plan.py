@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmquant.errors import UsageError
@@ -259,14 +258,16 @@ def _tokenizers(
     a folder's."""
     import llmquant
 
-    tokenizers = {m.label: text.load_tokenizer(m.path) for m in found if isinstance(m, ModelPath)}
+    tokenizers = {
+        m.label: llmquant.load_tokenizer(m.path) for m in found if isinstance(m, ModelPath)
+    }
     served = [m for m in found if isinstance(m, ServedModel)]
     if not served:
         if given is not None:
             raise UsageError(f"--tokenizer {given} is for served models; folders have their own")
         return tokenizers
     if given is not None:
-        shared = text.load_tokenizer(Path(llmquant.resolve(given)))
+        shared = llmquant.load_tokenizer(given)
     elif tokenizers:
         shared = (
             tokenizers[reference.label]

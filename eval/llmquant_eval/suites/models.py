@@ -126,7 +126,7 @@ def _known(label: str, path: Path, source: str, shown: str, made_by: str | None)
 
     weights = llmquant.inspect(path).weights_sha256
     return Prepared(
-        label, source, shown, made_by, weights, text.tokenizer_sha256(text.load_tokenizer(path))
+        label, source, shown, made_by, weights, text.tokenizer_sha256(llmquant.load_tokenizer(path))
     )
 
 

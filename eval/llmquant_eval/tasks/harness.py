@@ -7,6 +7,9 @@ of this package's ``tasks`` folder read a JSON Lines file that is given with the
 Whether each item was right is kept in the Report as a string of ones and zeros, so that two models
 can be compared item by item (:mod:`llmquant_eval.report.paired`); ``--log-samples`` writes all that
 lm-eval logged, hashed, beside it.
+
+Some tasks run the programs that a model writes (HumanEval, MBPP). They are refused, also where
+``HF_ALLOW_CODE_EVAL`` would allow them: a model under test must not run code on this machine.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import re
 import statistics
 import warnings
@@ -32,6 +36,7 @@ from llmquant_eval.report.card import replace_file
 from llmquant_eval.report.schema import SampleFile, TaskMetric, TaskResult
 
 LOCAL_TASKS = Path(__file__).parent / "local"
+_ALLOW_PROGRAMS = "HF_ALLOW_CODE_EVAL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,8 @@ def plan_tasks(
     """Find every task before a weight is read.
 
     Raises:
-        UsageError: lm-eval is not installed, a task, file or folder that does not exist, a limit
-            below 1.
+        UsageError: lm-eval is not installed, a task, file or folder that does not exist, a task
+            that runs generated programs, a limit below 1.
         LlmquantError: a task does not fit its data.
     """
     if limit is not None and limit < 1:
@@ -82,22 +87,26 @@ def plan_tasks(
     logging.getLogger("lm_eval").setLevel(
         logging.ERROR
     )  # it warns of a loaded model, which is what we always give it
-    with _told_apart(configs):
-        manager.load(list(configs))  # reads the data and fills in the first item's templates
+    with _lm_eval_errors(configs):
+        loaded = manager.load(list(configs))  # reads the data, fills in the first item's templates
+    unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe:
+        raise UsageError(_runs_programs(unsafe[0]))
     return TaskPlan(configs, manager, limit, None if samples is None else Path(samples))
 
 
 @contextmanager
-def _told_apart(configs: Sequence[str | dict[str, Any]]) -> Iterator[None]:
-    """lm-eval's failures on a task's templates and data as an error of ours; it has none of its
-    own."""
+def _lm_eval_errors(configs: Sequence[str | dict[str, Any]]) -> Iterator[None]:
+    """Turns what lm-eval raises on a task's templates and data into an error of ours; it has no
+    exceptions of its own."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
 
     try:
-        with warnings.catch_warnings(action="ignore"), _without_bars():
+        with warnings.catch_warnings(action="ignore"), _without_bars(), _without_programs():
             yield
     except (
+        AssertionError,
         ValueError,
         LookupError,
         TypeError,
@@ -107,9 +116,32 @@ def _told_apart(configs: Sequence[str | dict[str, Any]]) -> Iterator[None]:
         TemplateError,
     ) as e:
         names = ", ".join(c if isinstance(c, str) else str(c["task"]) for c in configs)
+        if _ALLOW_PROGRAMS in str(e):
+            raise UsageError(_runs_programs(names)) from e
         raise LlmquantError(
             f"lm-eval cannot run {names}: {type(e).__name__}: {str(e).strip()}"
         ) from e
+
+
+def _runs_programs(task: str) -> str:
+    return (
+        f"--tasks {task} runs the programs that a model writes, which llmquant never does; "
+        "run it with lm_eval itself, in a container"
+    )
+
+
+@contextmanager
+def _without_programs() -> Iterator[None]:
+    """The metric ``code_eval`` runs what a model wrote where this variable says so."""
+    before = os.environ.get(_ALLOW_PROGRAMS)
+    os.environ[_ALLOW_PROGRAMS] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ALLOW_PROGRAMS]
+        else:
+            os.environ[_ALLOW_PROGRAMS] = before
 
 
 @contextmanager
@@ -154,7 +186,7 @@ def run_tasks(plan: TaskPlan, model: Any, label: str) -> list[TaskResult]:
     """
     from lm_eval import simple_evaluate
 
-    with _told_apart(plan.configs):
+    with _lm_eval_errors(plan.configs):
         found = simple_evaluate(
             model=model,
             tasks=list(plan.configs),

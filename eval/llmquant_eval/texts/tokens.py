@@ -11,26 +11,10 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from llmquant.errors import CheckpointError, SourceError, UsageError
+from llmquant.errors import SourceError, UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in a model folder.
-
-    Raises:
-        CheckpointError: the folder has none that transformers can read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as e:
-        raise CheckpointError(f"{path} has no tokenizer that transformers can load: {e}") from e
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
