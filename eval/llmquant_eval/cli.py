@@ -204,7 +204,8 @@ def _check_card_folders(candidates: tuple[str, ...]) -> None:
 
 
 def _write(report: Report, output: Path | None, card: bool) -> None:
-    from llmquant_eval.report.card import replace_file, write_card
+    from llmquant_eval.report.card import write_card
+    from llmquant_eval.report.files import replace_file
 
     if output is not None:
         try:
@@ -221,7 +222,7 @@ def _show(report: Report) -> None:
 
     from llmquant_eval.report.table import render
 
-    # rich takes 80 columns where it sees no terminal; a log or a pipe has room for the whole table.
+    # rich takes 80 columns where it sees no terminal; a log or a pipe can hold the whole table.
     console = Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
     console.print(render(report, console.width))
 

@@ -1,5 +1,5 @@
 """``llmquant eval --suite``: the suite with the command line's changes laid over it, its progress,
-and what it leaves behind.
+and the files that it writes.
 
 Options that say nothing to a suite are refused rather than ignored.
 """
@@ -18,8 +18,8 @@ import typer
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
-    from llmquant_eval.leaderboard.ranking import Stored
-    from llmquant_eval.suites.run import Finished, Watch
+    from llmquant_eval.leaderboard.ranking import StoredReport
+    from llmquant_eval.suites.run import SuiteOutcome, SuiteProgress
     from llmquant_eval.suites.schema import Suite
 
 # Options of `llmquant eval` that change a suite, and its switches that are about the run.
@@ -80,27 +80,27 @@ def suite_command(context: typer.Context) -> None:
         )
     from transformers.utils import logging as transformers_logging
 
-    from llmquant_eval.suites.run import Finished, run_suite
+    from llmquant_eval.suites.run import SuiteOutcome, run_suite
 
     transformers_logging.disable_progress_bar()
     wanted = _missing(suite, results) if given.get("missing") else suite
-    finished = Finished({}, 0, {}, {})
+    outcome = SuiteOutcome({}, 0, {}, {})
     if wanted.all_models() or not given.get("missing"):
-        with _progress(hidden=bool(given.get("quiet"))) as watch:
-            finished = run_suite(wanted, cache, watch)
-    leave(suite, finished, results, given.get("plots"))
+        with _progress(hidden=bool(given.get("quiet"))) as progress:
+            outcome = run_suite(wanted, cache, progress)
+    write_outcome(suite, outcome, results, given.get("plots"))
 
 
 def _missing(suite: Suite, results: Path | None) -> Suite:
     """The suite without the models whose reports are there and current; says why it keeps each of
     the others."""
-    from llmquant_eval.suites.current import outdated
+    from llmquant_eval.suites.outdated import outdated_models
 
     if results is None:
         raise UsageError(
             "--missing looks for results that are already there; say where with --output DIR or the suite's outputs"
         )
-    reasons = outdated(suite, results)
+    reasons = outdated_models(suite, results)
     for label, reason in reasons.items():
         sys.stderr.write(f"{label}: {reason}\n")
     return suite.only(reasons)
@@ -134,7 +134,9 @@ def default_cache() -> Path:
     return Path(home) / "llmquant" / "suites"
 
 
-def leave(suite: Suite, finished: Finished, results: Path | None, plots: Path | None) -> None:
+def write_outcome(
+    suite: Suite, outcome: SuiteOutcome, results: Path | None, plots: Path | None
+) -> None:
     """Write the reports, render what the suite wants rendered, show the rankings.
 
     Raises:
@@ -142,15 +144,17 @@ def leave(suite: Suite, finished: Finished, results: Path | None, plots: Path | 
             all the same.
     """
     from llmquant_eval.leaderboard.cli import render_files, show
-    from llmquant_eval.leaderboard.ranking import Stored, load_reports, make_boards
-    from llmquant_eval.report.card import replace_file
-    from llmquant_eval.suites.current import strangers
+    from llmquant_eval.leaderboard.ranking import StoredReport, load_reports, make_boards
+    from llmquant_eval.report.files import replace_file
+    from llmquant_eval.suites.outdated import unexpected_files
 
-    stored: list[Stored] = [Stored(Path(name), report) for name, report in finished.reports.items()]
+    stored: list[StoredReport] = [
+        StoredReport(Path(name), report) for name, report in outcome.reports.items()
+    ]
     if results is not None:
         try:
             results.mkdir(parents=True, exist_ok=True)
-            for name, report in finished.reports.items():
+            for name, report in outcome.reports.items():
                 replace_file(results / name, report.to_json())
         except OSError as e:
             raise LlmquantError(f"{results} cannot be written: {e}") from e
@@ -160,24 +164,24 @@ def leave(suite: Suite, finished: Finished, results: Path | None, plots: Path | 
     rendered = render_files(
         boards, stored, markdown=Path(out.markdown) if out and out.markdown else None,
         html=Path(out.html) if out and out.html else None,
-        plots=plots or (Path(out.plots) if out and out.plots else None), folders=finished.folders,
+        plots=plots or (Path(out.plots) if out and out.plots else None), folders=outcome.folders,
     )  # fmt: skip
     show(boards)
-    written = [f"{len(finished.reports)} reports in {results}"] if results is not None else []
+    written = [f"{len(outcome.reports)} reports in {results}"] if results is not None else []
     sys.stderr.write(
-        f"{finished.measured} measured now; wrote {', '.join([*written, *map(str, rendered)]) or 'nothing'}\n"
+        f"{outcome.measured} measured now; wrote {', '.join([*written, *map(str, rendered)]) or 'nothing'}\n"
     )
-    if results is not None and (others := strangers(suite, results)):
+    if results is not None and (others := unexpected_files(suite, results)):
         sys.stderr.write(f"{results} also has what is not of this suite: {', '.join(others)}\n")
-    if finished.failures:
-        said = "; ".join(f"{what}: {why}" for what, why in finished.failures.items())
+    if outcome.failures:
+        listed = "; ".join(f"{what}: {why}" for what, why in outcome.failures.items())
         raise LlmquantError(
-            f"{len(finished.failures)} measurements failed, the others are kept: {said}"
+            f"{len(outcome.failures)} measurements failed, the others are kept: {listed}"
         )
 
 
 @contextmanager
-def _progress(hidden: bool) -> Iterator[Watch]:
+def _progress(hidden: bool) -> Iterator[SuiteProgress]:
     """Two bars on stderr: the whole suite with the time left, and the step at hand."""
     from rich.console import Console
     from rich.progress import (
@@ -189,7 +193,7 @@ def _progress(hidden: bool) -> Iterator[Watch]:
         TimeRemainingColumn,
     )
 
-    from llmquant_eval.suites.run import Watch
+    from llmquant_eval.suites.run import SuiteProgress
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -218,4 +222,4 @@ def _progress(hidden: bool) -> Iterator[Watch]:
         def stage(name: str, done: int, total: int) -> None:
             bars.update(step, description=f"  {name}", completed=done, total=total, visible=True)
 
-        yield Watch(overall, stage)
+        yield SuiteProgress(overall, stage)

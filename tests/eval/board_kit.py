@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from llmquant_eval.leaderboard.ranking import Stored
+from llmquant_eval.leaderboard.ranking import StoredReport
 from llmquant_eval.report.schema import (
     Breakdown,
     Bucket,
@@ -18,12 +18,12 @@ from llmquant_eval.report.schema import (
     Metric,
     ModelResult,
     NoiseFloor,
-    Pass,
+    ProtocolPass,
     Report,
+    ReportText,
     Settings,
     TaskMetric,
     TaskResult,
-    Text,
 )
 
 PPL, KL = "ppl/gptq-512", "kl/top-512"
@@ -139,7 +139,7 @@ def report(*candidates: ModelResult, base: ModelResult | None = None, **more: An
         "passes": [one_pass()],
         "reference": base.label,
         "noise_floor": floor,
-        "text": Text(
+        "text": ReportText(
             source="file:t.txt",
             sha256="c" * 64,
             tokens=1024,
@@ -159,8 +159,8 @@ def report(*candidates: ModelResult, base: ModelResult | None = None, **more: An
 
 def one_pass(
     windows: int = 2, available: int = 2, perplexity: str = PPL, divergence: str = KL
-) -> Pass:
-    return Pass(
+) -> ProtocolPass:
+    return ProtocolPass(
         perplexity=perplexity,
         divergence=divergence,
         tokens=1024,
@@ -180,10 +180,10 @@ def task(correct: str, items_available: int | None = None) -> TaskResult:
     )  # fmt: skip
 
 
-def stored(*reports: Report) -> list[Stored]:
+def stored(*reports: Report) -> list[StoredReport]:
     """As if read from files, each made an hour after the one before."""
     return [
-        Stored(Path(f"r{i}.json"), r.model_copy(update={"created": r.created + timedelta(hours=i)}))
+        StoredReport(Path(f"r{i}.json"), r.model_copy(update={"created": r.created + timedelta(hours=i)}))
         for i, r in enumerate(reports)
     ]  # fmt: skip
 

@@ -18,7 +18,7 @@ import llmquant
 from llmquant_eval.leaderboard.markdown import render_markdown
 from llmquant_eval.leaderboard.ranking import load_reports, make_boards
 from llmquant_eval.report.schema import read_report
-from llmquant_eval.suites.current import outdated, strangers
+from llmquant_eval.suites.outdated import outdated_models, unexpected_files
 from llmquant_eval.suites.schema import Suite, load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,8 +133,10 @@ def test_the_table_of_quality_is_rendered_from_its_cells() -> None:
 
 def test_every_recipe_has_a_result_of_its_own(suite: Suite) -> None:
     assert set(llmquant.shipped_recipes()) <= {m.label for m in suite.all_models()}
-    assert outdated(suite, RESULTS) == {}, "run `make leaderboard`, which measures what is missing"
-    assert strangers(suite, RESULTS) == []
+    assert outdated_models(suite, RESULTS) == {}, (
+        "run `make leaderboard`, which measures what is missing"
+    )
+    assert unexpected_files(suite, RESULTS) == []
 
 
 def test_results_carry_no_path_of_a_machine() -> None:
@@ -193,6 +195,6 @@ def test_a_result_that_is_not_the_one_wanted(
     )
     if change == "missing":
         path.unlink()
-    found = outdated(suite, folder)
+    found = outdated_models(suite, folder)
     assert list(found) == ["gptq-w8"]
     assert message in found["gptq-w8"]

@@ -17,11 +17,11 @@ from llmquant.errors import CheckpointError, UsageError
 from llmquant_eval.report.schema import Report
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.plan import Request
-from llmquant_eval.scoring.compact import Full16, Top, exact_arrays, parse_form
+from llmquant_eval.scoring.cache_forms import Full16, Top, exact_arrays, parse_form
 from llmquant_eval.scoring.divergence import token_divergence
 from llmquant_eval.scoring.protocols import GptqProtocol
 from llmquant_eval.scoring.reference_cache import INDEX, CacheKey, choose_form, sample_positions
-from llmquant_eval.scoring.stream import Stream
+from llmquant_eval.scoring.token_stream import TokenStream
 
 POSITIONS, VOCABULARY, WINDOW = 80, 3000, 64
 
@@ -121,7 +121,7 @@ def test_samples_are_spread_evenly() -> None:
     protocol = GptqProtocol(11)
     windows = protocol.windows(11 * 40)
     picked = sample_positions(
-        Stream(protocol, torch.zeros(440), windows, 40), vocabulary=VOCABULARY
+        TokenStream(protocol, torch.zeros(440), windows, 40), vocabulary=VOCABULARY
     )
     flat = sorted(
         10 * window + position for window, positions in picked.items() for position in positions

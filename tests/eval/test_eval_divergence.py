@@ -12,10 +12,10 @@ from scipy.special import rel_entr, softmax
 import llmquant_eval.scoring.perplexity as perplexity_module
 from llmquant.errors import QuantizationError
 from llmquant_eval.report.statistics import Floats
-from llmquant_eval.scoring.buckets import breakdowns, context_edges
+from llmquant_eval.scoring.breakdowns import breakdowns, context_edges
 from llmquant_eval.scoring.divergence import Divergence, token_divergence
-from llmquant_eval.scoring.layout import Layout
 from llmquant_eval.scoring.protocols import GptqProtocol
+from llmquant_eval.scoring.window_layout import WindowLayout
 
 POSITIONS, VOCABULARY = 60, 37
 
@@ -26,7 +26,9 @@ def divergence_of(kl: Floats, same_top: Floats | None = None, delta_p: Floats | 
     zero."""
     nothing = np.zeros_like(kl)
     parts = [nothing if part is None else part for part in (same_top, delta_p, confidence)]
-    return Divergence(kl, *parts, layout=Layout(np.full(windows, len(kl) // windows)), label="m")
+    return Divergence(
+        kl, *parts, layout=WindowLayout(np.full(windows, len(kl) // windows)), label="m"
+    )
 
 
 def logits(seed: int, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

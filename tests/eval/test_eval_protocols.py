@@ -10,14 +10,14 @@ from llmquant.errors import CheckpointError, SourceError, UsageError
 from llmquant_eval.scoring.protocols import (
     GptqProtocol,
     StridedProtocol,
-    Window,
+    TokenWindow,
     WindowProtocol,
     WordProtocol,
     default_window,
     has_window,
     parse_protocol,
 )
-from llmquant_eval.scoring.stream import Stream, make_stream, prefix_token
+from llmquant_eval.scoring.token_stream import TokenStream, make_stream, prefix_token
 from llmquant_eval.texts.tokens import check_same_tokens, encode, tokenizer_sha256
 
 
@@ -34,13 +34,13 @@ from llmquant_eval.texts.tokens import check_same_tokens, encode, tokenizer_sha2
     ],
 )
 def test_gptq_windows(window: int, tokens: int, expected: list[tuple[int, int, int]]) -> None:
-    assert GptqProtocol(window).windows(tokens) == [Window(*w) for w in expected]
+    assert GptqProtocol(window).windows(tokens) == [TokenWindow(*w) for w in expected]
 
 
 def test_wikitext_with_the_llama2_tokenizer_has_166_windows() -> None:
     windows = GptqProtocol(2048).windows(341_469)
     assert len(windows) == 166
-    assert windows[-1] == Window(337_920, 339_968, 337_921)
+    assert windows[-1] == TokenWindow(337_920, 339_968, 337_921)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_wikitext_with_the_llama2_tokenizer_has_166_windows() -> None:
 def test_strided_windows(
     window: int, stride: int, tokens: int, expected: list[tuple[int, int, int]]
 ) -> None:
-    assert StridedProtocol(window, stride).windows(tokens) == [Window(*w) for w in expected]
+    assert StridedProtocol(window, stride).windows(tokens) == [TokenWindow(*w) for w in expected]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_strided_windows(
     ],
 )
 def test_word_windows(window: int, tokens: int, expected: list[tuple[int, int, int]]) -> None:
-    assert WordProtocol(window).windows(tokens) == [Window(*w) for w in expected]
+    assert WordProtocol(window).windows(tokens) == [TokenWindow(*w) for w in expected]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,9 @@ def test_text_without_text(text: str, base_model) -> None:
         encode(load_tokenizer(base_model), text, "file:x")
 
 
-def stream(base_model, protocol: WindowProtocol, words: int, limit: int | None = None) -> Stream:
+def stream(
+    base_model, protocol: WindowProtocol, words: int, limit: int | None = None
+) -> TokenStream:
     """The stream of one document of ``words`` words, each a token of the base model."""
     documents = Documents.of([" ".join(["w5"] * words)], "file:x")
     return make_stream(protocol, load_tokenizer(base_model), documents, "file:x", limit)

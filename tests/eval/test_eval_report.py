@@ -19,8 +19,8 @@ from llmquant_eval.report.schema import (
     ModelResult,
     NoiseFloor,
     Report,
+    ReportText,
     Settings,
-    Text,
     read_report,
 )
 from llmquant_eval.report.table import HEADERS, footnotes, render, row, size, speed, with_error
@@ -85,7 +85,7 @@ def report(*models: ModelResult) -> Report:
         created=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
         command="llmquant eval out/small --text file:t.txt",
         protocols=["ppl/gptq-512", "kl/top-512"],
-        text=Text(
+        text=ReportText(
             source="file:t.txt",
             sha256="c" * 64,
             tokens=124008,

@@ -26,7 +26,7 @@ from llmquant.errors import (
     UsageError,
 )
 from llmquant_eval.cli import register
-from llmquant_eval.models.door import other_dtype
+from llmquant_eval.models.resolve import other_dtype
 from llmquant_eval.report.schema import Report, read_report
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.plan import Request, make_plan

@@ -17,8 +17,8 @@ import llmquant_eval.scoring.perplexity as perplexity_module
 from llmquant.errors import QuantizationError, UsageError
 from llmquant_eval.scoring.perplexity import position_chunks, token_nll
 from llmquant_eval.scoring.protocols import GptqProtocol, StridedProtocol, WindowProtocol
-from llmquant_eval.scoring.score import batches, score
-from llmquant_eval.scoring.stream import Stream
+from llmquant_eval.scoring.score_models import batches, score_models
+from llmquant_eval.scoring.token_stream import TokenStream
 
 VOCABULARY, WINDOW = 50, 16
 
@@ -57,10 +57,10 @@ def ids() -> Tensor:
     )
 
 
-def stream_of(ids: Tensor, protocol: WindowProtocol | None = None) -> Stream:
+def stream_of(ids: Tensor, protocol: WindowProtocol | None = None) -> TokenStream:
     protocol = protocol or GptqProtocol(WINDOW)
     windows = protocol.windows(len(ids))
-    return Stream(protocol, ids, windows, len(windows))
+    return TokenStream(protocol, ids, windows, len(windows))
 
 
 def plain_loop(model: Any, base: Any, ids: Tensor, window: int) -> dict[str, float]:
@@ -94,7 +94,7 @@ def plain_loop(model: Any, base: Any, ids: Tensor, window: int) -> dict[str, flo
 
 def test_one_pass_is_the_plain_loop(reference: Any, candidate: Any, ids: Tensor) -> None:
     expected = plain_loop(candidate, reference, ids, WINDOW)
-    scores = score({"c": candidate, "r": reference}, stream_of(ids), reference="r")
+    scores = score_models({"c": candidate, "r": reference}, stream_of(ids), reference="r")
     divergence = scores["c"].divergence
     assert divergence is not None
     assert scores["r"].divergence is None
@@ -109,8 +109,8 @@ def test_one_pass_is_the_plain_loop(reference: Any, candidate: Any, ids: Tensor)
 def test_the_reference_is_scored_as_it_is_alone(
     reference: Any, candidate: Any, ids: Tensor
 ) -> None:
-    together = score({"c": candidate, "r": reference}, stream_of(ids), reference="r")["r"]
-    alone = score({"r": reference}, stream_of(ids))["r"]
+    together = score_models({"c": candidate, "r": reference}, stream_of(ids), reference="r")["r"]
+    alone = score_models({"r": reference}, stream_of(ids))["r"]
     assert np.array_equal(together.perplexity.losses, alone.perplexity.losses)
 
 
@@ -119,8 +119,8 @@ def test_the_batch_size_changes_only_rounding(
     batch_size: int, reference: Any, candidate: Any, ids: Tensor
 ) -> None:
     pair = {"r": reference, "c": candidate}
-    expected = score(pair, stream_of(ids), reference="r", batch_size=1)["c"]
-    got = score(pair, stream_of(ids), reference="r", batch_size=batch_size)["c"]
+    expected = score_models(pair, stream_of(ids), reference="r", batch_size=1)["c"]
+    got = score_models(pair, stream_of(ids), reference="r", batch_size=batch_size)["c"]
     np.testing.assert_allclose(got.perplexity.losses, expected.perplexity.losses, atol=2e-5)
     assert got.divergence is not None
     assert expected.divergence is not None
@@ -128,7 +128,7 @@ def test_the_batch_size_changes_only_rounding(
 
 
 def test_a_model_is_no_distance_from_itself(reference: Any, ids: Tensor) -> None:
-    scores = score({"r": reference, "same": reference}, stream_of(ids), reference="r")
+    scores = score_models({"r": reference, "same": reference}, stream_of(ids), reference="r")
     divergence = scores["same"].divergence
     assert divergence is not None
     assert not divergence.kl.any()
@@ -181,7 +181,7 @@ def test_a_broken_model_is_named_as_soon_as_it_breaks(value: float, ids: Tensor)
         QuantizationError,
         match=r"sick gave a NaN or infinite loss at 1 of 30 tokens of windows 4 to 5",
     ):
-        score(
+        score_models(
             {"sick": Scripted({4: value})},
             stream_of(ids),
             batch_size=2,
@@ -191,19 +191,21 @@ def test_a_broken_model_is_named_as_soon_as_it_breaks(value: float, ids: Tensor)
 
 
 def test_a_uniform_model_has_the_vocabulary_for_perplexity(ids: Tensor) -> None:
-    estimate = score({"uniform": Scripted()}, stream_of(ids))["uniform"].perplexity.estimate
+    estimate = score_models({"uniform": Scripted()}, stream_of(ids))["uniform"].perplexity.estimate
     assert estimate.value == pytest.approx(VOCABULARY, rel=1e-6)
     assert estimate.standard_error == pytest.approx(0.0, abs=1e-9)
 
 
 def test_vocabularies_of_different_sizes_are_refused(ids: Tensor) -> None:
     with pytest.raises(UsageError, match="wide has a vocabulary of 51 and r of 50"):
-        score({"r": Scripted(), "wide": Scripted(vocabulary=51)}, stream_of(ids), reference="r")
+        score_models(
+            {"r": Scripted(), "wide": Scripted(vocabulary=51)}, stream_of(ids), reference="r"
+        )
 
 
 def test_a_batch_of_none_is_refused(ids: Tensor) -> None:
     with pytest.raises(UsageError, match="--batch-size 0"):
-        score({"m": Scripted()}, stream_of(ids), batch_size=0)
+        score_models({"m": Scripted()}, stream_of(ids), batch_size=0)
 
 
 def test_strided_windows_are_scored_token_by_token(
@@ -220,7 +222,7 @@ def test_strided_windows_are_scored_token_by_token(
                 p = reference(ids[None, window.begin : t]).logits[0, -1].double().log_softmax(-1)
             nll.append(-float(q[ids[t]]))
             kl.append(float((p.exp() * (p - q)).sum()))
-    scores = score(
+    scores = score_models(
         {"r": reference, "c": candidate}, stream_of(ids, protocol), reference="r", batch_size=3
     )["c"]
     assert len(nll) == len(ids) - 1

@@ -17,8 +17,8 @@ from llmquant_eval.report.statistics import (
     root,
     scaled,
 )
-from llmquant_eval.scoring.layout import Layout, context_lengths
-from llmquant_eval.scoring.protocols import Window
+from llmquant_eval.scoring.protocols import TokenWindow
+from llmquant_eval.scoring.window_layout import WindowLayout, context_lengths
 
 
 def perplexity(window_means: Floats) -> Estimate:
@@ -148,15 +148,15 @@ def test_few_tokens_have_no_error(tokens: int, known: bool) -> None:
     ids=["enough windows", "few windows", "overlapping windows"],
 )
 def test_the_method_follows_from_the_windows(windows: int, overlapping: bool, method: str) -> None:
-    layout = Layout(np.full(windows, 7), overlapping)
+    layout = WindowLayout(np.full(windows, 7), overlapping)
     values = np.random.default_rng(5).normal(size=layout.tokens)
     assert layout.mean(values).method == method
     assert layout.mean(values).value == pytest.approx(float(values.mean()), rel=1e-12)
 
 
 def test_a_layout_of_ragged_windows() -> None:
-    windows = [Window(0, 5, 1), Window(3, 8, 5), Window(6, 9, 8)]
-    layout = Layout.of(windows, overlapping=True)
+    windows = [TokenWindow(0, 5, 1), TokenWindow(3, 8, 5), TokenWindow(6, 9, 8)]
+    layout = WindowLayout.of(windows, overlapping=True)
     assert (layout.counts.tolist(), layout.tokens, layout.windows) == ([4, 3, 1], 8, 3)
     assert layout.slices() == [slice(0, 4), slice(4, 7), slice(7, 8)]
     assert context_lengths(windows).tolist() == [1, 2, 3, 4, 2, 3, 4, 2]

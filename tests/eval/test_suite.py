@@ -163,9 +163,11 @@ def test_shipped_suites_name_recipes_that_there_are(name: str) -> None:
 
 def test_the_wheel_has_suites_page_and_tasks() -> None:
     inside = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
-    data = [*shipped_suites().values(), TEMPLATE, *(TEMPLATE.parents[1] / "tasks").glob("*.yaml")]
+    package = ROOT / "eval" / "llmquant_eval"
+    tasks = sorted((package / "tasks" / "local").glob("*.yaml"))
+    data = [*shipped_suites().values(), TEMPLATE, *tasks]
     assert len(data) >= 2 + 1 + 4
-    assert {f"llmquant_eval/{path.parent.name}/{path.name}" for path in data} <= inside
+    assert {f"llmquant_eval/{path.relative_to(package)}" for path in data} <= inside
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,12 @@ from llmquant.errors import (
     SourceError,
     UsageError,
 )
-from llmquant_eval.leaderboard.ranking import Stored, make_boards
+from llmquant_eval.leaderboard.ranking import StoredReport, make_boards
 from llmquant_eval.report.schema import Report
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.plan import Request
 from llmquant_eval.suites import run as suite_run
-from llmquant_eval.suites.run import Watch, run_suite
+from llmquant_eval.suites.run import SuiteProgress, run_suite
 from llmquant_eval.suites.schema import Suite
 
 Altered = Callable[..., Path]
@@ -44,7 +44,9 @@ def coarse(altered: Altered) -> Path:
 def steps_of(suite: Suite, cache: Path) -> tuple[dict[str, Report], list[str]]:
     """The reports, and what was measured for them now."""
     steps: list[str] = []
-    finished = run_suite(suite, cache, Watch(overall=lambda what, done, total: steps.append(what)))
+    finished = run_suite(
+        suite, cache, SuiteProgress(overall=lambda what, done, total: steps.append(what))
+    )
     assert finished.failures == {}
     assert steps.pop() == "done"
     assert finished.measured == len(steps) - sum(s.startswith("quantizing") for s in steps)
@@ -184,12 +186,12 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(
     code = f"""
 import os, pathlib, signal
 from llmquant_eval.suites.schema import Suite
-from llmquant_eval.suites.run import Watch, run_suite
+from llmquant_eval.suites.run import SuiteProgress, run_suite
 suite, at = Suite.model_validate_json(pathlib.Path({str(path)!r}).read_text()), []
 def stage(name, done, total):
     if at[-1] == 2 and done:
         os.kill(os.getpid(), signal.SIGKILL)
-run_suite(suite, pathlib.Path({str(cache)!r}), Watch(lambda what, done, total: at.append(done), stage))
+run_suite(suite, pathlib.Path({str(cache)!r}), SuiteProgress(lambda what, done, total: at.append(done), stage))
 """
     killed = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -247,7 +249,7 @@ def test_tasks_are_run_once_for_each_model_and_paired(
     reports, steps = steps_of(suite, tmp_path / "cache")
     assert steps == ["fp16: choice_local", "a: choice_local", "b: choice_local"]
     assert list(reports) == ["a--tasks.json", "b--tasks.json"]
-    (board,) = make_boards([Stored(Path(name), report) for name, report in reports.items()])
+    (board,) = make_boards([StoredReport(Path(name), report) for name, report in reports.items()])
     assert [row.name for row in board.rows] == ["fp16", "a", "b"]
     assert all(row.task is not None and row.task.paired for row in board.rows[1:])
     _, steps = steps_of(suite, tmp_path / "cache")

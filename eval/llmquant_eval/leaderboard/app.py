@@ -1,7 +1,7 @@
 """The leaderboard as a Gradio app: a tab per ranking, on this machine only.
 
 Gradio is an extra (``pip install 'llmquant[eval]'``) and is imported when the app is asked for. It
-is told not to report usage, and the app listens on 127.0.0.1. :func:`add_board` puts a ranking into
+is set not to report usage, and the app listens on 127.0.0.1. :func:`add_board` puts a ranking into
 any Gradio layout, so that another app can have it as a tab.
 """
 

@@ -84,11 +84,15 @@ def _task_columns(board: Board) -> list[Column]:
     names = dict.fromkeys(
         name for row in board.rows if row.task is not None for name in row.task.metrics
     )
-    found = []
-    for name in names:
-        found.append(Column(name, lambda row, name=name: _task_cell(row, name), True))  # type: ignore[misc]
-        found.append(Column(f"{name}: lost, gained", lambda row, name=name: _flips(row, name)))  # type: ignore[misc]
-    return found
+    return [column for name in names for column in (_task_column(name), _flips_column(name))]
+
+
+def _task_column(name: str) -> Column:
+    return Column(name, lambda row: _task_cell(row, name), more_is_better=True)
+
+
+def _flips_column(name: str) -> Column:
+    return Column(f"{name}: lost, gained", lambda row: _flips(row, name))
 
 
 def _task_cell(row: Row, name: str) -> Cell:

@@ -17,7 +17,7 @@ import typer
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
-    from llmquant_eval.leaderboard.ranking import Board, Stored
+    from llmquant_eval.leaderboard.ranking import Board, StoredReport
 
 _LOG_WIDTH = 120
 _LAST_PORT = 65535
@@ -68,7 +68,7 @@ def leaderboard_command(
 
 def render_files(
     boards: Sequence[Board],
-    stored: Sequence[Stored],
+    stored: Sequence[StoredReport],
     markdown: Path | None = None,
     html: Path | None = None,
     plots: Path | None = None,
@@ -84,7 +84,7 @@ def render_files(
     """
     from llmquant_eval.leaderboard.html import render_html
     from llmquant_eval.leaderboard.markdown import render_markdown
-    from llmquant_eval.report.card import replace_file
+    from llmquant_eval.report.files import replace_file
 
     pages: list[tuple[Path | None, Callable[[], str]]] = [
         (markdown, lambda: render_markdown(boards)),

@@ -72,14 +72,14 @@ def layer_errors(folder: Path) -> tuple[str, list[LayerError]] | None:
         return None
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))["modules"]
-        found = {
+        by_name = {
             name: (entry.get("output_error"), entry.get("weight_error"))
             for name, entry in modules.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{path} is not a manifest of llmquant: {type(e).__name__}: {e}") from e
     for column, kind in enumerate(("output error", "weight error")):
-        errors = {name: pair[column] for name, pair in found.items() if pair[column] is not None}
+        errors = {name: pair[column] for name, pair in by_name.items() if pair[column] is not None}
         if errors:
             return kind, [_layer(name, float(error)) for name, error in errors.items()]
     return None
@@ -248,9 +248,9 @@ def write_plots(
 
 def write_report_plots(folder: Path, report: Report) -> list[Path]:
     """The plots of one run; raises as :func:`write_plots`."""
-    from llmquant_eval.leaderboard.ranking import Stored, make_boards
+    from llmquant_eval.leaderboard.ranking import StoredReport, make_boards
 
-    return write_plots(folder, [report], make_boards([Stored(Path("report.json"), report)]))
+    return write_plots(folder, [report], make_boards([StoredReport(Path("report.json"), report)]))
 
 
 def _figures(

@@ -13,7 +13,7 @@ no rank: it is what the others are compared with. Where only a part of the text 
 scored nothing has a rank and no point is a front: rows stand by name.
 
 The same model measured again (same weights, label and ranking) counts once, by its newest report.
-Two models that share a label are told apart by their weights' hash.
+Two models that share a label are distinguished by their weights' hash.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmquant_eval.report.schema import (
     Metric,
     ModelResult,
     NoiseFloor,
-    Pass,
+    ProtocolPass,
     Report,
     TaskResult,
     read_report,
@@ -38,7 +38,7 @@ _LOSSES = ("perplexity_ratio", "word_perplexity_ratio", "perplexity", "word_perp
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredReport:
     """A report and the file that it was read from."""
 
     path: Path
@@ -139,12 +139,13 @@ class Board:
     @property
     def loss_name(self) -> str | None:
         """The metric that orders the rows, or None for a task."""
-        found = {name for row in self.rows if not row.is_reference for name in row.metrics}
-        found |= {name for row in self.rows for name in row.metrics} if not found else set()
-        return next((name for name in _LOSSES if name in found), None)
+        candidates = [row for row in self.rows if not row.is_reference]
+        measured = {name for row in candidates for name in row.metrics}
+        measured = measured or {name for row in self.rows for name in row.metrics}
+        return next((name for name in _LOSSES if name in measured), None)
 
 
-def load_reports(folder: Path) -> list[Stored]:
+def load_reports(folder: Path) -> list[StoredReport]:
     """Every ``*.json`` of a folder, by name.
 
     Raises:
@@ -159,10 +160,10 @@ def load_reports(folder: Path) -> list[Stored]:
         raise UsageError(
             f"{folder} has no *.json report in it; `llmquant eval … --output {folder}/NAME.json` writes one"
         )
-    return [Stored(path, read_report(path)) for path in paths]
+    return [StoredReport(path, read_report(path)) for path in paths]
 
 
-def make_boards(reports: Iterable[Stored]) -> list[Board]:
+def make_boards(reports: Iterable[StoredReport]) -> list[Board]:
     """Group and rank; rankings in the order of their protocol's name, then text, the fullest first.
 
     Raises:
@@ -170,12 +171,12 @@ def make_boards(reports: Iterable[Stored]) -> list[Board]:
     """
     groups: dict[BoardKey, list[tuple[Row, str, int]]] = {}
     for stored in reports:
-        found = [*_text_rows(stored), *_task_rows(stored)]
-        if not found:
+        rows = [*_text_rows(stored), *_task_rows(stored)]
+        if not rows:
             raise UsageError(
                 f"{stored.path} has neither a protocol nor a task in it: there is nothing to rank"
             )
-        for key, row, source, available in found:
+        for key, row, source, available in rows:
             groups.setdefault(key, []).append((row, source, available))
     boards = [_board(key, entries) for key, entries in groups.items()]
     return sorted(
@@ -191,7 +192,7 @@ def make_boards(reports: Iterable[Stored]) -> list[Board]:
     )
 
 
-def _text_rows(stored: Stored) -> Iterable[tuple[BoardKey, Row, str, int]]:
+def _text_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]:
     report = stored.report
     for part in report.passes:
         assert report.text is not None  # there is no pass without a text
@@ -223,11 +224,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _protocols(part: Pass) -> str:
+def _protocols(part: ProtocolPass) -> str:
     return " · ".join(filter(None, (part.perplexity, part.divergence)))
 
 
-def _metrics_of(result: ModelResult, part: Pass) -> dict[str, Metric]:
+def _metrics_of(result: ModelResult, part: ProtocolPass) -> dict[str, Metric]:
     """The metrics of one pass by plain name (a later pass's are stored as ``name@protocol``)."""
     protocols = (part.perplexity, part.divergence)
     return {
@@ -235,7 +236,7 @@ def _metrics_of(result: ModelResult, part: Pass) -> dict[str, Metric]:
     }
 
 
-def _task_rows(stored: Stored) -> Iterable[tuple[BoardKey, Row, str, int]]:
+def _task_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]:
     report = stored.report
     for result in report.models:
         for task in result.tasks:
@@ -266,7 +267,7 @@ def _board(key: BoardKey, entries: Sequence[tuple[Row, str, int]]) -> Board:
         )
         if identity not in newest or row.report.created >= newest[identity].report.created:
             newest[identity] = row
-    rows = _told_apart(list(newest.values()))
+    rows = _with_distinct_names(list(newest.values()))
     last = max(entries, key=lambda e: e[0].report.created)
     # From all entries: where the same models were measured again without a floor, the floor that
     # was measured still holds.
@@ -290,7 +291,7 @@ def _floor_fits(row: Row, key: BoardKey) -> bool:
     )
 
 
-def _told_apart(rows: list[Row]) -> list[Row]:
+def _with_distinct_names(rows: list[Row]) -> list[Row]:
     """Rows of the same label with the beginning of their weights' hash."""
     seen = Counter(row.name for row in rows)
     return [

@@ -71,14 +71,14 @@ class Endpoint:
             raise LlmquantError(
                 f"{self.url}/models does not list models; give the address up to and with /v1"
             )
-        found = [m for m in listed if m["id"] == name or (not name and len(listed) == 1)]
-        if not found:
+        matching = [m for m in listed if m["id"] == name or (not name and len(listed) == 1)]
+        if not matching:
             names = ", ".join(str(m["id"]) for m in listed) or "none"
             raise UsageError(
                 f"{self.url} has no model {name!r}; it serves: {names}. Write {self.url}#MODEL"
             )
-        self.model = str(found[0]["id"])
-        length = found[0].get("max_model_len")
+        self.model = str(matching[0]["id"])
+        length = matching[0].get("max_model_len")
         self.context = int(length) if isinstance(length, int) else None
         self._dialects: list[Mapping[str, object]] = [
             {"prompt_logprobs": 1},
@@ -100,10 +100,10 @@ class Endpoint:
             except _RefusedError as e:
                 refusals.append(str(e))
                 continue
-            found = _read(answer, ids)
-            if found is not None:
+            scores = _read(answer, ids)
+            if scores is not None:
                 self._dialects = [dialect]  # the others need not be tried again
-                return found
+                return scores
             refusals.append(
                 f"the answer to {next(iter(dialect))} has no log-probabilities of the prompt"
             )

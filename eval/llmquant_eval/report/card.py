@@ -7,14 +7,13 @@ them at its end; a folder without a card gets one. The file is replaced whole or
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmquant import MEASURED_END as END
 from llmquant import MEASURED_START as START
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.schema import ModelResult, Report
 from llmquant_eval.report.table import HEADERS, footnotes, grids, metric_cell, row
 
@@ -111,20 +110,3 @@ def write_card(folder: Path, report: Report, label: str) -> Path:
     except (OSError, UnicodeDecodeError) as e:
         raise LlmquantError(f"{path} cannot be updated: {e}") from e
     return path
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: beside it, fsync, rename. Keeps the mode of a file
-    that was there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -16,13 +16,13 @@ _PACKAGES = ("llmquant", "torch", "transformers", "safetensors", "numpy")
 def versions() -> dict[str, str]:
     """Python's and the installed packages' versions; a package run from its sources without
     metadata is left out."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def processor() -> str:

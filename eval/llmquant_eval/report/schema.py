@@ -1,10 +1,10 @@
 """The Report: one evaluation run as JSON, enough to repeat it and to know what may be compared with
 it.
 
-Every metric carries its protocol id, its standard error and the number of tokens and windows behind
-it. Hashes say which weights, tokenizer, recipe and text were used; versions, hardware, dtype and
-kernel say on what. A reader of another schema version must refuse rather than guess, and unknown
-fields are errors (``extra="forbid"``).
+Every metric carries its protocol id, its standard error and the number of tokens and windows it is
+made of. Hashes say which weights, tokenizer, recipe and text were used; versions, hardware, dtype
+and kernel say on what. A reader of another schema version must refuse rather than guess, and
+unknown fields are errors (``extra="forbid"``).
 
 ``to_json`` and ``from_json`` are inverse: floats are written with all their digits, NaN and
 infinities are refused.
@@ -35,7 +35,7 @@ class _Strict(BaseModel):
 class Metric(_Strict):
     """One measured number. ``unit``: perplexity, ratio, nats, bits, share (0 … 1) or probability.
 
-    ``error_method`` says how ``standard_error`` was found; None where there is none.
+    ``error_method`` says how ``standard_error`` was computed; None where there is none.
     """
 
     protocol: str
@@ -89,7 +89,7 @@ class Breakdown(_Strict):
     buckets: list[Bucket]
 
 
-class CompactError(_Strict):
+class CompactKlShift(_Strict):
     """What the compact form of a cached reference changed in this model's KL: compact - exact in
     nats, on a sample."""
 
@@ -180,7 +180,7 @@ class ModelResult(_Strict):
     kernels: dict[str, int]
     metrics: dict[str, Metric]
     breakdowns: list[Breakdown] = []
-    cache_errors: list[CompactError] = []
+    cache_errors: list[CompactKlShift] = []
     tasks: list[TaskResult] = []
     excluded_tokens: int
     cost: Cost | None
@@ -195,7 +195,7 @@ class NoiseFloor(_Strict):
     top1_agreement: Metric
 
 
-class Pass(_Strict):
+class ProtocolPass(_Strict):
     """One protocol of the run and how much of the text it scored; fewer windows than available is a
     partial run."""
 
@@ -207,9 +207,11 @@ class Pass(_Strict):
     windows_available: int
 
 
-class Text(_Strict):
-    """The evaluation text, and how much of it the run's first protocol scored (:class:`Pass` has
-    every protocol)."""
+class ReportText(_Strict):
+    """The evaluation text, and how much of it the run's first protocol scored.
+
+    :class:`ProtocolPass` has every protocol.
+    """
 
     source: str
     sha256: Sha256
@@ -256,8 +258,8 @@ class Report(_Strict):
     created: AwareDatetime
     command: str
     protocols: list[str]
-    passes: list[Pass] = []
-    text: Text | None
+    passes: list[ProtocolPass] = []
+    text: ReportText | None
     settings: Settings
     reference: str | None
     noise_floor: NoiseFloor | None

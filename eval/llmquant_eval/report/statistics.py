@@ -35,8 +35,8 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value, its standard error in the same unit (None where nothing tells a spread), and how
-    that was found."""
+    """A value, its standard error in the same unit (None where nothing tells a spread), and the
+    method that gave it."""
 
     value: float
     standard_error: float | None

@@ -115,7 +115,7 @@ class Grid:
 def grids(report: Report) -> list[Grid]:
     """Word and byte figures, further protocols, and tasks with their flips against the
     reference."""
-    found = []
+    tables = []
     for number, part in enumerate(report.passes):
         names = dict.fromkeys(
             name
@@ -131,10 +131,10 @@ def grids(report: Report) -> list[Grid]:
             for m in report.models
         ]
         headers = tuple(name.partition("@")[0].replace("_", " ") for name in names)
-        found.append(Grid(part.perplexity, headers, rows))
+        tables.append(Grid(part.perplexity, headers, rows))
     for task in dict.fromkeys(t.task for m in report.models for t in m.tasks):
-        found.append(_task_grid(report, task))
-    return found
+        tables.append(_task_grid(report, task))
+    return tables
 
 
 def _task_grid(report: Report, task: str) -> Grid:
@@ -231,7 +231,7 @@ def _cost_notes(report: Report) -> list[str]:
 def render(report: Report, width: int) -> Group:
     """The run as one rich table with its footnotes.
 
-    A row per model where ``width`` columns have room for it; in a narrower terminal a column per
+    A row per model where ``width`` columns can hold it; in a narrower terminal a column per
     model, because a number cut in two is worse than a table turned.
     """
     from rich.console import Console, Group

@@ -6,7 +6,7 @@ process: measured after another model they would be the other's. The child print
 stdout.
 
 * ``load``: ``llmquant.load`` until the model is ready, imports not counted; the files are in the
-  page cache or not, as they were found.
+  page cache or not, as they happen to be.
 * ``prefill``: a prompt of 512 random ids (fewer when the context is shorter) until the first new
   token exists.
 * ``decode``: greedy through ``generate`` with the KV cache at batch 1, from the first new token to
@@ -90,21 +90,21 @@ def measure(
     that did other work.
 
     Raises:
-        UsageError: the context has no room for the new tokens.
+        UsageError: the context is too short for a prompt and the new tokens.
     """
     import torch
     import transformers
 
     from llmquant import peak_resident_bytes, resident_bytes
-    from llmquant_eval.models.door import load_model, max_positions
+    from llmquant_eval.models.resolve import load_model, max_positions
 
     _ = (
         transformers.AutoModelForCausalLM,
         llmquant.load,
     )  # lazy modules: import them before the floor is read
     positions = max_positions(path)
-    room = prompt if positions is None else min(prompt, positions - new - 1)
-    if room < 1:
+    prompt_tokens = prompt if positions is None else min(prompt, positions - new - 1)
+    if prompt_tokens < 1:
         raise UsageError(
             f"{path} takes {positions} tokens: too few for {new} new ones; give --no-cost"
         )
@@ -114,7 +114,7 @@ def measure(
     loaded = time.perf_counter() - began
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(
-        0, vocabulary, (1, room), generator=torch.Generator().manual_seed(_SEED)
+        0, vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(_SEED)
     ).to(model.device)
     _plain_greedy(model)
     _generate_once(
@@ -123,9 +123,9 @@ def measure(
     prefill, decode = zip(*(_generate_once(model, ids, new) for _ in range(repeats)), strict=True)
     return Cost(
         load_seconds=loaded,
-        prefill_tokens_per_second=room / statistics.median(prefill),
+        prefill_tokens_per_second=prompt_tokens / statistics.median(prefill),
         decode_tokens_per_second=new / statistics.median(decode),
-        prompt_tokens=room,
+        prompt_tokens=prompt_tokens,
         new_tokens=new,
         repeats=repeats,
         threads=torch.get_num_threads(),

@@ -18,12 +18,19 @@ from typing import Any
 
 import torch
 
-from llmquant_eval.models import door as models
-from llmquant_eval.models.door import AnyModel, ModelPath, ServedModel
+from llmquant_eval.models.resolve import (
+    AnyModel,
+    ModelFolder,
+    ServedModel,
+    kernels_used,
+    load_model,
+    other_dtype,
+    vocabulary_size,
+)
 from llmquant_eval.report.schema import Cost, NoiseFloor, Report, TaskResult
-from llmquant_eval.run.assemble import Measured, divergence_metrics, make_report, model_result
+from llmquant_eval.run.build_report import Measured, divergence_metrics, make_report, model_result
 from llmquant_eval.run.cost import measure_apart
-from llmquant_eval.run.plan import Plan, Request, make_plan
+from llmquant_eval.run.plan import EvaluationPlan, Request, make_plan
 from llmquant_eval.scoring.reference_cache import (
     INDEX,
     CachedReference,
@@ -32,9 +39,9 @@ from llmquant_eval.scoring.reference_cache import (
     choose_form,
     stream_sha256,
 )
-from llmquant_eval.scoring.score import Scores, cached_scores, record, score
-from llmquant_eval.scoring.served import score_served
-from llmquant_eval.scoring.stream import Stream
+from llmquant_eval.scoring.score_models import Scores, cached_scores, record_reference, score_models
+from llmquant_eval.scoring.score_served import score_served
+from llmquant_eval.scoring.token_stream import TokenStream
 
 # The noise floor is a scale to read KL by, not a result: a few windows say where it lies.
 NOISE_TOKENS, NOISE_TOKENS_SLOW = 4096, 1024
@@ -43,11 +50,11 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def _no_progress(stage: str, done: int, total: int) -> None:
     """No progress."""
 
 
-def evaluate(request: Request, progress: Progress = _silent) -> Report:
+def evaluate(request: Request, progress: Progress = _no_progress) -> Report:
     """Run an evaluation.
 
     Raises:
@@ -70,7 +77,7 @@ def evaluate(request: Request, progress: Progress = _silent) -> Report:
         torch.set_float32_matmul_precision(precision)
 
 
-def _costs(plan: Plan, request: Request, progress: Progress) -> dict[str, Cost]:
+def _costs(plan: EvaluationPlan, request: Request, progress: Progress) -> dict[str, Cost]:
     costs = {}
     for done, model in enumerate(plan.local):
         progress("speed and memory", done, len(plan.local))
@@ -85,14 +92,14 @@ class _Run:
     """The models of one evaluation as they are loaded and let go, and what they scored."""
 
     def __init__(
-        self, request: Request, plan: Plan, costs: dict[str, Cost], progress: Progress
+        self, request: Request, plan: EvaluationPlan, costs: dict[str, Cost], progress: Progress
     ) -> None:
         self.request, self.plan, self.costs, self.progress = request, plan, costs, progress
         self.loaded: dict[str, Any] = {}
         self.kernels: dict[str, dict[str, int]] = {}
 
     def report(self) -> Report:
-        """Everything, in the order of the module text."""
+        """Measures everything, in the order that the module text gives."""
         plan = self.plan
         cached = self._caches()
         floor = self._noise_floor(cached) if plan.streams and self.request.noise_floor else None
@@ -102,7 +109,7 @@ class _Run:
         tasks = {m.label: self._tasks(m) for m in plan.models} if plan.tasks is not None else {}
         if plan.reference is not None and tasks:
             tasks = _paired(tasks, plan.reference.label)
-        found = {
+        measured = {
             m.label: Measured(
                 [s[m.label] for s in scores],
                 self.kernels.get(m.label, {}),
@@ -111,30 +118,30 @@ class _Run:
             )
             for m in plan.models
         }
-        base = None if plan.reference is None else found[plan.reference.label]
+        base = None if plan.reference is None else measured[plan.reference.label]
         results = [
-            model_result(plan, m, found[m.label], None if m is plan.reference else base)
+            model_result(plan, m, measured[m.label], None if m is plan.reference else base)
             for m in plan.models
         ]
         return make_report(self.request, plan, floor, results)
 
-    def _load(self, model: ModelPath) -> Any:
+    def _load(self, model: ModelFolder) -> Any:
         if model.label not in self.loaded:
-            self.loaded[model.label] = models.load_model(
+            self.loaded[model.label] = load_model(
                 model.path, self.plan.dtype, self.plan.device, self.request.kernel
             )
-            self.kernels[model.label] = models.kernels_used(self.loaded[model.label])
+            self.kernels[model.label] = kernels_used(self.loaded[model.label])
         return self.loaded[model.label]
 
     def _advance(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(stage, done, total)
 
-    def _score(self, stream: Stream, cached: CachedReference | None) -> dict[str, Scores]:
+    def _score(self, stream: TokenStream, cached: CachedReference | None) -> dict[str, Scores]:
         reference, name = self.plan.reference, stream.protocol.perplexity_id
         side_by_side = [m for m in self.plan.local if cached is None or m is not reference]
         scores: dict[str, Scores] = {}
         if side_by_side:
-            scores = score(
+            scores = score_models(
                 {m.label: self._load(m) for m in side_by_side},
                 stream,
                 reference=reference.label if reference is not None and cached is None else None,
@@ -160,7 +167,7 @@ class _Run:
 
         None each without ``--cache``.
         """
-        reference, found = self.plan.reference, list[CachedReference | None]()
+        reference, caches = self.plan.reference, list[CachedReference | None]()
         if self.request.cache is None or reference is None:
             return [None] * len(self.plan.streams)
         folder = Path(self.request.cache)
@@ -169,9 +176,9 @@ class _Run:
             place = folder / key.name
             if not (place / INDEX).is_file():
                 model = self._load(reference)
-                writer = CacheWriter(place, key, stream, models.vocabulary_size(reference.path))
+                writer = CacheWriter(place, key, stream, vocabulary_size(reference.path))
                 stage = f"reference for {stream.protocol.perplexity_id}"
-                record(
+                record_reference(
                     model,
                     stream,
                     writer,
@@ -181,16 +188,16 @@ class _Run:
                 )
                 writer.finish(self.kernels[reference.label])
             cached = CachedReference(place)
-            found.append(cached)
+            caches.append(cached)
             self.kernels[reference.label] = cached.kernels
         self.loaded.pop(reference.label, None)
-        return found
+        return caches
 
-    def _key(self, reference: ModelPath, stream: Stream) -> CacheKey:
+    def _key(self, reference: ModelFolder, stream: TokenStream) -> CacheKey:
         import llmquant
 
         form = choose_form(
-            self.request.cache_form, stream.layout.tokens, models.vocabulary_size(reference.path)
+            self.request.cache_form, stream.layout.tokens, vocabulary_size(reference.path)
         )
         return CacheKey(
             weights_sha256=llmquant.inspect(reference.path).weights_sha256,
@@ -212,7 +219,7 @@ class _Run:
         if reference is None or len(self.plan.local) < 2:
             return None  # nothing will have a divergence to read by it
         whole = self.plan.streams[0]
-        dtype = models.other_dtype(self.plan.dtype)
+        dtype = other_dtype(self.plan.dtype)
         # bfloat16 where `auto` avoids it would take longer than all the rest.
         slow = (
             dtype == "bfloat16"
@@ -222,10 +229,10 @@ class _Run:
             max(2, (NOISE_TOKENS_SLOW if slow else NOISE_TOKENS) // whole.protocol.window)
         )
         other = f"{reference.label} in {dtype}"
-        twins = {other: models.load_model(reference.path, dtype, self.plan.device, "auto")}
+        twins = {other: load_model(reference.path, dtype, self.plan.device, "auto")}
         if cached[0] is None:
             twins[reference.label] = self._load(reference)
-        scores = score(
+        scores = score_models(
             twins,
             stream,
             reference=reference.label if cached[0] is None else None,
@@ -234,7 +241,7 @@ class _Run:
             advance=self._advance("noise floor"),
         )
         divergence = scores[other].divergence
-        assert divergence is not None  # score() compares every model but the reference
+        assert divergence is not None  # score_models() compares every model but the reference
         metrics = divergence_metrics(divergence, stream.protocol)
         return NoiseFloor(
             other_dtype=dtype, kl_mean=metrics["kl_mean"], top1_agreement=metrics["top1_agreement"]

@@ -1,8 +1,8 @@
 """A request, and the plan made of it: all that can be looked up or refused before a weight is read.
 
 ``Request`` is the command line as a value and can write itself back as one, so a Report carries the
-line that repeats it. ``Plan`` holds the token streams, one per protocol, and the models' paths:
-every model must cut the text into the same tokens and take windows of that length.
+line that repeats it. ``EvaluationPlan`` holds the token streams, one per protocol, and the models'
+paths: every model must cut the text into the same tokens and take windows of that length.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmquant.errors import UsageError
-from llmquant_eval.models import door as models
-from llmquant_eval.models.door import AnyModel, ModelPath, ServedModel, max_positions
+from llmquant_eval.models.resolve import (
+    AnyModel,
+    ModelFolder,
+    ServedModel,
+    max_positions,
+    resolve_models,
+)
 from llmquant_eval.scoring.protocols import (
     WindowProtocol,
     default_window,
     has_window,
     parse_protocol,
 )
-from llmquant_eval.scoring.stream import Stream, make_stream
-from llmquant_eval.texts import tokens as text
+from llmquant_eval.scoring.token_stream import TokenStream, make_stream
+from llmquant_eval.texts.tokens import check_same_tokens, tokenizer_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -109,34 +114,32 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class EvaluationPlan:
     """What a request means. ``streams`` has one per protocol, none without a text; ``tasks`` None
     without tasks."""
 
     models: tuple[AnyModel, ...]
-    reference: ModelPath | None
+    reference: ModelFolder | None
     tokenizers: dict[str, Any]
     text_source: str | None
     text_sha256: str | None
-    streams: tuple[Stream, ...]
+    streams: tuple[TokenStream, ...]
     tasks: TaskPlan | None
     dtype: str
     device: str
     computing: Computing
 
     @property
-    def local(self) -> list[ModelPath]:
+    def local(self) -> list[ModelFolder]:
         """The models that this process loads."""
-        return [m for m in self.models if isinstance(m, ModelPath)]
+        return [m for m in self.models if isinstance(m, ModelFolder)]
 
     @cached_property
     def tokenizers_sha256(self) -> dict[str, str]:
-        return {
-            label: text.tokenizer_sha256(tokenizer) for label, tokenizer in self.tokenizers.items()
-        }
+        return {label: tokenizer_sha256(tokenizer) for label, tokenizer in self.tokenizers.items()}
 
 
-def make_plan(request: Request) -> Plan:
+def make_plan(request: Request) -> EvaluationPlan:
     """Look everything up.
 
     Raises:
@@ -153,12 +156,12 @@ def make_plan(request: Request) -> Plan:
     llmquant.parse_dtype(
         request.dtype, device
     )  # a word that is none is refused before models are looked for
-    found, reference = _find(request)
-    chosen = _dtype(request, device, found, reference)
-    protocols = _protocols(request, found)
-    tokenizers = _tokenizers(found, reference, request.tokenizer)
+    models, reference = _find(request)
+    chosen = _dtype(request, device, models, reference)
+    protocols = _protocols(request, models)
+    tokenizers = _tokenizers(models, reference, request.tokenizer)
     documents = None if request.text is None else llmquant.read_documents(request.text)
-    first = (reference or found[0]).label
+    first = (reference or models[0]).label
     streams = tuple(
         _stream(p, tokenizers, first, documents, request)
         for p in protocols
@@ -174,8 +177,8 @@ def make_plan(request: Request) -> Plan:
             request.limit,
             request.log_samples,
         )
-    return Plan(
-        tuple(found),
+    return EvaluationPlan(
+        tuple(models),
         reference,
         tokenizers,
         request.text,
@@ -189,13 +192,16 @@ def make_plan(request: Request) -> Plan:
 
 
 def _dtype(
-    request: Request, device: torch.device, found: Sequence[AnyModel], reference: ModelPath | None
+    request: Request,
+    device: torch.device,
+    models: Sequence[AnyModel],
+    reference: ModelFolder | None,
 ) -> ChosenDtype:
     """The one dtype of all models: ``auto`` asks what suits the reference, or else the first
     folder."""
     import llmquant
 
-    first = reference or next((m for m in found if isinstance(m, ModelPath)), None)
+    first = reference or next((m for m in models if isinstance(m, ModelFolder)), None)
     if first is None:
         return llmquant.parse_dtype(
             request.dtype, device
@@ -203,15 +209,15 @@ def _dtype(
     return llmquant.compute_dtype(first.path, request.dtype, device)
 
 
-def _find(request: Request) -> tuple[list[AnyModel], ModelPath | None]:
+def _find(request: Request) -> tuple[list[AnyModel], ModelFolder | None]:
     """All models, the reference first unless it was named among the candidates, and the
     reference."""
     sources = list(request.candidates)
     if request.reference is not None and request.reference not in sources:
         sources.insert(0, request.reference)
-    found = models.resolve_models(sources)
-    reference = next((m for m in found if m.source == request.reference), None)
-    if reference is not None and len(found) == 1:
+    models = resolve_models(sources)
+    reference = next((m for m in models if m.source == request.reference), None)
+    if reference is not None and len(models) == 1:
         raise UsageError(
             f"{reference.source} is the reference and the only model; name a model to compare with it"
         )
@@ -219,12 +225,12 @@ def _find(request: Request) -> tuple[list[AnyModel], ModelPath | None]:
         raise UsageError(
             f"{reference.source} is a server, which does not give whole distributions; as the reference name a folder"
         )
-    return found, reference
+    return models, reference
 
 
-def _protocols(request: Request, found: Sequence[AnyModel]) -> list[WindowProtocol]:
+def _protocols(request: Request, models: Sequence[AnyModel]) -> list[WindowProtocol]:
     """The protocols asked for, checked against the context of every model."""
-    limits = {m.label: n for m in found if (n := _longest_input(m)) is not None}
+    limits = {m.label: n for m in models if (n := _longest_input(m)) is not None}
     smallest = min(limits.values(), default=None)
     window = default_window(smallest) if request.window is None else request.window
     protocols = [parse_protocol(name, window) for name in request.protocols]
@@ -244,7 +250,7 @@ def _protocols(request: Request, found: Sequence[AnyModel]) -> list[WindowProtoc
 
 
 def _longest_input(model: AnyModel) -> int | None:
-    """A server also needs room for the target of the last token it is fed and for the one it
+    """A server's context also holds the target of the last token it is fed, and the token that it
     generates."""
     if isinstance(model, ServedModel):
         return None if model.endpoint.context is None else model.endpoint.context - 2
@@ -252,16 +258,16 @@ def _longest_input(model: AnyModel) -> int | None:
 
 
 def _tokenizers(
-    found: Sequence[AnyModel], reference: ModelPath | None, given: str | None
+    models: Sequence[AnyModel], reference: ModelFolder | None, given: str | None
 ) -> dict[str, Any]:
     """Each model's tokenizer by label; a served model has the one given, else the reference's, else
     a folder's."""
     import llmquant
 
     tokenizers = {
-        m.label: llmquant.load_tokenizer(m.path) for m in found if isinstance(m, ModelPath)
+        m.label: llmquant.load_tokenizer(m.path) for m in models if isinstance(m, ModelFolder)
     }
-    served = [m for m in found if isinstance(m, ServedModel)]
+    served = [m for m in models if isinstance(m, ServedModel)]
     if not served:
         if given is not None:
             raise UsageError(f"--tokenizer {given} is for served models; folders have their own")
@@ -287,12 +293,12 @@ def _stream(
     first: str,
     documents: Documents,
     request: Request,
-) -> Stream:
+) -> TokenStream:
     """The one token stream of all models under a protocol."""
     assert request.text is not None  # there are documents
     stream = make_stream(protocol, tokenizers[first], documents, request.text, request.max_windows)
     for label, tokenizer in tokenizers.items():
         if tokenizer is not tokenizers[first]:
             other = make_stream(protocol, tokenizer, documents, request.text, request.max_windows)
-            text.check_same_tokens(stream.ids, other.ids, first, label)
+            check_same_tokens(stream.ids, other.ids, first, label)
     return stream

@@ -8,7 +8,7 @@ probability (llama.cpp's RMS Δp).
 
 Each position also keeps the reference's *confidence*, the probability of its first choice: most of
 a mean KL may come from where the reference itself was unsure, or may not
-(:mod:`llmquant_eval.scoring.buckets`).
+(:mod:`llmquant_eval.scoring.breakdowns`).
 
 A term with p = 0 is 0. A candidate that gives probability zero to a token that the reference thinks
 possible has an infinite KL there; such positions are counted, reported and left out of the mean and
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from llmquant.errors import QuantizationError
 from llmquant_eval.report.statistics import Estimate, Floats, root
-from llmquant_eval.scoring.layout import Layout
 from llmquant_eval.scoring.perplexity import position_chunks
+from llmquant_eval.scoring.window_layout import WindowLayout
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
@@ -70,19 +70,19 @@ def token_divergence(reference: Tensor, candidate: Tensor, targets: Tensor) -> T
     Returns:
         float32, bool, float32 and float32 tensors ``[positions]``.
     """
-    found = TokenDivergence.empty(len(targets), reference.device)
+    result = TokenDivergence.empty(len(targets), reference.device)
     for part in position_chunks(*reference.shape):
         log_p = torch.log_softmax(reference[part], dim=-1, dtype=torch.float32)
         log_q = torch.log_softmax(candidate[part], dim=-1, dtype=torch.float32)
         target = targets[part].unsqueeze(1)
-        found.delta_p[part] = (
+        result.delta_p[part] = (
             log_q.gather(1, target).exp() - log_p.gather(1, target).exp()
         ).squeeze(1)
         # From the logits: the rounding of log-softmax can make two different logits tie.
-        found.same_top[part] = reference[part].argmax(dim=-1) == candidate[part].argmax(dim=-1)
-        found.confidence[part] = log_p.amax(dim=-1).exp()
-        found.kl[part] = kl_of_logs(log_p, log_q)
-    return found
+        result.same_top[part] = reference[part].argmax(dim=-1) == candidate[part].argmax(dim=-1)
+        result.confidence[part] = log_p.amax(dim=-1).exp()
+        result.kl[part] = kl_of_logs(log_p, log_q)
+    return result
 
 
 class ReferenceWindow(Protocol):
@@ -122,7 +122,7 @@ class Divergence:
     same_top: Floats
     delta_p: Floats
     confidence: Floats
-    layout: Layout
+    layout: WindowLayout
     label: str
 
     def __post_init__(self) -> None:

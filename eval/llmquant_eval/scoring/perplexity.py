@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmquant.errors import QuantizationError
 from llmquant_eval.report.statistics import Estimate, Floats, exponential
-from llmquant_eval.scoring.layout import Layout
+from llmquant_eval.scoring.window_layout import WindowLayout
 
 # Elements of one float32 chunk of [positions, vocabulary]: 16 MiB, small enough to stay near the
 # cache.
@@ -82,7 +82,7 @@ class Perplexity:
     """
 
     losses: Floats
-    layout: Layout
+    layout: WindowLayout
     label: str
 
     def __post_init__(self) -> None:

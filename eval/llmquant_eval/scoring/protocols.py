@@ -17,7 +17,7 @@ only.
   did not: every token but the very first is scored once, the tail included. These are the windows
       of Hugging Face's page on perplexity of
   fixed-length models; the mean is taken over tokens, where that page's loop weighs windows.
-* ``ppl/word-N``: lm-eval's rolling windows. Every document stands alone behind one prefix token
+* ``ppl/word-N``: lm-eval's rolling windows. Every document stands alone after one prefix token
   (BOS, else EOS), all its tokens are scored, N predictions at a time; the last window is filled up
   with context from before. ``ppl/word-wikitext-N`` is the same over text put through lm-eval's
   WikiText detokenizer, words and bytes counted before it.
@@ -37,7 +37,7 @@ KNOWN = "ppl/gptq-N, ppl/strided-N[-STRIDE], ppl/word-N or ppl/word-wikitext-N w
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class TokenWindow:
     """Positions in one token stream: ``[begin, end-1)`` is fed, ``[scored, end)`` is scored."""
 
     begin: int
@@ -52,9 +52,9 @@ class Window:
     def predictions(self) -> int:
         return self.end - self.scored
 
-    def moved(self, by: int) -> Window:
+    def moved(self, by: int) -> TokenWindow:
         """The same window where its document begins ``by`` tokens into a stream."""
-        return Window(self.begin + by, self.end + by, self.scored + by)
+        return TokenWindow(self.begin + by, self.end + by, self.scored + by)
 
 
 class WindowProtocol(Protocol):
@@ -74,7 +74,7 @@ class WindowProtocol(Protocol):
         """Whether windows share tokens, so that their losses are not independent even nearly."""
         ...
 
-    def windows(self, tokens: int) -> Sequence[Window]:
+    def windows(self, tokens: int) -> Sequence[TokenWindow]:
         """The windows of a stream of ``tokens`` tokens, in order; empty when there is nothing that
         it can score."""
         ...
@@ -109,9 +109,9 @@ class GptqProtocol:
     def overlapping(self) -> bool:
         return False
 
-    def windows(self, tokens: int) -> Sequence[Window]:
+    def windows(self, tokens: int) -> Sequence[TokenWindow]:
         return [
-            Window(begin, begin + self.window, begin + 1)
+            TokenWindow(begin, begin + self.window, begin + 1)
             for begin in range(0, tokens - self.window + 1, self.window)
         ]
 
@@ -151,17 +151,17 @@ class StridedProtocol:
     def overlapping(self) -> bool:
         return True
 
-    def windows(self, tokens: int) -> Sequence[Window]:
-        found: list[Window] = []
+    def windows(self, tokens: int) -> Sequence[TokenWindow]:
+        windows: list[TokenWindow] = []
         scored = 1
         for begin in range(0, tokens, self.stride):
             end = min(begin + self.window, tokens)
             if end > scored:
-                found.append(Window(begin, end, scored))
+                windows.append(TokenWindow(begin, end, scored))
                 scored = end
             if end == tokens:
                 break
-        return found
+        return windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,14 +201,14 @@ class WordProtocol:
         scored again."""
         return False
 
-    def windows(self, tokens: int) -> Sequence[Window]:
-        found: list[Window] = []
+    def windows(self, tokens: int) -> Sequence[TokenWindow]:
+        windows: list[TokenWindow] = []
         predicted = 0
         while predicted < tokens:
             end = min(predicted + self.window, tokens)
-            found.append(Window(max(0, end - self.window), end + 1, predicted + 1))
+            windows.append(TokenWindow(max(0, end - self.window), end + 1, predicted + 1))
             predicted = end
-        return found
+        return windows
 
 
 def parse_protocol(text: str, window: int) -> WindowProtocol:

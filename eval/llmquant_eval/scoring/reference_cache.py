@@ -8,7 +8,7 @@ shard that is missing, short or changed is an error that names it. Nothing is pi
 A compact form changes the KL by something. So the cache also keeps, at positions spread evenly over
 the text, the full distribution in float32; every candidate is compared with both there, and its
 report says how far the compact KL was from the exact one
-(:class:`llmquant_eval.report.schema.CompactError`).
+(:class:`llmquant_eval.report.schema.CompactKlShift`).
 """
 
 from __future__ import annotations
@@ -29,15 +29,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llmquant.errors import CheckpointError, UsageError
-from llmquant_eval.report.card import replace_file
-from llmquant_eval.report.schema import CompactError
-from llmquant_eval.scoring.compact import Form, Full16, StoredWindow, Top, exact_arrays, parse_form
+from llmquant_eval.report.files import replace_file
+from llmquant_eval.report.schema import CompactKlShift
+from llmquant_eval.scoring.cache_forms import (
+    Form,
+    Full16,
+    StoredWindow,
+    Top,
+    exact_arrays,
+    parse_form,
+)
 from llmquant_eval.scoring.divergence import token_divergence
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmquant_eval.scoring.stream import Stream
+    from llmquant_eval.scoring.token_stream import TokenStream
 
 INDEX = "cache.json"
 _VERSION = 1
@@ -82,7 +89,7 @@ class CacheKey:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def stream_sha256(stream: Stream) -> str:
+def stream_sha256(stream: TokenStream) -> str:
     """Hex sha256 over the ids and the windows to be scored."""
     digest = hashlib.sha256(stream.ids.numpy().tobytes())
     digest.update(
@@ -103,9 +110,11 @@ def choose_form(asked: str | None, positions: int, vocabulary: int) -> Form:
     )
 
 
-def sample_positions(stream: Stream, vocabulary: int) -> dict[int, list[int]]:
-    """Window → positions in it at which the exact distribution is kept: evenly spread over all
-    scored tokens."""
+def sample_positions(stream: TokenStream, vocabulary: int) -> dict[int, list[int]]:
+    """Window number → positions in it at which the exact distribution is kept.
+
+    They are spread evenly over all scored tokens.
+    """
     layout = stream.layout
     wanted = min(
         layout.tokens, _MOST_SAMPLES, max(_FEWEST_SAMPLES, _SAMPLE_BYTES // (4 * vocabulary))
@@ -120,7 +129,7 @@ def sample_positions(stream: Stream, vocabulary: int) -> dict[int, list[int]]:
 class CacheWriter:
     """Takes windows in any order, writes shards, and the index last."""
 
-    def __init__(self, folder: Path, key: CacheKey, stream: Stream, vocabulary: int) -> None:
+    def __init__(self, folder: Path, key: CacheKey, stream: TokenStream, vocabulary: int) -> None:
         self._folder, self._key, self._vocabulary = folder, key, vocabulary
         self._form = parse_form(key.form)
         self._samples = sample_positions(stream, vocabulary)
@@ -248,11 +257,13 @@ class CachedReference:
         )
 
 
-def compact_error(errors: NDArray[np.float64], protocol: str, form: str) -> CompactError | None:
+def compact_kl_shift(
+    errors: NDArray[np.float64], protocol: str, form: str
+) -> CompactKlShift | None:
     """What a report says of differences ``[positions]``; None where nothing could be compared."""
     if not len(errors):
         return None
-    return CompactError(
+    return CompactKlShift(
         protocol=protocol,
         form=form,
         positions=len(errors),

@@ -1,4 +1,4 @@
-"""The models of a suite, made ready: found, or quantized into the cache folder by their recipe.
+"""The models of a suite, made ready: looked up, or quantized into the cache folder by their recipe.
 
 A recipe's folder is named by the hash of everything that its bytes depend on: the base's weights
 and tokenizer, the recipe with its calibration, the calibration text and the versions. The same
@@ -21,7 +21,7 @@ from llmquant.errors import CheckpointError, UsageError
 from llmquant_eval.models.endpoint import is_url
 from llmquant_eval.report import machine
 from llmquant_eval.suites.schema import Suite, SuiteCalibration, SuiteModel, slug
-from llmquant_eval.texts import tokens as text
+from llmquant_eval.texts.tokens import tokenizer_sha256
 
 if TYPE_CHECKING:
     from llmquant import Recipe
@@ -46,7 +46,7 @@ _TEXT_FREE = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedModel:
     """A model as it is measured and as it is shown.
 
     ``source`` is what is evaluated; ``shown`` stands for it in commands; ``made_by`` is the command
@@ -69,9 +69,9 @@ def digest(value: Any) -> str:
     ).hexdigest()
 
 
-def prepare(
+def prepare_models(
     suite: Suite, cache: Path, advance: Callable[[str, int, int], None]
-) -> tuple[Prepared | None, list[Prepared]]:
+) -> tuple[PreparedModel | None, list[PreparedModel]]:
     """The reference and the models, every recipe's folder made; ``advance`` is called with (label,
     made, to make).
 
@@ -93,7 +93,7 @@ def prepare(
     jobs = {
         m.label: _job(m, suite, bases[_base_of(m, suite)]) for m in models if m.recipe is not None
     }
-    found = {m.label: _find(m.label, m.model, m.made_by) for m in models if m.model is not None}
+    prepared = {m.label: _find(m.label, m.model, m.made_by) for m in models if m.model is not None}
     reference = None
     if suite.reference is not None:
         label = suite.reference_label or Path(suite.reference.rstrip("/")).name
@@ -104,43 +104,43 @@ def prepare(
         reference = _find(label, suite.reference, None)
     for done, (label, job) in enumerate(jobs.items()):
         advance(label, done, len(jobs))
-        found[label] = job.run(cache, suite.device)
+        prepared[label] = job.run(cache, suite.device)
     if jobs:
         advance("recipes", len(jobs), len(jobs))
-    return reference, [found[m.label] for m in models]
+    return reference, [prepared[m.label] for m in models]
 
 
-def _find(label: str, source: str, made_by: str | None) -> Prepared:
+def _find(label: str, source: str, made_by: str | None) -> PreparedModel:
     import llmquant
 
     if is_url(source):
-        return Prepared(label, source, source, made_by, None, None)
+        return PreparedModel(label, source, source, made_by, None, None)
     try:
         return _known(label, llmquant.resolve(source), source, source, made_by)
     except (CheckpointError, UsageError) as e:
         raise type(e)(f"{label}: {e}" + (f"; it is made by: {made_by}" if made_by else "")) from e
 
 
-def _known(label: str, path: Path, source: str, shown: str, made_by: str | None) -> Prepared:
+def _known(label: str, path: Path, source: str, shown: str, made_by: str | None) -> PreparedModel:
     import llmquant
 
     weights = llmquant.inspect(path).weights_sha256
-    return Prepared(
-        label, source, shown, made_by, weights, text.tokenizer_sha256(llmquant.load_tokenizer(path))
+    return PreparedModel(
+        label, source, shown, made_by, weights, tokenizer_sha256(llmquant.load_tokenizer(path))
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _RecipeJob:
     """One recipe to apply. ``calibration`` is what the suite laid over the recipe, None where it
     needs no text."""
 
     model: SuiteModel
-    base: Prepared
+    base: PreparedModel
     recipe: Recipe
     calibration: SuiteCalibration | None
 
-    def run(self, cache: Path, device: str) -> Prepared:
+    def run(self, cache: Path, device: str) -> PreparedModel:
         import llmquant
 
         folder = cache / "models" / f"{slug(self.model.label)}-{self._key()[:12]}"
@@ -198,8 +198,8 @@ def _base_of(model: SuiteModel, suite: Suite) -> str:
     return base
 
 
-def _base(source: str) -> Prepared:
-    """Found and hashed once, however many recipes work on it."""
+def _base(source: str) -> PreparedModel:
+    """Looked up and hashed once, however many recipes work on it."""
     return _find(source, source, None)
 
 
@@ -225,6 +225,6 @@ def _blind(recipe: Recipe) -> bool:
     return recipe.method == "rtn" and not recipe.scales.weighted and not beyond
 
 
-def _job(model: SuiteModel, suite: Suite, base: Prepared) -> _Job:
+def _job(model: SuiteModel, suite: Suite, base: PreparedModel) -> _RecipeJob:
     recipe = suite_recipe(model, suite)
-    return _Job(model, base, recipe, None if _blind(recipe) else suite.calibration)
+    return _RecipeJob(model, base, recipe, None if _blind(recipe) else suite.calibration)

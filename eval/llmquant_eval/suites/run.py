@@ -30,19 +30,19 @@ from pydantic import ValidationError
 import llmquant
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report import machine
-from llmquant_eval.report.card import replace_file
+from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.paired import with_pairs
 from llmquant_eval.report.schema import Cost, ModelResult, Report, read_report
 from llmquant_eval.run.cost import measure_apart
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.plan import Request
-from llmquant_eval.suites.current import suite_dtype
-from llmquant_eval.suites.models import Prepared, digest, prepare
+from llmquant_eval.suites.models import PreparedModel, digest, prepare_models
+from llmquant_eval.suites.outdated import suite_dtype
 from llmquant_eval.suites.schema import Suite, SuiteText, file_name
 
 
 @dataclass(slots=True)
-class Watch:
+class SuiteProgress:
     """Callbacks of a run: ``overall(what, done, to do)`` counts work that was not cached, ``stage``
     is inside one step."""
 
@@ -51,11 +51,11 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Measurement:
     """One model under one protocol on one text, or (``text`` None) on the suite's tasks. ``key``
     None: never cached."""
 
-    model: Prepared
+    model: PreparedModel
     request: Request
     text: SuiteText | None
     protocol: str
@@ -68,7 +68,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class SuiteOutcome:
     """The reports by file name, how many measurements were made now, which failed and why, and
     where each model lies."""
 
@@ -78,69 +78,76 @@ class Finished:
     folders: dict[str, Path]
 
 
-def run_suite(suite: Suite, cache: Path, watch: Watch | None = None) -> Finished:
+def run_suite(suite: Suite, cache: Path, progress: SuiteProgress | None = None) -> SuiteOutcome:
     """Measure what is not in the cache; returns the reports of all of it.
 
     Raises:
-        UsageError: what :func:`prepare` refuses, or a text or a protocol that cannot be.
+        UsageError: what :func:`prepare_models` refuses, or a text or a protocol that cannot be.
         LlmquantError: what quantizing raises, or what measuring raises if nothing at all could be
             measured.
     """
-    watch = watch or Watch()
+    progress = progress or SuiteProgress()
     llmquant.set_threads(suite.threads)
     texts = {t.name: llmquant.read_documents(t.source).sha256 for t in suite.texts}
-    reference, models = prepare(
-        suite, cache, lambda what, done, total: watch.overall(f"quantizing {what}", done, total)
+    reference, models = prepare_models(
+        suite, cache, lambda what, done, total: progress.overall(f"quantizing {what}", done, total)
     )
-    return _Run(suite, cache, watch, reference, models, texts).finish()
+    return _Run(suite, cache, progress, reference, models, texts).finish()
 
 
 @dataclass(slots=True)
 class _Run:
     suite: Suite
     cache: Path
-    watch: Watch
-    reference: Prepared | None
-    models: Sequence[Prepared]
+    progress: SuiteProgress
+    reference: PreparedModel | None
+    models: Sequence[PreparedModel]
     texts: dict[str, str]
     raw: dict[str, Report] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
     failures: dict[str, LlmquantError] = field(default_factory=dict)
 
-    def finish(self) -> Finished:
-        units = [*self._text_units(), *self._task_units()]
-        for unit in units:
-            if (stored := self._stored(unit)) is not None:
-                self.raw[unit.name] = stored
-        missing = self._missing(units)
+    def finish(self) -> SuiteOutcome:
+        measurements = [*self._text_measurements(), *self._task_measurements()]
+        for measurement in measurements:
+            if (stored := self._stored(measurement)) is not None:
+                self.raw[measurement.name] = stored
+        missing = self._missing(measurements)
         to_measure = self._costs_missing()
         steps = [
             (f"speed of {model.label}", partial(self._measure_cost, model)) for model in to_measure
         ]
         steps += [
-            (f"{unit.model.label}: {unit.protocol}", partial(self._measure, unit))
-            for unit in missing
+            (
+                f"{measurement.model.label}: {measurement.protocol}",
+                partial(self._measure, measurement),
+            )
+            for measurement in missing
         ]
         for done, (what, measure) in enumerate(steps):
-            self.watch.overall(what, done, len(steps))
+            self.progress.overall(what, done, len(steps))
             try:
                 measure()
             except LlmquantError as e:
                 self.failures[what] = e
-        self.watch.overall("done", len(steps), len(steps))
-        reports = {unit.name: self._finished(unit) for unit in units if self._is_row(unit)}
+        self.progress.overall("done", len(steps), len(steps))
+        reports = {
+            measurement.name: self._finished(measurement)
+            for measurement in measurements
+            if self._is_row(measurement)
+        }
         if self.failures and not reports:
             raise next(iter(self.failures.values()))
         failures = {what: str(error) for what, error in self.failures.items()}
         folders = {m.label: llmquant.resolve(m.source) for m in self._local()}
-        return Finished(reports, len(steps) - len(failures), failures, folders)
+        return SuiteOutcome(reports, len(steps) - len(failures), failures, folders)
 
-    def _local(self) -> list[Prepared]:
+    def _local(self) -> list[PreparedModel]:
         """The models that are folders, the reference first."""
         everyone = [*self.models] if self.reference is None else [self.reference, *self.models]
         return [model for model in everyone if model.weights is not None]
 
-    def _text_units(self) -> Iterator[Unit]:
+    def _text_measurements(self) -> Iterator[Measurement]:
         suite = self.suite
         for text in suite.texts:
             for protocol in suite.protocols:
@@ -165,9 +172,9 @@ class _Run:
                         self.reference,
                         [self.texts[text.name], protocol, text.max_windows, suite.cache_form],
                     )
-                    yield Unit(model, request, text, protocol, key)
+                    yield Measurement(model, request, text, protocol, key)
 
-    def _task_units(self) -> Iterator[Unit]:
+    def _task_measurements(self) -> Iterator[Measurement]:
         tasks = self.suite.tasks
         if tasks is None:
             return
@@ -188,7 +195,7 @@ class _Run:
                 None,
                 [*tasks.names, tasks.limit, _files_of(tasks.names, tasks.include_path), _lm_eval()],
             )
-            yield Unit(
+            yield Measurement(
                 model, request, None, ", ".join(n.partition("=")[0] for n in tasks.names), key
             )
 
@@ -204,7 +211,9 @@ class _Run:
             "cost": False,
         }
 
-    def _key(self, model: Prepared, reference: Prepared | None, measured: list[Any]) -> str | None:
+    def _key(
+        self, model: PreparedModel, reference: PreparedModel | None, measured: list[Any]
+    ) -> str | None:
         if model.weights is None:
             return None
         base = None if reference is None else [reference.weights, reference.tokenizer]
@@ -226,23 +235,23 @@ class _Run:
     def _path(self, key: str) -> Path:
         return self.cache / "results" / f"{key}.json"
 
-    def _stored(self, unit: Unit) -> Report | None:
+    def _stored(self, measurement: Measurement) -> Report | None:
         """A result of an earlier run; one of another version of the Report is measured again."""
-        if unit.key is None or not self._path(unit.key).is_file():
+        if measurement.key is None or not self._path(measurement.key).is_file():
             return None
         try:
-            return read_report(self._path(unit.key))
+            return read_report(self._path(measurement.key))
         except UsageError:
             return None
 
-    def _missing(self, units: Sequence[Unit]) -> list[Unit]:
+    def _missing(self, measurements: Sequence[Measurement]) -> list[Measurement]:
         """What must be measured, the first of each ranking with the noise floor unless some report
         has it."""
-        wanted = [unit for unit in units if unit.name not in self.raw]
+        wanted = [measurement for measurement in measurements if measurement.name not in self.raw]
         if not self.suite.noise_floor or self.reference is None:
             return wanted
-        for ranking in {(u.text, u.protocol): None for u in units if u.text is not None}:
-            inside = [u for u in units if (u.text, u.protocol) == ranking]
+        for ranking in {(u.text, u.protocol): None for u in measurements if u.text is not None}:
+            inside = [u for u in measurements if (u.text, u.protocol) == ranking]
             if any(self.raw[u.name].noise_floor is not None for u in inside if u.name in self.raw):
                 continue
             first = next((u for u in inside if u in wanted), inside[0])
@@ -254,11 +263,11 @@ class _Run:
             )
         return wanted
 
-    def _measure(self, unit: Unit) -> None:
-        report = evaluate(unit.request, self.watch.stage)
-        self.raw[unit.name] = report
-        if unit.key is not None:
-            self._keep(self._path(unit.key), report.to_json())
+    def _measure(self, measurement: Measurement) -> None:
+        report = evaluate(measurement.request, self.progress.stage)
+        self.raw[measurement.name] = report
+        if measurement.key is not None:
+            self._keep(self._path(measurement.key), report.to_json())
 
     def _keep(self, path: Path, text: str) -> None:
         try:
@@ -269,7 +278,7 @@ class _Run:
                 f"{path} cannot be written, and a suite keeps its results there: {e}"
             ) from e
 
-    def _costs_missing(self) -> list[Prepared]:
+    def _costs_missing(self) -> list[PreparedModel]:
         if not self.suite.cost:
             return []
         for model in self._local():
@@ -281,10 +290,10 @@ class _Run:
                 continue
         return [m for m in self._local() if m.label not in self.costs]
 
-    def _cost_path(self, model: Prepared) -> Path:
+    def _cost_path(self, model: PreparedModel) -> Path:
         return self._path(digest(["cost", model.weights, *self._place()]))
 
-    def _measure_cost(self, model: Prepared) -> None:
+    def _measure_cost(self, model: PreparedModel) -> None:
         suite = self.suite
         path = llmquant.resolve(model.source)
         cost = measure_apart(
@@ -297,42 +306,42 @@ class _Run:
         self.costs[model.label] = cost
         self._keep(self._cost_path(model), cost.model_dump_json())
 
-    def _is_row(self, unit: Unit) -> bool:
+    def _is_row(self, measurement: Measurement) -> bool:
         """Measured, and more than the reference's own tasks: those stand in every model's report,
         and alone are none."""
-        if unit.name not in self.raw or unit.model is self.reference:
+        if measurement.name not in self.raw or measurement.model is self.reference:
             return False
         return (
-            unit.text is not None
+            measurement.text is not None
             or self.reference is None
-            or replace(unit, model=self.reference).name in self.raw
+            or replace(measurement, model=self.reference).name in self.raw
         )
 
-    def _finished(self, unit: Unit) -> Report:
+    def _finished(self, measurement: Measurement) -> Report:
         """The report as it is handed out: labels, sources, commands and costs put in."""
-        report = self.raw[unit.name]
+        report = self.raw[measurement.name]
         base = None if self.reference is None else self.reference.label
         results = [
-            self._result(m, self.reference if m.role == "reference" else unit.model)
+            self._result(m, self.reference if m.role == "reference" else measurement.model)
             for m in report.models
         ]
-        if unit.text is None and self.reference is not None:
-            results = self._paired(unit, results[0])
-        source = {} if unit.text is None or report.text is None else {
-            "text": report.text.model_copy(update={"source": unit.text.source})
+        if measurement.text is None and self.reference is not None:
+            results = self._paired(measurement, results[0])
+        source = {} if measurement.text is None or report.text is None else {
+            "text": report.text.model_copy(update={"source": measurement.text.source})
         }  # fmt: skip
         return report.model_copy(
-            update={"models": results, "reference": base, "command": self._command(unit), **source}
+            update={"models": results, "reference": base, "command": self._command(measurement), **source}
         )  # fmt: skip
 
-    def _result(self, result: ModelResult, model: Prepared | None) -> ModelResult:
+    def _result(self, result: ModelResult, model: PreparedModel | None) -> ModelResult:
         assert model is not None  # a report has a reference only if the suite has
         changes = {"label": model.label, "source": model.shown, "cost": self.costs.get(model.label)}
         return result.model_copy(update=changes)
 
-    def _paired(self, unit: Unit, result: ModelResult) -> list[ModelResult]:
+    def _paired(self, measurement: Measurement, result: ModelResult) -> list[ModelResult]:
         assert self.reference is not None  # asked by the caller
-        raw = self.raw[replace(unit, model=self.reference).name].models[0]
+        raw = self.raw[replace(measurement, model=self.reference).name].models[0]
         base = self._result(raw, self.reference).model_copy(update={"role": "reference"})
         by_task = {task.task: task for task in base.tasks}
         return [
@@ -342,11 +351,11 @@ class _Run:
             ),
         ]
 
-    def _command(self, unit: Unit) -> str:
+    def _command(self, measurement: Measurement) -> str:
         """One line that makes the model and measures it, with the names that are shown."""
         request = replace(
-            unit.request,
-            candidates=(unit.model.shown,),
+            measurement.request,
+            candidates=(measurement.model.shown,),
             cache=None,
             cache_form=None,
             reference=None if self.reference is None else self.reference.shown,
@@ -354,7 +363,7 @@ class _Run:
         )
         if self.suite.cache_form is not None:
             request = replace(request, cache="out/reference", cache_form=self.suite.cache_form)
-        return " && ".join(filter(None, (unit.model.made_by, request.command())))
+        return " && ".join(filter(None, (measurement.model.made_by, request.command())))
 
 
 def _files_of(names: Sequence[str], include_path: str | None) -> list[str]:

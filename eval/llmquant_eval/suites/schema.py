@@ -197,10 +197,10 @@ def _matching(entry: str) -> list[str]:
 
     if not set(entry) & set("*?["):
         return [entry]
-    found = [name for name in llmquant.shipped_recipes() if fnmatchcase(name, entry)]
-    if not found:
+    names = [name for name in llmquant.shipped_recipes() if fnmatchcase(name, entry)]
+    if not names:
         raise ValueError(f"no shipped recipe matches {entry!r}")
-    return found
+    return names
 
 
 def slug(label: str) -> str:

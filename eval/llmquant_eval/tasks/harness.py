@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.report.card import replace_file
+from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.schema import SampleFile, TaskMetric, TaskResult
 
 LOCAL_TASKS = Path(__file__).parent / "local"
@@ -187,7 +187,7 @@ def run_tasks(plan: TaskPlan, model: Any, label: str) -> list[TaskResult]:
     from lm_eval import simple_evaluate
 
     with _lm_eval_errors(plan.configs):
-        found = simple_evaluate(
+        results = simple_evaluate(
             model=model,
             tasks=list(plan.configs),
             task_manager=plan.manager,
@@ -195,24 +195,24 @@ def run_tasks(plan: TaskPlan, model: Any, label: str) -> list[TaskResult]:
             log_samples=True,
             bootstrap_iters=0,
         )
-    assert found is not None  # only ranks other than 0 get none
-    return [_result(name, found, plan, label) for name in found["samples"]]
+    assert results is not None  # only ranks other than 0 get none
+    return [_result(name, results, plan, label) for name in results["samples"]]
 
 
-def _result(task: str, found: Mapping[str, Any], plan: TaskPlan, label: str) -> TaskResult:
-    samples = sorted(found["samples"][task], key=lambda s: (s["filter"], s["doc_id"]))
+def _result(task: str, results: Mapping[str, Any], plan: TaskPlan, label: str) -> TaskResult:
+    samples = sorted(results["samples"][task], key=lambda s: (s["filter"], s["doc_id"]))
     first_filter = [s for s in samples if s["filter"] == samples[0]["filter"]]
     identity = "\n".join(f"{s['doc_hash']} {s['target_hash']}" for s in first_filter)
-    version = found["versions"].get(task)
+    version = results["versions"].get(task)
     return TaskResult(
         task=task,
         version=None if version is None else str(version),
         lm_eval=_version(),
-        few_shot=int(found["n-shot"].get(task, 0)),
+        few_shot=int(results["n-shot"].get(task, 0)),
         items=len(first_filter),
-        items_available=int(found["n-samples"][task]["original"]),
+        items_available=int(results["n-samples"][task]["original"]),
         items_sha256=hashlib.sha256(identity.encode()).hexdigest(),
-        metrics=dict(_metrics(found["results"][task], samples)),
+        metrics=dict(_metrics(results["results"][task], samples)),
         samples=None
         if plan.samples is None
         else _write_samples(plan.samples, label, task, samples),

@@ -17,9 +17,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llmquant_eval.models.endpoint import Endpoint
-from llmquant_eval.scoring.stream import prefix_token
+from llmquant_eval.scoring.token_stream import prefix_token
 
-BATCH = 32  # short items: a few thousand tokens at a time
+_BATCH = 32  # short items: a few thousand tokens at a time
 _NEW_TOKENS = 256
 _CONTEXT = 2048
 
@@ -29,7 +29,7 @@ class LocalModel(HFLM):  # type: ignore[misc]
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
         config = model.config
-        described = config.__dict__.pop(
+        quantization = config.__dict__.pop(
             "quantization_config", None
         )  # lm-eval would look for a quantizer of that name
         try:
@@ -37,36 +37,36 @@ class LocalModel(HFLM):  # type: ignore[misc]
                 super().__init__(
                     pretrained=model,
                     tokenizer=tokenizer,
-                    batch_size=batch_size or BATCH,
+                    batch_size=batch_size or _BATCH,
                     softmax_dtype="float32",
                 )
         finally:
-            if described is not None:
-                config.quantization_config = described
+            if quantization is not None:
+                config.quantization_config = quantization
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        results: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return results
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
-        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
-        return found
+        results: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        found: list[str] = super().generate_until(requests, disable_tqdm=True)
-        return found
+        results: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return results
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+        results: list[tuple[float, bool]] = super()._loglikelihood_tokens(
             requests, disable_tqdm=True, override_bs=override_bs
         )
-        return found
+        return results
 
 
 class ServedLM(TemplateLM):  # type: ignore[misc]
@@ -89,8 +89,8 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens with the tokenizer's default special tokens, unless told or the text begins with
-        the prefix itself."""
+        """Tokens with the tokenizer's default special tokens, unless the caller says otherwise or
+        the text begins with the prefix itself."""
         if add_special_tokens is None and string.startswith(
             self.tokenizer.decode(self.prefix_token_id)
         ):
@@ -105,10 +105,12 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         prompts = [(context + answer)[-self._longest :] for _, context, answer in requests]
-        found = []
+        results = []
         for (_, _, answer), scores in zip(requests, self._endpoint.score_all(prompts), strict=True):
-            found.append((sum(scores.logprobs[-len(answer) :]), all(scores.greedy[-len(answer) :])))
-        return found
+            results.append(
+                (sum(scores.logprobs[-len(answer) :]), all(scores.greedy[-len(answer) :]))
+            )
+        return results
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -70,18 +70,18 @@ class StoredWindow:
 
     def divergence(self, candidate: Tensor, targets: Tensor) -> TokenDivergence:
         """As :func:`llmquant_eval.scoring.divergence.token_divergence`, from the compact form."""
-        found = TokenDivergence.empty(len(targets), candidate.device)
+        result = TokenDivergence.empty(len(targets), candidate.device)
         for part in position_chunks(*candidate.shape):
             log_q = torch.log_softmax(candidate[part], dim=-1, dtype=torch.float32)
             own = _tensor(self.arrays["target"][part], candidate.device)
             target = targets[part].unsqueeze(1)
-            found.delta_p[part] = log_q.gather(1, target).squeeze(1).exp() - own.exp()
-            found.same_top[part] = _tensor(
+            result.delta_p[part] = log_q.gather(1, target).squeeze(1).exp() - own.exp()
+            result.same_top[part] = _tensor(
                 self.arrays["first"][part], candidate.device
             ) == candidate[part].argmax(-1)
-            found.confidence[part] = _tensor(self.arrays["largest"][part], candidate.device).exp()
-            found.kl[part] = self.kl(part, log_q)
-        return found
+            result.confidence[part] = _tensor(self.arrays["largest"][part], candidate.device).exp()
+            result.kl[part] = self.kl(part, log_q)
+        return result
 
     def kl(self, part: slice, log_q: Tensor) -> Tensor:
         """KL at positions ``part`` from the candidate's log-probabilities there."""

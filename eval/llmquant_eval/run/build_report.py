@@ -9,32 +9,32 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import llmquant
-from llmquant_eval.models.door import AnyModel, ModelPath
+from llmquant_eval.models.resolve import AnyModel, ModelFolder
 from llmquant_eval.report import machine
 from llmquant_eval.report.schema import (
     Breakdown,
-    CompactError,
+    CompactKlShift,
     Cost,
     Metric,
     ModelResult,
     NoiseFloor,
-    Pass,
+    ProtocolPass,
     Report,
+    ReportText,
     Role,
     Settings,
     TaskResult,
-    Text,
 )
 from llmquant_eval.report.statistics import Estimate, exponential, scaled
-from llmquant_eval.scoring.buckets import breakdowns
-from llmquant_eval.scoring.reference_cache import compact_error
+from llmquant_eval.scoring.breakdowns import breakdowns
+from llmquant_eval.scoring.reference_cache import compact_kl_shift
 
 if TYPE_CHECKING:
-    from llmquant_eval.run.plan import Plan, Request
+    from llmquant_eval.run.plan import EvaluationPlan, Request
     from llmquant_eval.scoring.divergence import Divergence
     from llmquant_eval.scoring.protocols import WindowProtocol
-    from llmquant_eval.scoring.score import Scores
-    from llmquant_eval.scoring.stream import Stream
+    from llmquant_eval.scoring.score_models import Scores
+    from llmquant_eval.scoring.token_stream import TokenStream
 
 Units = dict[str, tuple[Estimate, Any]]
 
@@ -49,7 +49,7 @@ class Measured:
     tasks: Sequence[TaskResult] = ()
 
 
-def perplexity_metrics(own: Scores, base: Scores | None, stream: Stream) -> dict[str, Metric]:
+def perplexity_metrics(own: Scores, base: Scores | None, stream: TokenStream) -> dict[str, Metric]:
     """``perplexity``, or for ``ppl/word`` ``word_perplexity``, ``byte_perplexity`` and
     ``bits_per_byte``.
 
@@ -103,34 +103,35 @@ def _metrics(estimates: Units, protocol: str, tokens: int, windows: int) -> dict
 
 
 def _pass_results(
-    own: Scores, base: Scores | None, stream: Stream
-) -> tuple[dict[str, Metric], list[Breakdown], CompactError | None]:
+    own: Scores, base: Scores | None, stream: TokenStream
+) -> tuple[dict[str, Metric], list[Breakdown], CompactKlShift | None]:
     metrics = perplexity_metrics(own, base, stream)
     if own.divergence is None:
         return metrics, [], None
     metrics |= divergence_metrics(own.divergence, stream.protocol)
     where = breakdowns(own.divergence, stream.windows, stream.protocol.divergence_id)
     form = own.cache_form or ""
-    return metrics, where, compact_error(own.cache_errors, stream.protocol.divergence_id, form)
+    return metrics, where, compact_kl_shift(own.cache_errors, stream.protocol.divergence_id, form)
 
 
 def model_result(
-    plan: Plan, model: AnyModel, measured: Measured, reference: Measured | None
+    plan: EvaluationPlan, model: AnyModel, measured: Measured, reference: Measured | None
 ) -> ModelResult:
     """One model's row of the Report; ``reference`` is None for the reference and where there is
     none."""
     role: Role = "reference" if model is plan.reference else "candidate"
     metrics: dict[str, Metric] = {}
     where: list[Breakdown] = []
-    errors: list[CompactError] = []
+    shifts: list[CompactKlShift] = []
     for i, stream in enumerate(plan.streams):
         base = None if reference is None else reference.scores[i]
-        found, parts, error = _pass_results(measured.scores[i], base, stream)
+        of_pass, parts, shift = _pass_results(measured.scores[i], base, stream)
         metrics |= {
-            name if name not in metrics else f"{name}@{m.protocol}": m for name, m in found.items()
+            name if name not in metrics else f"{name}@{m.protocol}": m
+            for name, m in of_pass.items()
         }
         where += parts
-        errors += [error] if error is not None else []
+        shifts += [shift] if shift is not None else []
     excluded = sum(s.divergence.excluded for s in measured.scores if s.divergence is not None)
     return ModelResult(
         label=model.label,
@@ -140,7 +141,7 @@ def model_result(
         kernels=dict(measured.kernels),
         metrics=metrics,
         breakdowns=where,
-        cache_errors=errors,
+        cache_errors=shifts,
         tasks=list(measured.tasks),
         excluded_tokens=excluded,
         cost=measured.cost,
@@ -150,7 +151,7 @@ def model_result(
 
 def _identity(model: AnyModel) -> dict[str, Any]:
     """What is known of the weights: everything of a folder, nothing of a server."""
-    if not isinstance(model, ModelPath):
+    if not isinstance(model, ModelFolder):
         return {
             "weights_sha256": None,
             "recipe_sha256": None,
@@ -175,11 +176,11 @@ def _identity(model: AnyModel) -> dict[str, Any]:
 
 
 def make_report(
-    request: Request, plan: Plan, floor: NoiseFloor | None, results: list[ModelResult]
+    request: Request, plan: EvaluationPlan, floor: NoiseFloor | None, results: list[ModelResult]
 ) -> Report:
     """The Report of a finished run, stamped with the time, versions and hardware of now."""
     passes = [
-        Pass(
+        ProtocolPass(
             perplexity=s.protocol.perplexity_id,
             divergence=s.protocol.divergence_id if plan.reference else None,
             tokens=len(s.ids),
@@ -212,11 +213,11 @@ def make_report(
     )
 
 
-def _text(plan: Plan) -> Text | None:
+def _text(plan: EvaluationPlan) -> ReportText | None:
     if plan.text_source is None or plan.text_sha256 is None:
         return None
     first = plan.streams[0]
-    return Text(
+    return ReportText(
         source=plan.text_source,
         sha256=plan.text_sha256,
         tokens=len(first.ids),

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmquant_eval.report.statistics import Estimate, Floats, block_bootstrap, ratio_of_sums
-from llmquant_eval.scoring.protocols import Window
+from llmquant_eval.scoring.protocols import TokenWindow
 
 # Below this many windows their spread is itself too uncertain: the standard error of a standard
 # error of n is 1/sqrt(2n).
@@ -27,7 +27,7 @@ FEW_WINDOWS = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
+class WindowLayout:
     """Scored tokens per window ``counts`` int64 ``[windows]``, none of them 0, and whether windows
     overlap."""
 
@@ -35,7 +35,7 @@ class Layout:
     overlapping: bool = False
 
     @classmethod
-    def of(cls, windows: Sequence[Window], overlapping: bool) -> Layout:
+    def of(cls, windows: Sequence[TokenWindow], overlapping: bool) -> WindowLayout:
         return cls(np.array([w.predictions for w in windows], dtype=np.int64), overlapping)
 
     @property
@@ -66,6 +66,6 @@ class Layout:
         )
 
 
-def context_lengths(windows: Sequence[Window]) -> NDArray[np.int64]:
+def context_lengths(windows: Sequence[TokenWindow]) -> NDArray[np.int64]:
     """Tokens that stand before each scored token in its window, ``[tokens]``."""
     return np.concatenate([np.arange(w.scored - w.begin, w.end - w.begin) for w in windows])

@@ -27,10 +27,10 @@ from torch import Tensor
 from llmquant.errors import UsageError
 from llmquant_eval.report.statistics import Floats
 from llmquant_eval.scoring.divergence import Divergence, LiveWindow, ReferenceWindow
-from llmquant_eval.scoring.layout import Layout
 from llmquant_eval.scoring.perplexity import Perplexity, check_finite, token_nll
-from llmquant_eval.scoring.protocols import Window
-from llmquant_eval.scoring.stream import Stream
+from llmquant_eval.scoring.protocols import TokenWindow
+from llmquant_eval.scoring.token_stream import TokenStream
+from llmquant_eval.scoring.window_layout import WindowLayout
 
 if TYPE_CHECKING:
     from llmquant_eval.scoring.reference_cache import CachedReference, CacheWriter
@@ -62,7 +62,7 @@ class Scores:
 class _Columns:
     """Per-token values of one model, flat in float64, filled window by window."""
 
-    def __init__(self, layout: Layout, compared: bool) -> None:
+    def __init__(self, layout: WindowLayout, compared: bool) -> None:
         self.layout, self.slices = layout, layout.slices()
         self.losses: Floats = np.empty(layout.tokens)
         n = layout.tokens
@@ -77,8 +77,8 @@ class _Columns:
         where = self.slices[window]
         self.losses[where] = token_nll(logits, targets).cpu().numpy()
         if self.compared is not None and reference is not None:
-            found = reference.divergence(logits, targets)
-            values = (found.kl, found.same_top, found.delta_p, found.confidence)
+            divergence = reference.divergence(logits, targets)
+            values = (divergence.kl, divergence.same_top, divergence.delta_p, divergence.confidence)
             for column, value in zip(self.compared, values, strict=True):
                 column[where] = value.cpu().numpy()
 
@@ -98,11 +98,11 @@ class Batch:
     on the right."""
 
     numbers: Sequence[int]
-    windows: Sequence[Window]
+    windows: Sequence[TokenWindow]
     fed: Tensor
 
 
-def batches(stream: Stream, batch_size: int | None, logit_bytes: int) -> Iterator[Batch]:
+def batches(stream: TokenStream, batch_size: int | None, logit_bytes: int) -> Iterator[Batch]:
     """All windows, longest first.
 
     ``batch_size`` None takes :data:`TOKENS_PER_BATCH` tokens, fewer where ``logit_bytes`` per token
@@ -134,7 +134,7 @@ def logits_of(model: Any, batch: Batch) -> list[Tensor]:
     ]
 
 
-def targets_of(stream: Stream, window: Window, device: torch.device) -> Tensor:
+def targets_of(stream: TokenStream, window: TokenWindow, device: torch.device) -> Tensor:
     """int64 ``[predictions]``: the tokens of a window that are scored."""
     return stream.ids[window.scored : window.end].to(device)
 
@@ -147,9 +147,9 @@ def bytes_per_row(model: Any) -> int:
     return vocabulary * itemsize
 
 
-def score(
+def score_models(
     models: Mapping[str, Any],
-    stream: Stream,
+    stream: TokenStream,
     *,
     reference: str | None = None,
     cached: CachedReference | None = None,
@@ -198,7 +198,7 @@ def _score_batch(
     models: Mapping[str, Any],
     order: Sequence[str],
     columns: Mapping[str, _Columns],
-    stream: Stream,
+    stream: TokenStream,
     batch: Batch,
     reference: str | None,
     cached: CachedReference | None,
@@ -228,9 +228,9 @@ def _score_batch(
         )
 
 
-def record(
+def record_reference(
     model: Any,
-    stream: Stream,
+    stream: TokenStream,
     writer: CacheWriter,
     batch_size: int | None,
     advance: Advance | None,
@@ -257,7 +257,7 @@ def record(
                 advance(done, len(stream.windows))
 
 
-def cached_scores(cached: CachedReference, stream: Stream, label: str) -> Scores:
+def cached_scores(cached: CachedReference, stream: TokenStream, label: str) -> Scores:
     """The reference's own scores, from its cache."""
     losses = np.concatenate([cached.window(i).losses for i in range(len(stream.windows))])
     return Scores(Perplexity(losses, stream.layout, label))

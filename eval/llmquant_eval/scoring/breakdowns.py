@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from llmquant_eval.report.schema import Breakdown, Bucket
 from llmquant_eval.scoring.divergence import Divergence
-from llmquant_eval.scoring.layout import context_lengths
-from llmquant_eval.scoring.protocols import Window
+from llmquant_eval.scoring.protocols import TokenWindow
+from llmquant_eval.scoring.window_layout import context_lengths
 
 CONFIDENCE_EDGES = tuple(i / 10 for i in range(11))
 _FIRST_CONTEXT = 16
@@ -31,7 +31,9 @@ def context_edges(longest: int) -> tuple[int, ...]:
     return tuple(edges)
 
 
-def breakdowns(divergence: Divergence, windows: Sequence[Window], protocol: str) -> list[Breakdown]:
+def breakdowns(
+    divergence: Divergence, windows: Sequence[TokenWindow], protocol: str
+) -> list[Breakdown]:
     """Both breakdowns of one pass."""
     contexts = context_lengths(windows)
     return [
@@ -56,14 +58,14 @@ def _buckets(
     """One bucket per pair of edges; the last one has its upper edge too (a confidence of exactly
     1)."""
     inner = np.digitize(values, edges[1:-1])
-    found = []
+    buckets = []
     for i, (lower, upper) in enumerate(pairwise(edges)):
         inside = inner == i
         tokens = int((inside & divergence.finite).sum())
         if tokens == 0:
             continue
         kl = divergence.mean_over(divergence.kl, inside)
-        found.append(
+        buckets.append(
             Bucket(
                 lower=lower,
                 upper=upper,
@@ -73,4 +75,4 @@ def _buckets(
                 top1_agreement=divergence.mean_over(divergence.same_top, inside).value,
             )
         )
-    return found
+    return buckets

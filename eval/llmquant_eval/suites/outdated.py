@@ -21,7 +21,7 @@ from llmquant_eval.suites.models import suite_recipe
 from llmquant_eval.suites.schema import Suite, SuiteModel, SuiteText, file_name
 
 
-def outdated(suite: Suite, results: Path) -> dict[str, str]:
+def outdated_models(suite: Suite, results: Path) -> dict[str, str]:
     """Model label → why its results in the folder are not those that the suite asks for; current
     ones are left out.
 
@@ -33,7 +33,7 @@ def outdated(suite: Suite, results: Path) -> dict[str, str]:
     reference = (
         None if suite.reference is None else llmquant.inspect(suite.reference).weights_sha256
     )
-    found = {}
+    reasons_by_label = {}
     for model in suite.all_models():
         reasons = [
             _why_not(
@@ -52,8 +52,8 @@ def outdated(suite: Suite, results: Path) -> dict[str, str]:
             )
         reason = next(filter(None, reasons), None)
         if reason is not None:
-            found[model.label] = reason
-    return found
+            reasons_by_label[model.label] = reason
+    return reasons_by_label
 
 
 def suite_dtype(suite: Suite) -> str:
@@ -67,7 +67,7 @@ def suite_dtype(suite: Suite) -> str:
     return llmquant.compute_dtype(first, suite.dtype, suite.device).name
 
 
-def strangers(suite: Suite, results: Path) -> list[str]:
+def unexpected_files(suite: Suite, results: Path) -> list[str]:
     """Files of the results folder that no model of the suite accounts for, sorted."""
     expected = {
         file_name(model.label, text.name, protocol)

@@ -20,7 +20,7 @@ from llmquant_eval.models.endpoint import Endpoint, is_url
 
 
 @dataclass(frozen=True, slots=True)
-class ModelPath:
+class ModelFolder:
     """A model as the user named it, where it lies, and the short unique name it goes by in
     tables."""
 
@@ -38,7 +38,7 @@ class ServedModel:
     label: str
 
 
-AnyModel = ModelPath | ServedModel
+AnyModel = ModelFolder | ServedModel
 
 
 def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
@@ -52,10 +52,10 @@ def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
     """
     import llmquant
 
-    found: list[Path | Endpoint] = [
+    models: list[Path | Endpoint] = [
         Endpoint(s) if is_url(s) else Path(llmquant.resolve(s)) for s in sources
     ]
-    places = [m.resolve() if isinstance(m, Path) else (m.url, m.model) for m in found]
+    places = [m.resolve() if isinstance(m, Path) else (m.url, m.model) for m in models]
     twice = [s for i, s in enumerate(sources) if places[i] in places[:i]]
     if twice:
         raise UsageError(f"{twice[0]} is given twice; name each model once")
@@ -63,17 +63,17 @@ def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
         source.rstrip("/").rsplit("/", 1)[-1]
         if isinstance(model, Path)
         else f"{model.model.rsplit('/', 1)[-1]} (served)"
-        for source, model in zip(sources, found, strict=True)
+        for source, model in zip(sources, models, strict=True)
     ]
     seen = Counter(names)
     labels = [
         name if seen[name] == 1 else source for source, name in zip(sources, names, strict=True)
     ]
     return [
-        ModelPath(source, model, label)
+        ModelFolder(source, model, label)
         if isinstance(model, Path)
         else ServedModel(source, model, label)
-        for source, model, label in zip(sources, found, labels, strict=True)
+        for source, model, label in zip(sources, models, labels, strict=True)
     ]
 
 

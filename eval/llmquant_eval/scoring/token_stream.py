@@ -2,14 +2,14 @@
 each token stands for.
 
 For ``ppl/gptq`` and ``ppl/strided`` the rows of the text are one text, joined by two newlines and
-tokenized once. For ``ppl/word`` every row is a document of its own, tokenized alone behind a prefix
+tokenized once. For ``ppl/word`` every row is a document of its own, tokenized alone after a prefix
 token, as lm-eval does it: the tokenizer adds its special tokens (so a Llama document begins with
 two BOS, the second of them scored) unless the text itself begins with the prefix.
 
 Words are runs between white space, ``len(re.split(r"\\s+", document))``, bytes are UTF-8, both
 counted in the document as it was before any detokenizer. A document's words and bytes are shared
 out evenly over its scored tokens: sums over whole documents are exact, and windows of one document
-can still be told apart for the standard error.
+can still be distinguished for the standard error.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import numpy as np
 
 from llmquant.errors import CheckpointError, SourceError, UsageError
 from llmquant_eval.report.statistics import Floats
-from llmquant_eval.scoring.layout import Layout
-from llmquant_eval.scoring.protocols import Window, WindowProtocol, WordProtocol
+from llmquant_eval.scoring.protocols import TokenWindow, WindowProtocol, WordProtocol
+from llmquant_eval.scoring.window_layout import WindowLayout
 from llmquant_eval.texts.tokens import encode
 from llmquant_eval.texts.wikitext import wikitext_detokenize
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stream:
+class TokenStream:
     """``ids`` int64 ``[tokens]``; the ``windows`` to score of ``available``; ``words`` and
     ``bytes_`` per scored token.
 
@@ -44,26 +44,26 @@ class Stream:
 
     protocol: WindowProtocol
     ids: Tensor
-    windows: Sequence[Window]
+    windows: Sequence[TokenWindow]
     available: int
     words: Floats | None = None
     bytes_: Floats | None = None
 
     @property
-    def layout(self) -> Layout:
-        return Layout.of(self.windows, self.protocol.overlapping)
+    def layout(self) -> WindowLayout:
+        return WindowLayout.of(self.windows, self.protocol.overlapping)
 
-    def first(self, windows: int) -> Stream:
+    def first(self, windows: int) -> TokenStream:
         """The same stream with only so many windows."""
         kept = self.windows[:windows]
         scored = sum(w.predictions for w in kept)
         words, bytes_ = (None if a is None else a[:scored] for a in (self.words, self.bytes_))
-        return Stream(self.protocol, self.ids, kept, self.available, words, bytes_)
+        return TokenStream(self.protocol, self.ids, kept, self.available, words, bytes_)
 
 
 def make_stream(
     protocol: WindowProtocol, tokenizer: Any, documents: Documents, source: str, limit: int | None
-) -> Stream:
+) -> TokenStream:
     """The stream of a text for one protocol, at most ``limit`` windows of it.
 
     Raises:
@@ -78,7 +78,7 @@ def make_stream(
     else:
         ids = encode(tokenizer, documents.text(), source)
         windows = protocol.windows(len(ids))
-        whole = Stream(protocol, ids, windows, len(windows))
+        whole = TokenStream(protocol, ids, windows, len(windows))
     if not whole.windows:
         raise SourceError(
             f"{source} has {len(whole.ids)} tokens, less than one window of {protocol.window}; "
@@ -105,7 +105,7 @@ def prefix_token(tokenizer: Any) -> int:
 
 def _by_document(
     protocol: WordProtocol, tokenizer: Any, documents: Documents, source: str
-) -> Stream:
+) -> TokenStream:
     import torch
 
     documents.text()  # refuses chats
@@ -113,7 +113,7 @@ def _by_document(
         raise SourceError(f"{source} has no text in it; give a source with some")
     prefix = prefix_token(tokenizer)
     ids: list[int] = []
-    windows: list[Window] = []
+    windows: list[TokenWindow] = []
     words, sizes = [], []
     spare_words = spare_bytes = 0
     for row in documents.rows:
@@ -132,7 +132,7 @@ def _by_document(
         words.append(np.full(len(tokens), count / len(tokens)))
         sizes.append(np.full(len(tokens), size / len(tokens)))
     per_word, per_byte = np.concatenate(words), np.concatenate(sizes)
-    return Stream(
+    return TokenStream(
         protocol, torch.tensor(ids, dtype=torch.int64), windows, len(windows),
         per_word + spare_words / len(per_word), per_byte + spare_bytes / len(per_byte),
     )  # fmt: skip

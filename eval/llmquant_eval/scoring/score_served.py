@@ -7,12 +7,12 @@ import numpy as np
 
 from llmquant_eval.models.endpoint import Endpoint
 from llmquant_eval.scoring.perplexity import Perplexity, check_finite
-from llmquant_eval.scoring.score import Advance, Scores
-from llmquant_eval.scoring.stream import Stream
+from llmquant_eval.scoring.score_models import Advance, Scores
+from llmquant_eval.scoring.token_stream import TokenStream
 
 
 def score_served(
-    endpoint: Endpoint, stream: Stream, label: str, advance: Advance | None = None
+    endpoint: Endpoint, stream: TokenStream, label: str, advance: Advance | None = None
 ) -> Scores:
     """Losses of a served model; no divergence, since a server does not give whole distributions.
 
