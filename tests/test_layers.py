@@ -36,7 +36,7 @@ ROWS = {
         ("__main__",),
     ),
     "llmquant_eval": (
-        ("report",),
+        ("report", "cli_options"),
         ("models", "texts"),
         ("scoring",),
         ("tasks",),

@@ -9,20 +9,23 @@ stdout holds the Report and nothing else.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval import cli_options as options
 from llmquant_eval.leaderboard import cli as leaderboard_cli
 
 if TYPE_CHECKING:
     from llmquant_eval.report.schema import Report
     from llmquant_eval.run.evaluate import Progress
+    from llmquant_eval.run.plan import Request
 
 
 _LOG_WIDTH = 120
@@ -36,97 +39,33 @@ def register(app: typer.Typer) -> None:
 
 def eval_command(
     context: typer.Context,
-    model: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Model folders or hub names, dense or packed, or http://HOST:PORT/v1#MODEL.",
-            metavar="MODEL…",
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD]."),
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Model that the others are compared with (KL, ratio).")
-    ] = None,
-    protocol: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="ppl/gptq[-N], ppl/strided[-N[-STRIDE]], ppl/word[-N], ppl/word-wikitext[-N]; several: A,B."
-        ),
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens per window [default: 2048, or the context].")
-    ] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Score only the first N windows.")] = None,
+    model: options.ModelsArgument = None,
+    text: options.TextOption = None,
+    reference: options.ReferenceOption = None,
+    protocol: options.ProtocolOption = None,
+    window: options.WindowOption = None,
+    max_windows: options.MaxWindowsOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     kernel: KernelOption = "auto",
     threads: ThreadsOption = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Windows per batch [default: about 4096 tokens].")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder whose tokenizer a served model has.")
-    ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder that keeps the reference's distributions for later runs.", metavar="DIR"
-        ),
-    ] = None,
-    cache_form: Annotated[
-        str | None, typer.Option(help="full-16 or top-K [default: by size].")
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="lm-eval tasks, NAME or NAME=FILE.jsonl for those of ours; several: A,B."
-        ),
-    ] = None,
-    include_path: Annotated[
-        str | None, typer.Option(help="Folder of lm-eval task files.", metavar="DIR")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N items of every task.")] = None,
-    log_samples: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder for everything lm-eval logs of each item, as JSON Lines.", metavar="DIR"
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the Report there as JSON.")
-    ] = None,
-    card: Annotated[
-        bool, typer.Option("--card", help="Put the table into each candidate's README.md.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the Report as JSON and nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    cost: Annotated[
-        bool, typer.Option("--cost/--no-cost", help="Measure load time, speed and memory.")
-    ] = True,
-    noise_floor: Annotated[
-        bool, typer.Option(help="Measure the KL of rounding alone, on a few windows.")
-    ] = True,
-    plots: Annotated[
-        Path | None, typer.Option(help="Write plots as PNG and SVG.", metavar="DIR")
-    ] = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            help="Suite of models, texts and protocols: a YAML file, or quick or standard."
-        ),
-    ] = None,
-    missing: Annotated[
-        bool,
-        typer.Option(
-            "--missing",
-            help="With --suite: only models without a current report among its results.",
-        ),
-    ] = False,
+    batch_size: options.BatchSizeOption = None,
+    tokenizer: options.TokenizerOption = None,
+    cache: options.CacheOption = None,
+    cache_form: options.CacheFormOption = None,
+    tasks: options.TasksOption = None,
+    include_path: options.IncludePathOption = None,
+    limit: options.LimitOption = None,
+    log_samples: options.LogSamplesOption = None,
+    output: options.OutputOption = None,
+    card: options.CardOption = False,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+    cost: options.CostOption = True,
+    noise_floor: options.NoiseFloorOption = True,
+    plots: options.PlotsOption = None,
+    suite: options.SuiteOption = None,
+    missing: options.MissingOption = False,
 ) -> None:
     """Measure perplexity, divergence from a reference, size, speed and memory."""
     import llmquant
@@ -138,45 +77,13 @@ def eval_command(
         suite_command(context)
         return
     if missing:
-        raise UsageError("--missing belongs to --suite")
-    from llmquant_eval.run.plan import Request
-
-    request = Request(
-        candidates=tuple(model or ()),
-        text=text,
-        reference=reference,
-        protocol=_joined(protocol),
-        window=window,
-        max_windows=max_windows,
-        dtype=dtype,
-        device=device,
-        kernel=kernel,
-        threads=threads,
-        batch_size=batch_size,
-        tokenizer=tokenizer,
-        cache=cache,
-        cache_form=cache_form,
-        tasks=_joined(tasks),
-        include_path=include_path,
-        limit=limit,
-        log_samples=log_samples,
-        cost=cost,
-        noise_floor=noise_floor,
-    )
+        raise UsageError("--missing belongs to --suite; give --suite with it, or leave it out")
+    request = _request(context.params)
     if card:
         _check_card_folders(request.candidates)
-    if output is not None and not output.resolve().parent.is_dir():
-        raise UsageError(
-            f"--output {output}: the folder {output.resolve().parent} does not exist; make it first"
-        )
-    from transformers.utils import logging as transformers_logging
-
-    from llmquant_eval.run.evaluate import evaluate
-
-    # transformers' own bars would be drawn across ours, and in spite of --quiet.
-    transformers_logging.disable_progress_bar()
-    with _progress(hidden=quiet or as_json) as progress:
-        report = evaluate(request, progress)
+    if output is not None:
+        _check_parent(output)
+    report = _evaluate(request, hidden=quiet or as_json)
     _write(report, output, card)
     if plots is not None:
         from llmquant_eval.leaderboard.plots import write_report_plots
@@ -189,9 +96,35 @@ def eval_command(
         _show(report)
 
 
+def _request(given: Mapping[str, Any]) -> Request:
+    """The command's options as a Request, whose fields have the options' names."""
+    from llmquant_eval.run.plan import Request
+
+    values = {field.name: given[field.name] for field in fields(Request) if field.name in given}
+    lists = {name: _joined(given[name]) for name in ("protocol", "tasks")}
+    return Request(candidates=tuple(given["model"] or ()), **values | lists)
+
+
+def _evaluate(request: Request, hidden: bool) -> Report:
+    from transformers.utils import logging as transformers_logging
+
+    from llmquant_eval.run.evaluate import evaluate
+
+    # transformers' own bars would be drawn across ours, and in spite of --quiet.
+    transformers_logging.disable_progress_bar()
+    with _progress(hidden) as progress:
+        return evaluate(request, progress)
+
+
 def _joined(values: list[str] | None) -> str | None:
     """An option that may be given more than once, as one with commas."""
     return ",".join(values) if values else None
+
+
+def _check_parent(output: Path) -> None:
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise UsageError(f"--output {output}: the folder {folder} does not exist; make it first")
 
 
 def _check_card_folders(candidates: tuple[str, ...]) -> None:
@@ -199,7 +132,7 @@ def _check_card_folders(candidates: tuple[str, ...]) -> None:
     for source in candidates:
         if not Path(source).is_dir():
             raise UsageError(
-                f"--card writes into a model folder and {source} is not one; leave out --card"
+                f"--card writes into the README.md of a model folder, and {source} is not one; leave out --card"
             )
 
 

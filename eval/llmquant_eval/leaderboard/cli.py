@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.cli_options import PlotsOption
 
 if TYPE_CHECKING:
     from llmquant_eval.leaderboard.ranking import Board, StoredReport
@@ -39,9 +40,7 @@ def leaderboard_command(
         Path | None, typer.Option(help="Write one self-contained HTML page.", metavar="FILE")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown.", metavar="FILE")] = None,
-    plots: Annotated[
-        Path | None, typer.Option(help="Write plots as PNG and SVG.", metavar="DIR")
-    ] = None,
+    plots: PlotsOption = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Show it as an app on this machine, until Ctrl-C.")
     ] = False,
