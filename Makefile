@@ -54,6 +54,7 @@ test-vllm: setup vllm-env  ## what we write, in the real vLLM
 
 lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 clean:  ## remove what make made

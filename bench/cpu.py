@@ -1,19 +1,21 @@
-"""What the CPU kernel reaches: against the memory and the dense layers of the machine, and whole models against llama.cpp.
+"""What the CPU kernel reaches: against the memory and the dense layers of the machine, and whole
+models against llama.cpp.
 
     python bench/cpu.py kernels [--threads 2] [--bits 4,8,3,2] [--rows 1,2,…] [--out FILE]
-    python bench/cpu.py models PACKED DENSE [--gguf FILE --llama-python ENV/bin/python] [--threads 2] [--out FILE]
+    python bench/cpu.py models PACKED DENSE [--gguf FILE --llama-python ENV/bin/python] [--threads
+    2] [--out FILE]
 
-``kernels``: for every width and number of rows one linear of ``--shape``, packed and as dense float32 and bfloat16 layers, timed
-in turn within one process. Every candidate has as many copies of its weights as exceed ``--cold`` bytes and walks through them,
-so that weights come from memory, as they do in a model. Packed bytes per second are held against the speed of summing a large
-array.
+``kernels``: for every width and number of rows one linear of ``--shape``, packed and as dense
+float32 and bfloat16 layers, timed in turn within one process. Every candidate has as many copies of
+its weights as exceed ``--cold`` bytes and walks through them, so that weights come from memory, as
+they do in a model. Packed bytes per second are held against the speed of summing a large array.
 
-``models``: decoding (one token behind a prompt of 64) and prefill (512 tokens) of the packed folder, the dense one in float32
-and bfloat16, and llama.cpp on a GGUF of the same model in a Python environment that has llama-cpp-python; rounds in turn, the
-best of each.
+``models``: decoding (one token behind a prompt of 64) and prefill (512 tokens) of the packed
+folder, the dense one in float32 and bfloat16, and llama.cpp on a GGUF of the same model in a Python
+environment that has llama-cpp-python; rounds in turn, the best of each.
 
-Times are the best of many, ratios are within one run; the instruction sets are in the JSON. Hold the run to fewer with
-``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``.
+Times are the best of many, ratios are within one run; the instruction sets are in the JSON. Hold
+the run to fewer with ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``.
 """
 
 from __future__ import annotations
@@ -44,10 +46,13 @@ def machine(threads: int) -> dict[str, Any]:
     """What a figure needs beside it."""
     processor = llmquant.this_processor()
     return {
-        "processor": processor.name, "instruction_sets": list(processor.instruction_sets),
-        "kernel_instructions": native.current_instructions(), "threads": threads, "torch": torch.__version__,
+        "processor": processor.name,
+        "instruction_sets": list(processor.instruction_sets),
+        "kernel_instructions": native.current_instructions(),
+        "threads": threads,
+        "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
-    }  # fmt: skip
+    }
 
 
 def in_turn(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -91,7 +96,9 @@ def walking(copies: Sequence[Any], call: Callable[[Any], object]) -> Callable[[]
     return work
 
 
-def times_packed(kernel: Any, weight: QuantizedWeight, x: torch.Tensor, prepared: Any) -> torch.Tensor:
+def times_packed(
+    kernel: Any, weight: QuantizedWeight, x: torch.Tensor, prepared: Any
+) -> torch.Tensor:
     """x times one packed copy of the weight."""
     y: torch.Tensor = kernel.linear(x, prepared, weight.spec, weight.shape)
     return y
@@ -103,7 +110,10 @@ def kernel_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     records = []
     dense = torch.randn(out, in_)
     denses = {
-        dtype: [dense.to(dtype).clone() for _ in range(max(2, options.cold // (out * in_ * dtype.itemsize) + 1))]
+        dtype: [
+            dense.to(dtype).clone()
+            for _ in range(max(2, options.cold // (out * in_ * dtype.itemsize) + 1))
+        ]
         for dtype in (torch.float32, torch.bfloat16)
     }
     for bits in options.bits:
@@ -112,7 +122,9 @@ def kernel_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         weight = random_weight((out, in_), spec)
         first = kernel.prepare(weight, torch.float32)
         packed = sum(t.nbytes for t in first.values())
-        copies = [first] + [{n: t.clone() for n, t in first.items()} for _ in range(options.cold // packed + 1)]
+        copies = [first] + [
+            {n: t.clone() for n, t in first.items()} for _ in range(options.cold // packed + 1)
+        ]
         for rows in options.rows:
             x = torch.randn(rows, in_)
             short = x.to(torch.bfloat16)
@@ -121,18 +133,25 @@ def kernel_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 {
                     "packed float32": walking(copies, partial(linear, x)),
                     "packed bfloat16": walking(copies, partial(linear, short)),
-                    "dense float32": walking(denses[torch.float32], partial(torch.nn.functional.linear, x)),
-                    "dense bfloat16": walking(denses[torch.bfloat16], partial(torch.nn.functional.linear, short)),
+                    "dense float32": walking(
+                        denses[torch.float32], partial(torch.nn.functional.linear, x)
+                    ),
+                    "dense bfloat16": walking(
+                        denses[torch.bfloat16], partial(torch.nn.functional.linear, short)
+                    ),
                 },
                 options.seconds,
             )
             fastest = min(times["dense float32"], times["dense bfloat16"])
             record = {
-                "spec": str(spec), "rows": rows, "seconds": times, "ratio": times["packed float32"] / fastest,
+                "spec": str(spec),
+                "rows": rows,
+                "seconds": times,
+                "ratio": times["packed float32"] / fastest,
                 "ratio_bfloat16": times["packed bfloat16"] / fastest,
                 "gflops": 2 * rows * out * in_ / times["packed float32"] / 1e9,
                 "packed_bytes_per_second": packed / times["packed float32"],
-            }  # fmt: skip
+            }
             records.append(record)
             print(
                 f"{spec!s:14} {rows:5} rows: {record['ratio']:.2f} of the faster dense ({record['ratio_bfloat16']:.2f} in "
@@ -149,7 +168,11 @@ def token_times(model: Any) -> dict[str, Callable[[], float]]:
     @torch.inference_mode()
     def decode() -> float:
         cache = DynamicCache(config=model.config)
-        token = model(ids[:, :PROMPT], past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        token = (
+            model(ids[:, :PROMPT], past_key_values=cache, logits_to_keep=1)
+            .logits[:, -1:]
+            .argmax(-1)
+        )
         best = float("inf")
         for _ in range(STEPS):
             started = time.perf_counter()
@@ -190,9 +213,12 @@ class LlamaCpp:
     def __init__(self, python: str, gguf: str, threads: int) -> None:
         sizes = [str(n) for n in (threads, PREFILL, PROMPT, STEPS)]
         self.child = subprocess.Popen(
-            [python, "-c", LLAMA, gguf, *sizes], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            [python, "-c", LLAMA, gguf, *sizes],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
-        )  # fmt: skip
+        )
 
     def measure(self, what: str) -> float:
         assert self.child.stdin is not None
@@ -211,7 +237,9 @@ def model_rows(options: argparse.Namespace) -> dict[str, Any]:
     """Best seconds per token and tokens per second of every candidate."""
     runs: dict[str, dict[str, Callable[[], float]]] = {}
     for path in options.packed.split(","):
-        runs[f"{Path(path).name} float32"] = token_times(llmquant.load(path, dtype="float32", kernel=options.kernel))
+        runs[f"{Path(path).name} float32"] = token_times(
+            llmquant.load(path, dtype="float32", kernel=options.kernel)
+        )
     runs["dense float32"] = token_times(llmquant.load(options.dense, dtype="float32"))
     if not options.no_bfloat16:
         runs["dense bfloat16"] = token_times(llmquant.load(options.dense, dtype="bfloat16"))
@@ -219,7 +247,9 @@ def model_rows(options: argparse.Namespace) -> dict[str, Any]:
     for gguf in options.gguf.split(",") if options.gguf else ():
         server = LlamaCpp(options.llama_python, gguf, options.threads)
         servers.append(server)
-        runs[f"llama.cpp {Path(gguf).stem}"] = {w: partial(server.measure, w) for w in ("decode", "prefill")}
+        runs[f"llama.cpp {Path(gguf).stem}"] = {
+            w: partial(server.measure, w) for w in ("decode", "prefill")
+        }
     best: dict[str, dict[str, float]] = {name: {} for name in runs}
     for _ in range(options.rounds):
         for what in ("decode", "prefill"):
@@ -228,16 +258,23 @@ def model_rows(options: argparse.Namespace) -> dict[str, Any]:
     for server in servers:
         server.close()
     result = {
-        name: {"decode_tokens_per_second": 1 / t["decode"], "prefill_tokens_per_second": PREFILL / t["prefill"]}
+        name: {
+            "decode_tokens_per_second": 1 / t["decode"],
+            "prefill_tokens_per_second": PREFILL / t["prefill"],
+        }
         for name, t in best.items()
     }
     for name, row in result.items():
-        print(f"{name:44} decode {row['decode_tokens_per_second']:7.1f} prefill {row['prefill_tokens_per_second']:7.0f} tokens/s")
+        print(
+            f"{name:44} decode {row['decode_tokens_per_second']:7.1f} prefill {row['prefill_tokens_per_second']:7.0f} tokens/s"
+        )
     return result
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kernel", default="cpu")
@@ -253,8 +290,15 @@ def main() -> int:
     kernels.add_argument("--group", type=int, default=64)
     kernels.add_argument("--asymmetric", action="store_true")
     kernels.add_argument("--rows", type=numbers, default=list(ROWS))
-    kernels.add_argument("--seconds", type=float, default=0.3, help="of the clock for each candidate")
-    kernels.add_argument("--cold", type=int, default=96 << 20, help="bytes of weights that each candidate walks through")
+    kernels.add_argument(
+        "--seconds", type=float, default=0.3, help="of the clock for each candidate"
+    )
+    kernels.add_argument(
+        "--cold",
+        type=int,
+        default=96 << 20,
+        help="bytes of weights that each candidate walks through",
+    )
     whole.add_argument("packed", help="folder, or several with commas")
     whole.add_argument("dense")
     whole.add_argument("--gguf", help="file, or several with commas")
@@ -264,10 +308,17 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    report: dict[str, Any] = {"machine": machine(options.threads), "read_bytes_per_second": read_bandwidth()}
+    report: dict[str, Any] = {
+        "machine": machine(options.threads),
+        "read_bytes_per_second": read_bandwidth(),
+    }
     speed = report["read_bytes_per_second"] / 1e9
-    print(f"{report['machine']['processor']}, {native.current_instructions()}; reads {speed:.1f} GB/s")
-    report[options.which] = kernel_rows(options) if options.which == "kernels" else model_rows(options)
+    print(
+        f"{report['machine']['processor']}, {native.current_instructions()}; reads {speed:.1f} GB/s"
+    )
+    report[options.which] = (
+        kernel_rows(options) if options.which == "kernels" else model_rows(options)
+    )
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -1,12 +1,15 @@
-"""Where ``cpu_int4`` should leave torch's int4 operator for dequantize + GEMM: both timed over rows, shapes, threads.
+"""Where ``cpu_int4`` should leave torch's int4 operator for dequantize + GEMM: both timed over
+rows, shapes, threads.
 
-Every time is the best of many, and the candidates are run in turn within one process, so what is compared saw the same
-machine. The dense bf16 linear stands beside them; ratios to it are what the numbers are for, absolute times drift.
+Every time is the best of many, and the candidates are run in turn within one process, so what is
+compared saw the same machine. The dense bf16 linear stands beside them; ratios to it are what the
+numbers are for, absolute times drift.
 
     python bench/crossover.py [--threads 1,2] [--seconds 0.2] [--out bench/results/crossover.json]
 
-The crossover of a shape is the smallest measured row count from which dequantize + GEMM stays faster.
-``CROSSOVER_ROWS`` in llmquant/kernels/cpu_int4.py is the median over shapes and thread counts.
+The crossover of a shape is the smallest measured row count from which dequantize + GEMM stays
+faster. ``CROSSOVER_ROWS`` in llmquant/kernels/cpu_int4.py is the median over shapes and thread
+counts.
 """
 
 from __future__ import annotations
@@ -33,11 +36,15 @@ def quantized(in_features: int, out_features: int, spec: QuantSpec) -> Quantized
     """Random codes on portable scales."""
     generator = torch.Generator().manual_seed(0)
     shape = (out_features, spec.groups(in_features))
-    codes = torch.randint(0, spec.levels, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(
+        0, spec.levels, (out_features, in_features), generator=generator, dtype=torch.uint8
+    )
     zeros = torch.full(shape, spec.middle, dtype=torch.uint8)
     if not spec.symmetric:
         zeros = torch.randint(0, spec.levels, shape, generator=generator, dtype=torch.uint8)
-    return QuantizedWeight(codes, portable(torch.rand(shape, generator=generator) * 0.01 + 0.001), zeros, spec)
+    return QuantizedWeight(
+        codes, portable(torch.rand(shape, generator=generator) * 0.01 + 0.001), zeros, spec
+    )
 
 
 def best(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -54,7 +61,9 @@ def best(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[st
     return {name: min(seen) * 1e3 for name, seen in times.items()}
 
 
-def sweep(in_features: int, out_features: int, spec: QuantSpec, seconds: float) -> list[dict[str, float]]:
+def sweep(
+    in_features: int, out_features: int, spec: QuantSpec, seconds: float
+) -> list[dict[str, float]]:
     """Milliseconds of the three ways at every row count."""
     weight = quantized(in_features, out_features, spec)
     prepared = CpuInt4().prepare(weight, torch.bfloat16)
@@ -91,9 +100,13 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", default=",".join(str(n) for n in sorted({1, torch.get_num_threads()})))
+    parser.add_argument(
+        "--threads", default=",".join(str(n) for n in sorted({1, torch.get_num_threads()}))
+    )
     parser.add_argument("--seconds", type=float, default=0.2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "crossover.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "crossover.json"
+    )
     args = parser.parse_args()
     runs = []
     for threads in (int(n) for n in args.threads.split(",")):
@@ -106,7 +119,9 @@ def main() -> None:
                     {"threads": threads, "spec": str(spec), "in": in_features, "out": out_features,
                      "crossover_rows": crossover(table), "milliseconds": table}
                 )  # fmt: skip
-                print(threads, spec, in_features, out_features, runs[-1]["crossover_rows"], flush=True)
+                print(
+                    threads, spec, in_features, out_features, runs[-1]["crossover_rows"], flush=True
+                )
     found = [int(r["crossover_rows"]) for r in runs if isinstance(r["crossover_rows"], int)]
     machine = {
         "processor": processor(),

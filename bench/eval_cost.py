@@ -1,14 +1,17 @@
-"""What it costs to evaluate a packed model instead of the dense one it was made from: time and peak memory, as ratios.
+"""What it costs to evaluate a packed model instead of the dense one it was made from: time and peak
+memory, as ratios.
 
-Packed linears dequantize their weight at every call, so a forward over few rows pays for that and one over many hardly
-does. Both models are scored in turn, in one process, over the same windows, and the least time of each counts. Times
-drift by tenths on a shared machine and what disturbs one of a pair seldom disturbs both for all repeats; the ratio is the
-figure. Memory is the highest resident set of a fresh process that scores one model.
+Packed linears dequantize their weight at every call, so a forward over few rows pays for that and
+one over many hardly does. Both models are scored in turn, in one process, over the same windows,
+and the least time of each counts. Times drift by tenths on a shared machine and what disturbs one
+of a pair seldom disturbs both for all repeats; the ratio is the figure. Memory is the highest
+resident set of a fresh process that scores one model.
 
-    python bench/eval_cost.py [--threads 1,2] [--repeats 4] [--tokens 2048,4096,8192] [--out bench/results/eval_cost.json]
+    python bench/eval_cost.py [--threads 1,2] [--repeats 4] [--tokens 2048,4096,8192] [--out
+    bench/results/eval_cost.json]
 
-Models: examples/tiny-llama, and a Llama of 0.19 billion random weights made on the fly; both rounded to W4 g128.
-``TOKENS_PER_BATCH`` in llmquant_eval/scoring.py is chosen from the result.
+Models: examples/tiny-llama, and a Llama of 0.19 billion random weights made on the fly; both
+rounded to W4 g128. ``TOKENS_PER_BATCH`` in llmquant_eval/scoring.py is chosen from the result.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ from typing import Any
 import torch
 
 import llmquant
-from llmquant_eval import scoring
-from llmquant_eval.machine import processor, versions
-from llmquant_eval.protocols import GptqProtocol
-from llmquant_eval.stream import Stream
+from llmquant_eval.report.machine import processor, versions
+from llmquant_eval.scoring import score as scoring
+from llmquant_eval.scoring.protocols import GptqProtocol
+from llmquant_eval.scoring.stream import Stream
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-llama"
@@ -44,9 +47,15 @@ def random_llama(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=14, num_attention_heads=16,
-        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=14,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).half().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
@@ -55,7 +64,10 @@ def random_llama(folder: Path) -> None:
 def models(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Name → (dense folder, packed folder)."""
     random_llama(folder / "llama-0.19b")
-    found = {"tiny-llama": (TINY, folder / "tiny-w4"), "llama-0.19b": (folder / "llama-0.19b", folder / "0.19b-w4")}
+    found = {
+        "tiny-llama": (TINY, folder / "tiny-w4"),
+        "llama-0.19b": (folder / "llama-0.19b", folder / "0.19b-w4"),
+    }
     for dense, packed in found.values():
         llmquant.quantize(dense, packed, llmquant.load_recipe("rtn-w4g128"))
     return found
@@ -79,7 +91,9 @@ def seconds(pair: Sequence[Any], cut: Stream, batch_size: int, repeats: int) -> 
     return best
 
 
-def timings(name: str, pair: tuple[Path, Path], sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def timings(
+    name: str, pair: tuple[Path, Path], sizes: Sequence[int], repeats: int
+) -> list[dict[str, Any]]:
     """One entry per window and batch."""
     loaded = [llmquant.load(path) for path in pair]
     table = []
@@ -88,9 +102,12 @@ def timings(name: str, pair: tuple[Path, Path], sizes: Sequence[int], repeats: i
             cut = stream(LENGTH[name], window)
             dense, packed = seconds(loaded, cut, max(1, tokens // window), repeats)
             entry = {
-                "window": window, "tokens_per_batch": tokens, "threads": torch.get_num_threads(),
-                "dense_tokens_per_second": round(LENGTH[name] / dense), "ratio": round(packed / dense, 3),
-            }  # fmt: skip
+                "window": window,
+                "tokens_per_batch": tokens,
+                "threads": torch.get_num_threads(),
+                "dense_tokens_per_second": round(LENGTH[name] / dense),
+                "ratio": round(packed / dense, 3),
+            }
             table.append(entry)
             print(name, entry, file=sys.stderr, flush=True)
     return table
@@ -120,7 +137,9 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--tokens", default="2048,4096,8192")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "eval_cost.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "eval_cost.json"
+    )
     parser.add_argument("--child", type=Path)
     parser.add_argument("--window", type=int, default=WINDOWS[0])
     args = parser.parse_args()
@@ -128,9 +147,10 @@ def main() -> None:
         child(args.child, args.window)
         return
     report: dict[str, Any] = {
-        "machine": {"processor": processor(), **versions()}, "default_tokens_per_batch": scoring.TOKENS_PER_BATCH,
+        "machine": {"processor": processor(), **versions()},
+        "default_tokens_per_batch": scoring.TOKENS_PER_BATCH,
         "models": {},
-    }  # fmt: skip
+    }
     sizes = [int(n) for n in args.tokens.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         for name, pair in models(Path(folder)).items():
@@ -138,7 +158,10 @@ def main() -> None:
             for threads in map(int, args.threads.split(",")):
                 torch.set_num_threads(threads)
                 table += timings(name, pair, sizes, args.repeats)
-            peaks = {kind: memory(path, WINDOWS[-1]) for kind, path in zip(("dense", "packed"), pair, strict=True)}
+            peaks = {
+                kind: memory(path, WINDOWS[-1])
+                for kind, path in zip(("dense", "packed"), pair, strict=True)
+            }
             report["models"][name] = {"time": table, "memory_bytes": peaks}
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -2,13 +2,16 @@
 
     python bench/memory.py [--cases rtn-8b,gptq-1b,...] [--work-dir DIR]
 
-Writes random-weight checkpoints of the true shapes of Llama-3.2-1B and Llama-3-8B (bfloat16, 5 GB shards, tensor by tensor; 16 GB
-of disk for the 8B), quantizes each with the command line in a process of its own, and records that process's highest resident
-set as the kernel counts it, and the highest of its part that is not backed by files: pages of the mapped checkpoint count as
-resident though the kernel drops them when it likes. Checkpoint and result are deleted after each case, also when interrupted.
+Writes random-weight checkpoints of the true shapes of Llama-3.2-1B and Llama-3-8B (bfloat16, 5 GB
+shards, tensor by tensor; 16 GB of disk for the 8B), quantizes each with the command line in a
+process of its own, and records that process's highest resident set as the kernel counts it, and the
+highest of its part that is not backed by files: pages of the mapped checkpoint count as resident
+though the kernel drops them when it likes. Checkpoint and result are deleted after each case, also
+when interrupted.
 
-Marks: ``rtn-8b`` at most 3.5 GB, ``gptq-1b`` (32 windows of 512 tokens) at most 4 GB, and twice the blocks at most 5 % more.
-The tokenizer is the example model's: its ids are below the models' vocabulary, and which ids they are changes no size.
+Marks: ``rtn-8b`` at most 3.5 GB, ``gptq-1b`` (32 windows of 512 tokens) at most 4 GB, and twice the
+blocks at most 5 % more. The tokenizer is the example model's: its ids are below the models'
+vocabulary, and which ids they are changes no size.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llmquant.checkpoint_writer import CheckpointWriter
+from llmquant.checkpoint.writer import CheckpointWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "memory.json"
@@ -45,15 +48,26 @@ _ROPE = {
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "rope_parameters": _ROPE | {"factor": 32.0},
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "rope_parameters": _ROPE | {"factor": 32.0},
     },
     "8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
-}  # fmt: skip
+}
 _GPTQ = ["--recipe", "gptq-w4g128", "--calibration", f"file:{EXAMPLE / 'calibration.txt'}"]
 
 
@@ -81,9 +95,15 @@ CASES = {
 def write_model(folder: Path, shape: str, blocks: int) -> None:
     """Random weights, one tensor in memory at a time."""
     config = LlamaConfig(
-        **{**SHAPES[shape], "num_hidden_layers": blocks}, vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        dtype="bfloat16", bos_token_id=0, eos_token_id=1, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        **{**SHAPES[shape], "num_hidden_layers": blocks},
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        dtype="bfloat16",
+        bos_token_id=0,
+        eos_token_id=1,
+        architectures=["LlamaForCausalLM"],
+    )
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +114,10 @@ def write_model(folder: Path, shape: str, blocks: int) -> None:
             if parameter.ndim == 1:
                 writer.add(name, torch.ones(parameter.shape, dtype=torch.bfloat16))
             else:
-                writer.add(name, torch.empty(parameter.shape).normal_(0, 0.02, generator=generator).bfloat16())
+                writer.add(
+                    name,
+                    torch.empty(parameter.shape).normal_(0, 0.02, generator=generator).bfloat16(),
+                )
         writer.finish_weights()
         writer.write_json("config.json", config.to_dict())
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -102,7 +125,8 @@ def write_model(folder: Path, shape: str, blocks: int) -> None:
         writer.publish()
 
 
-# The kernel's own count of the process, which starts at exec: ru_maxrss also knows the peak of who started it.
+# The kernel's own count of the process, which starts at exec: ru_maxrss also knows the peak of who
+# started it.
 _CHILD = """
 import atexit, pathlib, sys
 status = pathlib.Path("/proc/self/status")
@@ -124,7 +148,18 @@ def watched(process: psutil.Process) -> Iterator[int]:
 def quantized(model: Path, output: Path, options: tuple[str, ...]) -> dict[str, Any]:
     """Run the command line; its peaks in bytes and its seconds."""
     note = output.with_name("status")
-    command = [sys.executable, "-c", _CHILD, "quantize", str(model), "-o", str(output), "--quiet", *options, str(note)]
+    command = [
+        sys.executable,
+        "-c",
+        _CHILD,
+        "quantize",
+        str(model),
+        "-o",
+        str(output),
+        "--quiet",
+        *options,
+        str(note),
+    ]
     with contextlib.ExitStack() as ending:
         child = subprocess.Popen(command)
         ending.callback(child.kill)  # of a process that ended, nothing
@@ -133,7 +168,11 @@ def quantized(model: Path, output: Path, options: tuple[str, ...]) -> dict[str, 
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise SystemExit(f"{' '.join(command[3:])} ended with {child.returncode}")
-    (peak,) = (int(line.split()[1]) * 1024 for line in note.read_text().splitlines() if line.startswith("VmHWM:"))
+    (peak,) = (
+        int(line.split()[1]) * 1024
+        for line in note.read_text().splitlines()
+        if line.startswith("VmHWM:")
+    )
     return {
         "peak_rss_bytes": peak, "peak_anonymous_bytes": anonymous,
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
@@ -147,16 +186,25 @@ def measure(name: str, work: Path) -> dict[str, Any]:
         model, output = Path(scratch) / "model", Path(scratch) / "quantized"
         write_model(model, case.shape, case.blocks)
         found = quantized(model, output, case.options)
-        source, written = (sum(p.stat().st_size for p in d.glob("*.safetensors")) for d in (model, output))
+        source, written = (
+            sum(p.stat().st_size for p in d.glob("*.safetensors")) for d in (model, output)
+        )
     return {
-        "case": name, "shape": case.shape, "blocks": case.blocks,
-        "options": [o.replace(f"{ROOT}/", "") for o in case.options], "source_bytes": source, "written_bytes": written, **found,
-    }  # fmt: skip
+        "case": name,
+        "shape": case.shape,
+        "blocks": case.blocks,
+        "options": [o.replace(f"{ROOT}/", "") for o in case.options],
+        "source_bytes": source,
+        "written_bytes": written,
+        **found,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", default="rtn-1b,rtn-1b-32,rtn-8b,gptq-1b,gptq-1b-short,gptq-1b-32-short")
+    parser.add_argument(
+        "--cases", default="rtn-1b,rtn-1b-32,rtn-8b,gptq-1b,gptq-1b-short,gptq-1b-32-short"
+    )
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -166,13 +214,17 @@ def main() -> None:
     for name in args.cases.split(","):
         room = shutil.disk_usage(args.work_dir).free
         if CASES[name].shape == "8b" and room < 45e9:
-            raise SystemExit(f"{args.work_dir} has {room / 1e9:.0f} GB free; {name} needs 45 (checkpoint, its making, result)")
+            raise SystemExit(
+                f"{args.work_dir} has {room / 1e9:.0f} GB free; {name} needs 45 (checkpoint, its making, result)"
+            )
         found = measure(name, args.work_dir)
         report = json.loads(args.out.read_text()) if args.out.exists() else {"cases": []}
         report["environment"] = {
-            "llmquant": version("llmquant"), "torch": torch.__version__, "python": platform.python_version(),
+            "llmquant": version("llmquant"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        }  # fmt: skip
+        }
         report["cases"] = [c for c in report["cases"] if c["case"] != name] + [found]
         args.out.write_text(json.dumps(report, indent=1) + "\n")
         print(json.dumps(found), flush=True)

@@ -1,18 +1,22 @@
-"""Other tools' quantizations of a model, from the very calibration windows that llmquant draws, to be measured beside ours.
+"""Other tools' quantizations of a model, from the very calibration windows that llmquant draws, to
+be measured beside ours.
 
-Each tool lives in an environment of its own, so the work is cut in two. The first step runs in llmquant's environment and
-writes the windows as token ids; the second runs in the tool's and needs nothing of llmquant:
+Each tool lives in an environment of its own, so the work is cut in two. The first step runs in
+llmquant's environment and writes the windows as token ids; the second runs in the tool's and needs
+nothing of llmquant:
 
-    python bench/peers.py windows MODEL --calibration file:TEXT --nsamples 64 --seqlen 512 -o windows.json
-    TOOL_ENVIRONMENT/bin/python bench/peers.py quantize llmcompressor-gptq MODEL -o OUT --windows windows.json
+    python bench/peers.py windows MODEL --calibration file:TEXT --nsamples 64 --seqlen 512 -o
+    windows.json TOOL_ENVIRONMENT/bin/python bench/peers.py quantize llmcompressor-gptq MODEL -o OUT
+    --windows windows.json
 
-Weights have 4 bits, symmetric, in groups of 128 unless ``--bits``, ``--asymmetric`` and ``--group-size`` (-1: a row) say
-otherwise; ``lm_head`` is left alone; all run on the CPU. ``llmcompressor-gptq`` has act-order with
-static groups, ``llmcompressor-awq`` its default grid, ``autoround`` its default 200 iterations; ``llmcompressor-rtn`` looks at
-no text. llm-compressor's AWQ pins memory for transfers to an accelerator, which stops without one: here that
-step is left out, which changes no number. It searches in float32, because in float16 on a CPU it meets NaN and stops.
-``gptqmodel`` has its default act-order, group-aware; it too computes in float32 (its default here is bfloat16) and is told to
-start the two worker threads that it insists on.
+Weights have 4 bits, symmetric, in groups of 128 unless ``--bits``, ``--asymmetric`` and
+``--group-size`` (-1: a row) say otherwise; ``lm_head`` is left alone; all run on the CPU.
+``llmcompressor-gptq`` has act-order with static groups, ``llmcompressor-awq`` its default grid,
+``autoround`` its default 200 iterations; ``llmcompressor-rtn`` looks at no text. llm-compressor's
+AWQ pins memory for transfers to an accelerator, which stops without one: here that step is left
+out, which changes no number. It searches in float32, because in float16 on a CPU it meets NaN and
+stops. ``gptqmodel`` has its default act-order, group-aware; it too computes in float32 (its default
+here is bfloat16) and is told to start the two worker threads that it insists on.
 """
 
 from __future__ import annotations
@@ -43,7 +47,11 @@ class Grid:
 
     def of_llmcompressor(self, **more: Any) -> dict[str, Any]:
         """A config group for all linears."""
-        grouped = {"strategy": "channel"} if self.group_size == -1 else {"strategy": "group", "group_size": self.group_size}
+        grouped = (
+            {"strategy": "channel"}
+            if self.group_size == -1
+            else {"strategy": "group", "group_size": self.group_size}
+        )
         weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, **grouped}
         return {"all": {"targets": ["Linear"], "weights": weights | more}}
 
@@ -59,12 +67,22 @@ def write_windows(args: argparse.Namespace) -> None:
         nsamples=args.nsamples, seqlen=args.seqlen, seed=args.seed,
     )  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"sha256": drawn.sha256, "windows": [w.tolist() for w in drawn.windows]}))
+    args.output.write_text(
+        json.dumps({"sha256": drawn.sha256, "windows": [w.tolist() for w in drawn.windows]})
+    )
     print(f"{len(drawn.windows)} windows, sha256 {drawn.sha256}")
 
 
-def llmcompressor(model: Path, output: Path, seed: int, modifier: Any, windows: Windows | None, dtype: str = "auto") -> None:
-    """Run one modifier (or a list), computing in ``dtype``, and write the folder in the model's own."""
+def llmcompressor(
+    model: Path,
+    output: Path,
+    seed: int,
+    modifier: Any,
+    windows: Windows | None,
+    dtype: str = "auto",
+) -> None:
+    """Run one modifier (or a list), computing in ``dtype``, and write the folder in the model's
+    own."""
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -89,14 +107,24 @@ def llmcompressor(model: Path, output: Path, seed: int, modifier: Any, windows: 
 def llmcompressor_rtn(model: Path, output: Path, grid: Grid, windows: Windows | None) -> str:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    llmcompressor(model, output, grid.seed, QuantizationModifier(config_groups=grid.of_llmcompressor(), ignore=["lm_head"]), None)
+    llmcompressor(
+        model,
+        output,
+        grid.seed,
+        QuantizationModifier(config_groups=grid.of_llmcompressor(), ignore=["lm_head"]),
+        None,
+    )
     return "llmcompressor"
 
 
 def llmcompressor_gptq(model: Path, output: Path, grid: Grid, windows: Windows | None) -> str:
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    modifier = GPTQModifier(config_groups=grid.of_llmcompressor(actorder="static"), ignore=["lm_head"], actorder="static")
+    modifier = GPTQModifier(
+        config_groups=grid.of_llmcompressor(actorder="static"),
+        ignore=["lm_head"],
+        actorder="static",
+    )
     llmcompressor(model, output, grid.seed, modifier, needed(windows))
     return "llmcompressor"
 
@@ -107,7 +135,10 @@ def llmcompressor_awq(model: Path, output: Path, grid: Grid, windows: Windows | 
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
-    modifiers = [AWQModifier(), QuantizationModifier(config_groups=grid.of_llmcompressor(), ignore=["lm_head"])]
+    modifiers = [
+        AWQModifier(),
+        QuantizationModifier(config_groups=grid.of_llmcompressor(), ignore=["lm_head"]),
+    ]
     llmcompressor(model, output, grid.seed, modifiers, needed(windows), dtype="float32")
     return "llmcompressor"
 
@@ -118,10 +149,19 @@ def autoround(model: Path, output: Path, grid: Grid, windows: Windows | None) ->
 
     ids = [torch.tensor([w]) for w in needed(windows)]
     tuner = AutoRound(
-        str(model), bits=grid.bits, group_size=grid.group_size, sym=grid.symmetric, iters=ITERATIONS, dataset=ids,
-        nsamples=len(ids), seqlen=max(t.shape[1] for t in ids), batch_size=8, seed=grid.seed, device_map="cpu",
+        str(model),
+        bits=grid.bits,
+        group_size=grid.group_size,
+        sym=grid.symmetric,
+        iters=ITERATIONS,
+        dataset=ids,
+        nsamples=len(ids),
+        seqlen=max(t.shape[1] for t in ids),
+        batch_size=8,
+        seed=grid.seed,
+        device_map="cpu",
         disable_model_free=True,
-    )  # fmt: skip
+    )
     scratch = output.with_name(f"{output.name}.partial")
     tuner.quantize_and_save(str(scratch), format="auto_round")
     (config,) = scratch.rglob("config.json")  # the tool may add a folder named after the scheme
@@ -136,9 +176,14 @@ def gptqmodel(model: Path, output: Path, grid: Grid, windows: Windows | None) ->
     from gptqmodel import GPTQModel, QuantizeConfig
 
     torch.manual_seed(grid.seed)
-    config = QuantizeConfig(bits=grid.bits, group_size=grid.group_size, sym=grid.symmetric, device="cpu")
+    config = QuantizeConfig(
+        bits=grid.bits, group_size=grid.group_size, sym=grid.symmetric, device="cpu"
+    )
     loaded = GPTQModel.load(str(model), config, dtype=torch.float32)
-    rows = [{"input_ids": torch.tensor([w]), "attention_mask": torch.ones(1, len(w), dtype=torch.long)} for w in needed(windows)]
+    rows = [
+        {"input_ids": torch.tensor([w]), "attention_mask": torch.ones(1, len(w), dtype=torch.long)}
+        for w in needed(windows)
+    ]
     loaded.quantize(rows, batch_size=8)
     loaded.save(str(output))
     return "gptqmodel"
@@ -164,7 +209,9 @@ def quantize(args: argparse.Namespace) -> None:
     """Run one tool."""
     if args.output.exists():
         raise SystemExit(f"{args.output} exists; remove it or choose another")
-    windows: Windows | None = json.loads(args.windows.read_text())["windows"] if args.windows else None
+    windows: Windows | None = (
+        json.loads(args.windows.read_text())["windows"] if args.windows else None
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     grid = Grid(args.bits, args.group_size, not args.asymmetric, args.seed)
@@ -175,7 +222,9 @@ def quantize(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    first = commands.add_parser("windows", help="write calibration windows (llmquant's environment)")
+    first = commands.add_parser(
+        "windows", help="write calibration windows (llmquant's environment)"
+    )
     first.add_argument("model", type=Path)
     first.add_argument("--calibration", required=True)
     first.add_argument("--nsamples", type=int, default=128)

@@ -1,16 +1,19 @@
-"""Quality of llmquant beside its peers: the same model, calibration windows, grid and evaluation for every tool.
+"""Quality of llmquant beside its peers: the same model, calibration windows, grid and evaluation
+for every tool.
 
-Each cell is one (tool, grid, seed): the tool quantizes in a process of its own, whose processor time and highest resident set are
-taken (interpreter and imports included, for all alike); ``llmquant eval`` then measures the folder, whoever wrote it, in
-float32 with dequantized weights, so that only the quantization differs. A cell is written when it is done: run again, and only
-what is missing is measured. Ours and the peers' calibration windows of one seed are the same token ids.
+Each cell is one (tool, grid, seed): the tool quantizes in a process of its own, whose processor
+time and highest resident set are taken (interpreter and imports included, for all alike);
+``llmquant eval`` then measures the folder, whoever wrote it, in float32 with dequantized weights,
+so that only the quantization differs. A cell is written when it is done: run again, and only what
+is missing is measured. Ours and the peers' calibration windows of one seed are the same token ids.
 
-    python bench/quality.py run --environment llmcompressor=ENV/bin/python --environment autoround=ENV/bin/python
-    python bench/quality.py table > docs/quality.md
+    python bench/quality.py run --environment llmcompressor=ENV/bin/python --environment
+    autoround=ENV/bin/python python bench/quality.py table > docs/quality.md
 
-``--tools``, ``--grids`` and ``--seeds`` narrow it down; ``--model``, ``--calibration`` and ``--text`` take another model, whose
-cells stand beside the others by its folder's name. The table gives the mean over seeds and, where there are several, the
-range. Cost is counted in processor seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which hardly
+``--tools``, ``--grids`` and ``--seeds`` narrow it down; ``--model``, ``--calibration`` and
+``--text`` take another model, whose cells stand beside the others by its folder's name. The table
+gives the mean over seeds and, where there are several, the range. Cost is counted in processor
+seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which hardly
 depend on what else the machine does.
 """
 
@@ -51,7 +54,15 @@ class Grid:
 
 GRIDS = {
     str(g): g
-    for g in (Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 32), Grid(4, -1), Grid(3, 32), Grid(3, 128), Grid(2, 32))
+    for g in (
+        Grid(4, 128),
+        Grid(4, 128, symmetric=False),
+        Grid(4, 32),
+        Grid(4, -1),
+        Grid(3, 32),
+        Grid(3, 128),
+        Grid(2, 32),
+    )
 }
 MIXED = "llmquant gptq; mixed within the same size"
 # Name in the table → the recipe and the options that llmquant quantize gets beside the grid.
@@ -89,13 +100,37 @@ class Setting:
 
 def ours(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> list[str]:
     """The command line of one of our methods."""
-    scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size), "--sym" if grid.symmetric else "--asym"]
+    scheme = [
+        "--bits",
+        str(grid.bits),
+        "--group-size",
+        str(grid.group_size),
+        "--sym" if grid.symmetric else "--asym",
+    ]
     if tool == MIXED:
         scheme = ["--target-bpw", str(grid.bits + 16 / grid.group_size)]
-    text = ["--calibration", setting.calibration, "--nsamples", str(setting.nsamples), "--seqlen", str(setting.seqlen)]
+    text = [
+        "--calibration",
+        setting.calibration,
+        "--nsamples",
+        str(setting.nsamples),
+        "--seqlen",
+        str(setting.seqlen),
+    ]
     text = [] if tool == "llmquant rtn" else text
     main = "from llmquant.cli import main; main()"
-    run = [sys.executable, "-c", main, "quantize", setting.model, "-o", str(output), "--quiet", "--seed", str(seed)]
+    run = [
+        sys.executable,
+        "-c",
+        main,
+        "quantize",
+        setting.model,
+        "-o",
+        str(output),
+        "--quiet",
+        "--seed",
+        str(seed),
+    ]
     return [*run, *OURS[tool], *scheme, *text]
 
 
@@ -105,13 +140,40 @@ def peer(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> li
     windows = setting.scratch / f"windows-{seed}.json"
     peers = str(ROOT / "bench" / "peers.py")
     if not windows.exists():
-        draw = [sys.executable, peers, "windows", setting.model, "--calibration", setting.calibration, "--seed", str(seed)]
-        sizes = ["--nsamples", str(setting.nsamples), "--seqlen", str(setting.seqlen), "-o", str(windows)]
+        draw = [
+            sys.executable,
+            peers,
+            "windows",
+            setting.model,
+            "--calibration",
+            setting.calibration,
+            "--seed",
+            str(seed),
+        ]
+        sizes = [
+            "--nsamples",
+            str(setting.nsamples),
+            "--seqlen",
+            str(setting.seqlen),
+            "-o",
+            str(windows),
+        ]
         subprocess.run([*draw, *sizes], check=True, stdout=subprocess.DEVNULL)
     scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size), "--seed", str(seed)]
     scheme += [] if grid.symmetric else ["--asymmetric"]
     python = setting.environments[environment]
-    return [python, peers, "quantize", name, setting.model, "-o", str(output), "--windows", str(windows), *scheme]
+    return [
+        python,
+        peers,
+        "quantize",
+        name,
+        setting.model,
+        "-o",
+        str(output),
+        "--windows",
+        str(windows),
+        *scheme,
+    ]
 
 
 def quantized(command: Sequence[str], log: Path) -> dict[str, float]:
@@ -121,29 +183,62 @@ def quantized(command: Sequence[str], log: Path) -> dict[str, float]:
         _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended with {child.returncode}:\n{log.read_text(errors='replace')[-2000:]}")
-    return {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2), "peak_bytes": usage.ru_maxrss * 1024}
+        raise SystemExit(
+            f"{' '.join(command)} ended with {child.returncode}:\n{log.read_text(errors='replace')[-2000:]}"
+        )
+    return {
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
 
 
 def evaluated(folder: Path, setting: Setting) -> dict[str, float]:
     """Metrics of a quantized folder against the original."""
     options = [
-        "--reference", setting.model, "--text", setting.text, "--window", str(setting.seqlen), "--max-windows",
-        str(setting.windows), "--dtype", "float32", "--kernel", "dense", "--no-cost", "--no-noise-floor", "--json",
-    ]  # fmt: skip
+        "--reference",
+        setting.model,
+        "--text",
+        setting.text,
+        "--window",
+        str(setting.seqlen),
+        "--max-windows",
+        str(setting.windows),
+        "--dtype",
+        "float32",
+        "--kernel",
+        "dense",
+        "--no-cost",
+        "--no-noise-floor",
+        "--json",
+    ]
     main = "from llmquant.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", main, "eval", str(folder), *options], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-c", main, "eval", str(folder), *options],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     model = next(m for m in json.loads(done.stdout)["models"] if m["role"] == "candidate")
-    return {name: model["metrics"][name]["value"] for name in METRICS} | {"bits_per_weight": model["bits_per_weight"]}
+    return {name: model["metrics"][name]["value"] for name in METRICS} | {
+        "bits_per_weight": model["bits_per_weight"]
+    }
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure the cells that are missing."""
-    report: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"settings": {}, "cells": []}
+    report: dict[str, Any] = (
+        json.loads(args.out.read_text()) if args.out.exists() else {"settings": {}, "cells": []}
+    )
     with tempfile.TemporaryDirectory() as scratch:
         environments = dict(e.split("=", 1) for e in args.environment)
         setting = Setting(
-            args.model, args.calibration, args.nsamples, args.seqlen, args.text, args.windows, environments, Path(scratch)
+            args.model,
+            args.calibration,
+            args.nsamples,
+            args.seqlen,
+            args.text,
+            args.windows,
+            environments,
+            Path(scratch),
         )
         known = {(c["tool"], c["grid"], c["seed"], c["model"]): c for c in report["cells"]}
         for tool, grid, seed in wanted(args, environments):
@@ -162,20 +257,40 @@ def run(args: argparse.Namespace) -> None:
 def shared(args: argparse.Namespace) -> dict[str, Any]:
     """What the cells of a model have in common, for the record."""
     return {
-        "calibration": args.calibration, "nsamples": args.nsamples, "seqlen": args.seqlen, "text": args.text,
-        "windows": args.windows, "threads": os.environ.get("OMP_NUM_THREADS", "all"), "python": platform.python_version(),
-    }  # fmt: skip
+        "calibration": args.calibration,
+        "nsamples": args.nsamples,
+        "seqlen": args.seqlen,
+        "text": args.text,
+        "windows": args.windows,
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "python": platform.python_version(),
+    }
 
 
 def wanted(args: argparse.Namespace, environments: dict[str, str]) -> list[tuple[str, str, int]]:
-    """The cells asked for: peers only where their environment is given; methods without calibration have one seed."""
-    tools = args.tools.split(",") if args.tools else [*OURS, *(t for t, (e, _) in PEERS.items() if e in environments)]
+    """The cells asked for: peers only where their environment is given; methods without calibration
+    have one seed."""
+    tools = (
+        args.tools.split(",")
+        if args.tools
+        else [*OURS, *(t for t, (e, _) in PEERS.items() if e in environments)]
+    )
     grids = args.grids.split(",") if args.grids else list(GRIDS)
     seeds = [int(s) for s in args.seeds.split(",")]
-    unknown = [t for t in tools if t not in OURS and t not in PEERS] + [g for g in grids if g not in GRIDS]
+    unknown = [t for t in tools if t not in OURS and t not in PEERS] + [
+        g for g in grids if g not in GRIDS
+    ]
     if unknown:
-        raise SystemExit(f"unknown: {', '.join(unknown)}; tools: {', '.join([*OURS, *PEERS])}; grids: {', '.join(GRIDS)}")
-    cells = ((t, g, s) for s in seeds for g in grids for t in tools if s == seeds[0] or not t.endswith(" rtn"))
+        raise SystemExit(
+            f"unknown: {', '.join(unknown)}; tools: {', '.join([*OURS, *PEERS])}; grids: {', '.join(GRIDS)}"
+        )
+    cells = (
+        (t, g, s)
+        for s in seeds
+        for g in grids
+        for t in tools
+        if s == seeds[0] or not t.endswith(" rtn")
+    )
     return [(t, g, s) for t, g, s in cells if t != MIXED or GRIDS[g].group_size > 0]
 
 
@@ -184,7 +299,14 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     output = setting.scratch / "model"
     command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
     cost = quantized(command, setting.scratch / "log")
-    found = {"tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name, **cost, **evaluated(output, setting)}
+    found = {
+        "tool": tool,
+        "grid": grid,
+        "seed": seed,
+        "model": Path(setting.model).name,
+        **cost,
+        **evaluated(output, setting),
+    }
     shutil.rmtree(output)
     print(json.dumps(found), file=sys.stderr, flush=True)
     return found
@@ -201,13 +323,18 @@ def table(args: argparse.Namespace) -> None:
             f"\n## {model}\n\nCalibration: {setting['nsamples']} windows of {setting['seqlen']} tokens of "
             f"`{setting['calibration']}`; evaluation: {setting['windows']} windows of `{setting['text']}`.\n"
         )
-        for grid in (g for g in GRIDS if any(c["grid"] == g and c["model"] == model for c in cells)):
+        for grid in (
+            g for g in GRIDS if any(c["grid"] == g and c["model"] == model for c in cells)
+        ):
             rows: dict[str, list[dict[str, Any]]] = {}
             for c in cells:
                 if (c["model"], c["grid"]) == (model, grid):
                     rows.setdefault(c["tool"], []).append(c)
             lines += [f"\n### {grid}\n", _COLUMNS]
-            lines += [_row(t, rows[t]) for t in sorted(rows, key=lambda t: statistics.fmean(c["kl_mean"] for c in rows[t]))]
+            lines += [
+                _row(t, rows[t])
+                for t in sorted(rows, key=lambda t: statistics.fmean(c["kl_mean"] for c in rows[t]))
+            ]
     print("\n".join(lines))
 
 

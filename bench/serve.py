@@ -1,13 +1,15 @@
-"""How much continuous batching gains, and what abuse leaves behind: the served model over HTTP, in one run on one machine.
+"""How much continuous batching gains, and what abuse leaves behind: the served model over HTTP, in
+one run on one machine.
 
     python bench/serve.py MODEL [--abuse 500] [--manager] [--output FILE]
 
-Throughput: greedy tokens per second of one stream and of 8 at once, repeated alternately, medians and their ratio.
-``--manager`` also measures transformers' own ContinuousBatchingManager on the same prompts, in process. Abuse: requests of
-which some leave, some are malformed, some read slowly and some properly, 24 at a time; then slots, gate and resident memory
-are compared with before, and every finished greedy answer with the model: ``worst_gap`` is how far below the best logit any of
-its tokens lies, which batching may make a rounding step and no more. MODEL ``random-0.5b`` writes a random Llama of 0.5 billion
-parameters, quantized to W4 g128, into a temporary folder first.
+Throughput: greedy tokens per second of one stream and of 8 at once, repeated alternately, medians
+and their ratio. ``--manager`` also measures transformers' own ContinuousBatchingManager on the same
+prompts, in process. Abuse: requests of which some leave, some are malformed, some read slowly and
+some properly, 24 at a time; then slots, gate and resident memory are compared with before, and
+every finished greedy answer with the model: ``worst_gap`` is how far below the best logit any of
+its tokens lies, which batching may make a rounding step and no more. MODEL ``random-0.5b`` writes a
+random Llama of 0.5 billion parameters, quantized to W4 g128, into a temporary folder first.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ import uvicorn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import llmquant
-from llmquant_serve.app import create_app
-from llmquant_serve.local import LocalEngine
+from llmquant_serve.api.app import create_app
+from llmquant_serve.engines.local import LocalEngine
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
-from llmquant_serve.text import TextModel
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny-llama"
 STREAMS = 8
@@ -46,9 +48,17 @@ def random_model(folder: Path) -> Path:
     """A Llama of 0.49 billion parameters with tiny-llama's tokenizer, W4 g128 by rounding."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=1280, intermediate_size=3456, num_hidden_layers=24, num_attention_heads=20,
-        num_key_value_heads=20, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=1280,
+        intermediate_size=3456,
+        num_hidden_layers=24,
+        num_attention_heads=20,
+        num_key_value_heads=20,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "dense")
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder / "dense")
     recipe = llmquant.Recipe.model_validate({"method": "rtn", "scales": {"steps": 0}})
@@ -61,7 +71,9 @@ class Live:
     def __init__(self, path: Path) -> None:
         self.model = llmquant.load(path)
         engine = LocalEngine(self.model, STREAMS)
-        self.service = Service(engine, TextModel(path, engine.info.vocab), path.name, Limits(stall_seconds=5))
+        self.service = Service(
+            engine, TextModel(path, engine.info.vocab), path.name, Limits(stall_seconds=5)
+        )
         self._server = uvicorn.Server(uvicorn.Config(create_app(self.service), log_level="error"))
         self._sock = socket.socket()
         self._sock.bind(("127.0.0.1", 0))
@@ -79,7 +91,12 @@ class Live:
 
 
 async def stream(client: httpx.AsyncClient, tokens: int) -> int:
-    body: dict[str, Any] = {"prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body: dict[str, Any] = {
+        "prompt": PROMPT,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     body |= {"stream": True, "return_token_ids": True}
     made = 0
     async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -100,7 +117,13 @@ async def throughput(url: str, tokens: int, repeats: int) -> dict[str, Any]:
                 made = sum(await asyncio.gather(*(stream(client, tokens) for _ in range(count))))
                 rates.append(made / (time.perf_counter() - began))
     one, many = (statistics.median(r) for r in found.values())
-    return {"tokens": tokens, "repeats": repeats, "one": round(one, 1), "eight": round(many, 1), "ratio": round(many / one, 2)}
+    return {
+        "tokens": tokens,
+        "repeats": repeats,
+        "one": round(one, 1),
+        "eight": round(many, 1),
+        "ratio": round(many / one, 2),
+    }
 
 
 def manager_throughput(path: Path, tokens: int) -> dict[str, Any]:
@@ -108,37 +131,68 @@ def manager_throughput(path: Path, tokens: int) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     model: Any = llmquant.load(path)
-    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=5)
+    config = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=5
+    )
     rates = {}
     for count in (1, STREAMS):
         model.generate_batch([PROMPT] * count, generation_config=config)
         began = time.perf_counter()
         out = model.generate_batch([PROMPT] * count, generation_config=config)
-        rates[count] = sum(len(o.generated_tokens) for o in out.values()) / (time.perf_counter() - began)
-    return {"one": round(rates[1], 1), "eight": round(rates[STREAMS], 1), "ratio": round(rates[STREAMS] / rates[1], 2)}
+        rates[count] = sum(len(o.generated_tokens) for o in out.values()) / (
+            time.perf_counter() - began
+        )
+    return {
+        "one": round(rates[1], 1),
+        "eight": round(rates[STREAMS], 1),
+        "ratio": round(rates[STREAMS] / rates[1], 2),
+    }
 
 
 def worst_gap(model: Any, answers: set[tuple[int, ...]]) -> float:
-    """How far below the best logit any token of the greedy answers lies, by one forward pass over each answer alone."""
+    """How far below the best logit any token of the greedy answers lies, by one forward pass over
+    each answer alone."""
     worst = 0.0
     with torch.inference_mode():
         for ids in answers:
             logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1].float()
-            worst = max(worst, float((logits.amax(-1) - logits.gather(1, torch.tensor(ids)[:, None])[:, 0]).max()))
+            worst = max(
+                worst,
+                float((logits.amax(-1) - logits.gather(1, torch.tensor(ids)[:, None])[:, 0]).max()),
+            )
     return worst
 
 
 async def abuse(live: Live, count: int) -> dict[str, Any]:
-    """``count`` requests of every kind; counts of statuses, what is left open, and resident memory before and after."""
+    """``count`` requests of every kind; counts of statuses, what is left open, and resident memory
+    before and after."""
     rng, statuses, short, answers = random.Random(0), {}, 0, set()
-    async with httpx.AsyncClient(base_url=live.url, timeout=120, limits=httpx.Limits(max_connections=None)) as client:
-        asked = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    async with httpx.AsyncClient(
+        base_url=live.url, timeout=120, limits=httpx.Limits(max_connections=None)
+    ) as client:
+        asked = {
+            "prompt": PROMPT,
+            "max_tokens": 24,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
 
         async def one(kind: str) -> None:
             nonlocal short
             if kind == "malformed":
-                body = rng.choice([b"{", b'{"prompt": 3}', b'{"prompt": "a", "n": -1}', rng.randbytes(200), b'{"prompt": [[]]}'])
-                answer = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+                body = rng.choice(
+                    [
+                        b"{",
+                        b'{"prompt": 3}',
+                        b'{"prompt": "a", "n": -1}',
+                        rng.randbytes(200),
+                        b'{"prompt": [[]]}',
+                    ]
+                )
+                answer = await client.post(
+                    "/v1/completions", content=body, headers={"content-type": "application/json"}
+                )
                 status = answer.status_code
             elif kind == "leave":
                 try:
@@ -148,7 +202,9 @@ async def abuse(live: Live, count: int) -> dict[str, Any]:
                 except httpx.TimeoutException:
                     status = 0
             else:
-                async with client.stream("POST", "/v1/completions", json=asked | {"stream": True}) as answer:
+                async with client.stream(
+                    "POST", "/v1/completions", json=asked | {"stream": True}
+                ) as answer:
                     status, ids = answer.status_code, []
                     async for line in answer.aiter_lines():
                         if status == 200 and line.startswith("data: {"):
@@ -178,14 +234,21 @@ async def abuse(live: Live, count: int) -> dict[str, Any]:
     gc.collect()
     after = psutil.Process().memory_info().rss
     return {
-        "requests": count, "statuses": {("left" if s == 0 else str(s)): n for s, n in sorted(statuses.items())}, "short": short,
-        "different_answers": len(answers), "worst_gap": round(worst_gap(live.model, answers), 4),
-        "rss_before_mb": round(before / 2**20, 1), "rss_after_mb": round(after / 2**20, 1), "open": live.service.gate.open,
-    }  # fmt: skip
+        "requests": count,
+        "statuses": {("left" if s == 0 else str(s)): n for s, n in sorted(statuses.items())},
+        "short": short,
+        "different_answers": len(answers),
+        "worst_gap": round(worst_gap(live.model, answers), 4),
+        "rss_before_mb": round(before / 2**20, 1),
+        "rss_after_mb": round(after / 2**20, 1),
+        "open": live.service.gate.open,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
@@ -197,7 +260,11 @@ def main() -> None:
         path = random_model(Path(scratch)) if asked.model == "random-0.5b" else Path(asked.model)
         live = Live(path)
         try:
-            found: dict[str, Any] = {"model": asked.model, "threads": torch.get_num_threads(), "torch": torch.__version__}
+            found: dict[str, Any] = {
+                "model": asked.model,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            }
             found["local"] = asyncio.run(throughput(live.url, asked.tokens, asked.repeats))
             if asked.abuse:
                 found["abuse"] = asyncio.run(abuse(live, asked.abuse))

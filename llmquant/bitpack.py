@@ -1,10 +1,12 @@
 """Dense bit packing: a row of b-bit codes as one little-endian bit stream in int32 words.
 
-Code ``i`` of a row occupies bits ``i*b … i*b + b - 1`` of the stream; bit ``k`` of the stream is bit ``k % 32`` of
-word ``k // 32``. For 2, 4 and 8 bits no code straddles a word; for 3 bits 32 codes fill exactly 3 words, which is
-both GPTQ's and compressed-tensors' layout (:func:`unpack_padded` reads the latter's older one).
+Code ``i`` of a row occupies bits ``i*b … i*b + b - 1`` of the stream; bit ``k`` of the stream is
+bit ``k % 32`` of word ``k // 32``. For 2, 4 and 8 bits no code straddles a word; for 3 bits 32
+codes fill exactly 3 words, which is both GPTQ's and compressed-tensors' layout
+(:func:`unpack_padded` reads the latter's older one).
 
-``pack``/``unpack`` are vectorized; :func:`pack_slow` is the obvious twin that the tests hold them equal to.
+``pack``/``unpack`` are vectorized; :func:`pack_slow` is the obvious twin that the tests hold them
+equal to.
 """
 
 from __future__ import annotations
@@ -76,13 +78,17 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         code_shift = torch.arange(8, device=packed.device, dtype=torch.int64) * bits
         word = (octets << byte_shift).sum(-1, keepdim=True)
         codes = ((word >> code_shift) & ((1 << bits) - 1)).to(torch.uint8)
-    return codes.reshape(-1, padded_words * 32 // bits)[:, :count].reshape(*lead, count).contiguous()
+    return (
+        codes.reshape(-1, padded_words * 32 // bits)[:, :count].reshape(*lead, count).contiguous()
+    )
 
 
 def unpack_padded(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Read the layout in which no code straddles a word: ``32 // bits`` codes to a word, the rest of it unused.
+    """Read the layout in which no code straddles a word: ``32 // bits`` codes to a word, the rest
+    of it unused.
 
-    compressed-tensors wrote 3 bits like this up to 0.17, under the same label as the dense stream; other widths do not differ.
+    compressed-tensors wrote 3 bits like this up to 0.17, under the same label as the dense stream;
+    other widths do not differ.
 
     Args:
         packed: int32 ``[..., ceil(count / (32 // bits))]``.
@@ -93,7 +99,9 @@ def unpack_padded(packed: Tensor, bits: int, count: int) -> Tensor:
     *lead, n_words = packed.shape
     per_word = 32 // bits
     if packed.dtype != torch.int32 or n_words != math.ceil(count / per_word):
-        raise FormatError(f"{count} codes of {bits} bits do not fill {n_words} padded words of {packed.dtype}")
+        raise FormatError(
+            f"{count} codes of {bits} bits do not fill {n_words} padded words of {packed.dtype}"
+        )
     shifts = torch.arange(per_word, device=packed.device, dtype=torch.int32) * bits
     codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     return codes.to(torch.uint8).reshape(*lead, n_words * per_word)[..., :count].contiguous()

@@ -3,18 +3,18 @@
     LlmquantError                 exit 1: the work failed
       UsageError                  exit 2: the request cannot be right as written
         SpecError                 a number format that cannot exist (bits, group size)
-        RecipeError               a recipe file or override that does not parse or contradicts itself
+        RecipeError               a recipe or override that does not parse or contradicts itself
         SourceError               a text source that cannot be read or has nothing in it
       CheckpointError             a model folder that is missing, incomplete, unsafe or damaged
-        DiskError                 what was to be written could not be: a full, read-only or failing disk
+        DiskError                 something could not be written: a full or failing disk
       ArchitectureError           a model whose blocks or linears we cannot find
       QuantizationError           the arithmetic failed: NaN, Inf, nothing quantized
       ParallelError               another process of the same run failed or cannot be reached
       FormatError                 numbers that a file layout cannot hold, or bytes it cannot mean
       ProofError                  what lies on disk is not what the algorithm returned
 
-A message says what went wrong, which object it was, and what to do next. Nothing here imports torch:
-the command line must be able to report an error before it has paid for that import.
+A message says what went wrong, which object it was, and what to do next. Nothing here imports
+torch: the command line must be able to report an error before it has paid for that import.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class RecipeError(UsageError, ValueError):
 
 
 class SourceError(UsageError):
-    """A text source (``hf:``, ``file:``, ``jsonl:``) that cannot be read, or that yields nothing."""
+    """A text source (``hf:``, ``file:``, ``jsonl:``) that cannot be read, or that yields
+    nothing."""
 
 
 class CheckpointError(LlmquantError):

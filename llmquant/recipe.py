@@ -1,7 +1,9 @@
-"""Recipe: everything needed to repeat a run, as YAML. Unknown keys are errors, so a typo cannot change a result silently.
+"""Recipe: everything needed to repeat a run, as YAML. Unknown keys are errors, so a typo cannot
+change a result silently.
 
-A recipe holds no torch objects: it is read by ``llmquant --help``-fast code and turned into the algorithms' options where
-they are used. ``recipes/*.yaml`` can be named without folder or ending (``--recipe gptq-w4g128``).
+A recipe holds no torch objects: it is read by ``llmquant --help``-fast code and turned into the
+algorithms' options where they are used. ``recipes/*.yaml`` can be named without folder or ending
+(``--recipe gptq-w4g128``).
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class _Strict(BaseModel):
 
 
 class Weights(_Strict):
-    """The grid. ``group_size: -1`` is one group per row; ``activations: int8-dynamic`` tells engines to quantize inputs too."""
+    """The grid. ``group_size: -1`` is one group per row; ``activations: int8-dynamic`` tells
+    engines to quantize inputs too."""
 
     bits: int = 4
     group_size: int = 128
@@ -36,7 +39,9 @@ class Weights(_Strict):
 
     @property
     def spec(self) -> QuantSpec:
-        return QuantSpec(self.bits, None if self.group_size == -1 else self.group_size, self.symmetric)
+        return QuantSpec(
+            self.bits, None if self.group_size == -1 else self.group_size, self.symmetric
+        )
 
     @model_validator(mode="after")
     def _possible(self) -> Weights:
@@ -45,7 +50,8 @@ class Weights(_Strict):
 
 
 class Override(_Strict):
-    """Other weights for the linears that ``match``; what is not given is as in ``Recipe.weights``. The first match counts."""
+    """Other weights for the linears that ``match``; what is not given is as in ``Recipe.weights``.
+    The first match counts."""
 
     match: str = Field(min_length=1)
     bits: int | None = None
@@ -59,7 +65,8 @@ class Override(_Strict):
 
 
 class Scales(_Strict):
-    """Scale search; see :class:`llmquant.algorithms.grid.ScaleSearch`. ``steps: 0`` is plain min-max."""
+    """Scale search; see :class:`llmquant.algorithms.scale_search.ScaleSearch`. ``steps: 0`` is
+    plain min-max."""
 
     steps: int = Field(48, ge=0, le=1000)
     smallest: float = Field(0.35, gt=0, le=1)
@@ -84,9 +91,11 @@ class GPTQ(_Strict):
 
 
 class Tune(_Strict):
-    """Moves codes and scales of a whole block together; see :class:`llmquant.algorithms.tune.TuneOptions`.
+    """Moves codes and scales of a whole block together; see
+    :class:`llmquant.algorithms.block_tuning.TuneOptions`.
 
-    ``batch_size`` is in calibration windows, and replaces ``calibration.batch_size`` for the whole run.
+    ``batch_size`` is in calibration windows, and replaces ``calibration.batch_size`` for the whole
+    run.
     """
 
     steps: int = Field(200, ge=1)
@@ -99,7 +108,8 @@ class Tune(_Strict):
 
 
 class AWQ(_Strict):
-    """Scales input channels before rounding and folds the inverse into what comes before; see :mod:`llmquant.algorithms.awq`."""
+    """Scales input channels before rounding and folds the inverse into what comes before; see
+    :mod:`llmquant.algorithms.awq`."""
 
     grid: int = Field(20, ge=1, le=1000)
     duo_scaling: Literal["both", "on", "off"] = "both"
@@ -108,13 +118,17 @@ class AWQ(_Strict):
     @field_validator("duo_scaling", mode="before")
     @classmethod
     def _word(cls, value: object) -> object:
-        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value  # YAML's bare on and off
+        return (
+            {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        )  # YAML's bare on and off
 
 
 class Smooth(_Strict):
-    """SmoothQuant: moves large activations into the weights before 8-bit rounding of both; see :mod:`llmquant.smoothing`.
+    """SmoothQuant: moves large activations into the weights before 8-bit rounding of both; see
+    :mod:`llmquant.quantization.steps.smoothquant`.
 
-    ``alpha: auto`` tries 0.1 … 0.9 at each place. ``pairs: norms`` folds into norms only, ``all`` also from linear to linear.
+    ``alpha: auto`` tries 0.1 … 0.9 at each place. ``pairs: norms`` folds into norms only, ``all``
+    also from linear to linear.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.5
@@ -122,7 +136,8 @@ class Smooth(_Strict):
 
 
 class Rotation(_Strict):
-    """Rotates the model before anything else, without changing what it computes; see :mod:`llmquant.rotation`."""
+    """Rotates the model before anything else, without changing what it computes; see
+    :mod:`llmquant.models.rotated`."""
 
     residual: Literal["hadamard", "random", "off"] = "hadamard"
     heads: bool = True
@@ -143,7 +158,8 @@ class Rotation(_Strict):
 class CalibrationOptions(_Strict):
     """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``.
 
-    ``all_experts`` shows every token to every expert of a mixture while statistics are taken, not only the routed ones.
+    ``all_experts`` shows every token to every expert of a mixture while statistics are taken, not
+    only the routed ones.
     """
 
     source: str | None = None
@@ -193,12 +209,20 @@ class Recipe(_Strict):
                 everything.append(override.applied_to(self.weights))
             except ValueError as e:
                 raise ValueError(f"overrides.{i}: {_first(e)}") from e
-        if self.method == "gptq" and self.gptq.act_order == "group" and any(w.group_size == -1 for w in everything):
-            raise ValueError("gptq.act_order: group needs a group size; with one group per row use static")
+        if (
+            self.method == "gptq"
+            and self.gptq.act_order == "group"
+            and any(w.group_size == -1 for w in everything)
+        ):
+            raise ValueError(
+                "gptq.act_order: group needs a group size; with one group per row use static"
+            )
         if self.smooth is not None and self.awq is not None:
             raise ValueError("awq and smooth both scale the same channels; switch one of them off")
         if self.smooth is not None and all(w.activations == "none" for w in everything):
-            raise ValueError("smooth is for quantized activations, and no linear has any; set weights.activations: int8-dynamic")
+            raise ValueError(
+                "smooth is for quantized activations, and no linear has any; set weights.activations: int8-dynamic"
+            )
         return self
 
     @property
@@ -209,7 +233,9 @@ class Recipe(_Strict):
     @property
     def needs_text(self) -> bool:
         """Whether the model has to be run on a calibration text."""
-        return self.method != "rtn" or any(s is not None for s in (self.tune, self.awq, self.smooth))
+        return self.method != "rtn" or any(
+            s is not None for s in (self.tune, self.awq, self.smooth)
+        )
 
     @property
     def steps(self) -> str:
@@ -218,25 +244,35 @@ class Recipe(_Strict):
         return "+".join((*before, self.method, *("tune",) * (self.tune is not None)))
 
     def weights_of(self, *names: str) -> Weights:
-        """The grid of a linear: that of the first override whose pattern matches (one of) its full names, or the recipe's."""
-        override = next((o for o in self.overrides if any(matches(o.match, n) for n in names)), None)
+        """The grid of a linear: that of the first override whose pattern matches (one of) its full
+        names, or the recipe's."""
+        override = next(
+            (o for o in self.overrides if any(matches(o.match, n) for n in names)), None
+        )
         return self.weights if override is None else override.applied_to(self.weights)
 
     def selects(self, *names: str) -> bool:
-        """Whether a linear's full name matches ``include`` and not ``ignore`` (shell patterns, or part of the name's tail).
+        """Whether a linear's full name matches ``include`` and not ``ignore`` (shell patterns, or
+        part of the name's tail).
 
         One that goes by several names is included by any of them, and ignored by any.
         """
-        included, ignored = (any(matches(p, n) for p in patterns for n in names) for patterns in (self.include, self.ignore))
+        included, ignored = (
+            any(matches(p, n) for p in patterns for n in names)
+            for patterns in (self.include, self.ignore)
+        )
         return included and not ignored
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
-        """Of what the recipe says. A section that is off is left out, so that a later version's new ones change no hash."""
+        """Of what the recipe says. A section that is off is left out, so that a later version's new
+        ones change no hash."""
         told = self.model_dump(mode="json", exclude_none=True)
-        return hashlib.sha256(yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode()).hexdigest()
+        return hashlib.sha256(
+            yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode()
+        ).hexdigest()
 
     def updated(self, changes: dict[str, Any]) -> Recipe:
         """A copy with dotted keys replaced (``{"weights.bits": 3}``), validated anew.
@@ -257,15 +293,20 @@ class Recipe(_Strict):
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Shell-style match of a full module name; a pattern without wildcards also matches dotted name tails."""
-    return fnmatch.fnmatchcase(module, pattern) or module == pattern or module.endswith(f".{pattern}")
+    """Shell-style match of a full module name; a pattern without wildcards also matches dotted name
+    tails."""
+    return (
+        fnmatch.fnmatchcase(module, pattern) or module == pattern or module.endswith(f".{pattern}")
+    )
 
 
 def _validate(data: object, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'recipe'}: {_said(p)}" for p in e.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc'])) or 'recipe'}: {_said(p)}" for p in e.errors()
+        )
         raise RecipeError(f"{origin}: {problems}") from e
 
 
@@ -286,7 +327,9 @@ class _Loader(yaml.SafeLoader):
         keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
         twice = next((k for k in keys if keys.count(k) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} is given twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -311,7 +354,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if not path.is_file():
         known = shipped()
         if str(name_or_path) not in known:
-            raise RecipeError(f"no recipe {str(name_or_path)!r}: not a file, and the shipped ones are {', '.join(known)}")
+            raise RecipeError(
+                f"no recipe {str(name_or_path)!r}: not a file, and the shipped ones are {', '.join(known)}"
+            )
         path = known[str(name_or_path)]
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)

@@ -1,11 +1,13 @@
 """QuantSpec: which integers a weight may become, and nothing else.
 
-A spec is a uniform affine grid: ``w = (code - zero) * scale`` with ``code`` in ``0 … 2**bits - 1`` and one
-``(scale, zero)`` pair per ``group_size`` consecutive input columns of one output row. ``group_size=None``
-means one pair per row (compressed-tensors calls it *channel*, GPTQ writes ``-1``).
+A spec is a uniform affine grid: ``w = (code - zero) * scale`` with ``code`` in ``0 … 2**bits - 1``
+and one ``(scale, zero)`` pair per ``group_size`` consecutive input columns of one output row.
+``group_size=None`` means one pair per row (compressed-tensors calls it *channel*, GPTQ writes
+``-1``).
 
 Symmetric means the zero-point is pinned to the middle code ``2**(bits-1)``, so signed codes run
-``-2**(bits-1) … 2**(bits-1) - 1`` around 0. It says nothing of how codes are found, stored or multiplied.
+``-2**(bits-1) … 2**(bits-1) - 1`` around 0. It says nothing of how codes are found, stored or
+multiplied.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
-            raise SpecError(f"bits={self.bits} is not supported; choose one of {', '.join(map(str, SUPPORTED_BITS))}")
+            raise SpecError(
+                f"bits={self.bits} is not supported; choose one of {', '.join(map(str, SUPPORTED_BITS))}"
+            )
         if self.group_size is not None and self.group_size < 1:
             raise SpecError(
                 f"group_size={self.group_size} must be a positive divisor of the input width, "
@@ -53,7 +57,8 @@ class QuantSpec:
         return self.levels // 2
 
     def groups(self, in_features: int) -> int:
-        """Groups per row of a weight with ``in_features`` columns. Call :meth:`check` first for a named error."""
+        """Groups per row of a weight with ``in_features`` columns. Call :meth:`check` first for a
+        named error."""
         return 1 if self.group_size is None else in_features // self.group_size
 
     def width(self, in_features: int) -> int:
@@ -61,7 +66,8 @@ class QuantSpec:
         return in_features if self.group_size is None else self.group_size
 
     def check(self, in_features: int, module: str) -> None:
-        """Refuse a group size that does not divide ``in_features``; name the module and the sizes that do.
+        """Refuse a group size that does not divide ``in_features``; name the module and the sizes
+        that do.
 
         Raises:
             SpecError: naming ``module`` and the divisors that would work.
@@ -76,7 +82,8 @@ class QuantSpec:
         )
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight: codes, plus one scale (and a packed zero-point if asymmetric) per group."""
+        """Stored bits per weight: codes, plus one scale (and a packed zero-point if asymmetric) per
+        group."""
         extra = scale_bits + (0 if self.symmetric else self.bits)
         return self.bits + extra / self.width(in_features)
 

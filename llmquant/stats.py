@@ -1,8 +1,9 @@
 """InputStats: what a linear's calibration inputs leave behind, in one matrix.
 
-GPTQ needs ``H = X^T X`` over all calibration tokens; activation-weighted scale search needs its diagonal; AWQ needs mean
-magnitudes. All are sums over tokens, so they accumulate batch by batch and merge across devices by addition, and linears
-that share an input share one object. Rows holding NaN or Inf would poison every entry: they are counted and left out.
+GPTQ needs ``H = X^T X`` over all calibration tokens; activation-weighted scale search needs its
+diagonal; AWQ needs mean magnitudes. All are sums over tokens, so they accumulate batch by batch and
+merge across devices by addition, and linears that share an input share one object. Rows holding NaN
+or Inf would poison every entry: they are counted and left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from torch import Tensor
 
 from llmquant.errors import QuantizationError
 
-_WIDE, _BLOCKS = 256, 4  # from this width on; measured at 256 to 4096 with AVX2: 0.62 to 0.71 of the time of the whole product
+_WIDE, _BLOCKS = (
+    256,
+    4,
+    # from this width on; measured at 256 to 4096 with AVX2: 0.62 to 0.71 of the time of the whole
+    # product
+)
 
 
 class InputStats:
@@ -25,7 +31,10 @@ class InputStats:
     """
 
     def __init__(
-        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.hessian = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self._abs_sum = torch.zeros(in_features, dtype=dtype, device=device)
@@ -48,10 +57,14 @@ class InputStats:
             QuantizationError: activations of another width.
         """
         if x.shape[-1] != self.in_features:
-            raise QuantizationError(f"activations {list(x.shape)} do not have {self.in_features} channels")
+            raise QuantizationError(
+                f"activations {list(x.shape)} do not have {self.in_features} channels"
+            )
         rows = x.reshape(-1, self.in_features).to(self.hessian.dtype)
         magnitudes = rows.abs().sum(dim=0)
-        if not bool(torch.isfinite(magnitudes).all()):  # one pass over the rows less than to ask each of them
+        if not bool(
+            torch.isfinite(magnitudes).all()
+        ):  # one pass over the rows less than to ask each of them
             finite = torch.isfinite(rows).all(dim=1)
             self.dropped += int((~finite).sum())
             rows = rows[finite]
@@ -63,7 +76,9 @@ class InputStats:
     def merge(self, other: InputStats) -> None:
         """Add another accumulator of the same width (another device's share of the tokens)."""
         if other.in_features != self.in_features:
-            raise QuantizationError(f"cannot merge statistics of widths {self.in_features} and {other.in_features}")
+            raise QuantizationError(
+                f"cannot merge statistics of widths {self.in_features} and {other.in_features}"
+            )
         self.hessian += other.hessian.to(self.hessian.device)
         self._abs_sum += other._abs_sum.to(self._abs_sum.device)
         self.tokens += other.tokens
@@ -81,24 +96,32 @@ class InputStats:
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
-    """``total += rows^T rows``, by blocks of columns from the diagonal down; the rest is mirrored: two thirds of the time."""
+    """``total += rows^T rows``, by blocks of columns from the diagonal down; the rest is mirrored:
+    two thirds of the time."""
     width = -(-total.shape[0] // _BLOCKS) if total.shape[0] >= _WIDE else total.shape[0]
     for start in range(0, total.shape[0], width):
-        total[start:, start : start + width].addmm_(rows[:, start:].T, rows[:, start : start + width])
+        total[start:, start : start + width].addmm_(
+            rows[:, start:].T, rows[:, start : start + width]
+        )
     for start in range(0, total.shape[0], width):
         end = start + width
         total[start:end, end:] = total[end:, start:end].T
 
 
 class PairStats(InputStats):
-    """Input statistics that also remember what the original model would have read in the same places.
+    """Input statistics that also remember what the original model would have read in the same
+    places.
 
     Attributes:
-        cross: float32 ``[in, in]``, the sum of ``f x^T`` for inputs ``x`` and the original model's inputs ``f``.
+        cross: float32 ``[in, in]``, the sum of ``f x^T`` for inputs ``x`` and the original model's
+            inputs ``f``.
     """
 
     def __init__(
-        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(in_features, device, dtype)
         self.cross = torch.zeros_like(self.hessian)
@@ -108,13 +131,16 @@ class PairStats(InputStats):
         return *super().sums, self.cross
 
     def add_pair(self, x: Tensor, original: Tensor) -> None:
-        """Accumulate inputs and the original model's, both ``[..., in]``; a row not finite in either is left out.
+        """Accumulate inputs and the original model's, both ``[..., in]``; a row not finite in
+        either is left out.
 
         Raises:
             QuantizationError: activations of another width, or of different shapes.
         """
         if x.shape != original.shape:
-            raise QuantizationError(f"inputs {list(x.shape)} and the original model's {list(original.shape)} do not pair up")
+            raise QuantizationError(
+                f"inputs {list(x.shape)} and the original model's {list(original.shape)} do not pair up"
+            )
         rows = x.reshape(-1, x.shape[-1])
         beside = original.reshape(-1, x.shape[-1])
         finite = torch.isfinite(rows).all(dim=1) & torch.isfinite(beside).all(dim=1)

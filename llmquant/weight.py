@@ -1,16 +1,17 @@
-"""QuantizedWeight: the narrow waist. Algorithms produce it, formats store it, kernels multiply by it.
+"""QuantizedWeight: the narrow waist. Algorithms produce it, formats store it, kernels multiply by
+it.
 
 For a weight ``[out, in]`` with ``G`` groups per row::
 
     codes   uint8   [out, in]   0 … 2**bits - 1, natural column order
     zeros   uint8   [out, G]    the code that means 0.0 (symmetric: all 2**(bits-1))
-    scales  float32 [out, G]    finite; negative ones are legal (they mirror a group's asymmetric code range)
+    scales  float32 [out, G]    finite; negative ones mirror a group's asymmetric range
     g_idx   int32   [in]        group of each column; None means column // group_size
 
-``dequantize()`` is the definition of truth: ``(code - zero) * scale`` in float32. The difference has at most
-9 bits with sign and a portable scale 8 significant bits, so the float32 product is exact; an engine that
-computes it in fp16 or bf16 therefore rounds once, from the same number, whatever its dtype (see
-:func:`portable`).
+``dequantize()`` is the definition of truth: ``(code - zero) * scale`` in float32. The difference
+has at most 9 bits with sign and a portable scale 8 significant bits, so the float32 product is
+exact; an engine that computes it in fp16 or bf16 therefore rounds once, from the same number,
+whatever its dtype (see :func:`portable`).
 """
 
 from __future__ import annotations
@@ -36,22 +37,29 @@ def portable(scale: Tensor) -> Tensor:
         scale: float tensor of any shape, finite. 0 counts as positive.
 
     Returns:
-        float32, same shape and sign: 8 significant bits (bf16's), the magnitude inside fp16's normal range
+        float32, same shape and sign: 8 significant bits (bf16's), the magnitude inside fp16's
+            normal range
         2**-14 … 65280.
     """
-    magnitude = scale.abs().to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS).to(torch.bfloat16)
+    magnitude = (
+        scale.abs().to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS).to(torch.bfloat16)
+    )
     magnitude = magnitude.to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS)
     return torch.where(scale < 0, -magnitude, magnitude)
 
 
 def is_portable(scale: Tensor) -> bool:
     """Whether every scale is the same number in float32, fp16 and bf16."""
-    return all(bool(torch.equal(scale.to(d).to(torch.float32), scale)) for d in (torch.float16, torch.bfloat16))
+    return all(
+        bool(torch.equal(scale.to(d).to(torch.float32), scale))
+        for d in (torch.float16, torch.bfloat16)
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
-    """One quantized matrix; refuses to exist with shapes, dtypes or values that contradict its spec.
+    """One quantized matrix; refuses to exist with shapes, dtypes or values that contradict its
+    spec.
 
     Raises:
         QuantizationError: on construction, saying which field is wrong.
@@ -112,10 +120,13 @@ class QuantizedWeight:
         return torch.arange(in_features, device=self.codes.device) // self.spec.width(in_features)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``(code - zero) * scale`` computed in float32, then rounded once to ``dtype``; ``[out, in]``."""
+        """``(code - zero) * scale`` computed in float32, then rounded once to ``dtype``; ``[out,
+        in]``."""
         out_features, in_features = self.codes.shape
         if self.g_idx is None:
-            blocks = self.codes.reshape(out_features, -1, self.spec.width(in_features)).to(torch.float32)
+            blocks = self.codes.reshape(out_features, -1, self.spec.width(in_features)).to(
+                torch.float32
+            )
             weight = blocks.sub_(self.zeros.unsqueeze(-1)).mul_(self.scales.unsqueeze(-1))
             return weight.reshape(out_features, in_features).to(dtype)
         group = self.column_groups()

@@ -1,7 +1,9 @@
-"""What the tests of reading, writing and the command line share: small random Llamas on disk, and quantized copies of them.
+"""What the tests of reading, writing and the command line share: small random Llamas on disk, and
+quantized copies of them.
 
-The models have tiny-llama's tokenizer and chat template, so real text can calibrate them; their weights are drawn, so that
-nothing in them is special. Folders of session scope are read-only by agreement: a test that tampers copies first.
+The models have tiny-llama's tokenizer and chat template, so real text can calibrate them; their
+weights are drawn, so that nothing in them is special. Folders of session scope are read-only by
+agreement: a test that tampers copies first.
 """
 
 from __future__ import annotations
@@ -17,21 +19,32 @@ import torch
 from tiny_models import EXAMPLE, TOKENIZER
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmquant.pipeline import quantize
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 
 # Every linear has 64 or 96 input columns, so groups of 32 fit and groups of 128 do not.
 SMALL: dict[str, Any] = {
-    "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "tie_word_embeddings": False,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 5,
-}  # fmt: skip
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 5,
+}
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [mine]\n---\n# A small random model\n"
 
 MakeModel = Callable[..., Path]
 
 
-def write_model(folder: Path, dtype: torch.dtype = torch.float16, max_shard_size: str = "5GB", **changes: Any) -> Path:
+def write_model(
+    folder: Path, dtype: torch.dtype = torch.float16, max_shard_size: str = "5GB", **changes: Any
+) -> Path:
     """A random Llama as a folder; ``changes`` go into its config."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes})).to(dtype)
@@ -62,19 +75,25 @@ def model(make_model: MakeModel) -> Path:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some four thousand tokens of plain text."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text((EXAMPLE / "calibration.txt").read_text(encoding="utf-8")[:16000], encoding="utf-8")
+    path.write_text(
+        (EXAMPLE / "calibration.txt").read_text(encoding="utf-8")[:16000], encoding="utf-8"
+    )
     return path
 
 
 @pytest.fixture(scope="session")
 def rtn() -> Recipe:
-    return Recipe.model_validate({"method": "rtn", "weights": {"group_size": 32}, "scales": {"steps": 0}})
+    return Recipe.model_validate(
+        {"method": "rtn", "weights": {"group_size": 32}, "scales": {"steps": 0}}
+    )
 
 
 @pytest.fixture(scope="session")
 def gptq(text: Path) -> Recipe:
     calibration = {"source": f"file:{text}", "nsamples": 6, "seqlen": 32}
-    return Recipe.model_validate({"weights": {"group_size": 32}, "scales": {"steps": 4}, "calibration": calibration})
+    return Recipe.model_validate(
+        {"weights": {"group_size": 32}, "scales": {"steps": 4}, "calibration": calibration}
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""``cpu_int8`` said again, slowly: the definition of csrc/cpu/int8.h in torch, and a bound of what rounding x may change."""
+"""``cpu_int8`` said again, slowly: the definition of csrc/cpu/int8.h in torch, and a bound of what
+rounding x may change."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ BLOCK = 128
 
 
 def stored_blocks(weight: QuantizedWeight) -> list[tuple[int, Tensor]]:
-    """(group, input columns) of each block, in order. Columns of padding change nothing and are left out."""
+    """(group, input columns) of each block, in order. Columns of padding change nothing and are
+    left out."""
     group = weight.column_groups()
     found = []
     for g in range(weight.scales.shape[1]):
@@ -31,12 +33,17 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """float32 ``[rows, in]`` → ``[rows, out]``: integers exactly, then float32 operations in the order of the definition."""
+    """float32 ``[rows, in]`` → ``[rows, out]``: integers exactly, then float32 operations in the
+    order of the definition."""
     y = torch.zeros(x.shape[0], weight.shape[0])
     for group, columns in stored_blocks(weight):
         whole, scale = rounded(x[:, columns])
-        centred = weight.codes[:, columns].to(torch.int64) - weight.zeros[:, group : group + 1].to(torch.int64)
-        y = y + (whole @ centred.T).to(torch.float32) * (weight.scales[:, group].to(torch.float32) * scale)
+        centred = weight.codes[:, columns].to(torch.int64) - weight.zeros[:, group : group + 1].to(
+            torch.int64
+        )
+        y = y + (whole @ centred.T).to(torch.float32) * (
+            weight.scales[:, group].to(torch.float32) * scale
+        )
     return y
 
 

@@ -1,8 +1,10 @@
-"""Runs quantizations in forked children and kills them where it is told: a process of its own, so that forking is safe.
+"""Runs quantizations in forked children and kills them where it is told: a process of its own, so
+that forking is safe.
 
-Reads one job per line (JSON) from stdin and answers each with a line. An *instant* is a call of the operating system that changes
-the disk; instants are counted, so that ``kill: 7`` stops at the same place every time, before or behind the seventh of them.
-``count`` only tells how many there are. ``after_seconds`` kills at a moment that nothing chose.
+Reads one job per line (JSON) from stdin and answers each with a line. An *instant* is a call of the
+operating system that changes the disk; instants are counted, so that ``kill: 7`` stops at the same
+place every time, before or behind the seventh of them. ``count`` only tells how many there are.
+``after_seconds`` kills at a moment that nothing chose.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llmquant.pipeline import QuantizeOptions, quantize
+from llmquant.quantization.run import QuantizeOptions, quantize
 from llmquant.recipe import Recipe
 
 CALLS = {"write", "fsync", "rename", "truncate", "unlink", "sendfile", "mkdir", "rmdir", "flock"}
@@ -43,16 +45,22 @@ class Instants:
 
 
 def child(job: dict[str, Any], answer: Path) -> None:
-    if "file_limit" in job:  # the kernel then writes what fits and refuses the rest, as a full disk does
+    if (
+        "file_limit" in job
+    ):  # the kernel then writes what fits and refuses the rest, as a full disk does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # which may be a file too
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
     instants = Instants(job.get("kill"), job.get("behind", False))
-    options = QuantizeOptions(max_shard_size=job["max_shard_size"], max_memory=job.get("max_memory"))
+    options = QuantizeOptions(
+        max_shard_size=job["max_shard_size"], max_memory=job.get("max_memory")
+    )
     told: dict[str, Any] = {}
     if job.get("kill") or job.get("count"):
         sys.setprofile(instants)
     try:
-        told["resumed"] = quantize(job["model"], job["output"], Recipe.model_validate(job["recipe"]), options).resumed
+        told["resumed"] = quantize(
+            job["model"], job["output"], Recipe.model_validate(job["recipe"]), options
+        ).resumed
     except Exception as e:  # noqa: BLE001 - whatever it was, the test that asked tells of it
         told["error"] = f"{type(e).__name__}: {e}"
     finally:

@@ -1,4 +1,5 @@
-"""Helpers of the tests: random quantized weights, and a packed copy of a small model, made by the plainest means."""
+"""Helpers of the tests: random quantized weights, and a packed copy of a small model, made by the
+plainest means."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms import rtn
-from llmquant.checkpoint import CheckpointReader
-from llmquant.checkpoint_writer import CheckpointWriter
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.formats import FORMATS, Scheme
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, portable
@@ -31,7 +32,9 @@ def random_weight(
     """Uniform codes and zeros; portable scales, or scales with the bits of ``scale_dtype``."""
     generator = torch.Generator().manual_seed(seed)
     params = (out_features, spec.groups(in_features))
-    codes = torch.randint(0, spec.levels, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(
+        0, spec.levels, (out_features, in_features), generator=generator, dtype=torch.uint8
+    )
     zeros = torch.randint(0, spec.levels, params, generator=generator, dtype=torch.uint8)
     if spec.symmetric:
         zeros.fill_(spec.middle)
@@ -52,7 +55,8 @@ def pack_folder(
     spec: QuantSpec,
     edit: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> dict[str, QuantizedWeight]:
-    """Round every ``*_proj`` of a model folder to nearest and write it in the default format; returns the weights.
+    """Round every ``*_proj`` of a model folder to nearest and write it in the default format;
+    returns the weights.
 
     ``edit`` may tamper with the tensors before they are written.
     """

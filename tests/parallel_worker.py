@@ -1,7 +1,8 @@
-"""What one process of a world does in test_parallel.py: ``torchrun … parallel_worker.py REQUEST.json``.
+"""What one process of a world does in test_parallel.py: ``torchrun … parallel_worker.py
+REQUEST.json``.
 
-Each run goes to the folder that the request names; what the last, deliberately failing one raised in each process goes to
-``error-RANK.txt`` beside it.
+Each run goes to the folder that the request names; what the last, deliberately failing one raised
+in each process goes to ``error-RANK.txt`` beside it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmquant import walk
+from llmquant.checkpoint.manifest import read_manifest
 from llmquant.errors import LlmquantError, QuantizationError
-from llmquant.manifest import read_manifest
-from llmquant.parallel import World, joined
-from llmquant.pipeline import QuantizeOptions, quantize
+from llmquant.quantization import walk
+from llmquant.quantization.run import QuantizeOptions, quantize
 from llmquant.recipe import Recipe
+from llmquant.runtime.distributed import World, joined
 
 
 def _fail(*_: Any) -> Any:
@@ -27,13 +28,22 @@ def work(world: World, request: dict[str, Any]) -> None:
     """The runs of a request, one after the other."""
     for run in request["runs"]:
         options = QuantizeOptions(world=world, max_memory=run["max_memory"])
-        result = quantize(request["model"], run["output"], Recipe.model_validate(run["recipe"]), options)
-        assert {m.name for m in result.modules} == set(read_manifest(result.path).modules), "every process has the whole result"
+        result = quantize(
+            request["model"], run["output"], Recipe.model_validate(run["recipe"]), options
+        )
+        assert {m.name for m in result.modules} == set(read_manifest(result.path).modules), (
+            "every process has the whole result"
+        )
     failing = request["failing"]
     if world.rank == 1:
         walk.observe = _fail
     try:
-        quantize(request["model"], failing["output"], Recipe.model_validate(failing["recipe"]), QuantizeOptions(world=world))
+        quantize(
+            request["model"],
+            failing["output"],
+            Recipe.model_validate(failing["recipe"]),
+            QuantizeOptions(world=world),
+        )
     except LlmquantError as e:
         told = Path(failing["output"]).with_name(f"error-{world.rank}.txt")
         told.write_text(f"{type(e).__name__}: {e}", encoding="utf-8")

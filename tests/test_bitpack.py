@@ -80,5 +80,7 @@ def test_unused_bits_are_zero(bits):
     ],
 )
 def test_a_wrong_number_of_words_is_refused(packed, bits, count):
-    with pytest.raises(FormatError, match=rf"{count} codes of {bits} bits need {words(count, bits)} int32 words"):
+    with pytest.raises(
+        FormatError, match=rf"{count} codes of {bits} bits need {words(count, bits)} int32 words"
+    ):
         unpack(packed, bits, count)

@@ -46,9 +46,13 @@ def test_the_library_is_built_and_has_its_instruction_sets(hook, source):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "words"), [("/nonexistent/c++", "No such file"), ("false", "exit code 1")], ids=["no such compiler", "it fails"]
+    ("compiler", "words"),
+    [("/nonexistent/c++", "No such file"), ("false", "exit code 1")],
+    ids=["no such compiler", "it fails"],
 )
-def test_a_compiler_that_does_not_work_is_a_reason_and_leaves_nothing(hook, source, compiler, words, monkeypatch):
+def test_a_compiler_that_does_not_work_is_a_reason_and_leaves_nothing(
+    hook, source, compiler, words, monkeypatch
+):
     monkeypatch.setenv("CXX", compiler)
     assert words in hook.build(source)
     assert not (source / hook.LIBRARY).exists()
@@ -62,15 +66,28 @@ def test_no_compiler_says_what_to_install(hook, source, monkeypatch):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is a matter of x86")
 def test_the_logic_of_vectors_of_sixteen_is_right_on_any_processor(hook, tmp_path):
-    """AVX-512's file compiled for what this machine has: other instructions, the same code and its own rows at a time."""
+    """AVX-512's file compiled for what this machine has: other instructions, the same code and its
+    own rows at a time."""
     cpu, check = ROOT / "csrc" / "cpu", ROOT / "tests" / "native" / "check.cpp"
     wide = tmp_path / "wide.cpp"
     text = (cpu / "isa_avx512.cpp").read_text()
     assert text.startswith("#define LANES 16")
-    wide.write_text(re.sub(r"return __builtin_cpu_supports.*?;", "return true;", text, flags=re.DOTALL))
-    others = [cpu / f"{name}.cpp" for name in ("api", "threads", "masks", "isa_generic", "isa_avx2")]
+    wide.write_text(
+        re.sub(r"return __builtin_cpu_supports.*?;", "return true;", text, flags=re.DOTALL)
+    )
+    others = [
+        cpu / f"{name}.cpp" for name in ("api", "threads", "masks", "isa_generic", "isa_avx2")
+    ]
     program = tmp_path / "check"
-    flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-Wno-psabi", "-march=native", "-mno-avx512f", f"-I{cpu}"]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-ffp-contract=fast",
+        "-Wno-psabi",
+        "-march=native",
+        "-mno-avx512f",
+        f"-I{cpu}",
+    ]
     subprocess.run(["c++", *flags, check, wide, *others, "-o", program, "-ldl"], check=True)
     done = subprocess.run([program, "0"], capture_output=True, text=True, check=False)
     assert done.stdout == "avx512: 504 products, 0 numbers wrong\n"

@@ -1,11 +1,15 @@
-"""Imports point down, read from the syntax trees; importing does nothing; asking for help does not cost torch."""
+"""Imports point down, read from the syntax trees; importing does nothing; asking for help does not
+cost torch."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,33 +19,47 @@ import llmquant
 
 ROOT = Path(__file__).parent.parent
 
-# Lowest first. A module may import modules of lower layers only, and of its own package; siblings never import each other.
-LAYERS = (
-    ("errors",),
-    ("runtime",),
-    ("spec", "finite", "roles", "interruption", "knapsack", "shards", "hub", "local_text", "hub_text", "usage"),
-    ("weight", "bitpack", "stats", "damage", "activations", "orthogonal", "experts"),
-    ("parallel",),
-    ("algorithms", "formats", "kernels"),
-    ("destination",),
-    ("journal", "checkpoint"),
-    ("checkpoint_writer", "capture", "architectures", "modules", "saving", "engines", "states", "decoder_steps"),
-    ("naming", "decoding"),
-    ("recipe", "skeleton", "detect", "fit", "sources", "gguf_metadata", "folding", "replay"),
-    ("tokens", "gguf_file", "manifest", "selection", "reference", "tuning", "scaling", "smoothing", "rotation", "calls"),
-    ("walkplan", "calibration", "loading", "inspection", "card"),
-    ("materialize", "rounding", "inputs"),
-    ("walk",),
-    ("plan", "preparation", "conversion", "integration", "resident", "outcome", "fingerprint"),
-    ("resume", "forecast", "storing", "finishing"),
-    ("runlog", "together", "spilling", "sensitivity"),
-    ("pipeline", "choices"),
-    ("repetition", "allocation", "timing"),
-    ("cli",),
-    ("__main__",),
-)
-LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-# What the packages above may import beside the names of ``llmquant`` itself: the exceptions, which cost no torch.
+# Lowest first. A room may import lower rows only; rooms of one row never import each other. Modules
+# of one room may.
+ROWS = {
+    "llmquant": (
+        ("errors",),
+        ("spec", "bitpack", "activations", "stats"),
+        ("weight", "recipe", "runtime"),
+        ("algorithms", "formats", "kernels"),
+        ("checkpoint",),
+        ("data",),
+        ("models",),
+        ("quantization",),
+        ("planning", "conversion"),
+        ("cli",),
+        ("__main__",),
+    ),
+    "llmquant_eval": (
+        ("report",),
+        ("models", "texts"),
+        ("scoring",),
+        ("tasks",),
+        ("run",),
+        ("suites",),
+        ("leaderboard",),
+        ("suite_cli",),
+        ("cli",),
+    ),
+    "llmquant_serve": (
+        ("errors",),
+        ("engines",),
+        ("metrics", "generation"),
+        ("service",),
+        ("api",),
+        ("chat",),
+        ("build", "server"),
+        ("cli",),
+    ),
+}
+MOST_MODULES = 12  # of a folder
+# What the packages above may import beside the names of ``llmquant`` itself: the exceptions, which
+# cost no torch.
 PUBLIC_MODULES = {"llmquant.errors", "llmquant.cli.options"}
 PACKAGES = {
     "llmquant": ROOT / "llmquant",
@@ -63,9 +81,11 @@ MODULES = {package: sources(package) for package in PACKAGES}
 
 
 def imports(path: Path, own: str) -> Iterator[str]:
-    """Every module that a file imports anywhere, functions and type checking included; relative ones made absolute.
+    """Every module that a file imports anywhere, functions and type checking included; relative
+    ones made absolute.
 
-    ``from package import name`` counts as the module ``package.name`` where there is one, else as ``package``.
+    ``from package import name`` counts as the module ``package.name`` where there is one, else as
+    ``package``.
     """
     known = {name for modules in MODULES.values() for name in modules}
     package = own if path.name == "__init__.py" else own.rpartition(".")[0]
@@ -77,7 +97,9 @@ def imports(path: Path, own: str) -> Iterator[str]:
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, base]).rstrip(".")
-            yield from (f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names)
+            yield from (
+                f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names
+            )
 
 
 def part(module: str) -> str:
@@ -86,26 +108,69 @@ def part(module: str) -> str:
 
 
 LIBRARY = {name: path for name, path in MODULES["llmquant"].items() if name != "llmquant"}
+ROOMED = {
+    name: path for package in PACKAGES for name, path in MODULES[package].items() if name != package
+}
 
 
-@pytest.mark.parametrize("name", LIBRARY)
-def test_the_library_imports_only_downwards(name):
-    assert part(name) in LAYER, f"llmquant/{part(name)} is new: give it a layer in this file"
-    for imported in imports(LIBRARY[name], name):
+def row(module: str) -> int:
+    package, room = module.split(".")[0], part(module)
+    found = [i for i, rooms in enumerate(ROWS[package]) if room in rooms]
+    assert found, f"{package}/{room} is new: give it a row in this file"
+    return found[0]
+
+
+@pytest.mark.parametrize("name", ROOMED)
+def test_imports_point_down(name):
+    package = name.split(".")[0]
+    for imported in imports(ROOMED[name], name):
         top = imported.split(".")[0]
-        assert top not in ("llmquant_eval", "llmquant_serve"), f"{name} imports {imported}, which stands above the library"
-        if top != "llmquant":
+        if package == "llmquant":
+            assert top not in ("llmquant_eval", "llmquant_serve"), (
+                f"{name} imports {imported}, which stands above the library"
+            )
+        if top != package:
             continue
-        assert imported != "llmquant", f"{name} imports the public face of its own package; import the module"
-        allowed = part(imported) == part(name) or LAYER[part(imported)] < LAYER[part(name)]
-        assert allowed, f"{name} (layer {LAYER[part(name)]}) imports {imported} (layer {LAYER[part(imported)]})"
+        assert imported != package, (
+            f"{name} imports the public face of its own package; import the module"
+        )
+        assert part(imported) == part(name) or row(imported) < row(name), (
+            f"{name} (row {row(name)}) imports {imported}"
+        )
 
 
-def test_the_layers_name_no_module_that_is_gone():
-    assert LAYER.keys() <= {part(name) for name in LIBRARY}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_imports_itself_by_a_detour(package):
+    modules = MODULES[package]
+    below = {
+        name: {i for i in imports(path, name) if i in modules and i != name}
+        for name, path in modules.items()
+    }
+    # What a package's __init__ gathers is not an import of the package by its parts.
+    order = graphlib.TopologicalSorter(
+        {n: {m for m in found if not n.startswith(f"{m}.")} for n, found in below.items()}
+    )
+    order.prepare()
 
 
-UPPER = {name: path for package in ("llmquant_eval", "llmquant_serve") for name, path in MODULES[package].items()}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_rows_name_no_room_that_is_gone(package):
+    assert {room for rooms in ROWS[package] for room in rooms} == {
+        part(n) for n in MODULES[package] if n != package
+    }
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_folder_has_too_many_modules(package):
+    counts = Counter(str(path.parent.relative_to(ROOT)) for path in MODULES[package].values())
+    assert not {folder: count for folder, count in counts.items() if count > MOST_MODULES}
+
+
+UPPER = {
+    name: path
+    for package in ("llmquant_eval", "llmquant_serve")
+    for name, path in MODULES[package].items()
+}
 
 
 @pytest.mark.parametrize("name", UPPER)
@@ -113,21 +178,33 @@ def test_upper_packages_use_only_the_public_api(name):
     package = name.split(".")[0]
     for imported in imports(UPPER[name], name):
         top = imported.split(".")[0]
-        assert top == package or not top.startswith("llmquant_"), f"{name} imports {imported}, its sibling"
-        assert top != "llmquant" or imported in {"llmquant", *PUBLIC_MODULES}, f"{name} imports {imported}, which is private"
+        assert top == package or not top.startswith("llmquant_"), (
+            f"{name} imports {imported}, its sibling"
+        )
+        assert top != "llmquant" or imported in {"llmquant", *PUBLIC_MODULES}, (
+            f"{name} imports {imported}, which is private"
+        )
     for node in ast.walk(ast.parse(UPPER[name].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "llmquant":
-            assert node.attr in llmquant.__all__, f"{name} uses llmquant.{node.attr}, which is not public"
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "llmquant"
+        ):
+            assert node.attr in llmquant.__all__, (
+                f"{name} uses llmquant.{node.attr}, which is not public"
+            )
         if isinstance(node, ast.ImportFrom) and node.module == "llmquant" and not node.level:
             private = {alias.name for alias in node.names} - set(llmquant.__all__)
             assert not private, f"{name} imports {', '.join(private)}, which is not public"
 
 
 def test_every_public_name_can_be_had():
-    assert sorted(llmquant.__all__) == list(llmquant.__all__)
+    assert {"load", "quantize", "UsageError", "Events"} <= set(dir(llmquant))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", llmquant.__version__)
     for name in llmquant.__all__:
-        assert getattr(llmquant, name).__module__.startswith("llmquant."), name
-    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        value = getattr(llmquant, name)
+        assert getattr(value, "__module__", "llmquant.").startswith("llmquant."), name
+    with pytest.raises(AttributeError, match="No llmquant attribute quantise"):
         _ = llmquant.quantise
 
 
@@ -141,7 +218,8 @@ def does_something(node: ast.stmt) -> bool:
 
 
 def registers_command(call: ast.expr) -> bool:
-    """``app.command(...)(function)``, ``app.add_typer(...)`` and an operator's gradient: typer's and torch's ways of defining."""
+    """``app.command(...)(function)``, ``app.add_typer(...)`` and an operator's gradient: typer's
+    and torch's ways of defining."""
     text = ast.unparse(call)
     return text.startswith(("app.command(", "app.add_typer(")) or ".register_autograd(" in text
 
@@ -158,7 +236,9 @@ def test_importing_does_nothing(name):
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     paths = [str(ROOT), str(ROOT / "eval"), str(ROOT / "serve"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
 
 
 HELP = """
@@ -193,5 +273,7 @@ def test_help_and_misuse_answer_without_torch(arguments, code, told):
 
 
 def test_importing_the_package_does_not_import_torch():
-    result = run_python("import sys, llmquant, llmquant.errors, llmquant.recipe; print('torch' in sys.modules)")
+    result = run_python(
+        "import sys, llmquant, llmquant.errors, llmquant.recipe; print('torch' in sys.modules)"
+    )
     assert result.stdout.strip() == "False", result.stderr

@@ -1,4 +1,5 @@
-"""Recipes: what ships loads, what is wrong is refused with its place, what is written down repeats the run."""
+"""Recipes: what ships loads, what is wrong is refused with its place, what is written down repeats
+the run."""
 
 from __future__ import annotations
 
@@ -51,33 +52,86 @@ def loaded(tmp_path: Path, yaml: str) -> Recipe:
 
 WRONG = [
     pytest.param("wieghts: {bits: 4}", "wieghts: there is no such key", id="unknown key"),
-    pytest.param("weights: {bits: 4, bitz: 3}", r"weights\.bitz: there is no such key", id="unknown nested key"),
-    pytest.param("overrides: [{match: x, bitz: 4}]", r"overrides\.0\.bitz: there is no such key", id="in an override"),
-    pytest.param("weights: {bits: 4}\nweights: {bits: 8}", "the key 'weights' is given twice.*line 1", id="key twice"),
-    pytest.param("weights: {bits: 4, bits: 8}", "the key 'bits' is given twice", id="nested key twice"),
-    pytest.param("weights: {bits: 5}", r"weights: bits=5 is not supported; choose one of 2, 3, 4, 8", id="5 bits"),
-    pytest.param("weights: {group_size: 0}", "weights: group_size=0 must be a positive divisor", id="group of 0"),
-    pytest.param("weights: {group_size: null}", r"weights\.group_size: Input should be a valid integer", id="no group size"),
-    pytest.param("weights: 3", "weights: Input should be a valid dictionary", id="weights no mapping"),
-    pytest.param("overrides: [{match: x, bits: 5}]", r"overrides\.0: bits=5 is not supported", id="impossible override"),
+    pytest.param(
+        "weights: {bits: 4, bitz: 3}",
+        r"weights\.bitz: there is no such key",
+        id="unknown nested key",
+    ),
+    pytest.param(
+        "overrides: [{match: x, bitz: 4}]",
+        r"overrides\.0\.bitz: there is no such key",
+        id="in an override",
+    ),
+    pytest.param(
+        "weights: {bits: 4}\nweights: {bits: 8}",
+        "the key 'weights' is given twice.*line 1",
+        id="key twice",
+    ),
+    pytest.param(
+        "weights: {bits: 4, bits: 8}", "the key 'bits' is given twice", id="nested key twice"
+    ),
+    pytest.param(
+        "weights: {bits: 5}",
+        r"weights: bits=5 is not supported; choose one of 2, 3, 4, 8",
+        id="5 bits",
+    ),
+    pytest.param(
+        "weights: {group_size: 0}",
+        "weights: group_size=0 must be a positive divisor",
+        id="group of 0",
+    ),
+    pytest.param(
+        "weights: {group_size: null}",
+        r"weights\.group_size: Input should be a valid integer",
+        id="no group size",
+    ),
+    pytest.param(
+        "weights: 3", "weights: Input should be a valid dictionary", id="weights no mapping"
+    ),
+    pytest.param(
+        "overrides: [{match: x, bits: 5}]",
+        r"overrides\.0: bits=5 is not supported",
+        id="impossible override",
+    ),
     pytest.param("overrides: [{match: '', bits: 4}]", r"overrides\.0\.match: ", id="empty match"),
     pytest.param("method: magic", "method: Input should be 'rtn'", id="unknown method"),
     pytest.param("include: ['*', '']", "include: a module pattern is empty", id="empty pattern"),
-    pytest.param("ignore: lm_head", "ignore: Input should be a valid tuple", id="one pattern, no list"),
-    pytest.param("seed: -1", "seed: Input should be greater than or equal to 0", id="negative seed"),
-    pytest.param("seed: 99999999999999999999", "seed: Input should be less than or equal to 92", id="seed beyond int64"),
-    pytest.param("scales: {norm: .inf}", r"scales\.norm: Input should be a finite number", id="infinite norm"),
+    pytest.param(
+        "ignore: lm_head", "ignore: Input should be a valid tuple", id="one pattern, no list"
+    ),
+    pytest.param(
+        "seed: -1", "seed: Input should be greater than or equal to 0", id="negative seed"
+    ),
+    pytest.param(
+        "seed: 99999999999999999999",
+        "seed: Input should be less than or equal to 92",
+        id="seed beyond int64",
+    ),
+    pytest.param(
+        "scales: {norm: .inf}", r"scales\.norm: Input should be a finite number", id="infinite norm"
+    ),
     pytest.param("gptq: {damping: .nan}", r"gptq\.damping: ", id="damping NaN"),
     pytest.param("calibration: {nsamples: 0}", r"calibration\.nsamples: ", id="no samples"),
     pytest.param(
-        "gptq: {act_order: group}\nweights: {group_size: -1}", "act_order: group needs a group size", id="order of one group"
+        "gptq: {act_order: group}\nweights: {group_size: -1}",
+        "act_order: group needs a group size",
+        id="order of one group",
     ),
-    pytest.param("smooth: {}", "no linear has any; set weights.activations", id="smooth without int8 activations"),
     pytest.param(
-        "smooth: {}\nawq: {}\nweights: {bits: 8, group_size: -1, activations: int8-dynamic}", "awq and smooth both scale",
+        "smooth: {}",
+        "no linear has any; set weights.activations",
+        id="smooth without int8 activations",
+    ),
+    pytest.param(
+        "smooth: {}\nawq: {}\nweights: {bits: 8, group_size: -1, activations: int8-dynamic}",
+        "awq and smooth both scale",
         id="two scalings",
     ),
-    pytest.param("rotation: {residual: off, heads: false}", "rotate nothing; leave the section out", id="rotation of nothing"),
+    pytest.param(
+        "rotation: {residual: off, heads: false}",
+        "rotate nothing; leave the section out",
+        id="rotation of nothing",
+    ),
     pytest.param("rotation: {residual: upwards}", r"rotation\.residual: ", id="unknown rotation"),
     pytest.param("smooth: {alpha: 2}", r"smooth\.alpha\.", id="alpha of 2"),
     pytest.param("[1, 2]", "recipe: Input should be a valid dictionary", id="a list"),
@@ -97,7 +151,9 @@ def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, yaml: str, wor
 
 
 def test_a_recipe_that_is_not_there_lists_those_that_are() -> None:
-    with pytest.raises(RecipeError, match=r"no recipe 'nope': not a file, and the shipped ones are .*gptq-w4g128"):
+    with pytest.raises(
+        RecipeError, match=r"no recipe 'nope': not a file, and the shipped ones are .*gptq-w4g128"
+    ):
         load_recipe("nope")
 
 
@@ -112,12 +168,33 @@ EVERYTHING: dict[str, Any] = {
     "weights": {"bits": 3, "group_size": 32, "symmetric": False},
     "overrides": [{"match": "*.down_proj", "bits": 8, "group_size": -1}],
     "scales": {"steps": 4, "smallest": 0.5, "norm": 2.4, "weighted": True},
-    "gptq": {"block_size": 64, "damping": 0.05, "act_order": "off", "true_sequential": False, "asymmetric": 0.5, "passes": 2},
+    "gptq": {
+        "block_size": 64,
+        "damping": 0.05,
+        "act_order": "off",
+        "true_sequential": False,
+        "asymmetric": 0.5,
+        "passes": 2,
+    },
     "rotation": {"residual": "off", "heads": True, "seed": 4},
-    "tune": {"steps": 9, "lr": 0.1, "scale_lr": 0, "batch_size": 2, "checks": 3, "patience": 1, "target": "block"},
+    "tune": {
+        "steps": 9,
+        "lr": 0.1,
+        "scale_lr": 0,
+        "batch_size": 2,
+        "checks": 3,
+        "patience": 1,
+        "target": "block",
+    },
     "include": ["*_proj"],
     "ignore": ["*.o_proj"],
-    "calibration": {"source": "file:x: y.txt", "nsamples": 3, "seqlen": 16, "packing": "sample", "batch_size": 2},
+    "calibration": {
+        "source": "file:x: y.txt",
+        "nsamples": 3,
+        "seqlen": 16,
+        "packing": "sample",
+        "batch_size": 2,
+    },
     "seed": 7,
 }
 
@@ -151,7 +228,10 @@ def test_an_update_reaches_into_a_section_that_was_left_out() -> None:
     assert tuned.tune.steps == 7
     assert (tuned.steps, tuned.needs_text) == ("gptq+tune", True)
     assert tuned.updated({"tune": None}) == Recipe()
-    assert [Recipe(method="rtn").needs_text, Recipe(method="rtn").updated({"tune": {}}).needs_text] == [False, True]
+    assert [
+        Recipe(method="rtn").needs_text,
+        Recipe(method="rtn").updated({"tune": {}}).needs_text,
+    ] == [False, True]
 
 
 OVERRIDES = (

@@ -16,7 +16,9 @@ from llmquant.spec import SUPPORTED_BITS, QuantSpec
         pytest.param({"bits": 16}, "bits=16", id="16 bits"),
         pytest.param({"bits": -4}, "bits=-4", id="negative bits"),
         pytest.param({"group_size": 0}, "group_size=0 .* positive divisor", id="no columns"),
-        pytest.param({"group_size": -1}, "group_size=-1 .*-1 on the command line", id="-1 is not None"),
+        pytest.param(
+            {"group_size": -1}, "group_size=-1 .*-1 on the command line", id="-1 is not None"
+        ),
     ],
 )
 def test_impossible_specs_are_refused(fields, told):
@@ -57,7 +59,9 @@ def test_a_group_size_that_does_not_divide_names_module_and_sizes_that_do():
     with pytest.raises(SpecError) as caught:
         QuantSpec(4, 128).check(192, "model.layers.0.mlp.down_proj")
     told = str(caught.value)
-    assert told.startswith("model.layers.0.mlp.down_proj: group_size=128 does not divide its 192 input columns")
+    assert told.startswith(
+        "model.layers.0.mlp.down_proj: group_size=128 does not divide its 192 input columns"
+    )
     assert "8, 12, 16, 24, 32, 48, 64, 96, 192" in told
     assert "--ignore model.layers.0.mlp.down_proj" in told
 

@@ -61,7 +61,10 @@ def test_of_no_tokens_everything_is_zero():
 
 def test_merging_equals_one_accumulator():
     # Small integers, so that every order of summation gives the same float32 number.
-    first, second = (torch.randint(-5, 6, (30, WIDTH), generator=torch.Generator().manual_seed(s)).float() for s in (1, 2))
+    first, second = (
+        torch.randint(-5, 6, (30, WIDTH), generator=torch.Generator().manual_seed(s)).float()
+        for s in (1, 2)
+    )
     second[3, 4] = torch.inf
     merged, together = of(first), of(first, second)
     merged.merge(of(second))
@@ -97,7 +100,10 @@ def test_all_rows_lost_leaves_zero_tokens():
     "act",
     [
         pytest.param(lambda: InputStats(WIDTH).merge(InputStats(WIDTH + 1)), id="merge"),
-        pytest.param(lambda: InputStats(WIDTH).add(torch.zeros(WIDTH, 2 * WIDTH)), id="add a multiple of the width"),
+        pytest.param(
+            lambda: InputStats(WIDTH).add(torch.zeros(WIDTH, 2 * WIDTH)),
+            id="add a multiple of the width",
+        ),
     ],
 )
 def test_another_width_is_refused(act):

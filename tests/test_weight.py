@@ -1,4 +1,5 @@
-"""The waist: a QuantizedWeight refuses to be wrong, and dequantizing it is the definition, rounded once."""
+"""The waist: a QuantizedWeight refuses to be wrong, and dequantizing it is the definition, rounded
+once."""
 
 from __future__ import annotations
 
@@ -33,23 +34,63 @@ def set_to(tensor: torch.Tensor, value: float) -> torch.Tensor:
 
 WRONG = {
     "codes of int8": (SYM, "codes", lambda t: t.to(torch.int8), "codes must be uint8"),
-    "codes of one dimension": (SYM, "codes", lambda t: t.reshape(-1), r"codes must be uint8 \[out, in\]"),
-    "group size does not divide": (SYM, "codes", lambda t: t[:, :15], "group_size 8 does not divide 15 columns"),
+    "codes of one dimension": (
+        SYM,
+        "codes",
+        lambda t: t.reshape(-1),
+        r"codes must be uint8 \[out, in\]",
+    ),
+    "group size does not divide": (
+        SYM,
+        "codes",
+        lambda t: t[:, :15],
+        "group_size 8 does not divide 15 columns",
+    ),
     "no rows": (SYM, "codes", lambda t: t[:0], r"scales must be float32 \[0, 2\]"),
     "code too large": (SYM, "codes", lambda t: set_to(t, 16), "exceeds 15"),
     "scales of fp16": (SYM, "scales", lambda t: t.half(), "scales must be float32"),
     "scales of fp64": (SYM, "scales", lambda t: t.double(), "scales must be float32"),
-    "scales transposed": (SYM, "scales", lambda t: t.T, r"scales must be float32 \[3, 2\], got torch.float32 \[2, 3\]"),
+    "scales transposed": (
+        SYM,
+        "scales",
+        lambda t: t.T,
+        r"scales must be float32 \[3, 2\], got torch.float32 \[2, 3\]",
+    ),
     "scale NaN": (SYM, "scales", lambda t: set_to(t, float("nan")), "a scale is NaN or infinite"),
-    "scale infinite": (SYM, "scales", lambda t: set_to(t, float("-inf")), "a scale is NaN or infinite"),
+    "scale infinite": (
+        SYM,
+        "scales",
+        lambda t: set_to(t, float("-inf")),
+        "a scale is NaN or infinite",
+    ),
     "zeros of int32": (SYM, "zeros", lambda t: t.int(), "zeros must be uint8"),
     "zeros of one group": (SYM, "zeros", lambda t: t[:, :1], r"zeros must be uint8 \[3, 2\]"),
     "zero too large": (ASYM, "zeros", lambda t: set_to(t, 16), "exceeds 15"),
     "symmetric off its middle": (SYM, "zeros", lambda t: set_to(t, 7), "every zero-point at 8"),
-    "g_idx of int64": (SYM, "g_idx", lambda _: torch.zeros(16, dtype=torch.int64), "g_idx must be int32"),
-    "g_idx too short": (SYM, "g_idx", lambda _: torch.zeros(15, dtype=torch.int32), r"g_idx must be int32 \[16\]"),
-    "g_idx of no group": (SYM, "g_idx", lambda _: torch.full((16,), 2, dtype=torch.int32), "lie in 0 … 1"),
-    "g_idx negative": (SYM, "g_idx", lambda _: torch.full((16,), -1, dtype=torch.int32), "lie in 0 … 1"),
+    "g_idx of int64": (
+        SYM,
+        "g_idx",
+        lambda _: torch.zeros(16, dtype=torch.int64),
+        "g_idx must be int32",
+    ),
+    "g_idx too short": (
+        SYM,
+        "g_idx",
+        lambda _: torch.zeros(15, dtype=torch.int32),
+        r"g_idx must be int32 \[16\]",
+    ),
+    "g_idx of no group": (
+        SYM,
+        "g_idx",
+        lambda _: torch.full((16,), 2, dtype=torch.int32),
+        "lie in 0 … 1",
+    ),
+    "g_idx negative": (
+        SYM,
+        "g_idx",
+        lambda _: torch.full((16,), -1, dtype=torch.int32),
+        "lie in 0 … 1",
+    ),
 }
 
 
@@ -90,7 +131,10 @@ def test_dequantize_is_the_elementwise_definition(spec, ordered):
 @pytest.mark.parametrize("bits", [4, 8], ids=["4 bits", "8 bits"])
 def test_dequantize_rounds_once(bits, dtype):
     weight = random_weight(64, 256, QuantSpec(bits, 32, False), seed=bits)
-    expanded = weight.scales.double().repeat_interleave(32, dim=1), weight.zeros.double().repeat_interleave(32, dim=1)
+    expanded = (
+        weight.scales.double().repeat_interleave(32, dim=1),
+        weight.zeros.double().repeat_interleave(32, dim=1),
+    )
     exact = (weight.codes.double() - expanded[1]) * expanded[0]
     assert torch.equal(weight.dequantize(dtype), exact.to(dtype))
 
@@ -99,7 +143,9 @@ def test_dequantize_rounds_once(bits, dtype):
 def test_an_engine_that_multiplies_in_half_precision_gets_the_same_number(dtype):
     weight = random_weight(64, 256, QuantSpec(4, 32, False))
     scale = weight.scales.to(dtype).repeat_interleave(32, dim=1)
-    difference = (weight.codes.to(torch.int16) - weight.zeros.to(torch.int16).repeat_interleave(32, dim=1)).to(dtype)
+    difference = (
+        weight.codes.to(torch.int16) - weight.zeros.to(torch.int16).repeat_interleave(32, dim=1)
+    ).to(dtype)
     assert torch.equal(difference * scale, weight.dequantize(dtype))
 
 

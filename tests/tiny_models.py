@@ -1,4 +1,5 @@
-"""Tiny random decoder models of several architectures, made in a moment and saved as real checkpoints."""
+"""Tiny random decoder models of several architectures, made in a moment and saved as real
+checkpoints."""
 
 from __future__ import annotations
 
@@ -29,13 +30,22 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 VOCAB = 64
 EXPERTS = 4
 _SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-    "initializer_range": 0.2, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 _LLAMA: dict[str, Any] = {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 _QWEN3: dict[str, Any] = {**_LLAMA, "head_dim": 8}
 
-# Windows of half the attention: the first block sees everything, the second only the last four positions.
+# Windows of half the attention: the first block sees everything, the second only the last four
+# positions.
 _MIXED: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -48,12 +58,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "opt": OPTConfig(**_SMALL, ffn_dim=48, word_embed_proj_dim=32),
     "gemma2": Gemma2Config(**_QWEN3, sliding_window=4, query_pre_attn_scalar=8),
     "gemma3_text": Gemma3TextConfig(
-        **_QWEN3, sliding_window=4, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+        **_QWEN3,
+        sliding_window=4,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
     ),
     "phi3": Phi3Config(**_LLAMA),
     "starcoder2": Starcoder2Config(**_LLAMA, use_bias=True, sliding_window=4),
     "mixtral": MixtralConfig(**_LLAMA, num_local_experts=EXPERTS, num_experts_per_tok=2),
-    "qwen3_moe": Qwen3MoeConfig(**_QWEN3, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=16),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_QWEN3, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
 }
 
 _GATED = [
@@ -66,7 +81,10 @@ _GATED = [
 
 def _mixture(inside: str, gate: str, up: str, down: str) -> list[tuple[str, ...]]:
     experts = [f"{inside}.experts.{i}" for i in range(EXPERTS)]
-    return [*_GATED[:2], *(s for e in experts for s in ((f"{e}.{gate}", f"{e}.{up}"), (f"{e}.{down}",)))]
+    return [
+        *_GATED[:2],
+        *(s for e in experts for s in ((f"{e}.{gate}", f"{e}.{up}"), (f"{e}.{down}",))),
+    ]
 
 
 # Linears of a block that read the same tensor, in the order in which they are called.
@@ -76,20 +94,34 @@ STAGES = {
     "qwen2": _GATED,
     "qwen3": _GATED,
     "gpt_neox": [
-        ("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)
+        ("attention.query_key_value",),
+        ("attention.dense",),
+        ("mlp.dense_h_to_4h",),
+        ("mlp.dense_4h_to_h",),
     ],
     "opt": [
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",)
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("fc1",),
+        ("fc2",),
     ],
     "gemma2": _GATED,
     "gemma3_text": _GATED,
-    "phi3": [("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)],
+    "phi3": [
+        ("self_attn.qkv_proj",),
+        ("self_attn.o_proj",),
+        ("mlp.gate_up_proj",),
+        ("mlp.down_proj",),
+    ],
     "starcoder2": [
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.c_fc",), ("mlp.c_proj",)
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.c_fc",),
+        ("mlp.c_proj",),
     ],
     "mixtral": _mixture("block_sparse_moe", "w1", "w3", "w2"),
     "qwen3_moe": _mixture("mlp", "gate_proj", "up_proj", "down_proj"),
-}  # fmt: skip
+}
 
 
 def random_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

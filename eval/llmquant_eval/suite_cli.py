@@ -1,4 +1,5 @@
-"""``llmquant eval --suite``: the suite with the command line's changes laid over it, its progress, and what it leaves behind.
+"""``llmquant eval --suite``: the suite with the command line's changes laid over it, its progress,
+and what it leaves behind.
 
 Options that say nothing to a suite are refused rather than ignored.
 """
@@ -17,13 +18,36 @@ import typer
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
-    from llmquant_eval.leaderboard import Stored
-    from llmquant_eval.suite import Suite
-    from llmquant_eval.suite_run import Finished, Watch
+    from llmquant_eval.leaderboard.ranking import Stored
+    from llmquant_eval.suites.run import Finished, Watch
+    from llmquant_eval.suites.schema import Suite
 
 # Options of `llmquant eval` that change a suite, and its switches that are about the run.
-_CHANGES = frozenset({"reference", "dtype", "device", "kernel", "threads", "batch_size", "cost", "noise_floor", "cache_form"})
-_ACCEPTED = _CHANGES | {"suite", "model", "text", "max_windows", "protocol", "output", "cache", "quiet", "plots", "missing"}
+_CHANGES = frozenset(
+    {
+        "reference",
+        "dtype",
+        "device",
+        "kernel",
+        "threads",
+        "batch_size",
+        "cost",
+        "noise_floor",
+        "cache_form",
+    }
+)
+_ACCEPTED = _CHANGES | {
+    "suite",
+    "model",
+    "text",
+    "max_windows",
+    "protocol",
+    "output",
+    "cache",
+    "quiet",
+    "plots",
+    "missing",
+}
 _FOREVER = 1e9  # seconds that the estimate of the time left looks back over
 
 
@@ -35,20 +59,28 @@ def suite_command(context: typer.Context) -> None:
     """
     # By the source's name: typer has click's classes of its own since 0.20 and click's before.
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    typed = [
+        name
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    ]
     given = {name: context.params[name] for name in typed}
     strange = sorted(given.keys() - _ACCEPTED)
     if strange:
         option = strange[0].replace("_", "-")
-        raise UsageError(f"--{option} does not go with --suite; write it into a suite file, or leave it out")
+        raise UsageError(
+            f"--{option} does not go with --suite; write it into a suite file, or leave it out"
+        )
     suite = changed_suite(given)
     cache = Path(given["cache"]) if given.get("cache") else default_cache()
     results = given.get("output") or (Path(suite.outputs.results) if suite.outputs else None)
     if results is not None and results.is_file():
-        raise UsageError(f"--output {results} is a file; a suite writes one report per model and protocol into a folder")
+        raise UsageError(
+            f"--output {results} is a file; a suite writes one report per model and protocol into a folder"
+        )
     from transformers.utils import logging as transformers_logging
 
-    from llmquant_eval.suite_run import Finished, run_suite
+    from llmquant_eval.suites.run import Finished, run_suite
 
     transformers_logging.disable_progress_bar()
     wanted = _missing(suite, results) if given.get("missing") else suite
@@ -60,11 +92,14 @@ def suite_command(context: typer.Context) -> None:
 
 
 def _missing(suite: Suite, results: Path | None) -> Suite:
-    """The suite without the models whose reports are there and current; says why it keeps each of the others."""
-    from llmquant_eval.suite_current import outdated
+    """The suite without the models whose reports are there and current; says why it keeps each of
+    the others."""
+    from llmquant_eval.suites.current import outdated
 
     if results is None:
-        raise UsageError("--missing looks for results that are already there; say where with --output DIR or the suite's outputs")
+        raise UsageError(
+            "--missing looks for results that are already there; say where with --output DIR or the suite's outputs"
+        )
     reasons = outdated(suite, results)
     for label, reason in reasons.items():
         sys.stderr.write(f"{label}: {reason}\n")
@@ -73,12 +108,15 @@ def _missing(suite: Suite, results: Path | None) -> Suite:
 
 def changed_suite(given: Mapping[str, Any]) -> Suite:
     """The suite with what the command line says instead."""
-    from llmquant_eval.suite import load_suite
+    from llmquant_eval.suites.schema import load_suite
 
     suite = load_suite(given["suite"])
     changes = {name: given[name] for name in _CHANGES & given.keys()}
     if given.get("model"):
-        extra = [{"label": source.rstrip("/").rsplit("/", 1)[-1], "model": source} for source in given["model"]]
+        extra = [
+            {"label": source.rstrip("/").rsplit("/", 1)[-1], "model": source}
+            for source in given["model"]
+        ]
         changes["models"] = [*(m.model_dump() for m in suite.models), *extra]
     if given.get("protocol"):
         changes["protocols"] = [name for joined in given["protocol"] for name in joined.split(",")]
@@ -100,12 +138,13 @@ def leave(suite: Suite, finished: Finished, results: Path | None, plots: Path | 
     """Write the reports, render what the suite wants rendered, show the rankings.
 
     Raises:
-        LlmquantError: something cannot be written, or some measurement failed; the others are kept all the same.
+        LlmquantError: something cannot be written, or some measurement failed; the others are kept
+            all the same.
     """
-    from llmquant_eval.card import replace_file
-    from llmquant_eval.leaderboard import Stored, load_reports, make_boards
-    from llmquant_eval.leaderboard_cli import render_files, show
-    from llmquant_eval.suite_current import strangers
+    from llmquant_eval.leaderboard.cli import render_files, show
+    from llmquant_eval.leaderboard.ranking import Stored, load_reports, make_boards
+    from llmquant_eval.report.card import replace_file
+    from llmquant_eval.suites.current import strangers
 
     stored: list[Stored] = [Stored(Path(name), report) for name, report in finished.reports.items()]
     if results is not None:
@@ -125,29 +164,46 @@ def leave(suite: Suite, finished: Finished, results: Path | None, plots: Path | 
     )  # fmt: skip
     show(boards)
     written = [f"{len(finished.reports)} reports in {results}"] if results is not None else []
-    sys.stderr.write(f"{finished.measured} measured now; wrote {', '.join([*written, *map(str, rendered)]) or 'nothing'}\n")
+    sys.stderr.write(
+        f"{finished.measured} measured now; wrote {', '.join([*written, *map(str, rendered)]) or 'nothing'}\n"
+    )
     if results is not None and (others := strangers(suite, results)):
         sys.stderr.write(f"{results} also has what is not of this suite: {', '.join(others)}\n")
     if finished.failures:
         said = "; ".join(f"{what}: {why}" for what, why in finished.failures.items())
-        raise LlmquantError(f"{len(finished.failures)} measurements failed, the others are kept: {said}")
+        raise LlmquantError(
+            f"{len(finished.failures)} measurements failed, the others are kept: {said}"
+        )
 
 
 @contextmanager
 def _progress(hidden: bool) -> Iterator[Watch]:
     """Two bars on stderr: the whole suite with the time left, and the step at hand."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    from llmquant_eval.suite_run import Watch
+    from llmquant_eval.suites.run import Watch
 
     columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
     drawn = console.is_terminal and not hidden  # a log gets lines instead, see below
-    with Progress(*columns, console=console, disable=not drawn, speed_estimate_period=_FOREVER, transient=True) as bars:
+    with Progress(
+        *columns, console=console, disable=not drawn, speed_estimate_period=_FOREVER, transient=True
+    ) as bars:
         whole = bars.add_task("reading", total=None)
         step = bars.add_task("", total=None, visible=False)
 
@@ -155,7 +211,9 @@ def _progress(hidden: bool) -> Iterator[Watch]:
             bars.update(whole, description=what, completed=done, total=total)
             bars.reset(step, visible=False)
             if not hidden and not console.is_terminal and done < total:
-                console.print(f"{done + 1}/{total} {what}", markup=False, highlight=False)  # a log has no bars
+                console.print(
+                    f"{done + 1}/{total} {what}", markup=False, highlight=False
+                )  # a log has no bars
 
         def stage(name: str, done: int, total: int) -> None:
             bars.update(step, description=f"  {name}", completed=done, total=total, visible=True)

@@ -1,13 +1,13 @@
 """Rounding algorithms: pure functions from a weight (and input statistics) to a QuantizedWeight."""
 
-from llmquant.algorithms.asymmetric import asymmetric_target
 from llmquant.algorithms.awq import AWQOptions, Scaled, search_scale
-from llmquant.algorithms.descent import descend
+from llmquant.algorithms.block_tuning import Tuned, TuneOptions, tune
+from llmquant.algorithms.coordinate_descent import descend
+from llmquant.algorithms.gptaq import asymmetric_target
 from llmquant.algorithms.gptq import Factor, GPTQOptions, factorize, gptq, layer_error
-from llmquant.algorithms.grid import MINMAX, ScaleSearch, fit, round_to_codes
 from llmquant.algorithms.rtn import rtn
-from llmquant.algorithms.smooth import Reader, search_smoothing
-from llmquant.algorithms.tune import Tuned, TuneOptions, tune
+from llmquant.algorithms.scale_search import MINMAX, ScaleSearch, fit, round_to_codes
+from llmquant.algorithms.smoothquant import Reader, search_smoothing
 
 __all__ = [
     "MINMAX",

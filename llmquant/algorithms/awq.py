@@ -1,13 +1,16 @@
-"""AWQ: scale input channels that matter up before rounding, and their inputs down by as much (arXiv:2306.00978).
+"""AWQ: scale input channels that matter up before rounding, and their inputs down by as much
+(arXiv:2306.00978).
 
-``W x = (W diag(s)) (diag(1/s) x)``: the product stands, but rounding ``W diag(s)`` gives a channel with a large ``s`` a finer
-grid relative to its weights. Candidates are ``s = a^r`` with ``a`` the mean magnitude of each input channel and ``r`` from 0 to
-1, and ("duo") ``a^r / b^(1-r)`` with ``b`` the mean over rows of ``|w|`` relative to its group's largest, as in AutoAWQ.
+``W x = (W diag(s)) (diag(1/s) x)``: the product stands, but rounding ``W diag(s)`` gives a channel
+with a large ``s`` a finer grid relative to its weights. Candidates are ``s = a^r`` with ``a`` the
+mean magnitude of each input channel and ``r`` from 0 to 1, and ("duo") ``a^r / b^(1-r)`` with ``b``
+the mean over rows of ``|w|`` relative to its group's largest, as in AutoAWQ.
 
-The loss of a candidate is the output error ``tr(D H D^T)`` with ``D = Q(W diag(s)) diag(1/s) - W`` and ``H`` the sum of
-``x x^T``: exactly what a pass over all calibration tokens would measure, for one matrix product. ``Q`` is round-to-nearest,
-whatever rounds in the end. The winner is measured once more against no scaling with the recipe's own scale search; where it
-does not win, nothing is scaled.
+The loss of a candidate is the output error ``tr(D H D^T)`` with ``D = Q(W diag(s)) diag(1/s) - W``
+and ``H`` the sum of ``x x^T``: exactly what a pass over all calibration tokens would measure, for
+one matrix product. ``Q`` is round-to-nearest, whatever rounds in the end. The winner is measured
+once more against no scaling with the recipe's own scale search; where it does not win, nothing is
+scaled.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmquant.algorithms.grid import ScaleSearch
 from llmquant.algorithms.rtn import rtn
+from llmquant.algorithms.scale_search import ScaleSearch
 from llmquant.errors import QuantizationError, SpecError
 from llmquant.spec import QuantSpec
 
@@ -35,7 +38,8 @@ class AWQOptions:
     Attributes:
         grid: exponents between 0 and 1 per kind of candidate.
         duo_scaling: with the weights' magnitudes, without, or both kinds.
-        steps: scale-search steps per candidate, at most the recipe's own (0: min-max), which the final comparison uses.
+        steps: scale-search steps per candidate, at most the recipe's own (0: min-max), which the
+            final comparison uses.
     """
 
     grid: int = 20
@@ -44,7 +48,9 @@ class AWQOptions:
 
     def __post_init__(self) -> None:
         if self.grid < 1 or self.steps < 0 or self.duo_scaling not in ("both", "on", "off"):
-            raise SpecError(f"AWQ needs grid >= 1, steps >= 0 and duo_scaling both, on or off, got {self}")
+            raise SpecError(
+                f"AWQ needs grid >= 1, steps >= 0 and duo_scaling both, on or off, got {self}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,8 @@ class Scaled:
         scale: ``[channels]`` factors of the input channels, 1 where scaling did not help.
         ratio: the winner's exponent; None where nothing is scaled.
         duo: whether the winner looks at the weights' magnitudes.
-        before, after: relative output error of all linears together when rounded to nearest, unscaled and with ``scale``.
+        before, after: relative output error of all linears together when rounded to nearest,
+            unscaled and with ``scale``.
     """
 
     scale: Tensor
@@ -84,18 +91,23 @@ def search_scale(
         mean_abs: ``[in]`` mean magnitude of each input.
         search: the recipe's scale search, for the final comparison.
         options: see :class:`AWQOptions`.
-        channel: int64 ``[in]``, the scale that each input takes, where several must take the same; None: each its own.
+        channel: int64 ``[in]``, the scale that each input takes, where several must take the same;
+            None: each its own.
         module: name used in errors.
 
     Raises:
         QuantizationError: statistics that are not finite.
     """
     if not bool(torch.isfinite(hessian).all() and torch.isfinite(mean_abs).all()):
-        raise QuantizationError(f"{module}: its calibration statistics overflowed; use a wider --dtype")
+        raise QuantizationError(
+            f"{module}: its calibration statistics overflowed; use a wider --dtype"
+        )
     own = torch.arange(mean_abs.numel(), device=mean_abs.device) if channel is None else channel
     weights = [w.to(hessian.dtype) for w in weights]
     signal = sum(float(((w @ hessian) * w).sum()) for w in weights)
-    cheap = ScaleSearch(min(options.steps, search.steps), search.smallest, search.norm, search.weighted)
+    cheap = ScaleSearch(
+        min(options.steps, search.steps), search.smallest, search.norm, search.weighted
+    )
     importance = hessian.diagonal()
     best, found = float("inf"), None
     for ratio, duo, scale in candidates(weights, specs, mean_abs, own, options):
@@ -104,7 +116,11 @@ def search_scale(
             best, found = loss, (ratio, duo, scale)
     ones = torch.ones_like(pooled(mean_abs, own))
     before = loss_of(weights, specs, hessian, importance, ones[own], search)
-    after = before if found is None else loss_of(weights, specs, hessian, importance, found[2][own], search)
+    after = (
+        before
+        if found is None
+        else loss_of(weights, specs, hessian, importance, found[2][own], search)
+    )
     relative = 1 / signal if signal > 0 else 0.0
     if found is None or not after < before:
         return Scaled(ones, None, False, before * relative, before * relative)
@@ -113,7 +129,11 @@ def search_scale(
 
 
 def candidates(
-    weights: Sequence[Tensor], specs: Sequence[QuantSpec], mean_abs: Tensor, channel: Tensor, options: AWQOptions
+    weights: Sequence[Tensor],
+    specs: Sequence[QuantSpec],
+    mean_abs: Tensor,
+    channel: Tensor,
+    options: AWQOptions,
 ) -> Iterator[tuple[float, bool, Tensor]]:
     """(exponent, duo, scales ``[channels]``), the geometric mean of each one's extremes 1."""
     activity = pooled(mean_abs, channel)
@@ -135,7 +155,9 @@ def candidates(
 def pooled(values: Tensor, channel: Tensor) -> Tensor:
     """The mean over the inputs of each channel."""
     channels = int(channel.max()) + 1
-    total = torch.zeros(channels, dtype=values.dtype, device=values.device).index_add_(0, channel, values)
+    total = torch.zeros(channels, dtype=values.dtype, device=values.device).index_add_(
+        0, channel, values
+    )
     return total / torch.bincount(channel, minlength=channels)
 
 
@@ -149,7 +171,12 @@ def _magnitude(weights: Sequence[Tensor], specs: Sequence[QuantSpec]) -> Tensor:
 
 
 def loss_of(
-    weights: Sequence[Tensor], specs: Sequence[QuantSpec], hessian: Tensor, importance: Tensor, scale: Tensor, search: ScaleSearch
+    weights: Sequence[Tensor],
+    specs: Sequence[QuantSpec],
+    hessian: Tensor,
+    importance: Tensor,
+    scale: Tensor,
+    search: ScaleSearch,
 ) -> float:
     """``sum tr(D H D^T)`` over the linears, rounded to nearest under ``scale`` ``[in]``."""
     total = 0.0

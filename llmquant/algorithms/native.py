@@ -1,9 +1,11 @@
-"""The scale search and GPTQ's column loop in compiled code (csrc/cpu/rounding.h), for float32 on the CPU.
+"""The scale search and GPTQ's column loop in compiled code (csrc/cpu/rounding.h), for float32 on
+the CPU.
 
-Both give what the torch code of ``grid.py`` and ``gptq.py`` gives, to the bit but for one rounding (below), and for any number of
-threads; that code stays for other devices and dtypes, for searches by another exponent than 2, and where the library was not
-built. GPTQ's loop rounds ``w - u * error`` once, as torch does on a processor with fused multiply-add; on one without it, and
-in the output channels that are left over behind its last whole vector, torch rounds twice.
+Both give what the torch code of ``grid.py`` and ``gptq.py`` gives, to the bit but for one rounding
+(below), and for any number of threads; that code stays for other devices and dtypes, for searches
+by another exponent than 2, and where the library was not built. GPTQ's loop rounds ``w - u *
+error`` once, as torch does on a processor with fused multiply-add; on one without it, and in the
+output channels that are left over behind its last whole vector, torch rounds twice.
 """
 
 from __future__ import annotations
@@ -20,20 +22,26 @@ class _Fit(ctypes.Structure):
     """``llmquant::Fit`` of csrc/cpu/rounding.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "cost", "factors", "fractions", "scales", "zeros")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weight", "cost", "factors", "fractions", "scales", "zeros")
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "groups", "width")),
         *((name, ctypes.c_int32) for name in ("max_code", "symmetric", "steps")),
-    ]  # fmt: skip
+    ]
 
 
 class _Visit(ctypes.Structure):
     """``llmquant::Visit`` of csrc/cpu/rounding.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "codes", "errors", "upper", "scales", "zeros", "group_of")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weight", "codes", "errors", "upper", "scales", "zeros", "group_of")
+        ),
         *((name, ctypes.c_int64) for name in ("out", "start", "first", "last", "stop")),
         ("max_code", ctypes.c_int32),
-    ]  # fmt: skip
+    ]
 
 
 def why_not(weight: Tensor) -> str | None:
@@ -44,9 +52,16 @@ def why_not(weight: Tensor) -> str | None:
 
 
 def fit(
-    groups: Tensor, cost: Tensor | None, max_code: int, symmetric: bool, steps: int, factors: list[float], fractions: list[float]
+    groups: Tensor,
+    cost: Tensor | None,
+    max_code: int,
+    symmetric: bool,
+    steps: int,
+    factors: list[float],
+    fractions: list[float],
 ) -> tuple[Tensor, Tensor]:
-    """Scales float32 and zero-points uint8 ``[out, groups]`` of a weight ``[out, groups, width]``, by squared error.
+    """Scales float32 and zero-points uint8 ``[out, groups]`` of a weight ``[out, groups, width]``,
+    by squared error.
 
     Args:
         cost: ``[groups, width]``, or None.
@@ -56,21 +71,36 @@ def fit(
     groups, cost = groups.contiguous(), None if cost is None else cost.contiguous()
     scales = torch.empty(groups.shape[:2])
     zeros = torch.empty(groups.shape[:2], dtype=torch.uint8)
-    multiply, shrink = torch.tensor(factors, dtype=torch.float32), torch.tensor(fractions, dtype=torch.float32)
-    pointers = (None if t is None else t.data_ptr() for t in (groups, cost, multiply, shrink, scales, zeros))
+    multiply, shrink = (
+        torch.tensor(factors, dtype=torch.float32),
+        torch.tensor(fractions, dtype=torch.float32),
+    )
+    pointers = (
+        None if t is None else t.data_ptr() for t in (groups, cost, multiply, shrink, scales, zeros)
+    )
     task = _Fit(*pointers, *groups.shape, max_code, symmetric, steps)
     _lib().llmquant_fit(instruction_number(), ctypes.byref(task), torch.get_num_threads())
     return scales, zeros
 
 
 def visit(
-    weight: Tensor, codes: Tensor, errors: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor,
-    start: int, columns: range, max_code: int,
-) -> None:  # fmt: skip
-    """Round ``columns`` of the block that begins at ``start``, and take their errors out of the block's later columns.
+    weight: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    upper: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_of: Tensor,
+    start: int,
+    columns: range,
+    max_code: int,
+) -> None:
+    """Round ``columns`` of the block that begins at ``start``, and take their errors out of the
+    block's later columns.
 
     Args:
-        weight: ``[in, out]`` in visiting order, its later columns updated in place; so are ``codes``, of the same shape.
+        weight: ``[in, out]`` in visiting order, its later columns updated in place; so are
+            ``codes``, of the same shape.
         errors: ``[block, out]``; those of ``columns`` are written.
         upper: ``[block, block]``, the transposed square of ``U``.
         scales: ``[groups, out]``; ``zeros`` likewise, in the same dtype.
@@ -79,7 +109,13 @@ def visit(
     tensors = (weight, codes, errors, upper, scales, zeros, group_of)
     assert all(t.is_contiguous() for t in tensors)
     task = _Visit(
-        *(t.data_ptr() for t in tensors), weight.shape[1], start, columns.start, columns.stop, start + len(errors), max_code
+        *(t.data_ptr() for t in tensors),
+        weight.shape[1],
+        start,
+        columns.start,
+        columns.stop,
+        start + len(errors),
+        max_code,
     )
     _lib().llmquant_visit(instruction_number(), ctypes.byref(task), torch.get_num_threads())
 

@@ -1,7 +1,8 @@
 """Round to nearest: fit each group's parameters, round each weight. The data-free baseline.
 
-With a scale search it already beats plain min-max rounding; given input statistics the search weighs the columns that
-matter. The result is exactly ``round_to_codes`` of :func:`llmquant.algorithms.grid.fit`'s parameters.
+With a scale search it already beats plain min-max rounding; given input statistics the search
+weighs the columns that matter. The result is exactly ``round_to_codes`` of
+:func:`llmquant.algorithms.scale_search.fit`'s parameters.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmquant.algorithms.grid import ScaleSearch, fit, round_to_codes
+from llmquant.algorithms.scale_search import ScaleSearch, fit, round_to_codes
 from llmquant.errors import QuantizationError
-from llmquant.finite import all_finite
+from llmquant.runtime.finite import all_finite
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -26,7 +27,9 @@ def check_weight(weight: Tensor, spec: QuantSpec, module: str) -> Tensor:
     spec.check(weight.shape[1], module)
     if not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
-        raise QuantizationError(f"{module}: the original weight holds {bad} NaN or Inf values; is the checkpoint damaged?")
+        raise QuantizationError(
+            f"{module}: the original weight holds {bad} NaN or Inf values; is the checkpoint damaged?"
+        )
     return weight if weight.dtype == torch.float64 else weight.to(torch.float32)
 
 
@@ -52,4 +55,6 @@ def rtn(
     width = spec.width(w.shape[1])
     groups = w.reshape(w.shape[0], -1, width)
     codes = round_to_codes(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), spec.max_code)
-    return QuantizedWeight(codes.reshape(w.shape).to(torch.uint8), scales.to(torch.float32), zeros, spec)
+    return QuantizedWeight(
+        codes.reshape(w.shape).to(torch.uint8), scales.to(torch.float32), zeros, spec
+    )

@@ -1,11 +1,13 @@
-"""The command line: ``llmquant quantize | inspect | generate | recipes`` and whatever installed packages add.
+"""The command line: ``llmquant quantize | inspect | generate | recipes`` and whatever installed
+packages add.
 
-Importing this package must not import torch, so that ``--help`` and a mistyped option answer at once: commands import what
-they need when they run. Further commands join through the entry-point group ``llmquant.commands`` (each entry a function
-``register(app)``), so the library never imports the packages above it.
+Importing this package must not import torch, so that ``--help`` and a mistyped option answer at
+once: commands import what they need when they run. Further commands join through the entry-point
+group ``llmquant.commands`` (each entry a function ``register(app)``), so the library never imports
+the packages above it.
 
-Exit codes: 0 done, 1 the work failed, 2 the request cannot be right, 130 interrupted (Ctrl-C or SIGTERM). Errors go to stderr,
-one paragraph, no traceback; results to stdout.
+Exit codes: 0 done, 1 the work failed, 2 the request cannot be right, 130 interrupted (Ctrl-C or
+SIGTERM). Errors go to stderr, one paragraph, no traceback; results to stdout.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from typing import Annotated
 
 import typer
 
-from llmquant.cli.allocate import allocate_command
-from llmquant.cli.convert import convert_command
-from llmquant.cli.doctor import doctor_command
-from llmquant.cli.generate import generate_command
-from llmquant.cli.inspect import inspect_command
-from llmquant.cli.plan import plan_command
-from llmquant.cli.quantize import quantize_command
-from llmquant.cli.recipes import recipes_command
-from llmquant.cli.verify import verify_command
+from llmquant.cli.commands.allocate import allocate_command
+from llmquant.cli.commands.convert import convert_command
+from llmquant.cli.commands.doctor import doctor_command
+from llmquant.cli.commands.generate import generate_command
+from llmquant.cli.commands.inspect import inspect_command
+from llmquant.cli.commands.plan import plan_command
+from llmquant.cli.commands.quantize import quantize_command
+from llmquant.cli.commands.recipes import recipes_command
+from llmquant.cli.commands.verify import verify_command
 from llmquant.errors import LlmquantError
 
 app = typer.Typer(
@@ -47,7 +49,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and leave."
+        ),
     ] = False,
 ) -> None:
     """Quantize a Hugging Face LLM, prove what it cost, and serve it."""
@@ -68,7 +73,9 @@ def main() -> None:
     """Entry point: run the app, turn our errors into a message and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal that cannot show a character shows a question mark
     for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
         entry.load()(app)
     try:
@@ -80,7 +87,8 @@ def main() -> None:
         sys.stderr.write("interrupted; nothing was left half-written\n")
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The reader of our stdout has gone (a pager was closed): not an error, and nothing more can be said there.
+        # The reader of our stdout has gone (a pager was closed): not an error, and nothing more can
+        # be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as e:

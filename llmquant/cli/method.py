@@ -1,4 +1,5 @@
-"""``--method``: a sum of steps, as in ``awq+gptq+tune``. The recipe says what a step does; here it is switched on or off."""
+"""``--method``: a sum of steps, as in ``awq+gptq+tune``. The recipe says what a step does; here it
+is switched on or off."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ TUNE = "tune"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A rounding algorithm, how channels are scaled before it (``awq``, ``smooth``), and whether blocks are tuned after it."""
+    """A rounding algorithm, how channels are scaled before it (``awq``, ``smooth``), and whether
+    blocks are tuned after it."""
 
     rounding: str
     tuned: bool
     scaled: str | None = None
 
     def applied_to(self, recipe: Recipe) -> Recipe:
-        """The recipe with this method; a section of it that is switched on keeps its own settings where it has any."""
+        """The recipe with this method; a section of it that is switched on keeps its own settings
+        where it has any."""
         sections: dict[str, object] = {
             AWQ: (recipe.awq or {}) if self.scaled == AWQ else None,
             SMOOTH: (recipe.smooth or {}) if self.scaled == SMOOTH else None,
@@ -35,9 +38,11 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """Read ``rtn`` or ``gptq``, with ``awq+`` or ``smooth+`` before it and ``+tune`` behind it where wanted.
+    """Read ``rtn`` or ``gptq``, with ``awq+`` or ``smooth+`` before it and ``+tune`` behind it
+    where wanted.
 
-    ``awq`` alone is ``awq+rtn``, ``smooth`` alone ``smooth+rtn``, and SmoothQuant's full name means the same.
+    ``awq`` alone is ``awq+rtn``, ``smooth`` alone ``smooth+rtn``, and SmoothQuant's full name means
+    the same.
 
     Raises:
         UsageError: anything else.

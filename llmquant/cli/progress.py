@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
-    from llmquant.calibration import Calibration
-    from llmquant.pipeline import Events
-    from llmquant.walkplan import Progress as Where
+    from llmquant.data.calibration import Calibration
+    from llmquant.quantization.plan import Progress as Where
+    from llmquant.quantization.run import Events
 
 
 @contextmanager
 def progress(hidden: bool) -> Iterator[Events]:
-    """A bar over blocks with the time left, the memory in use and at most, and the current module, on stderr."""
+    """A bar over blocks with the time left, the memory in use and at most, and the current module,
+    on stderr."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -26,15 +27,22 @@ def progress(hidden: bool) -> Iterator[Events]:
         TimeRemainingColumn,
     )
 
-    from llmquant.pipeline import Events
-    from llmquant.usage import peak_resident_bytes, resident_bytes
+    from llmquant.quantization.run import Events
+    from llmquant.runtime.memory import peak_resident_bytes, resident_bytes
 
     console = screen(stderr=True)
     columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[memory]}", markup=False),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=hidden or not console.is_terminal, transient=True) as progress:
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}", markup=False),
+    )
+    with Progress(
+        *columns, console=console, disable=hidden or not console.is_terminal, transient=True
+    ) as progress:
         task = progress.add_task("reading", total=None, memory="")
         first: list[int] = []
 
@@ -57,13 +65,17 @@ def progress(hidden: bool) -> Iterator[Events]:
                 first.append(p.block)
                 progress.reset(task, total=p.blocks, completed=p.block)
             memory = f"{resident_bytes() / 1e9:.1f} GB (peak {peak_resident_bytes() / 1e9:.1f})"
-            progress.update(task, description=p.module, completed=p.block, total=p.blocks, memory=memory)
+            progress.update(
+                task, description=p.module, completed=p.block, total=p.blocks, memory=memory
+            )
 
         events = Events(
             on_warning=on_warning,
             on_note=on_note,
             on_calibration=on_calibration,
             on_progress=on_progress,
-            on_phase=lambda phase: progress.update(task, description=phase, completed=progress.tasks[0].total or 0),
+            on_phase=lambda phase: progress.update(
+                task, description=phase, completed=progress.tasks[0].total or 0
+            ),
         )
         yield events

@@ -1,6 +1,7 @@
 """Where commands print for people: rich without its liberties.
 
-Paths, patterns and text sources are printed as they are: ``[a-z]`` in one is no markup, and ``:train:`` no emoji.
+Paths, patterns and text sources are printed as they are: ``[a-z]`` in one is no markup, and
+``:train:`` no emoji.
 """
 
 from __future__ import annotations
@@ -19,4 +20,10 @@ def screen(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, width=None if terminal else _WIDTH, markup=False, emoji=False, highlight=False)
+    return Console(
+        stderr=stderr,
+        width=None if terminal else _WIDTH,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )

@@ -1,4 +1,5 @@
-"""Ctrl-C, and SIGTERM, which schedulers send before they kill: a run stops, says what it leaves, and exits with 130."""
+"""Ctrl-C, and SIGTERM, which schedulers send before they kill: a run stops, says what it leaves,
+and exits with 130."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
-from llmquant.interruption import heeded, stops
+from llmquant.runtime.signals import heeded, stops
 
 
 @contextmanager
@@ -18,8 +19,14 @@ def stoppable() -> Iterator[None]:
         yield
 
 
-def _told(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+def _told(
+    kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
     if stops(error):
-        said = error.args[0] if isinstance(error, KeyboardInterrupt) and error.args else "nothing was left half-written"
+        said = (
+            error.args[0]
+            if isinstance(error, KeyboardInterrupt) and error.args
+            else "nothing was left half-written"
+        )
         sys.stderr.write(f"interrupted; {said}\n")
         raise SystemExit(130) from None

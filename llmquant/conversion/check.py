@@ -1,7 +1,7 @@
 """The first pass: everything that a target refuses, known before anything is written.
 
-Whether a scale is exact in the target's dtype, or a zero-point is the 0 that GPTQ v1 cannot store, only the numbers tell. So
-every module is packed, and the result thrown away.
+Whether a scale is exact in the target's dtype, or a zero-point is the 0 that GPTQ v1 cannot store,
+only the numbers tell. So every module is packed, and the result thrown away.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from llmquant.activations import Activations
+from llmquant.checkpoint.manifest import packed_bytes
 from llmquant.conversion.source import Source
 from llmquant.errors import FormatError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
-from llmquant.formats.base import Activations
 from llmquant.formats.dense import Dense
-from llmquant.manifest import packed_bytes
 from llmquant.weight import QuantizedWeight
 
 DENSE = Dense()
@@ -45,7 +45,9 @@ class Checked:
         return ", ".join(sorted({str(s) for s in self.schemes.values()}))
 
 
-def check(source: Source, target: Format, dtype: torch.dtype, asked: bool, on_progress: OnProgress) -> Checked:
+def check(
+    source: Source, target: Format, dtype: torch.dtype, asked: bool, on_progress: OnProgress
+) -> Checked:
     """The first pass.
 
     Args:
@@ -70,7 +72,9 @@ def check(source: Source, target: Format, dtype: torch.dtype, asked: bool, on_pr
             packed, reason = _pack(target, weight, dtype, announced.activations)
             nbytes += packed_bytes(packed)
             if asked and packed and dtype not in {t.dtype for t in packed.values()}:
-                raise UsageError(f"{target.name} stores scales in a dtype of its own; leave out the scale dtype")
+                raise UsageError(
+                    f"{target.name} stores scales in a dtype of its own; leave out the scale dtype"
+                )
         if reason is not None:
             refused[name] = reason
     together = target.why_not_together(schemes, source.skipped)
@@ -85,7 +89,10 @@ def _told(refused: Mapping[str, str], together: str | None, total: int) -> str:
     modules: dict[str, list[str]] = {}
     for name, reason in refused.items():
         modules.setdefault(reason, []).append(name)
-    lines = [f"{f'all {total} linears' if len(n) == total > 1 else ', '.join(n)}: {reason}" for reason, n in modules.items()]
+    lines = [
+        f"{f'all {total} linears' if len(n) == total > 1 else ', '.join(n)}: {reason}"
+        for reason, n in modules.items()
+    ]
     if together:
         lines.append(f"taken together: {together}")
     return "".join(f"\n  {line}" for line in lines)
@@ -94,7 +101,8 @@ def _told(refused: Mapping[str, str], together: str | None, total: int) -> str:
 def _pack(
     target: Format, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations
 ) -> tuple[dict[str, torch.Tensor], str | None]:
-    """The packed tensors, or none and the reason, with the dtypes that would do where it lies in the dtype."""
+    """The packed tensors, or none and the reason, with the dtypes that would do where it lies in
+    the dtype."""
     try:
         return target.pack(weight, dtype, activations), None
     except FormatError as e:

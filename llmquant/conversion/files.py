@@ -1,4 +1,5 @@
-"""Everything beside the weights of a converted folder: config, side files, recipe, record and card."""
+"""Everything beside the weights of a converted folder: config, side files, recipe, record and
+card."""
 
 from __future__ import annotations
 
@@ -7,18 +8,27 @@ from typing import Any
 
 import torch
 
-from llmquant.card import converted_card, front_matter, measured
-from llmquant.checkpoint_writer import CheckpointWriter
+from llmquant.checkpoint.card import converted_card, front_matter, measured
+from llmquant.checkpoint.detect import without_quantization
+from llmquant.checkpoint.manifest import (
+    MANIFEST,
+    Conversion,
+    Manifest,
+    ModuleEntry,
+    file_hashes,
+    versions,
+)
+from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, Checked
 from llmquant.conversion.source import Source
-from llmquant.detect import without_quantization
 from llmquant.formats import Format
-from llmquant.manifest import MANIFEST, Conversion, Manifest, ModuleEntry, file_hashes, versions
 
 _RECIPE = "recipe.yaml"
 
 
-def write_files(source: Source, target: Format, checked: Checked, dtype: torch.dtype, writer: CheckpointWriter) -> None:
+def write_files(
+    source: Source, target: Format, checked: Checked, dtype: torch.dtype, writer: CheckpointWriter
+) -> None:
     """Everything beside the weights."""
     folder = source.reader.path
     writer.copy_side_files(folder)
@@ -26,18 +36,24 @@ def write_files(source: Source, target: Format, checked: Checked, dtype: torch.d
     writer.write_json("config.json", _config(source, target, dtype, quantization))
     for name, text in target.side_files(quantization).items():
         writer.write_text(name, text)
-    recipe = (folder / _RECIPE).read_text(encoding="utf-8") if (folder / _RECIPE).is_file() else None
+    recipe = (
+        (folder / _RECIPE).read_text(encoding="utf-8") if (folder / _RECIPE).is_file() else None
+    )
     if recipe is not None:
         writer.write_text(_RECIPE, recipe)
     inherited = front_matter(folder / "README.md")
     manifest = _manifest(source, target, checked, dtype, inherited, file_hashes(writer.partial))
     writer.write_text(MANIFEST, manifest.to_json())
     name = (manifest.base_model or folder.resolve().name).rstrip("/").rpartition("/")[2]
-    card = converted_card(manifest, checked.scheme, name, recipe, measured(folder / "README.md"), inherited)
+    card = converted_card(
+        manifest, checked.scheme, name, recipe, measured(folder / "README.md"), inherited
+    )
     writer.write_text("README.md", card)
 
 
-def _config(source: Source, target: Format, dtype: torch.dtype, quantization: Mapping[str, Any]) -> dict[str, Any]:
+def _config(
+    source: Source, target: Format, dtype: torch.dtype, quantization: Mapping[str, Any]
+) -> dict[str, Any]:
     config = without_quantization(source.reader.config)
     if quantization:
         return {**config, "quantization_config": quantization}
@@ -67,7 +83,9 @@ def _manifest(
     modules: dict[str, ModuleEntry] = {}
     if target is not DENSE:
         modules = {
-            n: before.modules[n] if before else ModuleEntry(spec=str(s.spec), shape=checked.shapes[n], digest=checked.digests[n])
+            n: before.modules[n]
+            if before
+            else ModuleEntry(spec=str(s.spec), shape=checked.shapes[n], digest=checked.digests[n])
             for n, s in checked.schemes.items()
         }
     told = {
@@ -79,8 +97,19 @@ def _manifest(
     }
     if before:
         return before.model_copy(update=told)
-    unknown = {"base_weights_sha256": None, "recipe_sha256": None, "calibration": None, "seed": None}
-    here = {"device": "cpu", "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    unknown = {
+        "base_weights_sha256": None,
+        "recipe_sha256": None,
+        "calibration": None,
+        "seed": None,
+    }
+    here = {
+        "device": "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
     named = inherited.get("base_model")
     base = named if isinstance(named, str) else None
-    return Manifest.model_validate({"base_model": base, **unknown, **here, "versions": step.versions, **told})
+    return Manifest.model_validate(
+        {"base_model": base, **unknown, **here, "versions": step.versions, **told}
+    )

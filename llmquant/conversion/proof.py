@@ -1,15 +1,16 @@
-"""The proof of a conversion: the written folder, opened as a stranger would, against the source, tensor by tensor."""
+"""The proof of a conversion: the written folder, opened as a stranger would, against the source,
+tensor by tensor."""
 
 from __future__ import annotations
 
 import torch
 
-from llmquant.checkpoint import CheckpointReader, sha256_tensor
+from llmquant.checkpoint.manifest import read_module, stored_schemes
+from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.conversion.check import DENSE, Checked, OnProgress
 from llmquant.conversion.source import Source
 from llmquant.errors import FormatError, ProofError, QuantizationError
 from llmquant.formats import Format, Scheme
-from llmquant.manifest import read_module, stored_schemes
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
 
@@ -37,26 +38,39 @@ def prove(
             same = found.dtype == dtype and torch.equal(found, before.dequantize(dtype))
         else:
             after = _read_back(written, layout, name, schemes[name])
-            same = after.digest() == before.digest() and torch.equal(after.dequantize(), before.dequantize())
+            same = after.digest() == before.digest() and torch.equal(
+                after.dequantize(), before.dequantize()
+            )
             same = same and schemes[name].activations == scheme.activations
         if not same:
-            raise ProofError(f"{written.path}: {name} does not hold the numbers of {source.reader.path}")
+            raise ProofError(
+                f"{written.path}: {name} does not hold the numbers of {source.reader.path}"
+            )
     _prove_others(source, target, checked, written)
 
 
-def _prove_others(source: Source, target: Format, checked: Checked, written: CheckpointReader) -> None:
-    """Tensors that belong to no quantized module are the source's bytes, and there are no further ones."""
+def _prove_others(
+    source: Source, target: Format, checked: Checked, written: CheckpointReader
+) -> None:
+    """Tensors that belong to no quantized module are the source's bytes, and there are no further
+    ones."""
     others = {n for n in source.reader.tensors if source.module_of(n) is None}
     packed = {f"{m}.{s}" for m in checked.schemes for s in target.tensor_suffixes()}
     extra = sorted(written.tensors.keys() - others - packed)
     if extra:
-        raise ProofError(f"{written.path} has tensors that the source has not: {', '.join(extra[:3])}")
+        raise ProofError(
+            f"{written.path} has tensors that the source has not: {', '.join(extra[:3])}"
+        )
     for name in sorted(others):
-        if name not in written or sha256_tensor(written.read(name)) != sha256_tensor(source.reader.read(name)):
+        if name not in written or sha256_tensor(written.read(name)) != sha256_tensor(
+            source.reader.read(name)
+        ):
             raise ProofError(f"{written.path}: tensor {name} is not the source's")
 
 
-def _read_back(written: CheckpointReader, layout: Format, name: str, scheme: Scheme) -> QuantizedWeight:
+def _read_back(
+    written: CheckpointReader, layout: Format, name: str, scheme: Scheme
+) -> QuantizedWeight:
     try:
         return without_trivial_order(read_module(written, layout, name, scheme))
     except (FormatError, QuantizationError) as e:

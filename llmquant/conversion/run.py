@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from llmquant.checkpoint import CheckpointReader
-from llmquant.checkpoint_writer import CheckpointWriter
+from llmquant.checkpoint.atomic import check_destination
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
 from llmquant.conversion.files import write_files
 from llmquant.conversion.proof import prove
 from llmquant.conversion.source import Source, model_dtype, open_source
-from llmquant.destination import check_destination
-from llmquant.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
 from llmquant.errors import UsageError
 from llmquant.formats import FORMATS, Format
+from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
 from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype
 
 
@@ -28,8 +28,10 @@ class ConvertOptions:
 
     Attributes:
         dtype: of the linears of a dense result; ``auto`` is the model's own.
-        scale_dtype: in which scales are stored, where the layout leaves that open; None is the model's own.
-        base: the unquantized model, to decide zero-points whose label is in doubt; otherwise magnitudes decide.
+        scale_dtype: in which scales are stored, where the layout leaves that open; None is the
+            model's own.
+        base: the unquantized model, to decide zero-points whose label is in doubt; otherwise
+            magnitudes decide.
         overwrite: replace an existing model folder.
         max_shard_size: bytes per file of a dense result.
     """
@@ -69,11 +71,14 @@ def convert(
         model: folder or hub name, quantized in any layout that llmquant reads, by whatever tool.
         to: a name of ``TARGETS``.
         output: folder to make; appears whole, after its proof, or not at all.
-        on_progress: called with ``checking``, ``writing`` or ``proving``, modules done, and all of them.
+        on_progress: called with ``checking``, ``writing`` or ``proving``, modules done, and all of
+            them.
 
     Raises:
-        UsageError: no such layout, an option that does not apply, a destination that exists, a source that is not quantized.
-        FormatError: the layout cannot hold the model; lists every module that refuses, with the reason.
+        UsageError: no such layout, an option that does not apply, a destination that exists, a
+            source that is not quantized.
+        FormatError: the layout cannot hold the model; lists every module that refuses, with the
+            reason.
         CheckpointError, ArchitectureError: the source cannot be read.
         ProofError: the source is not what its manifest says, or what was written is not the source.
     """
@@ -85,7 +90,9 @@ def convert(
     if destination.resolve() == source.reader.path.resolve():
         raise UsageError(f"-o {output} is the source itself; choose another folder")
     if destination.resolve() in source.reader.path.resolve().parents:
-        raise UsageError(f"-o {output} contains the source, which replacing it would delete; choose another folder")
+        raise UsageError(
+            f"-o {output} contains the source, which replacing it would delete; choose another folder"
+        )
     dtype = _dtype(source, target, options)
     checked = check(source, target, dtype, options.scale_dtype is not None, on_progress)
     size = options.max_shard_size if target is DENSE else sys.maxsize
@@ -116,18 +123,28 @@ def _target(name: str) -> Format:
 def _dtype(source: Source, target: Format, options: ConvertOptions) -> torch.dtype:
     """The dtype of a dense result's linears, or of the scales."""
     if target is DENSE and options.scale_dtype is not None:
-        raise UsageError("a scale dtype means nothing for a dense result, which has no scales; use dtype")
+        raise UsageError(
+            "a scale dtype means nothing for a dense result, which has no scales; use dtype"
+        )
     if target is not DENSE and options.dtype not in (None, AUTO):
-        raise UsageError(f"dtype is for dense results; {target.name} stores codes and scales (see scale dtype)")
+        raise UsageError(
+            f"dtype is for dense results; {target.name} stores codes and scales (see scale dtype)"
+        )
     asked = options.dtype if target is DENSE else options.scale_dtype
     stored = ChosenDtype(model_dtype(source.reader), "it is the model's own")
     return parse_dtype(asked, auto=stored).dtype
 
 
 def _write_weights(
-    source: Source, target: Format, checked: Checked, dtype: torch.dtype, writer: CheckpointWriter, on_progress: OnProgress
+    source: Source,
+    target: Format,
+    checked: Checked,
+    dtype: torch.dtype,
+    writer: CheckpointWriter,
+    on_progress: OnProgress,
 ) -> None:
-    """The second pass: shard by shard of the source, each module where the first of its tensors stood."""
+    """The second pass: shard by shard of the source, each module where the first of its tensors
+    stood."""
     written: set[str] = set()
     for names in source.shards():
         for name in names:
@@ -136,8 +153,12 @@ def _write_weights(
                 writer.add(name, source.reader.read(name))
             elif module not in written:
                 on_progress("writing", len(written), len(checked.schemes))
-                packed = target.pack(source.weight(module), dtype, checked.schemes[module].activations)
-                writer.add_together({f"{module}.{suffix}": tensor for suffix, tensor in packed.items()})
+                packed = target.pack(
+                    source.weight(module), dtype, checked.schemes[module].activations
+                )
+                writer.add_together(
+                    {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
+                )
                 written.add(module)
         if target is not DENSE:
             writer.next_shard()
@@ -151,7 +172,13 @@ def _warnings(target: Format, checked: Checked) -> tuple[str, ...]:
         everywhere, without = told.pop(VLLM_AVX512), told.pop(VLLM_NO_AVX512)
         here = [r for r in without if r not in everywhere] if vllm_here() == VLLM_NO_AVX512 else []
         named = {"vllm (CPU)": everywhere, VLLM_NO_AVX512: here, **told}
-        return tuple(f"{engine} will not take it: {reason}" for engine, reasons in named.items() for reason in reasons)
+        return tuple(
+            f"{engine} will not take it: {reason}"
+            for engine, reasons in named.items()
+            for reason in reasons
+        )
     if any(s.activations != "none" for s in checked.schemes.values()):
-        return ("engines rounded the inputs of these linears to int8; those of a dense model they leave alone",)
+        return (
+            "engines rounded the inputs of these linears to int8; those of a dense model they leave alone",
+        )
     return ()

@@ -1,4 +1,5 @@
-"""The folder that a conversion reads: whoever made it, modules as :class:`QuantizedWeight`, everything else as it is."""
+"""The folder that a conversion reads: whoever made it, modules as :class:`QuantizedWeight`,
+everything else as it is."""
 
 from __future__ import annotations
 
@@ -10,18 +11,19 @@ from typing import Any
 
 import torch
 
-from llmquant.checkpoint import CheckpointReader
-from llmquant.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.hub import resolve
+from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest, read_module
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError, UsageError
 from llmquant.formats import Format, Scheme, for_config
-from llmquant.hub import resolve
-from llmquant.manifest import MANIFEST, Manifest, read_manifest, read_module
+from llmquant.models.from_folder import empty_model
+from llmquant.models.selection import ROUTER, linears_of
 from llmquant.runtime.devices import DTYPES
-from llmquant.selection import ROUTER, linears_of
-from llmquant.skeleton import empty_model
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
-# Parts of a compressed-tensors config that change what an engine computes and that no other layout can say.
+# Parts of a compressed-tensors config that change what an engine computes and that no other layout
+# can say.
 _BEYOND_WEIGHTS = ("kv_cache_scheme", "sparsity_config")
 
 
@@ -46,11 +48,17 @@ class Source:
     def module_of(self, tensor: str) -> str | None:
         """The quantized module that a stored tensor is part of."""
         module, _, suffix = tensor.rpartition(".")
-        return module if module in self.schemes and suffix in self.layout.tensor_suffixes() else None
+        return (
+            module if module in self.schemes and suffix in self.layout.tensor_suffixes() else None
+        )
 
     def shape(self, name: str) -> tuple[int, int]:
         """``(out, in)`` of a quantized module, from headers."""
-        found = {s: self.reader.info(f"{name}.{s}").shape for s in self.layout.tensor_suffixes() if f"{name}.{s}" in self.reader}
+        found = {
+            s: self.reader.info(f"{name}.{s}").shape
+            for s in self.layout.tensor_suffixes()
+            if f"{name}.{s}" in self.reader
+        }
         try:
             return self.layout.shape_of(found, self.schemes[name])
         except FormatError as e:
@@ -69,11 +77,14 @@ class Source:
             raise FormatError(f"{self.reader.path}: {name}: {e}") from e
         recorded = self.manifest.modules.get(name) if self.manifest else None
         if recorded is not None and weight.digest() != recorded.digest:
-            raise ProofError(f"{self.reader.path}: {name} does not hold the numbers that {MANIFEST} records; fetch it again")
+            raise ProofError(
+                f"{self.reader.path}: {name} does not hold the numbers that {MANIFEST} records; fetch it again"
+            )
         return without_trivial_order(weight)
 
     def shards(self) -> Iterator[list[str]]:
-        """Tensor names file by file, sorted, so that the result does not depend on the order in a header."""
+        """Tensor names file by file, sorted, so that the result does not depend on the order in a
+        header."""
         for file in self.reader.files():
             yield sorted(n for n, info in self.reader.tensors.items() if info.file == file)
 
@@ -83,33 +94,45 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
 
     Raises:
         UsageError: it is not quantized.
-        FormatError: a layout or a config that llmquant cannot carry over, or zero-points whose label lies.
+        FormatError: a layout or a config that llmquant cannot carry over, or zero-points whose
+            label lies.
         CheckpointError: damaged, or its manifest speaks of other modules.
         ArchitectureError: no causal language model that transformers knows.
     """
     reader = CheckpointReader(resolve(model))
     config = quantization_config(reader)
     if config is None:
-        raise UsageError(f"{reader.path} is not quantized, so there is nothing to convert; use llmquant quantize")
+        raise UsageError(
+            f"{reader.path} is not quantized, so there is nothing to convert; use llmquant quantize"
+        )
     layout = for_config(config)
     schemes = layout.schemes(config, reader.tensors)
     if not schemes:
-        raise CheckpointError(f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed")
+        raise CheckpointError(
+            f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed"
+        )
     _refuse_beyond_weights(reader, config)
-    refuse_shifted_zeros(reader, layout, config, schemes, None if base is None else CheckpointReader(resolve(base)))
+    refuse_shifted_zeros(
+        reader, layout, config, schemes, None if base is None else CheckpointReader(resolve(base))
+    )
     manifest = read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
     if manifest is not None and manifest.modules.keys() != schemes.keys():
         odd = sorted(manifest.modules.keys() ^ schemes.keys())
-        raise CheckpointError(f"{reader.path}: {MANIFEST} and the tensors disagree on which modules are quantized: {odd[0]}")
+        raise CheckpointError(
+            f"{reader.path}: {MANIFEST} and the tensors disagree on which modules are quantized: {odd[0]}"
+        )
     linears = linears_of(empty_model(reader, torch.bfloat16))
     known = manifest.skipped if manifest else {}
     routers = dict.fromkeys(linears.routers, ROUTER)
-    skipped = routers | {n: known.get(n, "unquantized in the source") for n in linears.shapes if n not in schemes}
+    skipped = routers | {
+        n: known.get(n, "unquantized in the source") for n in linears.shapes if n not in schemes
+    }
     return Source(reader, layout, schemes, skipped, linears.head, manifest)
 
 
 def model_dtype(reader: CheckpointReader) -> torch.dtype:
-    """What the config calls the model's dtype, or else the commonest of its floating-point tensors."""
+    """What the config calls the model's dtype, or else the commonest of its floating-point
+    tensors."""
     text = reader.config.get("text_config")
     for place in (reader.config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
@@ -123,4 +146,6 @@ def _refuse_beyond_weights(reader: CheckpointReader, config: Mapping[str, Any]) 
     for key in _BEYOND_WEIGHTS:
         told = config.get(key)
         if told and not (isinstance(told, dict) and told.get("format") == "dense"):
-            raise FormatError(f"{reader.path}: the config's {key} changes what engines compute and cannot be converted")
+            raise FormatError(
+                f"{reader.path}: the config's {key} changes what engines compute and cannot be converted"
+            )

@@ -1,20 +1,28 @@
-"""Byte layouts by name. ``for_config`` finds the one that a checkpoint's ``quantization_config`` announces."""
+"""Byte layouts by name. ``for_config`` finds the one that a checkpoint's ``quantization_config``
+announces."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from llmquant.activations import Activations
 from llmquant.errors import FormatError, UsageError
 from llmquant.formats.autoround import AutoRound
 from llmquant.formats.awq import Awq
-from llmquant.formats.base import Activations, Format, Scheme
-from llmquant.formats.compressed_family import CompressedFamily
+from llmquant.formats.base import Format, Scheme
+from llmquant.formats.compressed_tensors.family import CompressedFamily
+from llmquant.formats.compressed_tensors.int_quantized import IntQuantized
 from llmquant.formats.gptq import Gptq
 from llmquant.formats.gptq_config import checkpoint_format
-from llmquant.formats.int_quantized import IntQuantized
 
-_WRITABLE: tuple[Format, ...] = (CompressedFamily(), IntQuantized(), Gptq(v2=False), Gptq(v2=True), Awq())
+_WRITABLE: tuple[Format, ...] = (
+    CompressedFamily(),
+    IntQuantized(),
+    Gptq(v2=False),
+    Gptq(v2=True),
+    Awq(),
+)
 FORMATS: dict[str, Format] = {f.name: f for f in _WRITABLE}
 
 _READS = ("compressed-tensors", "gptq", "awq", "auto-round")
@@ -39,10 +47,14 @@ def for_config(quantization_config: Mapping[str, Any]) -> Format:
             return FORMATS[method]
         case "gptq":
             # A label that is neither is refused by schemes(), which knows why.
-            return FORMATS["gptq_v2" if checkpoint_format(quantization_config) == "gptq_v2" else "gptq"]
+            return FORMATS[
+                "gptq_v2" if checkpoint_format(quantization_config) == "gptq_v2" else "gptq"
+            ]
         case "auto-round" | "auto_round" | "intel/auto-round":
             return AutoRound(quantization_config.get("packing_format"))
-    raise FormatError(f"quant_method {method!r} is not one llmquant reads; it reads {', '.join(_READS)}")
+    raise FormatError(
+        f"quant_method {method!r} is not one llmquant reads; it reads {', '.join(_READS)}"
+    )
 
 
 __all__ = ["FORMATS", "Activations", "Format", "Scheme", "for_config", "layout_of"]

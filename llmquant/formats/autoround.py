@@ -6,11 +6,12 @@
     auto_round, auto_round:gptqmodel              GPTQ v2, zeros as they are
     auto_round:auto_awq (or :awq)                 AWQ GEMM
 
-It never stores a ``g_idx`` order. Exceptions stand in ``extra_config``: exact module names, or regular expressions that are
-searched for, each overriding ``bits``, ``group_size`` or ``sym``; 16 bits means unquantized.
+It never stores a ``g_idx`` order. Exceptions stand in ``extra_config``: exact module names, or
+regular expressions that are searched for, each overriding ``bits``, ``group_size`` or ``sym``; 16
+bits means unquantized.
 
-The label can lie: release 0.15.1 without calibration ("model-free") writes zeros less one under ``auto_round``. Bytes
-cannot show it, magnitudes can: :mod:`llmquant.formats.zero_points`.
+The label can lie: release 0.15.1 without calibration ("model-free") writes zeros less one under
+``auto_round``. Bytes cannot show it, magnitudes can: :mod:`llmquant.formats.zero_points`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
 from llmquant.formats.awq import Awq
-from llmquant.formats.base import Activations, Plain, Scheme
+from llmquant.formats.base import Plain, Scheme
 from llmquant.formats.gptq import Gptq
 from llmquant.formats.gptq_config import packed_modules, spec_of
 from llmquant.weight import QuantizedWeight
@@ -57,7 +59,9 @@ class AutoRound(Plain):
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         return f"auto-round is AutoRound's own label; write {self.inner.name}"
 
-    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
+    def pack(
+        self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none"
+    ) -> dict[str, Tensor]:
         raise FormatError(f"auto-round is AutoRound's own label; write {self.inner.name}")
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
@@ -69,14 +73,20 @@ class AutoRound(Plain):
     def shape_of(self, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[int, int]:
         return self.inner.shape_of(shapes, scheme)
 
-    def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
+    def schemes(
+        self, config: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Scheme]:
         if config.get("act_bits", 16) not in (None, 16, 32):
-            raise FormatError(f"activations of {config['act_bits']} bits under auto-round are not something llmquant reads")
+            raise FormatError(
+                f"activations of {config['act_bits']} bits under auto-round are not something llmquant reads"
+            )
         found: dict[str, Scheme] = {}
         for module in packed_modules(tensor_names):
             merged = {**config, **_extra(config.get("extra_config") or {}, module)}
             if isinstance(merged.get("bits"), int) and merged["bits"] >= 16:
-                raise FormatError(f"{module} has a qweight but the config's extra_config leaves it at {merged['bits']} bits")
+                raise FormatError(
+                    f"{module} has a qweight but the config's extra_config leaves it at {merged['bits']} bits"
+                )
             found[module] = Scheme(spec_of(merged, module))
         return found
 
@@ -89,7 +99,9 @@ def _extra(extra_config: Mapping[str, Mapping[str, Any]], module: str) -> Mappin
             try:
                 hit = re.search(pattern, module)
             except re.error as e:
-                raise FormatError(f"extra_config has {pattern!r}, which is no regular expression: {e}") from e
+                raise FormatError(
+                    f"extra_config has {pattern!r}, which is no regular expression: {e}"
+                ) from e
             if hit:
                 return change
     return {}

@@ -1,14 +1,16 @@
-"""AWQ GEMM: the 4-bit layout of AutoAWQ, packed along the *output* dimension in an order of its own.
+"""AWQ GEMM: the 4-bit layout of AutoAWQ, packed along the *output* dimension in an order of its
+own.
 
 For a module ``X`` with weight ``[out, in]`` and ``G`` groups per row::
 
-    X.qweight  int32 [in, out/8]   nibble i (from the low end) of a word holds output row 8*w + ORDER[i]
+    X.qweight  int32 [in, out/8]   nibble i from the low end holds output row 8*w + ORDER[i]
     X.qzeros   int32 [G, out/8]    in the same order, z as it is
     X.scales   fp16  [G, out]
 
-There is one scheme for the whole model and no ``g_idx``; modules can only be left out (``modules_to_not_convert``, matched as
-*parts* of names). Symmetric weights are written with their zero-points of 8 and ``zero_point: true``, which every reader
-takes; ``sym: true`` beside it (AutoRound's key) says that they are all 8.
+There is one scheme for the whole model and no ``g_idx``; modules can only be left out
+(``modules_to_not_convert``, matched as *parts* of names). Symmetric weights are written with their
+zero-points of 8 and ``zero_point: true``, which every reader takes; ``sym: true`` beside it
+(AutoRound's key) says that they are all 8.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import torch
 from torch import Tensor
 
 from llmquant import bitpack
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
-from llmquant.formats.base import HEADS, Activations, Plain, Scheme, exact, require
-from llmquant.formats.config_groups import ignore_list
+from llmquant.formats.base import HEADS, Plain, Scheme, exact, require
+from llmquant.formats.compressed_tensors.config_groups import ignore_list
 from llmquant.formats.gptq_config import packed_modules
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -51,7 +54,9 @@ class Awq(Plain):
             return f"the output size {shape[0]} is not a multiple of 8"
         return None
 
-    def why_not_together(self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()) -> str | None:
+    def why_not_together(
+        self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()
+    ) -> str | None:
         kinds = sorted({str(s.spec) for s in schemes.values()})
         if len(kinds) > 1:
             return f"AWQ has one scheme for all modules, not {' and '.join(kinds)}; use compressed-tensors or gptq"
@@ -61,9 +66,14 @@ class Awq(Plain):
                 return f"AWQ's readers skip every module whose name contains {name!r}, so {inside} cannot be quantized beside it"
         return None
 
-    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
-        """Scales are fp16 whatever the model's ``dtype``: that is what the format's readers expect."""
-        reason = self.why_not(Scheme(weight.spec, weight.g_idx is not None, activations), weight.shape)
+    def pack(
+        self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none"
+    ) -> dict[str, Tensor]:
+        """Scales are fp16 whatever the model's ``dtype``: that is what the format's readers
+        expect."""
+        reason = self.why_not(
+            Scheme(weight.spec, weight.g_idx is not None, activations), weight.shape
+        )
         if reason:
             raise FormatError(reason)
         return {
@@ -74,7 +84,9 @@ class Awq(Plain):
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         spec = scheme.spec
-        out_features, in_features = self.shape_of({n: tuple(t.shape) for n, t in tensors.items()}, scheme)
+        out_features, in_features = self.shape_of(
+            {n: tuple(t.shape) for n, t in tensors.items()}, scheme
+        )
         scales, groups = tensors["scales"], spec.groups(in_features)
         if list(scales.shape) != [groups, out_features] or not scales.is_floating_point():
             raise FormatError(
@@ -91,7 +103,9 @@ class Awq(Plain):
         if len(qweight) != 2:
             raise FormatError(f"qweight {list(qweight)} is not [in, out / 8]")
         if group_size is not None and qweight[0] % group_size:
-            raise FormatError(f"qweight has {qweight[0]} columns, which group_size {group_size} does not divide")
+            raise FormatError(
+                f"qweight has {qweight[0]} columns, which group_size {group_size} does not divide"
+            )
         return qweight[1] * 8, qweight[0]
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
@@ -110,16 +124,23 @@ class Awq(Plain):
             "modules_to_not_convert": ignore_list(ignore),
         }
 
-    def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
-        """Goes by the tensors: AutoAWQ leaves ``modules_to_not_convert`` null though ``lm_head`` is unquantized."""
+    def schemes(
+        self, config: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Scheme]:
+        """Goes by the tensors: AutoAWQ leaves ``modules_to_not_convert`` null though ``lm_head`` is
+        unquantized."""
         version = str(config.get("version") or "gemm").lower()
         if version != "gemm":
-            raise FormatError(f"AWQ version {version!r} packs its weights otherwise; llmquant reads gemm")
+            raise FormatError(
+                f"AWQ version {version!r} packs its weights otherwise; llmquant reads gemm"
+            )
         # AutoAWQ's first releases, and llm-awq, say w_bit and q_group_size.
         bits = config.get("bits", config.get("w_bit"))
         group_size = config.get("group_size", config.get("q_group_size"))
         if bits != BITS or not isinstance(group_size, int):
-            raise FormatError(f"AWQ with bits {bits!r} and group_size {group_size!r} is not one llmquant reads")
+            raise FormatError(
+                f"AWQ with bits {bits!r} and group_size {group_size!r} is not one llmquant reads"
+            )
         symmetric = bool(config.get("sym", not config.get("zero_point", True)))
         scheme = Scheme(QuantSpec(BITS, None if group_size == -1 else group_size, symmetric))
         modules = packed_modules(tensor_names)
@@ -131,7 +152,9 @@ class Awq(Plain):
 
 def _shuffled(rows: Tensor, order: tuple[int, ...]) -> Tensor:
     """``[n, out]`` with every eight columns put in another order."""
-    return rows.reshape(rows.shape[0], -1, 8)[..., list(order)].reshape(rows.shape[0], -1).contiguous()
+    return (
+        rows.reshape(rows.shape[0], -1, 8)[..., list(order)].reshape(rows.shape[0], -1).contiguous()
+    )
 
 
 def _natural(packed: Tensor, out_features: int) -> Tensor:
@@ -139,7 +162,9 @@ def _natural(packed: Tensor, out_features: int) -> Tensor:
     return _shuffled(bitpack.unpack(packed, BITS, out_features), _INVERSE).T.contiguous()
 
 
-def _zeros(tensors: Mapping[str, Tensor], spec: QuantSpec, groups: int, out_features: int) -> Tensor:
+def _zeros(
+    tensors: Mapping[str, Tensor], spec: QuantSpec, groups: int, out_features: int
+) -> Tensor:
     middle = torch.full((out_features, groups), spec.middle, dtype=torch.uint8)
     if "qzeros" not in tensors:
         if spec.symmetric:

@@ -1,27 +1,30 @@
 """The Format contract: numbers to named tensors and back, plus the config that announces them.
 
-A format is pure. It sees one :class:`QuantizedWeight` at a time and never a file, an algorithm or a kernel. Tensor names
-are relative to the module (``weight_packed``, not ``model.layers.0.self_attn.q_proj.weight_packed``).
+A format is pure. It sees one :class:`QuantizedWeight` at a time and never a file, an algorithm or a
+kernel. Tensor names are relative to the module (``weight_packed``, not
+``model.layers.0.self_attn.q_proj.weight_packed``).
 
-What a layout cannot hold is refused three times, as early as it can be known: ``why_not`` looks at one module's scheme
-and shape, ``why_not_together`` at all modules and their names, ``pack`` at the numbers themselves.
+What a layout cannot hold is refused three times, as early as it can be known: ``why_not`` looks at
+one module's scheme and shape, ``why_not_together`` at all modules and their names, ``pack`` at the
+numbers themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
-Activations = Literal["none", "int8-dynamic"]
-# What checkpoints call the output head. In vLLM it is no Linear, so configs that say which of those are quantized must name it.
+# What checkpoints call the output head. In vLLM it is no Linear, so configs that say which of those
+# are quantized must name it.
 HEADS = ("lm_head", "embed_out")
 
 
@@ -31,8 +34,10 @@ class Scheme:
 
     Attributes:
         spec: its grid.
-        g_idx: whether a non-trivial ``g_idx`` is stored (GPTQ's ``desc_act``, compressed-tensors' actorder ``group``).
-        activations: what an engine does to the module's input: nothing, or int8 per token with a scale found as it runs.
+        g_idx: whether a non-trivial ``g_idx`` is stored (GPTQ's ``desc_act``, compressed-tensors'
+            actorder ``group``).
+        activations: what an engine does to the module's input: nothing, or int8 per token with a
+            scale found as it runs.
     """
 
     spec: QuantSpec
@@ -48,7 +53,8 @@ class Format(Protocol):
 
     Attributes:
         name: what a user writes to ask for it.
-        activations: what engines do to the inputs of modules stored this way; goes into their :class:`Scheme`.
+        activations: what engines do to the inputs of modules stored this way; goes into their
+            :class:`Scheme`.
     """
 
     name: str
@@ -57,10 +63,15 @@ class Format(Protocol):
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Why a weight ``[out, in]`` of this scheme cannot be stored, or None."""
 
-    def why_not_together(self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()) -> str | None:
-        """Why these modules (full name → scheme) cannot stand in one config, ``ignore`` left unquantized, or None."""
+    def why_not_together(
+        self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()
+    ) -> str | None:
+        """Why these modules (full name → scheme) cannot stand in one config, ``ignore`` left
+        unquantized, or None."""
 
-    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
+    def pack(
+        self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none"
+    ) -> dict[str, Tensor]:
         """Tensors to store, by name relative to the module. ``dtype`` is the model's (for scales).
 
         ``activations`` chooses among a layout's tensors where it has several; others do without it.
@@ -86,7 +97,9 @@ class Format(Protocol):
     def side_files(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Files beside config.json that this layout's readers expect: name → text."""
 
-    def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
+    def schemes(
+        self, config: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Scheme]:
         """Module name → scheme for every quantized module among ``tensor_names`` (full names).
 
         Raises:
@@ -105,11 +118,14 @@ class Format(Protocol):
 
 
 class Plain:
-    """What most layouts answer to the optional questions: any mix is fine, no further files, activations untouched."""
+    """What most layouts answer to the optional questions: any mix is fine, no further files,
+    activations untouched."""
 
     activations: Activations = "none"
 
-    def why_not_together(self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()) -> str | None:
+    def why_not_together(
+        self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()
+    ) -> str | None:
         return None
 
     def side_files(self, config: Mapping[str, Any]) -> dict[str, str]:
@@ -120,7 +136,8 @@ def exact(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales in the dtype they are stored in.
 
     Raises:
-        FormatError: for a scale that ``dtype`` would round: engines would then not use the evaluated numbers.
+        FormatError: for a scale that ``dtype`` would round: engines would then not use the
+            evaluated numbers.
     """
     stored = scales.to(dtype)
     wrong = stored.to(torch.float32) != scales
@@ -137,4 +154,6 @@ def require(tensors: Collection[str], *names: str) -> None:
     """Raises FormatError naming the tensors of a module that are missing."""
     missing = [n for n in names if n not in tensors]
     if missing:
-        raise FormatError(f"{', '.join(missing)} missing beside {', '.join(sorted(tensors)) or 'nothing'}")
+        raise FormatError(
+            f"{', '.join(missing)} missing beside {', '.join(sorted(tensors)) or 'nothing'}"
+        )

@@ -1,7 +1,8 @@
-"""Dense: no layout at all, the dequantized weight as an ordinary ``X.weight``. A place to convert to, not one to read from.
+"""Dense: no layout at all, the dequantized weight as an ordinary ``X.weight``. A place to convert
+to, not one to read from.
 
-The numbers are those that an engine multiplies by at the same dtype: ``(code - zero) * scale``, exact in float32, rounded
-once. Codes and scales cannot be had back, so it is not among ``FORMATS``.
+The numbers are those that an engine multiplies by at the same dtype: ``(code - zero) * scale``,
+exact in float32, rounded once. Codes and scales cannot be had back, so it is not among ``FORMATS``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
-from llmquant.finite import all_finite
-from llmquant.formats.base import Activations, Plain, Scheme
+from llmquant.formats.base import Plain, Scheme
+from llmquant.runtime.finite import all_finite
 from llmquant.weight import QuantizedWeight
 
 
@@ -29,7 +31,9 @@ class Dense(Plain):
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         return None
 
-    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
+    def pack(
+        self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none"
+    ) -> dict[str, Tensor]:
         dense = weight.dequantize(dtype)
         if not all_finite(dense):
             raise FormatError(f"a weight is too large for {str(dtype).removeprefix('torch.')}")
@@ -45,5 +49,7 @@ class Dense(Plain):
     def config(self, schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
         return {}
 
-    def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
+    def schemes(
+        self, config: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Scheme]:
         return {}

@@ -1,18 +1,21 @@
-"""GGUF's block types Q4_0, Q4_1 and Q8_0: 32 weights to a block with an fp16 scale inside it. Tensors only; the file is
-:mod:`llmquant.gguf_file`.
+"""GGUF's block types Q4_0, Q4_1 and Q8_0: 32 weights to a block with an fp16 scale inside it.
+Tensors only; the file is :mod:`llmquant.conversion.gguf.file`.
 
-Every row is a run of blocks of 32 columns, the first element's nibble low, element i+16 in the high nibble of byte i::
+Every row is a run of blocks of 32 columns, the first element's nibble low, element i+16 in the high
+nibble of byte i::
 
     Q4_0  18 bytes  d fp16, 16 bytes      w = d * (q - 8)
     Q4_1  20 bytes  d fp16, m fp16, 16 b  w = d * q + m
     Q8_0  34 bytes  d fp16, 32 int8       w = d * q
 
-A weight whose groups are whole blocks goes in exactly where its numbers allow: ``code - zero`` in -8 … 7 for Q4_0, in
--128 … 127 for Q8_0, and for Q4_1 ``m = -zero * d`` must be exact in fp16, which a portable scale times 9, 11, 13 or 15 need not
-be. Nothing is ever rounded to fit: :func:`smallest` chooses the narrowest type that holds *all* of a tensor's numbers.
-llama.cpp multiplies and adds in float32, where ``d * q + m`` is exact too, so equal bytes mean equal weights.
+A weight whose groups are whole blocks goes in exactly where its numbers allow: ``code - zero`` in
+-8 … 7 for Q4_0, in -128 … 127 for Q8_0, and for Q4_1 ``m = -zero * d`` must be exact in fp16, which
+a portable scale times 9, 11, 13 or 15 need not be. Nothing is ever rounded to fit: :func:`smallest`
+chooses the narrowest type that holds *all* of a tensor's numbers. llama.cpp multiplies and adds in
+float32, where ``d * q + m`` is exact too, so equal bytes mean equal weights.
 
-What comes back has groups of 32, whatever went in: the same numbers, but a scale repeated for each block.
+What comes back has groups of 32, whatever went in: the same numbers, but a scale repeated for each
+block.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ _SPECS: dict[Kind, QuantSpec] = {
 
 
 def why_not(scheme: Scheme, shape: tuple[int, int]) -> str | None:
-    """Why no type here can hold a weight ``[out, in]`` of this scheme, whatever its numbers, or None."""
+    """Why no type here can hold a weight ``[out, in]`` of this scheme, whatever its numbers, or
+    None."""
     spec = scheme.spec
     if scheme.activations != "none":
         return "GGUF has no place for quantized activations"
@@ -96,19 +100,23 @@ def unpack(data: Tensor, kind: Kind) -> QuantizedWeight:
     """Inverse of :func:`pack`, with groups of 32.
 
     Raises:
-        FormatError: rows that are no whole blocks, or a Q4_1 minimum that is no whole zero-point times its scale, as other
-            quantizers write it.
+        FormatError: rows that are no whole blocks, or a Q4_1 minimum that is no whole zero-point
+            times its scale, as other quantizers write it.
     """
     size = BLOCK_BYTES[kind]
     if data.dtype != torch.uint8 or data.ndim != 2 or data.shape[1] == 0 or data.shape[1] % size:
-        raise FormatError(f"{kind} needs uint8 [out, blocks * {size}], got {data.dtype} {list(data.shape)}")
+        raise FormatError(
+            f"{kind} needs uint8 [out, blocks * {size}], got {data.dtype} {list(data.shape)}"
+        )
     out_features = data.shape[0]
     blocks = data.reshape(out_features, -1, size)
     scales = _floats(blocks[..., :2])
     spec = _SPECS[kind]
     zeros = torch.full(scales.shape, spec.middle, dtype=torch.uint8)
     if kind == "Q8_0":
-        codes = (blocks[..., 2:].contiguous().view(torch.int8).to(torch.int16) + spec.middle).to(torch.uint8)
+        codes = (blocks[..., 2:].contiguous().view(torch.int8).to(torch.int16) + spec.middle).to(
+            torch.uint8
+        )
     else:
         packed = blocks[..., -BLOCK // 2 :]
         codes = torch.cat([packed & 15, packed >> 4], -1)
@@ -120,16 +128,21 @@ def unpack(data: Tensor, kind: Kind) -> QuantizedWeight:
 def _within(values: Tensor, low: int, high: int, kind: Kind) -> Tensor:
     least, most = int(values.min()), int(values.max())
     if least < low or most > high:
-        raise FormatError(f"{kind} holds {low} … {high} steps of a scale, this weight has {least} … {most}")
+        raise FormatError(
+            f"{kind} holds {low} … {high} steps of a scale, this weight has {least} … {most}"
+        )
     return values
 
 
 def _minimum(scales: Tensor, zeros: Tensor) -> Tensor:
-    """fp16 bytes of Q4_1's ``m``; the product of an fp16 scale and a zero-point of up to 8 bits is exact in float32."""
+    """fp16 bytes of Q4_1's ``m``; the product of an fp16 scale and a zero-point of up to 8 bits is
+    exact in float32."""
     minimum = 0.0 - zeros * scales
     wrong = int((minimum.to(torch.float16).to(torch.float32) != minimum).sum())
     if wrong:
-        raise FormatError(f"Q4_1 stores -zero * scale in fp16, which would round {wrong} of {minimum.numel()} groups; use Q8_0")
+        raise FormatError(
+            f"Q4_1 stores -zero * scale in fp16, which would round {wrong} of {minimum.numel()} groups; use Q8_0"
+        )
     return _halves(minimum)
 
 

@@ -1,20 +1,23 @@
 """GPTQ: the layout of AutoGPTQ, GPTQModel and AutoRound, in both of its zero-point conventions.
 
-For a module ``X`` with weight ``[out, in]``, ``b`` bits and ``G`` groups per row, everything transposed::
+For a module ``X`` with weight ``[out, in]``, ``b`` bits and ``G`` groups per row, everything
+transposed::
 
-    X.qweight  int32 [in*b/32, out]   dense bit stream along the input dimension, first value in the lowest bits
+    X.qweight  int32 [in*b/32, out]   bit stream along the inputs, first value lowest
     X.qzeros   int32 [G, out*b/32]    the same along the output dimension; z - 1 (v1) or z (v2)
     X.scales   fp16  [G, out]
     X.g_idx    int32 [in]             group of each column; always written, as readers ask for it
 
-``checkpoint_format: gptq`` (v1) stores ``z - 1``, which cannot say ``z = 0``. The tools that try subtract one from the whole
-32-bit word, so a field of 0 borrows from its neighbour, and a reader that adds one field by field gets both wrong.
-Adding to the whole word gives every z back; at 3 bits, where fields cross words, GPTQModel adds by fields modulo 8. We
-read both so, and refuse to *write* a zero of 0 in v1, because other readers would misread it. ``gptq_v2`` has no such hole
-and is the better home of asymmetric weights: GPTQModel 7.6 refuses asymmetric v1 files of any maker but itself.
+``checkpoint_format: gptq`` (v1) stores ``z - 1``, which cannot say ``z = 0``. The tools that try
+subtract one from the whole 32-bit word, so a field of 0 borrows from its neighbour, and a reader
+that adds one field by field gets both wrong. Adding to the whole word gives every z back; at 3
+bits, where fields cross words, GPTQModel adds by fields modulo 8. We read both so, and refuse to
+*write* a zero of 0 in v1, because other readers would misread it. ``gptq_v2`` has no such hole and
+is the better home of asymmetric weights: GPTQModel 7.6 refuses asymmetric v1 files of any maker but
+itself.
 
-In a symmetric file z is ``2**(b-1)`` by definition and engines do not look at ``qzeros``: we accept either convention's
-bytes there, and nothing else.
+In a symmetric file z is ``2**(b-1)`` by definition and engines do not look at ``qzeros``: we accept
+either convention's bytes there, and nothing else.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ import torch
 from torch import Tensor
 
 from llmquant import bitpack
+from llmquant.activations import Activations
 from llmquant.errors import FormatError
 from llmquant.formats import gptq_config
-from llmquant.formats.base import Activations, Plain, Scheme, exact, require
+from llmquant.formats.base import Plain, Scheme, exact, require
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -59,9 +63,14 @@ class Gptq(Plain):
                 return f"the {what} size {size} at {bits} bits does not fill whole 32-bit words"
         return None
 
-    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none") -> dict[str, Tensor]:
-        """Scales are fp16 whatever the model's ``dtype``: that is what the format's readers expect."""
-        reason = self.why_not(Scheme(weight.spec, weight.g_idx is not None, activations), weight.shape)
+    def pack(
+        self, weight: QuantizedWeight, dtype: torch.dtype, activations: Activations = "none"
+    ) -> dict[str, Tensor]:
+        """Scales are fp16 whatever the model's ``dtype``: that is what the format's readers
+        expect."""
+        reason = self.why_not(
+            Scheme(weight.spec, weight.g_idx is not None, activations), weight.shape
+        )
         if reason:
             raise FormatError(reason)
         bits = weight.spec.bits
@@ -84,7 +93,9 @@ class Gptq(Plain):
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         spec = scheme.spec
-        out_features, in_features = self.shape_of({n: tuple(t.shape) for n, t in tensors.items()}, scheme)
+        out_features, in_features = self.shape_of(
+            {n: tuple(t.shape) for n, t in tensors.items()}, scheme
+        )
         scales, groups = tensors["scales"], spec.groups(in_features)
         if list(scales.shape) != [groups, out_features] or not scales.is_floating_point():
             raise FormatError(
@@ -100,7 +111,9 @@ class Gptq(Plain):
             _column_groups(tensors.get("g_idx"), scheme, in_features),
         )
 
-    def _zeros(self, tensors: Mapping[str, Tensor], spec: QuantSpec, groups: int, out_features: int) -> Tensor:
+    def _zeros(
+        self, tensors: Mapping[str, Tensor], spec: QuantSpec, groups: int, out_features: int
+    ) -> Tensor:
         """uint8 ``[out, G]``."""
         middle = torch.full((out_features, groups), spec.middle, dtype=torch.uint8)
         if "qzeros" not in tensors:
@@ -129,10 +142,14 @@ class Gptq(Plain):
             raise FormatError(f"qweight {list(qweight)} is not [in * {bits} / 32, out]")
         in_features = qweight[0] * 32 // bits
         if scheme.spec.group_size is not None and in_features % scheme.spec.group_size:
-            raise FormatError(f"qweight has {in_features} columns, which group_size {scheme.spec.group_size} does not divide")
+            raise FormatError(
+                f"qweight has {in_features} columns, which group_size {scheme.spec.group_size} does not divide"
+            )
         return qweight[1], in_features
 
-    def why_not_together(self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()) -> str | None:
+    def why_not_together(
+        self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()
+    ) -> str | None:
         return None  # any mix goes into `dynamic`
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
@@ -141,12 +158,15 @@ class Gptq(Plain):
     def side_files(self, config: Mapping[str, Any]) -> dict[str, str]:
         return {"quantize_config.json": gptq_config.dumps(config)}
 
-    def schemes(self, config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:
+    def schemes(
+        self, config: Mapping[str, Any], tensor_names: Collection[str]
+    ) -> dict[str, Scheme]:
         return gptq_config.parse(config, tensor_names)
 
 
 def _plus_one(packed: Tensor, fields: Tensor, bits: int, count: int) -> Tensor:
-    """v1 → z, uint8 ``[G, out]``: see the top of this file for why by words where fields do not cross them."""
+    """v1 → z, uint8 ``[G, out]``: see the top of this file for why by words where fields do not
+    cross them."""
     if bits == 3:
         return (fields + 1) & 7
     ones = sum(1 << shift for shift in range(0, 32, bits))  # below 2**31 for 2, 4 and 8 bits
@@ -160,7 +180,9 @@ def _column_groups(g_idx: Tensor | None, scheme: Scheme, in_features: int) -> Te
     if list(g_idx.shape) != [in_features]:
         raise FormatError(f"g_idx is {list(g_idx.shape)}, not [{in_features}]")
     stored = g_idx.to(torch.int32)
-    if torch.equal(stored, torch.arange(in_features, dtype=torch.int32) // scheme.spec.width(in_features)):
+    if torch.equal(
+        stored, torch.arange(in_features, dtype=torch.int32) // scheme.spec.width(in_features)
+    ):
         return None
     if not scheme.g_idx:
         raise FormatError(

@@ -1,10 +1,13 @@
-"""GPTQ's ``quantization_config``, and its twin ``quantize_config.json``: one scheme for all, exceptions in ``dynamic``.
+"""GPTQ's ``quantization_config``, and its twin ``quantize_config.json``: one scheme for all,
+exceptions in ``dynamic``.
 
-``dynamic`` is an ordered map of regular expressions, matched at the start of a module's full name, the first match
-counts: ``+:`` (or nothing) overrides keys, ``-:`` leaves the module unquantized. vLLM asks with the names of its *fused* layers
-(``qkv_proj`` for q, k and v), which no checkpoint has: a pattern that covers all parts of one names the whole too.
+``dynamic`` is an ordered map of regular expressions, matched at the start of a module's full name,
+the first match counts: ``+:`` (or nothing) overrides keys, ``-:`` leaves the module unquantized.
+vLLM asks with the names of its *fused* layers (``qkv_proj`` for q, k and v), which no checkpoint
+has: a pattern that covers all parts of one names the whole too.
 
-Reading goes by the tensors: a module is quantized if it has a ``qweight``. A config that denies it is refused.
+Reading goes by the tensors: a module is quantized if it has a ``qweight``. A config that denies it
+is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ _FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): 
 _KNOWN_FORMATS = ("gptq", "gptq_v2")
 
 
-def build(schemes: Mapping[str, Scheme], ignore: Collection[str], checkpoint_format: str) -> dict[str, Any]:
+def build(
+    schemes: Mapping[str, Scheme], ignore: Collection[str], checkpoint_format: str
+) -> dict[str, Any]:
     """``quantization_config`` for modules (full name → scheme), with the linears left alone."""
     base = Counter(s.spec for s in schemes.values()).most_common(1)[0][0]
     exceptions: dict[QuantSpec, list[str]] = {}
@@ -38,7 +43,8 @@ def build(schemes: Mapping[str, Scheme], ignore: Collection[str], checkpoint_for
     config: dict[str, Any] = {
         "quant_method": "gptq",
         **_keys(base),
-        # One g_idx that is not trivial is enough: a trivial one means the same with desc_act on or off.
+        # One g_idx that is not trivial is enough: a trivial one means the same with desc_act on or
+        # off.
         "desc_act": any(s.g_idx for s in schemes.values()),
         "checkpoint_format": checkpoint_format,
         "lm_head": any(head in schemes for head in HEADS),
@@ -53,7 +59,11 @@ def dumps(config: Mapping[str, Any]) -> str:
 
 
 def _keys(spec: QuantSpec) -> dict[str, Any]:
-    return {"bits": spec.bits, "group_size": -1 if spec.group_size is None else spec.group_size, "sym": spec.symmetric}
+    return {
+        "bits": spec.bits,
+        "group_size": -1 if spec.group_size is None else spec.group_size,
+        "sym": spec.symmetric,
+    }
 
 
 def _pattern(modules: Collection[str]) -> str:
@@ -69,22 +79,29 @@ def parse(config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str,
     """Module → scheme.
 
     Raises:
-        FormatError: another layout under the same ``quant_method``, or a config that contradicts the tensors.
+        FormatError: another layout under the same ``quant_method``, or a config that contradicts
+            the tensors.
     """
     _refuse_others(config)
     names = frozenset(tensor_names)
     found: dict[str, Scheme] = {}
     for module in packed_modules(names):
         if module in HEADS and config.get("lm_head") is False:
-            raise FormatError(f"{module} has a qweight but the config says lm_head: false; set it to true")
+            raise FormatError(
+                f"{module} has a qweight but the config says lm_head: false; set it to true"
+            )
         override = _override(config, module)
         if override is None:
-            raise FormatError(f"{module} has a qweight but a '-:' pattern of the config's dynamic leaves it unquantized")
+            raise FormatError(
+                f"{module} has a qweight but a '-:' pattern of the config's dynamic leaves it unquantized"
+            )
         merged = {**config, **override}
         spec = spec_of(merged, module)
         desc_act = bool(merged.get("desc_act", False)) and spec.group_size is not None
         if desc_act and f"{module}.g_idx" not in names:
-            raise FormatError(f"{module}: the config says desc_act: true but there is no g_idx to say which column is where")
+            raise FormatError(
+                f"{module}: the config says desc_act: true but there is no g_idx to say which column is where"
+            )
         found[module] = Scheme(spec, g_idx=desc_act)
     return found
 
@@ -97,11 +114,18 @@ def packed_modules(tensor_names: Iterable[str]) -> list[str]:
 def spec_of(config: Mapping[str, Any], module: str) -> QuantSpec:
     """The grid that ``bits``, ``group_size`` and ``sym`` describe.
 
-    Without ``sym`` the weight is read as asymmetric: the zero-points are stored, so nothing need be guessed.
+    Without ``sym`` the weight is read as asymmetric: the zero-points are stored, so nothing need be
+        guessed.
     """
-    bits, group_size, data_type = config.get("bits"), config.get("group_size"), config.get("data_type", "int")
+    bits, group_size, data_type = (
+        config.get("bits"),
+        config.get("group_size"),
+        config.get("data_type", "int"),
+    )
     if not isinstance(bits, int) or not isinstance(group_size, int) or data_type != "int":
-        raise FormatError(f"{module}: cannot read {data_type} weights of bits {bits!r}, group_size {group_size!r}")
+        raise FormatError(
+            f"{module}: cannot read {data_type} weights of bits {bits!r}, group_size {group_size!r}"
+        )
     return QuantSpec(bits, None if group_size == -1 else group_size, bool(config.get("sym", False)))
 
 
@@ -111,7 +135,9 @@ def _override(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | Non
         try:
             hit = re.match(pattern.removeprefix("-:").removeprefix("+:"), module)
         except re.error as e:
-            raise FormatError(f"the config's dynamic has {pattern!r}, which is no regular expression: {e}") from e
+            raise FormatError(
+                f"the config's dynamic has {pattern!r}, which is no regular expression: {e}"
+            ) from e
         if hit:
             return None if pattern.startswith("-:") else dict(change)
     return {}
@@ -120,12 +146,18 @@ def _override(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | Non
 def _refuse_others(config: Mapping[str, Any]) -> None:
     """Layouts that travel under ``quant_method: gptq`` and hold other bytes."""
     if config.get("is_marlin_format"):
-        raise FormatError("weights in Marlin's layout are tied to one GPU kernel; llmquant reads the plain GPTQ layout")
+        raise FormatError(
+            "weights in Marlin's layout are tied to one GPU kernel; llmquant reads the plain GPTQ layout"
+        )
     label = checkpoint_format(config)
     if label not in _KNOWN_FORMATS:
-        raise FormatError(f"checkpoint_format {label!r} is not one llmquant reads; it reads {', '.join(_KNOWN_FORMATS)}")
+        raise FormatError(
+            f"checkpoint_format {label!r} is not one llmquant reads; it reads {', '.join(_KNOWN_FORMATS)}"
+        )
     if config.get("pack_dtype", "int32") != "int32":
-        raise FormatError(f"pack_dtype {config['pack_dtype']!r} is not one llmquant reads; it reads int32")
+        raise FormatError(
+            f"pack_dtype {config['pack_dtype']!r} is not one llmquant reads; it reads int32"
+        )
 
 
 def checkpoint_format(config: Mapping[str, Any]) -> str:

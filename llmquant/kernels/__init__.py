@@ -1,7 +1,9 @@
-"""Kernels by name in order of preference, and the choice among them: the first that has no reason against it.
+"""Kernels by name in order of preference, and the choice among them: the first that has no reason
+against it.
 
-``auto`` never takes what stands behind ``reference``: ``dense``, because a packed model that quietly became a dense one would
-not be what was asked for, and ``cpu_int8``, because it rounds the activations.
+``auto`` never takes what stands behind ``reference``: ``dense``, because a packed model that
+quietly became a dense one would not be what was asked for, and ``cpu_int8``, because it rounds the
+activations.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from llmquant.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
-KERNELS: dict[str, Kernel] = {k.name: k for k in (Cpu(), CpuInt4(), Reference(), Dense(), CpuInt8())}
+KERNELS: dict[str, Kernel] = {
+    k.name: k for k in (Cpu(), CpuInt4(), Reference(), Dense(), CpuInt8())
+}
 AUTO = "auto"
 
 
@@ -62,7 +66,15 @@ def choose(
         if reason is None:
             return kernel, refusals
         refusals[name] = reason
-        log.info("kernel %s cannot take a %s weight %s at %s on %s: %s", name, spec, list(shape), dtype, device, reason)
+        log.info(
+            "kernel %s cannot take a %s weight %s at %s on %s: %s",
+            name,
+            spec,
+            list(shape),
+            dtype,
+            device,
+            reason,
+        )
     # `reference` refuses nothing, so with `auto` this point is not reached.
     raise UsageError(
         f"kernel {prefer} cannot take a {spec} weight {list(shape)}: {refusals[prefer]}; use --kernel auto"

@@ -1,11 +1,12 @@
 """The Kernel contract: a linear layer over a QuantizedWeight. A kernel never knows a file layout.
 
-``prepare`` turns the waist into whatever buffers the kernel multiplies by; ``linear`` uses them. Selection asks
-twice: ``why_not`` knows spec, shape, device and dtype, so a plan can be made before any tensor is read;
-``why_not_weight`` looks at the numbers (a scale with too many bits for the kernel's registers). ``reference`` never
-refuses and is every other kernel's twin.
+``prepare`` turns the waist into whatever buffers the kernel multiplies by; ``linear`` uses them.
+Selection asks twice: ``why_not`` knows spec, shape, device and dtype, so a plan can be made before
+any tensor is read; ``why_not_weight`` looks at the numbers (a scale with too many bits for the
+kernel's registers). ``reference`` never refuses and is every other kernel's twin.
 
-Whatever the kernel, ``weight(prepared, ...)`` equals ``QuantizedWeight.dequantize(dtype)`` bit for bit.
+Whatever the kernel, ``weight(prepared, ...)`` equals ``QuantizedWeight.dequantize(dtype)`` bit for
+bit.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ Prepared = Mapping[str, Tensor | None]
 
 
 class Kernel(Protocol):
-    """One way to compute ``x @ dequantize(weight).T``. Stateless: all its data are the prepared buffers.
+    """One way to compute ``x @ dequantize(weight).T``. Stateless: all its data are the prepared
+    buffers.
 
     Attributes:
         name: what a user writes to ask for it.
-        any_dtype: whether the buffers serve every activation dtype, or only the one they were prepared for.
+        any_dtype: whether the buffers serve every activation dtype, or only the one they were
+            prepared for.
         rounds_inputs: whether it computes with rounded activations; ``auto`` takes none that does.
     """
 
@@ -36,18 +39,30 @@ class Kernel(Protocol):
     rounds_inputs: bool
 
     def why_not(
-        self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, g_idx: bool = False
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        g_idx: bool = False,
     ) -> str | None:
-        """Why this kernel cannot take a weight ``[out, in]`` at activations ``dtype`` on ``device``, or None."""
+        """Why this kernel cannot take a weight ``[out, in]`` at activations ``dtype`` on
+        ``device``, or None."""
 
     def why_not_weight(self, weight: QuantizedWeight) -> str | None:
-        """Why it cannot take these numbers exactly, or None. Asked only after :meth:`why_not` found nothing."""
+        """Why it cannot take these numbers exactly, or None. Asked only after :meth:`why_not` found
+        nothing."""
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Buffers (name → tensor) that replace the weight; registered on the module, moved with it."""
+        """Buffers (name → tensor) that replace the weight; registered on the module, moved with
+        it."""
 
-    def linear(self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    def linear(
+        self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
         """``[..., in]`` → ``[..., out]`` in ``x.dtype``, bias not included."""
 
-    def weight(self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def weight(
+        self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         """The dequantized ``[out, in]`` weight, equal to ``QuantizedWeight.dequantize(dtype)``."""

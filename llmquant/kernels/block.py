@@ -1,9 +1,11 @@
-"""One decoding step of a Llama-like decoder block in two compiled calls, instead of some sixty small torch operations.
+"""One decoding step of a Llama-like decoder block in two compiled calls, instead of some sixty
+small torch operations.
 
-With one sequence and one new token the linears of a small model take less time than what stands between them: norms, rotary
-embedding, attention over a few hundred rows, residuals, and Python's share of calling all that. :class:`Step` does the block as
-csrc/cpu does its linears, in float32 inside whatever the dtype outside; between its two halves the caller adds keys and values
-to the cache.
+With one sequence and one new token the linears of a small model take less time than what stands
+between them: norms, rotary embedding, attention over a few hundred rows, residuals, and Python's
+share of calling all that. :class:`Step` does the block as csrc/cpu does its linears, in float32
+inside whatever the dtype outside; between its two halves the caller adds keys and values to the
+cache.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class _Block(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """Numbers of a block that its tensors do not say; ``scaling`` multiplies the scores before the softmax."""
+    """Numbers of a block that its tensors do not say; ``scaling`` multiplies the scores before the
+    softmax."""
 
     heads: int
     kv_heads: int
@@ -62,7 +65,10 @@ class Step:
     ) -> None:
         self._buffers = {name: buffers for name, (buffers, _, _) in linears.items()}
         self._sizes = {name: (bits, *size) for name, (_, bits, size) in linears.items()}
-        self._vectors = {n: None if t is None else t.detach().to(torch.float32).contiguous() for n, t in vectors.items()}
+        self._vectors = {
+            n: None if t is None else t.detach().to(torch.float32).contiguous()
+            for n, t in vectors.items()
+        }
         self.shape = shape
         self._link()
 
@@ -82,31 +88,48 @@ class Step:
             words, scales = buffers["words"], buffers["scales"]
             assert words is not None
             assert scales is not None
-            weights[name] = native.bound(words, scales, buffers.get("zeros"), buffers.get("columns"), *self._sizes[name])
+            weights[name] = native.bound(
+                words, scales, buffers.get("zeros"), buffers.get("columns"), *self._sizes[name]
+            )
         vectors = {n: None if t is None else t.data_ptr() for n, t in self._vectors.items()}
         s = self.shape
         return _Block(
-            **weights, **vectors, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim, eps=s.eps, scaling=s.scaling
+            **weights,
+            **vectors,
+            heads=s.heads,
+            kv_heads=s.kv_heads,
+            head_dim=s.head_dim,
+            eps=s.eps,
+            scaling=s.scaling,
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> Step:
         """The step of a copied module: its addresses are those of the copied buffers."""
         made = Step.__new__(Step)
         memo[id(self)] = made
-        made.__dict__.update({n: copy.deepcopy(v, memo) for n, v in self.__dict__.items() if n not in _ADDRESSES})
+        made.__dict__.update(
+            {n: copy.deepcopy(v, memo) for n, v in self.__dict__.items() if n not in _ADDRESSES}
+        )
         made._link()
         return made
 
     def takes(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
-        """Whether :meth:`before` can read these tensors as they are; follows buffers that were moved."""
+        """Whether :meth:`before` can read these tensors as they are; follows buffers that were
+        moved."""
         if self._buffers["q"]["words"] is not self._words:
             self._link()
         dtype, dim = hidden.dtype, self.shape.head_dim
         return (
-            dtype in TYPES and hidden.is_cpu and hidden.is_contiguous()
-            and cos.dtype is dtype and sin.dtype is dtype
-            and cos.numel() == dim and sin.numel() == dim and cos.stride(-1) == 1 and sin.stride(-1) == 1
-        )  # fmt: skip
+            dtype in TYPES
+            and hidden.is_cpu
+            and hidden.is_contiguous()
+            and cos.dtype is dtype
+            and sin.dtype is dtype
+            and cos.numel() == dim
+            and sin.numel() == dim
+            and cos.stride(-1) == 1
+            and sin.stride(-1) == 1
+        )
 
     @property
     def address(self) -> int:
@@ -114,28 +137,56 @@ class Step:
         return self._address
 
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[1, 1, width]`` → query float32 ``[heads * head_dim]``, key and value ``[1, kv_heads, 1, head_dim]``, rotated."""
+        """``[1, 1, width]`` → query float32 ``[heads * head_dim]``, key and value ``[1, kv_heads,
+        1, head_dim]``, rotated."""
         s = self.shape
         query = torch.empty(s.heads * s.head_dim, dtype=torch.float32)
         key = hidden.new_empty((1, s.kv_heads, 1, s.head_dim))
         value = torch.empty_like(key)
         self._before(
-            native.instruction_number(), self._address, hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            TYPES[hidden.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+            native.instruction_number(),
+            self._address,
+            hidden.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            TYPES[hidden.dtype],
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            torch.get_num_threads(),
+        )
         return query, key, value
 
     def after(self, hidden: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The block's output ``[1, 1, width]``; keys and values ``[1, kv_heads, n, head_dim]``."""
         out = torch.empty_like(hidden)
-        if keys.dtype is not hidden.dtype or values.dtype is not hidden.dtype or keys.stride(3) != 1 or values.stride(3) != 1:
+        if (
+            keys.dtype is not hidden.dtype
+            or values.dtype is not hidden.dtype
+            or keys.stride(3) != 1
+            or values.stride(3) != 1
+        ):
             keys, values = keys.to(hidden.dtype).contiguous(), values.to(hidden.dtype).contiguous()
         strides = self._strides
-        strides[0], strides[1], strides[2], strides[3] = keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)
+        strides[0], strides[1], strides[2], strides[3] = (
+            keys.stride(1),
+            keys.stride(2),
+            values.stride(1),
+            values.stride(2),
+        )
         self._after(
-            native.instruction_number(), self._address, hidden.data_ptr(), query.data_ptr(), keys.data_ptr(),
-            values.data_ptr(), TYPES[hidden.dtype], keys.shape[2], strides, out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+            native.instruction_number(),
+            self._address,
+            hidden.data_ptr(),
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            TYPES[hidden.dtype],
+            keys.shape[2],
+            strides,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
         return out
 
 
@@ -166,22 +217,40 @@ class Steps:
         """As :meth:`Step.takes`, of every block."""
         return all(step.takes(hidden, cos, sin) for step in self._steps)
 
-    def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
+    def run(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[tuple[Tensor, Tensor, int]]
+    ) -> Tensor:
         """``[1, 1, width]`` → the last block's output.
 
         Args:
             hidden, cos, sin: as the first block gets them; :meth:`takes` must have agreed to them.
-            caches: for each block the buffers of keys and values ``[1, kv_heads, capacity, head_dim]``, in the dtype of
-                ``hidden``, and how many tokens they hold; the new token's are written behind those, so there must be room.
+            caches: for each block the buffers of keys and values ``[1, kv_heads, capacity,
+                head_dim]``, in the dtype of ``hidden``, and how many tokens they hold; the new
+                token's are written behind those, so there must be room.
         """
         strides, held = self._strides, self._held
         for i, (step, (keys, values, count)) in enumerate(zip(self._steps, caches, strict=True)):
-            self._blocks[i], self._keys[i], self._values[i], held[i] = step.address, keys.data_ptr(), values.data_ptr(), count
+            self._blocks[i], self._keys[i], self._values[i], held[i] = (
+                step.address,
+                keys.data_ptr(),
+                values.data_ptr(),
+                count,
+            )
             _, strides[4 * i], strides[4 * i + 1], _ = keys.stride()
             _, strides[4 * i + 2], strides[4 * i + 3], _ = values.stride()
         out = hidden.clone()
         native.loaded().llmquant_blocks_step(
-            native.instruction_number(), self._blocks, len(self._steps), out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            TYPES[hidden.dtype], self._keys, self._values, strides, held, torch.get_num_threads(),
-        )  # fmt: skip
+            native.instruction_number(),
+            self._blocks,
+            len(self._steps),
+            out.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            TYPES[hidden.dtype],
+            self._keys,
+            self._values,
+            strides,
+            held,
+            torch.get_num_threads(),
+        )
         return out

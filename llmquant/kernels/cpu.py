@@ -1,15 +1,18 @@
-"""``cpu``: 2, 3, 4 and 8 bits on any CPU, in compiled code (csrc/cpu). Activations are not quantized; sums are float32.
+"""``cpu``: 2, 3, 4 and 8 bits on any CPU, in compiled code (csrc/cpu). Activations are not
+quantized; sums are float32.
 
-One packed copy of the weight serves every number of rows and every dtype of activations. One row is multiplied straight from
-the packed bytes; several rows decode a panel of 16 output rows at a time, once for 264 rows of x, and multiply it from the
-first-level cache. Whatever the dtype of x, products and sums are float32, the result is rounded once.
+One packed copy of the weight serves every number of rows and every dtype of activations. One row is
+multiplied straight from the packed bytes; several rows decode a panel of 16 output rows at a time,
+once for 264 rows of x, and multiply it from the first-level cache. Whatever the dtype of x,
+products and sums are float32, the result is rounded once.
 
-Where the processor multiplies bfloat16 in hardware (AMX, avx512_bf16), torch's product is faster from some number of rows on:
-then a tile is decoded to the dtype of x and given to ``torch.mm``. From how many rows is measured once in a process, on the
-machine itself; elsewhere the kernel's own product is used throughout.
+Where the processor multiplies bfloat16 in hardware (AMX, avx512_bf16), torch's product is faster
+from some number of rows on: then a tile is decoded to the dtype of x and given to ``torch.mm``.
+From how many rows is measured once in a process, on the machine itself; elsewhere the kernel's own
+product is used throughout.
 
-Every group size is taken, per-row scales and columns with an order of their own too: groups are padded to whole words and
-columns are stored sorted by group, which ``columns`` undoes as x is read.
+Every group size is taken, per-row scales and columns with an order of their own too: groups are
+padded to whole words and columns are stored sorted by group, which ``columns`` undoes as x is read.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from llmquant.runtime.processor import this_processor
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
-_TILE_BYTES = 16 << 20  # of decoded weight that torch.mm gets at a time; glibc reuses freed chunks up to 32 MiB
+_TILE_BYTES = (
+    16 << 20
+)  # of decoded weight that torch.mm gets at a time; glibc reuses freed chunks up to 32 MiB
 _NEVER = 1 << 62
 
 
@@ -42,8 +47,10 @@ def unit(bits: int) -> int:
 class Cpu:
     """Compiled products from packed weights.
 
-    Buffers: ``words`` int32 ``[tiles, words, 16]``; ``scales`` ``[tiles, G, 16]`` in the narrowest of bf16, fp16 and fp32 that
-    holds them; ``zeros`` uint8 ``[tiles, G, 16]`` unless symmetric; ``columns`` int32 ``[stored]`` where they are not x's.
+    Buffers: ``words`` int32 ``[tiles, words, 16]``; ``scales`` ``[tiles, G, 16]`` in the narrowest
+        of bf16, fp16 and fp32 that
+    holds them; ``zeros`` uint8 ``[tiles, G, 16]`` unless symmetric; ``columns`` int32 ``[stored]``
+    where they are not x's.
     """
 
     name = "cpu"
@@ -51,7 +58,12 @@ class Cpu:
     rounds_inputs = False
 
     def why_not(
-        self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, g_idx: bool = False
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        g_idx: bool = False,
     ) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"
@@ -64,21 +76,29 @@ class Cpu:
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         columns, layout = _columns(weight)
-        buffers = {"words": native.pack(weight.codes, layout, columns), "scales": _by_tile(narrowest(weight.scales))}
+        buffers = {
+            "words": native.pack(weight.codes, layout, columns),
+            "scales": _by_tile(narrowest(weight.scales)),
+        }
         if not weight.spec.symmetric:
             buffers["zeros"] = _by_tile(weight.zeros)
         if columns is not None:
             buffers["columns"] = columns
         return buffers
 
-    def linear(self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    def linear(
+        self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
         """The product; differentiable in x.
 
         Raises:
-            UsageError: activations of a dtype that is none of float32, bfloat16 and float16, or of another width.
+            UsageError: activations of a dtype that is none of float32, bfloat16 and float16, or of
+                another width.
         """
         if x.dtype not in TYPES:
-            raise UsageError(f"kernel cpu takes float32, bfloat16 and float16 activations, and was given {x.dtype}")
+            raise UsageError(
+                f"kernel cpu takes float32, bfloat16 and float16 activations, and was given {x.dtype}"
+            )
         if x.shape[-1] != shape[1]:
             raise UsageError(f"a linear of {shape[1]} input columns was given {list(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
@@ -86,26 +106,49 @@ class Cpu:
         words, scales = prepared["words"], prepared["scales"]
         assert words is not None
         assert scales is not None
-        product = _product if type(x) is Tensor and not torch.compiler.is_compiling() else torch.ops.llmquant.packed_linear
-        y: Tensor = product(x, words, scales, prepared.get("zeros"), prepared.get("columns"), spec.bits, *shape)
+        product = (
+            _product
+            if type(x) is Tensor and not torch.compiler.is_compiling()
+            else torch.ops.llmquant.packed_linear
+        )
+        y: Tensor = product(
+            x, words, scales, prepared.get("zeros"), prepared.get("columns"), spec.bits, *shape
+        )
         return y
 
-    def weight(self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def weight(
+        self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         words, scales = prepared["words"], prepared["scales"]
         assert words is not None
         assert scales is not None
         weight = torch.empty(shape, dtype=dtype)
         for rows in _tiles(*shape, torch.float32):
             weight[rows] = native.decode(
-                words, scales, prepared.get("zeros"), prepared.get("columns"), spec.bits, *shape, rows, torch.float32
+                words,
+                scales,
+                prepared.get("zeros"),
+                prepared.get("columns"),
+                spec.bits,
+                *shape,
+                rows,
+                torch.float32,
             ).T
         return weight
 
 
 def _product(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    out: int,
+    in_: int,
 ) -> Tensor:
-    """``[..., in]`` → ``[..., out]``, by the kernel's own product or by torch's over decoded tiles."""
+    """``[..., in]`` → ``[..., out]``, by the kernel's own product or by torch's over decoded
+    tiles."""
     if x.numel() // in_ >= _rows_for_torch(x.dtype):
         return _by_torch(x, words, scales, zeros, columns, bits, out, in_)
     return native.linear(x, words, scales, zeros, columns, bits, out, in_)
@@ -113,7 +156,14 @@ def _product(
 
 @torch.library.custom_op("llmquant::packed_linear", mutates_args=(), device_types="cpu")
 def _packed_linear(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    out: int,
+    in_: int,
 ) -> Tensor:
     """:func:`_product` as an operator, which ``torch.compile`` and exports see as one node."""
     return _product(x, words, scales, zeros, columns, bits, out, in_)
@@ -121,7 +171,14 @@ def _packed_linear(
 
 @_packed_linear.register_fake
 def _(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    out: int,
+    in_: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out))
 
@@ -158,27 +215,44 @@ def _tiles(out: int, in_: int, dtype: torch.dtype) -> list[slice]:
 
 
 def _by_torch(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    out: int,
+    in_: int,
 ) -> Tensor:
     """The product by ``torch.mm`` over tiles decoded to x's dtype."""
     rows = x.reshape(-1, in_)
     y = x.new_empty((rows.shape[0], out))
     for tile in _tiles(out, in_, x.dtype):
-        y[:, tile] = torch.mm(rows, native.decode(words, scales, zeros, columns, bits, out, in_, tile, x.dtype))
+        y[:, tile] = torch.mm(
+            rows, native.decode(words, scales, zeros, columns, bits, out, in_, tile, x.dtype)
+        )
     return y.view(*x.shape[:-1], out)
 
 
 @cache
 def _rows_for_torch(dtype: torch.dtype) -> int:
-    """From how many rows on ``torch.mm`` over decoded tiles is faster here; measured where it can be, which takes some 50 ms."""
+    """From how many rows on ``torch.mm`` over decoded tiles is faster here; measured where it can
+    be, which takes some 50 ms."""
     processor = this_processor()
-    fast = {torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"), torch.float32: ("avx512f",)}.get(dtype, ())
+    fast = {torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"), torch.float32: ("avx512f",)}.get(
+        dtype, ()
+    )
     if not any(processor.has(name) for name in fast):
         return _NEVER
     size = 1024
     spec, shape = QuantSpec(4, 128), (size, size)
     codes = torch.zeros(shape, dtype=torch.uint8)
-    weight = QuantizedWeight(codes, torch.ones(size, size // 128), torch.full((size, size // 128), 8, dtype=torch.uint8), spec)
+    weight = QuantizedWeight(
+        codes,
+        torch.ones(size, size // 128),
+        torch.full((size, size // 128), 8, dtype=torch.uint8),
+        spec,
+    )
     prepared = Cpu().prepare(weight, dtype)
     words, scales = prepared["words"], prepared["scales"]
     wins = _NEVER

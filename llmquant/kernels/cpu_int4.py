@@ -1,22 +1,26 @@
-"""``cpu_int4``: 4-bit weights on a CPU in bf16. torch's int4 operator for few rows, dequantize + GEMM for many.
+"""``cpu_int4``: 4-bit weights on a CPU in bf16. torch's int4 operator for few rows, dequantize +
+GEMM for many.
 
-One packed copy of the weight serves both. The operator computes ``sum_k x_k * ((q - 8) * s + zero)`` in float32 from
-bf16 ``s`` and ``zero`` and rounds once, reading half a byte a weight: it is bound by memory, so at one row it beats a
-dense bf16 linear. With many rows it is bound by arithmetic, and a GEMM over a weight dequantized to bf16 a tile at a
-time wins although it dequantizes anew each time. ``CROSSOVER_ROWS`` is where, as measured by bench/crossover.py.
-Ratios of time to a dense bf16 linear there (a CPU with AMX): 0.3 to 0.5 at 1 row, 1.1 to 1.5 at 8, 4 to 7 at the
-crossover, 2 to 3 at 512 rows and 1.3 to 1.6 at 2048: who evaluates or prefills should offer many rows at once.
+One packed copy of the weight serves both. The operator computes ``sum_k x_k * ((q - 8) * s +
+zero)`` in float32 from bf16 ``s`` and ``zero`` and rounds once, reading half a byte a weight: it is
+bound by memory, so at one row it beats a dense bf16 linear. With many rows it is bound by
+arithmetic, and a GEMM over a weight dequantized to bf16 a tile at a time wins although it
+dequantizes anew each time. ``CROSSOVER_ROWS`` is where, as measured by bench/crossover.py. Ratios
+of time to a dense bf16 linear there (a CPU with AMX): 0.3 to 0.5 at 1 row, 1.1 to 1.5 at 8, 4 to 7
+at the crossover, 2 to 3 at 512 rows and 1.3 to 1.6 at 2048: who evaluates or prefills should offer
+many rows at once.
 
-Exactness. ``zero`` should be ``(8 - z) * s``, up to 12 significant bits of which bf16 holds 8. What does not fit is
-again exact in bf16 (at most 4 bits): the *residual*. Multiplied with the group sums of x, a matmul ``[rows, G] x [G,
-out]``, it puts the missing part back. A scale that is not exact in bf16 (fp16 scales of other tools) is split the
-same way, ``s = high + low``, and the operator runs a second time with ``low``; our own portable scales never need
-that. (Only where such a scale meets a zero-point does anything remain, below 2**-16 of the zero term; the dequantized
-weight is exact throughout.)
+Exactness. ``zero`` should be ``(8 - z) * s``, up to 12 significant bits of which bf16 holds 8. What
+does not fit is again exact in bf16 (at most 4 bits): the *residual*. Multiplied with the group sums
+of x, a matmul ``[rows, G] x [G, out]``, it puts the missing part back. A scale that is not exact in
+bf16 (fp16 scales of other tools) is split the same way, ``s = high + low``, and the operator runs a
+second time with ``low``; our own portable scales never need that. (Only where such a scale meets a
+zero-point does anything remain, below 2**-16 of the zero term; the dequantized weight is exact
+throughout.)
 
-Group sizes. The operator knows 32, 64, 128 and 256. A wider group, or a whole row, is the same numbers repeated over
-groups of the widest of these that divides it. Columns with an order of their own (``g_idx``) are stored sorted by
-group and x is permuted, if every group has equally many.
+Group sizes. The operator knows 32, 64, 128 and 256. A wider group, or a whole row, is the same
+numbers repeated over groups of the widest of these that divides it. Columns with an order of their
+own (``g_idx``) are stored sorted by group and x is permuted, if every group has equally many.
 """
 
 from __future__ import annotations
@@ -30,13 +34,15 @@ from llmquant.kernels.base import Prepared
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
-# Rows from which dequantize + GEMM is faster, median over shapes and thread counts: bench/results/crossover.json.
+# Rows from which dequantize + GEMM is faster, median over shapes and thread counts:
+# bench/results/crossover.json.
 CROSSOVER_ROWS = 76
-# bf16 bytes of dequantized weight that exist at a time. glibc keeps a freed chunk of up to 32 MiB for reuse instead of
-# returning its pages, which would be faulted in again at every layer.
+# bf16 bytes of dequantized weight that exist at a time. glibc keeps a freed chunk of up to 32 MiB
+# for reuse instead of returning its pages, which would be faulted in again at every layer.
 _TILE_BYTES = 16 << 20
 _GROUPS = (256, 128, 64, 32)
-# Looked up once: a decode step calls it for every linear, and two attribute lookups cost a tenth of a small call.
+# Looked up once: a decode step calls it for every linear, and two attribute lookups cost a tenth of
+# a small call.
 _operator = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
 
 
@@ -48,9 +54,11 @@ def operator_group(width: int) -> int | None:
 class CpuInt4:
     """torch's int4 CPU operator, and dequantize + GEMM from the same bytes.
 
-    Buffers: ``packed`` uint8 ``[rows, in/2]`` (rows = out padded to 64); ``scales_and_zeros`` bf16 ``[G, rows, 2]``;
-    ``shift`` int8 ``[G, rows]``, 8 - z, and ``residual`` bf16 ``[G, rows]`` where a zero-point needs them; ``low`` bf16
-    ``[G, rows, 2]`` where a scale is not exact in bf16; ``columns`` int64 ``[in]`` if columns are sorted by group.
+    Buffers: ``packed`` uint8 ``[rows, in/2]`` (rows = out padded to 64); ``scales_and_zeros`` bf16
+        ``[G, rows, 2]``;
+    ``shift`` int8 ``[G, rows]``, 8 - z, and ``residual`` bf16 ``[G, rows]`` where a zero-point
+    needs them; ``low`` bf16 ``[G, rows, 2]`` where a scale is not exact in bf16; ``columns`` int64
+    ``[in]`` if columns are sorted by group.
     """
 
     name = "cpu_int4"
@@ -58,7 +66,12 @@ class CpuInt4:
     rounds_inputs = False
 
     def why_not(
-        self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, g_idx: bool = False
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        g_idx: bool = False,
     ) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"
@@ -96,7 +109,9 @@ class CpuInt4:
         shift = 8.0 - _by_group(weight.zeros.to(torch.float32), repeats, 8.0)
         return buffers | _params(scales, shift)
 
-    def linear(self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    def linear(
+        self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
         if x.dtype is not torch.bfloat16:
             raise UsageError(
                 f"kernel cpu_int4 was loaded for bfloat16 activations and was given {x.dtype}; load with that dtype"
@@ -110,7 +125,9 @@ class CpuInt4:
             y = y[:, :out_features].contiguous()
         return y.view(*x.shape[:-1], out_features)
 
-    def weight(self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def weight(
+        self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         packed, columns = prepared["packed"], prepared.get("columns")
         assert packed is not None
         scales, shift = _scales(prepared).to(torch.float32), prepared.get("shift")
@@ -119,7 +136,9 @@ class CpuInt4:
         if shift is not None:
             grouped.add_(shift.T.unsqueeze(-1))
         weight = grouped.mul_(scales.T.unsqueeze(-1)).view(codes.shape)[: shape[0]].to(dtype)
-        return weight if columns is None else torch.empty_like(weight).index_copy_(1, columns, weight)
+        return (
+            weight if columns is None else torch.empty_like(weight).index_copy_(1, columns, weight)
+        )
 
 
 def _block() -> int:
@@ -137,7 +156,8 @@ def _by_group(values: Tensor, repeats: int, fill: float) -> Tensor:
 
 
 def _params(scales: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """Split float32 scales and ``shift * scales`` (all ``[G, rows]``) into what bf16 holds and what is left."""
+    """Split float32 scales and ``shift * scales`` (all ``[G, rows]``) into what bf16 holds and what
+    is left."""
     wanted = torch.stack([scales, shift * scales], dim=-1)
     high = wanted.to(torch.bfloat16)
     rest = wanted - high.to(torch.float32)
@@ -161,7 +181,8 @@ def _scales(prepared: Prepared) -> Tensor:
 
 
 def _few(x: Tensor, prepared: Prepared) -> Tensor:
-    """``[M, in]`` → ``[M, rows]`` by the int4 operator, plus what its bf16 parameters could not hold."""
+    """``[M, in]`` → ``[M, rows]`` by the int4 operator, plus what its bf16 parameters could not
+    hold."""
     packed, high = prepared["packed"], prepared["scales_and_zeros"]
     assert high is not None
     assert _operator is not None

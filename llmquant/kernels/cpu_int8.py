@@ -1,13 +1,15 @@
-"""``cpu_int8``: the packed weight of ``cpu`` times activations that are rounded to 8 bits. Faster, and other numbers.
+"""``cpu_int8``: the packed weight of ``cpu`` times activations that are rounded to 8 bits. Faster,
+and other numbers.
 
-Every row of x is cut where the weight's groups are cut, wider groups (per-row scales) into pieces of 128 columns, and each piece
-is rounded to int8 with a scale of its own, ``max|x| / 127``, to nearest even. Codes and activations are multiplied and summed as
-integers, exactly; the pieces are summed in float32, in their order, with no fused operation. So the result is the same bits on
-every instruction set, for any number of threads, and for a row of x whether it comes alone or among others. csrc/cpu/int8.h has
-the definition, tests/int8_twin.py says it again in torch.
+Every row of x is cut where the weight's groups are cut, wider groups (per-row scales) into pieces
+of 128 columns, and each piece is rounded to int8 with a scale of its own, ``max|x| / 127``, to
+nearest even. Codes and activations are multiplied and summed as integers, exactly; the pieces are
+summed in float32, in their order, with no fused operation. So the result is the same bits on every
+instruction set, for any number of threads, and for a row of x whether it comes alone or among
+others. csrc/cpu/int8.h has the definition, tests/int8_twin.py says it again in torch.
 
-It is taken by name only: it stands behind ``reference``, which refuses nothing. Memory is that of ``cpu``, the weight itself is
-held exactly. A NaN or an infinity makes all outputs of its row NaN.
+It is taken by name only: it stands behind ``reference``, which refuses nothing. Memory is that of
+``cpu``, the weight itself is held exactly. A NaN or an infinity makes all outputs of its row NaN.
 """
 
 from __future__ import annotations
@@ -31,14 +33,19 @@ class CpuInt8(Cpu):
     name = "cpu_int8"
     rounds_inputs = True
 
-    def linear(self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    def linear(
+        self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
         """The product with x rounded; its gradient is that of the product with x itself.
 
         Raises:
-            UsageError: activations of a dtype that is none of float32, bfloat16 and float16, or of another width.
+            UsageError: activations of a dtype that is none of float32, bfloat16 and float16, or of
+                another width.
         """
         if x.dtype not in TYPES:
-            raise UsageError(f"kernel cpu_int8 takes float32, bfloat16 and float16 activations, and was given {x.dtype}")
+            raise UsageError(
+                f"kernel cpu_int8 takes float32, bfloat16 and float16 activations, and was given {x.dtype}"
+            )
         if x.shape[-1] != shape[1]:
             raise UsageError(f"a linear of {shape[1]} input columns was given {list(x.shape)}")
         words, scales = prepared["words"], prepared["scales"]
@@ -46,22 +53,43 @@ class CpuInt8(Cpu):
         assert scales is not None
         eager = type(x) is Tensor and not torch.compiler.is_compiling()
         differentiated = x.requires_grad and torch.is_grad_enabled()
-        product = native_int8.linear if eager and not differentiated else torch.ops.llmquant.packed_linear_int8
-        y: Tensor = product(x, words, scales, prepared.get("zeros"), prepared.get("columns"), spec.bits, *shape)
+        product = (
+            native_int8.linear
+            if eager and not differentiated
+            else torch.ops.llmquant.packed_linear_int8
+        )
+        y: Tensor = product(
+            x, words, scales, prepared.get("zeros"), prepared.get("columns"), spec.bits, *shape
+        )
         return y
 
 
 @torch.library.custom_op("llmquant::packed_linear_int8", mutates_args=(), device_types="cpu")
 def _packed_linear_int8(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    out: int,
+    in_: int,
 ) -> Tensor:
-    """:func:`native_int8.linear` as an operator, which ``torch.compile``, exports and autograd see as one node."""
+    """:func:`native_int8.linear` as an operator, which ``torch.compile``, exports and autograd see
+    as one node."""
     return native_int8.linear(x, words, scales, zeros, columns, bits, out, in_)
 
 
 @_packed_linear_int8.register_fake
 def _(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    out: int,
+    in_: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out))
 

@@ -1,7 +1,8 @@
-"""``dense``: dequantize once, then an ordinary linear. Full memory, full speed for many rows; never chosen by ``auto``.
+"""``dense``: dequantize once, then an ordinary linear. Full memory, full speed for many rows; never
+chosen by ``auto``.
 
-For looking at a packed model with the packing taken out of the picture, and where speed matters more than memory and
-no packed kernel takes the weight.
+For looking at a packed model with the packing taken out of the picture, and where speed matters
+more than memory and no packed kernel takes the weight.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ class Dense:
     rounds_inputs = False
 
     def why_not(
-        self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, g_idx: bool = False
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        g_idx: bool = False,
     ) -> str | None:
         return None
 
@@ -33,12 +39,16 @@ class Dense:
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"dense": weight.dequantize(dtype)}
 
-    def linear(self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    def linear(
+        self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
         weight = prepared["dense"]
         assert weight is not None
         return torch.nn.functional.linear(x, weight)
 
-    def weight(self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def weight(
+        self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
         """The weight as prepared.
 
         Raises:

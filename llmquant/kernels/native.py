@@ -1,8 +1,10 @@
-"""The compiled CPU library (csrc/cpu) as Python functions over tensors: found, loaded once, and called through ctypes.
+"""The compiled CPU library (csrc/cpu) as Python functions over tensors: found, loaded once, and
+called through ctypes.
 
-The library has a plain C interface, so it depends on no version of torch. What torch must know of it, for ``torch.compile``
-and exports, is the operator ``llmquant::packed_linear``; eager calls go past the dispatcher, which would cost more than a small
-product does. Loading it and choosing the instruction set is runtime/native_library.py's.
+The library has a plain C interface, so it depends on no version of torch. What torch must know of
+it, for ``torch.compile`` and exports, is the operator ``llmquant::packed_linear``; eager calls go
+past the dispatcher, which would cost more than a small product does. Loading it and choosing the
+instruction set is runtime/native_library.py's.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class _Weight(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the buffers do not say of a packed weight; ``width`` counts the stored columns of a group."""
+    """What the buffers do not say of a packed weight; ``width`` counts the stored columns of a
+    group."""
 
     bits: int
     out_features: int
@@ -57,45 +60,78 @@ def pack(codes: Tensor, layout: Layout, columns: Tensor | None) -> Tensor:
     """uint8 ``[out, in]`` → int32 ``[tiles, words, 16]``; the layout is drawn in csrc/cpu/packed.h.
 
     Args:
-        columns: int32 ``[groups * width]``, the input column of each stored one, -1 for padding; None: they are the same.
+        columns: int32 ``[groups * width]``, the input column of each stored one, -1 for padding;
+            None: they are the same.
     """
     tiles = -(-layout.out_features // ROWS)
-    words = torch.empty(tiles, layout.groups * layout.width * layout.bits // 32, ROWS, dtype=torch.int32)
+    words = torch.empty(
+        tiles, layout.groups * layout.width * layout.bits // 32, ROWS, dtype=torch.int32
+    )
     codes = codes.contiguous()
     weight = _struct(words, None, None, columns, layout)
-    loaded().llmquant_pack(ctypes.byref(weight), codes.data_ptr(), words.data_ptr(), torch.get_num_threads())
+    loaded().llmquant_pack(
+        ctypes.byref(weight), codes.data_ptr(), words.data_ptr(), torch.get_num_threads()
+    )
     return words
 
 
 def linear(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    out: int,
+    in_: int,
 ) -> Tensor:
     """``[..., in]`` → ``[..., out]``; x float32, bfloat16 or float16, on the CPU."""
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
     loaded().llmquant_linear(
-        instruction_number(), bound(words, scales, zeros, columns, bits, out, in_), x.data_ptr(), x.numel() // in_,
-        TYPES[x.dtype], None, y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        instruction_number(),
+        bound(words, scales, zeros, columns, bits, out, in_),
+        x.data_ptr(),
+        x.numel() // in_,
+        TYPES[x.dtype],
+        None,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
     return y
 
 
 def decode(
-    words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int,
-    rows: slice, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """``[in, rows]``: the transposed weight of output rows ``rows`` (the first a multiple of 16), rounded once to ``dtype``."""
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    out: int,
+    in_: int,
+    rows: slice,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``[in, rows]``: the transposed weight of output rows ``rows`` (the first a multiple of 16),
+    rounded once to ``dtype``."""
     count = rows.stop - rows.start
     decoded = torch.empty(in_, count, dtype=dtype)
     loaded().llmquant_decode(
-        instruction_number(), bound(words, scales, zeros, columns, bits, out, in_), rows.start, count,
-        TYPES[dtype], decoded.data_ptr(), count, torch.get_num_threads(),
-    )  # fmt: skip
+        instruction_number(),
+        bound(words, scales, zeros, columns, bits, out, in_),
+        rows.start,
+        count,
+        TYPES[dtype],
+        decoded.data_ptr(),
+        count,
+        torch.get_num_threads(),
+    )
     return decoded
 
 
 def half_tiles(weight: Tensor, stored: torch.dtype) -> Tensor:
-    """``[out, in]`` → ``[tiles, in, 16]`` of bfloat16 or float16: a dense matrix in the kernel's order."""
+    """``[out, in]`` → ``[tiles, in, 16]`` of bfloat16 or float16: a dense matrix in the kernel's
+    order."""
     padded = torch.nn.functional.pad(weight.to(stored), (0, 0, 0, -weight.shape[0] % ROWS))
     return padded.view(-1, ROWS, weight.shape[1]).transpose(1, 2).contiguous()
 
@@ -110,9 +146,15 @@ def half_linear(x: Tensor, words: Tensor, out: int, in_: int) -> Tensor:
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
     loaded().llmquant_linear(
-        instruction_number(), bound(words, words, None, None, 16, out, in_), x.data_ptr(), x.numel() // in_, TYPES[x.dtype], None,
-        y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        instruction_number(),
+        bound(words, words, None, None, 16, out, in_),
+        x.data_ptr(),
+        x.numel() // in_,
+        TYPES[x.dtype],
+        None,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
     return y
 
 
@@ -124,19 +166,38 @@ def loaded() -> ctypes.CDLL:
 
 
 def _struct(
-    words: Tensor, scales: Tensor | None, zeros: Tensor | None, columns: Tensor | None, layout: Layout
+    words: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    layout: Layout,
 ) -> _Weight:
     pointers = (None if t is None else t.data_ptr() for t in (words, scales, zeros, columns))
     kind = 0 if scales is None else TYPES[scales.dtype]
-    return _Weight(*pointers, layout.out_features, layout.in_features, layout.groups, layout.width, layout.bits, kind)
+    return _Weight(
+        *pointers,
+        layout.out_features,
+        layout.in_features,
+        layout.groups,
+        layout.width,
+        layout.bits,
+        kind,
+    )
 
 
-# id of a words tensor → (the tensor, addresses the structure was made for, the structure, its address).
+# id of a words tensor → (the tensor, addresses the structure was made for, the structure, its
+# address).
 _BOUND: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], _Weight, int]] = {}
 
 
 def bound(
-    words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None, bits: int, out: int, in_: int
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    columns: Tensor | None,
+    bits: int,
+    out: int,
+    in_: int,
 ) -> int:
     """The address of the C structure for these buffers, made once."""
     key = id(words)
@@ -159,10 +220,13 @@ def _forget(key: int, address: int) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """For `llmquant doctor`: the instruction set that runs, those there are, and whether threads are shared with torch."""
+    """For `llmquant doctor`: the instruction set that runs, those there are, and whether threads
+    are shared with torch."""
     if library() is None:
         return {"compiled": False, "reason": why_missing()}
     return {
-        "compiled": True, "runs": current_instructions(), "available": list(compiled_instructions()),
+        "compiled": True,
+        "runs": current_instructions(),
+        "available": list(compiled_instructions()),
         "shares_threads": shares_threads(),
-    }  # fmt: skip
+    }

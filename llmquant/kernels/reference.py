@@ -1,10 +1,11 @@
-"""``reference``: the slow, obvious kernel. It takes everything and every other kernel is tested against it.
+"""``reference``: the slow, obvious kernel. It takes everything and every other kernel is tested
+against it.
 
-Buffers: ``codes`` int32, a dense bit stream per row; ``scales`` in the narrowest of bf16, fp16 and fp32 that holds them
-exactly; ``zeros`` uint8 unless symmetric; ``g_idx`` int32 if the columns have an order of their own. Each forward
-unpacks, dequantizes in float32, rounds once to the activations' dtype and calls ``F.linear``; that is the definition
-of the packed model, whatever the dtype. Rows are dequantized a slice at a time so the float32 intermediate stays
-small.
+Buffers: ``codes`` int32, a dense bit stream per row; ``scales`` in the narrowest of bf16, fp16 and
+fp32 that holds them exactly; ``zeros`` uint8 unless symmetric; ``g_idx`` int32 if the columns have
+an order of their own. Each forward unpacks, dequantizes in float32, rounds once to the activations'
+dtype and calls ``F.linear``; that is the definition of the packed model, whatever the dtype. Rows
+are dequantized a slice at a time so the float32 intermediate stays small.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ class Reference:
     rounds_inputs = False
 
     def why_not(
-        self, spec: QuantSpec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, g_idx: bool = False
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        g_idx: bool = False,
     ) -> str | None:
         return None
 
@@ -45,18 +51,27 @@ class Reference:
         return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-        buffers = {"codes": bitpack.pack(weight.codes, weight.spec.bits), "scales": narrowest(weight.scales)}
+        buffers = {
+            "codes": bitpack.pack(weight.codes, weight.spec.bits),
+            "scales": narrowest(weight.scales),
+        }
         if not weight.spec.symmetric:
             buffers["zeros"] = weight.zeros
         if weight.g_idx is not None:
             buffers["g_idx"] = weight.g_idx
         return buffers
 
-    def linear(self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    def linear(
+        self, x: Tensor, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
         return torch.nn.functional.linear(x, self.weight(prepared, spec, shape, x.dtype))
 
-    def weight(self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        packed, scales, zeros, g_idx = (prepared.get(n) for n in ("codes", "scales", "zeros", "g_idx"))
+    def weight(
+        self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        packed, scales, zeros, g_idx = (
+            prepared.get(n) for n in ("codes", "scales", "zeros", "g_idx")
+        )
         assert packed is not None
         assert scales is not None
         out_features, in_features = shape
@@ -71,8 +86,11 @@ class Reference:
         return weight
 
 
-def _dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | int, columns: Tensor | None) -> Tensor:
-    """``(codes - zeros) * scales`` in float32, in place; ``columns`` int64 ``[in]`` is each column's group."""
+def _dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor | int, columns: Tensor | None
+) -> Tensor:
+    """``(codes - zeros) * scales`` in float32, in place; ``columns`` int64 ``[in]`` is each
+    column's group."""
     if columns is not None:
         zero = zeros if isinstance(zeros, int) else zeros[:, columns]
         return codes.sub_(zero).mul_(scales[:, columns])

@@ -1,1 +1,2 @@
-"""The machine that a run meets: its processor, and what follows from it: devices, compute dtype, threads."""
+"""The machine that a run meets: its processor, and what follows from it: devices, compute dtype,
+threads."""

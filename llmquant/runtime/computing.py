@@ -1,4 +1,5 @@
-"""How something is computed, as one record: for screens, reports and JSON, so that all say the same in the same words."""
+"""How something is computed, as one record: for screens, reports and JSON, so that all say the same
+in the same words."""
 
 from __future__ import annotations
 
@@ -36,14 +37,27 @@ class Computing:
     def of(cls, device: str | torch.device, dtype: ChosenDtype) -> Computing:
         """With the threads and the processor of now."""
         here = this_processor()
-        return cls(str(device), dtype.name, dtype.reason, torch.get_num_threads(), here.name, here.instruction_sets)
+        return cls(
+            str(device),
+            dtype.name,
+            dtype.reason,
+            torch.get_num_threads(),
+            here.name,
+            here.instruction_sets,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "instruction_sets": list(self.instruction_sets)}
 
     def told(self, kernels: Mapping[str, int] | None = None) -> str:
-        """One line: ``float32 on cpu, 2 threads, kernel cpu for 42 linears; bfloat16 would be …``."""
-        parts = [f"{self.dtype} on {self.device}", f"{self.threads} thread{'' if self.threads == 1 else 's'}"]
+        """One line: ``float32 on cpu, 2 threads, kernel cpu for 42 linears; bfloat16 would be
+        …``."""
+        parts = [
+            f"{self.dtype} on {self.device}",
+            f"{self.threads} thread{'' if self.threads == 1 else 's'}",
+        ]
         parts += [f"kernel {name} for {count} linears" for name, count in (kernels or {}).items()]
-        return ", ".join(parts) + ("" if self.dtype_reason is None else f"; {self.dtype} because {self.dtype_reason}")
+        return ", ".join(parts) + (
+            "" if self.dtype_reason is None else f"; {self.dtype} because {self.dtype_reason}"
+        )

@@ -1,15 +1,18 @@
-"""Devices and dtypes as users write them, and what ``auto`` means: decided here for every command and for :func:`llmquant.load`.
+"""Devices and dtypes as users write them, and what ``auto`` means: decided here for every command
+and for :func:`llmquant.load`.
 
-One set of words everywhere. Devices: ``auto`` (cuda where there is one, else cpu) and whatever torch calls one. Dtypes: ``auto``
-and the keys of ``DTYPES``. None counts as ``auto``.
+One set of words everywhere. Devices: ``auto`` (cuda where there is one, else cpu) and whatever
+torch calls one. Dtypes: ``auto`` and the keys of ``DTYPES``. None counts as ``auto``.
 
 ``auto`` on a CPU is bfloat16 only where the processor is quick in it, else float32:
 
-* AMX (``amx_bf16``), ``avx512_bf16``, and ``bf16`` of ARM under Linux: bfloat16. These multiply it in hardware, and
-  oneDNN uses them.
-* x86 without AVX-512: float32. torch then has no fast matrix product in bfloat16; it is up to 100 times slower.
-* Where instruction sets cannot tell (AVX-512 without bf16, ARM without it or under macOS, a processor that is not known):
-  a probe of some milliseconds, once for a process. bfloat16 must be clearly faster, so that noise does not decide.
+* AMX (``amx_bf16``), ``avx512_bf16``, and ``bf16`` of ARM under Linux: bfloat16. These multiply it
+  in hardware, and oneDNN uses them.
+* x86 without AVX-512: float32. torch then has no fast matrix product in bfloat16; it is up to 100
+  times slower.
+* Where instruction sets cannot tell (AVX-512 without bf16, ARM without it or under macOS, a
+  processor that is not known): a probe of some milliseconds, once for a process. bfloat16 must be
+  clearly faster, so that noise does not decide.
 
 On other devices ``auto`` is the checkpoint's own dtype.
 """
@@ -29,16 +32,22 @@ from llmquant.runtime.processor import Processor, this_processor
 
 AUTO = "auto"
 DTYPES = {
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
-    "float32": torch.float32, "fp32": torch.float32,
-}  # fmt: skip
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
 _CLEARLY = 0.8  # of float32's time: what bfloat16 may take at most to be chosen by the probe
 _PROBE_ROWS, _PROBE_WIDTH, _PROBE_REPEATS = (1, 16), 768, 5
 
 
 @dataclass(frozen=True, slots=True)
 class ChosenDtype:
-    """A compute dtype, and why it was chosen; ``reason`` is None for one that was asked for by name."""
+    """A compute dtype, and why it was chosen; ``reason`` is None for one that was asked for by
+    name."""
 
     dtype: torch.dtype
     reason: str | None = None
@@ -54,12 +63,16 @@ class ChosenDtype:
         return self.dtype.itemsize
 
 
-CALIBRATION = ChosenDtype(torch.float32, "calibration passes are float32 on every device, so that statistics are not rounded")
+CALIBRATION = ChosenDtype(
+    torch.float32,
+    "calibration passes are float32 on every device, so that statistics are not rounded",
+)
 """What ``auto`` means for calibration passes."""
 
 
 def parse_device(device: str | torch.device | None = AUTO) -> torch.device:
-    """A device that tensors can be put on here; ``auto`` or None: cuda where there is one, else cpu.
+    """A device that tensors can be put on here; ``auto`` or None: cuda where there is one, else
+    cpu.
 
     Raises:
         UsageError: not a device name, or not present.
@@ -69,7 +82,10 @@ def parse_device(device: str | torch.device | None = AUTO) -> torch.device:
     try:
         where = torch.device(device)
         torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as e:  # torch asserts when it was built without the device
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as e:  # torch asserts when it was built without the device
         raise UsageError(
             f"device {device!s} cannot be used here: {str(e).splitlines()[0]}; choose auto, cpu, cuda, cuda:0 …"
         ) from e
@@ -112,7 +128,10 @@ def auto_dtype(device: torch.device, stored: str | torch.dtype | None = None) ->
         return _cpu_dtype()
     own = stored if isinstance(stored, torch.dtype) else DTYPES.get(stored or "")
     if own is None or not own.is_floating_point:
-        return ChosenDtype(torch.bfloat16, f"the checkpoint does not tell its dtype, and on {device.type} this is the usual one")
+        return ChosenDtype(
+            torch.bfloat16,
+            f"the checkpoint does not tell its dtype, and on {device.type} this is the usual one",
+        )
     return ChosenDtype(own, f"it is the checkpoint's own, and the device is {device.type}")
 
 
@@ -122,7 +141,8 @@ def _cpu_dtype() -> ChosenDtype:
 
 
 def dtype_for(processor: Processor) -> ChosenDtype:
-    """The faster dtype of a processor, by what it is; by a probe of the one at hand where that does not tell."""
+    """The faster dtype of a processor, by what it is; by a probe of the one at hand where that does
+    not tell."""
     bfloat16 = torch.bfloat16
     if processor.has("amx_bf16"):
         return ChosenDtype(bfloat16, "this processor multiplies bfloat16 in AMX tiles (amx_bf16)")
@@ -134,7 +154,8 @@ def dtype_for(processor: Processor) -> ChosenDtype:
         sets = "AVX2" if processor.has("avx2") else "no AVX2"
         held = f", held to that by {' '.join(processor.held_by)}" if processor.held_by else ""
         return ChosenDtype(
-            torch.float32, f"bfloat16 would be up to 100 times slower on this processor ({sets}, no bf16 instructions{held})"
+            torch.float32,
+            f"bfloat16 would be up to 100 times slower on this processor ({sets}, no bf16 instructions{held})",
         )
     return _by_ratio(probe())
 
@@ -142,16 +163,24 @@ def dtype_for(processor: Processor) -> ChosenDtype:
 def _by_ratio(ratio: float) -> ChosenDtype:
     """The choice after a probe: ``ratio`` is bfloat16's time over float32's."""
     if ratio < _CLEARLY:
-        return ChosenDtype(torch.bfloat16, f"bfloat16 takes {ratio:.2g} of float32's time on this processor (measured)")
+        return ChosenDtype(
+            torch.bfloat16,
+            f"bfloat16 takes {ratio:.2g} of float32's time on this processor (measured)",
+        )
     if ratio > 1:
-        return ChosenDtype(torch.float32, f"bfloat16 takes {ratio:.2g} times as long as float32 on this processor (measured)")
+        return ChosenDtype(
+            torch.float32,
+            f"bfloat16 takes {ratio:.2g} times as long as float32 on this processor (measured)",
+        )
     return ChosenDtype(
-        torch.float32, f"bfloat16 is not clearly faster on this processor: {ratio:.2g} of float32's time (measured)"
+        torch.float32,
+        f"bfloat16 is not clearly faster on this processor: {ratio:.2g} of float32's time (measured)",
     )
 
 
 def probe() -> float:
-    """bfloat16's time over float32's for ``F.linear``: the worse of one row (decoding) and some (a prompt)."""
+    """bfloat16's time over float32's for ``F.linear``: the worse of one row (decoding) and some (a
+    prompt)."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_PROBE_WIDTH, _PROBE_WIDTH, generator=generator)
     worst = 0.0

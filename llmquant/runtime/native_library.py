@@ -1,8 +1,8 @@
 """The compiled CPU library (csrc/cpu): found, loaded once, and the instruction set it runs on.
 
-The library has a plain C interface, so it depends on no version of torch; callers hand it addresses through ctypes. Which
-instruction set runs is the best one that the processor has *and* that torch is held to (``ATEN_CPU_CAPABILITY``);
-:func:`instructions` changes it for a test.
+The library has a plain C interface, so it depends on no version of torch; callers hand it addresses
+through ctypes. Which instruction set runs is the best one that the processor has *and* that torch
+is held to (``ATEN_CPU_CAPABILITY``); :func:`instructions` changes it for a test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def library() -> ctypes.CDLL | None:
         return None
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.llmquant_instructions.argtypes, lib.llmquant_instructions.restype = [i, p], ctypes.c_char_p
-    lib.llmquant_int8_instructions.argtypes, lib.llmquant_int8_instructions.restype = [i, p], ctypes.c_char_p
+    lib.llmquant_int8_instructions.argtypes, lib.llmquant_int8_instructions.restype = (
+        [i, p],
+        ctypes.c_char_p,
+    )
     lib.llmquant_has_threads.restype = i
     for name, arguments in {
         "llmquant_pack": [p, p, p, i],
@@ -68,7 +71,8 @@ class InstructionSets:
         self._best: str | None = None
 
     def compiled(self) -> dict[str, int]:
-        """Those that the library was compiled for and that this machine has → their number, best first."""
+        """Those that the library was compiled for and that this machine has → their number, best
+        first."""
         lib = library()
         if lib is not None and not self._found:
             name_of, available, number = getattr(lib, self.symbol), ctypes.c_int(), 0
@@ -102,7 +106,9 @@ class InstructionSets:
             UsageError: it was not compiled, or this machine has not got it.
         """
         if name not in self.compiled():
-            raise UsageError(f"instruction set {name!r} is not available; there are {', '.join(self.compiled())}")
+            raise UsageError(
+                f"instruction set {name!r} is not available; there are {', '.join(self.compiled())}"
+            )
         self._forced.append(name)
         try:
             yield
@@ -110,6 +116,12 @@ class InstructionSets:
             self._forced.pop()
 
 
-SETS = InstructionSets("llmquant_instructions", {"avx512": ("avx512f",), "avx2": ("avx2", "fma"), "generic": ()})
-compiled_instructions, best_instructions, current_instructions = SETS.compiled, SETS.best, SETS.current
+SETS = InstructionSets(
+    "llmquant_instructions", {"avx512": ("avx512f",), "avx2": ("avx2", "fma"), "generic": ()}
+)
+compiled_instructions, best_instructions, current_instructions = (
+    SETS.compiled,
+    SETS.best,
+    SETS.current,
+)
 instruction_number, instructions = SETS.number, SETS.using

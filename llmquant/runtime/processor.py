@@ -1,13 +1,16 @@
-"""The one place that knows the processor: its name, its instruction sets, and how much of it this process may use.
+"""The one place that knows the processor: its name, its instruction sets, and how much of it this
+process may use.
 
-Instruction sets have one name each here, whatever the operating system calls them (``INSTRUCTION_SETS``). They are read without
-torch: from ``/proc/cpuinfo`` on Linux, from ``sysctl`` on macOS. Where neither can be read they are unknown, which is
-another thing than absent (``Processor.known``).
+Instruction sets have one name each here, whatever the operating system calls them
+(``INSTRUCTION_SETS``). They are read without torch: from ``/proc/cpuinfo`` on Linux, from
+``sysctl`` on macOS. Where neither can be read they are unknown, which is another thing than absent
+(``Processor.known``).
 
-torch can be held to less than the processor has. ``ATEN_CPU_CAPABILITY`` holds torch's own loops, ``ONEDNN_MAX_CPU_ISA`` the
-matrix library under it. A set counts as usable when both let it: a machine with AVX-512 that is held to AVX2 looks like
-one with AVX2. So a benchmark or a bug report of another processor can be repeated here. The variables are read once, as
-torch does; set them before Python starts.
+torch can be held to less than the processor has. ``ATEN_CPU_CAPABILITY`` holds torch's own loops,
+``ONEDNN_MAX_CPU_ISA`` the matrix library under it. A set counts as usable when both let it: a
+machine with AVX-512 that is held to AVX2 looks like one with AVX2. So a benchmark or a bug report
+of another processor can be repeated here. The variables are read once, as torch does; set them
+before Python starts.
 """
 
 from __future__ import annotations
@@ -25,15 +28,31 @@ from pathlib import Path
 import psutil
 
 INSTRUCTION_SETS = (
-    "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2", "fma", "f16c",
-    "bf16", "i8mm", "dotprod", "neon",
-)  # fmt: skip
+    "amx_bf16",
+    "amx_int8",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512f",
+    "avx_vnni",
+    "avx2",
+    "fma",
+    "f16c",
+    "bf16",
+    "i8mm",
+    "dotprod",
+    "neon",
+)
 """Canonical names, the most telling first: x86, then ARM."""
 
 _LINUX_ARM = {"bf16": "bf16", "i8mm": "i8mm", "asimddp": "dotprod", "asimd": "neon", "neon": "neon"}
 _MACOS_X86 = {
-    "AVX512F": "avx512f", "AVX512_BF16": "avx512_bf16", "AVX512VNNI": "avx512_vnni", "AVX2": "avx2", "FMA": "fma", "F16C": "f16c",
-}  # fmt: skip
+    "AVX512F": "avx512f",
+    "AVX512_BF16": "avx512_bf16",
+    "AVX512VNNI": "avx512_vnni",
+    "AVX2": "avx2",
+    "FMA": "fma",
+    "F16C": "f16c",
+}
 _MACOS_ARM = {
     "hw.optional.arm.FEAT_BF16": "bf16",
     "hw.optional.arm.FEAT_I8MM": "i8mm",
@@ -83,7 +102,8 @@ class Processor:
         held_back: those that the processor has and ``held_by`` keeps torch from.
         held_by: the variables that do, ``ATEN_CPU_CAPABILITY=avx2``.
         cores: physical cores of the machine; None when it does not tell.
-        threads: that this process may run at once: the machine's, less by affinity and a container's limit.
+        threads: that this process may run at once: the machine's, less by affinity and a
+            container's limit.
         memory_bytes: that this process may have: the machine's, less by a container's limit.
     """
 
@@ -138,21 +158,31 @@ def processor_of(
     threads: int = 1,
     memory_bytes: int = 0,
 ) -> Processor:
-    """A processor with the instruction sets it ``has`` (None: unknown), held down by the variables in ``environment``."""
+    """A processor with the instruction sets it ``has`` (None: unknown), held down by the variables
+    in ``environment``."""
     own = has or frozenset[str]()
     ceilings = _ceilings(environment)
     usable = own.intersection(*(ceiling for _, ceiling in ceilings))
     held_by = [variable for variable, ceiling in ceilings if own - ceiling]
     return Processor(
-        architecture, name, _ordered(usable), known=has is not None, held_back=_ordered(own - usable),
-        held_by=tuple(held_by), cores=cores, threads=threads, memory_bytes=memory_bytes,
-    )  # fmt: skip
+        architecture,
+        name,
+        _ordered(usable),
+        known=has is not None,
+        held_back=_ordered(own - usable),
+        held_by=tuple(held_by),
+        cores=cores,
+        threads=threads,
+        memory_bytes=memory_bytes,
+    )
 
 
 def read_cpuinfo(text: str) -> tuple[str, frozenset[str] | None]:
-    """Name and instruction sets from the text of ``/proc/cpuinfo``: those that all processors listed there have.
+    """Name and instruction sets from the text of ``/proc/cpuinfo``: those that all processors
+    listed there have.
 
-    A phone's or laptop's small cores may have fewer than its large ones, and a thread may run on either.
+    A phone's or laptop's small cores may have fewer than its large ones, and a thread may run on
+    either.
     """
     facts: dict[str, str] = {}
     sets: list[frozenset[str]] = []
@@ -160,7 +190,9 @@ def read_cpuinfo(text: str) -> tuple[str, frozenset[str] | None]:
         key, _, value = (part.strip() for part in line.partition(":"))
         facts.setdefault(key, value)
         if key == "flags":
-            sets.append(frozenset(value.split()) & frozenset(INSTRUCTION_SETS) - set(_LINUX_ARM.values()))
+            sets.append(
+                frozenset(value.split()) & frozenset(INSTRUCTION_SETS) - set(_LINUX_ARM.values())
+            )
         elif key == "Features":
             sets.append(frozenset(_LINUX_ARM[word] for word in value.split() if word in _LINUX_ARM))
     part = (facts.get("CPU implementer", "").lower(), facts.get("CPU part", "").lower())
@@ -171,7 +203,8 @@ def read_cpuinfo(text: str) -> tuple[str, frozenset[str] | None]:
 def _ceilings(environment: Mapping[str, str]) -> list[tuple[str, frozenset[str]]]:
     """The variables that hold torch down, as ``NAME=value``, and the most that each lets it use.
 
-    A value that is not known holds nothing: torch and oneDNN ignore such ones too. None holds ARM's sets: there torch's
+    A value that is not known holds nothing: torch and oneDNN ignore such ones too. None holds ARM's
+        sets: there torch's
     own ``default`` is NEON, and oneDNN heeds the variable on x86 only.
     """
     arm = frozenset(_LINUX_ARM.values())
@@ -204,7 +237,11 @@ def _sysctl() -> str:
     """Everything that macOS tells, as ``key: value`` lines; nothing when it cannot be asked."""
     try:
         return subprocess.run(
-            ["/usr/sbin/sysctl", "machdep.cpu", "hw.optional"], capture_output=True, text=True, check=False, timeout=10
+            ["/usr/sbin/sysctl", "machdep.cpu", "hw.optional"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -212,15 +249,21 @@ def _sysctl() -> str:
 
 def _macos(text: str) -> tuple[str, frozenset[str] | None]:
     """Name and instruction sets from what ``sysctl machdep.cpu hw.optional`` prints."""
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    words = " ".join(facts.get(key, "") for key in ("machdep.cpu.features", "machdep.cpu.leaf7_features")).split()
+    facts = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in text.splitlines())
+    }
+    words = " ".join(
+        facts.get(key, "") for key in ("machdep.cpu.features", "machdep.cpu.leaf7_features")
+    ).split()
     sets = {_MACOS_X86[word] for word in words if word in _MACOS_X86}
     sets |= {name for key, name in _MACOS_ARM.items() if facts.get(key) == "1"}
     return facts.get("machdep.cpu.brand_string", ""), frozenset(sets) if facts else None
 
 
 def _threads() -> int:
-    """Processors this process may run on, less by a container's limit, which is in shares of time."""
+    """Processors this process may run on, less by a container's limit, which is in shares of
+    time."""
     own = psutil.Process()
     allowed = len(own.cpu_affinity()) if hasattr(own, "cpu_affinity") else psutil.cpu_count() or 1
     quota = _cpu_quota()
@@ -244,7 +287,8 @@ def _memory() -> int:
 
 
 def _control(name: str, version_1: str = "") -> str:
-    """A file of the control group this process is in; of version 1's when ``version_1`` names the controller."""
+    """A file of the control group this process is in; of version 1's when ``version_1`` names the
+    controller."""
     root = Path("/sys/fs/cgroup") / version_1
     for line in _text("/proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")

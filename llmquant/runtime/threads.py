@@ -1,7 +1,8 @@
 """How many threads torch computes with: ``--threads`` of every command that computes.
 
-Results depend on it in the last bits, because sums are split among threads, so runs record it. More threads than this process may
-run at once are slower and still allowed: they repeat, bit for bit, a run of a larger machine. A warning says so.
+Results depend on it in the last bits, because sums are split among threads, so runs record it. More
+threads than this process may run at once are slower and still allowed: they repeat, bit for bit, a
+run of a larger machine. A warning says so.
 """
 
 from __future__ import annotations

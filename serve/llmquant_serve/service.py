@@ -1,7 +1,8 @@
 """Service: what the routes share: the engine, the tokenizer, the limits, the gate and the metrics.
 
-The gate counts sequences from the moment a request is accepted until its answer has been sent or its client has gone, so that it
-bounds queue, batch and answers that are still being read by slow clients, all three. Beyond it: 429 with ``Retry-After``.
+The gate counts sequences from the moment a request is accepted until its answer has been sent or
+its client has gone, so that it bounds queue, batch and answers that are still being read by slow
+clients, all three. Beyond it: 429 with ``Retry-After``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from llmquant_serve.engine import Engine
-from llmquant_serve.failures import ApiError, bad
+from llmquant_serve.engines.base import Engine
+from llmquant_serve.errors import ApiError, bad
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.metrics import Metrics
-from llmquant_serve.text import TextModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,10 @@ class Gate:
     def check(self, count: int, parameter: str) -> None:
         """Refuse what could never enter."""
         if count > self.limit:
-            raise bad(f"{count} sequences in one request are more than the {self.limit} this server takes", parameter)
+            raise bad(
+                f"{count} sequences in one request are more than the {self.limit} this server takes",
+                parameter,
+            )
 
     @contextmanager
     def enter(self, count: int) -> Iterator[None]:
@@ -64,9 +68,11 @@ class Gate:
         if self.open + count > self.limit:
             wait = max(1, math.ceil(self._seconds * self.open / self._streams / 2))
             raise ApiError(
-                429, f"{self.open} sequences are being served or wait already; try again in {wait} s",
-                code="rate_limit_exceeded", headers={"Retry-After": str(min(wait, 60))},
-            )  # fmt: skip
+                429,
+                f"{self.open} sequences are being served or wait already; try again in {wait} s",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(min(wait, 60))},
+            )
         self.open += count
         began = time.monotonic()
         try:
@@ -82,7 +88,8 @@ class Service:
 
     Attributes:
         model: the name clients use.
-        computing: dtype, device, threads and kernels of the engine, as a line; empty where another process computes.
+        computing: dtype, device, threads and kernels of the engine, as a line; empty where another
+            process computes.
     """
 
     engine: Engine
@@ -116,8 +123,9 @@ class Service:
         if prompt > longest:
             raise bad(
                 f"the prompt has {prompt} tokens, this server takes {longest} of the model's {context}",
-                "messages" if parameter != "max_tokens" else None, "context_length_exceeded",
-            )  # fmt: skip
+                "messages" if parameter != "max_tokens" else None,
+                "context_length_exceeded",
+            )
         most = min(context - prompt, self.limits.max_output or context)
         if asked is None:
             return most if default is None else min(default, most)
@@ -125,6 +133,7 @@ class Service:
             raise bad(
                 f"{parameter} is {asked}; after {prompt} tokens of prompt at most {most} can be generated "
                 f"(context {context}, output limit {self.limits.max_output or context})",
-                parameter, "context_length_exceeded",
-            )  # fmt: skip
+                parameter,
+                "context_length_exceeded",
+            )
         return asked

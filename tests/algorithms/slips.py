@@ -9,7 +9,9 @@ import types
 import pytest
 
 
-def slipped(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, right: str, wrong: str) -> types.ModuleType:
+def slipped(
+    monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, right: str, wrong: str
+) -> types.ModuleType:
     """``module`` with one piece of its source replaced, beside the real one."""
     source = inspect.getsource(module)
     assert source.count(right) == 1, f"the slip {right!r} no longer fits the source"

@@ -1,4 +1,5 @@
-"""Asymmetric calibration against least squares over the activations themselves, in float64; slips do not pass."""
+"""Asymmetric calibration against least squares over the activations themselves, in float64; slips
+do not pass."""
 
 from __future__ import annotations
 
@@ -13,14 +14,21 @@ from tolerances import TWIN_ATOL
 from llmquant.algorithms import Factor, GPTQOptions, asymmetric_target, factorize
 
 OUT, IN, ROWS, DEAD = 6, 24, 200, 7
-MODULE = sys.modules["llmquant.algorithms.asymmetric"]
+MODULE = sys.modules["llmquant.algorithms.gptaq"]
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weight, the original model's inputs and the quantized model's (one channel of which is always zero), float64."""
+    """Weight, the original model's inputs and the quantized model's (one channel of which is always
+    zero), float64."""
     generator = torch.Generator().manual_seed(0)
-    mix = torch.eye(IN, dtype=torch.float64) + 0.3 * torch.randn(IN, IN, generator=generator, dtype=torch.float64)
-    original = torch.randn(ROWS, IN, generator=generator, dtype=torch.float64) @ mix * torch.logspace(-1, 1, IN)
+    mix = torch.eye(IN, dtype=torch.float64) + 0.3 * torch.randn(
+        IN, IN, generator=generator, dtype=torch.float64
+    )
+    original = (
+        torch.randn(ROWS, IN, generator=generator, dtype=torch.float64)
+        @ mix
+        * torch.logspace(-1, 1, IN)
+    )
     read = original + 0.2 * torch.randn(ROWS, IN, generator=generator, dtype=torch.float64) @ mix
     read[:, DEAD] = 0
     return torch.randn(OUT, IN, generator=generator, dtype=torch.float64), original, read
@@ -35,7 +43,8 @@ def factor(order: str = "static") -> Factor:
 
 
 def ridge_twin(strength: float) -> torch.Tensor:
-    """``min_T sum |W f - T x|^2 + damping |W - T|^2`` as one stacked least-squares problem over the tokens."""
+    """``min_T sum |W f - T x|^2 + damping |W - T|^2`` as one stacked least-squares problem over the
+    tokens."""
     damping = (0.01 * HESSIAN.diagonal().mean()).sqrt() * torch.eye(IN, dtype=torch.float64)
     rows, wanted = torch.cat([X, damping]), torch.cat([F @ W.T, damping @ W.T])
     solved = torch.linalg.lstsq(rows, wanted).solution.T
@@ -55,9 +64,15 @@ def test_the_target_is_the_ridge_regression_over_the_tokens(order: str, strength
 
 SLIPS = {
     "cross transposed": ("cross - hessian", "cross.T - hessian"),
-    "visiting order forgotten on the way in": ("(cross - hessian))[:, order]", "(cross - hessian))"),
+    "visiting order forgotten on the way in": (
+        "(cross - hessian))[:, order]",
+        "(cross - hessian))",
+    ),
     "visiting order forgotten on the way out": ("step[:, order] = ", "step[:] = "),
-    "factor on the wrong side": ("factor.upper.T) @ factor.upper", "factor.upper) @ factor.upper.T"),
+    "factor on the wrong side": (
+        "factor.upper.T) @ factor.upper",
+        "factor.upper) @ factor.upper.T",
+    ),
     "the other way": ("w + strength", "w - strength"),
 }
 

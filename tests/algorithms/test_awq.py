@@ -20,7 +20,8 @@ MODULE = sys.modules["llmquant.algorithms.awq"]
 
 
 def case(seed: int = 0, out: int = 6, width: int = 8) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Two weights and inputs ``[tokens, width]`` of which two channels are far larger than the others."""
+    """Two weights and inputs ``[tokens, width]`` of which two channels are far larger than the
+    others."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(50, width, generator=generator, dtype=torch.float64)
     x[:, 1] *= 12
@@ -28,10 +29,15 @@ def case(seed: int = 0, out: int = 6, width: int = 8) -> tuple[list[torch.Tensor
     return [torch.randn(out, width, generator=generator, dtype=torch.float64) for _ in range(2)], x
 
 
-def loss_twin(weights: list[torch.Tensor], x: torch.Tensor, scale: list[float], search: ScaleSearch) -> float:
+def loss_twin(
+    weights: list[torch.Tensor], x: torch.Tensor, scale: list[float], search: ScaleSearch
+) -> float:
     """The squared difference of the outputs, token by token and row by row."""
     total = 0.0
-    seen = torch.tensor([sum((float(token[j]) / scale[j]) ** 2 for token in x) for j in range(x.shape[1])], dtype=torch.float64)
+    seen = torch.tensor(
+        [sum((float(token[j]) / scale[j]) ** 2 for token in x) for j in range(x.shape[1])],
+        dtype=torch.float64,
+    )
     for w in weights:
         scaled = torch.stack([w[:, j] * scale[j] for j in range(w.shape[1])], 1)
         q = rtn(scaled, SPEC, search, seen).dequantize(torch.float64)
@@ -43,13 +49,17 @@ def loss_twin(weights: list[torch.Tensor], x: torch.Tensor, scale: list[float], 
     return total
 
 
-def scale_twin(weights: list[torch.Tensor], x: torch.Tensor, ratio: float, duo: bool, channel: list[int]) -> list[float]:
+def scale_twin(
+    weights: list[torch.Tensor], x: torch.Tensor, ratio: float, duo: bool, channel: list[int]
+) -> list[float]:
     columns = range(x.shape[1])
     activity = [float(x[:, j].abs().mean()) for j in columns]
     magnitude = []
     for j in columns:
         group = slice(j // 4 * 4, j // 4 * 4 + 4)
-        relative = [float(row[j].abs() / (row[group].abs().max() + 1e-6)) for w in weights for row in w]
+        relative = [
+            float(row[j].abs() / (row[group].abs().max() + 1e-6)) for w in weights for row in w
+        ]
         magnitude.append(sum(relative) / len(relative))
     scales = []
     for shared in range(max(channel) + 1):
@@ -65,12 +75,16 @@ def check(module, duo, steps, channel, search=SEARCH):
     """The search of a module is that of plain loops."""
     weights, x = case()
     options = module.AWQOptions(grid=5, duo_scaling=duo, steps=steps)
-    found = module.search_scale(weights, [SPEC, SPEC], x.T @ x, x.abs().mean(0), search, options, torch.tensor(channel))
+    found = module.search_scale(
+        weights, [SPEC, SPEC], x.T @ x, x.abs().mean(0), search, options, torch.tensor(channel)
+    )
     tried = []
     for kind in {"both": (False, True), "on": (True,), "off": (False,)}[duo]:
         for step in range(0 if kind else 1, 6):
             scale = scale_twin(weights, x, step / 5, kind, channel)
-            loss = loss_twin(weights, x, [scale[c] for c in channel], replace(search, steps=min(steps, 4)))
+            loss = loss_twin(
+                weights, x, [scale[c] for c in channel], replace(search, steps=min(steps, 4))
+            )
             tried.append((loss, step / 5, kind, scale))
     _, ratio, kind, scale = min(tried, key=lambda t: t[0])
     signal = sum(float((x @ w.T).square().sum()) for w in weights)
@@ -88,13 +102,19 @@ def check_gain(module, seed):
     """Where no scale helps, nothing is scaled."""
     weights, _ = case(seed)
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = module.search_scale(weights, [SPEC, SPEC], x.T @ x, x.abs().mean(0), SEARCH, AWQOptions(grid=3))
+    found = module.search_scale(
+        weights, [SPEC, SPEC], x.T @ x, x.abs().mean(0), SEARCH, AWQOptions(grid=3)
+    )
     assert found.after <= found.before
     assert (found.ratio is None) == bool((found.scale == 1).all())
 
 
-@pytest.mark.parametrize("channel", [list(range(8)), [0, 1, 2, 3, 0, 1, 2, 3]], ids=["own scales", "shared by two"])
-@pytest.mark.parametrize("steps", [2, 16], ids=["coarser than the recipe's", "never finer than the recipe's"])
+@pytest.mark.parametrize(
+    "channel", [list(range(8)), [0, 1, 2, 3, 0, 1, 2, 3]], ids=["own scales", "shared by two"]
+)
+@pytest.mark.parametrize(
+    "steps", [2, 16], ids=["coarser than the recipe's", "never finer than the recipe's"]
+)
 @pytest.mark.parametrize("duo", ["off", "on", "both"])
 @pytest.mark.parametrize("search", [SEARCH, WEIGHTED], ids=["plain", "weighted"])
 def test_the_search_equals_plain_loops(search, duo, steps, channel):
@@ -104,9 +124,15 @@ def test_the_search_equals_plain_loops(search, duo, steps, channel):
 SLIPS = {
     "weights divided": ("rtn(w * scale,", "rtn(w / scale,"),
     "the rounded weight is not scaled back": ("rounded / scale - w", "rounded - w"),
-    "channels taken as independent": ("(delta @ hessian) * delta", "delta * hessian.diagonal() * delta"),
+    "channels taken as independent": (
+        "(delta @ hessian) * delta",
+        "delta * hessian.diagonal() * delta",
+    ),
     "importance of the unscaled inputs": ("importance / scale.square()", "importance"),
-    "importance scaled the wrong way": ("importance / scale.square()", "importance * scale.square()"),
+    "importance scaled the wrong way": (
+        "importance / scale.square()",
+        "importance * scale.square()",
+    ),
     "exponents swapped": ("magnitude.pow(1 - ratio)", "magnitude.pow(ratio)"),
     "magnitudes relative to the whole weight": (".amax(-1, keepdim=True)", ".amax()"),
     "magnitudes of the first linear only": ("torch.cat(rows)", "rows[0]"),
@@ -133,7 +159,8 @@ def test_a_scale_on_the_wrong_side_loses():
     found = search_scale(weights, [SPEC, SPEC], hessian, x.abs().mean(0), SEARCH, AWQOptions())
     assert found.after < 0.9 * found.before
     losses = [
-        loss_of(weights, [SPEC, SPEC], hessian, hessian.diagonal(), s, SEARCH) for s in (found.scale, ones, 1 / found.scale)
+        loss_of(weights, [SPEC, SPEC], hessian, hessian.diagonal(), s, SEARCH)
+        for s in (found.scale, ones, 1 / found.scale)
     ]
     assert losses == sorted(losses)
 
@@ -146,7 +173,9 @@ def test_the_result_is_never_worse_than_no_scaling(seed):
 def test_a_channel_that_was_never_seen_gets_a_middling_scale():
     weights, x = case()
     x[:, 3] = 0
-    for _, _, scale in candidates(weights, [SPEC, SPEC], x.abs().mean(0), torch.arange(8), AWQOptions(grid=4)):
+    for _, _, scale in candidates(
+        weights, [SPEC, SPEC], x.abs().mean(0), torch.arange(8), AWQOptions(grid=4)
+    ):
         assert bool(torch.isfinite(scale).all())
         assert float(scale.max() * scale.min()) == pytest.approx(1)
         assert scale.min() <= scale[3] <= scale.max()
@@ -155,7 +184,15 @@ def test_a_channel_that_was_never_seen_gets_a_middling_scale():
 def test_statistics_that_overflowed_are_refused():
     weights, x = case()
     with pytest.raises(QuantizationError, match=r"o_proj: its calibration statistics overflowed"):
-        search_scale(weights, [SPEC, SPEC], x.T @ x * float("inf"), x.abs().mean(0), SEARCH, AWQOptions(), module="o_proj")
+        search_scale(
+            weights,
+            [SPEC, SPEC],
+            x.T @ x * float("inf"),
+            x.abs().mean(0),
+            SEARCH,
+            AWQOptions(),
+            module="o_proj",
+        )
 
 
 @pytest.mark.parametrize("options", [{"grid": 0}, {"steps": -1}, {"duo_scaling": "maybe"}], ids=str)

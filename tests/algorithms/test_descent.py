@@ -1,4 +1,5 @@
-"""Coordinate descent against trying every code of every column, in float64; each pass is monotone; slips do not pass."""
+"""Coordinate descent against trying every code of every column, in float64; each pass is monotone;
+slips do not pass."""
 
 from __future__ import annotations
 
@@ -16,14 +17,24 @@ from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
 OUT, IN = 5, 32
-MODULE = sys.modules["llmquant.algorithms.descent"]
-SPECS = {str(s): s for s in (QuantSpec(2, 8, True), QuantSpec(3, 16, False), QuantSpec(4, None, True), QuantSpec(4, 8, False))}
+MODULE = sys.modules["llmquant.algorithms.coordinate_descent"]
+SPECS = {
+    str(s): s
+    for s in (
+        QuantSpec(2, 8, True),
+        QuantSpec(3, 16, False),
+        QuantSpec(4, None, True),
+        QuantSpec(4, 8, False),
+    )
+}
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and a strongly correlated, damped Hessian, float64."""
     generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(IN, IN, generator=generator, dtype=torch.float64) * 0.5 + torch.eye(IN, dtype=torch.float64)
+    mix = torch.randn(IN, IN, generator=generator, dtype=torch.float64) * 0.5 + torch.eye(
+        IN, dtype=torch.float64
+    )
     x = torch.randn(120, IN, generator=generator, dtype=torch.float64) @ mix
     hessian = x.T @ x
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
@@ -44,7 +55,8 @@ def start(spec: QuantSpec, order: str = "static") -> QuantizedWeight:
 
 
 def sweep_twin(begin: QuantizedWeight) -> torch.Tensor:
-    """Codes after one pass: each in turn becomes the one whose whole objective, written out, is the smallest."""
+    """Codes after one pass: each in turn becomes the one whose whole objective, written out, is the
+    smallest."""
     codes, group = begin.codes.double().clone(), begin.column_groups()
     scales, zeros = begin.scales.double()[:, group], begin.zeros.double()[:, group]
     for j in range(IN):
@@ -90,7 +102,10 @@ def test_no_pass_is_the_start_and_grid_and_inputs_are_left_alone() -> None:
 
 
 SLIPS = {
-    "block-local column used as a global one": ("scales[first + i], codes[first + i]", "scales[i], codes[first + i]"),
+    "block-local column used as a global one": (
+        "scales[first + i], codes[first + i]",
+        "scales[i], codes[first + i]",
+    ),
     "columns inside the block do not hear of it": ("local.addr_(", "local.clone().addr_("),
     "columns outside the block do not hear of it": ("gradient.addmm_(", "gradient.clone().addmm_("),
     "the step is not in units of codes": ("(square[i, i] * scale)", "square[i, i]"),

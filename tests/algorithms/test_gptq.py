@@ -1,4 +1,5 @@
-"""GPTQ is the one-column loop: equal codes in float64 for every order, grouping and block size, and slips do not pass.
+"""GPTQ is the one-column loop: equal codes in float64 for every order, grouping and block size, and
+slips do not pass.
 
 "Better than round-to-nearest" would not do: several of the slips planted at the end still beat it.
 """
@@ -17,7 +18,16 @@ from slips import slipped
 from tolerances import TWIN_ATOL
 from twin import TwinResult, gptq_twin
 
-from llmquant.algorithms import MINMAX, GPTQOptions, ScaleSearch, factorize, gptq, layer_error, round_to_codes, rtn
+from llmquant.algorithms import (
+    MINMAX,
+    GPTQOptions,
+    ScaleSearch,
+    factorize,
+    gptq,
+    layer_error,
+    round_to_codes,
+    rtn,
+)
 from llmquant.errors import QuantizationError, SpecError
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -27,9 +37,12 @@ DEAD = (5, 30)
 
 
 def inputs(rows: int = 160, seed: int = 0) -> torch.Tensor:
-    """Correlated float64 activations of very different magnitudes, two channels of which are always zero."""
+    """Correlated float64 activations of very different magnitudes, two channels of which are always
+    zero."""
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(IN, IN, generator=generator, dtype=torch.float64) * 0.4 + torch.eye(IN, dtype=torch.float64)
+    mix = torch.randn(IN, IN, generator=generator, dtype=torch.float64) * 0.4 + torch.eye(
+        IN, dtype=torch.float64
+    )
     x = torch.randn(rows, IN, generator=generator, dtype=torch.float64) @ mix
     x *= torch.logspace(-1, 1, IN, dtype=torch.float64)[torch.randperm(IN, generator=generator)]
     x[:, list(DEAD)] = 0
@@ -37,7 +50,10 @@ def inputs(rows: int = 160, seed: int = 0) -> torch.Tensor:
 
 
 def weight(seed: int = 1) -> torch.Tensor:
-    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.1
+    return (
+        torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        * 0.1
+    )
 
 
 HESSIAN = inputs().T @ inputs()
@@ -46,9 +62,12 @@ WEIGHTED = ScaleSearch(steps=4, weighted=True)
 
 
 def cases() -> dict[str, tuple[QuantSpec, GPTQOptions]]:
-    """Bits, symmetry, order, grouping and block size; the block is never a multiple of everything at once."""
+    """Bits, symmetry, order, grouping and block size; the block is never a multiple of everything
+    at once."""
     found = {}
-    for bits, symmetric, order in itertools.product(SUPPORTED_BITS, (True, False), ("static", "off", "group")):
+    for bits, symmetric, order in itertools.product(
+        SUPPORTED_BITS, (True, False), ("static", "off", "group")
+    ):
         for group, block in ((8, 20), (16, 7), (24, 128), (None, 13)):
             if order == "group" and group is None:
                 continue
@@ -58,9 +77,15 @@ def cases() -> dict[str, tuple[QuantSpec, GPTQOptions]]:
         for block in (1, 5, 16, 47, 48, 49):
             spec = QuantSpec(4, 16, False)
             found[f"{spec} {order} block {block}"] = (spec, GPTQOptions(block, 0.01, order, MINMAX))
-        found[f"W3 g12 {order} weighted"] = (QuantSpec(3, 12, False), GPTQOptions(18, 0.05, order, WEIGHTED))
+        found[f"W3 g12 {order} weighted"] = (
+            QuantSpec(3, 12, False),
+            GPTQOptions(18, 0.05, order, WEIGHTED),
+        )
         found[f"W4 g1 {order}"] = (QuantSpec(4, 1, False), GPTQOptions(10, 0.01, order, MINMAX))
-        found[f"W2 g48 {order} is per row"] = (QuantSpec(2, 48, True), GPTQOptions(11, 0.01, order, SEARCH))
+        found[f"W2 g48 {order} is per row"] = (
+            QuantSpec(2, 48, True),
+            GPTQOptions(11, 0.01, order, SEARCH),
+        )
     return found
 
 
@@ -89,13 +114,18 @@ def test_blocked_gptq_equals_the_one_column_loop(spec, options):
     result, twin = run(GPTQ_MODULE, spec, options), gptq_twin(weight(), HESSIAN, spec, options)
     assert torch.equal(result.codes.double(), twin.codes)
     assert torch.equal(result.column_groups(), twin.group_of)
-    torch.testing.assert_close(result.dequantize(torch.float64), twin.dequantized, rtol=0, atol=TWIN_ATOL)
+    torch.testing.assert_close(
+        result.dequantize(torch.float64), twin.dequantized, rtol=0, atol=TWIN_ATOL
+    )
     assert (result.g_idx is not None) == (options.act_order == "group")
 
 
 def test_the_cases_tell_the_orders_and_rtn_apart():
     spec = QuantSpec(4, 16, False)
-    results = {o: run(GPTQ_MODULE, spec, GPTQOptions(7, act_order=o, search=MINMAX)).digest() for o in ("static", "off", "group")}
+    results = {
+        o: run(GPTQ_MODULE, spec, GPTQOptions(7, act_order=o, search=MINMAX)).digest()
+        for o in ("static", "off", "group")
+    }
     assert len({*results.values(), rtn(weight(), spec, MINMAX).digest()}) == 4
 
 
@@ -104,29 +134,53 @@ SLIPS = {
         "grid.group_of[columns.start : columns.stop]",
         "grid.group_of[columns.start - start : columns.stop - start]",
     ),
-    "columns behind the block never hear of its errors": ("w[stop:].addmm_(", "w[stop:].clone().addmm_("),
+    "columns behind the block never hear of its errors": (
+        "w[stop:].addmm_(",
+        "w[stop:].clone().addmm_(",
+    ),
     "only the block's last error reaches the columns behind it": (
         "w[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)",
         "w[stop:].addmm_(factor.upper[stop - 1 : stop, stop:].T, errors[-1:], alpha=-1)",
     ),
-    "columns inside the block are not updated": ("w[column + 1 : stop].addr_(", "w[column + 1 : stop].clone().addr_("),
+    "columns inside the block are not updated": (
+        "w[column + 1 : stop].addr_(",
+        "w[column + 1 : stop].clone().addr_(",
+    ),
     "the last column of a block is not updated": (
         "w[column + 1 : stop].addr_(row[column + 1 - start :]",
         "w[column + 1 : stop - 1].addr_(row[column + 1 - start : -1]",
     ),
     "error not divided by the diagonal": (" / row[column - start]", ""),
     "error of the code, not of the value": ("(code - zero) * scale) / r", "code * scale) / r"),
-    "a late group is fitted on others' columns": ("_fit_group(w, first, grid", "_fit_group(w.roll(1, 0), first, grid"),
-    "late groups are fitted on the original weights": ('if options.act_order == "static":', "if True:"),
+    "a late group is fitted on others' columns": (
+        "_fit_group(w, first, grid",
+        "_fit_group(w.roll(1, 0), first, grid",
+    ),
+    "late groups are fitted on the original weights": (
+        'if options.act_order == "static":',
+        "if True:",
+    ),
     "codes left in visiting order": ("natural[factor.order] = codes", "natural[:] = codes"),
-    "g_idx left in visiting order": ("g_idx[factor.order] = grid.group_of", "g_idx[:] = grid.group_of"),
+    "g_idx left in visiting order": (
+        "g_idx[factor.order] = grid.group_of",
+        "g_idx[:] = grid.group_of",
+    ),
     "Hessian left in natural order": ("hessian[order][:, order]", "hessian.clone()"),
-    "groups of visited columns in natural numbering": ("_Grid(factor.order // width", "_Grid(visited // width"),
+    "groups of visited columns in natural numbering": (
+        "_Grid(factor.order // width",
+        "_Grid(visited // width",
+    ),
     "no damping": ("damping * mean)", "0 * mean + 1e-12)"),
     "damping relative to the largest diagonal": ("mean = diagonal.mean()", "mean = diagonal.max()"),
     "columns visited by rising importance": ("descending=True", "descending=False"),
-    "lower triangle of the inverse's factor": ("return upper if all_finite", "return upper.T.contiguous() if all_finite"),
-    "importance in the wrong order": ("factor.importance[factor.order[columns]]", "factor.importance[columns]"),
+    "lower triangle of the inverse's factor": (
+        "return upper if all_finite",
+        "return upper.T.contiguous() if all_finite",
+    ),
+    "importance in the wrong order": (
+        "factor.importance[factor.order[columns]]",
+        "factor.importance[columns]",
+    ),
 }
 
 
@@ -165,7 +219,11 @@ def test_the_factor_is_the_triangle_of_the_damped_inverse(order):
     assert torch.equal(factor.upper, factor.upper.triu())
     assert torch.equal(factor.importance, HESSIAN.diagonal())
     importance = factor.importance[factor.order]
-    assert torch.equal(factor.order, torch.arange(IN)) if order == "off" else bool((importance.diff() <= 0).all())
+    assert (
+        torch.equal(factor.order, torch.arange(IN))
+        if order == "off"
+        else bool((importance.diff() <= 0).all())
+    )
 
 
 def test_equally_important_columns_keep_their_order():
@@ -178,7 +236,8 @@ SLIGHTLY_INDEFINITE = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
 
 
 def rank_one_in_float32(n: int = 256) -> torch.Tensor:
-    """``X^T X`` of one token seen many times: singular, and float32's roundings make it indefinite."""
+    """``X^T X`` of one token seen many times: singular, and float32's roundings make it
+    indefinite."""
     x = torch.randn(n, generator=torch.Generator().manual_seed(0)) * 100
     return torch.outer(x, x)
 
@@ -206,7 +265,10 @@ def test_a_singular_float32_hessian_is_damped_until_it_factorizes():
 
 
 NO_FACTOR = {
-    "far from definite": (torch.tensor([[1.0, 3.0], [3.0, 1.0]]), "not positive definite even at damping 1$"),
+    "far from definite": (
+        torch.tensor([[1.0, 3.0], [3.0, 1.0]]),
+        "not positive definite even at damping 1$",
+    ),
     "zero": (torch.zeros(4, 4), "inputs were zero for every calibration token"),
     "NaN": (torch.full((4, 4), torch.nan), "calibration statistics overflowed"),
     "overflow": (torch.eye(4) * torch.inf, "calibration statistics overflowed"),
@@ -252,14 +314,19 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate():
     for order in ("static", "off"):
         options = GPTQOptions(9, act_order=order, search=SEARCH)
         for spec in (QuantSpec(4, 16, True), QuantSpec(3, None, False)):
-            assert gptq(weight(), factorize(diagonal, options), spec, options).digest() == rtn(weight(), spec, SEARCH).digest()
+            assert (
+                gptq(weight(), factorize(diagonal, options), spec, options).digest()
+                == rtn(weight(), spec, SEARCH).digest()
+            )
 
 
 @pytest.mark.parametrize("block", [1, 7, 20, 64], ids=lambda b: f"block {b}")
 def test_in_float32_the_block_size_moves_the_output_error_by_at_most_a_percent(block):
     spec, options = QuantSpec(4, 16, False), GPTQOptions(block, search=SEARCH)
     hessian, w = HESSIAN.float(), weight().float()
-    error = layer_error(w, gptq(w, factorize(hessian, options), spec, options).dequantize(), hessian)
+    error = layer_error(
+        w, gptq(w, factorize(hessian, options), spec, options).dequantize(), hessian
+    )
     exact = layer_error(weight(), gptq_twin(weight(), HESSIAN, spec, options).dequantized, HESSIAN)
     assert error == pytest.approx(exact, rel=0.01)
 
@@ -302,8 +369,18 @@ def test_a_weight_that_is_not_finite_names_its_module():
 @pytest.mark.parametrize(
     ("spec", "options", "told"),
     [
-        pytest.param(QuantSpec(4, 7), GPTQOptions(), r"^m: group_size=7 does not divide its 48", id="odd group size"),
-        pytest.param(QuantSpec(4, None), GPTQOptions(act_order="group"), "^m: act_order group needs", id="group per row"),
+        pytest.param(
+            QuantSpec(4, 7),
+            GPTQOptions(),
+            r"^m: group_size=7 does not divide its 48",
+            id="odd group size",
+        ),
+        pytest.param(
+            QuantSpec(4, None),
+            GPTQOptions(act_order="group"),
+            "^m: act_order group needs",
+            id="group per row",
+        ),
     ],
 )
 def test_an_impossible_request_names_the_module(spec, options, told):

@@ -1,4 +1,5 @@
-"""The compiled scale search and GPTQ loop against the torch code that defines them: equal bits, every instruction set."""
+"""The compiled scale search and GPTQ loop against the torch code that defines them: equal bits,
+every instruction set."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms import GPTQOptions, ScaleSearch, factorize, fit, gptq, native
-from llmquant.algorithms.grid import _folded
+from llmquant.algorithms.scale_search import _folded
 from llmquant.runtime import native_library
 from llmquant.runtime.processor import this_processor
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
@@ -21,7 +22,8 @@ SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym
 BITS = pytest.mark.parametrize("bits", SUPPORTED_BITS, ids=lambda b: f"{b} bits")
 # torch's addr_ rounds once where there is fused multiply-add, as the compiled loop does everywhere.
 FUSED = pytest.mark.skipif(
-    this_processor().is_x86 and not this_processor().has("avx2", "fma"), reason="torch rounds twice without fused multiply-add"
+    this_processor().is_x86 and not this_processor().has("avx2", "fma"),
+    reason="torch rounds twice without fused multiply-add",
 )
 
 
@@ -40,7 +42,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def in_torch(monkeypatch: pytest.MonkeyPatch, function: Callable[..., object], *args: object) -> object:
+def in_torch(
+    monkeypatch: pytest.MonkeyPatch, function: Callable[..., object], *args: object
+) -> object:
     """What ``function`` gives without compiled code."""
     with monkeypatch.context() as patch:
         patch.setattr(native, "why_not", lambda weight: "the test wants torch")
@@ -70,10 +74,14 @@ def test_without_the_library_the_reason_is_said(monkeypatch):
 @SYMMETRY
 @pytest.mark.parametrize("steps", [0, 1, 4, 48], ids=lambda n: f"{n} steps")
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-def test_the_search_is_torchs_to_the_bit(monkeypatch, instruction_set, bits, symmetric, steps, weighted):
+def test_the_search_is_torchs_to_the_bit(
+    monkeypatch, instruction_set, bits, symmetric, steps, weighted
+):
     for width in (1, 3, 8, 17, 24, 32, 33, 36, 61, 64, 68, 100, 128, 257, 1536):
         w = weights(5, 2 * width, seed=width)
-        cost = torch.rand(2 * width, generator=torch.Generator().manual_seed(1)) if weighted else None
+        cost = (
+            torch.rand(2 * width, generator=torch.Generator().manual_seed(1)) if weighted else None
+        )
         arguments = (w, QuantSpec(bits, width, symmetric), ScaleSearch(steps=steps), cost)
         assert same(fit(*arguments), in_torch(monkeypatch, fit, *arguments)), width
 
@@ -107,11 +115,16 @@ def test_odd_groups_are_torchs_to_the_bit(monkeypatch, instruction_set, bits, sy
 
 @SYMMETRY
 def test_no_error_is_above_the_best_candidates_by_more_than_rounding(instruction_set, symmetric):
-    """Independent of the torch twin in float32: judged in float64, against the search in float64."""
+    """Independent of the torch twin in float32: judged in float64, against the search in
+    float64."""
     spec, w = QuantSpec(4, 32, symmetric), weights(32, 128)
 
     def error(scales: Tensor, zeros: Tensor) -> Tensor:
-        grouped, scale, zero = w.double().reshape(32, -1, 32), scales.double().unsqueeze(-1), zeros.double().unsqueeze(-1)
+        grouped, scale, zero = (
+            w.double().reshape(32, -1, 32),
+            scales.double().unsqueeze(-1),
+            zeros.double().unsqueeze(-1),
+        )
         codes = (torch.round(grouped / scale) + zero).clamp(0, spec.max_code)
         return ((codes - zero) * scale - grouped).square().sum(-1)
 
@@ -146,12 +159,15 @@ def test_folding_adds_the_second_half_onto_the_first(count):
 
 def hessian_of(columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
     x[:, columns // 3] = 0
     return x.T @ x
 
 
-# Multiples of 16 channels: torch's addr_ rounds twice in those that are left over behind its last whole vector.
+# Multiples of 16 channels: torch's addr_ rounds twice in those that are left over behind its last
+# whole vector.
 LOOPS = {
     "static": ({}, 32, 96, 80),
     "static, more than a stripe": ({"block_size": 48}, 32, 192, 144),
@@ -169,7 +185,9 @@ LOOPS = {
 @BITS
 @SYMMETRY
 @pytest.mark.parametrize(("options", "group_size", "columns", "rows"), LOOPS.values(), ids=LOOPS)
-def test_the_loop_is_torchs_to_the_bit(monkeypatch, instruction_set, bits, symmetric, options, group_size, columns, rows):
+def test_the_loop_is_torchs_to_the_bit(
+    monkeypatch, instruction_set, bits, symmetric, options, group_size, columns, rows
+):
     w, settings = weights(rows, columns), GPTQOptions(search=ScaleSearch(steps=6), **options)
     factor = factorize(hessian_of(columns), settings)
     arguments = (w, factor, QuantSpec(bits, group_size, symmetric), settings)
@@ -182,8 +200,11 @@ def test_the_loop_is_torchs_to_the_bit(monkeypatch, instruction_set, bits, symme
 
 @FUSED
 @pytest.mark.parametrize("count", [1, 2], ids=lambda n: f"{n} threads")
-def test_a_block_writes_its_own_columns_and_nothing_else(monkeypatch, instruction_set, threads, count):
-    """Errors and the weight behind are torch's to the bit too; what is poisoned before is written or left alone."""
+def test_a_block_writes_its_own_columns_and_nothing_else(
+    monkeypatch, instruction_set, threads, count
+):
+    """Errors and the weight behind are torch's to the bit too; what is poisoned before is written
+    or left alone."""
     threads(count)
     start, stop, out = 8, 40, 144
     columns = range(16, 32)
@@ -192,7 +213,12 @@ def test_a_block_writes_its_own_columns_and_nothing_else(monkeypatch, instructio
         w, codes = weights(48, out), torch.full((48, out), torch.nan)
         errors = torch.full((stop - start, out), torch.nan)
         square = torch.triu(weights(stop - start, stop - start, seed=3)) + torch.eye(stop - start)
-        grid = GPTQ._Grid(torch.arange(48) // 6, weights(8, out, seed=4).abs() + 0.01, torch.full((8, out), 8.0), True)
+        grid = GPTQ._Grid(
+            torch.arange(48) // 6,
+            weights(8, out, seed=4).abs() + 0.01,
+            torch.full((8, out), 8.0),
+            True,
+        )
         block(w, codes, errors, square, grid, start, columns, 15)
         found.append((w, codes, errors))
         written = codes.isfinite().all(dim=1).nonzero().flatten()

@@ -1,4 +1,5 @@
-"""RTN: every weight to the nearest code of its group's grid, one scalar at a time; bad weights are refused by name."""
+"""RTN: every weight to the nearest code of its group's grid, one scalar at a time; bad weights are
+refused by name."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def check(module, spec, search):
         for column in range(24):
             group = column // spec.width(24)
             scale, zero = float(scales[row, group]), int(zeros[row, group])
-            assert float(dequantized[row, column]) == quantized_value(float(w[row, column]), scale, zero, spec.max_code)
+            assert float(dequantized[row, column]) == quantized_value(
+                float(w[row, column]), scale, zero, spec.max_code
+            )
 
 
 @pytest.mark.parametrize("search", [MINMAX, ScaleSearch(steps=5)], ids=["min-max", "search"])
@@ -43,10 +46,19 @@ def test_rtn_equals_the_scalar_twin(spec, search):
 
 
 SLIPS = {
-    "scales of the group before": ("(groups, scales.unsqueeze(-1)", "(groups, scales.roll(1, 1).unsqueeze(-1)"),
-    "zero-points of the group before": ("zeros.unsqueeze(-1), spec.max_code", "zeros.roll(1, 1).unsqueeze(-1), spec.max_code"),
+    "scales of the group before": (
+        "(groups, scales.unsqueeze(-1)",
+        "(groups, scales.roll(1, 1).unsqueeze(-1)",
+    ),
+    "zero-points of the group before": (
+        "zeros.unsqueeze(-1), spec.max_code",
+        "zeros.roll(1, 1).unsqueeze(-1), spec.max_code",
+    ),
     "codes of a group reversed": ("codes.reshape(w.shape)", "codes.flip(-1).reshape(w.shape)"),
-    "one code too few": ("zeros.unsqueeze(-1), spec.max_code)", "zeros.unsqueeze(-1), spec.max_code - 1)"),
+    "one code too few": (
+        "zeros.unsqueeze(-1), spec.max_code)",
+        "zeros.unsqueeze(-1), spec.max_code - 1)",
+    ),
 }
 
 
@@ -86,17 +98,23 @@ def test_the_weight_itself_is_left_alone():
 
 def test_a_weight_on_the_grid_is_kept_exactly():
     first = rtn(weights(), QuantSpec(4, 8, False), MINMAX)
-    assert torch.equal(rtn(first.dequantize(), QuantSpec(4, 8, False)).dequantize(), first.dequantize())
+    assert torch.equal(
+        rtn(first.dequantize(), QuantSpec(4, 8, False)).dequantize(), first.dequantize()
+    )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 def test_a_weight_that_is_not_finite_names_its_module(bad):
     w = weights()
     w[1, 2] = w[4, 23] = bad
-    with pytest.raises(QuantizationError, match=r"^model\.layers\.3\.mlp\.up_proj: .* 2 NaN or Inf values"):
+    with pytest.raises(
+        QuantizationError, match=r"^model\.layers\.3\.mlp\.up_proj: .* 2 NaN or Inf values"
+    ):
         rtn(w, QuantSpec(4, 8), module="model.layers.3.mlp.up_proj")
 
 
 def test_a_group_size_that_does_not_divide_names_its_module():
-    with pytest.raises(SpecError, match=r"^some\.linear: group_size=7 does not divide its 24 input columns"):
+    with pytest.raises(
+        SpecError, match=r"^some\.linear: group_size=7 does not divide its 24 input columns"
+    ):
         rtn(weights(), QuantSpec(4, 7), module="some.linear")

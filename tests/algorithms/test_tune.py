@@ -1,4 +1,5 @@
-"""Tune on one small block: step 0 is the start, what is measured is what is stored, and no result is worse than its start."""
+"""Tune on one small block: step 0 is the start, what is measured is what is stored, and no result
+is worse than its start."""
 
 from __future__ import annotations
 
@@ -12,14 +13,16 @@ from slips import slipped
 from torch import Tensor
 
 from llmquant.algorithms import ScaleSearch, TuneOptions, rtn, tune
-from llmquant.algorithms.tune import _Latent
+from llmquant.algorithms.block_tuning import _Latent
 from llmquant.errors import QuantizationError, SpecError
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, is_portable
 
 WIDTH, HIDDEN, BATCHES = 16, 24, 6
-SPECS = {str(s): s for s in (QuantSpec(2, 8, True), QuantSpec(3, 8, False), QuantSpec(4, None, True))}
-MODULE = sys.modules["llmquant.algorithms.tune"]
+SPECS = {
+    str(s): s for s in (QuantSpec(2, 8, True), QuantSpec(3, 8, False), QuantSpec(4, None, True))
+}
+MODULE = sys.modules["llmquant.algorithms.block_tuning"]
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -46,20 +49,33 @@ def starts(spec: QuantSpec) -> dict[str, QuantizedWeight]:
 
 def error(weights: Mapping[str, QuantizedWeight]) -> float:
     dense = {name: w.dequantize() for name, w in weights.items()}
-    return float(torch.cat([(forward(dense, i) - TARGETS[i]).flatten() for i in range(BATCHES)]).double().square().mean())
+    return float(
+        torch.cat([(forward(dense, i) - TARGETS[i]).flatten() for i in range(BATCHES)])
+        .double()
+        .square()
+        .mean()
+    )
 
 
 def grouped(start: QuantizedWeight) -> QuantizedWeight:
     """The same numbers with columns and groups shuffled, so that ``g_idx`` is needed."""
     order = torch.randperm(start.shape[1], generator=torch.Generator().manual_seed(0))
     group = start.column_groups()[order].to(torch.int32)
-    return QuantizedWeight(start.codes[:, order].contiguous(), start.scales, start.zeros, start.spec, group)
+    return QuantizedWeight(
+        start.codes[:, order].contiguous(), start.scales, start.zeros, start.spec, group
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_tuning_lowers_the_error_it_reports(spec: QuantSpec) -> None:
     begin = starts(spec)
-    tuned = tune(WEIGHTS, begin, forward, TARGETS, TuneOptions(steps=60, lr=0.01, scale_lr=0.003, checks=6, patience=6))
+    tuned = tune(
+        WEIGHTS,
+        begin,
+        forward,
+        TARGETS,
+        TuneOptions(steps=60, lr=0.01, scale_lr=0.003, checks=6, patience=6),
+    )
     assert tuned.before == pytest.approx(error(begin), rel=1e-5)
     assert tuned.after == pytest.approx(error(tuned.weights), rel=1e-5)
     assert tuned.after < tuned.before
@@ -73,11 +89,19 @@ def test_tuning_lowers_the_error_it_reports(spec: QuantSpec) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_no_result_is_worse_than_its_start(spec: QuantSpec, lr: float) -> None:
     begin = starts(spec)
-    tuned = tune(WEIGHTS, begin, forward, TARGETS, TuneOptions(steps=7, lr=lr, scale_lr=lr, checks=7, patience=7))
+    tuned = tune(
+        WEIGHTS,
+        begin,
+        forward,
+        TARGETS,
+        TuneOptions(steps=7, lr=lr, scale_lr=lr, checks=7, patience=7),
+    )
     assert tuned.after <= tuned.before
     assert error(tuned.weights) <= error(begin) * (1 + 1e-5)
     if tuned.step == 0:
-        assert {n: w.digest() for n, w in tuned.weights.items()} == {n: w.digest() for n, w in begin.items()}
+        assert {n: w.digest() for n, w in tuned.weights.items()} == {
+            n: w.digest() for n, w in begin.items()
+        }
 
 
 def test_steps_far_too_long_end_early_and_return_the_start() -> None:
@@ -108,7 +132,8 @@ def test_a_start_that_is_not_the_nearest_code_is_kept_though_the_weight_lies_els
 
 @pytest.mark.parametrize("shuffled", [False, True], ids=["groups in order", "g_idx"])
 def test_gradients_are_those_of_the_formula(shuffled: bool) -> None:
-    """Straight through the rounding: ``dw/du = scale`` inside the range, ``dw/dfactor = (code - zero) * start scale``."""
+    """Straight through the rounding: ``dw/du = scale`` inside the range, ``dw/dfactor = (code -
+    zero) * start scale``."""
     start = rtn(WEIGHTS["up"], QuantSpec(3, 8, False), ScaleSearch(steps=4))
     start = grouped(start) if shuffled else start
     latent, upstream = _Latent(WEIGHTS["up"], start), draw(HIDDEN, WIDTH, seed=5)
@@ -128,7 +153,9 @@ def test_gradients_are_those_of_the_formula(shuffled: bool) -> None:
 
 def test_without_a_step_for_scales_they_stay() -> None:
     begin = starts(QuantSpec(3, 8, True))
-    tuned = tune(WEIGHTS, begin, forward, TARGETS, TuneOptions(steps=40, lr=0.01, scale_lr=0, checks=2))
+    tuned = tune(
+        WEIGHTS, begin, forward, TARGETS, TuneOptions(steps=40, lr=0.01, scale_lr=0, checks=2)
+    )
     assert tuned.step > 0
     for name, weight in tuned.weights.items():
         assert torch.equal(weight.scales, begin[name].scales)
@@ -137,7 +164,12 @@ def test_without_a_step_for_scales_they_stay() -> None:
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not() -> None:
     def digests(seed: int) -> list[str]:
         options = TuneOptions(steps=20, lr=0.02, seed=seed)
-        return [w.digest() for w in tune(WEIGHTS, starts(QuantSpec(2, 8, True)), forward, TARGETS, options).weights.values()]
+        return [
+            w.digest()
+            for w in tune(
+                WEIGHTS, starts(QuantSpec(2, 8, True)), forward, TARGETS, options
+            ).weights.values()
+        ]
 
     assert digests(0) == digests(0)
     assert digests(0) != digests(1)
@@ -146,7 +178,12 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not() -> None:
 def test_a_start_that_is_not_finite_names_the_block() -> None:
     with pytest.raises(QuantizationError, match=r"^model\.layers\.3 gave NaN or Inf"):
         tune(
-            WEIGHTS, starts(QuantSpec(4, 8)), lambda w, i: forward(w, i) * torch.nan, TARGETS, TuneOptions(), "model.layers.3"
+            WEIGHTS,
+            starts(QuantSpec(4, 8)),
+            lambda w, i: forward(w, i) * torch.nan,
+            TARGETS,
+            TuneOptions(),
+            "model.layers.3",
         )
 
 
@@ -157,9 +194,18 @@ def test_options_that_make_no_sense_are_refused(field: str) -> None:
 
 
 SLIPS = {
-    "the last state instead of the best": ("if now < best:\n            best, kept", "if True:\n            best, kept"),
-    "scales measured before they are portable": ("scales = scaled + (self._scales() - scaled.detach())", "scales = scaled"),
-    "latents start at the weight and not within the start's codes": ("codes - _INSIDE, codes + _INSIDE", "codes - 9, codes + 9"),
+    "the last state instead of the best": (
+        "if now < best:\n            best, kept",
+        "if True:\n            best, kept",
+    ),
+    "scales measured before they are portable": (
+        "scales = scaled + (self._scales() - scaled.detach())",
+        "scales = scaled",
+    ),
+    "latents start at the weight and not within the start's codes": (
+        "codes - _INSIDE, codes + _INSIDE",
+        "codes - 9, codes + 9",
+    ),
 }
 
 
@@ -172,7 +218,11 @@ def well_behaved(module: types.ModuleType) -> bool:
     stored = bool(torch.equal(latent.weight().detach(), latent.quantized().dequantize()))
     options = module.TuneOptions(steps=9, lr=1.0, scale_lr=1.0, checks=9, patience=9)
     tuned = module.tune(WEIGHTS, starts(QuantSpec(4, 8, False)), forward, TARGETS, options)
-    return same and stored and error(tuned.weights) <= error(starts(QuantSpec(4, 8, False))) * (1 + 1e-5)
+    return (
+        same
+        and stored
+        and error(tuned.weights) <= error(starts(QuantSpec(4, 8, False))) * (1 + 1e-5)
+    )
 
 
 def test_the_real_one_is_well_behaved() -> None:

@@ -1,8 +1,9 @@
 """Slow, obvious twins of the algorithms, written from the papers and not from the code they check.
 
-``gptq_twin`` is the greedy solver of *Optimal Brain Compression* (arXiv:2208.11580, eq. 3 and 4) in GPTQ's fixed order: it holds
-the whole inverse Hessian, moves *all* remaining columns after every single one, and then eliminates that column's row and column
-from the inverse by ``H^-1 -= H^-1[:, i] H^-1[i, :] / H^-1[i, i]``. No blocks, no Cholesky, float64 throughout.
+``gptq_twin`` is the greedy solver of *Optimal Brain Compression* (arXiv:2208.11580, eq. 3 and 4) in
+GPTQ's fixed order: it holds the whole inverse Hessian, moves *all* remaining columns after every
+single one, and then eliminates that column's row and column from the inverse by ``H^-1 -= H^-1[:,
+i] H^-1[i, :] / H^-1[i, i]``. No blocks, no Cholesky, float64 throughout.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from llmquant.spec import QuantSpec
 
 @dataclass(frozen=True)
 class TwinResult:
-    """Codes ``[out, in]`` and the numbers they mean, both in natural column order; the group of each column."""
+    """Codes ``[out, in]`` and the numbers they mean, both in natural column order; the group of
+    each column."""
 
     codes: Tensor
     dequantized: Tensor
@@ -28,13 +30,16 @@ class TwinResult:
 
 
 def gptq_twin(weight: Tensor, hessian: Tensor, spec: QuantSpec, options: GPTQOptions) -> TwinResult:
-    """GPTQ on float64 ``weight`` ``[out, in]`` and ``hessian`` ``[in, in]``, one column at a time."""
+    """GPTQ on float64 ``weight`` ``[out, in]`` and ``hessian`` ``[in, in]``, one column at a
+    time."""
     in_features = weight.shape[1]
     importance = hessian.diagonal().clone()
     columns = list(range(in_features))
     if options.act_order != "off":
         columns.sort(key=lambda j: -float(importance[j]))
-    inverse = torch.linalg.inv(hessian + options.damping * importance.mean() * torch.eye(in_features, dtype=torch.float64))
+    inverse = torch.linalg.inv(
+        hessian + options.damping * importance.mean() * torch.eye(in_features, dtype=torch.float64)
+    )
     members = _groups(columns, spec.width(in_features), options.act_order)
     weighted = importance if options.search.weighted else None
 
@@ -46,9 +51,12 @@ def gptq_twin(weight: Tensor, hessian: Tensor, spec: QuantSpec, options: GPTQOpt
     for j in columns:
         group = next(g for g, inside in enumerate(members) if j in inside)
         if group not in parameters:
-            # Static groups are fitted on the original weights, the others on what the columns before them left behind.
+            # Static groups are fitted on the original weights, the others on what the columns
+            # before them left behind.
             source = weight if options.act_order == "static" else w
-            parameters[group] = _fit(source[:, members[group]], spec, options.search, weighted, members[group])
+            parameters[group] = _fit(
+                source[:, members[group]], spec, options.search, weighted, members[group]
+            )
         scale, zero = parameters[group]
         code = torch.clamp(torch.round(w[:, j] / scale) + zero, 0, spec.max_code)
         codes[:, j], dequantized[:, j], group_of[j] = code, (code - zero) * scale, group
@@ -79,7 +87,9 @@ def portable_twin(value: float) -> float:
     """Eight significant bits, ties to even, magnitude in fp16's normal range."""
     magnitude = min(max(abs(value), 2.0**-14), 65280.0)
     fraction, exponent = math.frexp(magnitude)
-    return math.copysign(min(math.ldexp(round(fraction * 256) / 256, exponent), 65280.0), -1.0 if value < 0 else 1.0)
+    return math.copysign(
+        min(math.ldexp(round(fraction * 256) / 256, exponent), 65280.0), -1.0 if value < 0 else 1.0
+    )
 
 
 def quantized_value(w: float, scale: float, zero: int, max_code: int) -> float:
@@ -95,7 +105,9 @@ def minmax_twin(group: list[float], spec: QuantSpec) -> tuple[float, int]:
     return scale, min(max(round(-low / scale), 0), spec.max_code)
 
 
-def candidates(group: list[float], spec: QuantSpec, search: ScaleSearch) -> Iterator[tuple[float, int]]:
+def candidates(
+    group: list[float], spec: QuantSpec, search: ScaleSearch
+) -> Iterator[tuple[float, int]]:
     """Min-max and every narrower range of a search, signs and neighbouring zero-points included."""
     yield minmax_twin(group, spec)
     step = (1.0 - search.smallest) / max(search.steps - 1, 1)
@@ -114,10 +126,16 @@ def candidates(group: list[float], spec: QuantSpec, search: ScaleSearch) -> Iter
 
 
 def error_of(
-    group: list[float], scale: float, zero: int, spec: QuantSpec, norm: float, cost: list[float] | None = None
+    group: list[float],
+    scale: float,
+    zero: int,
+    spec: QuantSpec,
+    norm: float,
+    cost: list[float] | None = None,
 ) -> float:
     """``sum cost * |w - q(w)|**norm``."""
     weights = cost or [1.0] * len(group)
     return sum(
-        c * abs(w - quantized_value(w, scale, zero, spec.max_code)) ** norm for c, w in zip(weights, group, strict=True)
+        c * abs(w - quantized_value(w, scale, zero, spec.max_code)) ** norm
+        for c, w in zip(weights, group, strict=True)
     )

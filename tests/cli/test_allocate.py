@@ -11,15 +11,41 @@ from test_cli import Run, run
 from llmquant.recipe import load_recipe
 
 __all__ = ["run"]
-FEW = ("--group-sizes", "32", "--widths", "2,4,8,16", "--probe-tokens", "64", "--sensitivity", "block")
+FEW = (
+    "--group-sizes",
+    "32",
+    "--widths",
+    "2,4,8,16",
+    "--probe-tokens",
+    "64",
+    "--sensitivity",
+    "block",
+)
 SHORT = ("--nsamples", "4", "--seqlen", "32")
 
 
 def test_it_prints_a_table_and_writes_a_recipe_that_runs(run: Run, model: Path, text: Path) -> None:
-    told = run("allocate", model, "--target-bpw", 4.2, "-o", "mixed.yaml", *FEW, *SHORT, "--calibration", f"file:{text}")
+    told = run(
+        "allocate",
+        model,
+        "--target-bpw",
+        4.2,
+        "-o",
+        "mixed.yaml",
+        *FEW,
+        *SHORT,
+        "--calibration",
+        f"file:{text}",
+    )
     assert told.code == 0, told.err
-    for fact in ("layers.0.self_attn.q_proj + k_proj + v_proj", "bits per selected weight of 4.2 allowed", "saves per MB",
-                 "proved optimal", "relative block error altogether", "llmquant quantize"):  # fmt: skip
+    for fact in (
+        "layers.0.self_attn.q_proj + k_proj + v_proj",
+        "bits per selected weight of 4.2 allowed",
+        "saves per MB",
+        "proved optimal",
+        "relative block error altogether",
+        "llmquant quantize",
+    ):
         assert fact in told.out
     written = Path("mixed.yaml").read_text(encoding="utf-8")
     assert written.startswith("# 4.")
@@ -31,20 +57,43 @@ def test_it_prints_a_table_and_writes_a_recipe_that_runs(run: Run, model: Path, 
 
 def test_json_is_one_object_and_nothing_else(run: Run, model: Path, text: Path) -> None:
     told = run(
-        "allocate", model, "--target-bpw", 5, "-o", "mixed.yaml", *FEW, *SHORT, "--calibration", f"file:{text}", "--json"
+        "allocate",
+        model,
+        "--target-bpw",
+        5,
+        "-o",
+        "mixed.yaml",
+        *FEW,
+        *SHORT,
+        "--calibration",
+        f"file:{text}",
+        "--json",
     )
     assert told.code == 0, told.err
     assert told.err == ""
     result = json.loads(told.out)
     assert result["bits_per_weight"] <= 5
     assert result["recipe"] == load_recipe("mixed.yaml").model_dump(mode="json")
-    assert sum(i["bytes"] for i in result["items"]) * 8 / result["bits_per_weight"] == pytest.approx(61440)
+    assert sum(i["bytes"] for i in result["items"]) * 8 / result[
+        "bits_per_weight"
+    ] == pytest.approx(61440)
     assert sum(i["damage"] for i in result["items"]) == pytest.approx(result["predicted"])
 
 
 def test_quantize_does_both(run: Run, model: Path, text: Path) -> None:
     ran = run(
-        "quantize", model, "--target-bpw", 4.9, "--sym", "--engine", "vllm", "-o", "out", *SHORT, "--calibration", f"file:{text}"
+        "quantize",
+        model,
+        "--target-bpw",
+        4.9,
+        "--sym",
+        "--engine",
+        "vllm",
+        "-o",
+        "out",
+        *SHORT,
+        "--calibration",
+        f"file:{text}",
     )
     assert ran.code == 0, ran.err
     assert "proved optimal" in ran.out
@@ -54,11 +103,30 @@ def test_quantize_does_both(run: Run, model: Path, text: Path) -> None:
 
 
 REFUSED = [
-    pytest.param(("--target-bpw", "1"), 2, "below the smallest possible size; these choices reach from", id="too small"),
-    pytest.param(("--target-bpw", "4.5", "--widths", "4,x"), 2, "--widths '4,x' is not a list of whole numbers", id="widths"),
-    pytest.param(("--target-bpw", "4.5", "-o", "."), 2, "is a folder; give the name of a file", id="a folder"),
-    pytest.param(("--target-bpw", "4.5", "-o", "no/such/file.yaml"), 2, "there is no folder", id="no folder"),
-    pytest.param(("--target-bpw", "4.5", "-o", "there.yaml"), 2, "exists; --overwrite replaces it", id="a file"),
+    pytest.param(
+        ("--target-bpw", "1"),
+        2,
+        "below the smallest possible size; these choices reach from",
+        id="too small",
+    ),
+    pytest.param(
+        ("--target-bpw", "4.5", "--widths", "4,x"),
+        2,
+        "--widths '4,x' is not a list of whole numbers",
+        id="widths",
+    ),
+    pytest.param(
+        ("--target-bpw", "4.5", "-o", "."), 2, "is a folder; give the name of a file", id="a folder"
+    ),
+    pytest.param(
+        ("--target-bpw", "4.5", "-o", "no/such/file.yaml"), 2, "there is no folder", id="no folder"
+    ),
+    pytest.param(
+        ("--target-bpw", "4.5", "-o", "there.yaml"),
+        2,
+        "exists; --overwrite replaces it",
+        id="a file",
+    ),
 ]
 
 
@@ -76,12 +144,20 @@ def test_mistakes_are_told_in_words(
 
 
 QUANTIZE = [
-    pytest.param(("--target-bpw", "4.5", "--bits", "4"), "--target-bpw chooses bits and group sizes itself", id="with --bits"),
-    pytest.param(("--engine", "vllm"), "--engine limits what --target-bpw may choose", id="--engine alone"),
+    pytest.param(
+        ("--target-bpw", "4.5", "--bits", "4"),
+        "--target-bpw chooses bits and group sizes itself",
+        id="with --bits",
+    ),
+    pytest.param(
+        ("--engine", "vllm"), "--engine limits what --target-bpw may choose", id="--engine alone"
+    ),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), QUANTIZE)
-def test_options_that_contradict_each_other(run: Run, model: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_options_that_contradict_each_other(
+    run: Run, model: Path, arguments: tuple[str, ...], message: str
+) -> None:
     told = run("quantize", model, "-o", "out", *arguments)
     assert (told.code, message in told.err) == (2, True)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llmquant.cli import app, checkup
-from llmquant.cli.checkup import look
+from llmquant.cli import app
+from llmquant.cli.commands import checkup
+from llmquant.cli.commands.checkup import look
 from llmquant.kernels import KERNELS
 from llmquant.runtime.devices import parse_dtype
 
@@ -37,9 +38,23 @@ def test_it_tells_people_everything_and_leaves_with_0() -> None:
     assert code == 0
     auto = parse_dtype("auto")
     for words in (
-        "processor", "instructions", "auto dtype, cpu", auto.name, "kernel W4 g128", "threads", "memory", "swap", "disk", "torch",
-        "vllm", "for eval", "for serve", "for gguf", "for llama.cpp", "llmquant can work here",
-    ):  # fmt: skip
+        "processor",
+        "instructions",
+        "auto dtype, cpu",
+        auto.name,
+        "kernel W4 g128",
+        "threads",
+        "memory",
+        "swap",
+        "disk",
+        "torch",
+        "vllm",
+        "for eval",
+        "for serve",
+        "for gguf",
+        "for llama.cpp",
+        "llmquant can work here",
+    ):
         assert words in out, words
     assert auto.reason is not None
     assert auto.reason.split("(")[0].strip() in " ".join(out.split())
@@ -63,14 +78,22 @@ def test_json_is_one_object_with_the_same_facts() -> None:
     ("script", "ready", "told"),
     [
         pytest.param(None, False, "is not there", id="no such Python"),
-        pytest.param("#!/bin/sh\necho noise; echo llmquant-vllm 0.32.0\n", True, "0.32.0", id="there"),
-        pytest.param("#!/bin/sh\necho 'ModuleNotFoundError: No module named vllm' >&2; exit 1\n", False, "No module named vllm",
-                     id="without vLLM"),
+        pytest.param(
+            "#!/bin/sh\necho noise; echo llmquant-vllm 0.32.0\n", True, "0.32.0", id="there"
+        ),
+        pytest.param(
+            "#!/bin/sh\necho 'ModuleNotFoundError: No module named vllm' >&2; exit 1\n",
+            False,
+            "No module named vllm",
+            id="without vLLM",
+        ),
         pytest.param("#!/bin/sh\nexit 0\n", False, "exit code 0", id="says nothing"),
         pytest.param("not a program", False, "cannot be started", id="no program"),
     ],
-)  # fmt: skip
-def test_vllm_is_asked_in_its_own_environment(script: str | None, ready: bool, told: str, tmp_path: Path) -> None:
+)
+def test_vllm_is_asked_in_its_own_environment(
+    script: str | None, ready: bool, told: str, tmp_path: Path
+) -> None:
     python = tmp_path / "python"
     if script is not None:
         python.write_text(script)
@@ -104,12 +127,18 @@ def broken(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        pytest.param("torch", ImportError("libtorch_cpu.so: cannot open shared object file"), id="torch does not import"),
+        pytest.param(
+            "torch",
+            ImportError("libtorch_cpu.so: cannot open shared object file"),
+            id="torch does not import",
+        ),
         pytest.param("transformers", RuntimeError("two\nlines"), id="transformers does not import"),
         pytest.param("torch", OSError(), id="an error without words"),
     ],
 )
-def test_what_is_needed_and_broken_is_a_problem(name: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_needed_and_broken_is_a_problem(
+    name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken(monkeypatch, name, error)
     code, out = doctor()
     assert code == 1
@@ -123,11 +152,16 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str, instead: str | None = 
     monkeypatch.setattr(checkup, "_version", lambda name: instead if name in names else real(name))
 
 
-def test_an_extra_that_is_not_there_breaks_nothing_and_tells_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extra_that_is_not_there_breaks_nothing_and_tells_its_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     without(monkeypatch, "fastapi", "matplotlib")
     found = look()
     assert found.ok
-    assert found.extras["serve"] == {"missing": ["fastapi>=0.115"], "install": "pip install 'llmquant[serve]'"}
+    assert found.extras["serve"] == {
+        "missing": ["fastapi>=0.115"],
+        "install": "pip install 'llmquant[serve]'",
+    }
     assert found.extras["eval"]["missing"] == ["matplotlib>=3.9"]
 
 
@@ -147,14 +181,18 @@ def test_sources_that_are_not_installed_are_told(monkeypatch: pytest.MonkeyPatch
 def test_held_down_it_says_by_what() -> None:
     code = "from llmquant.cli import main; import sys; sys.argv = ['llmquant', 'doctor', '--json']; main()"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     told = json.loads(done.stdout)["processor"]
     assert not {"avx2", "avx512f"} & set(told["instruction_sets"])
     if "avx2" in told["held_back"]:
         assert told["held_by"] == ["ATEN_CPU_CAPABILITY=default", "ONEDNN_MAX_CPU_ISA=SSE41"]
 
 
-def test_a_kernel_that_was_not_compiled_is_a_hint_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_was_not_compiled_is_a_hint_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert look().compiled["compiled"]
     monkeypatch.setattr("llmquant.runtime.native_library.library", lambda: None)
     monkeypatch.setattr("llmquant.kernels.native.library", lambda: None)

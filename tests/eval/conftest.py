@@ -1,4 +1,5 @@
-"""What the evaluation tests share: two small random models on disk, and a text that their tokenizer knows."""
+"""What the evaluation tests share: two small random models on disk, and a text that their tokenizer
+knows."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def base_model() -> Path:
 
 @pytest.fixture
 def altered(tmp_path: Path) -> Callable[..., Path]:
-    """``altered(name, change)``: a copy of the base model whose every projection went through ``change``."""
+    """``altered(name, change)``: a copy of the base model whose every projection went through
+    ``change``."""
 
     def make(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
         folder = tmp_path / name

@@ -1,7 +1,8 @@
-"""A server shaped like vLLM's OpenAI endpoint whose log-probabilities are a real model's, for tests.
+"""A server shaped like vLLM's OpenAI endpoint whose log-probabilities are a real model's, for
+tests.
 
-``dialect``: ``ids`` answers ``prompt_logprobs`` as vLLM does, ``echo`` refuses that field and answers ``echo`` with
-``logprobs`` as OpenAI did, ``none`` ignores both, as llama.cpp's server does.
+``dialect``: ``ids`` answers ``prompt_logprobs`` as vLLM does, ``echo`` refuses that field and
+answers ``echo`` with ``logprobs`` as OpenAI did, ``none`` ignores both, as llama.cpp's server does.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ class FakeServer:
         self.url = ""
 
     def models(self) -> dict[str, Any]:
-        entry = {"id": self.name, "object": "model", "owned_by": "vllm", "max_model_len": self.context}
+        entry = {
+            "id": self.name,
+            "object": "model",
+            "owned_by": "vllm",
+            "max_model_len": self.context,
+        }
         return {"object": "list", "data": [entry]}
 
     def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -43,18 +49,29 @@ class FakeServer:
             if self.dialect == "echo" and "prompt_logprobs" in body:
                 return 400, {"error": {"message": "unknown field prompt_logprobs"}}
             if self.context is not None and len(ids) + body["max_tokens"] > self.context:
-                return 400, {"error": {"message": f"maximum context length is {self.context} tokens"}}
+                return 400, {
+                    "error": {"message": f"maximum context length is {self.context} tokens"}
+                }
             with torch.no_grad():
                 log_p = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            choice: dict[str, Any] = {"index": 0, "text": self._text(ids, body), "finish_reason": "length", "logprobs": None}
+            choice: dict[str, Any] = {
+                "index": 0,
+                "text": self._text(ids, body),
+                "finish_reason": "length",
+                "logprobs": None,
+            }
             if self.dialect == "ids" and "prompt_logprobs" in body:
                 choice["prompt_logprobs"] = self._by_id(ids, log_p)
             if self.dialect == "echo" and body.get("echo"):
                 choice["logprobs"] = self._echoed(ids, log_p)
-            return 200, self.spoil({"object": "text_completion", "model": self.name, "choices": [choice]})
+            return 200, self.spoil(
+                {"object": "text_completion", "model": self.name, "choices": [choice]}
+            )
 
     def _text(self, ids: list[int], body: dict[str, Any]) -> str:
-        new = self.model.generate(torch.tensor([ids]), max_new_tokens=body["max_tokens"], do_sample=False)[0][len(ids) :]
+        new = self.model.generate(
+            torch.tensor([ids]), max_new_tokens=body["max_tokens"], do_sample=False
+        )[0][len(ids) :]
         return str(self.tokenizer.decode(new))
 
     def _by_id(self, ids: list[int], log_p: torch.Tensor) -> list[dict[str, Any] | None]:
@@ -63,16 +80,28 @@ class FakeServer:
             best = int(row.argmax())
             rank = int((row > row[token]).sum()) + 1
             entry = {str(token): {"logprob": float(row[token]), "rank": rank, "decoded_token": "?"}}
-            entries.append(entry | {str(best): {"logprob": float(row[best]), "rank": 1, "decoded_token": "?"}})
+            entries.append(
+                entry | {str(best): {"logprob": float(row[best]), "rank": 1, "decoded_token": "?"}}
+            )
         return entries
 
     def _echoed(self, ids: list[int], log_p: torch.Tensor) -> dict[str, Any]:
         tokens = [self.tokenizer.decode([i]) for i in ids]
-        values = [None, *(float(row[token]) for row, token in zip(log_p[:-1], ids[1:], strict=True))]
-        tops = [None, *({self.tokenizer.decode([int(row.argmax())]): float(row.max())} for row in log_p[:-1])]
+        values = [
+            None,
+            *(float(row[token]) for row, token in zip(log_p[:-1], ids[1:], strict=True)),
+        ]
+        tops = [
+            None,
+            *({self.tokenizer.decode([int(row.argmax())]): float(row.max())} for row in log_p[:-1]),
+        ]
         # The generated token comes last; what it is does not matter.
-        return {"tokens": [*tokens, "x"], "token_logprobs": [*values, -1.0], "top_logprobs": [*tops, {"x": -1.0}],
-                "text_offset": list(range(len(ids) + 1))}  # fmt: skip
+        return {
+            "tokens": [*tokens, "x"],
+            "token_logprobs": [*values, -1.0],
+            "top_logprobs": [*tops, {"x": -1.0}],
+            "text_offset": list(range(len(ids) + 1)),
+        }
 
 
 @contextmanager
@@ -85,7 +114,9 @@ def serving(folder: Path, dialect: str = "ids", context: int | None = None) -> I
             self._answer(200, fake.models())
 
         def do_POST(self) -> None:
-            self._answer(*fake.complete(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self._answer(
+                *fake.complete(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            )
 
         def _answer(self, status: int, answer: Any) -> None:
             data = json.dumps(answer).encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmquant_eval.suite import Suite
+from llmquant_eval.suites.schema import Suite
 
 RTN = "method: rtn\nweights: {bits: 4, group_size: 32}\nscales: {steps: 0}\n"
 PROTOCOL = "ppl/gptq-64"
@@ -21,8 +21,13 @@ def recipe(folder: Path, text: str = RTN) -> Path:
 def suite_of(base: Path, text: Path, models: list[dict[str, Any]], **more: Any) -> Suite:
     """A suite in float32 without speeds and noise floor; ``more`` replaces or adds keys."""
     keys: dict[str, Any] = {
-        "reference": str(base), "reference_label": "fp16", "models": models,
-        "texts": [{"name": "words", "source": f"file:{text}"}], "protocols": [PROTOCOL], "dtype": "float32",
-        "cost": False, "noise_floor": False,
-    }  # fmt: skip
+        "reference": str(base),
+        "reference_label": "fp16",
+        "models": models,
+        "texts": [{"name": "words", "source": f"file:{text}"}],
+        "protocols": [PROTOCOL],
+        "dtype": "float32",
+        "cost": False,
+        "noise_floor": False,
+    }
     return Suite.model_validate(keys | more)

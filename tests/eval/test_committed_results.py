@@ -1,4 +1,5 @@
-"""The committed leaderboard is what its results say, and every shipped recipe has a result that is its own."""
+"""The committed leaderboard is what its results say, and every shipped recipe has a result that is
+its own."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from typing import Any
 import pytest
 
 import llmquant
-from llmquant_eval.leaderboard import load_reports, make_boards
-from llmquant_eval.leaderboard_markdown import render_markdown
-from llmquant_eval.report import read_report
-from llmquant_eval.suite import Suite, load_suite
-from llmquant_eval.suite_current import outdated, strangers
+from llmquant_eval.leaderboard.markdown import render_markdown
+from llmquant_eval.leaderboard.ranking import load_reports, make_boards
+from llmquant_eval.report.schema import read_report
+from llmquant_eval.suites.current import outdated, strangers
+from llmquant_eval.suites.schema import Suite, load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "eval" / "results"
@@ -32,22 +33,28 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> Suite:
 
 def test_the_leaderboard_is_rendered_from_the_results() -> None:
     rendered = render_markdown(make_boards(load_reports(RESULTS)))
-    assert (ROOT / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8") == rendered, "stale: run `make leaderboard`"
+    assert (ROOT / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8") == rendered, (
+        "stale: run `make leaderboard`"
+    )
 
 
 def check_readme(begins: str, fresh: str) -> None:
-    """The rows of README.md from ``begins`` to the next empty line are ``fresh``, or are made so."""
+    """The rows of README.md from ``begins`` to the next empty line are ``fresh``, or are made
+    so."""
     path = ROOT / "README.md"
     readme = path.read_text(encoding="utf-8")
     start = readme.index(begins)
     table = readme[start : readme.index("\n\n", start) + 1]
     if os.environ.get("LLMQUANT_WRITE_RESULTS"):
         path.write_text(readme.replace(table, fresh), encoding="utf-8")
-    assert table == fresh, "README.md shows old figures; run this test with LLMQUANT_WRITE_RESULTS=1"
+    assert table == fresh, (
+        "README.md shows old figures; run this test with LLMQUANT_WRITE_RESULTS=1"
+    )
 
 
 def test_the_readme_shows_the_leaderboard() -> None:
-    """Its table is the leaderboard's, less some columns; LLMQUANT_WRITE_RESULTS=1 writes it anew."""
+    """Its table is the leaderboard's, less some columns; LLMQUANT_WRITE_RESULTS=1 writes it
+    anew."""
     ranking = (ROOT / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8").partition("\n## ")[2]
     rows = [line.strip("| ").split(" | ") for line in ranking.splitlines() if line.startswith("| ")]
     shown = [rows[0].index(c) for c in ("#", "model", "scheme", "ratio", "KL nats", "bits/w")]
@@ -56,8 +63,14 @@ def test_the_readme_shows_the_leaderboard() -> None:
 
 
 def test_the_gallery_of_recipes_shows_what_was_measured() -> None:
-    """Each shipped recipe has a row, with the leaderboard's bits, KL and ratio; LLMQUANT_WRITE_RESULTS=1 writes them."""
-    candidates = {m.label: m for stored in load_reports(RESULTS) for m in stored.report.models if m.role == "candidate"}
+    """Each shipped recipe has a row, with the leaderboard's bits, KL and ratio;
+    LLMQUANT_WRITE_RESULTS=1 writes them."""
+    candidates = {
+        m.label: m
+        for stored in load_reports(RESULTS)
+        for m in stored.report.models
+        if m.role == "candidate"
+    }
     path = ROOT / "recipes" / "README.md"
     gallery = path.read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in gallery.splitlines() if line.startswith("| `")}
@@ -70,12 +83,18 @@ def test_the_gallery_of_recipes_shows_what_was_measured() -> None:
         fresh = fresh.replace(line, " | ".join(cells))
     if os.environ.get("LLMQUANT_WRITE_RESULTS"):
         path.write_text(fresh, encoding="utf-8")
-    assert gallery == fresh, "recipes/README.md shows old figures; run this test with LLMQUANT_WRITE_RESULTS=1"
+    assert gallery == fresh, (
+        "recipes/README.md shows old figures; run this test with LLMQUANT_WRITE_RESULTS=1"
+    )
 
 
 def mean_kl(cells: list[dict[str, Any]], grid: str, tools: str) -> str:
     """Over seeds 0 to 2, to three digits."""
-    mine = (c for c in cells if (c["model"], c["grid"]) == ("tiny-llama", grid) and c["tool"] in tools.split("|"))
+    mine = (
+        c
+        for c in cells
+        if (c["model"], c["grid"]) == ("tiny-llama", grid) and c["tool"] in tools.split("|")
+    )
     found = {c["seed"]: c["kl_mean"] for c in mine}
     assert sorted(found) == [0, 1, 2], f"{tools} at {grid} has seeds {sorted(found)}"
     return f"{statistics.fmean(found.values()):#.3g}"
@@ -83,20 +102,33 @@ def mean_kl(cells: list[dict[str, Any]], grid: str, tools: str) -> str:
 
 def test_the_readme_shows_what_was_measured_beside_other_tools() -> None:
     """LLMQUANT_WRITE_RESULTS=1 writes the table anew."""
-    cells = json.loads((ROOT / "bench" / "results" / "quality.json").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((ROOT / "bench" / "results" / "quality.json").read_text(encoding="utf-8"))[
+        "cells"
+    ]
     columns = (
-        "llmquant gptq", "llm-compressor gptq", "llmquant awq", "llm-compressor awq", "llmquant best|llmquant best; 2 bits",
+        "llmquant gptq",
+        "llm-compressor gptq",
+        "llmquant awq",
+        "llm-compressor awq",
+        "llmquant best|llmquant best; 2 bits",
         "autoround 200",
-    )  # fmt: skip
+    )
     grids = ("W4 g128 sym", "W4 g128 asym", "W4 g32 sym", "W3 g128 sym", "W2 g32 sym")
-    fresh = "".join(f"| {grid} | {' | '.join(mean_kl(cells, grid, tools) for tools in columns)} |\n" for grid in grids)
+    fresh = "".join(
+        f"| {grid} | {' | '.join(mean_kl(cells, grid, tools) for tools in columns)} |\n"
+        for grid in grids
+    )
     check_readme("| W4 g128 sym | ", fresh)
 
 
 def test_the_table_of_quality_is_rendered_from_its_cells() -> None:
     script = ROOT / "bench" / "quality.py"
-    rendered = subprocess.run([sys.executable, script, "table"], check=True, capture_output=True, text=True).stdout
-    assert (ROOT / "docs" / "quality.md").read_text(encoding="utf-8") == rendered, "run bench/quality.py table > docs/quality.md"
+    rendered = subprocess.run(
+        [sys.executable, script, "table"], check=True, capture_output=True, text=True
+    ).stdout
+    assert (ROOT / "docs" / "quality.md").read_text(encoding="utf-8") == rendered, (
+        "run bench/quality.py table > docs/quality.md"
+    )
 
 
 def test_every_recipe_has_a_result_of_its_own(suite: Suite) -> None:
@@ -108,8 +140,17 @@ def test_every_recipe_has_a_result_of_its_own(suite: Suite) -> None:
 def test_results_carry_no_path_of_a_machine() -> None:
     for path in RESULTS.glob("*.json"):
         report = read_report(path)
-        told = [report.command, report.text.source if report.text else "", *(m.source for m in report.models)]
-        assert not [word for said in told for word in said.split() if word.removeprefix("file:").startswith(("/", "~"))]
+        told = [
+            report.command,
+            report.text.source if report.text else "",
+            *(m.source for m in report.models),
+        ]
+        assert not [
+            word
+            for said in told
+            for word in said.split()
+            if word.removeprefix("file:").startswith(("/", "~"))
+        ]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +167,9 @@ def test_results_carry_no_path_of_a_machine() -> None:
         pytest.param("newer", "newer llmquant", id="a later schema"),
     ],
 )
-def test_a_result_that_is_not_the_one_wanted(change: str, message: str, suite: Suite, tmp_path: Path) -> None:
+def test_a_result_that_is_not_the_one_wanted(
+    change: str, message: str, suite: Suite, tmp_path: Path
+) -> None:
     folder = tmp_path / "results"
     shutil.copytree(RESULTS, folder)
     (path,) = folder.glob("gptq-w8--*.json")
@@ -144,7 +187,10 @@ def test_a_result_that_is_not_the_one_wanted(change: str, message: str, suite: S
         "label": {"models": [base, own.model_copy(update={"label": "another"})]},
     }
     text = report.model_copy(update=edits.get(change, {})).to_json()
-    path.write_text(text.replace('"schema_version": 1', '"schema_version": 2') if change == "newer" else text, encoding="utf-8")
+    path.write_text(
+        text.replace('"schema_version": 1', '"schema_version": 2') if change == "newer" else text,
+        encoding="utf-8",
+    )
     if change == "missing":
         path.unlink()
     found = outdated(suite, folder)

@@ -1,4 +1,5 @@
-"""A cached reference: exact where it says so, its error measured where it does not, and never read when damaged."""
+"""A cached reference: exact where it says so, its error measured where it does not, and never read
+when damaged."""
 
 from __future__ import annotations
 
@@ -13,19 +14,21 @@ import pytest
 import torch
 
 from llmquant.errors import CheckpointError, UsageError
-from llmquant_eval.compact import Full16, Top, exact_arrays, parse_form
-from llmquant_eval.divergence import token_divergence
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.plan import Request
-from llmquant_eval.protocols import GptqProtocol
-from llmquant_eval.reference_cache import INDEX, CacheKey, choose_form, sample_positions
-from llmquant_eval.report import Report
-from llmquant_eval.stream import Stream
+from llmquant_eval.report.schema import Report
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
+from llmquant_eval.scoring.compact import Full16, Top, exact_arrays, parse_form
+from llmquant_eval.scoring.divergence import token_divergence
+from llmquant_eval.scoring.protocols import GptqProtocol
+from llmquant_eval.scoring.reference_cache import INDEX, CacheKey, choose_form, sample_positions
+from llmquant_eval.scoring.stream import Stream
 
 POSITIONS, VOCABULARY, WINDOW = 80, 3000, 64
 
 
-def pair(nearness: float = 0.1, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pair(
+    nearness: float = 0.1, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     p = 3 * torch.randn(POSITIONS, VOCABULARY, generator=draw)
     q = p + nearness * torch.randn(POSITIONS, VOCABULARY, generator=draw)
@@ -62,7 +65,11 @@ def test_sixteen_bits_leave_an_error_without_a_sign() -> None:
 @pytest.mark.parametrize("k", [1, 16, 500])
 def test_the_top_alone_is_a_lower_bound_by_hand(k: int) -> None:
     p, q, targets = pair(nearness=0.5)
-    found = Top(k).window(exact_arrays(p, targets) | Top(k).encode(p), VOCABULARY).divergence(q, targets)
+    found = (
+        Top(k)
+        .window(exact_arrays(p, targets) | Top(k).encode(p), VOCABULARY)
+        .divergence(q, targets)
+    )
     exact = token_divergence(p, q, targets)
     probabilities, others = p.double().softmax(-1), q.double().softmax(-1)
     for position in range(0, POSITIONS, 7):
@@ -78,8 +85,14 @@ def test_impossible_tokens_stay_impossible() -> None:
     p = torch.tensor([[0.0, 1.0, -math.inf], [0.0, 1.0, -80.0]])
     impossible = torch.tensor([[0.0, 1.0, 5.0], [0.0, 1.0, -math.inf]])
     targets = torch.tensor([0, 1])
-    found = Full16().window(exact_arrays(p, targets) | Full16().encode(p), 3).divergence(impossible, targets)
-    assert found.kl[0].item() == pytest.approx(token_divergence(p, impossible, targets).kl[0].item(), rel=1e-3)
+    found = (
+        Full16()
+        .window(exact_arrays(p, targets) | Full16().encode(p), 3)
+        .divergence(impossible, targets)
+    )
+    assert found.kl[0].item() == pytest.approx(
+        token_divergence(p, impossible, targets).kl[0].item(), rel=1e-3
+    )
     assert found.kl[1].item() == math.inf  # a probability of e^-81 is small, not zero
 
 
@@ -91,18 +104,28 @@ def test_unknown_forms_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "positions", "vocabulary", "name"),
-    [(None, 60_000, 4096, "full-16"), (None, 341_000, 128_256, "top-512"), ("top-7", 10, 10, "top-7")],
+    [
+        (None, 60_000, 4096, "full-16"),
+        (None, 341_000, 128_256, "top-512"),
+        ("top-7", 10, 10, "top-7"),
+    ],
     ids=["small", "large", "as asked"],
 )
-def test_the_form_follows_the_size(asked: str | None, positions: int, vocabulary: int, name: str) -> None:
+def test_the_form_follows_the_size(
+    asked: str | None, positions: int, vocabulary: int, name: str
+) -> None:
     assert choose_form(asked, positions, vocabulary).name == name
 
 
 def test_samples_are_spread_evenly() -> None:
     protocol = GptqProtocol(11)
     windows = protocol.windows(11 * 40)
-    picked = sample_positions(Stream(protocol, torch.zeros(440), windows, 40), vocabulary=VOCABULARY)
-    flat = sorted(10 * window + position for window, positions in picked.items() for position in positions)
+    picked = sample_positions(
+        Stream(protocol, torch.zeros(440), windows, 40), vocabulary=VOCABULARY
+    )
+    flat = sorted(
+        10 * window + position for window, positions in picked.items() for position in positions
+    )
     assert len(flat) == 256
     assert (flat[0], flat[-1]) == (0, 399)
     assert set(np.diff(flat)) == {1, 2}
@@ -110,7 +133,10 @@ def test_samples_are_spread_evenly() -> None:
 
 def test_everything_that_decides_the_numbers_is_in_the_name() -> None:
     key = CacheKey("a", "b", "c", "ppl/gptq-64", "float32", "cpu", "auto", "full-16")
-    others = [replace(key, **{name: 2 if name == "version" else "other"}) for name in key.__dataclass_fields__]
+    others = [
+        replace(key, **{name: 2 if name == "version" else "other"})
+        for name in key.__dataclass_fields__
+    ]
     assert len({key.name, *(other.name for other in others)}) == 1 + len(others)
 
 
@@ -121,18 +147,27 @@ def request_with_cache(
     candidate = altered("coarse", lambda w: (w * 32).round() / 32)
 
     def make(**options: object) -> Request:
-        fields = {"reference": str(base_model), "window": WINDOW, "cost": False, "cache": str(tmp_path / "cache")}
+        fields = {
+            "reference": str(base_model),
+            "window": WINDOW,
+            "cost": False,
+            "cache": str(tmp_path / "cache"),
+        }
         return Request((str(candidate),), str(words), **(fields | options))  # type: ignore[arg-type]
 
     return make
 
 
 def values(report: Report) -> list[dict[str, float]]:
-    return [{name: metric.value for name, metric in model.metrics.items()} for model in report.models]
+    return [
+        {name: metric.value for name, metric in model.metrics.items()} for model in report.models
+    ]
 
 
 @pytest.mark.parametrize("protocol", ["ppl/gptq-64", "ppl/strided-64-24", "ppl/word-64"])
-def test_full_empty_and_no_cache_agree(protocol: str, request_with_cache: Callable[..., Request]) -> None:
+def test_full_empty_and_no_cache_agree(
+    protocol: str, request_with_cache: Callable[..., Request]
+) -> None:
     options = {"window": None, "protocol": protocol, "batch_size": 3}
     stages: list[str] = []
     live = evaluate(request_with_cache(cache=None, **options))
@@ -143,7 +178,9 @@ def test_full_empty_and_no_cache_agree(protocol: str, request_with_cache: Callab
     assert f"reference for {protocol}" in stages
     assert f"reference for {protocol}" not in again
     for name, metric in live.models[1].metrics.items():
-        assert second.models[1].metrics[name].value == pytest.approx(metric.value, rel=2e-3, abs=2e-6), name
+        assert second.models[1].metrics[name].value == pytest.approx(
+            metric.value, rel=2e-3, abs=2e-6
+        ), name
     assert live.models[0].metrics.keys() == second.models[0].metrics.keys()
     assert live.models[0].cache_errors == live.models[1].cache_errors == []
     (error,) = second.models[1].cache_errors
@@ -151,7 +188,9 @@ def test_full_empty_and_no_cache_agree(protocol: str, request_with_cache: Callab
     assert 0 < abs(error.mean) <= error.largest < 1e-4
     assert second.noise_floor is not None
     assert live.noise_floor is not None
-    assert second.noise_floor.kl_mean.value == pytest.approx(live.noise_floor.kl_mean.value, rel=1e-2, abs=1e-6)
+    assert second.noise_floor.kl_mean.value == pytest.approx(
+        live.noise_floor.kl_mean.value, rel=1e-2, abs=1e-6
+    )
     assert Report.from_json(second.to_json()) == second
 
 
@@ -167,7 +206,9 @@ def test_the_stated_error_is_that_of_the_form(request_with_cache: Callable[..., 
     assert found.metrics["perplexity_ratio"] == live.metrics["perplexity_ratio"]
 
 
-def test_another_text_has_a_cache_of_its_own(request_with_cache: Callable[..., Request], tmp_path: Path) -> None:
+def test_another_text_has_a_cache_of_its_own(
+    request_with_cache: Callable[..., Request], tmp_path: Path
+) -> None:
     evaluate(request_with_cache(noise_floor=False))
     evaluate(request_with_cache(noise_floor=False, max_windows=4))
     evaluate(request_with_cache(noise_floor=False, dtype="float16"))
@@ -197,13 +238,20 @@ def spoil_window(folder: Path) -> None:
     [
         pytest.param(spoil_truncate, r"00000\.safetensors: its sha256", id="truncated shard"),
         pytest.param(spoil_flip, r"00000\.safetensors: its sha256", id="one bit changed"),
-        pytest.param(lambda f: next(f.glob("*.safetensors")).unlink(), "No such file", id="missing shard"),
-        pytest.param(lambda f: (f / INDEX).write_text("{", encoding="utf-8"), "cache.json", id="broken index"),
+        pytest.param(
+            lambda f: next(f.glob("*.safetensors")).unlink(), "No such file", id="missing shard"
+        ),
+        pytest.param(
+            lambda f: (f / INDEX).write_text("{", encoding="utf-8"), "cache.json", id="broken index"
+        ),
         pytest.param(spoil_window, "window 3 is not in it", id="missing window"),
     ],
 )
 def test_a_damaged_cache_is_refused_by_name(
-    spoil: Callable[[Path], None], message: str, request_with_cache: Callable[..., Request], tmp_path: Path
+    spoil: Callable[[Path], None],
+    message: str,
+    request_with_cache: Callable[..., Request],
+    tmp_path: Path,
 ) -> None:
     evaluate(request_with_cache(noise_floor=False))
     (folder,) = (tmp_path / "cache").iterdir()
@@ -212,7 +260,9 @@ def test_a_damaged_cache_is_refused_by_name(
         evaluate(request_with_cache(noise_floor=False))
 
 
-def test_a_cache_without_an_index_is_made_anew(request_with_cache: Callable[..., Request], tmp_path: Path) -> None:
+def test_a_cache_without_an_index_is_made_anew(
+    request_with_cache: Callable[..., Request], tmp_path: Path
+) -> None:
     first = evaluate(request_with_cache(noise_floor=False))
     (folder,) = (tmp_path / "cache").iterdir()
     (folder / INDEX).unlink()
@@ -223,15 +273,22 @@ def test_a_cache_without_an_index_is_made_anew(request_with_cache: Callable[...,
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"cache": None, "cache_form": "top-4"}, "give --cache DIR"), ({"reference": None}, "--reference")],
+    [
+        ({"cache": None, "cache_form": "top-4"}, "give --cache DIR"),
+        ({"reference": None}, "--reference"),
+    ],
     ids=["a form without a cache", "no reference"],
 )
-def test_misuse(options: dict[str, object], message: str, request_with_cache: Callable[..., Request]) -> None:
+def test_misuse(
+    options: dict[str, object], message: str, request_with_cache: Callable[..., Request]
+) -> None:
     with pytest.raises(UsageError, match=message):
         request_with_cache(**options)
 
 
-def test_a_cache_that_cannot_be_written(request_with_cache: Callable[..., Request], tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(
+    request_with_cache: Callable[..., Request], tmp_path: Path
+) -> None:
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
     with pytest.raises(UsageError, match="--cache"):
         evaluate(request_with_cache(noise_floor=False))

@@ -12,13 +12,20 @@ import pytest
 
 from llmquant import peak_resident_bytes, resident_bytes
 from llmquant.errors import LlmquantError
-from llmquant_eval.cost import _Clock, _generate_once, main, measure_apart
-from llmquant_eval.machine import hardware, versions
+from llmquant_eval.report.machine import hardware, versions
+from llmquant_eval.run.cost import _Clock, _generate_once, main, measure_apart
 
 
 def test_a_model_is_measured_apart(base_model: Path) -> None:
-    cost = measure_apart(base_model, "float32", "cpu", "auto", prompt_tokens=32, new_tokens=5, repeats=1)
-    assert (cost.prompt_tokens, cost.new_tokens, cost.repeats, cost.device_peak_bytes) == (32, 5, 1, None)
+    cost = measure_apart(
+        base_model, "float32", "cpu", "auto", prompt_tokens=32, new_tokens=5, repeats=1
+    )
+    assert (cost.prompt_tokens, cost.new_tokens, cost.repeats, cost.device_peak_bytes) == (
+        32,
+        5,
+        1,
+        None,
+    )
     assert cost.load_seconds > 0
     assert cost.prefill_tokens_per_second > 0
     assert cost.decode_tokens_per_second > 0
@@ -37,21 +44,34 @@ def test_a_failed_process_is_an_error_with_its_last_words(base_model: Path, tmp_
 def test_the_child_prints_json_and_shortens_the_prompt_to_the_context(
     base_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model", str(base_model), "--dtype", "float32", "--new-tokens", "3", "--repeats", "1"]
+    options = [
+        "--model",
+        str(base_model),
+        "--dtype",
+        "float32",
+        "--new-tokens",
+        "3",
+        "--repeats",
+        "1",
+    ]
     assert main([*options, "--prompt-tokens", "512"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 256 - 3 - 1
 
 
-def test_a_context_without_room_is_misuse(base_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_context_without_room_is_misuse(
+    base_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--model", str(base_model), "--new-tokens", "256"]) == 2
     assert "takes 256 tokens: too few for 256 new ones" in capsys.readouterr().err
 
 
-def test_prefill_ends_with_the_first_new_token_and_decode_begins_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_ends_with_the_first_new_token_and_decode_begins_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import torch
 
     now = iter([10.0, 12.0, 12.5, 13.0])  # prompt seen, then three tokens
-    monkeypatch.setattr("llmquant_eval.cost.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("llmquant_eval.run.cost.time.perf_counter", lambda: next(now))
 
     class Model:
         asked: dict[str, object] = {}  # noqa: RUF012
@@ -95,5 +115,7 @@ def test_machine() -> None:
     assert here.threads >= 1
     assert here.cores >= 1
     assert 0 < resident_bytes() <= here.memory_bytes
-    assert resident_bytes() <= peak_resident_bytes() * 1.01  # the kernel counts pages in per-thread batches
+    assert (
+        resident_bytes() <= peak_resident_bytes() * 1.01
+    )  # the kernel counts pages in per-thread batches
     assert {"python", "torch", "transformers"} <= versions().keys()

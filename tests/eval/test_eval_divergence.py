@@ -9,27 +9,30 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-import llmquant_eval.perplexity as perplexity_module
+import llmquant_eval.scoring.perplexity as perplexity_module
 from llmquant.errors import QuantizationError
-from llmquant_eval.buckets import breakdowns, context_edges
-from llmquant_eval.divergence import Divergence, token_divergence
-from llmquant_eval.layout import Layout
-from llmquant_eval.protocols import GptqProtocol
-from llmquant_eval.statistics import Floats
+from llmquant_eval.report.statistics import Floats
+from llmquant_eval.scoring.buckets import breakdowns, context_edges
+from llmquant_eval.scoring.divergence import Divergence, token_divergence
+from llmquant_eval.scoring.layout import Layout
+from llmquant_eval.scoring.protocols import GptqProtocol
 
 POSITIONS, VOCABULARY = 60, 37
 
 
 def divergence_of(kl: Floats, same_top: Floats | None = None, delta_p: Floats | None = None,
                   confidence: Floats | None = None, windows: int = 2) -> Divergence:  # fmt: skip
-    """A Divergence of flat arrays over ``windows`` windows of equal length; what is left out is zero."""
+    """A Divergence of flat arrays over ``windows`` windows of equal length; what is left out is
+    zero."""
     nothing = np.zeros_like(kl)
     parts = [nothing if part is None else part for part in (same_top, delta_p, confidence)]
     return Divergence(kl, *parts, layout=Layout(np.full(windows, len(kl) // windows)), label="m")
 
 
 def logits(seed: int, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return (scale * torch.randn(POSITIONS, VOCABULARY, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    return (
+        scale * torch.randn(POSITIONS, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -65,10 +68,14 @@ def test_the_direction_is_reference_to_candidate() -> None:
 @pytest.mark.parametrize(
     ("p", "q", "kl"),
     [
-        pytest.param([0.0, math.log(0.5), math.log(0.5)], [0.0, 0.0, 0.0], None, id="both possible"),
+        pytest.param(
+            [0.0, math.log(0.5), math.log(0.5)], [0.0, 0.0, 0.0], None, id="both possible"
+        ),
         pytest.param([-math.inf, 0.0, 0.0], [0.0, 0.0, 0.0], math.log(1.5), id="p=0 adds nothing"),
         pytest.param([-math.inf, 0.0, 0.0], [-math.inf, 0.0, 0.0], 0.0, id="p=q=0 adds nothing"),
-        pytest.param([0.0, 0.0, 0.0], [-math.inf, 0.0, 0.0], math.inf, id="q=0 where p>0 is infinite"),
+        pytest.param(
+            [0.0, 0.0, 0.0], [-math.inf, 0.0, 0.0], math.inf, id="q=0 where p>0 is infinite"
+        ),
     ],
 )
 def test_vanishing_probabilities(p: list[float], q: list[float], kl: float | None) -> None:
@@ -97,7 +104,9 @@ def test_the_inputs_are_left_as_they_were() -> None:
 
 def test_infinite_tokens_are_counted_and_left_out() -> None:
     divergence = divergence_of(
-        np.array([0.1, 0.3, math.inf, 0.2]), np.array([1.0, 1.0, 1.0, 0.0]), np.array([0.3, 0.0, 9.0, 0.4])
+        np.array([0.1, 0.3, math.inf, 0.2]),
+        np.array([1.0, 1.0, 1.0, 0.0]),
+        np.array([0.3, 0.0, 9.0, 0.4]),
     )
     assert (divergence.tokens, divergence.excluded) == (3, 1)
     assert divergence.mean_kl.value == pytest.approx(0.2)
@@ -114,10 +123,14 @@ def test_nothing_finite_is_an_error() -> None:
 
 def test_quantiles_interpolate_between_order_statistics() -> None:
     divergence = divergence_of(np.arange(1001, dtype=np.float64)[::-1], windows=1)
-    assert divergence.quantiles() == pytest.approx({0.5: 500.0, 0.9: 900.0, 0.99: 990.0, 0.999: 999.0})
+    assert divergence.quantiles() == pytest.approx(
+        {0.5: 500.0, 0.9: 900.0, 0.99: 990.0, 0.999: 999.0}
+    )
 
 
-@pytest.mark.parametrize(("longest", "edges"), [(3, (1, 16)), (15, (1, 16)), (16, (1, 16, 32)), (63, (1, 16, 32, 64))])
+@pytest.mark.parametrize(
+    ("longest", "edges"), [(3, (1, 16)), (15, (1, 16)), (16, (1, 16, 32)), (63, (1, 16, 32, 64))]
+)
 def test_context_edges_are_powers_of_two(longest: int, edges: tuple[int, ...]) -> None:
     assert context_edges(longest) == edges
 
@@ -136,18 +149,27 @@ def test_buckets_divide_the_positions_and_their_means() -> None:
         assert sum(b.tokens for b in found.buckets) == tokens - 1
         for bucket in found.buckets:
             last = bucket is found.buckets[-1]
-            inside = (values >= bucket.lower) & ((values < bucket.upper) | (last & (values == bucket.upper)))
+            inside = (values >= bucket.lower) & (
+                (values < bucket.upper) | (last & (values == bucket.upper))
+            )
             inside &= np.isfinite(kl)
             assert bucket.tokens == inside.sum()
             assert bucket.kl_mean == pytest.approx(kl[inside].mean(), rel=1e-12)
             assert bucket.top1_agreement == pytest.approx(agreement[inside].mean(), rel=1e-12)
             assert bucket.standard_error is not None
-            assert bucket.standard_error == pytest.approx(kl[inside].std() / math.sqrt(bucket.tokens), rel=0.5)
+            assert bucket.standard_error == pytest.approx(
+                kl[inside].std() / math.sqrt(bucket.tokens), rel=0.5
+            )
     assert [(b.lower, b.upper) for b in by_context.buckets] == [(1, 16), (16, 32), (32, 64)]
     assert len(by_confidence.buckets) == 10
 
 
 def test_a_bucket_without_tokens_is_left_out() -> None:
-    divergence = divergence_of(np.ones(6), confidence=np.array([0.95, 0.91, 0.05, 0.95, 0.91, 0.05]))
+    divergence = divergence_of(
+        np.ones(6), confidence=np.array([0.95, 0.91, 0.05, 0.95, 0.91, 0.05])
+    )
     by_confidence, _ = breakdowns(divergence, GptqProtocol(4).windows(8), "kl/top-4")
-    assert [(b.lower, b.upper, b.tokens) for b in by_confidence.buckets] == [(0.0, 0.1, 2), (0.9, 1.0, 4)]
+    assert [(b.lower, b.upper, b.tokens) for b in by_confidence.buckets] == [
+        (0.0, 0.1, 2),
+        (0.9, 1.0, 4),
+    ]

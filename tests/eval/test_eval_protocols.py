@@ -7,7 +7,7 @@ import torch
 
 from llmquant import Documents
 from llmquant.errors import CheckpointError, SourceError, UsageError
-from llmquant_eval.protocols import (
+from llmquant_eval.scoring.protocols import (
     GptqProtocol,
     StridedProtocol,
     Window,
@@ -17,8 +17,8 @@ from llmquant_eval.protocols import (
     has_window,
     parse_protocol,
 )
-from llmquant_eval.stream import Stream, make_stream, prefix_token
-from llmquant_eval.text import check_same_tokens, encode, load_tokenizer, tokenizer_sha256
+from llmquant_eval.scoring.stream import Stream, make_stream, prefix_token
+from llmquant_eval.texts.tokens import check_same_tokens, encode, load_tokenizer, tokenizer_sha256
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,9 @@ def test_wikitext_with_the_llama2_tokenizer_has_166_windows() -> None:
         pytest.param(4, 2, 0, [], id="empty"),
     ],
 )
-def test_strided_windows(window: int, stride: int, tokens: int, expected: list[tuple[int, int, int]]) -> None:
+def test_strided_windows(
+    window: int, stride: int, tokens: int, expected: list[tuple[int, int, int]]
+) -> None:
     assert StridedProtocol(window, stride).windows(tokens) == [Window(*w) for w in expected]
 
 
@@ -64,7 +66,9 @@ def test_strided_windows(window: int, stride: int, tokens: int, expected: list[t
     [
         # Positions count the prefix at 0: document token i stands at i + 1.
         pytest.param(4, 8, [(0, 5, 1), (4, 9, 5)], id="exact multiple"),
-        pytest.param(4, 9, [(0, 5, 1), (4, 9, 5), (5, 10, 9)], id="tail of one, filled up with context"),
+        pytest.param(
+            4, 9, [(0, 5, 1), (4, 9, 5), (5, 10, 9)], id="tail of one, filled up with context"
+        ),
         pytest.param(4, 7, [(0, 5, 1), (3, 8, 5)], id="tail of three"),
         pytest.param(4, 3, [(0, 4, 1)], id="short document"),
         pytest.param(4, 1, [(0, 2, 1)], id="one token behind its prefix"),
@@ -97,7 +101,9 @@ def test_strided_windows_are_those_of_the_hugging_face_page() -> None:
         trg_len = end_loc - prev_end_loc
         labels = list(range(begin_loc, end_loc))
         labels[:-trg_len] = [-100] * (end_loc - begin_loc - trg_len)
-        expected.append((begin_loc, end_loc, [t for t in labels[1:] if t != -100]))  # the loss shifts the first away
+        expected.append(
+            (begin_loc, end_loc, [t for t in labels[1:] if t != -100])
+        )  # the loss shifts the first away
         prev_end_loc = end_loc
         if end_loc == seq_len:
             break
@@ -126,7 +132,17 @@ def test_ids_carry_the_window(text: str, perplexity: str, divergence: str) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["ppl/gptq-0", "gptq-512", "ppl/gptq-512 ", "", "ppl/gptq-8-4", "ppl/word-8-4", "ppl/words", "kl/top-512"]
+    "text",
+    [
+        "ppl/gptq-0",
+        "gptq-512",
+        "ppl/gptq-512 ",
+        "",
+        "ppl/gptq-8-4",
+        "ppl/word-8-4",
+        "ppl/words",
+        "kl/top-512",
+    ],
 )
 def test_unknown_protocols_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="ppl/gptq-N"):
@@ -139,7 +155,9 @@ def test_a_stride_that_skips_tokens_is_refused(text: str) -> None:
         parse_protocol(text, window=64)
 
 
-@pytest.mark.parametrize(("positions", "window"), [(None, 2048), (256, 256), (2048, 2048), (131072, 2048)])
+@pytest.mark.parametrize(
+    ("positions", "window"), [(None, 2048), (256, 256), (2048, 2048), (131072, 2048)]
+)
 def test_default_window(positions: int | None, window: int) -> None:
     assert default_window(positions) == window
 
@@ -175,7 +193,9 @@ def test_text_shorter_than_a_window_names_what_fits(base_model) -> None:
         stream(base_model, GptqProtocol(100), 99)
 
 
-@pytest.mark.parametrize(("limit", "count"), [(None, 5), (2, 2), (9, 5)], ids=["all", "fewer", "more than there are"])
+@pytest.mark.parametrize(
+    ("limit", "count"), [(None, 5), (2, 2), (9, 5)], ids=["all", "fewer", "more than there are"]
+)
 def test_window_limit(limit: int | None, count: int, base_model) -> None:
     found = stream(base_model, GptqProtocol(20), 119, limit)
     assert list(found.windows) == list(GptqProtocol(20).windows(119))[:count]
@@ -189,7 +209,11 @@ def test_a_window_limit_of_zero_is_refused(base_model) -> None:
 
 def test_documents_stand_alone_and_share_out_their_words(tiny_llama) -> None:
     tokenizer = load_tokenizer(tiny_llama)
-    rows = ["One two  three.", "", "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich " * 4]
+    rows = [
+        "One two  three.",
+        "",
+        "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich " * 4,
+    ]
     found = make_stream(WordProtocol(16), tokenizer, Documents.of(rows, "x"), "x", None)
     tokens = [tokenizer(row)["input_ids"] for row in rows]
     bos = tokenizer.bos_token_id
@@ -206,7 +230,9 @@ def test_documents_stand_alone_and_share_out_their_words(tiny_llama) -> None:
 
 
 def test_an_empty_row_still_counts_its_word(base_model) -> None:
-    found = make_stream(WordProtocol(16), load_tokenizer(base_model), Documents.of(["w5 w6", ""], "x"), "x", None)
+    found = make_stream(
+        WordProtocol(16), load_tokenizer(base_model), Documents.of(["w5 w6", ""], "x"), "x", None
+    )
     assert found.words is not None
     assert len(found.ids) == 3  # this tokenizer adds nothing, so the empty row has no tokens
     assert found.words.sum() == pytest.approx(2 + 1)
@@ -214,8 +240,13 @@ def test_an_empty_row_still_counts_its_word(base_model) -> None:
 
 def test_a_document_that_begins_with_the_prefix_gets_no_second(tiny_llama) -> None:
     tokenizer = load_tokenizer(tiny_llama)
-    found = make_stream(WordProtocol(16), tokenizer, Documents.of([tokenizer.bos_token + "one"], "x"), "x", None)
-    assert found.ids.tolist() == [tokenizer.bos_token_id] * 2 + tokenizer("one", add_special_tokens=False)["input_ids"]
+    found = make_stream(
+        WordProtocol(16), tokenizer, Documents.of([tokenizer.bos_token + "one"], "x"), "x", None
+    )
+    assert (
+        found.ids.tolist()
+        == [tokenizer.bos_token_id] * 2 + tokenizer("one", add_special_tokens=False)["input_ids"]
+    )
 
 
 def test_a_tokenizer_without_a_prefix_is_refused() -> None:
@@ -227,10 +258,14 @@ def test_a_tokenizer_without_a_prefix_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("got", "position"), [([1, 2, 9], 2), ([1, 2], 2), ([1, 2, 3, 4], 3)], ids=["another id", "shorter", "longer"]
+    ("got", "position"),
+    [([1, 2, 9], 2), ([1, 2], 2), ([1, 2, 3, 4], 3)],
+    ids=["another id", "shorter", "longer"],
 )
 def test_other_tokens_are_refused_with_their_place(got: list[int], position: int) -> None:
-    with pytest.raises(UsageError, match=rf"B does not tokenize the text as A.*at position {position}"):
+    with pytest.raises(
+        UsageError, match=rf"B does not tokenize the text as A.*at position {position}"
+    ):
         check_same_tokens(torch.tensor([1, 2, 3]), torch.tensor(got), "A", "B")
 
 

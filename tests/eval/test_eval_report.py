@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.card import END, START, measured_section, splice, write_card
-from llmquant_eval.report import (
+from llmquant_eval.report.card import END, START, measured_section, splice, write_card
+from llmquant_eval.report.schema import (
     Cost,
     Hardware,
     Metric,
@@ -23,11 +23,13 @@ from llmquant_eval.report import (
     Text,
     read_report,
 )
-from llmquant_eval.table import HEADERS, footnotes, render, row, size, speed, with_error
+from llmquant_eval.report.table import HEADERS, footnotes, render, row, size, speed, with_error
 
 
 def metric(value: float, error: float | None, unit: Any, protocol: str = "kl/top-512") -> Metric:
-    return Metric(protocol=protocol, unit=unit, value=value, standard_error=error, tokens=61320, windows=120)
+    return Metric(
+        protocol=protocol, unit=unit, value=value, standard_error=error, tokens=61320, windows=120
+    )
 
 
 def result(label: str, role: Any, **more: Any) -> ModelResult:
@@ -41,43 +43,74 @@ def result(label: str, role: Any, **more: Any) -> ModelResult:
             "rms_delta_p": metric(0.0598, 0.0007, "probability"),
         }  # fmt: skip
     cost = Cost(
-        load_seconds=0.41, prefill_tokens_per_second=22818.2, decode_tokens_per_second=33.77, prompt_tokens=512,
-        new_tokens=64, repeats=3, threads=2, peak_memory_bytes=446_623_744, memory_floor_bytes=352_063_488,
+        load_seconds=0.41,
+        prefill_tokens_per_second=22818.2,
+        decode_tokens_per_second=33.77,
+        prompt_tokens=512,
+        new_tokens=64,
+        repeats=3,
+        threads=2,
+        peak_memory_bytes=446_623_744,
+        memory_floor_bytes=352_063_488,
         device_peak_bytes=None,
-    )  # fmt: skip
+    )
     fields: dict[str, Any] = {
-        "label": label, "role": role, "source": f"out/{label}", "weights_sha256": "a" * 64,
-        "tokenizer_sha256": "b" * 64, "recipe_sha256": None, "scheme": "W4 g128 sym", "quantized_linears": 42,
-        "linears": 42, "parameters": 5_800_000, "bytes_on_disk": 3_456_789, "bits_per_weight": 4.125,
-        "kernels": {"reference": 42}, "metrics": metrics, "excluded_tokens": 0, "cost": cost,
-    }  # fmt: skip
+        "label": label,
+        "role": role,
+        "source": f"out/{label}",
+        "weights_sha256": "a" * 64,
+        "tokenizer_sha256": "b" * 64,
+        "recipe_sha256": None,
+        "scheme": "W4 g128 sym",
+        "quantized_linears": 42,
+        "linears": 42,
+        "parameters": 5_800_000,
+        "bytes_on_disk": 3_456_789,
+        "bits_per_weight": 4.125,
+        "kernels": {"reference": 42},
+        "metrics": metrics,
+        "excluded_tokens": 0,
+        "cost": cost,
+    }
     return ModelResult(**fields | more)
 
 
 def report(*models: ModelResult) -> Report:
     floor = NoiseFloor(
-        other_dtype="float32", kl_mean=metric(2.1e-4, 3e-6, "nats"), top1_agreement=metric(0.983, 0.001, "share")
+        other_dtype="float32",
+        kl_mean=metric(2.1e-4, 3e-6, "nats"),
+        top1_agreement=metric(0.983, 0.001, "share"),
     )
     return Report(
         created=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
         command="llmquant eval out/small --text file:t.txt",
         protocols=["ppl/gptq-512", "kl/top-512"],
         text=Text(
-            source="file:t.txt", sha256="c" * 64, tokens=124008, windows=120, windows_available=242, window=512
+            source="file:t.txt",
+            sha256="c" * 64,
+            tokens=124008,
+            windows=120,
+            windows_available=242,
+            window=512,
         ),
         settings=Settings(dtype="bfloat16", device="cpu", kernel="auto", batch_size=None),
         reference="base",
         noise_floor=floor,
         models=list(models) or [result("base", "reference"), result("small", "candidate")],
         versions={"python": "3.11.7", "torch": "2.13.0"},
-        hardware=Hardware(processor="A CPU", cores=2, threads=2, memory_bytes=2**34, accelerator=None),
-    )  # fmt: skip
+        hardware=Hardware(
+            processor="A CPU", cores=2, threads=2, memory_bytes=2**34, accelerator=None
+        ),
+    )
 
 
 def test_json_and_back() -> None:
     original = report()
     assert Report.from_json(original.to_json()) == original
-    assert json.loads(original.to_json())["models"][0]["metrics"]["perplexity"]["value"] == 37.3358123456789
+    assert (
+        json.loads(original.to_json())["models"][0]["metrics"]["perplexity"]["value"]
+        == 37.3358123456789
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,15 +119,23 @@ def test_json_and_back() -> None:
         pytest.param(lambda d: d.update(schema_version=2), "schema_version 2", id="a later schema"),
         pytest.param(lambda d: d.pop("schema_version"), "schema_version None", id="no schema"),
         pytest.param(lambda d: d.update(surprise=1), "surprise", id="an unknown field"),
-        pytest.param(lambda d: d["models"][0].update(surprise=1), r"models\.0\.surprise", id="an unknown field inside"),
+        pytest.param(
+            lambda d: d["models"][0].update(surprise=1),
+            r"models\.0\.surprise",
+            id="an unknown field inside",
+        ),
         pytest.param(lambda d: d.pop("hardware"), "hardware: Field required", id="a missing field"),
         pytest.param(lambda d: d["text"].update(sha256="abc"), r"text\.sha256", id="no hash"),
-        pytest.param(lambda d: d.update(created="2026-01-02T03:04:05"), "created", id="a time without a zone"),
         pytest.param(
-            lambda d: d["models"][0]["metrics"]["perplexity"].update(value=float("nan")), "finite", id="NaN"
+            lambda d: d.update(created="2026-01-02T03:04:05"), "created", id="a time without a zone"
+        ),
+        pytest.param(
+            lambda d: d["models"][0]["metrics"]["perplexity"].update(value=float("nan")),
+            "finite",
+            id="NaN",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_report_is_refused_by_name(change: Any, message: str, tmp_path: Path) -> None:
     raw = json.loads(report().to_json())
     change(raw)
@@ -105,7 +146,9 @@ def test_what_is_no_report_is_refused_by_name(change: Any, message: str, tmp_pat
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", None], ids=["not JSON", "a list", "not UTF-8", "no file"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"\xff", None], ids=["not JSON", "a list", "not UTF-8", "no file"]
+)
 def test_what_is_no_json_is_refused(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     if content is not None:
@@ -136,22 +179,33 @@ def test_a_value_is_given_to_the_place_of_its_error(
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "text"), [(999, "999 B"), (11_500_000, "11.5 MB"), (999_600, "1 MB"), (4.2e9, "4.2 GB"), (3e12, "3 TB")]
+    ("nbytes", "text"),
+    [(999, "999 B"), (11_500_000, "11.5 MB"), (999_600, "1 MB"), (4.2e9, "4.2 GB"), (3e12, "3 TB")],
 )
 def test_size(nbytes: float, text: str) -> None:
     assert size(nbytes) == text
 
 
-@pytest.mark.parametrize(("rate", "text"), [(22818.2, "22818"), (99.95, "100"), (33.77, "33.8"), (2.3171, "2.32")])
+@pytest.mark.parametrize(
+    ("rate", "text"), [(22818.2, "22818"), (99.95, "100"), (33.77, "33.8"), (2.3171, "2.32")]
+)
 def test_speed(rate: float, text: str) -> None:
     assert speed(rate) == text
 
 
 def test_row() -> None:
     assert [" ".join(filter(None, pair)) for pair in row(result("small", "candidate"))] == [
-        "37.34 ±0.90", "1.0702 ±0.0018", "0.06688 ±0.00082", "80.71 ±0.20", "3.46 MB", "4.125", "0.41 s", "22818",
-        "33.8", "447 MB",
-    ]  # fmt: skip
+        "37.34 ±0.90",
+        "1.0702 ±0.0018",
+        "0.06688 ±0.00082",
+        "80.71 ±0.20",
+        "3.46 MB",
+        "4.125",
+        "0.41 s",
+        "22818",
+        "33.8",
+        "447 MB",
+    ]
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
@@ -175,7 +229,9 @@ def test_the_table_loses_nothing_in_a_narrower_terminal(width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "by_row"), [(120, True), (100, True), (80, False)], ids=["wide", "a hundred", "narrow"]
+    ("width", "by_row"),
+    [(120, True), (100, True), (80, False)],
+    ids=["wide", "a hundred", "narrow"],
 )
 def test_rows_are_models_where_there_is_room(width: int, by_row: bool) -> None:
     from io import StringIO
@@ -187,10 +243,20 @@ def test_rows_are_models_where_there_is_room(width: int, by_row: bool) -> None:
 
 
 def test_footnotes_say_protocol_share_floor_and_exclusions() -> None:
-    notes = "\n".join(footnotes(report(result("base", "reference"), result("sick", "candidate", excluded_tokens=7))))
-    for part in ("ppl/gptq-512, kl/top-512 on file:t.txt", "first 120 of 242 windows of 512", "bfloat16 on cpu",
-                 "base against itself in float32: KL 2.100e-04 ±0.030e-04, top-1 98.3 %", "sick: 7 tokens",
-                 "prompt of 512 and 64 new tokens, threads: 2 (A CPU)", "352 MB of it before the model"):  # fmt: skip
+    notes = "\n".join(
+        footnotes(
+            report(result("base", "reference"), result("sick", "candidate", excluded_tokens=7))
+        )
+    )
+    for part in (
+        "ppl/gptq-512, kl/top-512 on file:t.txt",
+        "first 120 of 242 windows of 512",
+        "bfloat16 on cpu",
+        "base against itself in float32: KL 2.100e-04 ±0.030e-04, top-1 98.3 %",
+        "sick: 7 tokens",
+        "prompt of 512 and 64 new tokens, threads: 2 (A CPU)",
+        "352 MB of it before the model",
+    ):
         assert part in notes
 
 
@@ -199,7 +265,9 @@ def test_the_card_section_has_both_models_and_the_command() -> None:
     lines = section.splitlines()
     assert f"| model | {' | '.join(HEADERS)} |" in lines
     assert any(line.startswith("| base (W4 g128 sym) | 37.34 ±0.90 | – |") for line in lines)
-    assert any(line.startswith("| small (W4 g128 sym) | 37.34 ±0.90 | 1.0702 ±0.0018 |") for line in lines)
+    assert any(
+        line.startswith("| small (W4 g128 sym) | 37.34 ±0.90 | 1.0702 ±0.0018 |") for line in lines
+    )
     assert "llmquant eval out/small --text file:t.txt" in lines
     assert "c" * 64 in section
 
@@ -220,7 +288,9 @@ def test_splice(card: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "card", [START, END, f"{END}{START}", f"{START}{END}{START}{END}"], ids=["no end", "no start", "reversed", "two"]
+    "card",
+    [START, END, f"{END}{START}", f"{START}{END}{START}{END}"],
+    ids=["no end", "no start", "reversed", "two"],
 )
 def test_broken_markers_are_left_alone(card: str, tmp_path: Path) -> None:
     path = tmp_path / "README.md"

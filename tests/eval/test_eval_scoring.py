@@ -1,4 +1,5 @@
-"""The one pass: equal to the slow obvious loop, whatever the batch and the chunk; NaN is an error."""
+"""The one pass: equal to the slow obvious loop, whatever the batch and the chunk; NaN is an
+error."""
 
 from __future__ import annotations
 
@@ -12,22 +13,30 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import llmquant_eval.perplexity as perplexity_module
+import llmquant_eval.scoring.perplexity as perplexity_module
 from llmquant.errors import QuantizationError, UsageError
-from llmquant_eval.perplexity import position_chunks, token_nll
-from llmquant_eval.protocols import GptqProtocol, StridedProtocol, WindowProtocol
-from llmquant_eval.scoring import batches, score
-from llmquant_eval.stream import Stream
+from llmquant_eval.scoring.perplexity import position_chunks, token_nll
+from llmquant_eval.scoring.protocols import GptqProtocol, StridedProtocol, WindowProtocol
+from llmquant_eval.scoring.score import batches, score
+from llmquant_eval.scoring.stream import Stream
 
 VOCABULARY, WINDOW = 50, 16
 
 
-def random_llama(seed: int, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32) -> Any:
+def random_llama(
+    seed: int, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
+) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -43,7 +52,9 @@ def candidate() -> Any:
 
 @pytest.fixture
 def ids() -> Tensor:
-    return torch.randint(0, VOCABULARY, (7 * WINDOW + 5,), generator=torch.Generator().manual_seed(2))
+    return torch.randint(
+        0, VOCABULARY, (7 * WINDOW + 5,), generator=torch.Generator().manual_seed(2)
+    )
 
 
 def stream_of(ids: Tensor, protocol: WindowProtocol | None = None) -> Stream:
@@ -53,7 +64,8 @@ def stream_of(ids: Tensor, protocol: WindowProtocol | None = None) -> Stream:
 
 
 def plain_loop(model: Any, base: Any, ids: Tensor, window: int) -> dict[str, float]:
-    """The protocols as one would write them on a blackboard: a window, a token, a sum, in float64."""
+    """The protocols as one would write them on a blackboard: a window, a token, a sum, in
+    float64."""
     window_means, divergences, same, squares = [], [], [], []
     for begin in range(0, len(ids) - window + 1, window):
         tokens = ids[begin : begin + window]
@@ -64,7 +76,12 @@ def plain_loop(model: Any, base: Any, ids: Tensor, window: int) -> dict[str, flo
         for t in range(window - 1):
             truth = int(tokens[t + 1])
             losses.append(-math.log(q[t, truth]))
-            divergences.append(sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p[t], q[t], strict=True)))
+            divergences.append(
+                sum(
+                    float(a) * math.log(float(a) / float(b))
+                    for a, b in zip(p[t], q[t], strict=True)
+                )
+            )
             same.append(int(p[t].argmax()) == int(q[t].argmax()))
             squares.append(float(q[t, truth] - p[t, truth]) ** 2)
         window_means.append(sum(losses) / len(losses))
@@ -89,14 +106,18 @@ def test_one_pass_is_the_plain_loop(reference: Any, candidate: Any, ids: Tensor)
     assert divergence.tokens == 7 * (WINDOW - 1)
 
 
-def test_the_reference_is_scored_as_it_is_alone(reference: Any, candidate: Any, ids: Tensor) -> None:
+def test_the_reference_is_scored_as_it_is_alone(
+    reference: Any, candidate: Any, ids: Tensor
+) -> None:
     together = score({"c": candidate, "r": reference}, stream_of(ids), reference="r")["r"]
     alone = score({"r": reference}, stream_of(ids))["r"]
     assert np.array_equal(together.perplexity.losses, alone.perplexity.losses)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100], ids=lambda n: f"batch {n}")
-def test_the_batch_size_changes_only_rounding(batch_size: int, reference: Any, candidate: Any, ids: Tensor) -> None:
+def test_the_batch_size_changes_only_rounding(
+    batch_size: int, reference: Any, candidate: Any, ids: Tensor
+) -> None:
     pair = {"r": reference, "c": candidate}
     expected = score(pair, stream_of(ids), reference="r", batch_size=1)["c"]
     got = score(pair, stream_of(ids), reference="r", batch_size=batch_size)["c"]
@@ -156,10 +177,16 @@ class Scripted:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=["NaN", "inf", "-inf"])
 def test_a_broken_model_is_named_as_soon_as_it_breaks(value: float, ids: Tensor) -> None:
     done: list[int] = []
-    with pytest.raises(QuantizationError, match=r"sick gave a NaN or infinite loss at 1 of 30 tokens of windows 4 to 5"):
+    with pytest.raises(
+        QuantizationError,
+        match=r"sick gave a NaN or infinite loss at 1 of 30 tokens of windows 4 to 5",
+    ):
         score(
-            {"sick": Scripted({4: value})}, stream_of(ids), batch_size=2, advance=lambda n, total: done.append(n)
-        )  # fmt: skip
+            {"sick": Scripted({4: value})},
+            stream_of(ids),
+            batch_size=2,
+            advance=lambda n, total: done.append(n),
+        )
     assert done == [2, 4]  # windows 6 and 7 were not fed
 
 
@@ -179,8 +206,11 @@ def test_a_batch_of_none_is_refused(ids: Tensor) -> None:
         score({"m": Scripted()}, stream_of(ids), batch_size=0)
 
 
-def test_strided_windows_are_scored_token_by_token(reference: Any, candidate: Any, ids: Tensor) -> None:
-    """Every token but the first once, each predicted from the context that its window gives it; the tail is shorter."""
+def test_strided_windows_are_scored_token_by_token(
+    reference: Any, candidate: Any, ids: Tensor
+) -> None:
+    """Every token but the first once, each predicted from the context that its window gives it; the
+    tail is shorter."""
     protocol = StridedProtocol(WINDOW, 5)
     nll, kl = [], []
     for window in protocol.windows(len(ids)):
@@ -190,10 +220,14 @@ def test_strided_windows_are_scored_token_by_token(reference: Any, candidate: An
                 p = reference(ids[None, window.begin : t]).logits[0, -1].double().log_softmax(-1)
             nll.append(-float(q[ids[t]]))
             kl.append(float((p.exp() * (p - q)).sum()))
-    scores = score({"r": reference, "c": candidate}, stream_of(ids, protocol), reference="r", batch_size=3)["c"]
+    scores = score(
+        {"r": reference, "c": candidate}, stream_of(ids, protocol), reference="r", batch_size=3
+    )["c"]
     assert len(nll) == len(ids) - 1
     np.testing.assert_allclose(scores.perplexity.losses, nll, atol=2e-5)
-    assert scores.perplexity.estimate.value == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+    assert scores.perplexity.estimate.value == pytest.approx(
+        math.exp(sum(nll) / len(nll)), rel=1e-5
+    )
     assert scores.perplexity.estimate.method == "block bootstrap"
     assert scores.divergence is not None
     np.testing.assert_allclose(scores.divergence.kl, kl, atol=2e-5)
@@ -212,7 +246,9 @@ def test_batches_hold_every_window_once_longest_first(ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("logit_bytes", "size"), [(2 * 4096, 8), (2 * 262_144, 4), (1 << 30, 1)], ids=["small", "large", "vast"]
+    ("logit_bytes", "size"),
+    [(2 * 4096, 8), (2 * 262_144, 4), (1 << 30, 1)],
+    ids=["small", "large", "vast"],
 )
 def test_a_vast_vocabulary_takes_fewer_windows_at_a_time(logit_bytes: int, size: int) -> None:
     stream = stream_of(torch.zeros(512 * 9, dtype=torch.int64), GptqProtocol(512))

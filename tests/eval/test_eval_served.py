@@ -1,4 +1,5 @@
-"""A running server as a model: the same numbers as from its folder, and clear words where it cannot give them."""
+"""A running server as a model: the same numbers as from its folder, and clear words where it cannot
+give them."""
 
 from __future__ import annotations
 
@@ -11,25 +12,34 @@ import pytest
 from fake_server import FakeServer, serving
 
 from llmquant.errors import LlmquantError, QuantizationError, UsageError
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.plan import Request, make_plan
-from llmquant_eval.report import Report
-from llmquant_eval.table import render, row
+from llmquant_eval.report.schema import Report
+from llmquant_eval.report.table import render, row
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request, make_plan
 
 WINDOW = 48
 
 
 @pytest.mark.parametrize("dialect", ["ids", "echo"])
 @pytest.mark.parametrize("protocol", ["ppl/gptq", "ppl/strided", "ppl/word"])
-def test_a_served_model_scores_as_its_folder_does(dialect: str, protocol: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_served_model_scores_as_its_folder_does(
+    dialect: str, protocol: str, tiny_llama: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
-    text.write_text((tiny_llama / "heldout.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    text.write_text(
+        (tiny_llama / "heldout.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8"
+    )
     with serving(tiny_llama, dialect) as fake:
         served = f"{fake.url}#{fake.name}"
         request = Request(
-            (served,), str(text), reference=str(tiny_llama), protocol=protocol, window=WINDOW, dtype="float32",
+            (served,),
+            str(text),
+            reference=str(tiny_llama),
+            protocol=protocol,
+            window=WINDOW,
+            dtype="float32",
             cost=False,
-        )  # fmt: skip
+        )
         report = evaluate(request)
     local, remote = report.models
     assert (remote.label, remote.source, remote.scheme) == ("tiny-llama (served)", served, "served")
@@ -62,7 +72,9 @@ def test_tasks_over_a_server_equal_those_over_the_folder(tiny_llama: Path) -> No
     data = Path(__file__).parent / "data"
     tasks = f"arc_easy_local={data / 'arc.jsonl'},lambada_local={data / 'lambada.jsonl'}"
     with serving(tiny_llama) as fake:
-        request = Request((fake.url,), reference=str(tiny_llama), tasks=tasks, dtype="float32", cost=False)
+        request = Request(
+            (fake.url,), reference=str(tiny_llama), tasks=tasks, dtype="float32", cost=False
+        )
         local, remote = evaluate(request).models
     assert fake.requests
     for mine, theirs in zip(local.tasks, remote.tasks, strict=True):
@@ -80,8 +92,8 @@ def test_rolling_likelihoods_and_generation_over_a_server(tiny_llama: Path) -> N
     from transformers import AutoTokenizer
 
     import llmquant
-    from llmquant_eval.endpoint import Endpoint
-    from llmquant_eval.harness_models import LocalModel, ServedLM
+    from llmquant_eval.models.endpoint import Endpoint
+    from llmquant_eval.tasks.harness_models import LocalModel, ServedLM
 
     text = (tiny_llama / "heldout.txt").read_text(encoding="utf-8")[:400]
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
@@ -91,7 +103,9 @@ def test_rolling_likelihoods_and_generation_over_a_server(tiny_llama: Path) -> N
     writing = [Instance("generate_until", {}, ("The river", options), 0)]
     with serving(tiny_llama, context=2048) as fake:
         served = ServedLM(Endpoint(fake.url), tokenizer)
-        assert served.loglikelihood_rolling(rolling) == pytest.approx(local.loglikelihood_rolling(rolling), rel=1e-5)
+        assert served.loglikelihood_rolling(rolling) == pytest.approx(
+            local.loglikelihood_rolling(rolling), rel=1e-5
+        )
         assert served.generate_until(writing) == local.generate_until(writing)
 
 
@@ -118,9 +132,18 @@ def shorten(answer: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        pytest.param(spoil_logprob(-9999.0), QuantizationError, "infinite loss at 1 of 63 tokens of window 0", id="-inf"),
-        pytest.param(drop_token, LlmquantError, "lack its token .* at position 5", id="another token"),
-        pytest.param(shorten, LlmquantError, "scored 63 tokens of a prompt of 64", id="another length"),
+        pytest.param(
+            spoil_logprob(-9999.0),
+            QuantizationError,
+            "infinite loss at 1 of 63 tokens of window 0",
+            id="-inf",
+        ),
+        pytest.param(
+            drop_token, LlmquantError, "lack its token .* at position 5", id="another token"
+        ),
+        pytest.param(
+            shorten, LlmquantError, "scored 63 tokens of a prompt of 64", id="another length"
+        ),
         pytest.param(lambda a: {"choices": []}, LlmquantError, "without choices", id="no choices"),
         pytest.param(lambda a: [], LlmquantError, "not an object", id="no object"),
     ],
@@ -131,12 +154,17 @@ def test_answers_that_cannot_be_right(
     with serving(base_model) as fake:
         fake.spoil = spoil
         with pytest.raises(error, match=message):
-            evaluate(Request((fake.url,), str(words), tokenizer=str(base_model), window=64, cost=False))
+            evaluate(
+                Request((fake.url,), str(words), tokenizer=str(base_model), window=64, cost=False)
+            )
 
 
 def test_a_server_without_prompt_logprobs_is_refused(base_model: Path, words: Path) -> None:
     request = {"text": str(words), "tokenizer": str(base_model), "window": 64, "cost": False}
-    with serving(base_model, "none") as fake, pytest.raises(LlmquantError, match="does not give log-probabilities of a"):
+    with (
+        serving(base_model, "none") as fake,
+        pytest.raises(LlmquantError, match="does not give log-probabilities of a"),
+    ):
         evaluate(Request((fake.url,), **request))
 
 
@@ -151,11 +179,17 @@ def test_a_server_without_prompt_logprobs_is_refused(base_model: Path, words: Pa
         ("", {"candidates": ("{base}",)}, "--tokenizer .* is for served models"),
     ],
     ids=["unknown model", "no tokenizer", "context", "reference", "twice", "tokenizer of a folder"],
-)  # fmt: skip
-def test_misuse(suffix: str, options: dict[str, Any], message: str, base_model: Path, words: Path) -> None:
+)
+def test_misuse(
+    suffix: str, options: dict[str, Any], message: str, base_model: Path, words: Path
+) -> None:
     with serving(base_model, context=100) as fake:
         names = {"url": fake.url, "base": str(base_model)}
-        fields: dict[str, Any] = {"candidates": (fake.url + suffix,), "tokenizer": str(base_model), "window": 64} | options
+        fields: dict[str, Any] = {
+            "candidates": (fake.url + suffix,),
+            "tokenizer": str(base_model),
+            "window": 64,
+        } | options
         fields["candidates"] = tuple(c.format(**names) for c in fields["candidates"])
         if "reference" in fields:
             fields["reference"] = fields["reference"].format(**names)
@@ -177,7 +211,9 @@ def test_a_server_that_is_not_there(words: Path) -> None:
         make_plan(Request((f"http://127.0.0.1:{port}/v1",), str(words)))
 
 
-def test_what_lists_no_models(base_model: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lists_no_models(
+    base_model: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(base_model) as fake:
         monkeypatch.setattr(FakeServer, "models", lambda self: {"object": "list"})
         with pytest.raises(LlmquantError, match="does not list models"):
@@ -187,7 +223,7 @@ def test_what_lists_no_models(base_model: Path, words: Path, monkeypatch: pytest
 def test_a_key_goes_with_every_request(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import urllib.request
 
-    from llmquant_eval.endpoint import Endpoint
+    from llmquant_eval.models.endpoint import Endpoint
 
     seen: list[str | None] = []
     original = urllib.request.urlopen

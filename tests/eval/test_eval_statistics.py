@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from llmquant_eval.layout import Layout, context_lengths
-from llmquant_eval.protocols import Window
-from llmquant_eval.statistics import Estimate, Floats, block_bootstrap, exponential, ratio_of_sums, root, scaled
+from llmquant_eval.report.statistics import (
+    Estimate,
+    Floats,
+    block_bootstrap,
+    exponential,
+    ratio_of_sums,
+    root,
+    scaled,
+)
+from llmquant_eval.scoring.layout import Layout, context_lengths
+from llmquant_eval.scoring.protocols import Window
 
 
 def perplexity(window_means: Floats) -> Estimate:
@@ -40,7 +48,9 @@ def test_one_window_has_no_standard_error() -> None:
 def test_perplexity_by_hand() -> None:
     estimate = perplexity(np.log([2.0, 8.0]))
     assert estimate.value == pytest.approx(4.0, rel=1e-15)
-    assert estimate.standard_error == pytest.approx(4.0 * math.log(2.0), rel=1e-14)  # sd of (ln 2, ln 8) is √2 ln 2
+    assert estimate.standard_error == pytest.approx(
+        4.0 * math.log(2.0), rel=1e-14
+    )  # sd of (ln 2, ln 8) is √2 ln 2
 
 
 def test_a_constant_shift_has_a_ratio_without_error() -> None:
@@ -57,7 +67,10 @@ def test_by_window_errors_agree_with_a_bootstrap_over_windows() -> None:
     picks = draw.integers(0, 200, (4000, 200))
     for estimate, resampled in (
         (perplexity(candidate), np.exp(candidate[picks].mean(axis=1))),
-        (perplexity_ratio(candidate, reference), np.exp((candidate - reference)[picks].mean(axis=1))),
+        (
+            perplexity_ratio(candidate, reference),
+            np.exp((candidate - reference)[picks].mean(axis=1)),
+        ),
     ):
         assert estimate.standard_error == pytest.approx(float(resampled.std()), rel=0.05)
 

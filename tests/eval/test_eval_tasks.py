@@ -1,4 +1,5 @@
-"""Tasks through lm-eval: over loaded models and local files, item by item, paired with the reference."""
+"""Tasks through lm-eval: over loaded models and local files, item by item, paired with the
+reference."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ import torch
 from scipy import stats as scipy_stats
 
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.paired import mcnemar, paired_metric, with_pairs
-from llmquant_eval.plan import Request
-from llmquant_eval.report import Report, TaskMetric, TaskResult
-from llmquant_eval.table import grids
+from llmquant_eval.report.paired import mcnemar, paired_metric, with_pairs
+from llmquant_eval.report.schema import Report, TaskMetric, TaskResult
+from llmquant_eval.report.table import grids
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
@@ -40,7 +41,8 @@ def coarse(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_choice(folder: Path, prompt: str, choices: list[str]) -> tuple[int, int]:
-    """Best choice by log-likelihood and by log-likelihood per byte; by hand, one forward per choice."""
+    """Best choice by log-likelihood and by log-likelihood per byte; by hand, one forward per
+    choice."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -68,11 +70,21 @@ def report(tiny_llama: Path, coarse: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_every_item_is_answered_as_by_hand(report: Report, tiny_llama: Path) -> None:
-    items = [json.loads(line) for line in (DATA / "arc.jsonl").read_text(encoding="utf-8").splitlines()]
-    picks = [plain_choice(tiny_llama, f"Question: {i['question']}\nAnswer:", i["choices"]["text"]) for i in items]
+    items = [
+        json.loads(line) for line in (DATA / "arc.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    picks = [
+        plain_choice(tiny_llama, f"Question: {i['question']}\nAnswer:", i["choices"]["text"])
+        for i in items
+    ]
     answers = ["ABCD".index(item["answerKey"]) for item in items]
     result = report.models[0].tasks[0]
-    assert (result.task, result.items, result.items_available, result.few_shot) == ("arc_easy_local", 12, 12, 0)
+    assert (result.task, result.items, result.items_available, result.few_shot) == (
+        "arc_easy_local",
+        12,
+        12,
+        0,
+    )
     for name, column in (("acc", 0), ("acc_norm", 1)):
         right = [pick[column] == answer for pick, answer in zip(picks, answers, strict=True)]
         assert result.metrics[name].correct == "".join(str(int(r)) for r in right)
@@ -91,11 +103,16 @@ def test_all_tasks_have_results_for_both_models(report: Report) -> None:
     assert Report.from_json(report.to_json()) == report
 
 
-@pytest.mark.parametrize(("task", "name"), [(0, "acc"), (2, "perplexity")], ids=["a mean", "a perplexity"])
+@pytest.mark.parametrize(
+    ("task", "name"), [(0, "acc"), (2, "perplexity")], ids=["a mean", "a perplexity"]
+)
 def test_errors_are_those_of_the_items(task: int, name: str, report: Report) -> None:
     result = report.models[0].tasks[task]
     assert result.samples is not None
-    values = [json.loads(line)[name] for line in Path(result.samples.path).read_text(encoding="utf-8").splitlines()]
+    values = [
+        json.loads(line)[name]
+        for line in Path(result.samples.path).read_text(encoding="utf-8").splitlines()
+    ]
     error = float(scipy_stats.sem(values))
     expected = error if name == "acc" else math.exp(-sum(values) / len(values)) * error
     assert result.metrics[name].standard_error == pytest.approx(expected, rel=1e-9)
@@ -108,7 +125,9 @@ def test_the_candidate_is_paired_with_the_reference(report: Report) -> None:
     pair = candidate.paired["acc"]
     assert pair.lost + pair.gained + pair.both_right + pair.both_wrong == 12
     assert pair.lost + pair.gained > 0  # the model was spoiled enough to flip something
-    assert pair.difference == pytest.approx(candidate.metrics["acc"].value - reference.metrics["acc"].value)
+    assert pair.difference == pytest.approx(
+        candidate.metrics["acc"].value - reference.metrics["acc"].value
+    )
 
 
 def test_logged_samples_are_hashed_and_complete(report: Report) -> None:
@@ -138,8 +157,12 @@ def test_a_packed_model_runs_tasks_as_loaded(base_model: Path, tmp_path: Path) -
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(base_model / name, packed / name)
     data = tmp_path / "c.jsonl"
-    data.write_text('{"question": "w3 w4", "choices": [" w5", " w6 w7"], "answer": 0}\n' * 3, encoding="utf-8")
-    result = evaluate(Request((str(packed),), tasks=f"choice_local={data}", limit=2, cost=False)).models[0]
+    data.write_text(
+        '{"question": "w3 w4", "choices": [" w5", " w6 w7"], "answer": 0}\n' * 3, encoding="utf-8"
+    )
+    result = evaluate(
+        Request((str(packed),), tasks=f"choice_local={data}", limit=2, cost=False)
+    ).models[0]
     assert sum(result.kernels.values()) == result.quantized_linears > 0
     assert (result.tasks[0].items, result.tasks[0].items_available) == (2, 3)
 
@@ -151,17 +174,28 @@ def test_a_task_file_of_one_s_own(tiny_llama: Path, tmp_path: Path) -> None:
         "doc_to_text: '{{goal}}'\ndoc_to_target: label\ndoc_to_choice: '{{[sol1, sol2]}}'\n",
         encoding="utf-8",
     )
-    request = Request((str(tiny_llama),), tasks="mine", include_path=str(tmp_path), limit=3, cost=False)
+    request = Request(
+        (str(tiny_llama),), tasks="mine", include_path=str(tmp_path), limit=3, cost=False
+    )
     (task,) = evaluate(request).models[0].tasks
     assert (task.task, task.items, task.samples) == ("mine", 3, None)
 
 
-def test_nothing_is_drawn_across_our_own_progress(tiny_llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_drawn_across_our_own_progress(
+    tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     try:
-        evaluate(Request((str(tiny_llama),), tasks=f"{ARC},lambada_local={DATA / 'lambada.jsonl'}", limit=2, cost=False))
+        evaluate(
+            Request(
+                (str(tiny_llama),),
+                tasks=f"{ARC},lambada_local={DATA / 'lambada.jsonl'}",
+                limit=2,
+                cost=False,
+            )
+        )
     finally:
         transformers_logging.enable_progress_bar()
     assert tuple(capfd.readouterr()) == ("", "")
@@ -171,24 +205,58 @@ def test_nothing_is_drawn_across_our_own_progress(tiny_llama: Path, capfd: pytes
     ("options", "error", "message"),
     [
         pytest.param({"tasks": ARC, "limit": 0}, UsageError, "--limit 0", id="no items"),
-        pytest.param({"tasks": "arc_easy_local"}, UsageError, r"write arc_easy_local=FILE\.jsonl", id="no file named"),
-        pytest.param({"tasks": "arc_easy_local=no/such"}, UsageError, "no/such is not a file", id="no such file"),
-        pytest.param({"tasks": f"hellaswag={DATA}"}, UsageError, "only the tasks arc_easy_local", id="not ours"),
-        pytest.param({"tasks": ARC, "include_path": "no/such"}, UsageError, "--include-path", id="no folder"),
-        pytest.param({"limit": 3, "text": "file:t"}, UsageError, "belong to --tasks", id="limit without tasks"),
-        pytest.param({}, UsageError, "nothing to measure", id="nothing"),
-        pytest.param({"tasks": ARC, "protocol": "ppl/word"}, UsageError, "needs a text", id="protocol without text"),
         pytest.param(
-            {"tasks": f"piqa_local={DATA / 'arc.jsonl'}"}, LlmquantError, "cannot run piqa_local: .*goal", id="other fields"
+            {"tasks": "arc_easy_local"},
+            UsageError,
+            r"write arc_easy_local=FILE\.jsonl",
+            id="no file named",
+        ),
+        pytest.param(
+            {"tasks": "arc_easy_local=no/such"},
+            UsageError,
+            "no/such is not a file",
+            id="no such file",
+        ),
+        pytest.param(
+            {"tasks": f"hellaswag={DATA}"},
+            UsageError,
+            "only the tasks arc_easy_local",
+            id="not ours",
+        ),
+        pytest.param(
+            {"tasks": ARC, "include_path": "no/such"}, UsageError, "--include-path", id="no folder"
+        ),
+        pytest.param(
+            {"limit": 3, "text": "file:t"},
+            UsageError,
+            "belong to --tasks",
+            id="limit without tasks",
+        ),
+        pytest.param({}, UsageError, "nothing to measure", id="nothing"),
+        pytest.param(
+            {"tasks": ARC, "protocol": "ppl/word"},
+            UsageError,
+            "needs a text",
+            id="protocol without text",
+        ),
+        pytest.param(
+            {"tasks": f"piqa_local={DATA / 'arc.jsonl'}"},
+            LlmquantError,
+            "cannot run piqa_local: .*goal",
+            id="other fields",
         ),
     ],
-)  # fmt: skip
-def test_misuse(options: dict[str, Any], error: type[LlmquantError], message: str, tiny_llama: Path) -> None:
+)
+def test_misuse(
+    options: dict[str, Any], error: type[LlmquantError], message: str, tiny_llama: Path
+) -> None:
     with pytest.raises(error, match=message):
         evaluate(Request((str(tiny_llama),), cost=False, **options))
 
 
-def test_an_unknown_task_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unknown_task_is_named(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from lm_eval.tasks import TaskManager
 
     original = TaskManager.__init__
@@ -201,7 +269,9 @@ def test_an_unknown_task_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPa
         evaluate(Request((str(tiny_llama),), tasks="no_such_task", cost=False))
 
 
-@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (3, 3), (9, 1), (2, 14), (40, 60), (700, 500)])
+@pytest.mark.parametrize(
+    ("lost", "gained"), [(0, 0), (1, 0), (3, 3), (9, 1), (2, 14), (40, 60), (700, 500)]
+)
 def test_mcnemar_is_the_exact_binomial_test(lost: int, gained: int) -> None:
     expected = 1.0 if lost + gained == 0 else scipy_stats.binomtest(lost, lost + gained).pvalue
     assert mcnemar(lost, gained) == pytest.approx(expected, rel=1e-9)
@@ -219,9 +289,15 @@ def test_pairs_by_hand() -> None:
 def test_results_on_other_items_are_not_paired() -> None:
     def result(items_sha256: str) -> TaskResult:
         return TaskResult(
-            task="t", version=None, lm_eval="0", few_shot=0, items=2, items_available=2, items_sha256=items_sha256,
+            task="t",
+            version=None,
+            lm_eval="0",
+            few_shot=0,
+            items=2,
+            items_available=2,
+            items_sha256=items_sha256,
             metrics={"acc": TaskMetric(value=0.5, standard_error=None, correct="10")},
-        )  # fmt: skip
+        )
 
     assert with_pairs(result("a" * 64), result("a" * 64)).paired["acc"].difference == 0
     with pytest.raises(UsageError, match="not given the same items"):

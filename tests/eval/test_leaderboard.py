@@ -1,4 +1,5 @@
-"""What is ranked with what, in which order, and what a hostile label can do to the files: nothing."""
+"""What is ranked with what, in which order, and what a hostile label can do to the files:
+nothing."""
 
 from __future__ import annotations
 
@@ -14,15 +15,15 @@ from typer.testing import CliRunner
 
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.cli import register
-from llmquant_eval.leaderboard import Board, front, make_boards
-from llmquant_eval.leaderboard_app import table
-from llmquant_eval.leaderboard_cells import columns
-from llmquant_eval.leaderboard_html import render_html
-from llmquant_eval.leaderboard_markdown import render_markdown
-from llmquant_eval.leaderboard_svg import plots, points
-from llmquant_eval.report import Report
+from llmquant_eval.leaderboard.app import table
+from llmquant_eval.leaderboard.cells import columns
+from llmquant_eval.leaderboard.html import render_html
+from llmquant_eval.leaderboard.markdown import render_markdown
+from llmquant_eval.leaderboard.ranking import Board, front, make_boards
+from llmquant_eval.leaderboard.svg import plots, points
+from llmquant_eval.report.schema import Report
 
-EVIL = '<img src=x onerror=alert(1)>"\'|`[a](b)` {{boards}} & \x1b[2J\u202e'
+EVIL = "<img src=x onerror=alert(1)>\"'|`[a](b)` {{boards}} & \x1b[2J\u202e"
 
 
 def boards(*reports: Report) -> list[Board]:
@@ -31,7 +32,12 @@ def boards(*reports: Report) -> list[Board]:
 
 def test_the_reference_first_then_by_loss() -> None:
     (board,) = boards(kit.four())
-    assert [(row.name, row.rank) for row in board.rows] == [("base", None), ("good", 1), ("small", 2), ("bad", 3)]
+    assert [(row.name, row.rank) for row in board.rows] == [
+        ("base", None),
+        ("good", 1),
+        ("small", 2),
+        ("bad", 3),
+    ]
     assert [c.title for c in columns(board)][:2] == ["ratio", "perplexity"]
     assert board.title == "ppl/gptq-512 · kl/top-512 on file:t.txt"
 
@@ -40,20 +46,37 @@ def test_reports_of_one_kind_make_one_ranking_and_the_newest_counts() -> None:
     a, b = kit.candidate("a", 1.1, 10), kit.candidate("b", 1.2, 10)
     newer = kit.candidate("a", 1.3, 10)
     (board,) = boards(kit.report(a), kit.report(b), kit.report(newer))
-    assert [(row.name, row.metrics["perplexity_ratio"].value) for row in board.rows[1:]] == [("b", 1.2), ("a", 1.3)]
-    (board,) = boards(kit.report(kit.candidate("a", 1.1, 10)), kit.report(kit.candidate("a", 1.2, 10, weights_sha256="e" * 64)))
-    assert [row.name[:3] for row in board.rows[1:]] == ["a (", "a ("]  # two models of one label are told apart
+    assert [(row.name, row.metrics["perplexity_ratio"].value) for row in board.rows[1:]] == [
+        ("b", 1.2),
+        ("a", 1.3),
+    ]
+    (board,) = boards(
+        kit.report(kit.candidate("a", 1.1, 10)),
+        kit.report(kit.candidate("a", 1.2, 10, weights_sha256="e" * 64)),
+    )
+    assert [row.name[:3] for row in board.rows[1:]] == [
+        "a (",
+        "a (",
+    ]  # two models of one label are told apart
 
 
 DIFFERENT: list[Any] = [
     pytest.param(lambda r: {"text": r.text.model_copy(update={"sha256": "f" * 64})}, id="text"),
     pytest.param(lambda r: {"passes": [kit.one_pass(1, 2)]}, id="windows"),
-    pytest.param(lambda r: {"settings": r.settings.model_copy(update={"dtype": "float32"})}, id="dtype"),
-    pytest.param(lambda r: {"models": [kit.reference(weights_sha256="e" * 64), *r.models[1:]]}, id="reference"),
     pytest.param(
-        lambda r: {"models": [m.model_copy(update={"tokenizer_sha256": "f" * 64}) for m in r.models]}, id="tokenizer"
+        lambda r: {"settings": r.settings.model_copy(update={"dtype": "float32"})}, id="dtype"
     ),
-]  # fmt: skip
+    pytest.param(
+        lambda r: {"models": [kit.reference(weights_sha256="e" * 64), *r.models[1:]]},
+        id="reference",
+    ),
+    pytest.param(
+        lambda r: {
+            "models": [m.model_copy(update={"tokenizer_sha256": "f" * 64}) for m in r.models]
+        },
+        id="tokenizer",
+    ),
+]
 
 
 @pytest.mark.parametrize("change", DIFFERENT)
@@ -71,15 +94,24 @@ def test_two_protocols_of_one_run_are_two_rankings() -> None:
     metrics = kit.candidate("a", 1.1, 10).metrics
     metrics |= {f"perplexity_ratio@{other}": kit.metric(1.3, 0.1, "ratio", other)}
     report = kit.report(
-        kit.candidate("a", 1.1, 10, metrics=metrics), passes=[kit.one_pass(), kit.one_pass(perplexity=other, divergence="kl/x")]
+        kit.candidate("a", 1.1, 10, metrics=metrics),
+        passes=[kit.one_pass(), kit.one_pass(perplexity=other, divergence="kl/x")],
     )
-    found = {board.key.protocol: board.rows[1].metrics["perplexity_ratio"].value for board in boards(report)}
+    found = {
+        board.key.protocol: board.rows[1].metrics["perplexity_ratio"].value
+        for board in boards(report)
+    }
     assert found == {"ppl/gptq-512 · kl/top-512": 1.1, "ppl/strided-512-256 · kl/x": 1.3}
 
 
 def test_a_partial_run_is_marked_and_not_ranked() -> None:
     (board,) = boards(kit.four().model_copy(update={"passes": [kit.one_pass(2, 242)]}))
-    assert [(row.name, row.rank) for row in board.rows] == [("base", None), ("bad", None), ("good", None), ("small", None)]
+    assert [(row.name, row.rank) for row in board.rows] == [
+        ("base", None),
+        ("bad", None),
+        ("good", None),
+        ("small", None),
+    ]
     assert not any(p.best for p in points(board, "size", "kl_mean"))
     for rendered in (render_markdown([board]), render_html([board])):
         assert "artial, not ranked: the first 2 of 242 windows" in rendered
@@ -88,12 +120,23 @@ def test_a_partial_run_is_marked_and_not_ranked() -> None:
 
 
 def test_tasks_are_ranked_by_right_answers_and_shown_with_their_flips() -> None:
-    models = [kit.candidate(label, 1.1, 10, metrics={}, tasks=[kit.task(c)]) for label, c in (("a", "1100"), ("b", "1110"))]
+    models = [
+        kit.candidate(label, 1.1, 10, metrics={}, tasks=[kit.task(c)])
+        for label, c in (("a", "1100"), ("b", "1110"))
+    ]
     base = kit.reference(metrics={}, tasks=[kit.task("1111")])
-    (board,) = boards(kit.report(*models, base=base, passes=[], text=None, noise_floor=None, protocols=["task/choice"]))
+    (board,) = boards(
+        kit.report(
+            *models, base=base, passes=[], text=None, noise_floor=None, protocols=["task/choice"]
+        )
+    )
     assert [(row.name, row.rank) for row in board.rows] == [("base", None), ("b", 1), ("a", 2)]
-    partial = [m.model_copy(update={"tasks": [kit.task("11", items_available=9)]}) for m in (base, *models)]
-    (board,) = boards(kit.report(*partial[1:], base=partial[0], passes=[], text=None, noise_floor=None))
+    partial = [
+        m.model_copy(update={"tasks": [kit.task("11", items_available=9)]}) for m in (base, *models)
+    ]
+    (board,) = boards(
+        kit.report(*partial[1:], base=partial[0], passes=[], text=None, noise_floor=None)
+    )
     assert board.partial
     assert {row.rank for row in board.rows} == {None}
 
@@ -102,30 +145,46 @@ def test_tasks_are_ranked_by_right_answers_and_shown_with_their_flips() -> None:
     ("points_", "expected"),
     [
         pytest.param([(1, 1)], [True], id="alone"),
-        pytest.param([(1, 2), (2, 1), (2, 2)], [True, True, False], id="beaten in one, equal in the other"),
+        pytest.param(
+            [(1, 2), (2, 1), (2, 2)], [True, True, False], id="beaten in one, equal in the other"
+        ),
         pytest.param([(1, 1), (1, 1)], [True, True], id="equal"),
         pytest.param([(1, 3), (2, 2), (3, 1)], [True] * 3, id="all"),
     ],
 )
-def test_a_front_is_what_nothing_beats(points_: list[tuple[float, float]], expected: list[bool]) -> None:
+def test_a_front_is_what_nothing_beats(
+    points_: list[tuple[float, float]], expected: list[bool]
+) -> None:
     assert front(points_) == expected
 
 
 def test_pareto_plots_of_size_and_of_speed_with_whiskers() -> None:
     (board,) = boards(kit.four())
     assert [(p.kind, p.loss) for p in plots(board)] == [
-        ("size", "kl_mean"), ("size", "perplexity_ratio"), ("speed", "kl_mean"), ("speed", "perplexity_ratio"),
-    ]  # fmt: skip
-    best = {kind: [p.row.name for p in points(board, kind, "perplexity_ratio") if p.best] for kind in ("size", "speed")}
+        ("size", "kl_mean"),
+        ("size", "perplexity_ratio"),
+        ("speed", "kl_mean"),
+        ("speed", "perplexity_ratio"),
+    ]
+    best = {
+        kind: [p.row.name for p in points(board, kind, "perplexity_ratio") if p.best]
+        for kind in ("size", "speed")
+    }
     assert best == {"size": ["base", "good", "small"], "speed": ["base", "good", "small"]}
     by_loss = {p.loss: p.svg for p in plots(board) if p.kind == "size"}
-    assert by_loss["perplexity_ratio"].count('class="whisker"') == 3  # the reference's ratio has no error
-    assert by_loss["kl_mean"].count('class="dot"') == 3  # and its KL of 0 no place on a logarithmic axis
+    assert (
+        by_loss["perplexity_ratio"].count('class="whisker"') == 3
+    )  # the reference's ratio has no error
+    assert (
+        by_loss["kl_mean"].count('class="dot"') == 3
+    )  # and its KL of 0 no place on a logarithmic axis
 
 
 def test_speeds_of_two_machines_do_not_share_a_plot() -> None:
     elsewhere = kit.report(kit.candidate("far", 1.05, 4_000_000, 900.0))
-    there = elsewhere.model_copy(update={"hardware": elsewhere.hardware.model_copy(update={"processor": "Another CPU"})})
+    there = elsewhere.model_copy(
+        update={"hardware": elsewhere.hardware.model_copy(update={"processor": "Another CPU"})}
+    )
     (board,) = boards(kit.four(), there)
     assert "far" not in [p.row.name for p in points(board, "speed", "perplexity_ratio")]
     assert "far" in [p.row.name for p in points(board, "size", "perplexity_ratio")]
@@ -135,7 +194,11 @@ def test_speeds_of_two_machines_do_not_share_a_plot() -> None:
 def test_every_row_shows_the_command_that_repeats_it() -> None:
     shown = boards(kit.four())
     lines = render_markdown(shown).splitlines()
-    assert lines.count("llmquant quantize m -o out/x") == lines.count("llmquant eval out/x --text file:t.txt") == 4
+    assert (
+        lines.count("llmquant quantize m -o out/x")
+        == lines.count("llmquant eval out/x --text file:t.txt")
+        == 4
+    )
     assert render_html(shown).count("llmquant eval out/x --text file:t.txt") == 4
 
 
@@ -152,12 +215,19 @@ class _Tags(HTMLParser):
 
 
 def test_a_hostile_label_is_only_text() -> None:
-    report = kit.report(kit.candidate(EVIL, 1.1, 3_000_000, 50.0, scheme=EVIL), kit.candidate("b", 1.2, 4_000_000, 60.0))
+    report = kit.report(
+        kit.candidate(EVIL, 1.1, 3_000_000, 50.0, scheme=EVIL),
+        kit.candidate("b", 1.2, 4_000_000, 60.0),
+    )
     report = report.model_copy(update={"command": f"llmquant eval '{EVIL}'\n```\n<b>"})
     shown = boards(report)
     page = render_html(shown, title=f"{EVIL}{{{{introduction}}}}")
     tags = _Tags(page).tags
-    assert not [tag for tag, attributes in tags if tag in ("img", "b") or any(a.startswith("on") for a in attributes)]
+    assert not [
+        tag
+        for tag, attributes in tags
+        if tag in ("img", "b") or any(a.startswith("on") for a in attributes)
+    ]
     names = [attributes["data-row"] for tag, attributes in tags if tag == "tbody"]
     assert names[1] == EVIL.replace("\x1b", "\ufffd").replace("\u202e", "\ufffd")
     assert page.count("<section") == 1
@@ -193,9 +263,13 @@ def results(tmp_path: Path) -> Path:
     return folder
 
 
-def test_files_are_written_and_the_terminal_shows_what_is_not(results: Path, tmp_path: Path) -> None:
+def test_files_are_written_and_the_terminal_shows_what_is_not(
+    results: Path, tmp_path: Path
+) -> None:
     assert "good" in run(results).stdout
-    outcome = run(results, "--markdown", tmp_path / "b.md", "--html", tmp_path / "b.html", "--title", "Ours")
+    outcome = run(
+        results, "--markdown", tmp_path / "b.md", "--html", tmp_path / "b.html", "--title", "Ours"
+    )
     assert outcome.stdout == ""
     assert (tmp_path / "b.md").read_text(encoding="utf-8").startswith("# Leaderboard\n")
     assert "<title>Ours</title>" in (tmp_path / "b.html").read_text(encoding="utf-8")
@@ -207,13 +281,29 @@ def test_files_are_written_and_the_terminal_shows_what_is_not(results: Path, tmp
         pytest.param(None, [], "has no \\*.json report in it", id="empty folder"),
         pytest.param("{", [], "bad.json is not JSON", id="not JSON"),
         pytest.param("{}", [], "schema_version None", id="not a report"),
-        pytest.param('{"schema_version": 2}', [], "schema_version 2, of a newer llmquant.*Update llmquant", id="newer"),
-        pytest.param('{"schema_version": 1}', [], "bad.json: created: Field required", id="fields missing"),
-        pytest.param("{report}", ["--html", "{tmp}/no/x.html"], "does not exist; make it first", id="no folder for the page"),
-        pytest.param("{nothing}", [], "neither a protocol nor a task", id="a report that measured nothing"),
+        pytest.param(
+            '{"schema_version": 2}',
+            [],
+            "schema_version 2, of a newer llmquant.*Update llmquant",
+            id="newer",
+        ),
+        pytest.param(
+            '{"schema_version": 1}', [], "bad.json: created: Field required", id="fields missing"
+        ),
+        pytest.param(
+            "{report}",
+            ["--html", "{tmp}/no/x.html"],
+            "does not exist; make it first",
+            id="no folder for the page",
+        ),
+        pytest.param(
+            "{nothing}", [], "neither a protocol nor a task", id="a report that measured nothing"
+        ),
     ],
 )
-def test_results_that_cannot_be_shown(content: str | None, options: list[str], message: str, tmp_path: Path) -> None:
+def test_results_that_cannot_be_shown(
+    content: str | None, options: list[str], message: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "results"
     folder.mkdir()
     known = {"{report}": kit.four(), "{nothing}": kit.report(passes=[], text=None)}

@@ -1,6 +1,8 @@
-"""The leaderboard as a Gradio app: it answers on 127.0.0.1 alone, with the rows and the commands of the rankings.
+"""The leaderboard as a Gradio app: it answers on 127.0.0.1 alone, with the rows and the commands of
+the rankings.
 
-The app runs as a user runs it, in a process of its own: its threads and sockets would outlive a test.
+The app runs as a user runs it, in a process of its own: its threads and sockets would outlive a
+test.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import board_kit as kit
 import pytest
 from children import heeds_interrupts
 
-from llmquant_eval.leaderboard import make_boards
-from llmquant_eval.leaderboard_app import HOST, table
+from llmquant_eval.leaderboard.app import HOST, table
+from llmquant_eval.leaderboard.ranking import make_boards
 
 COMMAND = [sys.executable, "-c", "from llmquant.cli import main; main()", "leaderboard"]
 
@@ -36,7 +38,9 @@ def address(results: Path) -> Iterator[str]:
     """Of the running app."""
     command = [*COMMAND, str(results), "--serve", "--port", "0", "--title", "Ours"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeds_interrupts) as running:
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeds_interrupts
+    ) as running:
         assert running.stdout is not None
         said = running.stdout.readline()
         try:
@@ -53,7 +57,10 @@ def test_numbers_stay_numbers() -> None:
     (board,) = make_boards(kit.stored(kit.four()))
     headers, kinds, rows = table(board)
     assert headers[:4] == ["#", "model", "scheme", "ratio"]
-    assert [row[:4] for row in rows[:2]] == [["base", "base", "float16", 1.0], ["1", "good", "W4 g128 sym", 1.01]]
+    assert [row[:4] for row in rows[:2]] == [
+        ["base", "base", "float16", 1.0],
+        ["1", "good", "W4 g128 sym", 1.01],
+    ]
     assert all(len(row) == len(headers) == len(kinds) for row in rows)
 
 
@@ -64,8 +71,14 @@ def test_it_shows_rankings_on_this_machine_alone(address: str) -> None:
     assert config["title"] == "Ours"
     assert config["analytics_enabled"] is False
     kinds = [component["type"] for component in config["components"]]
-    assert [kinds.count(kind) for kind in ("tabitem", "dataframe", "html", "dropdown", "code")] == [1] * 5
-    (code,) = [component["props"]["value"] for component in config["components"] if component["type"] == "code"]
+    assert [kinds.count(kind) for kind in ("tabitem", "dataframe", "html", "dropdown", "code")] == [
+        1
+    ] * 5
+    (code,) = [
+        component["props"]["value"]
+        for component in config["components"]
+        if component["type"] == "code"
+    ]
     assert code == "llmquant quantize m -o out/x\nllmquant eval out/x --text file:t.txt"
 
 

@@ -1,7 +1,8 @@
-"""The page in a real browser: it sorts, filters and shows its plots, alone, without an error and without the network.
+"""The page in a real browser: it sorts, filters and shows its plots, alone, without an error and
+without the network.
 
-Debian's chromium (``apt-get install chromium``) driven by playwright, which downloads no browser of its own here. Without one
-these tests fail: a page that was never opened proves nothing.
+Debian's chromium (``apt-get install chromium``) driven by playwright, which downloads no browser of
+its own here. Without one these tests fail: a page that was never opened proves nothing.
 """
 
 from __future__ import annotations
@@ -15,20 +16,30 @@ import board_kit as kit
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from llmquant_eval.leaderboard import make_boards
-from llmquant_eval.leaderboard_html import render_html
+from llmquant_eval.leaderboard.html import render_html
+from llmquant_eval.leaderboard.ranking import make_boards
 
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>\"'"
 PHONE = {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert found is not None, "no chromium on PATH; the page is tested in one: apt-get install chromium"
+    found = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
+    assert found is not None, (
+        "no chromium on PATH; the page is tested in one: apt-get install chromium"
+    )
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=found, headless=True, args=FLAGS)
         yield started
@@ -45,7 +56,9 @@ class Opened:
 
     def names(self) -> list[str]:
         """The visible rows, in their order."""
-        return self.page.locator("tbody:visible").evaluate_all("rows => rows.map(r => r.dataset.row)")
+        return self.page.locator("tbody:visible").evaluate_all(
+            "rows => rows.map(r => r.dataset.row)"
+        )
 
 
 @pytest.fixture
@@ -53,15 +66,24 @@ def opened(browser: Browser, tmp_path: Path) -> Iterator[Opened]:
     """A ranking of four and one of two models, opened from disk."""
     other = kit.report(kit.candidate(EVIL, 1.1, 3_000_000), kit.candidate("b", 1.2, 2_000_000))
     assert other.text is not None
-    other = other.model_copy(update={"text": other.text.model_copy(update={"sha256": "f" * 64, "source": "file:z.txt"})})
+    other = other.model_copy(
+        update={"text": other.text.model_copy(update={"sha256": "f" * 64, "source": "file:z.txt"})}
+    )
     path = tmp_path / "board.html"
     path.write_text(render_html(make_boards(kit.stored(kit.four(), other))), encoding="utf-8")
     page = browser.new_page()
     page.set_default_timeout(10_000)
     seen = Opened(page)
-    page.on("console", lambda message: seen.errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "console",
+        lambda message: (
+            seen.errors.append(message.text) if message.type in ("error", "warning") else None
+        ),
+    )
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
-    page.on("dialog", lambda dialog: (seen.errors.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on(
+        "dialog", lambda dialog: (seen.errors.append(f"dialog {dialog.message}"), dialog.dismiss())
+    )
     page.on("request", lambda request: seen.requests.append(request.url))
     page.goto(path.as_uri())
     yield seen
@@ -76,17 +98,42 @@ FOUR = ["base", "good", "small", "bad"]
 def test_two_rankings_stand_apart(opened: Opened) -> None:
     assert opened.page.locator("section.board").count() == 2
     assert opened.names() == [*FOUR, "base", EVIL, "b"]
-    assert opened.page.locator("thead").first.locator("button").all_inner_texts()[:4] == ["#", "model", "scheme", "ratio"]
+    assert opened.page.locator("thead").first.locator("button").all_inner_texts()[:4] == [
+        "#",
+        "model",
+        "scheme",
+        "ratio",
+    ]
 
 
 @pytest.mark.parametrize(
     ("column", "once", "twice"),
     [
-        pytest.param("size", ["small", "good", "bad", "base"], ["base", "bad", "good", "small"], id="least first"),
-        pytest.param("decode tok/s", ["small", "good", "bad", "base"], ["base", "bad", "good", "small"], id="most first"),
-        pytest.param("model", ["bad", "base", "good", "small"], ["small", "good", "base", "bad"], id="by name"),
+        pytest.param(
+            "size",
+            ["small", "good", "bad", "base"],
+            ["base", "bad", "good", "small"],
+            id="least first",
+        ),
+        pytest.param(
+            "decode tok/s",
+            ["small", "good", "bad", "base"],
+            ["base", "bad", "good", "small"],
+            id="most first",
+        ),
+        pytest.param(
+            "model",
+            ["bad", "base", "good", "small"],
+            ["small", "good", "base", "bad"],
+            id="by name",
+        ),
         # The reference has no top-1 agreement with itself: it stands last either way.
-        pytest.param("top-1 %", ["good", "small", "bad", "base"], ["bad", "small", "good", "base"], id="one without"),
+        pytest.param(
+            "top-1 %",
+            ["good", "small", "bad", "base"],
+            ["bad", "small", "good", "base"],
+            id="one without",
+        ),
     ],
 )
 def test_a_header_sorts(opened: Opened, column: str, once: list[str], twice: list[str]) -> None:
@@ -121,21 +168,31 @@ def test_plots_show_and_switch(opened: Opened) -> None:
         assert min(box["width"], box["height"]) > 150
     assert board.locator("figure:visible .whisker").count() > 0
     board.locator("[name=loss]").select_option("perplexity_ratio")
-    assert board.locator("figure:visible").evaluate_all("all => all.map(f => f.dataset.loss)") == ["perplexity_ratio"] * 2
+    assert (
+        board.locator("figure:visible").evaluate_all("all => all.map(f => f.dataset.loss)")
+        == ["perplexity_ratio"] * 2
+    )
 
 
 def test_a_row_unfolds_its_command(opened: Opened) -> None:
     board = opened.page.locator("section.board").first
     assert board.locator("pre:visible").count() == 0
     board.get_by_role("button", name="good").click()
-    assert board.locator("pre:visible").inner_text() == "llmquant quantize m -o out/x\nllmquant eval out/x --text file:t.txt"
+    assert (
+        board.locator("pre:visible").inner_text()
+        == "llmquant quantize m -o out/x\nllmquant eval out/x --text file:t.txt"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_is_readable_in_light_and_dark(opened: Opened, scheme: str) -> None:
     opened.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-    ratios = opened.page.evaluate(CONTRAST, ["body", "td", "thead button", "p", "svg .tick", "svg .name", "figcaption"])
-    assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}  # WCAG 2.1, level AA
+    ratios = opened.page.evaluate(
+        CONTRAST, ["body", "td", "thead button", "p", "svg .tick", "svg .name", "figcaption"]
+    )
+    assert {
+        name: ratio for name, ratio in ratios.items() if ratio < 4.5
+    } == {}  # WCAG 2.1, level AA
     background = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
 
@@ -166,4 +223,7 @@ def test_a_phone_scrolls_tables_and_not_the_page(opened: Opened) -> None:
     opened.page.set_viewport_size(PHONE)  # type: ignore[arg-type]
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert opened.page.locator(".scroll").first.evaluate("e => e.scrollWidth > e.clientWidth")
-    assert opened.page.locator("figure svg").first.evaluate("e => e.getBoundingClientRect().width") <= PHONE["width"]
+    assert (
+        opened.page.locator("figure svg").first.evaluate("e => e.getBoundingClientRect().width")
+        <= PHONE["width"]
+    )

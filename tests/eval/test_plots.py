@@ -1,4 +1,5 @@
-"""Plots as files: which are drawn, from what, and that a missing source is said rather than drawn wrong."""
+"""Plots as files: which are drawn, from what, and that a missing source is said rather than drawn
+wrong."""
 
 from __future__ import annotations
 
@@ -11,9 +12,15 @@ import pytest
 
 import llmquant
 from llmquant.errors import UsageError
-from llmquant_eval.leaderboard import make_boards
-from llmquant_eval.plots import divergence_figure, front_figure, layer_errors, layers_figure, write_plots
-from llmquant_eval.report import Report
+from llmquant_eval.leaderboard.plots import (
+    divergence_figure,
+    front_figure,
+    layer_errors,
+    layers_figure,
+    write_plots,
+)
+from llmquant_eval.leaderboard.ranking import make_boards
+from llmquant_eval.report.schema import Report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -29,7 +36,9 @@ def written(folder: Path, *reports: Report, **more: Path) -> list[str]:
 def test_every_plot_is_a_png_and_an_svg(tmp_path: Path) -> None:
     expected = ["kl-by-confidence-kl-top-512", "kl-by-context-kl-top-512"]
     expected += [f"front-{kind}-ppl-gptq-512-kl-top-512" for kind in ("size", "speed")]
-    assert written(tmp_path, kit.four()) == [f"{name}.{kind}" for name in expected for kind in ("png", "svg")]
+    assert written(tmp_path, kit.four()) == [
+        f"{name}.{kind}" for name in expected for kind in ("png", "svg")
+    ]
 
 
 def test_the_same_reports_give_the_same_svg(tmp_path: Path) -> None:
@@ -37,15 +46,24 @@ def test_the_same_reports_give_the_same_svg(tmp_path: Path) -> None:
         written(tmp_path / folder, kit.four())
     names = [path.name for path in (tmp_path / "a").glob("*.svg")]
     assert len(names) == 4
-    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    assert all(
+        (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names
+    )
 
 
-def test_layers_are_drawn_from_the_manifest_of_what_was_measured(quantized: Path, tmp_path: Path) -> None:
+def test_layers_are_drawn_from_the_manifest_of_what_was_measured(
+    quantized: Path, tmp_path: Path
+) -> None:
     sha = llmquant.inspect(quantized).weights_sha256
     report = kit.report(kit.candidate("Mine w4", 1.1, 10, weights_sha256=sha, breakdowns=[]))
-    assert written(tmp_path, report, **{"Mine w4": quantized})[:2] == ["layers-mine-w4.png", "layers-mine-w4.svg"]
+    assert written(tmp_path, report, **{"Mine w4": quantized})[:2] == [
+        "layers-mine-w4.png",
+        "layers-mine-w4.svg",
+    ]
     other = kit.report(kit.candidate("Mine w4", 1.1, 10, weights_sha256="e" * 64, breakdowns=[]))
-    assert not [n for n in written(tmp_path, other, **{"Mine w4": quantized}) if n.startswith("layers")]
+    assert not [
+        n for n in written(tmp_path, other, **{"Mine w4": quantized}) if n.startswith("layers")
+    ]
 
 
 def test_a_bar_for_every_linear(quantized: Path) -> None:
@@ -54,7 +72,9 @@ def test_a_bar_for_every_linear(quantized: Path) -> None:
     kind, errors = recorded
     entries = json.loads((quantized / "manifest.json").read_text(encoding="utf-8"))["modules"]
     assert kind == "output error"
-    assert sorted(e.error for e in errors) == sorted(entry["output_error"] for entry in entries.values())
+    assert sorted(e.error for e in errors) == sorted(
+        entry["output_error"] for entry in entries.values()
+    )
     assert {(e.block, e.leaf) for e in errors} == {
         (block, leaf) for block in (0, 1)
         for leaf in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -67,7 +87,9 @@ def test_a_folder_without_a_record_has_no_layers(base_model: Path) -> None:
     assert layer_errors(base_model) is None
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"modules": 1}'], ids=["not JSON", "a list", "no modules"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"modules": 1}'], ids=["not JSON", "a list", "no modules"]
+)
 def test_a_damaged_manifest_is_named(content: str, quantized: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(quantized, tmp_path / "damaged"))
     (folder / "manifest.json").write_text(content, encoding="utf-8")
@@ -76,11 +98,22 @@ def test_a_damaged_manifest_is_named(content: str, quantized: Path, tmp_path: Pa
 
 
 def test_lines_go_through_the_buckets(tmp_path: Path) -> None:
-    parts = [(m.label, part) for m in kit.four().models[1:] for part in m.breakdowns if part.by == "context"]
+    parts = [
+        (m.label, part)
+        for m in kit.four().models[1:]
+        for part in m.breakdowns
+        if part.by == "context"
+    ]
     (axes,) = divergence_figure(parts).axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    drawn = [line for line in axes.lines if len(line.get_xdata()) == 4 and line.get_marker() not in ("_", "|")]
-    assert [list(line.get_ydata()) for line in drawn] == [[b.kl_mean for b in part.buckets] for _, part in parts]
+    drawn = [
+        line
+        for line in axes.lines
+        if len(line.get_xdata()) == 4 and line.get_marker() not in ("_", "|")
+    ]
+    assert [list(line.get_ydata()) for line in drawn] == [
+        [b.kl_mean for b in part.buckets] for _, part in parts
+    ]
 
 
 def test_one_model_has_no_front() -> None:

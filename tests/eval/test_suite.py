@@ -9,8 +9,8 @@ from hatchling.builders.wheel import WheelBuilder
 
 import llmquant
 from llmquant.errors import UsageError
-from llmquant_eval.leaderboard_html import TEMPLATE
-from llmquant_eval.suite import Suite, file_name, load_suite, shipped_suites, slug
+from llmquant_eval.leaderboard.html import TEMPLATE
+from llmquant_eval.suites.schema import Suite, file_name, load_suite, shipped_suites, slug
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """
@@ -27,10 +27,15 @@ def suite(text: str, tmp_path: Path) -> Suite:
 
 
 def test_recipes_come_first_and_are_called_by_their_names(tmp_path: Path) -> None:
-    read = suite(GOOD + "models: [{label: other, model: out/other}, {label: mine, recipe: dir/mine.yaml}]", tmp_path)
+    read = suite(
+        GOOD + "models: [{label: other, model: out/other}, {label: mine, recipe: dir/mine.yaml}]",
+        tmp_path,
+    )
     assert [(m.label, m.model, m.recipe) for m in read.all_models()] == [
-        ("rtn-w4g128", None, "rtn-w4g128"), ("other", "out/other", None), ("mine", None, "dir/mine.yaml"),
-    ]  # fmt: skip
+        ("rtn-w4g128", None, "rtn-w4g128"),
+        ("other", "out/other", None),
+        ("mine", None, "dir/mine.yaml"),
+    ]
     assert [m.label for m in read.only({"mine"}).all_models()] == ["mine"]
 
 
@@ -46,29 +51,79 @@ def test_a_pattern_is_every_shipped_recipe_that_it_matches(tmp_path: Path) -> No
     ("text", "message"),
     [
         pytest.param(GOOD + "surprise: 1", "surprise: there is no such key", id="unknown key"),
-        pytest.param(GOOD.replace("name: t,", "name: t, x: 1,"), r"texts\.0\.x: there is no such key", id="unknown key inside"),
-        pytest.param(GOOD + "models: [{label: a}]", "a: give either model or recipe", id="neither model nor recipe"),
-        pytest.param(GOOD + "models: [{label: a, model: m, recipe: r}]", "a: give either", id="model and recipe"),
-        pytest.param(GOOD + "models: [{label: a, model: m, base: b}]", "base belongs to recipe", id="base of a model"),
-        pytest.param(GOOD + "models: [{label: a, recipe: r, made_by: c}]", "made_by belongs", id="maker of a recipe"),
-        pytest.param(GOOD + "models: [{model: m}]", r"models\.0\.label: Field required", id="no label"),
-        pytest.param(GOOD + 'models: [{label: "a\\nb", model: m}]', "one line of printable text", id="label of two lines"),
-        pytest.param(GOOD + f"models: [{{label: {'a' * 101}, model: m}}]", "at most 100 characters", id="endless label"),
         pytest.param(
-            GOOD + "models: [{label: RTN w4g128, model: m}]", "label 'rtn-w4g128' is given twice", id="labels of one file name"
+            GOOD.replace("name: t,", "name: t, x: 1,"),
+            r"texts\.0\.x: there is no such key",
+            id="unknown key inside",
         ),
-        pytest.param(GOOD.replace("64]", "64, ppl/gptq-64]"), "protocol 'ppl/gptq-64' is given twice", id="protocol twice"),
-        pytest.param(GOOD.replace("64]", '64, "a,b"]'), "one protocol an entry", id="protocols with commas"),
-        pytest.param(GOOD.replace("name: t", "name: t/t"), r"texts\.0\.name", id="a text's name with a slash"),
-        pytest.param(GOOD.replace("protocols: [ppl/gptq-64]", ""), "texts and protocols need each other", id="no protocol"),
+        pytest.param(
+            GOOD + "models: [{label: a}]",
+            "a: give either model or recipe",
+            id="neither model nor recipe",
+        ),
+        pytest.param(
+            GOOD + "models: [{label: a, model: m, recipe: r}]",
+            "a: give either",
+            id="model and recipe",
+        ),
+        pytest.param(
+            GOOD + "models: [{label: a, model: m, base: b}]",
+            "base belongs to recipe",
+            id="base of a model",
+        ),
+        pytest.param(
+            GOOD + "models: [{label: a, recipe: r, made_by: c}]",
+            "made_by belongs",
+            id="maker of a recipe",
+        ),
+        pytest.param(
+            GOOD + "models: [{model: m}]", r"models\.0\.label: Field required", id="no label"
+        ),
+        pytest.param(
+            GOOD + 'models: [{label: "a\\nb", model: m}]',
+            "one line of printable text",
+            id="label of two lines",
+        ),
+        pytest.param(
+            GOOD + f"models: [{{label: {'a' * 101}, model: m}}]",
+            "at most 100 characters",
+            id="endless label",
+        ),
+        pytest.param(
+            GOOD + "models: [{label: RTN w4g128, model: m}]",
+            "label 'rtn-w4g128' is given twice",
+            id="labels of one file name",
+        ),
+        pytest.param(
+            GOOD.replace("64]", "64, ppl/gptq-64]"),
+            "protocol 'ppl/gptq-64' is given twice",
+            id="protocol twice",
+        ),
+        pytest.param(
+            GOOD.replace("64]", '64, "a,b"]'), "one protocol an entry", id="protocols with commas"
+        ),
+        pytest.param(
+            GOOD.replace("name: t", "name: t/t"), r"texts\.0\.name", id="a text's name with a slash"
+        ),
+        pytest.param(
+            GOOD.replace("protocols: [ppl/gptq-64]", ""),
+            "texts and protocols need each other",
+            id="no protocol",
+        ),
         pytest.param("recipes: [rtn-w4g128]", "nothing to measure", id="no text and no task"),
-        pytest.param(GOOD.replace("[rtn-w4g128]", '["zzz-*"]'), "no shipped recipe matches 'zzz-\\*'", id="pattern of nothing"),
+        pytest.param(
+            GOOD.replace("[rtn-w4g128]", '["zzz-*"]'),
+            "no shipped recipe matches 'zzz-\\*'",
+            id="pattern of nothing",
+        ),
         pytest.param("", "nothing to measure", id="an empty file"),
         pytest.param("[1, 2]", "valid dictionary", id="a list"),
         pytest.param("a: [", "cannot be read as YAML", id="not YAML"),
     ],
 )
-def test_what_is_no_suite_is_refused_with_the_place(text: str, message: str, tmp_path: Path) -> None:
+def test_what_is_no_suite_is_refused_with_the_place(
+    text: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         suite(text, tmp_path)
     assert "suite.yaml" in str(caught.value)
@@ -76,13 +131,26 @@ def test_what_is_no_suite_is_refused_with_the_place(text: str, message: str, tmp
 
 def test_null_is_auto() -> None:
     suite = Suite.model_validate(
-        {"texts": [{"name": "t", "source": "file:t"}], "protocols": ["ppl/gptq"], "dtype": None, "device": None, "kernel": None}
+        {
+            "texts": [{"name": "t", "source": "file:t"}],
+            "protocols": ["ppl/gptq"],
+            "dtype": None,
+            "device": None,
+            "kernel": None,
+        }
     )
-    assert (suite.dtype, suite.device, suite.kernel, suite.threads) == ("auto", "auto", "auto", None)
+    assert (suite.dtype, suite.device, suite.kernel, suite.threads) == (
+        "auto",
+        "auto",
+        "auto",
+        None,
+    )
 
 
 def test_a_name_that_is_no_suite_tells_those_there_are() -> None:
-    with pytest.raises(UsageError, match="--suite quik is no file, and the shipped suites are quick, standard"):
+    with pytest.raises(
+        UsageError, match="--suite quik is no file, and the shipped suites are quick, standard"
+    ):
         load_suite("quik")
 
 

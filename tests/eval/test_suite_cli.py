@@ -1,4 +1,5 @@
-"""``llmquant eval --suite`` as it is typed: what it refuses, what it writes, what it says when a part fails."""
+"""``llmquant eval --suite`` as it is typed: what it refuses, what it writes, what it says when a
+part fails."""
 
 from __future__ import annotations
 
@@ -24,10 +25,16 @@ class Ran(NamedTuple):
 def suite_file(base_model: Path, words: Path, tmp_path: Path) -> Path:
     """A suite of one recipe, with its outputs beside it."""
     models = [{"label": "coarse", "recipe": str(recipe(tmp_path))}]
-    outputs = {"results": str(tmp_path / "results"), "markdown": str(tmp_path / "BOARD.md"), "html": str(tmp_path / "board.html")}
+    outputs = {
+        "results": str(tmp_path / "results"),
+        "markdown": str(tmp_path / "BOARD.md"),
+        "html": str(tmp_path / "board.html"),
+    }
     suite = suite_of(base_model, words, models, outputs=outputs)
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(suite.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(suite.model_dump(mode="json", exclude_none=True)), encoding="utf-8"
+    )
     return path
 
 
@@ -49,11 +56,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 def edited(path: Path, **changes: object) -> Path:
     """The suite file with keys replaced."""
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(yaml.safe_load(path.read_text(encoding="utf-8")) | changes), encoding="utf-8"
+    )
     return path
 
 
-def test_it_writes_what_it_was_asked_for_and_then_has_nothing_left_to_do(run, suite_file: Path, tmp_path: Path) -> None:
+def test_it_writes_what_it_was_asked_for_and_then_has_nothing_left_to_do(
+    run, suite_file: Path, tmp_path: Path
+) -> None:
     first = run("--suite", suite_file)
     assert first.code == 0, first.err
     (written,) = (tmp_path / "results").iterdir()
@@ -73,7 +84,9 @@ def test_it_writes_what_it_was_asked_for_and_then_has_nothing_left_to_do(run, su
     assert "0 measured now; wrote 0 reports" in missing.err
 
 
-def test_missing_says_why_it_measures_a_changed_recipe(run, suite_file: Path, tmp_path: Path) -> None:
+def test_missing_says_why_it_measures_a_changed_recipe(
+    run, suite_file: Path, tmp_path: Path
+) -> None:
     assert run("--suite", suite_file).code == 0
     recipe(tmp_path, RTN.replace("bits: 4", "bits: 8"))
     ran = run("--suite", suite_file, "--missing")
@@ -97,9 +110,17 @@ def test_a_model_without_numbers_fails_the_run_and_keeps_the_others(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        pytest.param(("--suite", "{s}", "--limit", "3"), "--limit does not go with --suite", id="option of another kind"),
+        pytest.param(
+            ("--suite", "{s}", "--limit", "3"),
+            "--limit does not go with --suite",
+            id="option of another kind",
+        ),
         pytest.param(("--suite", "nothing.yaml"), "nothing.yaml", id="no such suite"),
-        pytest.param(("--suite", "{s}", "--output", "{s}"), "is a file; a suite writes one report per model", id="output"),
+        pytest.param(
+            ("--suite", "{s}", "--output", "{s}"),
+            "is a file; a suite writes one report per model",
+            id="output",
+        ),
         pytest.param(("--suite", "{s}", "--protocol", "ppl/odd"), "ppl/odd", id="protocol"),
         pytest.param(("--suite", "{s}", "--text", "file:nothing.txt"), "nothing.txt", id="text"),
     ],

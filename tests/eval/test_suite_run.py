@@ -1,4 +1,5 @@
-"""A suite as it runs: what is measured, what is taken from the cache, what a kill leaves, and what one bad model costs."""
+"""A suite as it runs: what is measured, what is taken from the cache, what a kill leaves, and what
+one bad model costs."""
 
 from __future__ import annotations
 
@@ -17,14 +18,20 @@ import pytest
 import torch
 from suite_kit import PROTOCOL, RTN, recipe, suite_of
 
-from llmquant.errors import CheckpointError, LlmquantError, QuantizationError, SourceError, UsageError
-from llmquant_eval import suite_run
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.leaderboard import Stored, make_boards
-from llmquant_eval.plan import Request
-from llmquant_eval.report import Report
-from llmquant_eval.suite import Suite
-from llmquant_eval.suite_run import Watch, run_suite
+from llmquant.errors import (
+    CheckpointError,
+    LlmquantError,
+    QuantizationError,
+    SourceError,
+    UsageError,
+)
+from llmquant_eval.leaderboard.ranking import Stored, make_boards
+from llmquant_eval.report.schema import Report
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
+from llmquant_eval.suites import run as suite_run
+from llmquant_eval.suites.run import Watch, run_suite
+from llmquant_eval.suites.schema import Suite
 
 Altered = Callable[..., Path]
 
@@ -44,19 +51,38 @@ def steps_of(suite: Suite, cache: Path) -> tuple[dict[str, Report], list[str]]:
     return finished.reports, steps
 
 
-def test_a_recipe_and_a_folder_are_measured_once(base_model: Path, coarse: Path, words: Path, tmp_path: Path) -> None:
+def test_a_recipe_and_a_folder_are_measured_once(
+    base_model: Path, coarse: Path, words: Path, tmp_path: Path
+) -> None:
     mine = recipe(tmp_path)
-    suite = suite_of(base_model, words, [{"label": "by recipe", "recipe": str(mine)}, {"label": "found", "model": str(coarse)}])
+    suite = suite_of(
+        base_model,
+        words,
+        [{"label": "by recipe", "recipe": str(mine)}, {"label": "found", "model": str(coarse)}],
+    )
     reports, steps = steps_of(suite, tmp_path / "cache")
     assert steps == [
-        "quantizing by recipe", "quantizing recipes", f"by recipe: {PROTOCOL}", f"found: {PROTOCOL}",
-    ]  # fmt: skip
+        "quantizing by recipe",
+        "quantizing recipes",
+        f"by recipe: {PROTOCOL}",
+        f"found: {PROTOCOL}",
+    ]
     assert list(reports) == ["by-recipe--words--ppl-gptq-64.json", "found--words--ppl-gptq-64.json"]
     made, found = reports.values()
-    assert [(m.label, m.role) for m in made.models] == [("fp16", "reference"), ("by recipe", "candidate")]
+    assert [(m.label, m.role) for m in made.models] == [
+        ("fp16", "reference"),
+        ("by recipe", "candidate"),
+    ]
     assert made.models[1].scheme == "W4 g32 sym"
     direct = evaluate(
-        Request((str(coarse),), f"file:{words}", reference=str(base_model), protocol=PROTOCOL, dtype="float32", cost=False)
+        Request(
+            (str(coarse),),
+            f"file:{words}",
+            reference=str(base_model),
+            protocol=PROTOCOL,
+            dtype="float32",
+            cost=False,
+        )
     )
     assert found.models[1].metrics == direct.models[1].metrics
     again, steps = steps_of(suite, tmp_path / "cache")
@@ -64,7 +90,9 @@ def test_a_recipe_and_a_folder_are_measured_once(base_model: Path, coarse: Path,
     assert steps == ["quantizing by recipe", "quantizing recipes"]  # looked up, not made
 
 
-def test_the_command_of_a_row_makes_the_model_and_measures_it(base_model: Path, words: Path, tmp_path: Path) -> None:
+def test_the_command_of_a_row_makes_the_model_and_measures_it(
+    base_model: Path, words: Path, tmp_path: Path
+) -> None:
     suite = suite_of(base_model, words, [{"label": "Mine 1.0", "recipe": str(recipe(tmp_path))}])
     reports, _ = steps_of(suite, tmp_path / "cache")
     (report,) = reports.values()
@@ -80,9 +108,17 @@ CHANGES: list[Any] = [
     pytest.param({}, [], id="nothing"),
     pytest.param({"models": [{"label": "renamed", "model": "{coarse}"}]}, [], id="label"),
     pytest.param({"reference_label": "original"}, [], id="the reference's label"),
-    pytest.param({"texts": [{"name": "other-name", "source": "file:{words}"}]}, [], id="the text's name"),
-    pytest.param({"protocols": [PROTOCOL, "ppl/gptq-32"]}, ["ppl/gptq-32"], id="another protocol beside it"),
-    pytest.param({"texts": [{"name": "w", "source": "file:{words}", "max_windows": 2}]}, [PROTOCOL], id="fewer windows"),
+    pytest.param(
+        {"texts": [{"name": "other-name", "source": "file:{words}"}]}, [], id="the text's name"
+    ),
+    pytest.param(
+        {"protocols": [PROTOCOL, "ppl/gptq-32"]}, ["ppl/gptq-32"], id="another protocol beside it"
+    ),
+    pytest.param(
+        {"texts": [{"name": "w", "source": "file:{words}", "max_windows": 2}]},
+        [PROTOCOL],
+        id="fewer windows",
+    ),
     pytest.param({"texts": [{"name": "w", "source": "file:{changed}"}]}, [PROTOCOL], id="text"),
     pytest.param({"dtype": "bfloat16"}, [PROTOCOL], id="dtype"),
     pytest.param({"kernel": "reference"}, [PROTOCOL], id="kernel"),
@@ -90,12 +126,18 @@ CHANGES: list[Any] = [
     pytest.param({"models": [{"label": "found", "model": "{other}"}]}, [PROTOCOL], id="weights"),
     pytest.param({"reference": "{other}"}, [PROTOCOL], id="the reference's weights"),
     pytest.param({"reference": None, "reference_label": None}, [PROTOCOL], id="no reference"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "measured"), CHANGES)
 def test_only_what_a_change_touches_is_measured_again(
-    change: dict[str, Any], measured: list[str], base_model: Path, coarse: Path, altered: Altered, words: Path, tmp_path: Path
+    change: dict[str, Any],
+    measured: list[str],
+    base_model: Path,
+    coarse: Path,
+    altered: Altered,
+    words: Path,
+    tmp_path: Path,
 ) -> None:
     other, changed = altered("other", lambda w: w * 1.01), tmp_path / "changed.txt"
     changed.write_text(f"{words.read_text(encoding='utf-8')} w7 w8", encoding="utf-8")
@@ -115,7 +157,9 @@ def _filled(value: Any, names: dict[str, Path]) -> Any:
     return value.format(**names) if isinstance(value, str) else value
 
 
-def test_a_recipe_is_applied_again_when_what_it_says_changes(base_model: Path, words: Path, tmp_path: Path) -> None:
+def test_a_recipe_is_applied_again_when_what_it_says_changes(
+    base_model: Path, words: Path, tmp_path: Path
+) -> None:
     suite = suite_of(base_model, words, [{"label": "mine", "recipe": str(recipe(tmp_path))}])
     first, _ = steps_of(suite, tmp_path / "cache")
     recipe(tmp_path, RTN.replace("bits: 4", "bits: 3"))
@@ -128,15 +172,19 @@ def test_a_recipe_is_applied_again_when_what_it_says_changes(base_model: Path, w
 def test_killed_in_the_middle_it_goes_on_where_it_was(
     base_model: Path, coarse: Path, altered: Altered, words: Path, tmp_path: Path
 ) -> None:
-    models = [{"label": "a", "model": str(coarse)}, {"label": "b", "model": str(altered("b", lambda w: w * 0.99))}]
+    models = [
+        {"label": "a", "model": str(coarse)},
+        {"label": "b", "model": str(altered("b", lambda w: w * 0.99))},
+    ]
     suite = suite_of(base_model, words, models, protocols=[PROTOCOL, "ppl/gptq-32"])
     path, cache = tmp_path / "suite.json", tmp_path / "cache"
     path.write_text(suite.model_dump_json(), encoding="utf-8")
-    # It kills itself within the third measurement, when the models have been loaded and a batch was scored.
+    # It kills itself within the third measurement, when the models have been loaded and a batch was
+    # scored.
     code = f"""
 import os, pathlib, signal
-from llmquant_eval.suite import Suite
-from llmquant_eval.suite_run import Watch, run_suite
+from llmquant_eval.suites.schema import Suite
+from llmquant_eval.suites.run import Watch, run_suite
 suite, at = Suite.model_validate_json(pathlib.Path({str(path)!r}).read_text()), []
 def stage(name, done, total):
     if at[-1] == 2 and done:
@@ -149,7 +197,9 @@ run_suite(suite, pathlib.Path({str(cache)!r}), Watch(lambda what, done, total: a
     assert steps == ["a: ppl/gptq-32", "b: ppl/gptq-32"]
 
 
-def test_a_damaged_result_is_measured_again(base_model: Path, coarse: Path, words: Path, tmp_path: Path) -> None:
+def test_a_damaged_result_is_measured_again(
+    base_model: Path, coarse: Path, words: Path, tmp_path: Path
+) -> None:
     suite = suite_of(base_model, words, [{"label": "found", "model": str(coarse)}])
     reports, _ = steps_of(suite, tmp_path / "cache")
     (stored,) = (tmp_path / "cache" / "results").iterdir()
@@ -174,14 +224,26 @@ def test_one_bad_model_does_not_stop_the_others(
         run_suite(suite_of(base_model, words, models[:1]), tmp_path / "cache")
 
 
-def test_tasks_are_run_once_for_each_model_and_paired(base_model: Path, coarse: Path, words: Path, tmp_path: Path) -> None:
+def test_tasks_are_run_once_for_each_model_and_paired(
+    base_model: Path, coarse: Path, words: Path, tmp_path: Path
+) -> None:
     items = tmp_path / "choice.jsonl"
     items.write_text(
         '{"question": "w3 w4", "choices": ["w5", "w6"], "answer": 0}\n'
         '{"question": "w7 w8", "choices": ["w9", "w10"], "answer": 1}\n', encoding="utf-8",
     )  # fmt: skip
-    models = [{"label": "a", "model": str(coarse)}, {"label": "b", "model": str(shutil.copytree(coarse, tmp_path / "b"))}]
-    suite = suite_of(base_model, words, models, texts=[], protocols=[], tasks={"names": [f"choice_local={items}"]})
+    models = [
+        {"label": "a", "model": str(coarse)},
+        {"label": "b", "model": str(shutil.copytree(coarse, tmp_path / "b"))},
+    ]
+    suite = suite_of(
+        base_model,
+        words,
+        models,
+        texts=[],
+        protocols=[],
+        tasks={"names": [f"choice_local={items}"]},
+    )
     reports, steps = steps_of(suite, tmp_path / "cache")
     assert steps == ["fp16: choice_local", "a: choice_local", "b: choice_local"]
     assert list(reports) == ["a--tasks.json", "b--tasks.json"]
@@ -198,7 +260,10 @@ def test_tasks_are_run_once_for_each_model_and_paired(base_model: Path, coarse: 
 def test_the_noise_floor_is_measured_once_a_ranking(
     base_model: Path, coarse: Path, altered: Altered, words: Path, tmp_path: Path
 ) -> None:
-    models = [{"label": "a", "model": str(coarse)}, {"label": "b", "model": str(altered("b", lambda w: w * 0.99))}]
+    models = [
+        {"label": "a", "model": str(coarse)},
+        {"label": "b", "model": str(altered("b", lambda w: w * 0.99))},
+    ]
     suite = suite_of(base_model, words, models, noise_floor=True)
     reports, _ = steps_of(suite, tmp_path / "cache")
     assert [r.noise_floor is not None for r in reports.values()] == [True, False]
@@ -212,7 +277,11 @@ def test_speed_and_memory_are_measured_once_for_each_model(
     measured = board_kit.cost(12.5)  # the measurement itself is tests of its own
     monkeypatch.setattr(suite_run, "measure_apart", lambda *arguments, **options: measured)
     suite = suite_of(
-        base_model, words, [{"label": "a", "model": str(coarse)}], cost=True, protocols=[PROTOCOL, "ppl/gptq-32"]
+        base_model,
+        words,
+        [{"label": "a", "model": str(coarse)}],
+        cost=True,
+        protocols=[PROTOCOL, "ppl/gptq-32"],
     )
     reports, steps = steps_of(suite, tmp_path / "cache")
     assert steps[:2] == ["speed of fp16", "speed of a"]
@@ -226,30 +295,83 @@ def test_speed_and_memory_are_measured_once_for_each_model(
     [
         pytest.param({"models": []}, UsageError, "no models to measure", id="no model"),
         pytest.param(
-            {"models": [{"label": "a", "model": "{nothing}", "made_by": "make it"}]}, CheckpointError,
-            "a: .*nothing-here.*it is made by: make it", id="not a model",
-        ),
-        pytest.param({"models": [{"label": "a", "model": "no/such/folder/here"}]}, LlmquantError, "a: ", id="missing model"),
-        pytest.param({"models": [{"label": "fp16", "model": "{coarse}"}]}, UsageError, "both called fp16", id="one label"),
-        pytest.param({"models": [{"label": "a", "recipe": "nope"}]}, UsageError, "no recipe 'nope'", id="no recipe"),
-        pytest.param(
-            {"reference": None, "reference_label": None, "models": [{"label": "a", "recipe": "rtn-w4g128"}]}, UsageError,
-            "a: a recipe needs a model to work on", id="no base",
+            {"models": [{"label": "a", "model": "{nothing}", "made_by": "make it"}]},
+            CheckpointError,
+            "a: .*nothing-here.*it is made by: make it",
+            id="not a model",
         ),
         pytest.param(
-            {"models": [{"label": "a", "recipe": "rtn-w4g128", "base": "http://127.0.0.1:9/v1#m"}]}, UsageError,
-            "is a server", id="recipe on a server",
+            {"models": [{"label": "a", "model": "no/such/folder/here"}]},
+            LlmquantError,
+            "a: ",
+            id="missing model",
         ),
-        pytest.param({"texts": [{"name": "t", "source": "file:{empty}"}]}, SourceError, "empty", id="empty text"),
-        pytest.param({"texts": [{"name": "t", "source": "file:{short}"}]}, SourceError, "less than one window", id="short text"),
-        pytest.param({"texts": [{"name": "t", "source": "file:no/such"}]}, SourceError, "no/such", id="no text"),
-        pytest.param({"models": [{"label": "a", "model": "{foreign}"}]}, UsageError, "does not tokenize", id="tokenizers"),
-        pytest.param({"protocols": ["ppl/words"]}, UsageError, "'ppl/words' is not known", id="protocol"),
+        pytest.param(
+            {"models": [{"label": "fp16", "model": "{coarse}"}]},
+            UsageError,
+            "both called fp16",
+            id="one label",
+        ),
+        pytest.param(
+            {"models": [{"label": "a", "recipe": "nope"}]},
+            UsageError,
+            "no recipe 'nope'",
+            id="no recipe",
+        ),
+        pytest.param(
+            {
+                "reference": None,
+                "reference_label": None,
+                "models": [{"label": "a", "recipe": "rtn-w4g128"}],
+            },
+            UsageError,
+            "a: a recipe needs a model to work on",
+            id="no base",
+        ),
+        pytest.param(
+            {"models": [{"label": "a", "recipe": "rtn-w4g128", "base": "http://127.0.0.1:9/v1#m"}]},
+            UsageError,
+            "is a server",
+            id="recipe on a server",
+        ),
+        pytest.param(
+            {"texts": [{"name": "t", "source": "file:{empty}"}]},
+            SourceError,
+            "empty",
+            id="empty text",
+        ),
+        pytest.param(
+            {"texts": [{"name": "t", "source": "file:{short}"}]},
+            SourceError,
+            "less than one window",
+            id="short text",
+        ),
+        pytest.param(
+            {"texts": [{"name": "t", "source": "file:no/such"}]},
+            SourceError,
+            "no/such",
+            id="no text",
+        ),
+        pytest.param(
+            {"models": [{"label": "a", "model": "{foreign}"}]},
+            UsageError,
+            "does not tokenize",
+            id="tokenizers",
+        ),
+        pytest.param(
+            {"protocols": ["ppl/words"]}, UsageError, "'ppl/words' is not known", id="protocol"
+        ),
         pytest.param({"dtype": "int4"}, UsageError, "dtype 'int4' does not exist", id="dtype"),
     ],
-)  # fmt: skip
+)
 def test_what_a_suite_cannot_do(
-    keys: dict[str, Any], error: type[LlmquantError], message: str, base_model: Path, coarse: Path, words: Path, tmp_path: Path
+    keys: dict[str, Any],
+    error: type[LlmquantError],
+    message: str,
+    base_model: Path,
+    coarse: Path,
+    words: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "nothing-here").mkdir()
     for name, content in (("empty", ""), ("short", "w3 w4 w5")):
@@ -258,8 +380,13 @@ def test_what_a_suite_cannot_do(
     vocabulary = (foreign / "tokenizer.json").read_text(encoding="utf-8")
     swapped = vocabulary.replace('"w10"', '"w_"').replace('"w11"', '"w10"').replace('"w_"', '"w11"')
     (foreign / "tokenizer.json").write_text(swapped, encoding="utf-8")
-    names = {"nothing": tmp_path / "nothing-here", "coarse": coarse, "empty": tmp_path / "empty.txt",
-             "short": tmp_path / "short.txt", "foreign": foreign}  # fmt: skip
+    names = {
+        "nothing": tmp_path / "nothing-here",
+        "coarse": coarse,
+        "empty": tmp_path / "empty.txt",
+        "short": tmp_path / "short.txt",
+        "foreign": foreign,
+    }
     given = {"models": [{"label": "a", "model": "{coarse}"}]} | keys
     suite = suite_of(base_model, words, **_filled(given, names))
     with pytest.raises(error, match=message):

@@ -1,4 +1,5 @@
-"""What the tests of layouts share: weights drawn by hypothesis, and the plainest way to read bits."""
+"""What the tests of layouts share: weights drawn by hypothesis, and the plainest way to read
+bits."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from llmquant.weight import QuantizedWeight, portable
 
 
 def bits_at(words: list[int], start: int, bits: int) -> int:
-    """Bits ``start … start + bits - 1`` of a stream of 32-bit words, lowest first, one bit at a time."""
+    """Bits ``start … start + bits - 1`` of a stream of 32-bit words, lowest first, one bit at a
+    time."""
     value = 0
     for i in range(bits):
         word, position = divmod(start + i, 32)
@@ -27,16 +29,23 @@ def weight(
     lowest_zero: int = 0,
     g_idx: bool = False,
 ) -> QuantizedWeight:
-    """Uniform codes and zeros, portable scales of either sign; ``g_idx`` deals the columns out to groups at random."""
+    """Uniform codes and zeros, portable scales of either sign; ``g_idx`` deals the columns out to
+    groups at random."""
     generator = torch.Generator().manual_seed(seed)
     groups = spec.groups(in_features)
-    codes = torch.randint(0, spec.levels, (out_features, in_features), generator=generator, dtype=torch.uint8)
-    zeros = torch.randint(lowest_zero, spec.levels, (out_features, groups), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(
+        0, spec.levels, (out_features, in_features), generator=generator, dtype=torch.uint8
+    )
+    zeros = torch.randint(
+        lowest_zero, spec.levels, (out_features, groups), generator=generator, dtype=torch.uint8
+    )
     if spec.symmetric:
         zeros.fill_(spec.middle)
     scales = portable((torch.rand(out_features, groups, generator=generator) - 0.3) * 0.02)
     order = torch.randperm(in_features, generator=generator) % groups if g_idx else None
-    return QuantizedWeight(codes, scales, zeros, spec, None if order is None else order.to(torch.int32))
+    return QuantizedWeight(
+        codes, scales, zeros, spec, None if order is None else order.to(torch.int32)
+    )
 
 
 @st.composite
@@ -50,7 +59,8 @@ def weights(
     symmetric: tuple[bool, ...] = (False, True),
     lowest_zero: int = 0,
 ) -> QuantizedWeight:
-    """Every spec on shapes that are multiples of the steps and otherwise odd; half of the grouped ones with a g_idx."""
+    """Every spec on shapes that are multiples of the steps and otherwise odd; half of the grouped
+    ones with a g_idx."""
     width = draw(st.sampled_from(bits))
     group = draw(st.sampled_from(groups))
     columns = draw(st.integers(1, 4)) * in_step
@@ -59,7 +69,9 @@ def weights(
     spec = QuantSpec(width, group, draw(st.sampled_from(symmetric)))
     g_idx = group is not None and spec.groups(columns) > 1 and draw(st.booleans())
     rows = draw(st.integers(1, 5)) * out_step
-    return weight(rows, columns, spec, seed=draw(st.integers(0, 2**31)), lowest_zero=lowest_zero, g_idx=g_idx)
+    return weight(
+        rows, columns, spec, seed=draw(st.integers(0, 2**31)), lowest_zero=lowest_zero, g_idx=g_idx
+    )
 
 
 def same(a: QuantizedWeight, b: QuantizedWeight) -> bool:

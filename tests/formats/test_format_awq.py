@@ -1,4 +1,5 @@
-"""AWQ GEMM: bytes against a loop over nibbles, exact round trips, and the mixes that one config cannot say."""
+"""AWQ GEMM: bytes against a loop over nibbles, exact round trips, and the mixes that one config
+cannot say."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def slow_dequantize(tensors: dict[str, torch.Tensor], group_size: int) -> list[l
 
     return [
         [
-            (nibble(qweight[column], out) - nibble(qzeros[column // group_size], out)) * scales[column // group_size][out]
+            (nibble(qweight[column], out) - nibble(qzeros[column // group_size], out))
+            * scales[column // group_size][out]
             for column in range(len(qweight))
         ]
         for out in range(len(scales[0]))
@@ -76,13 +78,19 @@ def test_pack_refuses_what_why_not_names() -> None:
 @pytest.mark.parametrize(
     ("schemes", "ignore", "message"),
     [
-        ({"a": Scheme(W4), "b": Scheme(QuantSpec(4, 64))}, (), "one scheme for all modules, not W4 g32 sym and W4 g64 sym"),
+        (
+            {"a": Scheme(W4), "b": Scheme(QuantSpec(4, 64))},
+            (),
+            "one scheme for all modules, not W4 g32 sym and W4 g64 sym",
+        ),
         ({"a": Scheme(W4), "b": Scheme(W4A)}, (), "one scheme"),
         ({"m.mlp.gate_proj": Scheme(W4)}, ("m.mlp.gate",), "m.mlp.gate_proj cannot be quantized"),
     ],
     ids=["group sizes", "symmetry", "part of a name"],
 )
-def test_why_not_together(schemes: dict[str, Scheme], ignore: tuple[str, ...], message: str) -> None:
+def test_why_not_together(
+    schemes: dict[str, Scheme], ignore: tuple[str, ...], message: str
+) -> None:
     assert message in str(AWQ.why_not_together(schemes, ignore))
     with pytest.raises(FormatError):
         AWQ.config(schemes, ignore)
@@ -93,14 +101,30 @@ def test_config_round_trip(spec: QuantSpec) -> None:
     schemes = {"m.q_proj": Scheme(spec), "lm_head": Scheme(spec)}
     config = json.loads(json.dumps(AWQ.config(schemes, ["m.down_proj"])))
     assert for_config(config) is AWQ
-    assert AWQ.schemes(config, ["m.q_proj.qweight", "lm_head.qweight", "m.down_proj.weight"]) == schemes
-    assert (config["zero_point"], config["lm_head"], config["modules_to_not_convert"]) == (True, True, ["m.down_proj"])
+    assert (
+        AWQ.schemes(config, ["m.q_proj.qweight", "lm_head.qweight", "m.down_proj.weight"])
+        == schemes
+    )
+    assert (config["zero_point"], config["lm_head"], config["modules_to_not_convert"]) == (
+        True,
+        True,
+        ["m.down_proj"],
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}, W4A),
+        (
+            {
+                "bits": 4,
+                "group_size": 32,
+                "zero_point": True,
+                "version": "gemm",
+                "modules_to_not_convert": None,
+            },
+            W4A,
+        ),
         ({"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}, W4A),
         ({"bits": 4, "group_size": -1, "zero_point": False}, QuantSpec(4, None, True)),
         ({"bits": 4, "group_size": 32, "zero_point": False, "sym": True, "version": "gemm"}, W4),
@@ -118,7 +142,10 @@ def test_configs_as_tools_write_them(config: dict[str, object], expected: QuantS
         ({"bits": 4, "group_size": 32, "version": "marlin"}, "'marlin'"),
         ({"bits": 8, "group_size": 32}, "bits 8"),
         ({"bits": 4}, "group_size None"),
-        ({"bits": 4, "group_size": 32, "modules_to_not_convert": ["a"]}, "modules_to_not_convert names it"),
+        (
+            {"bits": 4, "group_size": 32, "modules_to_not_convert": ["a"]},
+            "modules_to_not_convert names it",
+        ),
     ],
     ids=["gemv", "marlin", "bits", "group", "denied"],
 )

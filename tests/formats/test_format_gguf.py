@@ -19,7 +19,9 @@ KINDS: tuple[ours.Kind, ...] = ("Q4_0", "Q4_1", "Q8_0")
 
 
 def by_the_package(data: torch.Tensor, kind: ours.Kind) -> torch.Tensor:
-    return torch.from_numpy(theirs.quants.dequantize(data.numpy(), theirs.GGMLQuantizationType[kind]))
+    return torch.from_numpy(
+        theirs.quants.dequantize(data.numpy(), theirs.GGMLQuantizationType[kind])
+    )
 
 
 def slow_row(data: list[int], kind: ours.Kind) -> list[float]:
@@ -36,12 +38,17 @@ def slow_row(data: list[int], kind: ours.Kind) -> list[float]:
         if kind == "Q4_0":
             row += [d * (q - 8) for q in nibbles]
         else:
-            row += [d * q + torch.frombuffer(bytearray(block[2:4]), dtype=torch.float16).item() for q in nibbles]
+            row += [
+                d * q + torch.frombuffer(bytearray(block[2:4]), dtype=torch.float16).item()
+                for q in nibbles
+            ]
     return row
 
 
 @settings(deadline=None, max_examples=80)
-@given(w=weights(in_step=32).filter(lambda w: w.g_idx is None and w.spec.width(w.shape[1]) % 32 == 0))
+@given(
+    w=weights(in_step=32).filter(lambda w: w.g_idx is None and w.spec.width(w.shape[1]) % 32 == 0)
+)
 def test_the_smallest_type_holds_every_number(w: QuantizedWeight) -> None:
     steps = w.codes.int() - w.zeros.int().repeat_interleave(w.spec.width(w.shape[1]), 1)
     if int(steps.min()) < -128 or int(steps.max()) > 127:
@@ -57,7 +64,12 @@ def test_the_smallest_type_holds_every_number(w: QuantizedWeight) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(kind=st.sampled_from(KINDS), rows=st.integers(1, 5), blocks=st.integers(1, 5), seed=st.integers(0, 2**31))
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(1, 5),
+    blocks=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)
 def test_round_trip(kind: ours.Kind, rows: int, blocks: int, seed: int) -> None:
     spec = QuantSpec(8 if kind == "Q8_0" else 4, 32, kind != "Q4_1")
     w = weight(rows, 32 * blocks, spec, seed=seed)
@@ -112,14 +124,18 @@ def test_refused_rather_than_rounded(w: QuantizedWeight, kind: ours.Kind, messag
 
 
 def test_why_not_knows_before_the_numbers() -> None:
-    assert "activations" in str(ours.why_not(Scheme(QuantSpec(8, None), activations="int8-dynamic"), (32, 64)))
+    assert "activations" in str(
+        ours.why_not(Scheme(QuantSpec(8, None), activations="int8-dynamic"), (32, 64))
+    )
     assert ours.why_not(Scheme(QuantSpec(3, 96)), (8, 192)) is None
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_what_the_package_quantizes_is_read(kind: ours.Kind) -> None:
     dense = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
-    data = torch.from_numpy(theirs.quants.quantize(dense.numpy(), theirs.GGMLQuantizationType[kind]))
+    data = torch.from_numpy(
+        theirs.quants.quantize(dense.numpy(), theirs.GGMLQuantizationType[kind])
+    )
     assert torch.equal(ours.unpack(data, kind).dequantize(), by_the_package(data, kind))
 
 

@@ -1,4 +1,5 @@
-"""GPTQ v1 and v2: bytes against a loop over bits, exact round trips, the zero that v1 cannot say, configs."""
+"""GPTQ v1 and v2: bytes against a loop over bits, exact round trips, the zero that v1 cannot say,
+configs."""
 
 from __future__ import annotations
 
@@ -64,11 +65,15 @@ def test_bytes_mean_what_the_format_says(
     label: str, bits: int, symmetric: bool, group_size: int | None, g_idx: bool
 ) -> None:
     if g_idx and group_size is None:
-        assert "no meaning" in str(FORMATS[label].why_not(Scheme(QuantSpec(bits, None, symmetric), True), (32, 96)))
+        assert "no meaning" in str(
+            FORMATS[label].why_not(Scheme(QuantSpec(bits, None, symmetric), True), (32, 96))
+        )
         return
     w = weight(32, 96, QuantSpec(bits, group_size, symmetric), lowest_zero=1, g_idx=g_idx)
     packed = FORMATS[label].pack(w, torch.float16)
-    assert torch.equal(torch.tensor(slow_dequantize(packed, bits, label == "gptq_v2")), w.dequantize())
+    assert torch.equal(
+        torch.tensor(slow_dequantize(packed, bits, label == "gptq_v2")), w.dequantize()
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -77,7 +82,9 @@ def test_v1_refuses_to_write_a_zero_of_0(bits: int) -> None:
     w.zeros[3, 1] = 0
     with pytest.raises(FormatError, match=r"1 of 64 zero-points are 0.*gptq_v2"):
         FORMATS["gptq"].pack(w, torch.float16)
-    assert same(FORMATS["gptq_v2"].unpack(FORMATS["gptq_v2"].pack(w, torch.float16), Scheme(w.spec)), w)
+    assert same(
+        FORMATS["gptq_v2"].unpack(FORMATS["gptq_v2"].pack(w, torch.float16), Scheme(w.spec)), w
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -120,7 +127,19 @@ def test_symmetric_zeros_need_no_convention(label: str, stored_by: str) -> None:
         (lambda t: None, Scheme(QuantSpec(8, 32, False)), "needs scales"),
         (lambda t: None, Scheme(QuantSpec(4, 24, False)), "does not divide"),
     ],
-    ids=["no scales", "no zeros", "zeros", "scales", "scale dtype", "g_idx", "order", "word", "sym", "bits", "group"],
+    ids=[
+        "no scales",
+        "no zeros",
+        "zeros",
+        "scales",
+        "scale dtype",
+        "g_idx",
+        "order",
+        "word",
+        "sym",
+        "bits",
+        "group",
+    ],
 )
 def test_refuses_what_cannot_be(change, scheme: Scheme, message: str) -> None:  # type: ignore[no-untyped-def]
     packed = FORMATS["gptq_v2"].pack(weight(32, 64, W4A), torch.float16)
@@ -183,7 +202,9 @@ def test_config_round_trip_with_exceptions_and_skips(label: str) -> None:
     layout = FORMATS[label]
     config = json.loads(json.dumps(layout.config(MIXED, ["model.layers.1.mlp.down_proj"])))
     assert for_config(config) is layout
-    assert layout.schemes(config, [*names_of(MIXED), "model.layers.1.mlp.down_proj.weight"]) == MIXED
+    assert (
+        layout.schemes(config, [*names_of(MIXED), "model.layers.1.mlp.down_proj.weight"]) == MIXED
+    )
     assert config["lm_head"] is True
     assert json.loads(layout.side_files(config)["quantize_config.json"]) == config
     with pytest.raises(FormatError, match="leaves it unquantized"):
@@ -191,8 +212,11 @@ def test_config_round_trip_with_exceptions_and_skips(label: str) -> None:
 
 
 def test_patterns_name_the_layers_that_engines_fuse() -> None:
-    """vLLM asks for gate_up_proj; of layer 10 only q_proj is an exception, so no qkv_proj may match."""
-    dynamic = FORMATS["gptq"].config(MIXED, [f"model.layers.2.self_attn.{x}_proj" for x in "qkv"])["dynamic"]
+    """vLLM asks for gate_up_proj; of layer 10 only q_proj is an exception, so no qkv_proj may
+    match."""
+    dynamic = FORMATS["gptq"].config(MIXED, [f"model.layers.2.self_attn.{x}_proj" for x in "qkv"])[
+        "dynamic"
+    ]
     asked = [
         "model.layers.0.mlp.gate_up_proj",
         "model.layers.2.self_attn.qkv_proj",
@@ -224,7 +248,11 @@ PLAIN = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False,
         ({"is_marlin_format": True}, ["a.qweight"], "Marlin"),
         ({"checkpoint_format": "marlin"}, ["a.qweight"], "checkpoint_format 'marlin'"),
         ({"format": "bitblas"}, ["a.qweight"], "checkpoint_format 'bitblas'"),
-        ({"checkpoint_format": "gptq", "format": "gptq_v2"}, ["a.qweight"], "two checkpoint formats"),
+        (
+            {"checkpoint_format": "gptq", "format": "gptq_v2"},
+            ["a.qweight"],
+            "two checkpoint formats",
+        ),
         ({"pack_dtype": "int16"}, ["a.qweight"], "pack_dtype"),
         ({"lm_head": False}, ["lm_head.qweight"], "lm_head: false"),
         ({"desc_act": True}, ["a.qweight"], "no g_idx"),
@@ -232,9 +260,22 @@ PLAIN = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False,
         ({"data_type": "mx_fp"}, ["a.qweight"], "mx_fp"),
         ({"dynamic": {"+:(": {"bits": 8}}}, ["a.qweight"], "no regular expression"),
     ],
-    ids=["marlin flag", "marlin", "bitblas", "two labels", "pack_dtype", "head", "desc_act", "bits", "dtype", "regex"],
+    ids=[
+        "marlin flag",
+        "marlin",
+        "bitblas",
+        "two labels",
+        "pack_dtype",
+        "head",
+        "desc_act",
+        "bits",
+        "dtype",
+        "regex",
+    ],
 )
-def test_configs_that_cannot_be_read(change: dict[str, object], names: list[str], message: str) -> None:
+def test_configs_that_cannot_be_read(
+    change: dict[str, object], names: list[str], message: str
+) -> None:
     config = {**PLAIN, **change}
     with pytest.raises(FormatError, match=message):
         for_config(config).schemes(config, names)
@@ -246,7 +287,10 @@ def test_configs_that_cannot_be_read(change: dict[str, object], names: list[str]
         ({}, Scheme(W4)),
         ({"sym": None}, Scheme(W4A)),
         ({"group_size": -1, "desc_act": True}, Scheme(QuantSpec(4, None, True))),
-        ({"dynamic": {r"-:.*\.b": {}, r".*\.a$": {"bits": 8}, r"+:.*": {"bits": 2}}}, Scheme(QuantSpec(8, 32, True))),
+        (
+            {"dynamic": {r"-:.*\.b": {}, r".*\.a$": {"bits": 8}, r"+:.*": {"bits": 2}}},
+            Scheme(QuantSpec(8, 32, True)),
+        ),
         ({"dynamic": None, "meta": None, "damp_percent": 0.1}, Scheme(W4)),
     ],
     ids=["no label", "no sym", "desc_act per row", "first pattern wins", "nulls"],

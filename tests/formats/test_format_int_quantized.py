@@ -1,4 +1,5 @@
-"""W8A8 and its place beside pack-quantized: exact round trips, configs of one and of two layouts."""
+"""W8A8 and its place beside pack-quantized: exact round trips, configs of one and of two
+layouts."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ def test_round_trip(dtype: torch.dtype, w: QuantizedWeight) -> None:
     assert packed["weight_scale"].dtype == dtype
     assert INT8.shape_of({n: tuple(t.shape) for n, t in packed.items()}, W8A8) == w.shape
     assert same(INT8.unpack(packed, W8A8), w)
-    slow = [[q * s[0] for q in row] for row, s in zip(packed["weight"].tolist(), packed["weight_scale"].tolist(), strict=True)]
+    slow = [
+        [q * s[0] for q in row]
+        for row, s in zip(packed["weight"].tolist(), packed["weight_scale"].tolist(), strict=True)
+    ]
     assert torch.equal(torch.tensor(slow), w.dequantize())
 
 
@@ -50,7 +54,13 @@ def test_why_not(scheme: Scheme, message: str) -> None:
 def test_config_round_trip() -> None:
     schemes = {"m.q_proj": W8A8, "lm_head": W8A8}
     config = json.loads(json.dumps(INT8.config(schemes, ["m.down_proj"])))
-    names = ["m.q_proj.weight", "m.q_proj.weight_scale", "lm_head.weight", "lm_head.weight_scale", "m.down_proj.weight"]
+    names = [
+        "m.q_proj.weight",
+        "m.q_proj.weight_scale",
+        "lm_head.weight",
+        "lm_head.weight_scale",
+        "m.down_proj.weight",
+    ]
     assert for_config(config).schemes(config, names) == schemes
     assert INT8.schemes(config, names) == schemes
 
@@ -59,7 +69,10 @@ def test_two_layouts_in_one_config() -> None:
     schemes = {"m.q_proj": W8A8, "m.up_proj": W4, "m.down_proj": W4}
     config = json.loads(json.dumps(FAMILY.config(schemes, ["lm_head"])))
     assert config["format"] == "mixed-precision"
-    assert sorted(g["format"] for g in config["config_groups"].values()) == ["int-quantized", "pack-quantized"]
+    assert sorted(g["format"] for g in config["config_groups"].values()) == [
+        "int-quantized",
+        "pack-quantized",
+    ]
     names = ["lm_head.weight"]
     for module, scheme in schemes.items():
         w = weight(32, 64, scheme.spec)
@@ -83,9 +96,18 @@ def _changed(part: str, **keys: object) -> dict[str, object]:
         (_changed("weights", strategy="group"), "weights are"),
         (_changed("weights", symmetric=False), "weights are"),
         ({**INT8.config({"a": W8A8}, []), "ignore": ["re:a"]}, "ignore list names it"),
-        ({**INT8.config({"a": W8A8}, []), "config_groups": {"g": {"targets": ["b"], "format": "int-quantized"}}}, "targets it"),
         (
-            {**INT8.config({"a": W8A8}, []), "config_groups": {"g": {"targets": ["Linear"], "format": "float-quantized"}}},
+            {
+                **INT8.config({"a": W8A8}, []),
+                "config_groups": {"g": {"targets": ["b"], "format": "int-quantized"}},
+            },
+            "targets it",
+        ),
+        (
+            {
+                **INT8.config({"a": W8A8}, []),
+                "config_groups": {"g": {"targets": ["Linear"], "format": "float-quantized"}},
+            },
             "'float-quantized'",
         ),
     ],

@@ -1,8 +1,10 @@
-"""docs/formats.md's table, every cell from a run: who writes and who reads each layout, with the numbers unchanged.
+"""docs/formats.md's table, every cell from a run: who writes and who reads each layout, with the
+numbers unchanged.
 
-The rows are small models quantized here; "exact" means equal dequantized numbers, tensor by tensor. Cells about vLLM come from
-``tests/vllm/results.json``, which the suite marked ``vllm`` writes. ``LLMQUANT_WRITE_RESULTS=1`` renders the page anew;
-without it a page that differs from what was just measured is a failure.
+The rows are small models quantized here; "exact" means equal dequantized numbers, tensor by tensor.
+Cells about vLLM come from ``tests/vllm/results.json``, which the suite marked ``vllm`` writes.
+``LLMQUANT_WRITE_RESULTS=1`` renders the page anew; without it a page that differs from what was
+just measured is a failure.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from llmquant import QuantizeOptions, load, quantize, verify
-from llmquant.checkpoint import CheckpointReader
-from llmquant.detect import quantization_config
+from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.manifest import read_module, stored_schemes
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.formats import for_config
-from llmquant.manifest import read_module, stored_schemes
-from llmquant.modules import PackedLinear
+from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +41,8 @@ IDS = torch.arange(1, 33).view(1, 32)
 
 @dataclass(frozen=True)
 class Row:
-    """One layout and variant: the recipe that writes it, other tools' goldens of the same kind, rows of the vLLM suite."""
+    """One layout and variant: the recipe that writes it, other tools' goldens of the same kind,
+    rows of the vLLM suite."""
 
     title: str
     changes: dict[str, Any]
@@ -49,49 +52,98 @@ class Row:
 
 
 ROWS = (
-    Row("compressed-tensors W4 sym", {}, ("llmcompressor-w4-sym", "llmcompressor-w4-actorder-static"), ("ct-w4-sym-g32",)),
-    Row("compressed-tensors W4 asym", {"weights.symmetric": False}, ("llmcompressor-w4-asym",), ("ct-w4-asym-g32",)),
     Row(
-        "compressed-tensors W4 per row", {"weights.group_size": -1},
-        ("llmcompressor-w4-channel", "llmcompressor-w4-channel-asym"), ("ct-w4-sym-row",),
+        "compressed-tensors W4 sym",
+        {},
+        ("llmcompressor-w4-sym", "llmcompressor-w4-actorder-static"),
+        ("ct-w4-sym-g32",),
     ),
     Row(
-        "compressed-tensors W4 g_idx", {"method": "gptq", "gptq.act_order": "group"},
-        ("llmcompressor-0.12-w4-actorder-group",), calibrated=True,
+        "compressed-tensors W4 asym",
+        {"weights.symmetric": False},
+        ("llmcompressor-w4-asym",),
+        ("ct-w4-asym-g32",),
     ),
-    Row("compressed-tensors W8A16", {"weights.bits": 8}, ("llmcompressor-w8-sym", "llmcompressor-w8-asym")),
-    Row("compressed-tensors W3", {"weights.bits": 3}, ("llmcompressor-w3-asym", "llmcompressor-0.12-w3-asym")),
+    Row(
+        "compressed-tensors W4 per row",
+        {"weights.group_size": -1},
+        ("llmcompressor-w4-channel", "llmcompressor-w4-channel-asym"),
+        ("ct-w4-sym-row",),
+    ),
+    Row(
+        "compressed-tensors W4 g_idx",
+        {"method": "gptq", "gptq.act_order": "group"},
+        ("llmcompressor-0.12-w4-actorder-group",),
+        calibrated=True,
+    ),
+    Row(
+        "compressed-tensors W8A16",
+        {"weights.bits": 8},
+        ("llmcompressor-w8-sym", "llmcompressor-w8-asym"),
+    ),
+    Row(
+        "compressed-tensors W3",
+        {"weights.bits": 3},
+        ("llmcompressor-w3-asym", "llmcompressor-0.12-w3-asym"),
+    ),
     Row("compressed-tensors W2", {"weights.bits": 2}, ("llmcompressor-w2-sym",)),
     Row(
         "compressed-tensors W8A8 (int-quantized)",
         {"weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic"},
-        ("llmcompressor-w8a8",), ("ct-w8a8",),
+        ("llmcompressor-w8a8",),
+        ("ct-w8a8",),
     ),
     Row(
-        "compressed-tensors mixed", {"overrides": ({"match": "*.mlp.*", "bits": 8},)},
-        ("llmcompressor-mixed", "llmcompressor-mixed-formats"), ("ct-mixed-groups",),
-    ),
-    Row("gptq v1 sym", {"format": "gptq"}, ("gptqmodel-w4-v1-sym", "autoround-auto_gptq-sym"), ("gptq-v1-sym-g32",)),
-    Row(
-        "gptq v2 sym", {"format": "gptq_v2"}, ("gptqmodel-w2-v2-sym",), ("gptq-v2-sym-g32",),
+        "compressed-tensors mixed",
+        {"overrides": ({"match": "*.mlp.*", "bits": 8},)},
+        ("llmcompressor-mixed", "llmcompressor-mixed-formats"),
+        ("ct-mixed-groups",),
     ),
     Row(
-        "gptq v2 asym", {"format": "gptq_v2", "weights.symmetric": False},
-        ("gptqmodel-w4-v2-asym", "gptqmodel-w4-v1-asym", "gptqmodel-w3-v1-asym", "gptqmodel-w8-v1-row-asym"),
+        "gptq v1 sym",
+        {"format": "gptq"},
+        ("gptqmodel-w4-v1-sym", "autoround-auto_gptq-sym"),
+        ("gptq-v1-sym-g32",),
     ),
     Row(
-        "gptq v2 desc_act", {"format": "gptq_v2", "method": "gptq", "gptq.act_order": "group"},
-        ("gptqmodel-w4-v1-desc_act-sym", "gptqmodel-w4-v2-desc_act-asym"), calibrated=True,
+        "gptq v2 sym",
+        {"format": "gptq_v2"},
+        ("gptqmodel-w2-v2-sym",),
+        ("gptq-v2-sym-g32",),
     ),
     Row(
-        "awq asym", {"format": "awq", "weights.symmetric": False},
-        ("autoawq-w4-asym", "autoround-auto_awq-asym"), ("awq-asym-g32",),
+        "gptq v2 asym",
+        {"format": "gptq_v2", "weights.symmetric": False},
+        (
+            "gptqmodel-w4-v2-asym",
+            "gptqmodel-w4-v1-asym",
+            "gptqmodel-w3-v1-asym",
+            "gptqmodel-w8-v1-row-asym",
+        ),
+    ),
+    Row(
+        "gptq v2 desc_act",
+        {"format": "gptq_v2", "method": "gptq", "gptq.act_order": "group"},
+        ("gptqmodel-w4-v1-desc_act-sym", "gptqmodel-w4-v2-desc_act-asym"),
+        calibrated=True,
+    ),
+    Row(
+        "awq asym",
+        {"format": "awq", "weights.symmetric": False},
+        ("autoawq-w4-asym", "autoround-auto_awq-asym"),
+        ("awq-asym-g32",),
     ),
     Row("awq sym", {"format": "awq"}, (), ("awq-sym-g32",)),
-    Row("auto-round (read only)", {}, (
-        "autoround-auto_round-sym", "autoround-auto_round-asym", "autoround-auto_round-w3-asym",
-    )),
-)  # fmt: skip
+    Row(
+        "auto-round (read only)",
+        {},
+        (
+            "autoround-auto_round-sym",
+            "autoround-auto_round-asym",
+            "autoround-auto_round-w3-asym",
+        ),
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +159,23 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def cells(row: Row, folder: Path, text: Path) -> list[str]:
     if "read only" in row.title:
         return ["–", "–", "–", *in_vllm(row), by_others(row)]
-    calibration = {"calibration.source": f"file:{text}", "calibration.nsamples": 4, "calibration.seqlen": 32}
-    base = Recipe(method="rtn").updated({"weights.group_size": 32, **(calibration if row.calibrated else {})})
+    calibration = {
+        "calibration.source": f"file:{text}",
+        "calibration.nsamples": 4,
+        "calibration.seqlen": 32,
+    }
+    base = Recipe(method="rtn").updated(
+        {"weights.group_size": 32, **(calibration if row.calibrated else {})}
+    )
     out = folder / row.title.replace(" ", "-")
     quantize(GOLDEN / "base", out, base.updated(row.changes), QuantizeOptions())
-    return [by_us(out), by_compressed_tensors(out), by_transformers(out), *in_vllm(row), by_others(row)]
+    return [
+        by_us(out),
+        by_compressed_tensors(out),
+        by_transformers(out),
+        *in_vllm(row),
+        by_others(row),
+    ]
 
 
 def by_us(out: Path) -> str:
@@ -123,7 +187,9 @@ def by_us(out: Path) -> str:
     for name, scheme in schemes.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, PackedLinear)
-        assert torch.equal(linear.dequantize(), read_module(reader, layout, name, scheme).dequantize()), name
+        assert torch.equal(
+            linear.dequantize(), read_module(reader, layout, name, scheme).dequantize()
+        ), name
     return "exact"
 
 
@@ -146,7 +212,11 @@ def by_compressed_tensors(out: Path) -> str:
     for name, scheme in schemes.items():
         ours = read_module(reader, layout, name, scheme).dequantize(torch.float16)
         group = next(g for g in groups if "Linear" in g.targets or name in g.targets)
-        tensors = {s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader}
+        tensors = {
+            s: reader.read(f"{name}.{s}")
+            for s in layout.tensor_suffixes()
+            if f"{name}.{s}" in reader
+        }
         compressor = BaseCompressor.get_value_from_registry(group.format)
         theirs = compressor.decompress(tensors, group)["weight"]
         assert torch.equal(theirs.to(torch.float16), ours), name
@@ -154,7 +224,8 @@ def by_compressed_tensors(out: Path) -> str:
 
 
 def by_transformers(out: Path) -> str:
-    """transformers alone, without llmquant: the logits of the dequantized weights, or what it asks for."""
+    """transformers alone, without llmquant: the logits of the dequantized weights, or what it asks
+    for."""
     dense = load(out, dtype="float32", kernel="dense")
     try:
         with warnings.catch_warnings():
@@ -162,7 +233,9 @@ def by_transformers(out: Path) -> str:
             theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
             logits = theirs(IDS).logits
     except (ImportError, ValueError, RuntimeError) as e:
-        return "needs gptqmodel" if "gptqmodel" in str(e).lower() else f"refused ({type(e).__name__})"
+        return (
+            "needs gptqmodel" if "gptqmodel" in str(e).lower() else f"refused ({type(e).__name__})"
+        )
     with torch.no_grad():
         worst = float((logits - dense(IDS).logits).abs().max())
     return "equal" if worst < 1e-3 else f"differs by {worst:.1g}"
@@ -171,8 +244,14 @@ def by_transformers(out: Path) -> str:
 def in_vllm(row: Row) -> list[str]:
     """The real vLLM on a CPU with and without AVX-512, from its suite's results."""
     results = json.loads(VLLM.read_text(encoding="utf-8"))
-    found = [[results[cpu][k] for k in row.vllm if k in results[cpu]] for cpu in ("avx512", "no-avx512")]
-    return [", ".join("refused" if "refused" in r else f"Δ ≤ {r['max_abs_delta']:.3f}" for r in rows) or "–" for rows in found]
+    found = [
+        [results[cpu][k] for k in row.vllm if k in results[cpu]] for cpu in ("avx512", "no-avx512")
+    ]
+    return [
+        ", ".join("refused" if "refused" in r else f"Δ ≤ {r['max_abs_delta']:.3f}" for r in rows)
+        or "–"
+        for rows in found
+    ]
 
 
 def by_others(row: Row) -> str:

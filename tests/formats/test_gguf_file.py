@@ -1,4 +1,5 @@
-"""A whole GGUF file: transformers reads the same weights, logits and token ids out of it; what does not fit is refused."""
+"""A whole GGUF file: transformers reads the same weights, logits and token ids out of it; what does
+not fit is refused."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import llmquant
+from llmquant.conversion.gguf.file import export_gguf, read_weights
+from llmquant.conversion.gguf.metadata import read_tokenizer, rope_factors
 from llmquant.errors import FormatError, UsageError
-from llmquant.gguf_file import export_gguf, read_weights
-from llmquant.gguf_metadata import read_tokenizer, rope_factors
 from llmquant.recipe import Recipe
 
 gguf = pytest.importorskip("gguf")
@@ -24,7 +25,11 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 def quantized(folder: Path, bits: int, group_size: int, symmetric: bool) -> Path:
     weights = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
-    llmquant.quantize(TINY, folder, Recipe.model_validate({"method": "rtn", "weights": weights, "scales": {"steps": 0}}))
+    llmquant.quantize(
+        TINY,
+        folder,
+        Recipe.model_validate({"method": "rtn", "weights": weights, "scales": {"steps": 0}}),
+    )
     return folder
 
 
@@ -40,13 +45,23 @@ def written(packed: Path) -> Path:
 
 def test_transformers_reads_the_same_model(packed: Path, written: Path) -> None:
     ours = llmquant.load(packed, dtype="float32", kernel="reference")
-    theirs = AutoModelForCausalLM.from_pretrained(written.parent, gguf_file=written.name, dtype=torch.float32)
-    ids = torch.tensor([AutoTokenizer.from_pretrained(packed)("The quick brown fox jumps over the lazy dog")["input_ids"]])
+    theirs = AutoModelForCausalLM.from_pretrained(
+        written.parent, gguf_file=written.name, dtype=torch.float32
+    )
+    ids = torch.tensor(
+        [
+            AutoTokenizer.from_pretrained(packed)("The quick brown fox jumps over the lazy dog")[
+                "input_ids"
+            ]
+        ]
+    )
     with torch.no_grad():
         a, b = ours(ids).logits, theirs(ids).logits
     for name, module in ours.named_modules():
         if type(module).__name__ == "PackedLinear":
-            assert torch.equal(module.dequantize(torch.float32), theirs.get_submodule(name).weight), name
+            assert torch.equal(
+                module.dequantize(torch.float32), theirs.get_submodule(name).weight
+            ), name
     assert (a - b).abs().max() <= 1e-4 * b.abs().max()  # the same weights, in other matrix products
 
 
@@ -67,7 +82,10 @@ def test_what_the_header_says(written: Path) -> None:
     assert value["llama.attention.head_count_kv"] == config["num_key_value_heads"]
     assert value["llama.vocab_size"] == config["vocab_size"] == len(value["tokenizer.ggml.tokens"])
     assert value["tokenizer.ggml.pre"] == "smaug-bpe"
-    assert (value["tokenizer.ggml.bos_token_id"], value["tokenizer.ggml.add_bos_token"]) == (0, True)
+    assert (value["tokenizer.ggml.bos_token_id"], value["tokenizer.ggml.add_bos_token"]) == (
+        0,
+        True,
+    )
     assert value["tokenizer.chat_template"] == (TINY / "chat_template.jinja").read_text()
 
 
@@ -76,7 +94,9 @@ def test_what_the_header_says(written: Path) -> None:
     [(4, 128, False, {"Q4_1", "Q8_0"}), (8, -1, True, {"Q8_0"}), (3, 64, True, {"Q4_0"})],
     ids=["asym", "8 bits", "3 bits"],
 )
-def test_types(tmp_path: Path, bits: int, group_size: int, symmetric: bool, kinds: set[str]) -> None:
+def test_types(
+    tmp_path: Path, bits: int, group_size: int, symmetric: bool, kinds: set[str]
+) -> None:
     folder = quantized(tmp_path / "q", bits, group_size, symmetric)
     result = export_gguf(folder, tmp_path / "m.gguf")
     linears = {n: k for n, k in result.types.items() if k.startswith("Q")}
@@ -132,7 +152,9 @@ ROPE = {
 
 
 def test_llama3_frequencies_are_transformers_own() -> None:
-    config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters={**ROPE, "rope_theta": 500000.0})
+    config = LlamaConfig(
+        hidden_size=512, num_attention_heads=4, rope_parameters={**ROPE, "rope_theta": 500000.0}
+    )
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     factors = rope_factors(ROPE, 500000.0, 128)
     assert factors is not None
@@ -144,11 +166,17 @@ def test_llama3_frequencies_are_transformers_own() -> None:
 def test_rotary_factors_are_written(packed: Path, tmp_path: Path) -> None:
     shutil.copytree(packed, tmp_path / "m")
     config = json.loads((packed / "config.json").read_text())
-    config["rope_parameters"] = {**ROPE, "rope_theta": 10000.0, "original_max_position_embeddings": 256}
+    config["rope_parameters"] = {
+        **ROPE,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 256,
+    }
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     path = export_gguf(tmp_path / "m", tmp_path / "m.gguf").path
     (stored,) = [t.data for t in gguf.GGUFReader(path).tensors if t.name == "rope_freqs.weight"]
-    assert torch.equal(torch.from_numpy(stored.copy()), rope_factors(config["rope_parameters"], 10000.0, 64))
+    assert torch.equal(
+        torch.from_numpy(stored.copy()), rope_factors(config["rope_parameters"], 10000.0, 64)
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,9 +190,13 @@ def test_rotary_factors_are_written(packed: Path, tmp_path: Path) -> None:
     ],
     ids=["architecture", "window", "rotary", "layers", "vocabulary"],
 )
-def test_models_that_are_refused(packed: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_models_that_are_refused(
+    packed: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
     shutil.copytree(packed, tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text(json.dumps({**json.loads((packed / "config.json").read_text()), **change}))
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps({**json.loads((packed / "config.json").read_text()), **change})
+    )
     with pytest.raises(FormatError, match=message):
         export_gguf(tmp_path / "m", tmp_path / "m.gguf")
 
@@ -174,8 +206,14 @@ def test_models_that_are_refused(packed: Path, tmp_path: Path, change: dict[str,
     [
         (lambda t: t["model"].update(byte_fallback=True), "byte-level BPE"),
         (lambda t: t.update(normalizer={"type": "NFC"}), "byte-level BPE"),
-        (lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="x"), "rules that llama.cpp does not have"),
-        (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "rules that llama.cpp does not have"),
+        (
+            lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="x"),
+            "rules that llama.cpp does not have",
+        ),
+        (
+            lambda t: t.update(pre_tokenizer={"type": "Whitespace"}),
+            "rules that llama.cpp does not have",
+        ),
     ],
     ids=["sentencepiece", "normalizer", "expression", "other splitter"],
 )

@@ -1,6 +1,8 @@
-"""Checkpoints written by GPTQModel, AutoRound, AutoAWQ and llm-compressor dequantize to those tools' own numbers, exactly.
+"""Checkpoints written by GPTQModel, AutoRound, AutoAWQ and llm-compressor dequantize to those
+tools' own numbers, exactly.
 
-Two of their readers are wrong (tests/golden/README.md, "Bytes that lie"); the tests name the rows and say why.
+Two of their readers are wrong (tests/golden/README.md, "Bytes that lie"); the tests name the rows
+and say why.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant.checkpoint import CheckpointReader
-from llmquant.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import FormatError
 from llmquant.formats import FORMATS, Scheme, for_config
 from llmquant.formats.zero_points import check_zero_convention, doubtful, refuse_shifted
@@ -27,7 +29,9 @@ MISLABELLED = "autoround-auto_round-model-free-asym"
 TOOLS = ("gptqmodel", "autoround", "autoawq", "llmcompressor-w8a8", "llmcompressor-mixed")
 FOLDERS = sorted(p.name for tool in TOOLS for p in GOLDEN.glob(f"{tool}*"))
 EXACT = [f for f in FOLDERS if f != WRONG_READER]
-ASYMMETRIC_GPTQ = [f for f in FOLDERS if "asym" in f and "awq" not in f and "auto_round-asym" not in f]
+ASYMMETRIC_GPTQ = [
+    f for f in FOLDERS if "asym" in f and "awq" not in f and "auto_round-asym" not in f
+]
 
 
 def read(folder: str) -> tuple[dict[str, QuantizedWeight], dict[str, Scheme], dict[str, object]]:
@@ -38,14 +42,24 @@ def read(folder: str) -> tuple[dict[str, QuantizedWeight], dict[str, Scheme], di
     schemes = layout.schemes(config, reader.tensors)
     weights = {}
     for name, scheme in schemes.items():
-        tensors = {s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader}
+        tensors = {
+            s: reader.read(f"{name}.{s}")
+            for s in layout.tensor_suffixes()
+            if f"{name}.{s}" in reader
+        }
         weights[name] = layout.unpack(tensors, scheme)
-        assert layout.shape_of({s: tuple(t.shape) for s, t in tensors.items()}, scheme) == weights[name].shape
+        assert (
+            layout.shape_of({s: tuple(t.shape) for s, t in tensors.items()}, scheme)
+            == weights[name].shape
+        )
     return weights, schemes, config
 
 
 def expected(folder: str) -> dict[str, Tensor]:
-    return {n.removesuffix(".weight"): t for n, t in load_file(GOLDEN / folder / "expected.safetensors").items()}
+    return {
+        n.removesuffix(".weight"): t
+        for n, t in load_file(GOLDEN / folder / "expected.safetensors").items()
+    }
 
 
 def test_there_are_goldens_of_every_tool() -> None:
@@ -62,14 +76,17 @@ def test_exactly_the_tools_own_numbers(folder: str) -> None:
 
 
 def test_where_autoround_misreads_its_own_bytes() -> None:
-    """Its v1 writer borrows through the word for z = 0, its reader adds one field by field: a z of 0 is read as 16, and the
-    next row's as one too few. The same codes in its AWQ file, where zeros are stored as they are, settle who is right."""
+    """Its v1 writer borrows through the word for z = 0, its reader adds one field by field: a z of
+    0 is read as 16, and the next row's as one too few. The same codes in its AWQ file, where zeros
+    are stored as they are, settle who is right."""
     ours, theirs = read(WRONG_READER)[0], expected(WRONG_READER)
     wrong = {
         name: (weight.dequantize(torch.float16) != theirs[name]).any(1).nonzero().flatten().tolist()
         for name, weight in ours.items()
     }
-    assert {name: rows for name, rows in wrong.items() if rows} == {"model.layers.0.self_attn.k_proj": [0, 1, 2]}
+    assert {name: rows for name, rows in wrong.items() if rows} == {
+        "model.layers.0.self_attn.k_proj": [0, 1, 2]
+    }
     zeros = ours["model.layers.0.self_attn.k_proj"].zeros
     assert (zeros[:2] == 0).all()
     assert not (zeros[2:] == 0).any()
@@ -80,7 +97,12 @@ def test_where_autoround_misreads_its_own_bytes() -> None:
 def relative_error(weights: dict[str, QuantizedWeight]) -> float:
     base = load_file(GOLDEN / "base" / "model.safetensors")
     pairs = [(w.dequantize(), base[f"{n}.weight"].to(torch.float32)) for n, w in weights.items()]
-    return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
+    return (
+        float(
+            sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
+        )
+        ** 0.5
+    )
 
 
 def with_zeros_plus_one() -> dict[str, QuantizedWeight]:
@@ -88,7 +110,9 @@ def with_zeros_plus_one() -> dict[str, QuantizedWeight]:
     reader = CheckpointReader(GOLDEN / MISLABELLED)
     _, schemes, _ = read(MISLABELLED)
     return {
-        n: FORMATS["gptq"].unpack({t: reader.read(f"{n}.{t}") for t in ("qweight", "qzeros", "scales")}, s)
+        n: FORMATS["gptq"].unpack(
+            {t: reader.read(f"{n}.{t}") for t in ("qweight", "qzeros", "scales")}, s
+        )
         for n, s in schemes.items()
     }
 
@@ -102,14 +126,17 @@ def test_magnitudes_find_the_lie() -> None:
     assert set(doubtful(config, schemes)) == set(weights)
     verdict = check_zero_convention(weights)
     assert (verdict.shift, verdict.by) == (1, "magnitude")
-    with pytest.raises(FormatError, match=r"packing_format: auto_round but 1\d\d\d groups .* the label lies"):
+    with pytest.raises(
+        FormatError, match=r"packing_format: auto_round but 1\d\d\d groups .* the label lies"
+    ):
         refuse_shifted(verdict, "packing_format: auto_round")
     assert check_zero_convention(with_zeros_plus_one()).shift == 0
 
 
 @pytest.mark.parametrize("folder", ASYMMETRIC_GPTQ)
 def test_verdicts(folder: str) -> None:
-    """Every asymmetric fixture in GPTQ's layout, as labelled and against the base model; at 8 bits magnitudes say nothing."""
+    """Every asymmetric fixture in GPTQ's layout, as labelled and against the base model; at 8 bits
+    magnitudes say nothing."""
     weights, schemes, config = read(folder)
     base = {n: load_base(n) for n in weights}
     right = 1 if folder == MISLABELLED else 0
@@ -123,11 +150,15 @@ def load_base(name: str) -> Tensor:
     return CheckpointReader(GOLDEN / "base").read(f"{name}.weight")
 
 
-@pytest.mark.parametrize("folder", [f for f in ASYMMETRIC_GPTQ if "w8" not in f and f != MISLABELLED])
+@pytest.mark.parametrize(
+    "folder", [f for f in ASYMMETRIC_GPTQ if "w8" not in f and f != MISLABELLED]
+)
 def test_the_opposite_lie_is_found_too(folder: str) -> None:
     """Read one convention as the other, both ways."""
     weights = {
-        n: QuantizedWeight(w.codes, w.scales, (w.zeros + 1).clamp(max=w.spec.max_code), w.spec, w.g_idx)
+        n: QuantizedWeight(
+            w.codes, w.scales, (w.zeros + 1).clamp(max=w.spec.max_code), w.spec, w.g_idx
+        )
         for n, w in read(folder)[0].items()
     }
     assert check_zero_convention(weights).shift == -1
@@ -168,10 +199,16 @@ def apart(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dropped", [(), ("quant_method", "method", "meta", "checkpoint_format", "format")], ids=["whole", "old"])
+@pytest.mark.parametrize(
+    "dropped",
+    [(), ("quant_method", "method", "meta", "checkpoint_format", "format")],
+    ids=["whole", "old"],
+)
 def test_a_config_beside_config_json(apart: Path, dropped: tuple[str, ...]) -> None:
     side = json.loads((apart / "quantize_config.json").read_text())
-    (apart / "quantize_config.json").write_text(json.dumps({k: v for k, v in side.items() if k not in dropped}))
+    (apart / "quantize_config.json").write_text(
+        json.dumps({k: v for k, v in side.items() if k not in dropped})
+    )
     reader = CheckpointReader(apart)
     config = quantization_config(reader)
     assert config is not None
@@ -179,12 +216,17 @@ def test_a_config_beside_config_json(apart: Path, dropped: tuple[str, ...]) -> N
     assert layout is FORMATS["gptq"]
     for name, scheme in layout.schemes(config, reader.tensors).items():
         tensors = {s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes()}
-        assert torch.equal(layout.unpack(tensors, scheme).dequantize(torch.float16), expected("gptqmodel-w4-v1-asym")[name])
+        assert torch.equal(
+            layout.unpack(tensors, scheme).dequantize(torch.float16),
+            expected("gptqmodel-w4-v1-asym")[name],
+        )
 
 
 def test_a_leftover_side_file_quantizes_nothing(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "base", tmp_path / "base")
-    (tmp_path / "base" / "quantize_config.json").write_text('{"bits": 4, "group_size": 32, "desc_act": false}')
+    (tmp_path / "base" / "quantize_config.json").write_text(
+        '{"bits": 4, "group_size": 32, "desc_act": false}'
+    )
     assert quantization_config(CheckpointReader(tmp_path / "base")) is None
     assert quantization_config(CheckpointReader(GOLDEN / "base")) is None
 
@@ -201,7 +243,9 @@ def test_a_leftover_side_file_quantizes_nothing(tmp_path: Path) -> None:
     ],
     ids=["older name", "multimodal", "awq", "gptq", "unknown", "no mapping"],
 )
-def test_where_a_config_may_stand(tmp_path: Path, config: dict[str, object], method: str | None) -> None:
+def test_where_a_config_may_stand(
+    tmp_path: Path, config: dict[str, object], method: str | None
+) -> None:
     shutil.copytree(GOLDEN / "base", tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     reader = CheckpointReader(tmp_path / "m")
@@ -216,11 +260,19 @@ AUTO = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True}
 
 
 def test_autoround_exceptions() -> None:
-    extra = {"m.a": {"bits": 8}, r"m\..*down": {"group_size": 64, "sym": False}, "lm_head": {"bits": 16}}
+    extra = {
+        "m.a": {"bits": 8},
+        r"m\..*down": {"group_size": 64, "sym": False},
+        "lm_head": {"bits": 16},
+    }
     config = {**AUTO, "extra_config": extra}
     names = ["m.a.qweight", "m.x.down.qweight", "m.b.qweight", "lm_head.weight"]
     found = for_config(config).schemes(config, names)
-    assert {n: str(s.spec) for n, s in found.items()} == {"m.a": "W8 g32 sym", "m.b": "W4 g32 sym", "m.x.down": "W4 g64 asym"}
+    assert {n: str(s.spec) for n, s in found.items()} == {
+        "m.a": "W8 g32 sym",
+        "m.b": "W4 g32 sym",
+        "m.x.down": "W4 g64 asym",
+    }
 
 
 @pytest.mark.parametrize(
@@ -235,7 +287,9 @@ def test_autoround_exceptions() -> None:
     ],
     ids=["unknown packing", "other layout", "activations", "floats", "skipped", "regex"],
 )
-def test_autoround_configs_that_cannot_be_read(change: dict[str, object], names: list[str], message: str) -> None:
+def test_autoround_configs_that_cannot_be_read(
+    change: dict[str, object], names: list[str], message: str
+) -> None:
     config = {**AUTO, **change}
     with pytest.raises(FormatError, match=message):
         for_config(config).schemes(config, names)

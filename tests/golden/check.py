@@ -1,4 +1,5 @@
-"""Recompute every `expected.safetensors` here from the raw bytes, with numpy alone, and compare bit for bit.
+"""Recompute every `expected.safetensors` here from the raw bytes, with numpy alone, and compare bit
+for bit.
 
 Run it as `python tests/golden/check.py`.
 """
@@ -16,19 +17,23 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, but for the bf16 ones, which numpy cannot hold and no packed weight uses."""
+    """The tensors of a safetensors file, but for the bf16 ones, which numpy cannot hold and no
+    packed weight uses."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     tensors = {}
     for name, entry in json.loads(data[8 : 8 + length]).items():
         if entry.get("dtype") in DTYPES:
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            tensors[name] = np.frombuffer(data[begin:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            tensors[name] = np.frombuffer(data[begin:end], DTYPES[entry["dtype"]]).reshape(
+                entry["shape"]
+            )
     return tensors
 
 
 def dense(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """`[n, words]` int32 -> `[n, count]`: value i is the bits [i·b, (i+1)·b) of the row, lowest bit first."""
+    """`[n, words]` int32 -> `[n, count]`: value i is the bits [i·b, (i+1)·b) of the row, lowest bit
+    first."""
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
     return stream[:, : count * bits].reshape(len(words), count, bits) @ (1 << np.arange(bits))
 
@@ -66,11 +71,14 @@ def gptq(config: dict, state: dict) -> np.ndarray:
     columns = state["qweight"].shape[0] * 32 // bits
     codes = dense(state["qweight"].T, bits, columns)
     group = state.get("g_idx", np.arange(columns) // (columns // groups))
-    return (codes - gptq_zeros(config, state["qzeros"], rows).T[:, group]).astype(scale.dtype) * scale.T[:, group]
+    return (codes - gptq_zeros(config, state["qzeros"], rows).T[:, group]).astype(
+        scale.dtype
+    ) * scale.T[:, group]
 
 
 def gptq_zeros(config: dict, words: np.ndarray, rows: int) -> np.ndarray:
-    """What the writer itself reads, `[groups, rows]`. The two tools differ on a v1 zero point of 0 (README.md)."""
+    """What the writer itself reads, `[groups, rows]`. The two tools differ on a v1 zero point of 0
+    (README.md)."""
     bits = config["bits"]
     if config.get("packing_format") == "auto_round" or config.get("checkpoint_format") == "gptq_v2":
         return dense(words, bits, rows)
@@ -96,10 +104,18 @@ def awq(state: dict) -> np.ndarray:
 
 
 def dequantize(config: dict, tensors: dict, module: str) -> np.ndarray:
-    state = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.")}
+    state = {
+        name.removeprefix(f"{module}."): t
+        for name, t in tensors.items()
+        if name.startswith(f"{module}.")
+    }
     if config["quant_method"] == "compressed-tensors":
         return compressed_tensors(config, state, module)
-    return awq(state) if config.get("packing_format", config["quant_method"]).endswith("awq") else gptq(config, state)
+    return (
+        awq(state)
+        if config.get("packing_format", config["quant_method"]).endswith("awq")
+        else gptq(config, state)
+    )
 
 
 def main() -> int:
@@ -111,7 +127,9 @@ def main() -> int:
             ours = dequantize(config, tensors, name.removesuffix(".weight"))
             if ours.dtype != weight.dtype or not np.array_equal(ours, weight):
                 failures += 1
-                print(f"{path.parent.name}: {name} differs in {(ours != weight).sum()} of {weight.size} weights")
+                print(
+                    f"{path.parent.name}: {name} differs in {(ours != weight).sum()} of {weight.size} weights"
+                )
         print(f"{path.parent.name}: {len(expected)} weights compared")
     return 1 if failures else 0
 

@@ -1,7 +1,8 @@
-"""Write `autoawq-*/`: what AutoAWQ's quantizer made of one layer of `base/`, and what AutoAWQ reads in it.
+"""Write `autoawq-*/`: what AutoAWQ's quantizer made of one layer of `base/`, and what AutoAWQ reads
+in it.
 
-Run it in an environment that has AutoAWQ; README.md says which version. `expected.safetensors` holds what its
-`dequantize_gemm` makes of the saved tensors.
+Run it in an environment that has AutoAWQ; README.md says which version. `expected.safetensors`
+holds what its `dequantize_gemm` makes of the saved tensors.
 """
 
 import shutil
@@ -20,12 +21,18 @@ CASES = {"w4-asym": {"zero_point": True, "q_group_size": 32, "w_bit": 4, "versio
 
 
 def write(options: dict, out: Path) -> None:
-    ids = torch.randint(3, CONFIG.vocab_size, (16, 64), generator=torch.Generator().manual_seed(7)).tolist()
+    ids = torch.randint(
+        3, CONFIG.vocab_size, (16, 64), generator=torch.Generator().manual_seed(7)
+    ).tolist()
     with tempfile.TemporaryDirectory() as scratch:
         base = first_layers(1, Path(scratch) / "base")
-        model = AutoAWQForCausalLM.from_pretrained(str(base), torch_dtype=torch.float16, device_map="cpu")
+        model = AutoAWQForCausalLM.from_pretrained(
+            str(base), torch_dtype=torch.float16, device_map="cpu"
+        )
         # no clip search: it wants a multiple of 64 output rows, and k_proj and v_proj have 32
-        model.quantize(None, quant_config=options, calib_data=ids, max_calib_seq_len=64, apply_clip=False)
+        model.quantize(
+            None, quant_config=options, calib_data=ids, max_calib_seq_len=64, apply_clip=False
+        )
         result = Path(scratch) / "result"
         model.save_quantized(str(result))
         out.mkdir(exist_ok=True)
@@ -39,8 +46,12 @@ def expected(options: dict, out: Path) -> dict[str, torch.Tensor]:
     for key in tensors:
         module = key.removesuffix(".qweight")
         if module != key:
-            qweight, qzeros, scales = (tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales"))
-            weight = dequantize_gemm(qweight, qzeros, scales, options["w_bit"], options["q_group_size"])
+            qweight, qzeros, scales = (
+                tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales")
+            )
+            weight = dequantize_gemm(
+                qweight, qzeros, scales, options["w_bit"], options["q_group_size"]
+            )
             weights[f"{module}.weight"] = weight.T.contiguous()
     return weights
 

@@ -1,8 +1,10 @@
-"""Write `autoround-*/`: checkpoints that AutoRound exported of one layer of `base/`, and what AutoRound reads in them.
+"""Write `autoround-*/`: checkpoints that AutoRound exported of one layer of `base/`, and what
+AutoRound reads in them.
 
-Run it in an environment that has AutoRound; README.md says which version. Rounding is to nearest (no tuning): only
-the bytes matter here. `expected.safetensors` holds what AutoRound's own CPU layers compute from the saved tensors: the
-layer is applied to the identity matrix, which yields its weight with no rounding of its own.
+Run it in an environment that has AutoRound; README.md says which version. Rounding is to nearest
+(no tuning): only the bytes matter here. `expected.safetensors` holds what AutoRound's own CPU
+layers compute from the saved tensors: the layer is applied to the identity matrix, which yields its
+weight with no rounding of its own.
 """
 
 import json
@@ -45,14 +47,17 @@ def write(export: str, bits: int, symmetric: bool, model_free: bool, out: Path) 
             device_map="cpu",
         )
         quantizer.quantize_and_save(str(Path(scratch) / "result"), format=export)
-        (config,) = (Path(scratch) / "result").rglob("config.json")  # some formats add a folder named after the scheme
+        (config,) = (Path(scratch) / "result").rglob(
+            "config.json"
+        )  # some formats add a folder named after the scheme
         out.mkdir(exist_ok=True)
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(config.with_name(name), out / name)
 
 
 def dequantize(config: dict, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The `[out, in]` weight of one module, by the class that AutoRound's inference picks for this packing format."""
+    """The `[out, in]` weight of one module, by the class that AutoRound's inference picks for this
+    packing format."""
     bits, size = config["bits"], config["group_size"]
     packing = config.get("packing_format", config["quant_method"])
     if packing.endswith("awq"):
@@ -61,7 +66,8 @@ def dequantize(config: dict, state: dict[str, torch.Tensor]) -> torch.Tensor:
     layer_class = (qlinear_torch_zp if minus_one else qlinear_torch).QuantLinear
     rows, columns = state["scales"].shape[1], state["qweight"].shape[0] * 32 // bits
     layer = layer_class(bits, size, columns, rows, bias=False)
-    # AutoRound's inference, too, leaves the group index out: it is trivial, and the branch for it fails where out > in.
+    # AutoRound's inference, too, leaves the group index out: it is trivial, and the branch for it
+    # fails where out > in.
     layer.load_state_dict({name: t for name, t in state.items() if name != "g_idx"})
     return layer(torch.eye(columns, dtype=torch.float16)).T
 
@@ -73,7 +79,11 @@ def expected(out: Path) -> dict[str, torch.Tensor]:
     for key in tensors:
         if key.endswith(".qweight"):
             module = key.removesuffix(".qweight")
-            state = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.")}
+            state = {
+                name.removeprefix(f"{module}."): t
+                for name, t in tensors.items()
+                if name.startswith(f"{module}.")
+            }
             weights[f"{module}.weight"] = dequantize(config, state).contiguous()
     return weights
 

@@ -1,9 +1,10 @@
 """Write `base/`: a two-layer random Llama in fp16, small enough to live in git.
 
-The weights are drawn from a fixed seed, normal with std 0.05, and one weight in two hundred is six times larger, so
-that scales and clipping have something to do. Two rows of the first k_proj are all positive and two all negative: an
-asymmetric quantizer puts their zero points at the two ends of the code range, where formats go wrong. A head has 32
-dimensions because vLLM's CPU attention refuses 16.
+The weights are drawn from a fixed seed, normal with std 0.05, and one weight in two hundred is six
+times larger, so that scales and clipping have something to do. Two rows of the first k_proj are all
+positive and two all negative: an asymmetric quantizer puts their zero points at the two ends of the
+code range, where formats go wrong. A head has 32 dimensions because vLLM's CPU attention refuses
+16.
 """
 
 import json
@@ -51,20 +52,33 @@ def make_model() -> LlamaForCausalLM:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<unk>", "<s>", "</s>"] + [f"w{i}" for i in range(3, CONFIG.vocab_size)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
     )
 
 
 def first_layers(layers: int, folder: Path) -> Path:
-    """A copy of `base/` in `folder` with fewer layers: most fixtures need only one, and git keeps them all."""
+    """A copy of `base/` in `folder` with fewer layers: most fixtures need only one, and git keeps
+    them all."""
     shutil.copytree(OUT, folder)
     config = json.loads((OUT / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}, indent=2))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": layers}, indent=2)
+    )
     dropped = tuple(f"model.layers.{i}." for i in range(layers, config["num_hidden_layers"]))
-    kept = {name: t for name, t in load_file(OUT / "model.safetensors").items() if not name.startswith(dropped)}
+    kept = {
+        name: t
+        for name, t in load_file(OUT / "model.safetensors").items()
+        if not name.startswith(dropped)
+    }
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return folder
 

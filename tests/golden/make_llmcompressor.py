@@ -1,9 +1,11 @@
-"""Write `llmcompressor-*/`: checkpoints that llm-compressor made of `base/`, and what compressed-tensors reads in them.
+"""Write `llmcompressor-*/`: checkpoints that llm-compressor made of `base/`, and what
+compressed-tensors reads in them.
 
-Run it in an environment that has llm-compressor; README.md says which version and how each file came about. Under
-release 0.12 it writes `llmcompressor-0.12-*/` instead: what later releases refuse (act-order with a group index) or
-pack in another way (3 bits: ten values a word then, a dense stream of bits since).
-`expected.safetensors` holds, for every quantized linear, the weight that the library's own decompressor yields.
+Run it in an environment that has llm-compressor; README.md says which version and how each file
+came about. Under release 0.12 it writes `llmcompressor-0.12-*/` instead: what later releases refuse
+(act-order with a group index) or pack in another way (3 bits: ten values a word then, a dense
+stream of bits since). `expected.safetensors` holds, for every quantized linear, the weight that the
+library's own decompressor yields.
 """
 
 import json
@@ -27,14 +29,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).resolve().parent
 
 
-def group(bits: int, size: int | None = 32, *, symmetric: bool = True, actorder: str | None = None) -> dict:
+def group(
+    bits: int, size: int | None = 32, *, symmetric: bool = True, actorder: str | None = None
+) -> dict:
     """The weights half of a scheme; no size means one scale per output row."""
-    strategy = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
-    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "actorder": actorder, **strategy}
+    strategy = (
+        {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+    )
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "actorder": actorder,
+        **strategy,
+    }
 
 
 LINEAR = ["Linear"]
-INT8_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+INT8_TOKENS = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
 # case -> (layers kept of the base, config groups)
 CASES = {
     "w4-sym": (1, {"g": {"targets": LINEAR, "weights": group(4)}}),
@@ -46,7 +64,10 @@ CASES = {
     "w4-actorder-static": (1, {"g": {"targets": LINEAR, "weights": group(4, actorder="static")}}),
     "w3-asym": (1, {"g": {"targets": LINEAR, "weights": group(3, symmetric=False)}}),
     "w2-sym": (1, {"g": {"targets": LINEAR, "weights": group(2)}}),
-    "w8a8": (1, {"g": {"targets": LINEAR, "weights": group(8, None), "input_activations": INT8_TOKENS}}),
+    "w8a8": (
+        1,
+        {"g": {"targets": LINEAR, "weights": group(8, None), "input_activations": INT8_TOKENS}},
+    ),
     "mixed": (
         1,
         {
@@ -75,15 +96,20 @@ OLD = version("llmcompressor").startswith("0.12.")
 
 def calibration() -> Dataset:
     ids = torch.randint(3, CONFIG.vocab_size, (16, 64), generator=torch.Generator().manual_seed(7))
-    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    )
 
 
 def write(layers: int, groups: dict, out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        # The tool writes the config.json of the folder that it loaded, so the layers are dropped there, not in memory.
+        # The tool writes the config.json of the folder that it loaded, so the layers are dropped
+        # there, not in memory.
         base = first_layers(layers, Path(scratch) / "base")
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-        actorder = next(iter(groups.values()))["weights"]["actorder"]  # the tool insists that both places agree
+        actorder = next(iter(groups.values()))["weights"][
+            "actorder"
+        ]  # the tool insists that both places agree
         oneshot(
             model=model,
             processor=AutoTokenizer.from_pretrained(base),
@@ -108,7 +134,11 @@ def decompress(out: Path) -> dict[str, torch.Tensor]:
         if module == key:
             continue
         scheme = find_scheme(config, module)
-        state = {name.removeprefix(f"{module}."): t for name, t in tensors.items() if name.startswith(f"{module}.")}
+        state = {
+            name.removeprefix(f"{module}."): t
+            for name, t in tensors.items()
+            if name.startswith(f"{module}.")
+        }
         compressor = BaseCompressor.get_value_from_registry(scheme.format or config["format"])
         weights[f"{module}.weight"] = compressor.decompress(state, scheme)["weight"].contiguous()
     return weights

@@ -1,7 +1,9 @@
-"""Measured: what W8A8 costs the shipped model, and that SmoothQuant and rotation repair it where activations have outliers.
+"""Measured: what W8A8 costs the shipped model, and that SmoothQuant and rotation repair it where
+activations have outliers.
 
-The shipped model has no channel outliers to speak of, so they are planted: some channels of every norm are multiplied by 32 and
-the columns that read them divided by it, which leaves every product as it was (powers of two, stored in float32).
+The shipped model has no channel outliers to speak of, so they are planted: some channels of every
+norm are multiplied by 32 and the columns that read them divided by it, which leaves every product
+as it was (powers of two, stored in float32).
 """
 
 from __future__ import annotations
@@ -14,16 +16,24 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llmquant import Recipe, quantize
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.plan import Request
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
 
 pytestmark = pytest.mark.quality
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
-RECIPE = Recipe().updated({
-    "method": "rtn", "weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic", "scales.steps": 0,
-    "calibration.source": f"file:{MODEL / 'calibration.txt'}", "calibration.nsamples": 8, "calibration.seqlen": 256,
-})  # fmt: skip
+RECIPE = Recipe().updated(
+    {
+        "method": "rtn",
+        "weights.bits": 8,
+        "weights.group_size": -1,
+        "weights.activations": "int8-dynamic",
+        "scales.steps": 0,
+        "calibration.source": f"file:{MODEL / 'calibration.txt'}",
+        "calibration.nsamples": 8,
+        "calibration.seqlen": 256,
+    }
+)
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -48,9 +58,19 @@ def planted(folder: Path) -> Path:
 
 def kl(folders: list[Path], reference: Path = MODEL) -> list[float]:
     request = Request(
-        candidates=tuple(map(str, folders)), text=f"file:{MODEL / 'heldout.txt'}", reference=str(reference), protocol=None,
-        window=512, max_windows=16, dtype="float32", device="cpu", kernel="dense", batch_size=8, cost=False, noise_floor=False,
-    )  # fmt: skip
+        candidates=tuple(map(str, folders)),
+        text=f"file:{MODEL / 'heldout.txt'}",
+        reference=str(reference),
+        protocol=None,
+        window=512,
+        max_windows=16,
+        dtype="float32",
+        device="cpu",
+        kernel="dense",
+        batch_size=8,
+        cost=False,
+        noise_floor=False,
+    )
     return [m.metrics["kl_mean"].value for m in evaluate(request).models if m.role == "candidate"]
 
 
@@ -65,7 +85,9 @@ def test_smoothing_and_rotation_repair_planted_outliers(tmp_path: Path) -> None:
     for name, (model, recipe) in runs.items():
         quantize(model, tmp_path / name, recipe)
     same, plain, lost, smooth, turned = kl([outliers, *(tmp_path / name for name in runs)])
-    print(f"KL: planted {same:.1e}, W8A8 {plain:.5f}, with outliers {lost:.5f}, smoothed {smooth:.5f}, rotated {turned:.5f}")
+    print(
+        f"KL: planted {same:.1e}, W8A8 {plain:.5f}, with outliers {lost:.5f}, smoothed {smooth:.5f}, rotated {turned:.5f}"
+    )
     assert same < 1e-6
     assert lost > 5 * plain
     assert smooth < 1.5 * plain

@@ -1,7 +1,8 @@
 """Measured: an allocated model against the best uniform one of its size, on the shipped model.
 
-docs/mixed-precision.md has the full comparison: both budgets, three calibration seeds, every uniform scheme. Here one seed and
-fewer schemes to choose from keep it short; what is asserted is less than what was measured.
+docs/mixed-precision.md has the full comparison: both budgets, three calibration seeds, every
+uniform scheme. Here one seed and fewer schemes to choose from keep it short; what is asserted is
+less than what was measured.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 from test_tiny_llama import CALIBRATION, MODEL, measured, values
 
 from llmquant import Recipe, load_recipe, quantize
-from llmquant.allocation import AllocateOptions, allocate
+from llmquant.planning.allocate import AllocateOptions, allocate
 
 pytestmark = pytest.mark.quality
 
@@ -25,7 +26,9 @@ def kl(tmp_path: Path, recipes: dict[str, Recipe]) -> list[float]:
 
 def test_mixed_at_3_5_bits_beats_uniform_3_5_bits(tmp_path: Path) -> None:
     recipe = load_recipe("gptq-w3g32").updated(CALIBRATION)
-    options = AllocateOptions(3.5, widths=(3, 4, 8), group_sizes=(32, 128, -1), symmetric=True, probe_tokens=4096)
+    options = AllocateOptions(
+        3.5, widths=(3, 4, 8), group_sizes=(32, 128, -1), symmetric=True, probe_tokens=4096
+    )
     allocation = allocate(MODEL, recipe, options)
     assert allocation.bits_per_weight <= 3.5
     mixed, uniform = kl(tmp_path, {"mixed": allocation.recipe, "uniform": recipe})

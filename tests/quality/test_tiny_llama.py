@@ -1,10 +1,13 @@
-"""Measured: what quantization costs the shipped model, against marks measured once with other tools on the same model.
+"""Measured: what quantization costs the shipped model, against marks measured once with other tools
+on the same model.
 
-Marks (docs/evaluation.md): llm-compressor 0.14 GPTQ with static act-order, 64 windows of 512 tokens of English Wikipedia,
-float32 arithmetic, the first 120 windows of 512 tokens of ``heldout.txt``. docs/quality.md repeats that with three seeds for
-every cell. Here one seed, a quarter of the calibration text and a third of the evaluation text keep it short, and make it no
-easier: less calibration costs us 8% (W4 g128 sym, KL 0.0128 instead of 0.0119), which the marks do not pay. The first 40 windows
-cost less than 120 (0.0125 instead of 0.0128), so marks are multiplied by that. Nothing here is compared to the clock.
+Marks (docs/evaluation.md): llm-compressor 0.14 GPTQ with static act-order, 64 windows of 512 tokens
+of English Wikipedia, float32 arithmetic, the first 120 windows of 512 tokens of ``heldout.txt``.
+docs/quality.md repeats that with three seeds for every cell. Here one seed, a quarter of the
+calibration text and a third of the evaluation text keep it short, and make it no easier: less
+calibration costs us 8% (W4 g128 sym, KL 0.0128 instead of 0.0119), which the marks do not pay. The
+first 40 windows cost less than 120 (0.0125 instead of 0.0128), so marks are multiplied by that.
+Nothing here is compared to the clock.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from llmquant import Recipe, inspect, load_recipe, quantize
-from llmquant_eval.evaluate import evaluate
-from llmquant_eval.plan import Request
-from llmquant_eval.report import Report
+from llmquant_eval.report.schema import Report
+from llmquant_eval.run.evaluate import evaluate
+from llmquant_eval.run.plan import Request
 
 pytestmark = pytest.mark.quality
 
@@ -32,11 +35,22 @@ CALIBRATION = {
 
 
 def measured(folders: list[Path]) -> Report:
-    """Perplexity and KL of packed folders against the original, in float32 as the marks were taken."""
+    """Perplexity and KL of packed folders against the original, in float32 as the marks were
+    taken."""
     request = Request(
-        candidates=tuple(map(str, folders)), text=HELDOUT, reference=str(MODEL), protocol=None, window=512,
-        max_windows=WINDOWS, dtype="float32", device="cpu", kernel="dense", batch_size=8, cost=False, noise_floor=False,
-    )  # fmt: skip
+        candidates=tuple(map(str, folders)),
+        text=HELDOUT,
+        reference=str(MODEL),
+        protocol=None,
+        window=512,
+        max_windows=WINDOWS,
+        dtype="float32",
+        device="cpu",
+        kernel="dense",
+        batch_size=8,
+        cost=False,
+        noise_floor=False,
+    )
     return evaluate(request)
 
 
@@ -53,13 +67,17 @@ def values(report: Report, metric: str) -> list[float]:
     [
         pytest.param({}, 0.01454, id="W4 g128 sym"),
         # The narrowest of them: as much calibration text as the mark had.
-        pytest.param({"weights.symmetric": False, "calibration.nsamples": 64}, 0.01171, id="W4 g128 asym"),
+        pytest.param(
+            {"weights.symmetric": False, "calibration.nsamples": 64}, 0.01171, id="W4 g128 asym"
+        ),
         pytest.param({"weights.group_size": 32}, 0.01057, id="W4 g32 sym"),
         pytest.param({"weights.bits": 3}, 0.0706, id="W3 g128 sym"),
         pytest.param({"weights.bits": 2, "weights.group_size": 32}, 0.366, id="W2 g32 sym"),
     ],
 )
-def test_gptq_kl_is_at_most_llm_compressors(tmp_path: Path, changes: dict[str, object], mark: float) -> None:
+def test_gptq_kl_is_at_most_llm_compressors(
+    tmp_path: Path, changes: dict[str, object], mark: float
+) -> None:
     recipe = load_recipe("gptq-w4g128").updated({**CALIBRATION, **changes})
     (kl,) = values(measured(made(tmp_path, ours=recipe)), "kl_mean")
     print(f"KL {kl:.5f}, mark {mark} * {OF_MARKS:.3f} = {mark * OF_MARKS:.5f}")
@@ -67,8 +85,11 @@ def test_gptq_kl_is_at_most_llm_compressors(tmp_path: Path, changes: dict[str, o
 
 
 def test_awq_kl_is_at_most_llm_compressors(tmp_path: Path) -> None:
-    """KL 0.0479 for llm-compressor's AWQ. The symmetric grid alone, to keep the suite short; docs/quality.md has more."""
-    (kl,) = values(measured(made(tmp_path, awq=load_recipe("awq-w4g128").updated(CALIBRATION))), "kl_mean")
+    """KL 0.0479 for llm-compressor's AWQ. The symmetric grid alone, to keep the suite short;
+    docs/quality.md has more."""
+    (kl,) = values(
+        measured(made(tmp_path, awq=load_recipe("awq-w4g128").updated(CALIBRATION))), "kl_mean"
+    )
     print(f"KL {kl:.5f}, mark {0.0479 * OF_MARKS:.5f}")
     assert kl <= 0.0479 * OF_MARKS
 
@@ -95,7 +116,9 @@ def test_the_best_three_bit_recipe_is_at_most_nine_tenths_of_autorounds(tmp_path
 def test_rtn_costs_no_more_than_min_max(tmp_path: Path) -> None:
     ours = load_recipe("rtn-w4g128")
     min_max = ours.updated({"scales.steps": 0})
-    searched, plain = values(measured(made(tmp_path, ours=ours, min_max=min_max)), "perplexity_ratio")
+    searched, plain = values(
+        measured(made(tmp_path, ours=ours, min_max=min_max)), "perplexity_ratio"
+    )
     print(f"perplexity ratio {searched:.5f}, min-max {plain:.5f}")
     assert searched <= plain
     assert searched <= 1.0702

@@ -9,7 +9,14 @@ import torch
 
 from llmquant.errors import UsageError
 from llmquant.runtime import devices
-from llmquant.runtime.devices import CALIBRATION, ChosenDtype, auto_dtype, dtype_for, parse_device, parse_dtype
+from llmquant.runtime.devices import (
+    CALIBRATION,
+    ChosenDtype,
+    auto_dtype,
+    dtype_for,
+    parse_device,
+    parse_dtype,
+)
 from llmquant.runtime.processor import Processor, processor_of
 
 AVX2 = ("avx2", "fma", "f16c")
@@ -45,11 +52,15 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         pytest.param(x86(*AVX2, "avx_vnni"), FP32, SLOW, id="Alder Lake"),
         pytest.param(x86(), FP32, f"{SLOW} (no AVX2, no bf16 instructions)", id="older"),
         pytest.param(
-            processor_of("x86_64", "some", frozenset(AMX.instruction_sets), {"ATEN_CPU_CAPABILITY": "avx2"}), FP32,
-            "(AVX2, no bf16 instructions, held to that by ATEN_CPU_CAPABILITY=avx2)", id="Sapphire Rapids held to AVX2",
+            processor_of(
+                "x86_64", "some", frozenset(AMX.instruction_sets), {"ATEN_CPU_CAPABILITY": "avx2"}
+            ),
+            FP32,
+            "(AVX2, no bf16 instructions, held to that by ATEN_CPU_CAPABILITY=avx2)",
+            id="Sapphire Rapids held to AVX2",
         ),
     ],
-)  # fmt: skip
+)
 def test_where_instruction_sets_tell_nothing_is_measured(processor, dtype, reason, measured):
     chosen = dtype_for(processor)
     assert chosen.dtype is dtype
@@ -69,7 +80,12 @@ def test_where_instruction_sets_tell_nothing_is_measured(processor, dtype, reaso
     ("ratio", "dtype", "reason"),
     [
         pytest.param(0.5, BF16, "bfloat16 takes 0.5 of float32's time", id="clearly faster"),
-        pytest.param(0.9, FP32, "bfloat16 is not clearly faster on this processor: 0.9 of", id="about as fast"),
+        pytest.param(
+            0.9,
+            FP32,
+            "bfloat16 is not clearly faster on this processor: 0.9 of",
+            id="about as fast",
+        ),
         pytest.param(12.0, FP32, "bfloat16 takes 12 times as long as float32", id="slower"),
     ],
 )
@@ -82,7 +98,11 @@ def test_where_they_do_not_tell_a_probe_does(processor, ratio, dtype, reason, me
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype"), [pytest.param("linux", BF16, id="Graviton 3"), pytest.param("darwin", FP32, id="Apple: measured")]
+    ("platform", "dtype"),
+    [
+        pytest.param("linux", BF16, id="Graviton 3"),
+        pytest.param("darwin", FP32, id="Apple: measured"),
+    ],
 )
 def test_arm_with_bf16(platform, dtype, measured, monkeypatch):
     measured.append(1.5)
@@ -93,7 +113,9 @@ def test_arm_with_bf16(platform, dtype, measured, monkeypatch):
 def test_the_probe_measures_this_processor_and_auto_asks_once(monkeypatch):
     assert devices.probe() > 0
     calls = []
-    monkeypatch.setattr(devices, "dtype_for", lambda processor: calls.append(processor) or ChosenDtype(FP32, "so"))
+    monkeypatch.setattr(
+        devices, "dtype_for", lambda processor: calls.append(processor) or ChosenDtype(FP32, "so")
+    )
     devices._cpu_dtype.cache_clear()
     try:
         assert {parse_dtype(word).reason for word in ("auto", None, "auto")} == {"so"}
@@ -105,11 +127,17 @@ def test_the_probe_measures_this_processor_and_auto_asks_once(monkeypatch):
 @pytest.mark.parametrize(
     ("word", "dtype"),
     [
-        ("bf16", BF16), ("bfloat16", BF16), ("fp16", FP16), ("float16", FP16), ("half", FP16), ("fp32", FP32), ("float32", FP32),
+        ("bf16", BF16),
+        ("bfloat16", BF16),
+        ("fp16", FP16),
+        ("float16", FP16),
+        ("half", FP16),
+        ("fp32", FP32),
+        ("float32", FP32),
         (torch.float64, torch.float64),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_dtype_that_is_asked_for_is_obeyed(word, dtype):
     assert parse_dtype(word) == ChosenDtype(dtype, None)
     assert parse_dtype(word).name == str(dtype).removeprefix("torch.")
@@ -123,7 +151,14 @@ def test_auto_of_calibration_is_float32(word):
 
 @pytest.mark.parametrize(
     ("stored", "dtype"),
-    [("float16", FP16), ("bfloat16", BF16), (FP32, FP32), (None, BF16), ("float8_e4m3fn", BF16), (torch.int8, BF16)],
+    [
+        ("float16", FP16),
+        ("bfloat16", BF16),
+        (FP32, FP32),
+        (None, BF16),
+        ("float8_e4m3fn", BF16),
+        (torch.int8, BF16),
+    ],
     ids=str,
 )
 def test_on_a_gpu_auto_is_the_checkpoints_own(stored, dtype):
@@ -140,7 +175,9 @@ def test_on_a_cpu_what_is_stored_does_not_matter(stored):
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        pytest.param("int4", "dtype 'int4' does not exist; choose auto, bfloat16, bf16", id="no such word"),
+        pytest.param(
+            "int4", "dtype 'int4' does not exist; choose auto, bfloat16, bf16", id="no such word"
+        ),
         pytest.param("", "dtype '' does not exist", id="empty"),
         pytest.param(torch.int8, "not a floating-point type", id="integers"),
     ],
@@ -152,7 +189,13 @@ def test_a_dtype_that_cannot_be(word, told):
 
 @pytest.mark.parametrize(
     ("word", "cuda", "device"),
-    [("auto", False, "cpu"), (None, False, "cpu"), ("auto", True, "cuda"), (None, True, "cuda"), ("cpu", True, "cpu")],
+    [
+        ("auto", False, "cpu"),
+        (None, False, "cpu"),
+        ("auto", True, "cuda"),
+        (None, True, "cuda"),
+        ("cpu", True, "cpu"),
+    ],
     ids=lambda v: str(v),
 )
 def test_devices(word, cuda, device, monkeypatch):
@@ -163,7 +206,11 @@ def test_devices(word, cuda, device, monkeypatch):
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        pytest.param("toaster", "device toaster cannot be used here.*choose auto, cpu, cuda", id="no such word"),
+        pytest.param(
+            "toaster",
+            "device toaster cannot be used here.*choose auto, cpu, cuda",
+            id="no such word",
+        ),
         pytest.param("meta", "device meta holds no numbers", id="meta"),
         pytest.param("cuda:99", "device cuda:99 cannot be used here", id="not there"),
     ],

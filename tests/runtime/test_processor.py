@@ -8,18 +8,33 @@ import sys
 import pytest
 
 from llmquant.runtime import processor
-from llmquant.runtime.processor import INSTRUCTION_SETS, Processor, processor_of, read_cpuinfo, this_processor
+from llmquant.runtime.processor import (
+    INSTRUCTION_SETS,
+    Processor,
+    processor_of,
+    read_cpuinfo,
+    this_processor,
+)
 
 # Flags as Linux lists them, shortened to those that a reader could mistake for another.
 _X86 = "fpu de pse tsc mmx fxsr sse sse2 ht syscall nx pni pclmulqdq ssse3 fma cx16 sse4_1 sse4_2 popcnt aes xsave avx f16c avx2"
-ZEN_3 = ("AMD EPYC 7763 64-Core Processor", f"{_X86} bmi1 bmi2 erms sha_ni vaes vpclmulqdq rdpid fsrm")
-SKYLAKE_X = ("Intel(R) Xeon(R) Platinum 8175M CPU @ 2.50GHz", f"{_X86} avx512f avx512dq avx512cd avx512bw avx512vl pku")
+ZEN_3 = (
+    "AMD EPYC 7763 64-Core Processor",
+    f"{_X86} bmi1 bmi2 erms sha_ni vaes vpclmulqdq rdpid fsrm",
+)
+SKYLAKE_X = (
+    "Intel(R) Xeon(R) Platinum 8175M CPU @ 2.50GHz",
+    f"{_X86} avx512f avx512dq avx512cd avx512bw avx512vl pku",
+)
 SAPPHIRE_RAPIDS = (
     "Intel(R) Xeon(R) Platinum 8488C",
     f"{_X86} avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx_vnni avx512_bf16 avx512vbmi avx512_vbmi2 gfni vaes "
     "avx512_vnni avx512_bitalg avx512_vpopcntdq amx_bf16 avx512_fp16 amx_tile amx_int8",
 )
-ALDER_LAKE = ("12th Gen Intel(R) Core(TM) i7-12700", f"{_X86} avx_vnni gfni vaes vpclmulqdq waitpkg serialize hybrid_cpu")
+ALDER_LAKE = (
+    "12th Gen Intel(R) Core(TM) i7-12700",
+    f"{_X86} avx_vnni gfni vaes vpclmulqdq waitpkg serialize hybrid_cpu",
+)
 GRAVITON_3 = """\
 processor	: 0
 BogoMIPS	: 2100.00
@@ -55,7 +70,8 @@ def cpuinfo(kind: tuple[str, str], *more: str) -> str:
     """The text of a machine with two processors; ``more`` gives the second one other flags."""
     name, flags = kind
     blocks = (
-        f"processor\t: {i}\nmodel name\t: {name}\nflags\t\t: {f}\nbugs\t\t:\n" for i, f in enumerate([flags, *(more or (flags,))])
+        f"processor\t: {i}\nmodel name\t: {name}\nflags\t\t: {f}\nbugs\t\t:\n"
+        for i, f in enumerate([flags, *(more or (flags,))])
     )
     return "\n".join(blocks)
 
@@ -67,24 +83,41 @@ AVX2 = ["avx2", "fma", "f16c"]
     ("text", "name", "sets"),
     [
         pytest.param(cpuinfo(ZEN_3), ZEN_3[0], AVX2, id="Zen 3"),
-        pytest.param(cpuinfo(SKYLAKE_X), SKYLAKE_X[0], ["avx512f", *AVX2], id="Skylake-X: AVX-512 without bf16"),
         pytest.param(
-            cpuinfo(SAPPHIRE_RAPIDS), SAPPHIRE_RAPIDS[0],
-            ["amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", *AVX2], id="Sapphire Rapids: AMX",
+            cpuinfo(SKYLAKE_X),
+            SKYLAKE_X[0],
+            ["avx512f", *AVX2],
+            id="Skylake-X: AVX-512 without bf16",
         ),
-        pytest.param(cpuinfo(ALDER_LAKE), ALDER_LAKE[0], ["avx_vnni", *AVX2], id="Alder Lake: avx_vnni"),
-        pytest.param(cpuinfo(ALDER_LAKE, _X86), ALDER_LAKE[0], AVX2, id="cores that differ: what all have"),
-        pytest.param(GRAVITON_3, "Neoverse V1", ["bf16", "i8mm", "dotprod", "neon"], id="Graviton 3"),
+        pytest.param(
+            cpuinfo(SAPPHIRE_RAPIDS),
+            SAPPHIRE_RAPIDS[0],
+            ["amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", *AVX2],
+            id="Sapphire Rapids: AMX",
+        ),
+        pytest.param(
+            cpuinfo(ALDER_LAKE), ALDER_LAKE[0], ["avx_vnni", *AVX2], id="Alder Lake: avx_vnni"
+        ),
+        pytest.param(
+            cpuinfo(ALDER_LAKE, _X86), ALDER_LAKE[0], AVX2, id="cores that differ: what all have"
+        ),
+        pytest.param(
+            GRAVITON_3, "Neoverse V1", ["bf16", "i8mm", "dotprod", "neon"], id="Graviton 3"
+        ),
         pytest.param(RASPBERRY_PI_4, "", ["neon"], id="Raspberry Pi 4"),
     ],
-)  # fmt: skip
+)
 def test_cpuinfo(text, name, sets):
     found, has = read_cpuinfo(text)
     assert (found, sorted(has)) == (name, sorted(sets))
 
 
 @pytest.mark.parametrize(
-    "text", [pytest.param("", id="nothing"), pytest.param("processor : 0\nhart : 0\nisa : rv64gc\n", id="RISC-V")]
+    "text",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param("processor : 0\nhart : 0\nisa : rv64gc\n", id="RISC-V"),
+    ],
 )
 def test_cpuinfo_that_does_not_tell_is_unknown(text):
     assert read_cpuinfo(text)[1] is None
@@ -110,13 +143,29 @@ def seen(kind: tuple[str, str], **environment: str) -> Processor:
 @pytest.mark.parametrize(
     ("environment", "sets"),
     [
-        pytest.param({}, ["amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", *AVX2], id="free"),
-        pytest.param({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, AVX2, id="both AVX2"),
+        pytest.param(
+            {},
+            ["amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", *AVX2],
+            id="free",
+        ),
+        pytest.param(
+            {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, AVX2, id="both AVX2"
+        ),
         pytest.param({"ATEN_CPU_CAPABILITY": "avx2"}, ["avx_vnni", *AVX2], id="torch AVX2"),
         pytest.param({"ATEN_CPU_CAPABILITY": "default"}, [], id="torch default"),
-        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, ["avx512f", *AVX2], id="oneDNN AVX512_CORE"),
-        pytest.param({"ONEDNN_MAX_CPU_ISA": "avx512_core_vnni"}, ["avx512_vnni", "avx512f", *AVX2], id="small letters"),
-        pytest.param({"DNNL_MAX_CPU_ISA": "AVX512_CORE_BF16"}, ["avx512_bf16", "avx512_vnni", "avx512f", *AVX2], id="old name"),
+        pytest.param(
+            {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, ["avx512f", *AVX2], id="oneDNN AVX512_CORE"
+        ),
+        pytest.param(
+            {"ONEDNN_MAX_CPU_ISA": "avx512_core_vnni"},
+            ["avx512_vnni", "avx512f", *AVX2],
+            id="small letters",
+        ),
+        pytest.param(
+            {"DNNL_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+            ["avx512_bf16", "avx512_vnni", "avx512f", *AVX2],
+            id="old name",
+        ),
     ],
 )
 def test_what_torch_is_held_to_holds_the_processor_down(environment, sets):
@@ -148,7 +197,9 @@ def test_what_holds_nothing_back_is_not_named(environment):
 
 def test_arm_is_not_held_by_words_for_x86():
     name, has = read_cpuinfo(GRAVITON_3)
-    held = processor_of("aarch64", name, has, {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"})
+    held = processor_of(
+        "aarch64", name, has, {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    )
     assert held.has("bf16", "neon")
     assert not held.held_by
 
@@ -164,21 +215,37 @@ def test_has_refuses_a_name_that_is_none():
     ("files", "processors"),
     [
         pytest.param({"/sys/fs/cgroup/cpu.max": "150000 100000"}, 1.5, id="version 2"),
-        pytest.param({"/proc/self/cgroup": "0::/a/b", "/sys/fs/cgroup/a/b/cpu.max": "50000 100000"}, 0.5, id="own group"),
-        pytest.param({"/proc/self/cgroup": "0::/a", "/sys/fs/cgroup/cpu.max": "200000 100000"}, 2.0, id="mounted as the root"),
+        pytest.param(
+            {"/proc/self/cgroup": "0::/a/b", "/sys/fs/cgroup/a/b/cpu.max": "50000 100000"},
+            0.5,
+            id="own group",
+        ),
+        pytest.param(
+            {"/proc/self/cgroup": "0::/a", "/sys/fs/cgroup/cpu.max": "200000 100000"},
+            2.0,
+            id="mounted as the root",
+        ),
         pytest.param({"/sys/fs/cgroup/cpu.max": "max 100000"}, None, id="no limit"),
         pytest.param(
-            {"/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 4.0,
+            {
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            4.0,
             id="version 1",
         ),
         pytest.param(
-            {"/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, None,
+            {
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            None,
             id="version 1 without a limit",
         ),
         pytest.param({}, None, id="no control groups"),
         pytest.param({"/proc/self/cgroup": "nonsense"}, None, id="nonsense"),
     ],
-)  # fmt: skip
+)
 def test_a_containers_limit(files, processors, monkeypatch):
     monkeypatch.setattr(processor, "_text", lambda path: files.get(str(path), ""))
     assert processor._cpu_quota() == processors
@@ -195,4 +262,9 @@ def test_this_processor():
 
 def test_it_is_read_without_torch():
     code = "import sys; from llmquant.runtime.processor import this_processor; this_processor(); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )

@@ -1,4 +1,5 @@
-"""``--threads``: set once, refused where it cannot be, allowed beyond the machine with a word about it."""
+"""``--threads``: set once, refused where it cannot be, allowed beyond the machine with a word about
+it."""
 
 from __future__ import annotations
 
@@ -46,10 +47,17 @@ def test_fewer_than_one_is_refused(threads):
 def test_the_record_says_how_it_is_computed():
     set_threads(1)
     chosen = Computing.of("cpu", ChosenDtype(torch.float32, "it is faster"))
-    assert chosen.told({"cpu": 14}) == "float32 on cpu, 1 thread, kernel cpu for 14 linears; float32 because it is faster"
+    assert (
+        chosen.told({"cpu": 14})
+        == "float32 on cpu, 1 thread, kernel cpu for 14 linears; float32 because it is faster"
+    )
     asked = Computing.of("cuda:0", ChosenDtype(torch.float16))
     assert asked.told() == "float16 on cuda:0, 1 thread"
     assert asked.as_dict() == {
-        "device": "cuda:0", "dtype": "float16", "dtype_reason": None, "threads": 1, "processor": this_processor().name,
+        "device": "cuda:0",
+        "dtype": "float16",
+        "dtype_reason": None,
+        "threads": 1,
+        "processor": this_processor().name,
         "instruction_sets": list(this_processor().instruction_sets),
-    }  # fmt: skip
+    }

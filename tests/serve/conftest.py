@@ -1,4 +1,5 @@
-"""What the serving tests share: tiny-llama packed, and a live server of it on a free port of the loopback."""
+"""What the serving tests share: tiny-llama packed, and a live server of it on a free port of the
+loopback."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from serving import NAME, TEXTS, TINY, MakeServer, Server, running
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import llmquant
-from llmquant_serve.local import LocalEngine
+from llmquant_serve.engines.local import LocalEngine
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
-from llmquant_serve.text import TextModel
 
 
 @pytest.fixture(scope="session")
@@ -32,16 +33,19 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def model(packed: Path) -> PreTrainedModel:
-    """For engines and for the answers they must give: one at a time, since a forward pass keeps no state.
+    """For engines and for the answers they must give: one at a time, since a forward pass keeps no
+    state.
 
-    In float32, which every processor is fast in; without bf16 instructions, bf16 takes many times as long.
+    In float32, which every processor is fast in; without bf16 instructions, bf16 takes many times
+    as long.
     """
     return llmquant.load(packed, dtype="float32")
 
 
 @pytest.fixture(scope="session")
 def wide() -> PreTrainedModel:
-    """Unquantized, in float32: rounding in company is then too small to change a token of these texts."""
+    """Unquantized, in float32: rounding in company is then too small to change a token of these
+    texts."""
     return llmquant.load(TINY, dtype="float32")
 
 

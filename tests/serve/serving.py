@@ -1,4 +1,5 @@
-"""Helpers of the serving tests: the model's own answers, an engine alone, and a live server in a thread."""
+"""Helpers of the serving tests: the model's own answers, an engine alone, and a live server in a
+thread."""
 
 from __future__ import annotations
 
@@ -18,18 +19,23 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import PreTrainedModel
 
-from llmquant_serve.app import create_app
-from llmquant_serve.engine import Sampling, Token
-from llmquant_serve.local import LocalEngine
+from llmquant_serve.api.app import create_app
+from llmquant_serve.engines.base import Sampling, Token
+from llmquant_serve.engines.local import LocalEngine
 from llmquant_serve.service import Service
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 NAME = "tiny"
 TEXTS = (
-    "The river runs through the town and", "In 1983 the team represented", "She opened the door, and there stood",
-    "The album was released in", "He was born in", "What is the sum of 12 and 30?", "The castle on the hill",
+    "The river runs through the town and",
+    "In 1983 the team represented",
+    "She opened the door, and there stood",
+    "The album was released in",
+    "He was born in",
+    "What is the sum of 12 and 30?",
+    "The castle on the hill",
     "It was the best of times, it was the worst of",
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -56,15 +62,21 @@ class Server:
             if load.running == load.waiting == self.service.gate.open == 0:
                 return
             time.sleep(0.02)
-        raise AssertionError(f"still busy: {self.service.engine.load()}, gate {self.service.gate.open}")
+        raise AssertionError(
+            f"still busy: {self.service.engine.load()}, gate {self.service.gate.open}"
+        )
 
 
-def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int, *, eos: bool = True) -> list[int]:
+def greedy(
+    model: PreTrainedModel, prompt: Sequence[int], count: int, *, eos: bool = True
+) -> list[int]:
     """``model.generate``'s own tokens."""
     ids = torch.tensor([list(prompt)])
     ends: dict[str, Any] = {} if eos else {"eos_token_id": None}
     with torch.inference_mode():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **ends)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **ends
+        )
     return out[0, len(prompt) :].tolist()
 
 
@@ -88,11 +100,15 @@ def with_engine(model: PreTrainedModel, work: Callable[[LocalEngine], Any], **op
 
 @contextmanager
 def running(
-    service: Service, dress: Callable[[FastAPI], None] | None = None, send_buffer: int | None = None, **options: Any
+    service: Service,
+    dress: Callable[[FastAPI], None] | None = None,
+    send_buffer: int | None = None,
+    **options: Any,
 ) -> Iterator[Server]:
     """The service under uvicorn, in a thread; ``dress`` adds to the application.
 
-    ``send_buffer`` bounds what the kernel takes of an answer that nobody reads; by itself it takes megabytes.
+    ``send_buffer`` bounds what the kernel takes of an answer that nobody reads; by itself it takes
+    megabytes.
     """
     app = create_app(service, **options)
     if dress is not None:
@@ -101,7 +117,9 @@ def running(
     server = uvicorn.Server(config)
     with socket.socket() as sock:
         if send_buffer is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # accepted sockets inherit it
+            sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer
+            )  # accepted sockets inherit it
         sock.bind(("127.0.0.1", 0))
         sock.listen(128)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
@@ -118,5 +136,3 @@ def running(
 
 
 MakeServer = Callable[..., AbstractContextManager[Server]]
-
-

@@ -1,4 +1,5 @@
-"""The commands as processes: start, announce, answer, end by a signal; misuse before any work; the chat over a pipe."""
+"""The commands as processes: start, announce, answer, end by a signal; misuse before any work; the
+chat over a pipe."""
 
 from __future__ import annotations
 
@@ -20,12 +21,19 @@ from llmquant.errors import CheckpointError, UsageError
 from llmquant_serve.cli import register
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-c", "import typer; from llmquant_serve.cli import register; a = typer.Typer(); register(a); a()"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import typer; from llmquant_serve.cli import register; a = typer.Typer(); register(a); a()",
+]
 
 
 def environment():
     paths = [ROOT, ROOT / "eval", ROOT / "serve"]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONWARNINGS": "default"}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONWARNINGS": "default",
+    }
 
 
 def call(*arguments):
@@ -38,30 +46,61 @@ def test_serve_from_start_to_sigterm(packed):
     """In a shell's background, where a Ctrl-C is meant for another command."""
     command = [*COMMAND, "serve", str(packed), "--port", "0", "--name", "mine", "--device", "cpu"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment(), stderr=pipe, text=True, preexec_fn=ignores_interrupts) as process:
+    with subprocess.Popen(
+        command, env=environment(), stderr=pipe, text=True, preexec_fn=ignores_interrupts
+    ) as process:
         try:
             lines = []
-            while not (found := re.search(r"mine at (http://127\.0\.0\.1:\d+)/v1, engine local", lines[-1] if lines else "")):
+            while not (
+                found := re.search(
+                    r"mine at (http://127\.0\.0\.1:\d+)/v1, engine local",
+                    lines[-1] if lines else "",
+                )
+            ):
                 lines.append(process.stderr.readline())
                 assert lines[-1], "".join(lines)
             with httpx.Client(base_url=found[1], timeout=60) as client:
                 assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
                 process.send_signal(signal.SIGINT)
                 body = {"model": "mine", "prompt": "The", "max_tokens": 3}
-                assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] <= 3
+                assert (
+                    client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"]
+                    <= 3
+                )
             process.send_signal(signal.SIGTERM)
             rest = process.stderr.read()
             assert process.wait(30) == 0, rest
             assert "Traceback" not in rest
-            assert re.search(r"computing in \w+ on cpu, \d+ threads?, kernel \w+ for \d+ linears; \w+ because ", rest), rest
+            assert re.search(
+                r"computing in \w+ on cpu, \d+ threads?, kernel \w+ for \d+ linears; \w+ because ",
+                rest,
+            ), rest
         finally:
             process.kill()
 
 
 def test_chat_over_a_pipe(packed):
-    command = [*COMMAND, "chat", str(packed), "--max-new-tokens", "8", "--temperature", "0", "--system", "Be brief."]
+    command = [
+        *COMMAND,
+        "chat",
+        str(packed),
+        "--max-new-tokens",
+        "8",
+        "--temperature",
+        "0",
+        "--system",
+        "Be brief.",
+    ]
     asked = "Tell me about rivers.\n/retry\n/nonsense\n\n/reset\n/system\nTell me about rivers.\n/exit\nnever read\n"
-    ran = subprocess.run(command, env=environment(), input=asked, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(
+        command,
+        env=environment(),
+        input=asked,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stderr
     assert "computing in " in ran.stderr
     first, again, bare = ran.stdout.rstrip("\n").split("\n")[:3]
@@ -74,16 +113,31 @@ def test_chat_over_a_pipe(packed):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        pytest.param(["serve", "MODEL", "--engine", "tgi"], "there are local and vllm", id="no such engine"),
-        pytest.param(["serve", "MODEL", "--vllm-url", "http://x"], "--engine vllm", id="vLLM's option for local"),
-        pytest.param(["serve", "MODEL", "--reference", "MODEL"], "--ui", id="reference without a page"),
+        pytest.param(
+            ["serve", "MODEL", "--engine", "tgi"], "there are local and vllm", id="no such engine"
+        ),
+        pytest.param(
+            ["serve", "MODEL", "--vllm-url", "http://x"],
+            "--engine vllm",
+            id="vLLM's option for local",
+        ),
+        pytest.param(
+            ["serve", "MODEL", "--reference", "MODEL"], "--ui", id="reference without a page"
+        ),
         pytest.param(["serve", "MODEL", "--api-key", " "], "API key", id="an empty key"),
-        pytest.param(["serve", "MODEL", "--host", "no.such.host.invalid"], "--host", id="no such host"),
-        pytest.param(["chat", "MODEL", "--reference", "MODEL"], "--web", id="reference in a terminal"),
+        pytest.param(
+            ["serve", "MODEL", "--host", "no.such.host.invalid"], "--host", id="no such host"
+        ),
+        pytest.param(
+            ["chat", "MODEL", "--reference", "MODEL"], "--web", id="reference in a terminal"
+        ),
     ],
 )
 def test_misuse(packed, arguments, told):
-    result = call(*[packed if a == "MODEL" else a for a in arguments], *(["--port", "0"] if arguments[0] == "serve" else []))
+    result = call(
+        *[packed if a == "MODEL" else a for a in arguments],
+        *(["--port", "0"] if arguments[0] == "serve" else []),
+    )
     assert isinstance(result.exception, UsageError)
     assert told in str(result.exception)
 
@@ -104,4 +158,8 @@ def test_a_folder_without_a_model(tmp_path):
 def test_nothing_of_vllm_is_imported():
     """Neither by the engine that talks to it nor by anything else of the package."""
     files = (ROOT / "serve" / "llmquant_serve").glob("*.py")
-    assert not [f.name for f in files if re.search(r"^\s*(import|from) vllm\b", f.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert not [
+        f.name
+        for f in files
+        if re.search(r"^\s*(import|from) vllm\b", f.read_text(encoding="utf-8"), re.MULTILINE)
+    ]

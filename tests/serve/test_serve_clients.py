@@ -1,4 +1,5 @@
-"""Programs written for OpenAI's API, unchanged: LangChain, lm-eval's two clients, and schemathesis over our own OpenAPI."""
+"""Programs written for OpenAI's API, unchanged: LangChain, lm-eval's two clients, and schemathesis
+over our own OpenAPI."""
 
 from __future__ import annotations
 
@@ -16,18 +17,28 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 from serving import NAME, TEXTS, TINY, greedy
 
-from llmquant_serve.detokenize import decode
+from llmquant_serve.generation.detokenize import decode
 
 TURNS = [SystemMessage("Be brief."), HumanMessage("Tell me about the history of the river.")]
 
 
 @pytest.fixture(scope="module")
 def chat(server):
-    return ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", model=NAME, temperature=0, max_tokens=24, max_retries=0)
+    return ChatOpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        model=NAME,
+        temperature=0,
+        max_tokens=24,
+        max_retries=0,
+    )
 
 
 def test_langchain(chat, model, tokenizer):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TURNS[1].content}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": TURNS[1].content},
+    ]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     expected = decode(tokenizer, greedy(model, ids, 24))
@@ -35,20 +46,31 @@ def test_langchain(chat, model, tokenizer):
     assert answer.content == expected
     assert answer.usage_metadata["input_tokens"] == len(ids)
     assert "".join(part.content for part in chat.stream(TURNS)) == expected
-    again = chat.bind(logprobs=True, top_logprobs=2).invoke([*TURNS, AIMessage(expected), HumanMessage("And then?")])
-    assert len(again.response_metadata["logprobs"]["content"]) == again.usage_metadata["output_tokens"]
+    again = chat.bind(logprobs=True, top_logprobs=2).invoke(
+        [*TURNS, AIMessage(expected), HumanMessage("And then?")]
+    )
+    assert (
+        len(again.response_metadata["logprobs"]["content"]) == again.usage_metadata["output_tokens"]
+    )
     assert all(a.content for a in chat.batch([TURNS, TURNS[1:]]))
 
 
 def instances(kind, arguments):
-    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+    return [
+        Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)
+    ]
 
 
 def test_lm_eval_completions(server, model, tokenizer):
     client = LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model=NAME, tokenizer=str(TINY), tokenizer_backend="huggingface",
-        num_concurrent=1, max_length=512, batch_size=2,
-    )  # fmt: skip
+        base_url=f"{server.url}/v1/completions",
+        model=NAME,
+        tokenizer=str(TINY),
+        tokenizer_backend="huggingface",
+        num_concurrent=1,
+        max_length=512,
+        batch_size=2,
+    )
     pairs = [(TEXTS[0], " the river"), (TEXTS[3], " 1983"), (TEXTS[4], " London, England")]
     found = client.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
     for (context, continuation), (told, is_greedy) in zip(pairs, found, strict=True):
@@ -56,8 +78,12 @@ def test_lm_eval_completions(server, model, tokenizer):
         whole = tokenizer.encode(context + continuation, add_special_tokens=False)
         after = whole[len(before) :]
         with torch.inference_mode():
-            rows = torch.log_softmax(model(torch.tensor([whole])).logits[0].float(), -1)[len(before) - 1 : -1]
-        assert told == pytest.approx(sum(float(r[t]) for r, t in zip(rows, after, strict=True)), abs=1e-3)
+            rows = torch.log_softmax(model(torch.tensor([whole])).logits[0].float(), -1)[
+                len(before) - 1 : -1
+            ]
+        assert told == pytest.approx(
+            sum(float(r[t]) for r, t in zip(rows, after, strict=True)), abs=1e-3
+        )
         assert is_greedy == all(int(r.argmax()) == t for r, t in zip(rows, after, strict=True))
     asked = [(TEXTS[0], {"until": [".", "\n"], "max_gen_toks": 16, "temperature": 0})]
     [text] = client.generate_until(instances("generate_until", asked), disable_tqdm=True)
@@ -67,7 +93,10 @@ def test_lm_eval_completions(server, model, tokenizer):
 
 def test_lm_eval_chat(server):
     client = LocalChatCompletion(
-        base_url=f"{server.url}/v1/chat/completions", model=NAME, num_concurrent=1, tokenizer_backend=None
+        base_url=f"{server.url}/v1/chat/completions",
+        model=NAME,
+        num_concurrent=1,
+        tokenizer_backend=None,
     )
     turns = client.apply_chat_template([{"role": "user", "content": "Tell me about the river."}])
     asked = [(turns, {"until": ["\n\n"], "max_gen_toks": 12, "temperature": 0})]
@@ -78,9 +107,15 @@ def test_lm_eval_chat(server):
 
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 PATHS = [
-    "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}", "/tokenize", "/detokenize", "/health",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/v1/models/{model}",
+    "/tokenize",
+    "/detokenize",
+    "/health",
     "/metrics",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +132,15 @@ def test_every_path_is_tried(operations):
 def test_whatever_the_schema_allows_gets_an_answer_of_the_schema(operations, path):
     """No 5xx, no status and no shape that the schema does not announce."""
 
-    @settings(max_examples=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @settings(
+        max_examples=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+    )
     @given(case=operations[path].as_strategy())
     def check(case):
         if isinstance(case.body, dict):
-            case.body |= {"max_tokens": 2} if "completions" in path else {}  # answers of a few tokens suffice
+            case.body |= (
+                {"max_tokens": 2} if "completions" in path else {}
+            )  # answers of a few tokens suffice
             case.body.pop("max_completion_tokens", None)
         case.validate_response(case.call(), checks=CHECKS)
 

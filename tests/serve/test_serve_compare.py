@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from llmquant_serve.compare import divergence, marked
-from llmquant_serve.completions import Piece
-from llmquant_serve.engine import Token
+from llmquant_serve.chat.compare import divergence, marked
+from llmquant_serve.engines.base import Token
+from llmquant_serve.generation.pieces import Piece
 
 
 def said(*ids, text="x"):

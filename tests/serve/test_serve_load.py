@@ -1,4 +1,5 @@
-"""Under load and under attack: bounds, keys, clients that leave, clients that do not read, shutdown."""
+"""Under load and under attack: bounds, keys, clients that leave, clients that do not read,
+shutdown."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ SHORT = {"prompt": TEXTS[1], "max_tokens": 3, "temperature": 0}
 
 
 def test_beyond_the_queue_is_429_with_retry_after(make_server):
-    with make_server(Limits(max_streams=1, max_queue=1)) as server, server.client as client, ThreadPoolExecutor(6) as pool:
+    with (
+        make_server(Limits(max_streams=1, max_queue=1)) as server,
+        server.client as client,
+        ThreadPoolExecutor(6) as pool,
+    ):
         streams = [client.stream("POST", PATH, json=LONG | {"stream": True}) for _ in range(2)]
         answers = [s.__enter__() for s in streams]
         refused = list(pool.map(lambda _: client.post(PATH, json=SHORT), range(4)))
@@ -74,9 +79,15 @@ def raw_request(server, body):
 
 
 def test_a_client_that_does_not_read_stalls_nobody_and_is_dropped(make_server):
-    """It asks for log-probabilities of every step, so that its answer is larger than all the buffers between."""
-    body = httpx.Request("POST", "http://x", json=LONG | {"stream": True, "logprobs": 20, "n": 3}).content
-    with make_server(Limits(max_streams=4, stall_seconds=1.0), send_buffer=4096) as server, server.client as client:
+    """It asks for log-probabilities of every step, so that its answer is larger than all the
+    buffers between."""
+    body = httpx.Request(
+        "POST", "http://x", json=LONG | {"stream": True, "logprobs": 20, "n": 3}
+    ).content
+    with (
+        make_server(Limits(max_streams=4, stall_seconds=1.0), send_buffer=4096) as server,
+        server.client as client,
+    ):
         with raw_request(server, body):
             while not server.service.engine.load().running:
                 time.sleep(0.01)
@@ -100,8 +111,12 @@ def test_a_body_that_is_too_large(make_server, chunked):
     ("limits", "body", "parameter"),
     [
         pytest.param(Limits(max_prompt=4), {"prompt": TEXTS[0]}, None, id="prompt"),
-        pytest.param(Limits(max_output=5), {"prompt": "a", "max_tokens": 6}, "max_tokens", id="output"),
-        pytest.param(Limits(max_streams=1, max_queue=1), {"prompt": "a", "n": 3}, "n", id="sequences"),
+        pytest.param(
+            Limits(max_output=5), {"prompt": "a", "max_tokens": 6}, "max_tokens", id="output"
+        ),
+        pytest.param(
+            Limits(max_streams=1, max_queue=1), {"prompt": "a", "n": 3}, "n", id="sequences"
+        ),
     ],
 )
 def test_limits_are_400s(make_server, limits, body, parameter):
@@ -119,7 +134,12 @@ def test_keys(make_server):
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
         for key in ("first-key", "second-key"):
-            assert client.post(PATH, json=SHORT, headers={"authorization": f"Bearer {key}"}).status_code == 200
+            assert (
+                client.post(
+                    PATH, json=SHORT, headers={"authorization": f"Bearer {key}"}
+                ).status_code
+                == 200
+            )
         assert client.get("/metrics").status_code == 401
 
 
@@ -127,12 +147,19 @@ def test_other_pages_may_not_call_unless_allowed(make_server):
     ask = {"origin": "http://page.example", "access-control-request-method": "POST"}
     with make_server() as server, server.client as client:
         assert "access-control-allow-origin" not in client.options(PATH, headers=ask).headers
-    with make_server(cors_origins=("http://page.example",), keys=("k",)) as server, server.client as client:
-        assert client.options(PATH, headers=ask).headers["access-control-allow-origin"] == "http://page.example"
+    with (
+        make_server(cors_origins=("http://page.example",), keys=("k",)) as server,
+        server.client as client,
+    ):
+        assert (
+            client.options(PATH, headers=ask).headers["access-control-allow-origin"]
+            == "http://page.example"
+        )
 
 
 def test_a_shutdown_lets_running_answers_end_and_cuts_off_long_ones(make_server):
-    """uvicorn waits for 2 s here; a short answer ends by itself, a long one is cut off, and the engine is closed."""
+    """uvicorn waits for 2 s here; a short answer ends by itself, a long one is cut off, and the
+    engine is closed."""
     results = {}
 
     def ask(server, name, tokens):
@@ -144,7 +171,9 @@ def test_a_shutdown_lets_running_answers_end_and_cuts_off_long_ones(make_server)
             results[name] = e
 
     with make_server() as server:
-        threads = [threading.Thread(target=ask, args=(server, *a)) for a in (("short", 20), ("long", 1900))]
+        threads = [
+            threading.Thread(target=ask, args=(server, *a)) for a in (("short", 20), ("long", 1900))
+        ]
         for thread in threads:
             thread.start()
         while server.service.engine.load().running < 2:

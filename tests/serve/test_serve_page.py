@@ -1,4 +1,5 @@
-"""The chat page in a real browser: send, stream, stop, regenerate, settings, A/B, export, at desktop and phone widths.
+"""The chat page in a real browser: send, stream, stop, regenerate, settings, A/B, export, at
+desktop and phone widths.
 
 Set LLMQUANT_SCREENSHOTS to a folder to look at what the browser saw.
 """
@@ -16,13 +17,15 @@ from playwright.sync_api import expect, sync_playwright
 from serving import NAME, TINY, running
 
 import llmquant
-from llmquant_serve.local import LocalEngine
+from llmquant_serve.engines.local import LocalEngine
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
-from llmquant_serve.text import TextModel
 
 # Gradio uses what pandas has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 SIZES = {"desktop": {"width": 1280, "height": 860}, "phone": {"width": 390, "height": 844}}
 TABLE = "| model | ppl |\n| --- | ---: |\n| tiny | 12.34 |"
 
@@ -30,21 +33,28 @@ TABLE = "| model | ppl |\n| --- | ---: |\n| tiny | 12.34 |"
 @pytest.fixture(scope="module")
 def page_server(model, tmp_path_factory):
     """Chat with tiny-llama packed, A/B with the original."""
-    from llmquant_serve.ui import mount
+    from llmquant_serve.chat.page import mount
 
     folder = tmp_path_factory.mktemp("card")
     card = f"# tiny\n\n<!-- llmquant:measured:start -->\n{TABLE}\n<!-- llmquant:measured:end -->\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
     engines = [LocalEngine(m, 2) for m in (model, llmquant.load(TINY, dtype="float32"))]
     service, original = (Service(e, TextModel(TINY, e.info.vocab), NAME, Limits()) for e in engines)
-    with running(service, ui=True, reference=original, dress=lambda app: mount(app, service, (), original, folder)) as live:
+    with running(
+        service,
+        ui=True,
+        reference=original,
+        dress=lambda app: mount(app, service, (), original, folder),
+    ) as live:
         yield live
 
 
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.fail("the page is tested in a browser and there is none: install the package chromium")
+        pytest.fail(
+            "the page is tested in a browser and there is none: install the package chromium"
+        )
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
@@ -89,8 +99,11 @@ def look(page, name):
 
 def configure(page, most, system=None):
     page.locator("#settings button").first.click()
-    number, slider = (page.locator(f"#temperature input[type={kind}]") for kind in ("number", "range"))
-    # A box that is just being shown forgets what is typed in its first moment; the slider shows what was understood.
+    number, slider = (
+        page.locator(f"#temperature input[type={kind}]") for kind in ("number", "range")
+    )
+    # A box that is just being shown forgets what is typed in its first moment; the slider shows
+    # what was understood.
     for _ in range(20):
         number.fill("0")
         page.wait_for_timeout(200)
@@ -101,7 +114,9 @@ def configure(page, most, system=None):
         page.locator("#system textarea").fill(system)
     page.locator("#most input").press("Tab")
     look(page, "settings")
-    page.wait_for_timeout(400)  # nobody folds the settings away faster; Gradio would forget what was just typed
+    page.wait_for_timeout(
+        400
+    )  # nobody folds the settings away faster; Gradio would forget what was just typed
     page.locator("#settings button").first.click()
 
 
@@ -130,7 +145,9 @@ def test_a_conversation(page, page_server):
     page.locator("#again").click()
     expect(page.locator("#status")).to_contain_text("12 tokens")
     expect(bot(page)).to_have_count(1)
-    assert first.startswith(bot(page).last.inner_text().rstrip()[:20])  # greedy: the same again, shorter
+    assert first.startswith(
+        bot(page).last.inner_text().rstrip()[:20]
+    )  # greedy: the same again, shorter
     with page.expect_download() as download:
         page.locator("#export").click()
     kept = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from llmquant_serve.engine import Sampling
-from llmquant_serve.sampling import Chooser, described, described_all
+from llmquant_serve.engines.base import Sampling
+from llmquant_serve.engines.sampling import Chooser, described, described_all
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, 0.5])
 
@@ -31,21 +31,28 @@ TABLE = [
     pytest.param({"temperature": 1.0}, [2, 1, 0, -1, 3, 0.5], id="plain"),
     pytest.param({"temperature": 0.5}, [4, 2, 0, -2, 6, 1], id="temperature"),
     pytest.param({"top_k": 2}, [2, GONE, GONE, GONE, 3, GONE], id="top-k"),
-    pytest.param({"top_p": 0.8}, [2, GONE, GONE, GONE, 3, GONE], id="top-p keeps the token that crosses"),
+    pytest.param(
+        {"top_p": 0.8}, [2, GONE, GONE, GONE, 3, GONE], id="top-p keeps the token that crosses"
+    ),
     pytest.param({"top_p": 0.0}, [GONE, GONE, GONE, GONE, 3, GONE], id="top-p 0 keeps the best"),
     pytest.param({"min_p": 0.3}, [2, GONE, GONE, GONE, 3, GONE], id="min-p"),
     pytest.param({"logit_bias": {0: -100.0, 2: 2.5}}, [-98, 1, 2.5, -1, 3, 0.5], id="bias"),
     pytest.param({"presence_penalty": 1.0}, [1, 1, 0, -1, 2, 0.5], id="presence, made 4 4 0"),
     pytest.param({"frequency_penalty": 1.0}, [1, 1, 0, -1, 1, 0.5], id="frequency, made 4 4 0"),
-    pytest.param({"repetition_penalty": 2.0}, [1, 1, 0, -2, 1.5, 0.5], id="repetition, prompt 3, made 4 4 0"),
+    pytest.param(
+        {"repetition_penalty": 2.0}, [1, 1, 0, -2, 1.5, 0.5], id="repetition, prompt 3, made 4 4 0"
+    ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "expected"), TABLE)
 def test_draws_follow_the_distribution(changes, expected):
-    """4000 draws; a frequency is then within 4 standard errors (0.032) of its probability, always, since the seed is fixed."""
+    """4000 draws; a frequency is then within 4 standard errors (0.032) of its probability, always,
+    since the seed is fixed."""
     penalized = any("penalty" in k for k in changes)
-    found = frequencies(Sampling(seed=0, **changes), prompt=(3,), before=(4, 4, 0) if penalized else ())
+    found = frequencies(
+        Sampling(seed=0, **changes), prompt=(3,), before=(4, 4, 0) if penalized else ()
+    )
     assert found == pytest.approx(softmax([float(x) for x in expected]), abs=0.032)
 
 
@@ -54,7 +61,11 @@ def test_a_draw_never_takes_what_was_left_out():
     assert found == [0, 0, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"logit_bias": {1: 5.0}}, {"presence_penalty": 2.0}], ids=["plain", "bias", "presence"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"logit_bias": {1: 5.0}}, {"presence_penalty": 2.0}],
+    ids=["plain", "bias", "presence"],
+)
 def test_greedy_takes_the_first_of_the_largest(changes):
     tied = torch.tensor([0.0, 3.0, 3.0, 1.0])
     chooser = Chooser(Sampling(temperature=0.0, **changes), (), frozenset())
@@ -74,7 +85,9 @@ def test_end_tokens_are_held_back_until_min_tokens():
 
 def test_the_logits_are_left_alone():
     before = LOGITS.clone()
-    Chooser(Sampling(seed=0, logit_bias={0: 1.0}, top_k=2, top_p=0.5), (), frozenset()).choose(LOGITS)
+    Chooser(Sampling(seed=0, logit_bias={0: 1.0}, top_k=2, top_p=0.5), (), frozenset()).choose(
+        LOGITS
+    )
     assert torch.equal(LOGITS, before)
 
 
@@ -98,4 +111,6 @@ def test_described_tokens():
     assert len(described(1, LOGITS, 20).top) == 6
     rows = torch.randn(150, 6, generator=torch.Generator().manual_seed(0))
     tokens = [i % 6 for i in range(150)]
-    assert described_all(tokens, rows, 3) == [described(t, row, 3) for t, row in zip(tokens, rows, strict=True)]
+    assert described_all(tokens, rows, 3) == [
+        described(t, row, 3) for t, row in zip(tokens, rows, strict=True)
+    ]

@@ -1,4 +1,5 @@
-"""Ids to text in pieces: the pieces add up to the whole, characters are never torn, stop strings are found across tokens."""
+"""Ids to text in pieces: the pieces add up to the whole, characters are never torn, stop strings
+are found across tokens."""
 
 from __future__ import annotations
 
@@ -9,13 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmquant_serve.completions import write
-from llmquant_serve.detokenize import Detokenizer, StopStrings, decode, token_bytes, token_text
-from llmquant_serve.engine import Sampling, Step, Token
+from llmquant_serve.engines.base import Sampling, Step, Token
+from llmquant_serve.generation.detokenize import (
+    Detokenizer,
+    StopStrings,
+    decode,
+    token_bytes,
+    token_text,
+)
+from llmquant_serve.generation.pieces import write
 
 TEXTS = [
-    "plain words, and more", "Grüße aus Köln", "日本語のテキスト",
-    "🙂🙃 family 👨‍👩‍👧‍👦!", "naïve\n\n\tcafé — “quotes”", "a\u0301b",
+    "plain words, and more",
+    "Grüße aus Köln",
+    "日本語のテキスト",
+    "🙂🙃 family 👨‍👩‍👧‍👦!",
+    "naïve\n\n\tcafé — “quotes”",
+    "a\u0301b",
 ]
 
 
@@ -51,7 +62,8 @@ def test_bytes_of_every_token_spell_the_text(tokenizer):
 
 
 def cut(text, stops):
-    """The slow twin: the text before the first stop string; the earliest in the text, and of those the one that sorts first."""
+    """The slow twin: the text before the first stop string; the earliest in the text, and of those
+    the one that sorts first."""
     hits = [(text.index(s), s) for s in stops if s in text]
     return (text[: min(hits)[0]], min(hits)[1]) if hits else (text, None)
 
@@ -62,7 +74,8 @@ def cut(text, stops):
     stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
 )
 def test_stop_strings_in_pieces(pieces, stops):
-    """Text given out before the stop is a beginning of what the slow twin gives; where no two stops overlap it is equal to it."""
+    """Text given out before the stop is a beginning of what the slow twin gives; where no two stops
+    overlap it is equal to it."""
     stream, told = StopStrings(stops), ""
     for piece in pieces:
         told += stream.add(piece)

@@ -1,4 +1,5 @@
-"""The ``vllm`` engine against the real vLLM (CPU build, ``make vllm-env``): the same clients, shapes and tokens."""
+"""The ``vllm`` engine against the real vLLM (CPU build, ``make vllm-env``): the same clients,
+shapes and tokens."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompleti
 from serving import NAME, TEXTS, TINY, running
 
 import llmquant
-from llmquant.engines import VLLM_NO_AVX512, vllm_here
 from llmquant.errors import UsageError
-from llmquant_serve.options import ModelOptions, build_engine
+from llmquant.formats.engines import VLLM_NO_AVX512, vllm_here
+from llmquant_serve.build import build_engine
+from llmquant_serve.engines.options import ModelOptions
+from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
-from llmquant_serve.text import TextModel
 
 pytestmark = pytest.mark.vllm
 
@@ -37,7 +39,8 @@ CHAT = [{"role": "user", "content": "Tell me about the history of the river."}]
 
 @pytest.fixture(scope="module")
 def served(packed):
-    """What vLLM takes on this CPU: packed weights with AVX-512, else the dense model. The subject is what stands around it."""
+    """What vLLM takes on this CPU: packed weights with AVX-512, else the dense model. The subject
+    is what stands around it."""
     return packed if vllm_here() != VLLM_NO_AVX512 else TINY
 
 
@@ -46,8 +49,12 @@ def live(served):
     if not PYTHON.is_file():
         if os.environ.get("CI"):
             pytest.fail(f"no vLLM environment at {PYTHON}")
-        pytest.skip(f"no vLLM environment at {PYTHON}: run `make vllm-env` or set LLMQUANT_VLLM_PYTHON")
-    options = ModelOptions(model=str(served), engine="vllm", vllm_python=str(PYTHON), vllm_args=ARGUMENTS, context=512)
+        pytest.skip(
+            f"no vLLM environment at {PYTHON}: run `make vllm-env` or set LLMQUANT_VLLM_PYTHON"
+        )
+    options = ModelOptions(
+        model=str(served), engine="vllm", vllm_python=str(PYTHON), vllm_args=ARGUMENTS, context=512
+    )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -75,24 +82,36 @@ def rows(dense, ids):
 
 
 def test_the_model_is_packed(record_property):
-    """On a CPU where vLLM multiplies packed weights; elsewhere the tests here run with the dense model, and say so at the end."""
+    """On a CPU where vLLM multiplies packed weights; elsewhere the tests here run with the dense
+    model, and say so at the end."""
     if vllm_here() == VLLM_NO_AVX512:
-        record_property("not run", "vllm (CPU with AVX-512): llmquant serve --engine vllm with packed weights")
-        pytest.skip("vLLM takes no packed weights on this CPU; the tests here run with the dense model")
+        record_property(
+            "not run", "vllm (CPU with AVX-512): llmquant serve --engine vllm with packed weights"
+        )
+        pytest.skip(
+            "vLLM takes no packed weights on this CPU; the tests here run with the dense model"
+        )
 
 
 def test_greedy_tokens_and_logprobs(live, dense, tokenizer):
-    """Every token is the best or within rounding of it, and every log-probability is the model's within rounding."""
+    """Every token is the best or within rounding of it, and every log-probability is the model's
+    within rounding."""
     asked = {"model": NAME, "prompt": TEXTS[0], "max_tokens": 24, "temperature": 0, "logprobs": 3}
     with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as api:
-        whole = api.completions.create(**asked, echo=True, extra_body={"return_token_ids": True}).choices[0]
-        parts = list(api.completions.create(**asked, stream=True, extra_body={"return_token_ids": True}))
+        whole = api.completions.create(
+            **asked, echo=True, extra_body={"return_token_ids": True}
+        ).choices[0]
+        parts = list(
+            api.completions.create(**asked, stream=True, extra_body={"return_token_ids": True})
+        )
         ids = tokenizer.encode(TEXTS[0])
         assert whole.prompt_token_ids == ids
         assert [i for p in parts for i in p.choices[0].token_ids] == whole.token_ids
         assert TEXTS[0] + "".join(p.choices[0].text for p in parts) == whole.text
         expected = rows(dense, ids + whole.token_ids)
-        for i, (token, told) in enumerate(zip((ids + whole.token_ids)[1:], whole.logprobs.token_logprobs[1:], strict=True)):
+        for i, (token, told) in enumerate(
+            zip((ids + whole.token_ids)[1:], whole.logprobs.token_logprobs[1:], strict=True)
+        ):
             assert told == pytest.approx(float(expected[i, token]), abs=ROUNDING)
             assert i < len(ids) - 1 or float(expected[i].max() - expected[i, token]) <= ROUNDING
         with pytest.raises(openai.BadRequestError) as caught:
@@ -101,13 +120,24 @@ def test_greedy_tokens_and_logprobs(live, dense, tokenizer):
 
 
 def test_json_is_enforced(live):
-    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True) as api:
-        answer = api.chat.completions.create(model=NAME, messages=CHAT, max_tokens=20, response_format={"type": "json_object"})
+    with openai.OpenAI(
+        base_url=f"{live.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
+    ) as api:
+        answer = api.chat.completions.create(
+            model=NAME, messages=CHAT, max_tokens=20, response_format={"type": "json_object"}
+        )
     assert answer.choices[0].message.content.lstrip().startswith("{")
 
 
 def test_langchain(live):
-    chat = ChatOpenAI(base_url=f"{live.url}/v1", api_key="none", model=NAME, temperature=0, max_tokens=16, max_retries=0)
+    chat = ChatOpenAI(
+        base_url=f"{live.url}/v1",
+        api_key="none",
+        model=NAME,
+        temperature=0,
+        max_tokens=16,
+        max_retries=0,
+    )
     answer = chat.invoke(CHAT)
     assert answer.content == "".join(part.content for part in chat.stream(CHAT))
     assert answer.usage_metadata["output_tokens"] <= 16
@@ -115,18 +145,31 @@ def test_langchain(live):
 
 def test_lm_eval(live, dense, tokenizer):
     client = LocalCompletionsAPI(
-        base_url=f"{live.url}/v1/completions", model=NAME, tokenizer=str(TINY), tokenizer_backend="huggingface", max_length=512
+        base_url=f"{live.url}/v1/completions",
+        model=NAME,
+        tokenizer=str(TINY),
+        tokenizer_backend="huggingface",
+        max_length=512,
     )
-    request = Instance(request_type="loglikelihood", doc={}, arguments=(TEXTS[0], " the river"), idx=0)
+    request = Instance(
+        request_type="loglikelihood", doc={}, arguments=(TEXTS[0], " the river"), idx=0
+    )
     [(told, _)] = client.loglikelihood([request], disable_tqdm=True)
     before = tokenizer.encode(TEXTS[0], add_special_tokens=False)
     whole = tokenizer.encode(TEXTS[0] + " the river", add_special_tokens=False)
     expected = rows(dense, whole)
     score = sum(float(expected[i - 1, whole[i]]) for i in range(len(before), len(whole)))
     assert told == pytest.approx(score, abs=ROUNDING * (len(whole) - len(before)))
-    chats = LocalChatCompletion(base_url=f"{live.url}/v1/chat/completions", model=NAME, tokenizer_backend=None)
-    asked = (chats.apply_chat_template(CHAT), {"until": ["\n\n"], "max_gen_toks": 8, "temperature": 0})
-    [text] = chats.generate_until([Instance(request_type="generate_until", doc={}, arguments=asked, idx=0)], disable_tqdm=True)
+    chats = LocalChatCompletion(
+        base_url=f"{live.url}/v1/chat/completions", model=NAME, tokenizer_backend=None
+    )
+    asked = (
+        chats.apply_chat_template(CHAT),
+        {"until": ["\n\n"], "max_gen_toks": 8, "temperature": 0},
+    )
+    [text] = chats.generate_until(
+        [Instance(request_type="generate_until", doc={}, arguments=asked, idx=0)], disable_tqdm=True
+    )
     assert text
 
 
@@ -139,7 +182,9 @@ def test_a_crash_is_seen_and_the_child_restarted(live):
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
         until(lambda: client.get("/health").status_code == 200, 240)
         assert client.get("/health").json()["restarts"] == 1
-        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        assert (
+            client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        )
 
 
 @pytest.mark.parametrize(

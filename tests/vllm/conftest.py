@@ -1,4 +1,5 @@
-"""Lists at the end which rows of the engine table this machine's CPU could not be asked about: they are not tested here."""
+"""Lists at the end which rows of the engine table this machine's CPU could not be asked about: they
+are not tested here."""
 
 from __future__ import annotations
 

@@ -1,13 +1,16 @@
-"""Run by the vLLM environment's Python, never imported by ours: prompt log-probabilities of models in the real vLLM.
+"""Run by the vLLM environment's Python, never imported by ours: prompt log-probabilities of models
+in the real vLLM.
 
     python probe.py HELD < jobs
 
-``HELD`` is ``as-it-is``, or ``no-avx512``: vLLM then takes the library of kernels that it has for a CPU without AVX-512, which it
-chooses by asking torch what the CPU has. On such a CPU the two are the same.
+``HELD`` is ``as-it-is``, or ``no-avx512``: vLLM then takes the library of kernels that it has for a
+CPU without AVX-512, which it chooses by asking torch what the CPU has. On such a CPU the two are
+the same.
 
-Importing vLLM takes longer than judging a model, so it is imported once. Each job (a line of JSON: folder, dtype, prompts, where
-to put the result and what it printed, and how many seconds it may take) runs in a fork, a process of its own, since an engine
-that failed leaves a process of no use. The answer is a line with the fork's exit code, negative where a signal ended it.
+Importing vLLM takes longer than judging a model, so it is imported once. Each job (a line of JSON:
+folder, dtype, prompts, where to put the result and what it printed, and how many seconds it may
+take) runs in a fork, a process of its own, since an engine that failed leaves a process of no use.
+The answer is a line with the fork's exit code, negative where a signal ended it.
 """
 
 from __future__ import annotations
@@ -59,8 +62,13 @@ def judge(job: dict[str, Any]) -> None:
 
     engine = LLM(job["folder"], dtype=job["dtype"], enforce_eager=True, max_model_len=512)
     asked = SamplingParams(max_tokens=1, prompt_logprobs=20, temperature=0.0)
-    results = engine.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], asked, use_tqdm=False)
-    told = [[{str(k): v.logprob for k, v in position.items()} for position in r.prompt_logprobs[1:]] for r in results]
+    results = engine.generate(
+        [{"prompt_token_ids": ids} for ids in job["prompts"]], asked, use_tqdm=False
+    )
+    told = [
+        [{str(k): v.logprob for k, v in position.items()} for position in r.prompt_logprobs[1:]]
+        for r in results
+    ]
     Path(job["result"]).write_text(json.dumps(told), encoding="utf-8")
 
 

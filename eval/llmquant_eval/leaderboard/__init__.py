@@ -1,0 +1,1 @@
+"""Rankings from a folder of Reports: terminal, Markdown, page, app, plots."""

@@ -1,0 +1,169 @@
+"""The leaderboard as one HTML page that needs nothing else: no network, no library, readable
+without scripts.
+
+Tables and plots are rendered here; the page's script only sorts, filters, folds and highlights what
+is there. A content security policy forbids the page to load anything. Every text from a report is
+escaped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, steps
+from llmquant_eval.leaderboard.ranking import Board, Row, printable
+from llmquant_eval.leaderboard.svg import Plot, plots, points
+
+TEMPLATE = Path(__file__).parent / "templates" / "leaderboard.html"
+_INTRODUCTION = (
+    "Results stand in one ranking only if protocol, text, scored windows, dtype and reference are the same. "
+    "The order is by loss; neighbours whose ± overlap are not told apart."
+)
+_ONLY_BEST = "only what nothing beats in size and loss"
+_LOSSES = {
+    "kl_mean": "KL",
+    "perplexity_ratio": "perplexity ratio",
+    "word_perplexity_ratio": "word perplexity ratio",
+    "perplexity": "perplexity",
+    "word_perplexity": "word perplexity",
+}
+
+
+def render_html(boards: Sequence[Board], title: str = "Leaderboard") -> str:
+    """The whole page."""
+    page = TEMPLATE.read_text(encoding="utf-8")
+    sections = "\n".join(_section(board, number) for number, board in enumerate(boards))
+    parts = {
+        "title": escape(printable(title)),
+        "introduction": escape(_INTRODUCTION),
+        "boards": sections,
+    }
+    # In one pass: what a label says is never taken for a place to fill.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
+
+
+def _section(board: Board, number: int) -> str:
+    drawn = plots(board)
+    flag = f' <span class="flag">{escape(board.scope)}</span>' if board.partial else ""
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes(board))
+    figures = "\n".join(_figure(plot) for plot in drawn)
+    return (
+        f'<section class="board" aria-labelledby="board-{number}">\n<h2 id="board-{number}">{escape(board.title)}{flag}</h2>\n'
+        f"<ul>{listed}</ul>\n{_controls(board, drawn)}\n"
+        + (f'<div class="plots">\n{figures}\n</div>\n' if drawn else "")
+        + f"{_table(board, number)}\n</section>"
+    )
+
+
+def _figure(plot: Plot) -> str:
+    filled = (
+        "Filled: no other model is better in both. " if 'class="point best"' in plot.svg else ""
+    )
+    caption = f"{plot.title[0].upper()}{plot.title[1:]}. {filled}Whiskers: one standard error."
+    return (
+        f'<figure data-kind="{plot.kind}" data-loss="{plot.loss}">{plot.svg}'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _controls(board: Board, drawn: Sequence[Plot]) -> str:
+    """Hidden until the script runs: without it they would do nothing."""
+    losses = dict.fromkeys(plot.loss for plot in drawn)
+    choice = "".join(f'<option value="{name}">{_LOSSES[name]}</option>' for name in losses)
+    widths = sorted({bits for row in board.rows if (bits := _bits(row))}, key=float)
+    options = "".join(f'<option value="{bits}">{bits} bits</option>' for bits in widths)
+    return (
+        '<div class="controls" hidden>'
+        '<label>Filter <input type="search" name="filter" placeholder="model, scheme or tool"></label>'
+        f'<label>Weights <select name="bits"><option value="">all</option>{options}</select></label>'
+        + (
+            f'<label><input type="checkbox" name="front"> {_ONLY_BEST}</label>'
+            if _best(board)
+            else ""
+        )
+        + (f'<label>Plot <select name="loss">{choice}</select></label>' if len(losses) > 1 else "")
+        + '<span class="count" role="status"></span></div>'
+    )
+
+
+def _bits(row: Row) -> str:
+    """The nominal weight width, ``"4"``, or nothing where it is not known."""
+    per_weight = row.result.bits_per_weight
+    return "" if per_weight is None else str(int(per_weight))
+
+
+def _best(board: Board) -> set[str]:
+    """The models that no other beats in size and loss."""
+    return (
+        {p.row.name for p in points(board, "size", board.loss_name) if p.best}
+        if board.loss_name
+        else set()
+    )
+
+
+def _table(board: Board, number: int) -> str:
+    shown = columns(board)
+    heads = (
+        _head("#", "number") + _head("model", "text", css="text model") + _head("scheme", "text")
+    )
+    heads += "".join(_head(c.title, "number", more=c.more_is_better) for c in shown)
+    best = _best(board)
+    bodies = "\n".join(
+        _body(row, shown, row.name in best, f"detail-{number}-{i}")
+        for i, row in enumerate(board.rows)
+    )
+    caption = f"{board.title}, {board.scope}"
+    return (
+        f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0"><table>'
+        f"<thead><tr>{heads}</tr></thead>\n{bodies}\n</table></div>"
+    )
+
+
+def _head(title: str, kind: str, more: bool = False, css: str = "") -> str:
+    css = css or ("text" if kind == "text" else "")
+    attributes = f' class="{css}"' if css else ""
+    attributes += ' data-more="yes"' if more else ""
+    return f'<th scope="col" data-kind="{kind}"{attributes}><button type="button">{escape(title)}</button></th>'
+
+
+def _body(row: Row, shown: Sequence[Column], best: bool, key: str) -> str:
+    """One model: its row and, folded away, what repeats and identifies it."""
+    searched = printable(" ".join((row.name, row.scheme, row.result.source))).lower()
+    rank = "0" if row.is_reference else "" if row.rank is None else str(row.rank)
+    cells = f'<td data-value="{rank}">{rank_text(row)}</td>'
+    cells += (
+        f'<th scope="row" data-value="{escape(row.name)}"><button type="button" class="open" aria-expanded="false" '
+        f'aria-controls="{key}" title="Show the command that repeats this row">{escape(row.name)}</button></th>'
+        f'<td class="text" data-value="{escape(row.scheme)}">{escape(row.scheme)}</td>'
+    )
+    for column in shown:
+        cell = column.cell(row)
+        error = f"<small>{escape(cell.error)}</small>" if cell.error else ""
+        value = "" if cell.value is None else repr(cell.value)
+        cells += f'<td data-value="{value}">{escape(cell.text)}{error}</td>'
+    return (
+        f'<tbody data-row="{escape(row.name)}" data-search="{escape(searched)}" data-bits="{_bits(row)}" '
+        f'data-front="{"yes" if best else "no"}"{" class=baseline" if row.is_reference else ""}>'
+        f'<tr class="row">{cells}</tr>'
+        f'<tr class="detail" id="{key}" hidden><td colspan="{len(shown) + 3}">{_detail(row)}</td></tr></tbody>'
+    )
+
+
+def _detail(row: Row) -> str:
+    report, result = row.report, row.result
+    facts = {
+        "measured": f"{report.created:%Y-%m-%d %H:%M} UTC",
+        "on": row.machine,
+        "with": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "weights": result.weights_sha256,
+        "recipe": result.recipe_sha256,
+        "kernels": ", ".join(f"{name} × {count}" for name, count in result.kernels.items()),
+        "report": row.path.name,
+    }
+    listed = "".join(
+        f"<dt>{name}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items() if fact
+    )
+    return f"To repeat this row:<pre><code>{escape(chr(10).join(steps(row)))}</code></pre><dl>{listed}</dl>"

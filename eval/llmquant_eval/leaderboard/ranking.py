@@ -1,0 +1,355 @@
+"""From a folder of Reports to rankings, and to no ranking where there can be none.
+
+Numbers are ranked together only if they measure the same thing. What must be equal is a
+:class:`BoardKey`: the protocol, the text by its sha256, how many windows of it were scored, the
+dtype, the reference by its weights, and the tokenizer (which may differ for ``ppl/word`` over the
+whole text: that does not depend on it). For a task it is the very items, the shots and lm-eval's
+version. Results that differ in any of these stand in rankings of their own; nothing averages over
+them, no option mixes them.
+
+Within a ranking the order is by loss: the ratio of perplexity to the reference's where there is a
+reference, else perplexity. A task is ordered by its first metric, more is better. The reference has
+no rank: it is what the others are compared with. Where only a part of the text or of the items was
+scored nothing has a rank and no point is a front: rows stand by name.
+
+The same model measured again (same weights, label and ranking) counts once, by its newest report.
+Two models that share a label are told apart by their weights' hash.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmquant.errors import UsageError
+from llmquant_eval.report.schema import (
+    Metric,
+    ModelResult,
+    NoiseFloor,
+    Pass,
+    Report,
+    TaskResult,
+    read_report,
+)
+
+_LOSSES = ("perplexity_ratio", "word_perplexity_ratio", "perplexity", "word_perplexity")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A report and the file that it was read from."""
+
+    path: Path
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class BoardKey:
+    """All that must be equal for two results to be ranked together; see the module text. ``text``
+    is a task's items.
+
+    ``windows`` and ``scored`` tokens are 0 where they follow from the tokenizer and the tokenizer
+    may differ.
+    """
+
+    protocol: str
+    text: str
+    scored: int
+    windows: int
+    dtype: str
+    reference: str | None
+    tokenizer: str | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One model in a ranking. ``metrics`` by plain name, those of this ranking alone; ``rank`` None
+    for the reference."""
+
+    name: str
+    result: ModelResult
+    report: Report
+    path: Path
+    metrics: dict[str, Metric]
+    task: TaskResult | None = None
+    rank: int | None = None
+
+    @property
+    def is_reference(self) -> bool:
+        return self.result.role == "reference"
+
+    @property
+    def scheme(self) -> str:
+        """The model's quantization, for people."""
+        return printable(self.result.scheme)
+
+    @property
+    def decode_speed(self) -> float | None:
+        """Tokens per second, or None where it was not measured."""
+        return None if self.result.cost is None else self.result.cost.decode_tokens_per_second
+
+    @property
+    def machine(self) -> str:
+        """What a speed depends on beside the model: two speeds are compared only if this is
+        equal."""
+        hardware, cost = self.report.hardware, self.result.cost
+        threads = hardware.threads if cost is None else cost.threads
+        where = (
+            hardware.accelerator
+            or f"{hardware.processor}, {threads} thread{'s' if threads > 1 else ''}"
+        )
+        return f"{where}, {self.report.settings.dtype}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Board:
+    """One ranking: the reference first, then rows by loss. ``available`` windows or items of which
+    the key's were scored."""
+
+    key: BoardKey
+    source: str
+    available: int
+    rows: tuple[Row, ...]
+    floor: NoiseFloor | None = None
+
+    @property
+    def is_task(self) -> bool:
+        return self.key.protocol.startswith("task/")
+
+    @property
+    def partial(self) -> bool:
+        return 0 < self.key.windows < self.available
+
+    @property
+    def title(self) -> str:
+        """Protocol and text, for people."""
+        return f"{self.key.protocol} on {self.source}" if not self.is_task else self.key.protocol
+
+    @property
+    def scope(self) -> str:
+        """How much was scored, in words."""
+        unit = "items" if self.is_task else "windows"
+        if not self.partial:
+            return f"all {self.available:,} {unit}" if self.key.windows else f"all {unit}"
+        return f"partial, not ranked: the first {self.key.windows:,} of {self.available:,} {unit}"
+
+    @property
+    def loss_name(self) -> str | None:
+        """The metric that orders the rows, or None for a task."""
+        found = {name for row in self.rows if not row.is_reference for name in row.metrics}
+        found |= {name for row in self.rows for name in row.metrics} if not found else set()
+        return next((name for name in _LOSSES if name in found), None)
+
+
+def load_reports(folder: Path) -> list[Stored]:
+    """Every ``*.json`` of a folder, by name.
+
+    Raises:
+        UsageError: not a folder, no report in it, or a file that is not a report of this version.
+    """
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder} is not a folder of reports; `llmquant eval … --output {folder}/NAME.json` writes one"
+        )
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise UsageError(
+            f"{folder} has no *.json report in it; `llmquant eval … --output {folder}/NAME.json` writes one"
+        )
+    return [Stored(path, read_report(path)) for path in paths]
+
+
+def make_boards(reports: Iterable[Stored]) -> list[Board]:
+    """Group and rank; rankings in the order of their protocol's name, then text, the fullest first.
+
+    Raises:
+        UsageError: a report that measured nothing.
+    """
+    groups: dict[BoardKey, list[tuple[Row, str, int]]] = {}
+    for stored in reports:
+        found = [*_text_rows(stored), *_task_rows(stored)]
+        if not found:
+            raise UsageError(
+                f"{stored.path} has neither a protocol nor a task in it: there is nothing to rank"
+            )
+        for key, row, source, available in found:
+            groups.setdefault(key, []).append((row, source, available))
+    boards = [_board(key, entries) for key, entries in groups.items()]
+    return sorted(
+        boards,
+        key=lambda b: (
+            b.is_task,
+            b.key.protocol,
+            b.source,
+            -b.key.windows,
+            b.key.dtype,
+            b.key.text,
+        ),
+    )
+
+
+def _text_rows(stored: Stored) -> Iterable[tuple[BoardKey, Row, str, int]]:
+    report = stored.report
+    for part in report.passes:
+        assert report.text is not None  # there is no pass without a text
+        base = _reference_sha(report)
+        for result in report.models:
+            free = part.perplexity.startswith("ppl/word") and part.windows == part.windows_available
+            scored, windows, tokenizer = (
+                (0, 0, None) if free else (part.scored, part.windows, result.tokenizer_sha256)
+            )
+            key = BoardKey(
+                _protocols(part),
+                report.text.sha256,
+                scored,
+                windows,
+                report.settings.dtype,
+                base,
+                tokenizer,
+                "",
+            )
+            row = Row(
+                printable(result.label), result, report, stored.path, _metrics_of(result, part)
+            )
+            yield key, row, printable(report.text.source), part.windows_available
+
+
+def printable(text: str) -> str:
+    """A label from a report with control, line and direction characters replaced: they would act on
+    a terminal or a page."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _protocols(part: Pass) -> str:
+    return " · ".join(filter(None, (part.perplexity, part.divergence)))
+
+
+def _metrics_of(result: ModelResult, part: Pass) -> dict[str, Metric]:
+    """The metrics of one pass by plain name (a later pass's are stored as ``name@protocol``)."""
+    protocols = (part.perplexity, part.divergence)
+    return {
+        name.partition("@")[0]: m for name, m in result.metrics.items() if m.protocol in protocols
+    }
+
+
+def _task_rows(stored: Stored) -> Iterable[tuple[BoardKey, Row, str, int]]:
+    report = stored.report
+    for result in report.models:
+        for task in result.tasks:
+            key = BoardKey(
+                task.protocol,
+                task.items_sha256,
+                0,
+                task.items,
+                report.settings.dtype,
+                _reference_sha(report),
+                None,
+                f"{task.few_shot}-shot, lm-eval {task.lm_eval}, task version {task.version}",
+            )
+            row = Row(printable(result.label), result, report, stored.path, {}, task)
+            yield key, row, printable(task.task), task.items_available
+
+
+def _reference_sha(report: Report) -> str | None:
+    """The reference by its weights."""
+    return None if report.reference is None else report.model(report.reference).weights_sha256
+
+
+def _board(key: BoardKey, entries: Sequence[tuple[Row, str, int]]) -> Board:
+    newest: dict[tuple[str, str], Row] = {}
+    for row, _, _ in entries:
+        identity = (
+            ("", row.result.weights_sha256 or row.name) if row.is_reference else _identity(row)
+        )
+        if identity not in newest or row.report.created >= newest[identity].report.created:
+            newest[identity] = row
+    rows = _told_apart(list(newest.values()))
+    last = max(entries, key=lambda e: e[0].report.created)
+    # From all entries: where the same models were measured again without a floor, the floor that
+    # was measured still holds.
+    floors = [row.report for row, _, _ in entries if _floor_fits(row, key)]
+    floor = max(floors, key=lambda r: r.created).noise_floor if floors else None
+    board = Board(key, last[1], max(available for _, _, available in entries), tuple(rows), floor)
+    return replace(board, rows=tuple(_ranked(board)))
+
+
+def _identity(row: Row) -> tuple[str, str]:
+    return row.name, row.result.weights_sha256 or row.result.source
+
+
+def _floor_fits(row: Row, key: BoardKey) -> bool:
+    """The noise floor was measured on the report's first protocol only."""
+    report = row.report
+    return (
+        report.noise_floor is not None
+        and bool(report.passes)
+        and _protocols(report.passes[0]) == key.protocol
+    )
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """Rows of the same label with the beginning of their weights' hash."""
+    seen = Counter(row.name for row in rows)
+    return [
+        row
+        if seen[row.name] == 1
+        else replace(
+            row, name=f"{row.name} ({(row.result.weights_sha256 or row.result.source)[:8]})"
+        )
+        for row in rows
+    ]
+
+
+def _ranked(board: Board) -> list[Row]:
+    """The reference, then by loss; a result without the ordering metric comes last, unranked. A
+    partial run: by name."""
+    references = [row for row in board.rows if row.is_reference]
+    if board.partial:
+        return references + sorted(
+            (row for row in board.rows if not row.is_reference), key=lambda row: row.name
+        )
+    others = sorted(
+        (row for row in board.rows if not row.is_reference),
+        key=lambda row: (order(board, row), row.name),
+    )
+    ranked = [
+        replace(row, rank=i + 1 if order(board, row) < float("inf") else None)
+        for i, row in enumerate(others)
+    ]
+    return references + ranked
+
+
+def order(board: Board, row: Row) -> float:
+    """What rows are sorted by, least first; infinite where the row lacks it."""
+    if row.task is not None:
+        first = next(iter(row.task.metrics.values()), None)
+        return float("inf") if first is None else -first.value
+    metric = row.metrics.get(board.loss_name or "")
+    return float("inf") if metric is None else metric.value
+
+
+def loss(row: Row, name: str) -> Metric | None:
+    """A loss of a row; the reference's ratio to itself is 1 and its KL 0, by definition and without
+    error."""
+    if name in row.metrics or not row.is_reference:
+        return row.metrics.get(name)
+    base = next(iter(row.metrics.values()), None)
+    by_definition = {"perplexity_ratio": 1.0, "word_perplexity_ratio": 1.0, "kl_mean": 0.0}
+    if base is None or name not in by_definition:
+        return None
+    unit = "nats" if name == "kl_mean" else "ratio"
+    return base.model_copy(
+        update={"unit": unit, "value": by_definition[name], "standard_error": None}
+    )
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other beats: none is at most as far in both coordinates and nearer in one.
+    Both: less is better."""
+    return [
+        not any(x <= a and y <= b and (x < a or y < b) for j, (x, y) in enumerate(points) if j != i)
+        for i, (a, b) in enumerate(points)
+    ]

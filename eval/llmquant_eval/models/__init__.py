@@ -1,0 +1,1 @@
+"""Models that can be scored: folders, hub names, running servers."""

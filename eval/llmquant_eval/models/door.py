@@ -1,0 +1,121 @@
+"""One door to models: any folder or hub name, dense or packed, through llmquant's public API, or a
+running server.
+
+The reference and the candidates are loaded at the *same* dtype and scored by the same code, so that
+a difference between them is the quantization's. What ``auto`` means is llmquant's to say
+(``llmquant.compute_dtype``): on a CPU the faster of bfloat16 and float32, elsewhere the first
+model's own. ``--dtype float32`` takes the rounding of activations out of the comparison everywhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmquant.errors import CheckpointError, UsageError
+from llmquant_eval.models.endpoint import Endpoint, is_url
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPath:
+    """A model as the user named it, where it lies, and the short unique name it goes by in
+    tables."""
+
+    source: str
+    path: Path
+    label: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedModel:
+    """A model that another process serves."""
+
+    source: str
+    endpoint: Endpoint
+    label: str
+
+
+AnyModel = ModelPath | ServedModel
+
+
+def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
+    """Find every model and give each a short name: the folder's, or the whole source where two
+    would be the same.
+
+    Raises:
+        UsageError: the same model twice, or one that a server does not have.
+        CheckpointError: one that is not a model.
+        LlmquantError: a server that does not answer.
+    """
+    import llmquant
+
+    found: list[Path | Endpoint] = [
+        Endpoint(s) if is_url(s) else Path(llmquant.resolve(s)) for s in sources
+    ]
+    places = [m.resolve() if isinstance(m, Path) else (m.url, m.model) for m in found]
+    twice = [s for i, s in enumerate(sources) if places[i] in places[:i]]
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice; name each model once")
+    names = [
+        source.rstrip("/").rsplit("/", 1)[-1]
+        if isinstance(model, Path)
+        else f"{model.model.rsplit('/', 1)[-1]} (served)"
+        for source, model in zip(sources, found, strict=True)
+    ]
+    seen = Counter(names)
+    labels = [
+        name if seen[name] == 1 else source for source, name in zip(sources, names, strict=True)
+    ]
+    return [
+        ModelPath(source, model, label)
+        if isinstance(model, Path)
+        else ServedModel(source, model, label)
+        for source, model, label in zip(sources, found, labels, strict=True)
+    ]
+
+
+def other_dtype(dtype: str) -> str:
+    """The dtype whose rounding sets the noise floor: float32 for the short ones, bfloat16 for
+    float32."""
+    return "bfloat16" if dtype == "float32" else "float32"
+
+
+def load_model(path: Path, dtype: str, device: str, kernel: str) -> Any:
+    """A model ready to score: loaded, on its device, in evaluation mode."""
+    import llmquant
+
+    return llmquant.load(path, dtype=dtype, device=device, kernel=kernel)
+
+
+def max_positions(path: Path) -> int | None:
+    """The longest input the model was made for, in tokens, or None where its config does not say.
+
+    Raises:
+        CheckpointError: the folder has no config that transformers knows.
+    """
+    positions = getattr(_text_config(path), "max_position_embeddings", None)
+    return int(positions) if positions else None
+
+
+def vocabulary_size(path: Path) -> int:
+    """Tokens that the model's config gives its logits; raises as :func:`max_positions`."""
+    return int(_text_config(path).vocab_size)
+
+
+def _text_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} has no model config that transformers can read: {e}") from e
+
+
+def kernels_used(model: Any) -> dict[str, int]:
+    """Kernel name → how many linears it multiplies; empty for a dense model."""
+    import llmquant
+
+    return dict(llmquant.describe(model).kernels)

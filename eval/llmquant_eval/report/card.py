@@ -1,0 +1,130 @@
+"""The measured table in a model's README.md, between two markers, rendered from a Report and never
+typed.
+
+Everything outside the markers is the author's and stays byte for byte. A card without markers gets
+them at its end; a folder without a card gets one. The file is replaced whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.report.schema import ModelResult, Report
+from llmquant_eval.report.table import HEADERS, footnotes, grids, metric_cell, row
+
+START = "<!-- llmquant:measured:start -->"
+END = "<!-- llmquant:measured:end -->"
+_DETAILS = (
+    ("KL median", "kl_median"),
+    ("p90", "kl_p90"),
+    ("p99", "kl_p99"),
+    ("p99.9", "kl_p99.9"),
+    ("max", "kl_max"),
+    ("RMS Δp", "rms_delta_p"),
+)
+
+
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---"] + ["---:"] * (len(headers) - 1)
+    return ["| " + " | ".join(cells) + " |" for cells in [headers, rule, *rows]]
+
+
+def _name(result: ModelResult) -> str:
+    """The label with what would break a Markdown table taken out."""
+    return f"{result.label} ({result.scheme})".replace("|", "\\|")
+
+
+def measured_section(report: Report, label: str) -> str:
+    """The Markdown between the markers: this model beside the reference, protocols, text and
+    command.
+
+    Raises:
+        KeyError: the report has no model of that label.
+    """
+    shown = [m for m in report.models if m.role == "reference"] + [report.model(label)]
+    rows = [[_name(m), *(" ".join(filter(None, pair)) for pair in row(m))] for m in shown]
+    lines = [*_markdown_table(["model", *HEADERS], rows), ""]
+    metrics = report.model(label).metrics
+    if "kl_mean" in metrics:
+        details = [" ".join(filter(None, metric_cell(metrics, name))) for _, name in _DETAILS]
+        lines += [
+            *_markdown_table(["per token", *(title for title, _ in _DETAILS)], [["", *details]]),
+            "",
+        ]
+    names = [m.label for m in shown]
+    for grid in grids(report):
+        rows = [list(cells) for cells in grid.rows if cells[0] in names]
+        lines += [*_markdown_table([grid.title, *grid.headers], rows), ""]
+    lines += [f"- {note}" for note in footnotes(report)]
+    if report.text is not None:
+        lines.append(
+            f"- Text: `{report.text.source}`, sha256 `{report.text.sha256}`, {report.text.tokens} tokens."
+        )
+    lines += [
+        f"- Measured {report.created:%Y-%m-%d} with "
+        + ", ".join(f"{name} {version}" for name, version in report.versions.items())
+        + ". Repeat it:",
+        "",
+        "```sh",
+        report.command,
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def splice(card: str, section: str) -> str:
+    """``card`` with ``section`` between its markers, which are added under a heading at the end
+    where there are none.
+
+    Raises:
+        UsageError: one marker without the other, markers in the wrong order, or more than one pair.
+    """
+    starts, ends = card.count(START), card.count(END)
+    block = f"{START}\n{section}\n{END}"
+    if starts == ends == 0:
+        return (card.rstrip("\n") + "\n\n" if card.strip() else "") + f"## Measured\n\n{block}\n"
+    begin, end = card.find(START), card.find(END)
+    if (starts, ends) != (1, 1) or end < begin:
+        raise UsageError(
+            f"the card has {starts} start and {ends} end markers; leave one {START} before one {END}"
+        )
+    return card[:begin] + block + card[end + len(END) :]
+
+
+def write_card(folder: Path, report: Report, label: str) -> Path:
+    """Put the measured table of ``label`` into ``folder/README.md``; returns the file.
+
+    Raises:
+        UsageError: the card's markers are broken.
+        LlmquantError: the file cannot be read or written.
+    """
+    path = folder / "README.md"
+    try:
+        card = path.read_text(encoding="utf-8") if path.exists() else f"# {label}\n"
+        replace_file(path, splice(card, measured_section(report, label)))
+    except UsageError as e:
+        raise UsageError(f"{path}: {e}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise LlmquantError(f"{path} cannot be updated: {e}") from e
+    return path
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: beside it, fsync, rename. Keeps the mode of a file
+    that was there."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,291 @@
+"""One table for people: a row per model, what it lost beside what it costs.
+
+Cells are rendered from the Report alone, so the table of a stored run is the table of the run. A
+standard error is given to two digits and its value to the same place (``37.34 ±0.48``); more digits
+would be noise. In the terminal the error stands under its value and the scheme under the model's
+name, so that all columns fit a hundred characters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmquant_eval.report.schema import Metric, ModelResult, Report
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+ABSENT = "–"
+_DETAILS = (
+    "kl_median",
+    "kl_p",
+    "kl_max",
+    "rms_delta_p",
+)  # metrics that the card shows, not the tables
+_SHORTEST_NAME = 12  # characters to which the model column may shrink before the table is turned
+HEADERS = (
+    "perplexity", "ratio", "KL nats", "top-1 %", "bytes", "bits/w",
+    "load", "prefill tok/s", "decode tok/s", "peak memory",
+)  # fmt: skip
+
+
+def with_error(value: float, error: float | None, scale: float = 1.0) -> tuple[str, str]:
+    """``(value, ±error)``: the error at two significant digits, the value at the same decimal
+    place.
+
+    The second is empty where there is no error; a value without one is given four digits. Below a
+    thousandth both take the value's power of ten.
+    """
+    value *= scale
+    if error is None or error == 0.0:
+        return f"{value:.4g}", ""
+    error *= scale
+    power = math.floor(math.log10(abs(value))) if value else 0
+    unit, suffix = (10.0**power, f"e{power:03d}") if power < -3 else (1.0, "")
+    value, error = value / unit, error / unit
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f}{suffix}", f"±{error:.{decimals}f}{suffix}"
+
+
+def metric_cell(metrics: dict[str, Metric], name: str, scale: float = 1.0) -> tuple[str, str]:
+    """One metric and its standard error, or a dash."""
+    metric = metrics.get(name)
+    return (
+        (ABSENT, "") if metric is None else with_error(metric.value, metric.standard_error, scale)
+    )
+
+
+def first_cell(metrics: dict[str, Metric], *names: str) -> tuple[str, str]:
+    """The cell of whichever of ``names`` stands first: that of the run's first protocol."""
+    return metric_cell(metrics, next((name for name in metrics if name in names), names[0]))
+
+
+def size(nbytes: float | None) -> str:
+    """Bytes in decimal units, three digits; a dash for None."""
+    if nbytes is None:
+        return ABSENT
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def speed(tokens_per_second: float) -> str:
+    """Tokens per second, three digits or whole."""
+    return f"{tokens_per_second:.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
+
+
+def row(result: ModelResult) -> list[tuple[str, str]]:
+    """(value, ±error) under each of :data:`HEADERS`."""
+    m, cost = result.metrics, result.cost
+    bits = ABSENT if result.bits_per_weight is None else f"{result.bits_per_weight:.4g}"
+    cells = [
+        first_cell(m, "perplexity", "word_perplexity"),
+        first_cell(m, "perplexity_ratio", "word_perplexity_ratio"),
+        metric_cell(m, "kl_mean"),
+        metric_cell(m, "top1_agreement", 100.0),
+        (size(result.bytes_on_disk), ""),
+        (bits, ""),
+    ]
+    if cost is None:
+        return cells + [(ABSENT, "")] * 4
+    peak = cost.peak_memory_bytes if cost.device_peak_bytes is None else cost.device_peak_bytes
+    last = [
+        f"{cost.load_seconds:.2f} s",
+        speed(cost.prefill_tokens_per_second),
+        speed(cost.decode_tokens_per_second),
+    ]
+    return cells + [(text, "") for text in [*last, size(peak)]]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A small table of its own, by models: what has no column in the main one."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def grids(report: Report) -> list[Grid]:
+    """Word and byte figures, further protocols, and tasks with their flips against the
+    reference."""
+    found = []
+    for number, part in enumerate(report.passes):
+        names = dict.fromkeys(
+            name
+            for m in report.models
+            for name, metric in m.metrics.items()
+            if metric.protocol in (part.perplexity, part.divergence)
+            and not name.startswith(_DETAILS)
+        )
+        if number == 0 and "perplexity" in names:
+            continue  # the main table has all of it
+        rows = [
+            (m.label, *(" ".join(metric_cell(m.metrics, name)).strip() for name in names))
+            for m in report.models
+        ]
+        headers = tuple(name.partition("@")[0].replace("_", " ") for name in names)
+        found.append(Grid(part.perplexity, headers, rows))
+    for task in dict.fromkeys(t.task for m in report.models for t in m.tasks):
+        found.append(_task_grid(report, task))
+    return found
+
+
+def _task_grid(report: Report, task: str) -> Grid:
+    results = {m.label: t for m in report.models for t in m.tasks if t.task == task}
+    metrics = dict.fromkeys(name for t in results.values() for name in t.metrics)
+    paired = dict.fromkeys(name for t in results.values() for name in t.paired)
+    rows = []
+    for label, result in results.items():
+        cells = [
+            " ".join(with_error(m.value, m.standard_error)).strip()
+            for m in map(result.metrics.get, metrics)
+            if m
+        ]
+        flips = [result.paired.get(name) for name in paired]
+        cells += [f"-{p.lost} +{p.gained}, p={p.p_value:.2g}" if p else ABSENT for p in flips]
+        rows.append((label, *cells))
+    first = next(iter(results.values()))
+    share = (
+        f"{first.items}"
+        if first.items == first.items_available
+        else f"{first.items} of {first.items_available}"
+    )
+    title = f"task/{task}, {share} items, {first.few_shot}-shot, lm-eval {first.lm_eval}"
+    return Grid(title, (*metrics, *(f"{name} flips" for name in paired)), rows)
+
+
+def _share(windows: int, available: int) -> str:
+    return "all" if windows == available else f"the first {windows} of {available}"
+
+
+def footnotes(report: Report) -> list[str]:
+    """What the table's numbers mean: protocols, text, dtype, floor, cached reference, excluded
+    tokens."""
+    lines = []
+    if report.text is not None:
+        text, measured = report.text, [p for p in report.protocols if not p.startswith("task/")]
+        lines.append(
+            f"{', '.join(measured)} on {text.source}: {_share(text.windows, text.windows_available)} windows of "
+            f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}, {report.hardware.threads} threads; "
+            f"± standard error {_methods(report)}, ratios paired."
+        )
+    lines += [
+        f"{p.perplexity}: {_share(p.windows, p.windows_available)} windows, {p.scored} tokens scored."
+        for p in report.passes[1:]
+    ]
+    if report.settings.dtype_reason is not None:
+        lines.append(f"{report.settings.dtype} was chosen because {report.settings.dtype_reason}.")
+    if report.noise_floor is not None:
+        floor = report.noise_floor
+        kl = " ".join(with_error(floor.kl_mean.value, floor.kl_mean.standard_error)).strip()
+        lines.append(
+            f"Noise floor, {report.reference} against itself in {floor.other_dtype}: KL {kl}, "
+            f"top-1 {100 * floor.top1_agreement.value:.1f} % ({floor.kl_mean.windows} windows)."
+        )
+    lines += _cost_notes(report)
+    lines += [
+        f"{m.label}: {e.protocol} against a cached reference ({e.form}); that form changed its KL by {e.mean:.1e} in the "
+        f"mean and {e.largest:.1e} at most, over {e.positions} positions kept exactly."
+        for m in report.models
+        for e in m.cache_errors
+    ]
+    lines += [
+        f"{m.label}: {m.excluded_tokens} tokens with a divergence that is not finite are left out of its KL and top-1."
+        for m in report.models
+        if m.excluded_tokens
+    ]
+    return lines
+
+
+def _methods(report: Report) -> str:
+    used = {
+        m.error_method
+        for model in report.models
+        for m in model.metrics.values()
+        if m.error_method is not None
+    }
+    return " or ".join(sorted(used, reverse=True)) or "by window"
+
+
+def _cost_notes(report: Report) -> list[str]:
+    costs = [m.cost for m in report.models if m.cost is not None]
+    if not costs:
+        return []
+    first = costs[0]
+    where = "on the accelerator" if first.device_peak_bytes is not None else (
+        f"of the whole process, {size(first.memory_floor_bytes)} of it before the model"
+    )  # fmt: skip
+    return [
+        f"Speed at batch 1, prompt of {first.prompt_tokens} and {first.new_tokens} new tokens, "
+        f"threads: {first.threads} ({report.hardware.processor}); peak memory {where}."
+    ]
+
+
+def render(report: Report, width: int) -> Group:
+    """The run as one rich table with its footnotes.
+
+    A row per model where ``width`` columns have room for it; in a narrower terminal a column per
+    model, because a number cut in two is worse than a table turned.
+    """
+    from rich.console import Console, Group
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    table = _by_row(report.models)
+    console = Console(width=10_000)
+    if Measurement.get(console, console.options, table).minimum > width:
+        table = _by_column(report.models)
+    parts: list[Table | Text] = [table]
+    for grid in grids(report):
+        parts += [Text(""), _grid(grid)]
+    return Group(*parts, *(Text(line, style="dim") for line in footnotes(report)))
+
+
+def _grid(grid: Grid) -> Table:
+    table = _table()
+    table.title, table.title_justify, table.title_style = grid.title, "left", "bold"
+    table.add_column("model", overflow="fold")
+    for header in grid.headers:
+        table.add_column(header, justify="right", overflow="fold")
+    for cells in grid.rows:
+        table.add_row(*cells)
+    return table
+
+
+def _table() -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+
+
+def _by_row(models: Sequence[ModelResult]) -> Table:
+    from rich.text import Text
+
+    table = _table()
+    table.add_column("model", overflow="fold", min_width=_SHORTEST_NAME)
+    for header in HEADERS:
+        table.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True)
+    for result in models:
+        name = Text.assemble(result.label, "\n", (result.scheme, "dim"))
+        table.add_row(name, *("\n".join(filter(None, pair)) for pair in row(result)))
+    return table
+
+
+def _by_column(models: Sequence[ModelResult]) -> Table:
+    from rich.text import Text
+
+    table = _table()
+    table.add_column("model", no_wrap=True)
+    for result in models:
+        table.add_column(Text(f"{result.label}\n{result.scheme}"), justify="right", overflow="fold")
+    for header, *pairs in zip(HEADERS, *map(row, models), strict=True):
+        table.add_row(header, *(" ".join(filter(None, pair)) for pair in pairs))
+    return table

@@ -1,0 +1,1 @@
+"""An evaluation from request to Report."""

@@ -1,0 +1,268 @@
+"""A whole evaluation: models and a text in, a Report out.
+
+The order is chosen for memory and for early errors: everything that can be refused is refused
+before a weight is read; then each model's cost is measured in a process of its own while this one
+is still small; then the noise floor, with the reference twice in memory; then one pass per
+protocol, with reference and candidates side by side; then the tasks.
+
+With ``--cache`` the reference runs alone, once, and is let go before a candidate is loaded; all
+candidates, in this run and in later ones, are compared with what it left on disk. The same command
+therefore gives the same figures on a full cache as on an empty one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmquant_eval.models import door as models
+from llmquant_eval.models.door import AnyModel, ModelPath, ServedModel
+from llmquant_eval.report.schema import Cost, NoiseFloor, Report, TaskResult
+from llmquant_eval.run.assemble import Measured, divergence_metrics, make_report, model_result
+from llmquant_eval.run.cost import measure_apart
+from llmquant_eval.run.plan import Plan, Request, make_plan
+from llmquant_eval.scoring.reference_cache import (
+    INDEX,
+    CachedReference,
+    CacheKey,
+    CacheWriter,
+    choose_form,
+    stream_sha256,
+)
+from llmquant_eval.scoring.score import Scores, cached_scores, record, score
+from llmquant_eval.scoring.served import score_served
+from llmquant_eval.scoring.stream import Stream
+
+# The noise floor is a scale to read KL by, not a result: a few windows say where it lies.
+NOISE_TOKENS, NOISE_TOKENS_SLOW = 4096, 1024
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all)."""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def evaluate(request: Request, progress: Progress = _silent) -> Report:
+    """Run an evaluation.
+
+    Raises:
+        UsageError: the request cannot be right (models, window, dtype, tasks, tokenizers that
+            differ).
+        SourceError: the text is missing, empty or shorter than a window.
+        CheckpointError: a folder that is not a model, or a damaged cache.
+        QuantizationError: a model's output is NaN or infinite.
+        LlmquantError: measuring a model's cost, a task or a server failed.
+    """
+    plan = make_plan(request)
+    costs = _costs(plan, request, progress) if request.cost else {}
+    # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken
+    # without it.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return _Run(request, plan, costs, progress).report()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _costs(plan: Plan, request: Request, progress: Progress) -> dict[str, Cost]:
+    costs = {}
+    for done, model in enumerate(plan.local):
+        progress("speed and memory", done, len(plan.local))
+        costs[model.label] = measure_apart(
+            model.path, plan.dtype, plan.device, request.kernel, threads=request.threads
+        )
+    progress("speed and memory", len(plan.local), len(plan.local))
+    return costs
+
+
+class _Run:
+    """The models of one evaluation as they are loaded and let go, and what they scored."""
+
+    def __init__(
+        self, request: Request, plan: Plan, costs: dict[str, Cost], progress: Progress
+    ) -> None:
+        self.request, self.plan, self.costs, self.progress = request, plan, costs, progress
+        self.loaded: dict[str, Any] = {}
+        self.kernels: dict[str, dict[str, int]] = {}
+
+    def report(self) -> Report:
+        """Everything, in the order of the module text."""
+        plan = self.plan
+        cached = self._caches()
+        floor = self._noise_floor(cached) if plan.streams and self.request.noise_floor else None
+        scores = [
+            self._score(stream, source) for stream, source in zip(plan.streams, cached, strict=True)
+        ]
+        tasks = {m.label: self._tasks(m) for m in plan.models} if plan.tasks is not None else {}
+        if plan.reference is not None and tasks:
+            tasks = _paired(tasks, plan.reference.label)
+        found = {
+            m.label: Measured(
+                [s[m.label] for s in scores],
+                self.kernels.get(m.label, {}),
+                self.costs.get(m.label),
+                tasks.get(m.label, ()),
+            )
+            for m in plan.models
+        }
+        base = None if plan.reference is None else found[plan.reference.label]
+        results = [
+            model_result(plan, m, found[m.label], None if m is plan.reference else base)
+            for m in plan.models
+        ]
+        return make_report(self.request, plan, floor, results)
+
+    def _load(self, model: ModelPath) -> Any:
+        if model.label not in self.loaded:
+            self.loaded[model.label] = models.load_model(
+                model.path, self.plan.dtype, self.plan.device, self.request.kernel
+            )
+            self.kernels[model.label] = models.kernels_used(self.loaded[model.label])
+        return self.loaded[model.label]
+
+    def _advance(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(stage, done, total)
+
+    def _score(self, stream: Stream, cached: CachedReference | None) -> dict[str, Scores]:
+        reference, name = self.plan.reference, stream.protocol.perplexity_id
+        side_by_side = [m for m in self.plan.local if cached is None or m is not reference]
+        scores: dict[str, Scores] = {}
+        if side_by_side:
+            scores = score(
+                {m.label: self._load(m) for m in side_by_side},
+                stream,
+                reference=reference.label if reference is not None and cached is None else None,
+                cached=cached,
+                batch_size=self.request.batch_size,
+                advance=self._advance(f"{name} and KL" if reference is not None else name),
+            )
+        if reference is not None and cached is not None:
+            scores[reference.label] = cached_scores(cached, stream, reference.label)
+        for served in self.plan.models:
+            if isinstance(served, ServedModel):
+                scores[served.label] = score_served(
+                    served.endpoint,
+                    stream,
+                    served.label,
+                    self._advance(f"{name} of {served.label}"),
+                )
+        return scores
+
+    def _caches(self) -> list[CachedReference | None]:
+        """One per stream: opened where it exists, made where not; the reference is let go
+        afterwards.
+
+        None each without ``--cache``.
+        """
+        reference, found = self.plan.reference, list[CachedReference | None]()
+        if self.request.cache is None or reference is None:
+            return [None] * len(self.plan.streams)
+        folder = Path(self.request.cache)
+        for stream in self.plan.streams:
+            key = self._key(reference, stream)
+            place = folder / key.name
+            if not (place / INDEX).is_file():
+                model = self._load(reference)
+                writer = CacheWriter(place, key, stream, models.vocabulary_size(reference.path))
+                stage = f"reference for {stream.protocol.perplexity_id}"
+                record(
+                    model,
+                    stream,
+                    writer,
+                    self.request.batch_size,
+                    self._advance(stage),
+                    reference.label,
+                )
+                writer.finish(self.kernels[reference.label])
+            cached = CachedReference(place)
+            found.append(cached)
+            self.kernels[reference.label] = cached.kernels
+        self.loaded.pop(reference.label, None)
+        return found
+
+    def _key(self, reference: ModelPath, stream: Stream) -> CacheKey:
+        import llmquant
+
+        form = choose_form(
+            self.request.cache_form, stream.layout.tokens, models.vocabulary_size(reference.path)
+        )
+        return CacheKey(
+            weights_sha256=llmquant.inspect(reference.path).weights_sha256,
+            tokenizer_sha256=self.plan.tokenizers_sha256[reference.label],
+            ids_sha256=stream_sha256(stream),
+            protocol=stream.protocol.perplexity_id,
+            dtype=self.plan.dtype,
+            device=self.plan.device,
+            kernel=self.request.kernel,
+            form=form.name,
+        )
+
+    def _noise_floor(self, cached: list[CachedReference | None]) -> NoiseFloor | None:
+        """The reference against itself at the other dtype, on the first few windows of the first
+        protocol."""
+        import llmquant
+
+        reference = self.plan.reference
+        if reference is None or len(self.plan.local) < 2:
+            return None  # nothing will have a divergence to read by it
+        whole = self.plan.streams[0]
+        dtype = models.other_dtype(self.plan.dtype)
+        # bfloat16 where `auto` avoids it would take longer than all the rest.
+        slow = (
+            dtype == "bfloat16"
+            and llmquant.parse_dtype("auto", self.plan.device, stored=dtype).name == "float32"
+        )
+        stream = whole.first(
+            max(2, (NOISE_TOKENS_SLOW if slow else NOISE_TOKENS) // whole.protocol.window)
+        )
+        other = f"{reference.label} in {dtype}"
+        twins = {other: models.load_model(reference.path, dtype, self.plan.device, "auto")}
+        if cached[0] is None:
+            twins[reference.label] = self._load(reference)
+        scores = score(
+            twins,
+            stream,
+            reference=reference.label if cached[0] is None else None,
+            cached=cached[0],
+            batch_size=self.request.batch_size,
+            advance=self._advance("noise floor"),
+        )
+        divergence = scores[other].divergence
+        assert divergence is not None  # score() compares every model but the reference
+        metrics = divergence_metrics(divergence, stream.protocol)
+        return NoiseFloor(
+            other_dtype=dtype, kl_mean=metrics["kl_mean"], top1_agreement=metrics["top1_agreement"]
+        )
+
+    def _tasks(self, model: AnyModel) -> list[TaskResult]:
+        from llmquant_eval.tasks.harness import run_tasks
+        from llmquant_eval.tasks.harness_models import LocalModel, ServedLM
+
+        assert self.plan.tasks is not None
+        done = list(self.plan.models).index(model)
+        self.progress("tasks", done, len(self.plan.models))
+        tokenizer = self.plan.tokenizers[model.label]
+        if isinstance(model, ServedModel):
+            adapter: Any = ServedLM(model.endpoint, tokenizer)
+        else:
+            adapter = LocalModel(self._load(model), tokenizer, self.request.batch_size)
+        results = run_tasks(self.plan.tasks, adapter, model.label)
+        self.progress("tasks", done + 1, len(self.plan.models))
+        return results
+
+
+def _paired(tasks: dict[str, list[TaskResult]], reference: str) -> dict[str, list[TaskResult]]:
+    """Every candidate's results with the comparison, item by item, with the reference's."""
+    from llmquant_eval.report.paired import with_pairs
+
+    base = {t.task: t for t in tasks[reference]}
+    return {
+        label: [t if label == reference else with_pairs(t, base[t.task]) for t in results]
+        for label, results in tasks.items()
+    }

@@ -1,0 +1,297 @@
+"""A request, and the plan made of it: all that can be looked up or refused before a weight is read.
+
+``Request`` is the command line as a value and can write itself back as one, so a Report carries the
+line that repeats it. ``Plan`` holds the token streams, one per protocol, and the models' paths:
+every model must cut the text into the same tokens and take windows of that length.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmquant.errors import UsageError
+from llmquant_eval.models import door as models
+from llmquant_eval.models.door import AnyModel, ModelPath, ServedModel, max_positions
+from llmquant_eval.scoring.protocols import (
+    WindowProtocol,
+    default_window,
+    has_window,
+    parse_protocol,
+)
+from llmquant_eval.scoring.stream import Stream, make_stream
+from llmquant_eval.texts import tokens as text
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmquant import ChosenDtype, Computing, Documents
+    from llmquant_eval.tasks.harness import TaskPlan
+
+DEFAULT_PROTOCOL = "ppl/gptq"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What ``llmquant eval`` was asked for; the fields are its options. Lists are written with
+    commas."""
+
+    candidates: tuple[str, ...]
+    text: str | None = None
+    reference: str | None = None
+    protocol: str | None = None
+    window: int | None = None
+    max_windows: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    kernel: str = "auto"
+    threads: int | None = None
+    batch_size: int | None = None
+    tokenizer: str | None = None
+    cache: str | None = None
+    cache_form: str | None = None
+    tasks: str | None = None
+    include_path: str | None = None
+    limit: int | None = None
+    log_samples: str | None = None
+    cost: bool = True
+    noise_floor: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.candidates:
+            raise UsageError("name at least one model to evaluate")
+        if self.text is None and self.tasks is None:
+            raise UsageError("there is nothing to measure; give --text, --tasks or both")
+        if self.text is None and self.protocol is not None:
+            raise UsageError(f"--protocol {self.protocol} needs a text; give --text")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size} feeds nothing; give 1 or more")
+        if (
+            self.window is not None
+            and self.protocol is not None
+            and all(map(has_window, self.protocols))
+        ):
+            raise UsageError("--protocol and --window both set the window; give one of them")
+        if self.cache_form is not None and self.cache is None:
+            raise UsageError("--cache-form says how a cache is written; give --cache DIR with it")
+        if self.cache is not None and self.reference is None:
+            raise UsageError(
+                "--cache keeps the reference's distributions; name it with --reference"
+            )
+        if self.tasks is None and (self.limit, self.include_path, self.log_samples) != (
+            None,
+            None,
+            None,
+        ):
+            raise UsageError("--limit, --include-path and --log-samples belong to --tasks")
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Protocols as they were written, in order; none where there is no text."""
+        if self.text is None:
+            return ()
+        return tuple(filter(None, (self.protocol or DEFAULT_PROTOCOL).split(",")))
+
+    def command(self) -> str:
+        """The command line that repeats this run; options that stand at their default are left
+        out."""
+        words = ["llmquant", "eval", *self.candidates]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name == "candidates" or value == option.default:
+                continue
+            name = option.name.replace("_", "-")
+            words += [f"--no-{name}"] if value is False else [f"--{name}", str(value)]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a request means. ``streams`` has one per protocol, none without a text; ``tasks`` None
+    without tasks."""
+
+    models: tuple[AnyModel, ...]
+    reference: ModelPath | None
+    tokenizers: dict[str, Any]
+    text_source: str | None
+    text_sha256: str | None
+    streams: tuple[Stream, ...]
+    tasks: TaskPlan | None
+    dtype: str
+    device: str
+    computing: Computing
+
+    @property
+    def local(self) -> list[ModelPath]:
+        """The models that this process loads."""
+        return [m for m in self.models if isinstance(m, ModelPath)]
+
+    @cached_property
+    def tokenizers_sha256(self) -> dict[str, str]:
+        return {
+            label: text.tokenizer_sha256(tokenizer) for label, tokenizer in self.tokenizers.items()
+        }
+
+
+def make_plan(request: Request) -> Plan:
+    """Look everything up.
+
+    Raises:
+        UsageError: a window, dtype, device or task that cannot be, a model given twice, tokenizers
+            that differ.
+        SourceError: the text is missing, empty or shorter than a window.
+        CheckpointError: a folder that is not a model, or has no tokenizer.
+        LlmquantError: a server that does not answer.
+    """
+    import llmquant
+
+    llmquant.set_threads(request.threads)
+    device = llmquant.parse_device(request.device)
+    llmquant.parse_dtype(
+        request.dtype, device
+    )  # a word that is none is refused before models are looked for
+    found, reference = _find(request)
+    chosen = _dtype(request, device, found, reference)
+    protocols = _protocols(request, found)
+    tokenizers = _tokenizers(found, reference, request.tokenizer)
+    documents = None if request.text is None else llmquant.read_documents(request.text)
+    first = (reference or found[0]).label
+    streams = tuple(
+        _stream(p, tokenizers, first, documents, request)
+        for p in protocols
+        if documents is not None
+    )
+    tasks = None
+    if request.tasks is not None:
+        from llmquant_eval.tasks.harness import plan_tasks
+
+        tasks = plan_tasks(
+            [n for n in request.tasks.split(",") if n],
+            request.include_path,
+            request.limit,
+            request.log_samples,
+        )
+    return Plan(
+        tuple(found),
+        reference,
+        tokenizers,
+        request.text,
+        None if documents is None else documents.sha256,
+        streams,
+        tasks,
+        chosen.name,
+        str(device),
+        llmquant.Computing.of(device, chosen),
+    )
+
+
+def _dtype(
+    request: Request, device: torch.device, found: Sequence[AnyModel], reference: ModelPath | None
+) -> ChosenDtype:
+    """The one dtype of all models: ``auto`` asks what suits the reference, or else the first
+    folder."""
+    import llmquant
+
+    first = reference or next((m for m in found if isinstance(m, ModelPath)), None)
+    if first is None:
+        return llmquant.parse_dtype(
+            request.dtype, device
+        )  # servers have their own; nothing is loaded here
+    return llmquant.compute_dtype(first.path, request.dtype, device)
+
+
+def _find(request: Request) -> tuple[list[AnyModel], ModelPath | None]:
+    """All models, the reference first unless it was named among the candidates, and the
+    reference."""
+    sources = list(request.candidates)
+    if request.reference is not None and request.reference not in sources:
+        sources.insert(0, request.reference)
+    found = models.resolve_models(sources)
+    reference = next((m for m in found if m.source == request.reference), None)
+    if reference is not None and len(found) == 1:
+        raise UsageError(
+            f"{reference.source} is the reference and the only model; name a model to compare with it"
+        )
+    if isinstance(reference, ServedModel):
+        raise UsageError(
+            f"{reference.source} is a server, which does not give whole distributions; as the reference name a folder"
+        )
+    return found, reference
+
+
+def _protocols(request: Request, found: Sequence[AnyModel]) -> list[WindowProtocol]:
+    """The protocols asked for, checked against the context of every model."""
+    limits = {m.label: n for m in found if (n := _longest_input(m)) is not None}
+    smallest = min(limits.values(), default=None)
+    window = default_window(smallest) if request.window is None else request.window
+    protocols = [parse_protocol(name, window) for name in request.protocols]
+    ids = [p.perplexity_id for p in protocols]
+    if len(set(ids)) < len(ids):
+        raise UsageError(
+            f"--protocol {request.protocol} names one protocol twice: {', '.join(ids)}"
+        )
+    for protocol in protocols:
+        if smallest is not None and protocol.window > smallest:
+            label = min(limits, key=lambda m: limits[m])
+            raise UsageError(
+                f"a window of {protocol.window} tokens is longer than the {smallest} that {label} takes; "
+                f"give --window {smallest} or less"
+            )
+    return protocols
+
+
+def _longest_input(model: AnyModel) -> int | None:
+    """A server also needs room for the target of the last token it is fed and for the one it
+    generates."""
+    if isinstance(model, ServedModel):
+        return None if model.endpoint.context is None else model.endpoint.context - 2
+    return max_positions(model.path)
+
+
+def _tokenizers(
+    found: Sequence[AnyModel], reference: ModelPath | None, given: str | None
+) -> dict[str, Any]:
+    """Each model's tokenizer by label; a served model has the one given, else the reference's, else
+    a folder's."""
+    import llmquant
+
+    tokenizers = {m.label: text.load_tokenizer(m.path) for m in found if isinstance(m, ModelPath)}
+    served = [m for m in found if isinstance(m, ServedModel)]
+    if not served:
+        if given is not None:
+            raise UsageError(f"--tokenizer {given} is for served models; folders have their own")
+        return tokenizers
+    if given is not None:
+        shared = text.load_tokenizer(Path(llmquant.resolve(given)))
+    elif tokenizers:
+        shared = (
+            tokenizers[reference.label]
+            if reference is not None
+            else next(iter(tokenizers.values()))
+        )
+    else:
+        raise UsageError(
+            f"{served[0].source} does not say how it tokenizes; give its model's folder by --tokenizer"
+        )
+    return tokenizers | {m.label: shared for m in served}
+
+
+def _stream(
+    protocol: WindowProtocol,
+    tokenizers: dict[str, Any],
+    first: str,
+    documents: Documents,
+    request: Request,
+) -> Stream:
+    """The one token stream of all models under a protocol."""
+    assert request.text is not None  # there are documents
+    stream = make_stream(protocol, tokenizers[first], documents, request.text, request.max_windows)
+    for label, tokenizer in tokenizers.items():
+        if tokenizer is not tokenizers[first]:
+            other = make_stream(protocol, tokenizer, documents, request.text, request.max_windows)
+            text.check_same_tokens(stream.ids, other.ids, first, label)
+    return stream

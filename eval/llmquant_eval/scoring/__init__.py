@@ -1,0 +1,1 @@
+"""Texts cut into windows, and every token of them scored."""

@@ -1,0 +1,240 @@
+"""Protocols: which tokens are fed, which predictions are scored, and under what name the number may
+be compared.
+
+A perplexity without its protocol is not a number. The same model on the same text scores
+differently with windows of 512 and 2048, with overlapping windows, with or without the tail; all of
+that is in the protocol id (``ppl/gptq-512``) and figures with different ids never stand in one
+ranking.
+
+A protocol is a pure function from a token count to windows; it never sees tokens, models or text.
+Of a window ``[begin, end)`` the tokens ``[begin, end-1)`` are fed and those at ``[scored, end)``
+are scored, each predicted from what stands before it inside the window: the last token is a target
+only.
+
+* ``ppl/gptq-N``: non-overlapping windows of N, all but the first token of each scored, the tail
+  shorter than N dropped: the GPTQ paper's evaluation and nearly every table since.
+* ``ppl/strided-N-S``: windows of N that begin S tokens apart, each scoring what the one before it
+  did not: every token but the very first is scored once, the tail included. These are the windows
+      of Hugging Face's page on perplexity of
+  fixed-length models; the mean is taken over tokens, where that page's loop weighs windows.
+* ``ppl/word-N``: lm-eval's rolling windows. Every document stands alone behind one prefix token
+  (BOS, else EOS), all its tokens are scored, N predictions at a time; the last window is filled up
+  with context from before. ``ppl/word-wikitext-N`` is the same over text put through lm-eval's
+  WikiText detokenizer, words and bytes counted before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmquant.errors import UsageError
+
+_ID = re.compile(r"ppl/(gptq|strided|word-wikitext|word)(?:-([1-9][0-9]*))?(?:-([1-9][0-9]*))?")
+KNOWN = "ppl/gptq-N, ppl/strided-N[-STRIDE], ppl/word-N or ppl/word-wikitext-N with N the window in tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Positions in one token stream: ``[begin, end-1)`` is fed, ``[scored, end)`` is scored."""
+
+    begin: int
+    end: int
+    scored: int
+
+    @property
+    def fed(self) -> int:
+        return self.end - 1 - self.begin
+
+    @property
+    def predictions(self) -> int:
+        return self.end - self.scored
+
+    def moved(self, by: int) -> Window:
+        """The same window where its document begins ``by`` tokens into a stream."""
+        return Window(self.begin + by, self.end + by, self.scored + by)
+
+
+class WindowProtocol(Protocol):
+    """What all protocols have in common. ``window`` is the longest input they feed, in tokens."""
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def perplexity_id(self) -> str: ...
+
+    @property
+    def divergence_id(self) -> str: ...
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether windows share tokens, so that their losses are not independent even nearly."""
+        ...
+
+    def windows(self, tokens: int) -> Sequence[Window]:
+        """The windows of a stream of ``tokens`` tokens, in order; empty when there is nothing that
+        it can score."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GptqProtocol:
+    """Non-overlapping windows of ``window`` tokens, tail dropped.
+
+    Raises:
+        UsageError: a window of fewer than 2 tokens predicts nothing.
+    """
+
+    window: int
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise UsageError(
+                f"a window of {self.window} tokens has nothing to predict; choose 2 or more"
+            )
+
+    @property
+    def perplexity_id(self) -> str:
+        return f"ppl/gptq-{self.window}"
+
+    @property
+    def divergence_id(self) -> str:
+        """KL is taken at the same positions as the perplexity, so its id carries the window too."""
+        return f"kl/top-{self.window}"
+
+    @property
+    def overlapping(self) -> bool:
+        return False
+
+    def windows(self, tokens: int) -> Sequence[Window]:
+        return [
+            Window(begin, begin + self.window, begin + 1)
+            for begin in range(0, tokens - self.window + 1, self.window)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class StridedProtocol:
+    """Windows of ``window`` tokens, ``stride`` apart, each token but the first scored once.
+
+    Raises:
+        UsageError: a window below 2, or a stride that is not below the window (tokens would go
+            unscored).
+    """
+
+    window: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise UsageError(
+                f"a window of {self.window} tokens has nothing to predict; choose 2 or more"
+            )
+        if not 1 <= self.stride < self.window:
+            raise UsageError(
+                f"ppl/strided-{self.window}-{self.stride}: a stride is 1 or more and shorter than the window; "
+                f"windows side by side are ppl/gptq-{self.window}"
+            )
+
+    @property
+    def perplexity_id(self) -> str:
+        return f"ppl/strided-{self.window}-{self.stride}"
+
+    @property
+    def divergence_id(self) -> str:
+        return f"kl/top-strided-{self.window}-{self.stride}"
+
+    @property
+    def overlapping(self) -> bool:
+        return True
+
+    def windows(self, tokens: int) -> Sequence[Window]:
+        found: list[Window] = []
+        scored = 1
+        for begin in range(0, tokens, self.stride):
+            end = min(begin + self.window, tokens)
+            if end > scored:
+                found.append(Window(begin, end, scored))
+                scored = end
+            if end == tokens:
+                break
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class WordProtocol:
+    """lm-eval's rolling windows over one document, of which :meth:`windows` counts the tokens
+    without the prefix.
+
+    The positions are those of the document *with* its prefix at 0. ``detokenized``: the text goes
+        through the WikiText
+    detokenizer first.
+    """
+
+    window: int
+    detokenized: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise UsageError(
+                f"a window of {self.window} tokens has no context to speak of; choose 2 or more"
+            )
+
+    @property
+    def _name(self) -> str:
+        return f"{'word-wikitext' if self.detokenized else 'word'}-{self.window}"
+
+    @property
+    def perplexity_id(self) -> str:
+        return f"ppl/{self._name}"
+
+    @property
+    def divergence_id(self) -> str:
+        return f"kl/top-{self._name}"
+
+    @property
+    def overlapping(self) -> bool:
+        """Only the last window of a document reaches back, and what it reaches is context, not
+        scored again."""
+        return False
+
+    def windows(self, tokens: int) -> Sequence[Window]:
+        found: list[Window] = []
+        predicted = 0
+        while predicted < tokens:
+            end = min(predicted + self.window, tokens)
+            found.append(Window(max(0, end - self.window), end + 1, predicted + 1))
+            predicted = end
+        return found
+
+
+def parse_protocol(text: str, window: int) -> WindowProtocol:
+    """``ppl/strided-512-128`` → its protocol; ``window`` stands in where the id has no N. A stride
+    is N/2 by default.
+
+    Raises:
+        UsageError: an id that this version does not know, or numbers that cannot be.
+    """
+    match = _ID.fullmatch(text)
+    if match is None or (match.group(3) and match.group(1) != "strided"):
+        raise UsageError(f"protocol {text!r} is not known; give {KNOWN}")
+    family, length = match.group(1), int(match.group(2) or window)
+    if family == "gptq":
+        return GptqProtocol(length)
+    if family == "strided":
+        return StridedProtocol(length, int(match.group(3) or max(1, length // 2)))
+    return WordProtocol(length, detokenized=family == "word-wikitext")
+
+
+def has_window(text: str) -> bool:
+    """Whether a protocol as the user wrote it says its window."""
+    match = _ID.fullmatch(text)
+    return match is not None and match.group(2) is not None
+
+
+def default_window(positions: int | None) -> int:
+    """``min(2048, the model's positions)``: the papers' window where the model can take it."""
+    return 2048 if positions is None else min(2048, positions)

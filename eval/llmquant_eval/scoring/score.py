@@ -1,0 +1,263 @@
+"""One pass over the windows that scores a reference and any number of candidates.
+
+For each batch the reference runs once, its logits stay for the batch, and every candidate's are
+compared with them while they exist; nothing of vocabulary size outlives the batch. A reference
+cached on disk takes the place of the live one window by window. Models are anything callable as
+``model(input_ids=[batch, tokens], use_cache=False).logits``: what llmquant.load or transformers
+returns.
+
+Windows are fed longest first, so that those of a batch are nearly equally long; what is missing is
+padded on the right, where a causal model cannot see it. The batch size therefore changes nothing
+beyond the rounding of a GEMM of another height. Memory at the peak: the models, and for reference
+and one candidate ``batch · window · vocabulary`` logits in the model's dtype, besides float32
+chunks of fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmquant.errors import UsageError
+from llmquant_eval.report.statistics import Floats
+from llmquant_eval.scoring.divergence import Divergence, LiveWindow, ReferenceWindow
+from llmquant_eval.scoring.layout import Layout
+from llmquant_eval.scoring.perplexity import Perplexity, check_finite, token_nll
+from llmquant_eval.scoring.protocols import Window
+from llmquant_eval.scoring.stream import Stream
+
+if TYPE_CHECKING:
+    from llmquant_eval.scoring.reference_cache import CachedReference, CacheWriter
+
+# Tokens fed at a time when no batch size is given. Packed linears dequantize their weight at every
+# call: with 4096 rows that makes an evaluation 1.15 to 1.26 times as long as the dense model's
+# (bench/results/eval_cost.json).
+TOKENS_PER_BATCH = 4096
+# Logits of one model and batch stay below this, whatever the vocabulary; one window is fed in any
+# case.
+LOGIT_BYTES = 1 << 30
+
+Advance = Callable[[int, int], None]
+"""Called with (windows done, windows in all) after each batch."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What one model scored. ``divergence`` is None for the reference and where there is none;
+    ``cache_errors`` are compact minus exact KL ``[positions]`` where the reference was a cached
+    one, kept in ``cache_form``."""
+
+    perplexity: Perplexity
+    divergence: Divergence | None = None
+    cache_errors: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    cache_form: str | None = None
+
+
+class _Columns:
+    """Per-token values of one model, flat in float64, filled window by window."""
+
+    def __init__(self, layout: Layout, compared: bool) -> None:
+        self.layout, self.slices = layout, layout.slices()
+        self.losses: Floats = np.empty(layout.tokens)
+        n = layout.tokens
+        self.compared = (np.empty(n), np.empty(n), np.empty(n), np.empty(n)) if compared else None
+        self.cache_errors: list[NDArray[np.float64]] = []
+
+    def add(
+        self, window: int, logits: Tensor, targets: Tensor, reference: ReferenceWindow | None
+    ) -> None:
+        """Score window number ``window``; logits ``[predictions, vocabulary]`` in the stream's
+        order."""
+        where = self.slices[window]
+        self.losses[where] = token_nll(logits, targets).cpu().numpy()
+        if self.compared is not None and reference is not None:
+            found = reference.divergence(logits, targets)
+            values = (found.kl, found.same_top, found.delta_p, found.confidence)
+            for column, value in zip(self.compared, values, strict=True):
+                column[where] = value.cpu().numpy()
+
+    def scores(self, label: str, cache_form: str | None) -> Scores:
+        divergence = (
+            None
+            if self.compared is None
+            else Divergence(*self.compared, layout=self.layout, label=label)
+        )
+        errors = np.concatenate(self.cache_errors) if self.cache_errors else np.empty(0)
+        return Scores(Perplexity(self.losses, self.layout, label), divergence, errors, cache_form)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Windows by number, and their tokens to feed, int64 ``[windows, longest fed]``, padded with 0
+    on the right."""
+
+    numbers: Sequence[int]
+    windows: Sequence[Window]
+    fed: Tensor
+
+
+def batches(stream: Stream, batch_size: int | None, logit_bytes: int) -> Iterator[Batch]:
+    """All windows, longest first.
+
+    ``batch_size`` None takes :data:`TOKENS_PER_BATCH` tokens, fewer where ``logit_bytes`` per token
+    are many.
+    """
+    order = sorted(range(len(stream.windows)), key=lambda i: -stream.windows[i].fed)
+    tokens = min(TOKENS_PER_BATCH, LOGIT_BYTES // logit_bytes)
+    start = 0
+    while start < len(order):
+        longest = stream.windows[order[start]].fed
+        # + 1: the protocols' lengths count the target that is not fed, and 4096 tokens are meant to
+        # be 8 windows of 512.
+        size = batch_size or max(1, tokens // (longest + 1))
+        numbers = order[start : start + size]
+        windows = [stream.windows[i] for i in numbers]
+        fed = torch.zeros(len(windows), longest, dtype=torch.int64)
+        for row, window in zip(fed, windows, strict=True):
+            row[: window.fed] = stream.ids[window.begin : window.end - 1]
+        yield Batch(numbers, windows, fed)
+        start += size
+
+
+def logits_of(model: Any, batch: Batch) -> list[Tensor]:
+    """Per window of the batch, the logits ``[predictions, vocabulary]`` that its scored tokens are
+    predicted by."""
+    logits: Tensor = model(input_ids=batch.fed.to(model.device), use_cache=False).logits
+    return [
+        row[w.fed - w.predictions : w.fed] for row, w in zip(logits, batch.windows, strict=True)
+    ]
+
+
+def targets_of(stream: Stream, window: Window, device: torch.device) -> Tensor:
+    """int64 ``[predictions]``: the tokens of a window that are scored."""
+    return stream.ids[window.scored : window.end].to(device)
+
+
+def bytes_per_row(model: Any) -> int:
+    """Bytes of the logits of one token, as the model's config has them; what limits a batch."""
+    config = getattr(model, "config", None)
+    vocabulary = 1 if config is None else int(config.get_text_config().vocab_size)
+    itemsize: int = getattr(model, "dtype", torch.float32).itemsize
+    return vocabulary * itemsize
+
+
+def score(
+    models: Mapping[str, Any],
+    stream: Stream,
+    *,
+    reference: str | None = None,
+    cached: CachedReference | None = None,
+    batch_size: int | None = None,
+    advance: Advance | None = None,
+) -> dict[str, Scores]:
+    """Score every model on the same windows.
+
+    Args:
+        models: label → model, in evaluation mode; the reference among them unless it is ``cached``.
+            At least one.
+        reference: label of the model that the others are compared with, or None for perplexity
+            alone.
+        cached: the reference from disk.
+        batch_size: windows fed at a time.
+        advance: progress callback.
+
+    Raises:
+        UsageError: a batch size below 1, or models with vocabularies of different sizes.
+        QuantizationError: a model's losses are NaN or infinite.
+        CheckpointError: the cache is damaged.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} feeds nothing; give 1 or more")
+    layout = stream.layout
+    compared = reference is not None or cached is not None
+    columns = {m: _Columns(layout, compared and m != reference) for m in models}
+    order = sorted(
+        models, key=lambda m: m != reference
+    )  # the reference first; the sort keeps the rest as given
+    logit_bytes = max(map(bytes_per_row, models.values()))
+    done = 0
+    with torch.inference_mode():
+        for batch in batches(stream, batch_size, logit_bytes):
+            _score_batch(models, order, columns, stream, batch, reference, cached)
+            done += len(batch.numbers)
+            if advance is not None:
+                advance(done, len(stream.windows))
+    return {
+        label: columns[label].scores(label, None if cached is None else cached.form)
+        for label in models
+    }
+
+
+def _score_batch(
+    models: Mapping[str, Any],
+    order: Sequence[str],
+    columns: Mapping[str, _Columns],
+    stream: Stream,
+    batch: Batch,
+    reference: str | None,
+    cached: CachedReference | None,
+) -> None:
+    base: list[ReferenceWindow] | None = (
+        [cached.window(i) for i in batch.numbers] if cached is not None else None
+    )
+    for label in order:
+        rows = logits_of(models[label], batch)
+        if label == reference:
+            base = [LiveWindow(row) for row in rows]
+        if base is not None and base[0].vocabulary != rows[0].shape[-1]:
+            raise UsageError(
+                f"{label} has a vocabulary of {rows[0].shape[-1]} and {reference or 'the reference'} of "
+                f"{base[0].vocabulary}; a divergence needs the same one"
+            )
+        own = columns[label]
+        for i, (number, window, logits) in enumerate(
+            zip(batch.numbers, batch.windows, rows, strict=True)
+        ):
+            targets = targets_of(stream, window, logits.device)
+            own.add(number, logits, targets, None if base is None else base[i])
+            if cached is not None:
+                own.cache_errors.append(cached.errors(number, logits, targets))
+        check_finite(
+            np.concatenate([own.losses[own.slices[i]] for i in batch.numbers]), label, batch.numbers
+        )
+
+
+def record(
+    model: Any,
+    stream: Stream,
+    writer: CacheWriter,
+    batch_size: int | None,
+    advance: Advance | None,
+    label: str,
+) -> None:
+    """Run the reference alone over the windows and give its distributions to a cache.
+
+    Raises:
+        QuantizationError: its logits are NaN or infinite.
+    """
+    done = 0
+    with torch.inference_mode():
+        for batch in batches(stream, batch_size, bytes_per_row(model)):
+            for number, window, logits in zip(
+                batch.numbers, batch.windows, logits_of(model, batch), strict=True
+            ):
+                targets = targets_of(stream, window, logits.device)
+                check_finite(
+                    token_nll(logits, targets).cpu().numpy().astype(np.float64), label, [number]
+                )
+                writer.add(number, logits, targets)
+            done += len(batch.numbers)
+            if advance is not None:
+                advance(done, len(stream.windows))
+
+
+def cached_scores(cached: CachedReference, stream: Stream, label: str) -> Scores:
+    """The reference's own scores, from its cache."""
+    losses = np.concatenate([cached.window(i).losses for i in range(len(stream.windows))])
+    return Scores(Perplexity(losses, stream.layout, label))

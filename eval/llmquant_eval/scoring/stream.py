@@ -1,0 +1,146 @@
+"""A text as the token stream of one protocol: ids, windows over them, and how many words and bytes
+each token stands for.
+
+For ``ppl/gptq`` and ``ppl/strided`` the rows of the text are one text, joined by two newlines and
+tokenized once. For ``ppl/word`` every row is a document of its own, tokenized alone behind a prefix
+token, as lm-eval does it: the tokenizer adds its special tokens (so a Llama document begins with
+two BOS, the second of them scored) unless the text itself begins with the prefix.
+
+Words are runs between white space, ``len(re.split(r"\\s+", document))``, bytes are UTF-8, both
+counted in the document as it was before any detokenizer. A document's words and bytes are shared
+out evenly over its scored tokens: sums over whole documents are exact, and windows of one document
+can still be told apart for the standard error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmquant.errors import CheckpointError, SourceError, UsageError
+from llmquant_eval.report.statistics import Floats
+from llmquant_eval.scoring.layout import Layout
+from llmquant_eval.scoring.protocols import Window, WindowProtocol, WordProtocol
+from llmquant_eval.texts.tokens import encode
+from llmquant_eval.texts.wikitext import wikitext_detokenize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmquant import Documents
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stream:
+    """``ids`` int64 ``[tokens]``; the ``windows`` to score of ``available``; ``words`` and
+    ``bytes_`` per scored token.
+
+    ``words`` and ``bytes_`` are None where the protocol does not count them.
+    """
+
+    protocol: WindowProtocol
+    ids: Tensor
+    windows: Sequence[Window]
+    available: int
+    words: Floats | None = None
+    bytes_: Floats | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.windows, self.protocol.overlapping)
+
+    def first(self, windows: int) -> Stream:
+        """The same stream with only so many windows."""
+        kept = self.windows[:windows]
+        scored = sum(w.predictions for w in kept)
+        words, bytes_ = (None if a is None else a[:scored] for a in (self.words, self.bytes_))
+        return Stream(self.protocol, self.ids, kept, self.available, words, bytes_)
+
+
+def make_stream(
+    protocol: WindowProtocol, tokenizer: Any, documents: Documents, source: str, limit: int | None
+) -> Stream:
+    """The stream of a text for one protocol, at most ``limit`` windows of it.
+
+    Raises:
+        SourceError: the text is empty or shorter than one window.
+        UsageError: a limit below 1.
+        CheckpointError: the protocol wants a prefix token and the tokenizer has none.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"--max-windows {limit} leaves nothing to score; give 1 or more")
+    if isinstance(protocol, WordProtocol):
+        whole = _by_document(protocol, tokenizer, documents, source)
+    else:
+        ids = encode(tokenizer, documents.text(), source)
+        windows = protocol.windows(len(ids))
+        whole = Stream(protocol, ids, windows, len(windows))
+    if not whole.windows:
+        raise SourceError(
+            f"{source} has {len(whole.ids)} tokens, less than one window of {protocol.window}; "
+            f"give a longer text or --window {max(2, len(whole.ids))} or less"
+        )
+    return whole if limit is None else whole.first(limit)
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """What stands before a document: BOS, else EOS.
+
+    Raises:
+        CheckpointError: the tokenizer has neither.
+    """
+    prefix = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
+    if prefix is None:
+        raise CheckpointError(
+            "the tokenizer has neither a BOS nor an EOS token; ppl/word needs one before each document"
+        )
+    return int(prefix)
+
+
+def _by_document(
+    protocol: WordProtocol, tokenizer: Any, documents: Documents, source: str
+) -> Stream:
+    import torch
+
+    documents.text()  # refuses chats
+    if not any(isinstance(row, str) and row.strip() for row in documents.rows):
+        raise SourceError(f"{source} has no text in it; give a source with some")
+    prefix = prefix_token(tokenizer)
+    ids: list[int] = []
+    windows: list[Window] = []
+    words, sizes = [], []
+    spare_words = spare_bytes = 0
+    for row in documents.rows:
+        assert isinstance(row, str)
+        tokens = _document_tokens(
+            tokenizer, wikitext_detokenize(row) if protocol.detokenized else row, prefix
+        )
+        count, size = len(re.split(r"\s+", row)), len(row.encode("utf-8"))
+        if (
+            not tokens
+        ):  # an empty row has no token to carry its word: lm-eval counts it, so the others do
+            spare_words, spare_bytes = spare_words + count, spare_bytes + size
+            continue
+        windows += [w.moved(len(ids)) for w in protocol.windows(len(tokens))]
+        ids += [prefix, *tokens]
+        words.append(np.full(len(tokens), count / len(tokens)))
+        sizes.append(np.full(len(tokens), size / len(tokens)))
+    per_word, per_byte = np.concatenate(words), np.concatenate(sizes)
+    return Stream(
+        protocol, torch.tensor(ids, dtype=torch.int64), windows, len(windows),
+        per_word + spare_words / len(per_word), per_byte + spare_bytes / len(per_byte),
+    )  # fmt: skip
+
+
+def _document_tokens(tokenizer: Any, text: str, prefix: int) -> list[int]:
+    """Tokens as lm-eval's Hugging Face model takes them: default special tokens, none if the text
+    has its own prefix."""
+    if text.startswith(tokenizer.decode(prefix)):
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(tokenizer(text, verbose=False)["input_ids"])

@@ -1,0 +1,1 @@
+"""Tasks of lm-eval with our models."""

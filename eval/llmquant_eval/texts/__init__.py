@@ -1,0 +1,1 @@
+"""Texts as token ids, the same for every model that reads them."""

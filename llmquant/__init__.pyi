@@ -1,0 +1,122 @@
+"""The public names and where they live: the one list of them, read by type checkers and at run time."""
+
+from .checkpoint.card import MEASURED_END as MEASURED_END
+from .checkpoint.card import MEASURED_START as MEASURED_START
+from .checkpoint.hub import resolve as resolve
+from .checkpoint.inspect import Inspection as Inspection
+from .checkpoint.inspect import inspect as inspect
+from .checkpoint.manifest import verify as verify
+from .conversion import (
+    ConvertOptions as ConvertOptions,
+)
+from .conversion import (
+    ConvertResult as ConvertResult,
+)
+from .conversion import (
+    convert as convert,
+)
+from .data.calibration import Calibration as Calibration
+from .data.calibration import calibrate as calibrate
+from .data.sources import Documents as Documents
+from .data.sources import read_documents as read_documents
+from .errors import (
+    ArchitectureError as ArchitectureError,
+)
+from .errors import (
+    CheckpointError as CheckpointError,
+)
+from .errors import (
+    DiskError as DiskError,
+)
+from .errors import (
+    FormatError as FormatError,
+)
+from .errors import (
+    LlmquantError as LlmquantError,
+)
+from .errors import (
+    ParallelError as ParallelError,
+)
+from .errors import (
+    ProofError as ProofError,
+)
+from .errors import (
+    QuantizationError as QuantizationError,
+)
+from .errors import (
+    RecipeError as RecipeError,
+)
+from .errors import (
+    SourceError as SourceError,
+)
+from .errors import (
+    SpecError as SpecError,
+)
+from .errors import (
+    UsageError as UsageError,
+)
+from .kernels.packed_linear import describe as describe
+from .models.from_folder import (
+    load_tokenizer as load_tokenizer,
+)
+from .models.from_folder import (
+    read_config as read_config,
+)
+from .models.from_folder import (
+    read_generation_config as read_generation_config,
+)
+from .models.load import compute_dtype as compute_dtype
+from .models.load import load as load
+from .models.transformers import (
+    register_with_transformers as register_with_transformers,
+)
+from .models.transformers import (
+    unregister_from_transformers as unregister_from_transformers,
+)
+from .planning.allocate import Allocation as Allocation
+from .planning.allocate import allocate as allocate
+from .planning.candidates import AllocateOptions as AllocateOptions
+from .planning.preview import Plan as Plan
+from .planning.preview import make_plan as make_plan
+from .quantization.plan import ModuleReport as ModuleReport
+from .quantization.plan import Progress as Progress
+from .quantization.rerun import Comparison as Comparison
+from .quantization.rerun import rerun as rerun
+from .quantization.run import (
+    Events as Events,
+)
+from .quantization.run import (
+    QuantizeOptions as QuantizeOptions,
+)
+from .quantization.run import (
+    QuantizeResult as QuantizeResult,
+)
+from .quantization.run import (
+    quantize as quantize,
+)
+from .recipe import Recipe as Recipe
+from .recipe import load_recipe as load_recipe
+from .recipe import shipped_recipes as shipped_recipes
+from .runtime.computing import Computing as Computing
+from .runtime.devices import (
+    ChosenDtype as ChosenDtype,
+)
+from .runtime.devices import (
+    parse_device as parse_device,
+)
+from .runtime.devices import (
+    parse_dtype as parse_dtype,
+)
+from .runtime.memory import (
+    peak_resident_bytes as peak_resident_bytes,
+)
+from .runtime.memory import (
+    resident_bytes as resident_bytes,
+)
+from .runtime.processor import Processor as Processor
+from .runtime.processor import this_processor as this_processor
+from .runtime.threads import set_threads as set_threads
+from .spec import QuantSpec as QuantSpec
+from .weight import QuantizedWeight as QuantizedWeight
+
+__version__: str

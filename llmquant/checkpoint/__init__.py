@@ -1,0 +1,1 @@
+"""Folders of weights on disk: read, written, described and checked."""

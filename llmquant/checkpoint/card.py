@@ -1,0 +1,177 @@
+"""The model card of a quantized folder: what it is, what it came from, how to load it, and room for
+measured figures.
+
+The block between the two markers is where ``llmquant eval --card`` writes its table; until then it
+says that nothing was measured. Every other number comes from the manifest. A converted folder holds
+the same numbers, so it keeps the table that was measured before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmquant.checkpoint.manifest import Manifest
+
+MEASURED_START = "<!-- llmquant:measured:start -->"
+MEASURED_END = "<!-- llmquant:measured:end -->"
+_NOTHING = "Nothing was measured yet. Run `llmquant eval THIS_FOLDER --reference BASE_MODEL --text SOURCE --card`."
+_BEFORE = "Measured before the conversion"
+# Front matter that stays true of a quantized copy.
+_INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+
+
+def front_matter(readme: Path) -> dict[str, Any]:
+    """The YAML block at the head of a model card; empty when there is none or it does not parse."""
+    if not readme.is_file():
+        return {}
+    parts = readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        data = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def measured(readme: Path) -> str | None:
+    """What stands between the markers of a card, unless it says that nothing was measured."""
+    if not readme.is_file():
+        return None
+    _, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition(MEASURED_START)
+    found, end, _ = rest.partition(MEASURED_END)
+    return found.strip() if end and found.strip() not in ("", _NOTHING) else None
+
+
+def model_card(
+    manifest: Manifest, recipe_yaml: str, scheme: str, layout: str, inherited: Mapping[str, Any]
+) -> str:
+    """README.md of a model that was quantized here, in the byte layout ``layout``."""
+    errors = {n: m.output_error or m.weight_error or 0.0 for n, m in manifest.modules.items()}
+    worst = max(errors, key=errors.__getitem__)
+    kind = "weight" if manifest.modules[worst].output_error is None else "output"
+    name = (manifest.base_model or "model").rstrip("/").rpartition("/")[2]
+    return f"""{_head(manifest, scheme, layout, inherited)}
+# {name}, {scheme}
+
+Quantized from `{manifest.base_model}` with llmquant {manifest.versions["llmquant"]}:
+{len(manifest.modules)} linear layers, {manifest.bits_per_weight:.3f} bits per quantized weight, {_rest(manifest)}.
+The largest relative {kind} error of a layer is {errors[worst]:.3g} (`{worst}`). `manifest.json` has them all, with the
+hashes of what went in and came out; `llmquant inspect --verify` checks them.
+{_scaled(manifest)}{_measured_and_use(_NOTHING, layout)}
+## Left unquantized
+
+{_skipped(manifest)}
+
+## Recipe
+
+```yaml
+{recipe_yaml}```
+"""
+
+
+def converted_card(
+    manifest: Manifest,
+    scheme: str,
+    name: str,
+    recipe_yaml: str | None,
+    before: str | None,
+    inherited: Mapping[str, Any],
+) -> str:
+    """README.md of a folder that was converted from another layout.
+
+    Args:
+        name: for the title.
+        before: the table that was measured on the folder it was converted from.
+    """
+    step = manifest.conversions[-1]
+    table = before or _NOTHING
+    if before and not before.startswith(_BEFORE):
+        table = (
+            f"{_BEFORE} as `{step.source_format}`; the weights' numbers are the same.\n\n{before}"
+        )
+    recipe = f"\n## Recipe\n\n```yaml\n{recipe_yaml}```\n" if recipe_yaml else ""
+    return f"""{_head(manifest, scheme, step.format, inherited)}
+# {name}, {scheme}, {step.format}
+
+Converted from `{step.source_format}` to `{step.format}` with llmquant {step.versions["llmquant"]}. The linear layers were
+read back and their dequantized weights compared with the source's: all are equal. Every other tensor was carried over byte for
+byte. `manifest.json` has the hashes of what went in and came out; `llmquant inspect --verify` checks them.
+{_measured_and_use(table, step.format)}
+## Left unquantized
+
+{_skipped(manifest)}
+{recipe}"""
+
+
+def _head(manifest: Manifest, scheme: str, layout: str, inherited: Mapping[str, Any]) -> str:
+    head = {k: inherited[k] for k in _INHERITED if k in inherited}
+    if manifest.base_model:
+        head |= {"base_model": manifest.base_model, "base_model_relation": "quantized"}
+    width = "int4" if " W4" in f" {scheme}" else "quantized"
+    head |= {"library_name": "transformers", "tags": ["llmquant", layout, width]}
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _measured_and_use(table: str, layout: str) -> str:
+    comment, files = (
+        "",
+        "The files are an ordinary unquantized checkpoint that holds the quantized numbers.",
+    )
+    if layout != "dense":
+        comment = "   # linears stay packed in memory"
+        files = f"The files' layout is `{layout}`; llmquant's docs/formats.md says which engines read it."
+    return f"""
+## Measured
+
+{MEASURED_START}
+{table}
+{MEASURED_END}
+
+## Use
+
+```python
+import llmquant
+model = llmquant.load("THIS_FOLDER"){comment}
+```
+
+{files}
+"""
+
+
+def _scaled(manifest: Manifest) -> str:
+    """What AWQ or SmoothQuant changed beside the linears; nothing for a run without them."""
+    pairs = [pair for block in manifest.scaled.values() for pair in block]
+    if not pairs:
+        return ""
+    done = sum(pair.reason is None for pair in pairs)
+    method = {"awq": "AWQ", "smooth": "SmoothQuant"}[pairs[0].method]
+    return (
+        f"\nInput channels were scaled before rounding ({method}) in {done} of {len(pairs)} places, the inverse folded into the "
+        "norm or linear before:\nthose norms and biases differ from the original's on purpose.\n"
+    )
+
+
+def _rest(manifest: Manifest) -> str:
+    """What became of the other tensors."""
+    turned = manifest.rotation
+    if turned is None:
+        return "the rest as in the original"
+    parts = [
+        f"{what} ({name})"
+        for what, name in (("residual stream", turned.residual), ("value heads", turned.heads))
+        if name
+    ]
+    head = ", the head has weights of its own" if turned.untied else ""
+    return (
+        f"after a rotation of the {' and '.join(parts)}\nthat leaves the function alone: norms and embeddings differ from the "
+        f"original's on purpose{head}"
+    )
+
+
+def _skipped(manifest: Manifest) -> str:
+    return "\n".join(f"- `{n}`: {reason}" for n, reason in manifest.skipped.items()) or "- none"

@@ -1,0 +1,137 @@
+"""inspect: what a model folder holds, from its headers alone; no weight is read and no model is
+built."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.hub import resolve
+from llmquant.checkpoint.manifest import MANIFEST, read_manifest, stored_schemes, told_fallbacks
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.formats.engines import cautions, refusals
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """One quantized linear."""
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.nbytes * 8 / math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A folder's facts.
+
+    Attributes:
+        path: the folder.
+        model_type: from config.json.
+        format: layout name, or None for an unquantized model.
+        scheme: for people, most frequent first ("W4 g128 sym"), or the dtype of an unquantized
+            model.
+        bytes_on_disk: of all weight files.
+        parameters: number of weights, packed ones counted by what they stand for.
+        linears: quantized linears plus unquantized two-dimensional ``.weight`` tensors other than
+            embeddings.
+        quantized: quantized linears.
+        coverage: share of the parameters that is quantized.
+        bits_per_weight: average over quantized linears with scales and zero-points, None if there
+            are none.
+        weights_sha256: over config.json and the weight files.
+        recipe_sha256: of the recipe that made it, if it has a manifest.
+        modules: the quantized linears.
+        engines: serving engine → why it refuses the folder; an empty tuple where it takes it.
+        fallbacks: which linears the run that made it rounded to nearest for want of calibration
+            tokens, and why.
+        cautions: serving engine → why its answers are not the evaluated ones though it takes the
+            folder.
+    """
+
+    path: Path
+    model_type: str
+    format: str | None
+    scheme: str
+    bytes_on_disk: int
+    parameters: int
+    linears: int
+    quantized: int
+    coverage: float
+    bits_per_weight: float | None
+    weights_sha256: str
+    recipe_sha256: str | None
+    modules: tuple[ModuleInfo, ...]
+    engines: Mapping[str, tuple[str, ...]]
+    fallbacks: tuple[str, ...] = ()
+    cautions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def inspect(model: str | os.PathLike[str]) -> Inspection:
+    """Describe a model folder or hub name.
+
+    Raises:
+        CheckpointError: not a model folder, or damaged.
+        FormatError: quantized in a layout that llmquant does not read.
+    """
+    reader = CheckpointReader(resolve(model))
+    layout = None
+    modules: tuple[ModuleInfo, ...] = ()
+    engines: dict[str, tuple[str, ...]] = {}
+    cautioned: dict[str, tuple[str, ...]] = {}
+    inside: set[str] = set()
+    if quantization_config(reader) is not None:
+        found, schemes = stored_schemes(reader)
+        layout = found.name
+        suffixes = found.tensor_suffixes()
+        infos = []
+        for name, scheme in schemes.items():
+            tensors = {s: f"{name}.{s}" for s in suffixes if f"{name}.{s}" in reader}
+            inside.update(tensors.values())
+            shape = found.shape_of({s: reader.info(t).shape for s, t in tensors.items()}, scheme)
+            nbytes = sum(reader.info(t).nbytes for s, t in tensors.items() if s != "weight_shape")
+            infos.append(ModuleInfo(name, str(scheme), shape, nbytes))
+        modules = tuple(infos)
+        engines = {e: tuple(reasons) for e, reasons in refusals(layout, schemes).items()}
+        cautioned = {e: tuple(reasons) for e, reasons in cautions(layout, schemes).items()}
+    packed = sum(math.prod(m.shape) for m in modules)
+    others = {n: i for n, i in reader.tensors.items() if n not in inside}
+    dense_linears = [
+        n
+        for n, i in others.items()
+        if n.endswith(".weight") and len(i.shape) == 2 and "embed" not in n
+    ]
+    dense = sum(math.prod(i.shape) for i in others.values())
+    dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in others.values())
+    kinds = Counter(m.scheme for m in modules)
+    manifest = read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
+    return Inspection(
+        path=reader.path,
+        model_type=str(reader.config.get("model_type", "unknown")),
+        format=layout,
+        scheme=", ".join(k for k, _ in (kinds or dtypes).most_common()),
+        bytes_on_disk=sum(f.stat().st_size for f in reader.files()),
+        parameters=packed + dense,
+        linears=len(modules) + len(dense_linears),
+        quantized=len(modules),
+        coverage=packed / (packed + dense),
+        bits_per_weight=sum(m.nbytes for m in modules) * 8 / packed if packed else None,
+        weights_sha256=reader.digest(),
+        recipe_sha256=manifest.recipe_sha256 if manifest else None,
+        modules=modules,
+        engines=engines,
+        fallbacks=tuple(told_fallbacks({n: m.fallback for n, m in manifest.modules.items()}))
+        if manifest
+        else (),
+        cautions=cautioned,
+    )

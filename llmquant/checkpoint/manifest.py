@@ -1,0 +1,251 @@
+"""manifest.json: the record that lets anyone check a folder against its run, and the check itself.
+
+It holds hashes of what went in (model, recipe, calibration ids) and of every file that came out,
+versions, seed and, per module, its grid, error, damping and the digest of its numbers. It holds no
+time and no path, so the same run gives the same bytes. README.md is not hashed: measured tables are
+added to it later.
+
+A conversion carries the record over and adds to ``conversions`` which folder it read; of a folder
+that came without a record (another tool's) it can only say what it saw, and what it cannot know is
+null.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json, sha256_file
+from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError
+from llmquant.formats import Format, Scheme, for_config
+from llmquant.runtime.finite import all_finite, some
+from llmquant.weight import QuantizedWeight
+
+MANIFEST = "manifest.json"
+UNHASHED = frozenset({MANIFEST, "README.md"})
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModuleEntry(_Strict):
+    """One quantized linear; see :class:`llmquant.quantization.plan.ModuleReport`. Another tool's
+    leaves no errors and no counts."""
+
+    spec: str
+    shape: tuple[int, int]
+    digest: str
+    weight_error: float | None = None
+    output_error: float | None = None
+    damping: float | None = None
+    dead: int = 0
+    tokens: int = 0
+    dropped: int = 0
+    fallback: str | None = None
+
+
+class TuneEntry(_Strict):
+    """One tuned block; see :class:`llmquant.quantization.steps.tuning.TuneReport`."""
+
+    before: float
+    after: float
+    step: int
+    steps: int
+
+
+class ScaledEntry(_Strict):
+    """One pair of AWQ or SmoothQuant; see
+    :class:`llmquant.quantization.steps.channel_scaling.PairReport`. ``reason`` is None where
+    channels were scaled."""
+
+    producer: str
+    readers: tuple[str, ...]
+    ratio: float | None
+    duo: bool
+    before: float | None
+    after: float | None
+    reason: str | None
+    method: str = "awq"
+
+
+class RotationEntry(_Strict):
+    """What was rotated; see :class:`llmquant.models.rotated.RotationReport`."""
+
+    residual: str | None
+    heads: str | None
+    seed: int
+    norms: int
+    untied: bool
+
+
+class Conversion(_Strict):
+    """One step from layout to layout: what was read, and by which versions."""
+
+    source_format: str
+    format: str
+    source_weights_sha256: str
+    versions: dict[str, str]
+
+
+class Manifest(_Strict):
+    """The whole record."""
+
+    schema_version: Literal[1] = 1
+    base_model: str | None
+    base_weights_sha256: str | None
+    recipe_sha256: str | None
+    calibration: dict[str, Any] | None
+    seed: int | None
+    device: str
+    dtype: str
+    threads: int
+    processes: int = 1
+    versions: dict[str, str]
+    bits_per_weight: float
+    rotation: RotationEntry | None = None
+    modules: dict[str, ModuleEntry]
+    tuned: dict[str, TuneEntry] = {}
+    scaled: dict[str, tuple[ScaledEntry, ...]] = {}
+    skipped: dict[str, str]
+    conversions: tuple[Conversion, ...] = ()
+    files: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result's bytes."""
+    packages = ("llmquant", "torch", "transformers", "tokenizers", "safetensors", "datasets")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file that the manifest answers for, by name."""
+    found = (p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in UNHASHED)
+    return {p.name: sha256_file(p) for p in found}
+
+
+def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a module's stored tensors, less the two numbers that only repeat its shape."""
+    return sum(
+        t.numel() * t.element_size() for name, t in tensors.items() if name != "weight_shape"
+    )
+
+
+def told_fallbacks(fallbacks: Mapping[str, str | None]) -> list[str]:
+    """Module → why it was rounded to nearest without calibration: a sentence for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in fallbacks.items():
+        if reason is not None:
+            by_reason.setdefault(reason, []).append(name)
+    return [
+        f"{some(names)}: {reason}; rounded to nearest by the weights alone"
+        for reason, names in by_reason.items()
+    ]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CheckpointError when the file is missing or not a manifest."""
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}, so it was not written by llmquant and cannot be checked"
+        )
+    try:
+        return Manifest.model_validate(read_json(folder / MANIFEST))
+    except ValidationError as e:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is not a manifest of this version: {e.errors()[0]['msg']}"
+        ) from e
+
+
+def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
+    """Re-read every quantized module through its format and compare its numbers with the digests.
+
+    Raises:
+        ProofError: a module is missing, extra, damaged, or holds other numbers.
+    """
+    layout, schemes = stored_schemes(reader)
+    missing, extra = (
+        sorted(digests.keys() - schemes.keys()),
+        sorted(schemes.keys() - digests.keys()),
+    )
+    if missing or extra:
+        raise ProofError(
+            f"{reader.path}: quantized modules missing on disk: {missing or 'none'}; unexpected: {extra or 'none'}"
+        )
+    for name, expected in digests.items():
+        try:
+            weight = read_module(reader, layout, name, schemes[name])
+        except (FormatError, QuantizationError) as e:
+            raise ProofError(f"{reader.path}: {name} cannot be read back: {e}") from e
+        if not all_finite(weight.dequantize()):
+            raise ProofError(f"{reader.path}: {name} dequantizes to NaN or Inf")
+        if weight.digest() != expected:
+            raise ProofError(
+                f"{reader.path}: {name} does not hold the numbers the algorithm returned"
+            )
+
+
+def stored_schemes(reader: CheckpointReader) -> tuple[Format, dict[str, Scheme]]:
+    """The layout of a quantized folder and the scheme of each of its modules.
+
+    Raises:
+        CheckpointError: the folder is not quantized.
+    """
+    config = quantization_config(reader)
+    if config is None:
+        raise CheckpointError(f"{reader.path} is not quantized: nothing in it says how")
+    layout = for_config(config)
+    return layout, layout.schemes(config, reader.tensors.keys())
+
+
+def read_module(
+    reader: CheckpointReader, layout: Format, name: str, scheme: Scheme
+) -> QuantizedWeight:
+    """One quantized module of a folder."""
+    tensors = {
+        s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader
+    }
+    return layout.unpack(tensors, scheme)
+
+
+def _loaded(name: str) -> bool:
+    """Whether engines load a file of this name as part of a model."""
+    return name.endswith((".safetensors", ".safetensors.index.json", ".py")) or name in SIDE_FILES
+
+
+def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Manifest:
+    """Check every file's hash and every module's numbers against the manifest.
+
+    Raises:
+        ProofError: naming the file or module that differs.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest.files.items():
+        on_file(name)
+        if not (folder / name).is_file():
+            raise ProofError(f"{folder / name} is in the manifest but not in the folder")
+        if sha256_file(folder / name) != expected:
+            raise ProofError(
+                f"{folder / name} is not the file that was written: its sha256 differs from the manifest's"
+            )
+    extra = sorted(
+        p.name for p in folder.iterdir() if p.name not in manifest.files and _loaded(p.name)
+    )
+    if extra:
+        raise ProofError(
+            f"{folder} holds files that engines load and that are not in the manifest: {', '.join(extra)}"
+        )
+    if manifest.modules:  # a dense copy has none, and its numbers are those of its files
+        prove_modules(CheckpointReader(folder), {n: m.digest for n, m in manifest.modules.items()})
+    return manifest

@@ -1,0 +1,287 @@
+"""``llmquant allocate``: a size in, a recipe out: the width and group size of each linear, and what
+that is predicted to cost.
+
+``llmquant quantize --target-bpw`` does the same and goes on to quantize; the functions both need
+are here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.cli.options import CalibrationDtypeOption, DeviceOption, ThreadsOption
+from llmquant.cli.overrides import recipe_of
+from llmquant.cli.progress import progress
+from llmquant.cli.screen import screen
+from llmquant.cli.stopping import stoppable
+from llmquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llmquant.planning.allocate import Allocation
+    from llmquant.planning.candidates import AllocateOptions
+    from llmquant.recipe import Recipe
+
+
+class Engine(StrEnum):
+    any = "any"
+    vllm = "vllm"
+    vllm_cpu = "vllm-cpu"
+    vllm_cpu_avx512 = "vllm-cpu-avx512"
+    transformers = "transformers"
+
+
+class Sensitivity(StrEnum):
+    kl = "kl"
+    block = "block"
+
+
+def allocate_command(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    target_bpw: Annotated[
+        float, typer.Option(help="At most this many bits per selected weight, scales and all.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe to start from; its overrides pin their linears.")
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option(help="Of 2,3,4,8,16; 16 leaves a linear as it is.")
+    ] = None,
+    group_sizes: Annotated[str, typer.Option(help="-1: one scale per row.")] = "32,64,128,-1",
+    sym: Annotated[
+        bool | None, typer.Option("--sym/--asym", help="Only without or only with zero-points.")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="Only schemes that it takes.")] = Engine.any,
+    sensitivity: Annotated[
+        Sensitivity,
+        typer.Option(
+            help="kl: the model's output, needs it in memory; block: one block at a time."
+        ),
+    ] = Sensitivity.kl,
+    probe_tokens: Annotated[
+        int, typer.Option(help="Calibration tokens on which damage is measured.")
+    ] = 8192,
+    layout: Annotated[
+        str | None, typer.Option("--format", help="Byte layout of the result.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD]."),
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the calibration windows.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Only linears that match, even ignored ones (repeatable)."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave these alone and out of the budget (repeatable).")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: CalibrationDtypeOption = "auto",
+    threads: ThreadsOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")
+    ] = False,
+) -> None:
+    """Spend a size budget: choose the scheme of each of MODEL's linears and write it as a
+    recipe."""
+    check_output(output, overwrite)
+    changes: dict[str, Any] = {
+        "format": layout, "calibration.source": calibration, "calibration.nsamples": nsamples,
+        "calibration.seqlen": seqlen, "seed": seed,
+    }  # fmt: skip
+    chosen = recipe_of(recipe, changes, include, ignore)
+    from llmquant.planning.candidates import AllocateOptions
+    from llmquant.runtime.threads import set_threads
+
+    set_threads(threads)
+    options = AllocateOptions(
+        target_bpw=target_bpw,
+        widths=widths_of(widths, engine),
+        group_sizes=numbers("--group-sizes", group_sizes),
+        symmetric=sym,
+        engine=engine.value,
+        sensitivity=sensitivity.value,
+        probe_tokens=probe_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    started = time.perf_counter()
+    result = allocated(model, chosen, options, hidden=quiet or as_json)
+    seconds = time.perf_counter() - started
+    check_output(output, overwrite)
+    output.write_text(recipe_text(result), encoding="utf-8")
+    if as_json:
+        sys.stdout.write(
+            json.dumps({"path": str(output), **as_dict(result), "seconds": seconds}) + "\n"
+        )
+    elif not quiet:
+        screen().print(
+            f"recipe       {output}; {seconds:.1f} s. Run it: llmquant quantize {model} --recipe {output} -o …"
+        )
+
+
+def allocated(model: str, recipe: Recipe, options: AllocateOptions, *, hidden: bool) -> Allocation:
+    """Choose, with progress and the outcome on the screen unless ``hidden``."""
+    from llmquant.planning.allocate import allocate
+
+    with stoppable(), progress(hidden) as events:
+        result = allocate(model, recipe, options, events)
+    if not hidden:
+        show(result)
+    return result
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises UsageError for a place where the recipe cannot be written."""
+    if path.is_dir():
+        raise UsageError(
+            f"--output {path} is a folder; give the name of a file, such as {path / 'recipe.yaml'}"
+        )
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; --overwrite replaces it")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--output {path}: there is no folder {path.absolute().parent}")
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """``2,3,4`` as numbers, each once.
+
+    Raises:
+        UsageError: something else stands there.
+    """
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as e:
+        raise UsageError(
+            f"{option} {text!r} is not a list of whole numbers with commas between"
+        ) from e
+
+
+def widths_of(widths: str | None, engine: Engine) -> tuple[int, ...]:
+    """The widths asked for; without any, those that make sense for the engine."""
+    if widths is not None:
+        return numbers("--widths", widths)
+    return (4, 8, 16) if engine is Engine.vllm else (2, 3, 4, 8, 16)
+
+
+def as_dict(result: Allocation) -> dict[str, Any]:
+    return {
+        "target_bpw": result.target_bpw,
+        "bits_per_weight": result.bits_per_weight,
+        "smallest": result.smallest,
+        "largest": result.largest,
+        "predicted": result.predicted,
+        "unit": result.unit,
+        "gap": result.gap,
+        "recipe": result.recipe.model_dump(mode="json"),
+        "items": [
+            {
+                "names": list(i.names),
+                "scheme": i.label,
+                "bytes": i.nbytes,
+                "bits_per_weight": 8 * i.nbytes / i.weights,
+                "damage": i.damage,
+                "layer_error": i.layer,
+                "next": i.next_scheme,
+                "gain_per_mb": i.gain,
+            }
+            for i in result.items
+        ],
+    }
+
+
+def show(result: Allocation) -> None:
+    """The table, and what it adds up to."""
+    console = screen()
+    console.print(_table(result))
+    proof = (
+        "proved optimal for these predictions"
+        if result.gap < 1e-5
+        else f"within {100 * result.gap:.2g} % of the optimum"
+    )
+    console.print(
+        f"size         {result.bits_per_weight:.4f} bits per selected weight of {result.target_bpw:g} allowed "
+        f"(possible: {result.smallest:.3f} to {result.largest:.3f})"
+    )
+    console.print(f"predicted    {result.predicted:.3e} {result.unit} altogether; {proof}")
+
+
+def _table(result: Allocation) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("linears", "scheme"):
+        table.add_column(column, overflow="fold")
+    for column in ("bytes", "bits", "damage", "next larger", "saves per MB"):
+        table.add_column(column, justify="right")
+    for item in result.items:
+        table.add_row(
+            short(item.names),
+            item.label,
+            f"{item.nbytes:,}",
+            f"{8 * item.nbytes / item.weights:.3f}",
+            f"{item.damage:.2e}",
+            item.next_scheme or "–",
+            "–" if item.gain is None else f"{item.gain:.2e}",
+        )
+    return table
+
+
+def short(names: tuple[str, ...]) -> str:
+    """``layers.0.self_attn.q_proj + k_proj + v_proj``."""
+    first, *others = names
+    return " + ".join([first.removeprefix("model."), *(n.rpartition(".")[2] for n in others)])
+
+
+def recipe_text(result: Allocation) -> str:
+    """The recipe as YAML, an override a line, with the table above it as a comment."""
+    import yaml
+    from rich.console import Console
+
+    page = io.StringIO()
+    Console(file=page, width=110, markup=False, emoji=False, highlight=False).print(_table(result))
+    comment = [
+        f"{result.bits_per_weight:.4f} bits per selected weight of {result.target_bpw:g} allowed; predicted damage "
+        f"{result.predicted:.3e} {result.unit}.",
+        "",
+        *(line.rstrip() for line in page.getvalue().splitlines()),
+    ]
+    lines = [f"# {line}".rstrip() for line in comment]
+    for key, value in result.recipe.model_dump(mode="json").items():
+        if key in ("overrides", "ignore") and value:
+            entries = (
+                yaml.safe_dump(_given(v), default_flow_style=True, sort_keys=False, width=1000)
+                for v in value
+            )
+            lines += [
+                f"{key}:",
+                *(f"- {entry.removesuffix('...' + chr(10)).strip()}" for entry in entries),
+            ]
+        else:
+            lines.append(
+                yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).rstrip("\n")
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _given(value: Any) -> Any:
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value

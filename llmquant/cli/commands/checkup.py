@@ -1,0 +1,332 @@
+"""What ``llmquant doctor`` looks at. Each look stands alone: what cannot be found out is said in
+words, never a traceback.
+
+What llmquant needs, and what its extras are, is read from its own installed metadata, so there is
+no second list of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmquant.errors import LlmquantError
+from llmquant.runtime.processor import Processor, this_processor
+
+_SHOWN_VERSIONS = (
+    "llmquant",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "compressed-tensors",
+    "datasets",
+    "accelerate",
+)
+_NEEDED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+)  # imported, not only looked up: a broken wheel shows then
+_BROKEN = (
+    ImportError,
+    OSError,
+    RuntimeError,
+    AttributeError,
+    ValueError,
+)  # what importing a broken package raises
+_BITS = (2, 3, 4, 8)
+_SHAPE = (4096, 4096)
+_GROUP = 128
+_VLLM_SECONDS = 120  # importing it takes a while where the disk is cold
+_VLLM_CODE = "import vllm; print('llmquant-vllm', vllm.__version__)"
+_LLAMA_CPP = ("llama-cli", "llama-server", "llama-perplexity")
+
+
+@dataclass(slots=True)
+class Checkup:
+    """What was found. ``problems`` are what llmquant cannot work with; ``hints`` are what could be
+    better."""
+
+    processor: Processor
+    versions: Mapping[str, str | None]
+    memory: Mapping[str, int]
+    disk: Mapping[str, Any]
+    auto: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compiled: dict[str, Any] = field(default_factory=dict)
+    threads: dict[str, int | None] = field(default_factory=dict)
+    gpus: list[dict[str, Any]] = field(default_factory=list)
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extras: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def look(environment: Mapping[str, str] = os.environ) -> Checkup:
+    """Look at everything."""
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    here = this_processor()
+    found = Checkup(
+        processor=here,
+        versions={
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _SHOWN_VERSIONS},
+        },
+        memory={
+            "total": here.memory_bytes,
+            "available": min(int(memory.available), here.memory_bytes),
+            "swap": int(swap.total),
+            "swap_free": int(swap.free),
+        },
+        disk=_disk(),
+    )
+    found.problems += _requirements(found.extras)
+    broken = _imports()
+    found.problems += broken
+    if not broken:
+        _look_with_torch(found)
+    found.engines["vllm"] = _vllm(environment)
+    found.extras["llama.cpp"] = _llama_cpp()
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _disk() -> dict[str, Any]:
+    try:
+        here = Path.cwd()
+        return {"path": str(here), "free": shutil.disk_usage(here).free}
+    except OSError as e:
+        return {"path": None, "free": None, "error": str(e)}
+
+
+def _imports() -> list[str]:
+    """Which of the packages that everything stands on cannot be imported, and why."""
+    problems = []
+    for name in _NEEDED:
+        try:
+            importlib.import_module(name)
+        except _BROKEN as e:
+            first = next(iter(str(e).splitlines()), type(e).__name__)
+            problems.append(
+                f"{name} cannot be imported: {first}; reinstall it: pip install --force-reinstall {name}"
+            )
+            if name == "torch":
+                break  # the others only repeat it
+    return problems
+
+
+def _requirements(extras: dict[str, dict[str, Any]]) -> list[str]:
+    """What the installed llmquant requires and does not have; fills ``extras`` with what each of
+    those lacks."""
+    try:
+        from packaging.requirements import Requirement
+
+        wanted = [Requirement(text) for text in requires("llmquant") or []]
+    except PackageNotFoundError:
+        return [
+            "llmquant runs from sources that are not installed, so what it requires is not known: pip install -e ."
+        ]
+    except ImportError as e:
+        return [
+            f"packaging cannot be imported, which transformers needs: {e}; pip install packaging"
+        ]
+    problems = []
+    for requirement in wanted:
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker or ""))
+        have = _version(requirement.name)
+        fits = have is not None and requirement.specifier.contains(have, prereleases=True)
+        what = f"{requirement.name}{requirement.specifier}" + (
+            f" (there is {have})" if have is not None else ""
+        )
+        if extra is not None:
+            entry = extras.setdefault(
+                extra[1], {"missing": [], "install": f"pip install 'llmquant[{extra[1]}]'"}
+            )
+            if not fits:
+                entry["missing"].append(what)
+        elif not fits and (requirement.marker is None or requirement.marker.evaluate()):
+            problems.append(
+                f"{what} is needed and not there: pip install '{requirement.name}{requirement.specifier}'"
+            )
+    extras.pop("dev", None)  # of those who change llmquant, not of those who use it
+    return problems
+
+
+def _look_with_torch(found: Checkup) -> None:
+    import torch
+
+    from llmquant.runtime.devices import AUTO, CALIBRATION, parse_device, parse_dtype
+
+    here = found.processor
+    device = parse_device(AUTO)
+    chosen = parse_dtype(AUTO, device)
+    on_cpu = parse_dtype(AUTO, "cpu")
+    found.auto = {
+        "device": str(device),
+        "dtype": chosen.name if device.type == "cpu" else "the checkpoint's own dtype",
+        "cpu_dtype": on_cpu.name,
+        "cpu_reason": on_cpu.reason,
+        "calibration_dtype": CALIBRATION.name,
+        "calibration_reason": CALIBRATION.reason,
+    }
+    found.versions = {
+        **found.versions,
+        "torch's CPU capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    found.threads = {
+        "torch": torch.get_num_threads(),
+        "available": here.threads,
+        "cores": here.cores,
+    }
+    if torch.get_num_threads() > here.threads:
+        found.hints.append(
+            f"torch computes with {torch.get_num_threads()} threads where {here.threads} can run at once: "
+            f"--threads {here.threads} is faster"
+        )
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        found.gpus.append({"device": f"cuda:{i}", "name": facts.name, "memory": facts.total_memory,
+                           "capability": f"{facts.major}.{facts.minor}"})  # fmt: skip
+    if not found.gpus and shutil.which("nvidia-smi"):
+        built = (
+            f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        )
+        found.hints.append(
+            f"nvidia-smi is here but torch finds no GPU (it is {built}); see https://pytorch.org/get-started"
+        )
+    try:
+        found.kernels = _kernels(device, chosen.dtype)
+        found.compiled = _compiled(found.hints)
+    except (LlmquantError, *_BROKEN) as e:
+        found.problems.append(f"kernels cannot be chosen: {e}")
+    if found.versions["compressed-tensors"] is None:
+        found.engines["transformers"] = {
+            "ready": False,
+            "reason": "compressed-tensors, by which it reads packed folders, is not installed",
+            "install": "pip install compressed-tensors",
+        }
+    else:
+        found.engines["transformers"] = {"ready": True, **_takes("transformers")}
+
+
+def _kernels(device: Any, dtype: Any) -> dict[str, dict[str, Any]]:
+    """For each width the kernel that ``auto`` takes, and why not those before it."""
+    from llmquant.kernels import choose
+    from llmquant.spec import QuantSpec
+
+    found = {}
+    for bits in _BITS:
+        kernel, refusals = choose(QuantSpec(bits, _GROUP), _SHAPE, device, dtype)
+        found[f"W{bits} g{_GROUP}"] = {
+            "kernel": kernel.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "not": dict(refusals),
+        }
+    return found
+
+
+def _compiled(hints: list[str]) -> dict[str, Any]:
+    """The compiled CPU library: instruction sets and threads."""
+    from llmquant.kernels import native
+
+    facts = native.describe()
+    if not facts["compiled"]:
+        hints.append(
+            f"packed layers are slow on this CPU: kernel cpu is missing; {facts['reason']}"
+        )
+    elif not facts["shares_threads"]:
+        hints.append(
+            "kernel cpu runs on one thread: torch brought no OpenMP runtime that it could share"
+        )
+    return facts
+
+
+def _takes(name: str) -> dict[str, Any]:
+    """What an engine of llmquant's table takes and refuses: of symmetric compressed-tensors weights
+    in groups."""
+    from llmquant.formats import Scheme
+    from llmquant.formats.engines import ENGINES, why_not
+    from llmquant.spec import QuantSpec
+
+    takes, refuses = [], {}
+    for known in (e for e in ENGINES if e.lower().startswith(name)):
+        for bits in _BITS:
+            reason = why_not(known, "compressed-tensors", Scheme(QuantSpec(bits, _GROUP)))
+            if reason is None:
+                takes.append(f"W{bits}")
+            else:
+                refuses[f"W{bits}"] = reason
+    return {"takes": takes, "refuses": refuses}
+
+
+def _vllm(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Whether vLLM can be imported in its environment; asked in another process, because it is
+    never imported into this one."""
+    asked = environment.get("LLMQUANT_VLLM_PYTHON", "")
+    python = Path(asked) if asked else Path(".venv-vllm") / "bin" / "python"
+    found: dict[str, Any] = {"ready": False, "python": str(python)}
+    install = "make vllm-env (in llmquant's sources), or pip install vllm in an environment of its own; name its Python in "
+    install += "LLMQUANT_VLLM_PYTHON"
+    if not python.is_file():
+        return {**found, "reason": f"{python} is not there", "install": install}
+    try:
+        done = subprocess.run(
+            [str(python), "-I", "-c", _VLLM_CODE],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_VLLM_SECONDS,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        return {
+            **found,
+            "reason": f"importing vllm took more than {_VLLM_SECONDS} s",
+            "install": install,
+        }
+    except OSError as e:
+        return {**found, "reason": f"{python} cannot be started: {e}", "install": install}
+    told = re.search(r"^llmquant-vllm (\S+)$", done.stdout, re.MULTILINE)
+    if done.returncode != 0 or told is None:
+        last = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        return {**found, "reason": f"vllm cannot be imported there: {last}", "install": install}
+    takes: dict[str, Any] = {}
+    with suppress(*_BROKEN):  # a broken torch is told as a problem
+        takes = _takes("vllm")
+    return {**found, "ready": True, "version": told[1], **takes}
+
+
+def _llama_cpp() -> dict[str, Any]:
+    there = [name for name in _LLAMA_CPP if shutil.which(name)]
+    return {
+        "missing": [] if there else [" or ".join(_LLAMA_CPP)],
+        "install": "brew install llama.cpp, or build https://github.com/ggml-org/llama.cpp",
+    }

@@ -1,0 +1,146 @@
+"""``llmquant convert``: a quantized folder in another layout, with equal numbers, or every reason
+why not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.cli.options import ThreadsOption
+from llmquant.cli.screen import screen
+from llmquant.cli.stopping import stoppable
+from llmquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmquant.conversion import ConvertResult
+    from llmquant.conversion.gguf.file import GgufResult
+
+_GGUF = "gguf"
+
+
+def convert_command(
+    model: Annotated[
+        str, typer.Argument(help="Quantized model folder or hub name, of llmquant or another tool.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to make (for gguf: the file).")
+    ],
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32."
+        ),
+    ] = "auto",
+    scale_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Store scales in this dtype instead of the model's, where the layout lets you."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The unquantized model, if zero-points are in doubt.")
+    ] = None,
+    max_shard_size: Annotated[
+        int, typer.Option(help="Bytes per file of a dense result.")
+    ] = 5_000_000_000,
+    threads: ThreadsOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing result.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no summary.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Rewrite a quantized MODEL in another layout without changing a number."""
+    if max_shard_size < 1_000_000:
+        raise UsageError(
+            f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000"
+        )
+    from llmquant.runtime.threads import set_threads
+
+    set_threads(threads)
+    if to == _GGUF:
+        if dtype != "auto" or scale_dtype is not None or base is not None:
+            raise UsageError(
+                "--dtype, --scale-dtype and --base do not apply to gguf, whose scales are fp16"
+            )
+        from llmquant.checkpoint.hub import resolve
+        from llmquant.conversion.gguf.file import export_gguf
+
+        exported = export_gguf(resolve(model), output, overwrite=overwrite)
+        _tell(_gguf_facts(exported), (), quiet, as_json)
+        return
+    from llmquant.conversion import ConvertOptions, convert
+
+    options = ConvertOptions(
+        dtype=dtype,
+        scale_dtype=scale_dtype,
+        base=base,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+    )
+    with stoppable(), _progress(hidden=quiet or as_json) as on_progress:
+        result = convert(model, to, output, options, on_progress)
+    _tell(_facts(result), result.warnings, quiet, as_json)
+
+
+def _facts(result: ConvertResult) -> dict[str, Any]:
+    return {
+        "path": str(result.path),
+        "source_format": result.source_format,
+        "format": result.format,
+        "scheme": result.scheme,
+        "modules": result.modules,
+        "bits_per_weight": result.bits_per_weight,
+        "source_bytes": result.source_bytes,
+        "bytes_written": result.bytes_written,
+        "warnings": list(result.warnings),
+    }
+
+
+def _gguf_facts(result: GgufResult) -> dict[str, Any]:
+    return {
+        "path": str(result.path),
+        "format": _GGUF,
+        "bytes_written": result.nbytes,
+        "types": dict(result.types),
+    }
+
+
+def _tell(facts: dict[str, Any], warnings: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+    elif not quiet:
+        said = f"{facts['path']}: {facts['format']}, {facts['bytes_written'] / 1e6:,.2f} MB"
+        if "modules" in facts:
+            said += f" (was {facts['source_format']}, {facts['source_bytes'] / 1e6:,.2f} MB); {facts['scheme']}"
+            said += f"\nproved: the numbers of {facts['modules']} linears, re-read from disk, equal the source's"
+        sys.stdout.write(said + "\n")
+    for warning in warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+
+
+@contextmanager
+def _progress(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over linears, on stderr."""
+    from rich.progress import Progress
+
+    console = screen(stderr=True)
+    with Progress(
+        console=console, disable=hidden or not console.is_terminal, transient=True
+    ) as progress:
+        task = progress.add_task("reading", total=None)
+        yield lambda phase, done, total: progress.update(
+            task, description=phase, completed=done, total=total
+        )

@@ -1,0 +1,156 @@
+"""``llmquant doctor``: the machine, what ``auto`` means on it, which kernels and engines it has,
+and what is missing.
+
+Exit code 0 when llmquant can work here, 1 when something it needs is broken. What is optional and
+absent breaks nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.cli.options import ThreadsOption
+from llmquant.cli.screen import screen
+
+if TYPE_CHECKING:
+    from llmquant.cli.commands.checkup import Checkup
+
+
+def doctor_command(
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Look at this machine: processor, kernels, engines, memory, versions, and what is missing."""
+    from llmquant.cli.commands.checkup import look
+
+    if threads is not None:
+        from llmquant.runtime.threads import set_threads
+
+        set_threads(threads)
+    found = look()
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_dict()) + "\n")
+    else:
+        _show(found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _show(found: Checkup) -> None:
+    from rich.table import Table
+
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for row in _rows(found):
+        facts.add_row(*row)
+    console = screen()
+    console.print(facts)
+    console.print()
+    for hint in found.hints:
+        console.print(f"hint: {hint}", soft_wrap=True)
+    for problem in found.problems:
+        console.print(f"problem: {problem}", soft_wrap=True)
+    console.print(
+        "llmquant can work here" if found.ok else "llmquant cannot work here until that is mended"
+    )
+
+
+def _rows(found: Checkup) -> list[tuple[str, str]]:
+    here = found.processor
+    sets = ", ".join(here.instruction_sets) or (
+        "none of those that matter" if here.known else "not known"
+    )
+    held = (
+        f"; held back: {', '.join(here.held_back)} by {' '.join(here.held_by)}"
+        if here.held_back
+        else ""
+    )
+    rows = [("processor", f"{here.name} ({here.architecture})"), ("instructions", sets + held)]
+    if found.auto:
+        auto = found.auto
+        rows.append(("auto device", auto["device"]))
+        if auto["device"] != "cpu":
+            rows.append((f"auto dtype, {auto['device']}", auto["dtype"]))
+        rows.append(("auto dtype, cpu", f"{auto['cpu_dtype']}: {auto['cpu_reason']}"))
+        rows.append(("to calibrate", f"{auto['calibration_dtype']}: {auto['calibration_reason']}"))
+    rows += [_kernel(scheme, facts) for scheme, facts in found.kernels.items()]
+    if found.compiled.get("compiled"):
+        rows.append(
+            (
+                "compiled code",
+                f"runs on {found.compiled['runs']}; there are {', '.join(found.compiled['available'])}",
+            )
+        )
+    if found.threads:
+        cores = f", of {found.threads['cores']} cores" if found.threads["cores"] else ""
+        rows.append(
+            (
+                "threads",
+                f"{found.threads['torch']}; {found.threads['available']} can run at once{cores}",
+            )
+        )
+    memory = found.memory
+    rows.append(("memory", f"{_gb(memory['available'])} free of {_gb(memory['total'])}"))
+    rows.append(
+        (
+            "swap",
+            f"{_gb(memory['swap_free'])} free of {_gb(memory['swap'])}"
+            if memory["swap"]
+            else "none",
+        )
+    )
+    disk = found.disk
+    rows.append(
+        (
+            "disk",
+            f"{_gb(disk['free'])} free at {disk['path']}"
+            if disk["path"]
+            else f"not known: {disk['error']}",
+        )
+    )
+    rows += [
+        (g["device"], f"{g['name']}, {_gb(g['memory'])}, compute capability {g['capability']}")
+        for g in found.gpus
+    ]
+    if found.auto and not found.gpus:
+        rows.append(("gpu", "none that torch can use"))
+    rows.append(
+        (
+            "versions",
+            ", ".join(f"{name} {told or 'not installed'}" for name, told in found.versions.items()),
+        )
+    )
+    rows += [_engine(name, facts) for name, facts in found.engines.items()]
+    rows += [(f"for {name}", _extra(facts)) for name, facts in found.extras.items()]
+    return rows
+
+
+def _kernel(scheme: str, facts: dict[str, Any]) -> tuple[str, str]:
+    why = "; ".join(f"not {name}: {reason}" for name, reason in facts["not"].items())
+    return f"kernel {scheme}", f"{facts['kernel']} in {facts['dtype']}{f' ({why})' if why else ''}"
+
+
+def _engine(name: str, facts: dict[str, Any]) -> tuple[str, str]:
+    if not facts["ready"]:
+        return name, f"{facts['reason']}. To get it: {facts['install']}"
+    refusals = "".join(f"; {scheme}: {why}" for scheme, why in facts.get("refuses", {}).items())
+    where = f"{facts['version']} at {facts['python']}; " if facts.get("version") else ""
+    return (
+        name,
+        f"{where}takes {', '.join(facts.get('takes', [])) or 'nothing'} of compressed-tensors on a CPU{refusals}",
+    )
+
+
+def _extra(facts: dict[str, Any]) -> str:
+    if not facts["missing"]:
+        return "complete"
+    return f"missing: {', '.join(facts['missing'])}. To get it: {facts['install']}"
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB"

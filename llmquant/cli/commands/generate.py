@@ -1,0 +1,140 @@
+"""``llmquant generate``: a short reply from a model folder, packed or not, streamed as it is
+made."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
+from llmquant.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate_command(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name, packed or dense.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to make.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, when sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text; do not use the chat template.")
+    ] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    kernel: KernelOption = "auto",
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Generate from PROMPT with MODEL; uses the chat template when there is one."""
+    prompt = _prompt(prompt)
+    import torch
+    from transformers import TextStreamer
+    from transformers.utils import logging as transformers_logging
+
+    from llmquant.checkpoint.hub import resolve
+    from llmquant.kernels.packed_linear import describe
+    from llmquant.models.from_folder import load_tokenizer, read_config
+    from llmquant.models.load import compute_dtype, load
+    from llmquant.runtime.computing import Computing
+    from llmquant.runtime.devices import parse_device
+    from llmquant.runtime.threads import set_threads
+
+    set_threads(threads)
+    transformers_logging.disable_progress_bar()
+    path = resolve(model)
+    read_config(path)  # before the tokenizer, which reads it too and would take the blame
+    tokenizer = load_tokenizer(path)
+    ids = _encode(tokenizer, prompt, raw)
+    on = parse_device(device)
+    chosen = compute_dtype(path, dtype, on)
+    loaded: Any = load(path, dtype=chosen.dtype, device=on, kernel=kernel)
+    computing, kernels = Computing.of(on, chosen), describe(loaded).kernels
+    _refuse_too_long(ids.shape[1], max_new_tokens, loaded.config)
+    ids = ids.to(loaded.device)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    streamer = (
+        None if as_json else TextStreamer(tokenizer, skip_prompt=not raw, skip_special_tokens=True)
+    )
+    started = time.perf_counter()
+    out = loaded.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        **sampling,
+    )
+    seconds = time.perf_counter() - started
+    new = out[0, ids.shape[1] :]
+    if as_json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        record = {
+            "text": text,
+            "prompt_tokens": ids.shape[1],
+            "new_tokens": new.numel(),
+            "seconds": seconds,
+            "kernels": kernels,
+            "computing": computing.as_dict(),
+        }
+        sys.stdout.write(json.dumps(record) + "\n")
+    else:
+        sys.stderr.write(f"computed in {computing.told(kernels)}\n")
+
+
+def _prompt(given: str) -> str:
+    try:
+        prompt = sys.stdin.read() if given == "-" else given
+        # bytes of another encoding come through the command line as lone surrogates
+        prompt.encode()
+    except UnicodeError as e:
+        raise UsageError(f"the prompt is not UTF-8 text: {e}") from e
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    return prompt
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:
+    """Token ids ``[1, n]``: of the text itself, or of one user turn in the model's chat
+    template."""
+    from jinja2 import TemplateError
+
+    if raw or tokenizer.chat_template is None:
+        plain: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        return plain
+    turns = [{"role": "user", "content": prompt}]
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except (TemplateError, ValueError) as e:
+        raise CheckpointError(
+            f"the model's chat template cannot be used: {e}; --raw does without it"
+        ) from e
+    ids: Tensor = encoded["input_ids"]
+    return ids
+
+
+def _refuse_too_long(prompt_tokens: int, new_tokens: int, config: Any) -> None:
+    """A model's positions end where its training did; behind them it babbles."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and prompt_tokens + new_tokens > positions:
+        raise UsageError(
+            f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {positions} positions; "
+            "shorten the prompt or lower --max-new-tokens"
+        )

@@ -1,0 +1,112 @@
+"""``llmquant inspect``: what a folder holds, and with ``--verify`` whether it is still what was
+written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.cli.screen import screen
+
+if TYPE_CHECKING:
+    from llmquant.checkpoint.inspect import Inspection
+
+
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Re-hash every file and re-read every packed weight.")
+    ] = False,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="One row per quantized linear.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Show what is quantized in MODEL and how."""
+    from llmquant.checkpoint.inspect import inspect
+
+    found = inspect(model)
+    if verify:
+        from llmquant.checkpoint.manifest import verify as check
+
+        check(found.path)
+    if as_json:
+        sys.stdout.write(json.dumps(_as_dict(found, verify)) + "\n")
+    else:
+        _show(found, verify, modules)
+
+
+def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
+    return {
+        "path": str(found.path),
+        "model_type": found.model_type,
+        "format": found.format,
+        "scheme": found.scheme,
+        "bytes_on_disk": found.bytes_on_disk,
+        "parameters": found.parameters,
+        "linears": found.linears,
+        "quantized": found.quantized,
+        "coverage": found.coverage,
+        "bits_per_weight": found.bits_per_weight,
+        "weights_sha256": found.weights_sha256,
+        "recipe_sha256": found.recipe_sha256,
+        "verified": verified or None,
+        "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
+        "cautions": {engine: list(reasons) for engine, reasons in found.cautions.items()},
+        "fallbacks": list(found.fallbacks),
+        "modules": [
+            {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes}
+            for m in found.modules
+        ],
+    }
+
+
+def _show(found: Inspection, verified: bool, modules: bool) -> None:
+    from rich.table import Table
+
+    from llmquant.formats.engines import answers
+
+    console = screen()
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("model", f"{found.path} ({found.model_type})")
+    facts.add_row("format", found.format or "not quantized")
+    facts.add_row("scheme", found.scheme)
+    facts.add_row("linears", f"{found.quantized} of {found.linears} quantized")
+    facts.add_row("coverage", f"{found.coverage:.1%} of {found.parameters:,} parameters")
+    if found.bits_per_weight is not None:
+        facts.add_row("size", f"{found.bits_per_weight:.3f} bits per quantized weight")
+    facts.add_row("on disk", f"{found.bytes_on_disk / 1e6:,.2f} MB of weight files")
+    facts.add_row("sha256", found.weights_sha256)
+    for row in answers(found.engines, found.cautions):
+        facts.add_row(*row)
+    for told in found.fallbacks:
+        facts.add_row("fallback", told)
+    if verified:
+        facts.add_row("verified", "every file and every packed weight is what was written")
+    console.print(facts)
+    if not found.modules:
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("linear", "shape (out, in)", "scheme"):
+        table.add_column(column, overflow="fold")
+    for column in ("count", "bits per weight"):
+        table.add_column(column, justify="right")
+    rows = Counter(
+        (
+            m.name if modules else m.name.rpartition(".")[2],
+            str(list(m.shape)),
+            m.scheme,
+            f"{m.bits_per_weight:.3f}",
+        )
+        for m in found.modules
+    )
+    for (name, shape, scheme, size), count in rows.items():
+        table.add_row(name, shape, scheme, str(count), size)
+    console.print()
+    console.print(table)

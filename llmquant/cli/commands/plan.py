@@ -1,0 +1,246 @@
+"""``llmquant plan``: what a run would make and need, and what refuses it, before any weight is
+read."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.cli.method import parse_method
+from llmquant.cli.options import CalibrationDtypeOption, DeviceOption, ThreadsOption
+from llmquant.cli.overrides import recipe_of, with_rotation
+from llmquant.cli.screen import screen
+
+if TYPE_CHECKING:
+    from llmquant.planning.forecast import Forecast
+    from llmquant.planning.preview import Plan
+    from llmquant.planning.timing import Timing
+    from llmquant.runtime.computing import Computing
+
+
+def plan_command(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="As `llmquant quantize` takes it.")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")
+    ] = None,
+    sym: Annotated[
+        bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")
+    ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate/--no-rotate", help="Rotate the model first, folded into the weights."
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option("--format", help="Byte layout of the result.")
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Only linears that match, even ignored ones (repeatable)."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave these alone, beside the recipe's (repeatable).")
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Time two blocks on this machine (reads their weights; may need --calibration).",
+        ),
+    ] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text for --measure; as `llmquant quantize` takes it.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: CalibrationDtypeOption = "auto",
+    threads: ThreadsOption = None,
+    modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Show what quantizing MODEL would give, from its headers alone."""
+    from llmquant.planning.forecast import forecast
+    from llmquant.planning.preview import make_plan
+    from llmquant.runtime.computing import Computing
+    from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
+    from llmquant.runtime.threads import set_threads
+
+    set_threads(threads)
+
+    changes = {
+        "weights.bits": bits,
+        "weights.group_size": group_size,
+        "weights.symmetric": sym,
+        "format": layout,
+        "calibration.nsamples": nsamples,
+        "calibration.seqlen": seqlen,
+        "calibration.source": calibration,
+    }
+    chosen = with_rotation(recipe_of(recipe, changes, include, ignore), rotate)
+    if method is not None:
+        chosen = parse_method(method).applied_to(chosen)
+    on, passes = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
+    plan = make_plan(model, chosen)
+    needs = forecast(plan, chosen, passes.itemsize)
+    computing = Computing.of(on, passes)
+    timing = None
+    if measure:
+        from llmquant.planning.timing import time_blocks
+        from llmquant.quantization.run import QuantizeOptions
+
+        timing = time_blocks(model, chosen, QuantizeOptions(device=str(on), dtype=passes.name))
+    if as_json:
+        sys.stdout.write(json.dumps(_as_dict(plan, needs, timing, computing)) + "\n")
+    else:
+        _show(plan, modules, _needs(needs, timing, computing))
+
+
+def _as_dict(
+    plan: Plan, needs: Forecast, timing: Timing | None, computing: Computing
+) -> dict[str, Any]:
+    return {
+        "model_type": plan.model_type,
+        "format": plan.format,
+        "source_bytes": plan.source_bytes,
+        "bytes_on_disk": plan.bytes_on_disk,
+        "bits_per_weight": plan.bits_per_weight,
+        "tensor_parallel": list(plan.tensor_parallel),
+        "group_sizes_that_fit": list(plan.suggestions),
+        "modules": [
+            {"name": m.name, "scheme": str(m.scheme), "shape": list(m.shape), "bytes": m.nbytes}
+            for m in plan.modules
+        ],
+        "skipped": dict(plan.skipped),
+        "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
+        "cautions": {engine: list(reasons) for engine, reasons in plan.cautions.items()},
+        "kernels": {
+            name: {"linears": count, "not": why} for name, (count, why) in plan.kernels.items()
+        },
+        "kernels_for": plan.kernels_for.as_dict(),
+        "computing": computing.as_dict(),
+        "peak_ram_bytes": needs.peak,
+        "phases": dict(needs.phases),
+        "hidden_states_bytes": needs.states,
+        "replay_bytes": needs.replay,
+        "device_bytes": needs.accelerator,
+        "disk_bytes": needs.disk,
+        "seconds": None if timing is None else timing.total,
+    }
+
+
+def _needs(needs: Forecast, timing: Timing | None, computing: Computing) -> list[tuple[str, str]]:
+    """Rows about how it would be quantized: on what, memory, disk and time."""
+    worst = max(needs.phases, key=lambda phase: needs.phases[phase])
+    states = (
+        f"; {_size(needs.states)} of it are hidden states, which --max-memory can keep in files"
+        if needs.states
+        else ""
+    )
+    kept = (
+        f"; {_size(needs.replay)} save passes and are kept only where there is room"
+        if needs.replay
+        else ""
+    )
+    rows = [("quantizing", computing.told())]
+    rows.append(
+        ("memory", f"about {_size(needs.peak)} at most, while {_DOING[worst]}{states}{kept}")
+    )
+    if not computing.device.startswith("cpu"):
+        rows.append((computing.device, f"about {_size(needs.accelerator)}"))
+    rows.append(("disk", f"{_size(needs.disk)} while it runs, {_size(needs.output)} afterwards"))
+    if timing is None:
+        return [*rows, ("time", "not measured; --measure times two blocks here")]
+    blocks = f"{timing.blocks} blocks, {timing.first:.1f} s for the first and {timing.later:.1f} s for the second"
+    return [*rows, ("time", f"about {_spoken(timing.total)}: {blocks}")]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.2f} MB"
+
+
+_DOING = {
+    "copying": "a tensor that stays as it is gets copied",
+    "rounding": "the widest linear is rounded",
+    "embedding": "the calibration text is embedded",
+    "pass": "a block runs",
+    "statistics": "inputs of the widest linear are observed",
+    "tuning": "a block is tuned",
+}
+
+
+def _spoken(seconds: float) -> str:
+    """A duration for people: the two largest units."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    from llmquant.formats.engines import answers
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("linear", "shape (out, in)", "scheme"):
+        table.add_column(column, overflow="fold")
+    for column in ("count", "MB", "bits per weight"):
+        table.add_column(column, justify="right")
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for m in plan.modules:
+        name = m.name if modules else m.name.rpartition(".")[2]
+        kinds.setdefault((name, str(list(m.shape)), str(m.scheme)), []).append(m.nbytes)
+    for (name, shape, scheme), sizes in kinds.items():
+        weights = math.prod(json.loads(shape)) * len(sizes)
+        table.add_row(
+            name,
+            shape,
+            scheme,
+            str(len(sizes)),
+            f"{sum(sizes) / 1e6:,.2f}",
+            f"{sum(sizes) * 8 / weights:.3f}",
+        )
+    console = screen()
+    console.print(table)
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("format", plan.format)
+    facts.add_row(
+        "size",
+        f"{plan.source_bytes / 1e6:,.2f} MB → {plan.bytes_on_disk / 1e6:,.2f} MB of weight files; "
+        f"{plan.bits_per_weight:.3f} bits per quantized weight",
+    )
+    for row in needs:
+        facts.add_row(*row)
+    facts.add_row(
+        "left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none"
+    )
+    facts.add_row(
+        "tensor parallel", ", ".join(map(str, plan.tensor_parallel)) or "no size splits it evenly"
+    )
+    facts.add_row(
+        "running", plan.kernels_for.told({name: count for name, (count, _) in plan.kernels.items()})
+    )
+    for name, (_, why) in plan.kernels.items():
+        if why:
+            facts.add_row(f"kernel {name}", why)
+    for row in answers(plan.engines, plan.cautions):
+        facts.add_row(*row)
+    facts.add_row(
+        "group sizes",
+        f"{', '.join(map(str, plan.suggestions)) or 'none of 16 … 256'} fit every linear; -1 always",
+    )
+    console.print()
+    console.print(facts)

@@ -1,0 +1,81 @@
+"""``llmquant verify``: is a folder still what was written, and with ``--rerun`` is it what its
+recipe gives?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmquant.cli.options import ThreadsOption
+from llmquant.cli.screen import screen
+from llmquant.errors import UsageError
+
+
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="Folder written by llmquant.")],
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="Quantize again and compare every file and linear.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --rerun: the original model, if not found by its recorded name."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="With --rerun: the calibration text, if it is not where the recipe says."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="With --rerun: auto, cpu, cuda, cuda:0 … [default: the recorded one]."),
+    ] = None,
+    threads: ThreadsOption = None,
+    max_shard_size: Annotated[
+        int, typer.Option(help="With --rerun: bytes per weight file, as in the first run.")
+    ] = 5_000_000_000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+) -> None:
+    """Re-hash every file of FOLDER and re-read every packed weight; --rerun repeats the run
+    itself."""
+    if not rerun and (model, calibration, device) != (None, None, None):
+        raise UsageError(
+            "--model, --calibration and --device belong to --rerun; add it or leave them out"
+        )
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    from llmquant.checkpoint.manifest import verify
+    from llmquant.runtime.threads import set_threads
+
+    set_threads(threads)
+    manifest = verify(folder)
+    facts: dict[str, Any] = {
+        "path": str(folder),
+        "files": len(manifest.files),
+        "modules": len(manifest.modules),
+        "verified": True,
+    }
+    told = [
+        f"verified   {len(manifest.files)} files and {len(manifest.modules)} quantized linears are what was written"
+    ]
+    if rerun:
+        from llmquant.quantization.rerun import demand_same
+        from llmquant.quantization.rerun import rerun as again
+
+        found = again(
+            folder, model, calibration=calibration, device=device, max_shard_size=max_shard_size
+        )
+        demand_same(folder, found)
+        facts |= {"reran": True, "circumstances": list(found.circumstances)}
+        told.append("rerun      the same bytes in every file")
+        told += [f"           although {c}" for c in found.circumstances]
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+    elif not quiet:
+        for line in told:
+            screen().print(line, soft_wrap=True)

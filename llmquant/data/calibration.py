@@ -1,0 +1,294 @@
+"""Calibration: the token windows that quantization looks at, where they came from, and what was
+left out.
+
+Two packings:
+
+* ``concat``: every row is tokenized as the tokenizer does by default (so a BOS stands where it puts
+  one), the rows are laid end to end and cut into windows of exactly ``seqlen``; ``nsamples`` of
+  those are drawn without replacement.
+* ``sample``: one row is one window, cut at ``seqlen`` and never padded; rows under ``MIN_TOKENS``
+  are dropped.
+
+Nothing is silent: ``rows_read == rows_used + rows_not_drawn + sum(dropped)``, tokens of used rows
+that fell outside the windows are counted, and fewer windows than asked for is an error that says
+what would work. The draw orders the candidates by the raw 64-bit stream of PCG64, which numpy keeps
+the same across versions and machines.
+
+Overlap with the evaluation text is the share of the windows' 13-token shingles (13 consecutive
+tokens, as long as the word shingles of the GPT-3 paper's appendix C) that also occur within a row
+of the evaluation text, by the same tokenizer. Shingles are compared by a 64-bit hash: between two
+million-shingle texts some false match has odds of 1e-7.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmquant.data.sources import Documents
+from llmquant.data.tokenize import Ids, tokenize
+from llmquant.errors import SourceError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Packing = Literal["concat", "sample"]
+MIN_TOKENS = 8
+"""A row of fewer tokens is no sample."""
+SHINGLE = 13
+OVERLAP_THRESHOLD = 0.1
+"""A window with more than this share of its shingles in the evaluation text is counted."""
+_HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How much of the calibration windows stands in the evaluation text (definition above)."""
+
+    evaluation: str
+    fraction: float
+    windows: int
+    shingle: int = SHINGLE
+    threshold: float = OVERLAP_THRESHOLD
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSummary:
+    """What was read, used and left out. ``tokens_truncated``: tokens of used rows that are in no
+    window."""
+
+    packing: Packing
+    seqlen: int
+    windows: int
+    windows_available: int
+    rows_read: int
+    rows_used: int
+    rows_truncated: int
+    rows_not_drawn: int
+    dropped: Mapping[str, int]
+    duplicates: int
+    tokens_total: int
+    tokens_used: int
+    tokens_truncated: int
+    overlap: Overlap | None = None
+
+    def lines(self) -> list[str]:
+        """The summary for people, one fact a line."""
+        dropped = (
+            ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "none"
+        )
+        lines = [
+            f"windows  {self.windows:,} of {self.windows_available:,} available, "
+            f"{'exactly' if self.packing == 'concat' else 'at most'} {self.seqlen:,} tokens each ({self.packing})",
+            f"tokens   {self.tokens_used:,} used of {self.tokens_total:,}",
+            f"rows     {self.rows_used:,} used of {self.rows_read:,} read; {self.rows_not_drawn:,} not drawn; "
+            f"dropped: {dropped}; {self.duplicates:,} duplicates",
+            f"cut      {self.rows_truncated:,} of the used rows, {self.tokens_truncated:,} tokens",
+        ]
+        if self.overlap is not None:
+            o = self.overlap
+            lines.append(
+                f"overlap  {o.fraction:.2%} of {o.shingle}-token shingles stand in {o.evaluation}; "
+                f"{o.windows:,} windows have more than {o.threshold:.0%}"
+            )
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for the manifest."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of token ids (int64, 1-D, none padded) and their origin. ``sha256`` covers lengths
+    and ids, in order."""
+
+    windows: tuple[Tensor, ...]
+    summary: CalibrationSummary
+    sha256: str
+    source: str
+    source_sha256: str
+    seed: int
+    seqlen: int
+    packing: Packing
+
+
+@dataclass(frozen=True, slots=True)
+class _Pick:
+    """Windows drawn from tokenized rows; the row figures are those of the summary."""
+
+    windows: list[Ids]
+    available: int
+    rows_used: int
+    rows_truncated: int
+    tokens_truncated: int
+
+
+def calibrate(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    packing: Packing = "concat",
+    evaluation: Documents | None = None,
+    vocab_size: int | None = None,
+    max_positions: int | None = None,
+) -> Calibration:
+    """Draw ``nsamples`` windows of (at most) ``seqlen`` tokens.
+
+    Args:
+        evaluation: the text the model will be evaluated on; the overlap with it is measured.
+        vocab_size: rows of the model's embedding; ids beyond are refused.
+        max_positions: the model's context; a longer ``seqlen`` is refused.
+
+    Raises:
+        UsageError: a number that cannot be right.
+        SourceError: too little text, chats without a chat template, or ids that the model does not
+            have.
+    """
+    _check_numbers(nsamples, seqlen, seed, packing, max_positions)
+    dropped = Counter(documents.dropped)
+    rows = list(tokenize(documents, tokenizer, dropped))
+    total = sum(map(len, rows))
+    if packing == "sample":
+        dropped[f"shorter than {MIN_TOKENS} tokens"] += sum(len(row) < MIN_TOKENS for row in rows)
+        rows = [row for row in rows if len(row) >= MIN_TOKENS]
+    pick = (_concat if packing == "concat" else _sample)(rows, nsamples, seqlen, seed)
+    if pick.available < nsamples:
+        raise SourceError(
+            _too_little(documents.source, rows, pick.available, nsamples, seqlen, packing)
+        )
+    _check_ids(pick.windows, vocab_size, documents.source)
+    summary = CalibrationSummary(
+        packing, seqlen, len(pick.windows), pick.available,
+        documents.rows_read, pick.rows_used, pick.rows_truncated, len(rows) - pick.rows_used,
+        {reason: count for reason, count in sorted(dropped.items()) if count}, documents.duplicates,
+        total, sum(map(len, pick.windows)), pick.tokens_truncated,
+        None if evaluation is None else measure_overlap(pick.windows, evaluation, tokenizer),
+    )  # fmt: skip
+    windows = tuple(torch.from_numpy(window.copy()) for window in pick.windows)
+    sha256 = _sha256(pick.windows)
+    return Calibration(
+        windows, summary, sha256, documents.source, documents.sha256, seed, seqlen, packing
+    )
+
+
+def _check_numbers(
+    nsamples: int, seqlen: int, seed: int, packing: str, max_positions: int | None
+) -> None:
+    if nsamples < 1 or seqlen < MIN_TOKENS or seed < 0:
+        raise UsageError(
+            f"nsamples={nsamples}, seqlen={seqlen}, seed={seed} cannot be; give at least 1, {MIN_TOKENS} and 0"
+        )
+    if packing not in ("concat", "sample"):
+        raise UsageError(f"packing={packing!r} is unknown; choose concat or sample")
+    if max_positions is not None and seqlen > max_positions:
+        raise UsageError(
+            f"seqlen={seqlen} is more than the model's {max_positions} positions; give {max_positions} or less"
+        )
+
+
+def _draw(candidates: int, count: int, seed: int) -> list[int]:
+    """``count`` different indices below ``candidates``, in an order that only ``seed`` decides."""
+    keys = np.random.PCG64(seed).random_raw(candidates)
+    return [int(i) for i in np.argsort(keys, kind="stable")[:count]]
+
+
+def _concat(rows: list[Ids], nsamples: int, seqlen: int, seed: int) -> _Pick:
+    stream = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    ends = np.cumsum([len(row) for row in rows])
+    available = len(stream) // seqlen
+    starts = [i * seqlen for i in _draw(available, nsamples, seed)]
+    inside = np.zeros(len(rows), np.int64)  # tokens of each row that lie in a drawn window
+    for start in starts:
+        row = int(np.searchsorted(ends, start, side="right"))
+        while row < len(rows) and ends[row] - len(rows[row]) < start + seqlen:
+            inside[row] += min(ends[row], start + seqlen) - max(ends[row] - len(rows[row]), start)
+            row += 1
+    cut = np.array([len(row) for row in rows], np.int64)[inside > 0] - inside[inside > 0]
+    windows = [stream[start : start + seqlen] for start in starts]
+    return _Pick(windows, available, int((inside > 0).sum()), int((cut > 0).sum()), int(cut.sum()))
+
+
+def _sample(rows: list[Ids], nsamples: int, seqlen: int, seed: int) -> _Pick:
+    drawn = [rows[i] for i in _draw(len(rows), nsamples, seed)]
+    cut = [len(row) - seqlen for row in drawn if len(row) > seqlen]
+    return _Pick([row[:seqlen] for row in drawn], len(rows), len(drawn), len(cut), sum(cut))
+
+
+def _too_little(
+    source: str, rows: list[Ids], available: int, nsamples: int, seqlen: int, packing: Packing
+) -> str:
+    """Why the text is too little, and the numbers that would work."""
+    fits = [f"--nsamples {available}"] if available else []
+    if packing == "sample":
+        has = f"{len(rows):,} rows of {MIN_TOKENS} tokens or more"
+        wanted = f"{nsamples:,} windows of one row each"
+    else:
+        total = sum(map(len, rows))
+        has = f"{total:,} tokens in {len(rows):,} rows"
+        wanted = f"{nsamples:,} windows of {seqlen:,} tokens"
+        fits += [f"--seqlen {total // nsamples}"] if total // nsamples >= MIN_TOKENS else []
+    return (
+        f"{source} gives {has}, too little for {wanted}; give {' or '.join([*fits, 'more text'])}"
+    )
+
+
+def _check_ids(windows: list[Ids], vocab_size: int | None, source: str) -> None:
+    highest = max(int(window.max()) for window in windows)
+    if vocab_size is not None and highest >= vocab_size:
+        raise SourceError(
+            f"{source}: the tokenizer gives token id {highest}, but the model's embedding has {vocab_size} rows; "
+            "the tokenizer belongs to another model"
+        )
+
+
+def _sha256(windows: Sequence[Ids]) -> str:
+    """Over every window: its length, then its ids, as little-endian int64."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(len(window).to_bytes(8, "little") + window.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def shingles(ids: Ids) -> NDArray[np.uint64]:
+    """A hash of every ``SHINGLE`` consecutive ids: their polynomial modulo 2**64. Empty for fewer
+    ids."""
+    count = max(0, len(ids) - SHINGLE + 1)
+    values = np.zeros(count, np.uint64)
+    for i in range(SHINGLE):
+        values = values * _HASH_BASE + ids[i : i + count].astype(np.uint64) + np.uint64(1)
+    return values
+
+
+def measure_overlap(
+    windows: Sequence[Ids], evaluation: Documents, tokenizer: PreTrainedTokenizerBase
+) -> Overlap:
+    """The share of the windows' shingles that occur in the evaluation text, over all and by
+    window."""
+    known = [shingles(row) for row in tokenize(evaluation, tokenizer, Counter(), specials=False)]
+    table = np.unique(np.concatenate(known)) if known else np.zeros(0, np.uint64)
+    hits = [_found(shingles(window), table) for window in windows]
+    count = sum(map(len, hits))
+    over = sum(bool(len(hit)) and float(hit.mean()) > OVERLAP_THRESHOLD for hit in hits)
+    fraction = sum(int(hit.sum()) for hit in hits) / count if count else 0.0
+    return Overlap(evaluation.source, fraction, over)
+
+
+def _found(values: NDArray[np.uint64], table: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which values are in a sorted table (``np.isin`` would sort the table again for every
+    window)."""
+    places = np.searchsorted(table, values)
+    inside = places < len(table)
+    inside[inside] = table[places[inside]] == values[inside]
+    return inside

@@ -1,0 +1,68 @@
+"""compressed-tensors' ``config_groups``: which group of the config speaks for a module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from llmquant.errors import FormatError
+from llmquant.formats.base import HEADS
+
+
+def groups_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The entries of ``config_groups``.
+
+    Raises:
+        FormatError: they are no mappings.
+    """
+    groups = config.get("config_groups") or {}
+    found = list(groups.values()) if isinstance(groups, dict) else [groups]
+    if not all(isinstance(g, dict) and isinstance(g.get("targets"), list) for g in found):
+        raise FormatError(
+            "the config's config_groups is no mapping of names to groups with targets"
+        )
+    return found
+
+
+def priority(target: str, module: str) -> int | None:
+    """compressed-tensors' order of matching: exact name, then regular expression, then class name;
+    None is no match."""
+    if target == module:
+        return 0
+    if target.startswith("re:"):
+        try:
+            return 1 if re.match(target[3:], module) else None
+        except re.error as e:
+            raise FormatError(
+                f"the config has the target {target!r}, which is no regular expression: {e}"
+            ) from e
+    return 2 if target == "Linear" else None
+
+
+def group_of(module: str, groups: Collection[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The group that targets a module most specifically.
+
+    Raises:
+        FormatError: none does.
+    """
+    ranked = [
+        (rank, i, group)
+        for i, group in enumerate(groups)
+        for target in group.get("targets", [])
+        if (rank := priority(target, module)) is not None
+    ]
+    if not ranked:
+        raise FormatError(f"{module} has quantized weights but no config group targets it")
+    return min(ranked, key=lambda r: r[:2])[2]
+
+
+def ignore_list(skipped: Collection[str]) -> list[str]:
+    """The config's ``ignore``: transformers calls every head ``lm_head``, whatever its checkpoint
+    says, so that is named too."""
+    return sorted({*skipped, *("lm_head" for name in skipped if name in HEADS)})
+
+
+def ignored(ignore: Collection[str], module: str) -> bool:
+    """Whether the config's ``ignore`` names the module, by name or regular expression."""
+    return any(priority(pattern, module) in (0, 1) for pattern in ignore)

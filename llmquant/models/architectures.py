@@ -1,0 +1,259 @@
+"""Where a model keeps its decoder blocks, and which linears an engine fuses. A table, not branches.
+
+Three facts cannot be found by running the model: the path of the block list, the sets of linears
+that serving engines merge into one matrix (so they must share bits, group size and symmetry), and
+linears whose outputs another one reads channel by channel. Which linears share an input, and in
+what order they run, is observed in :mod:`llmquant.quantization.blocks.capture`.
+
+All names are those of the *checkpoint*. Where transformers names a module otherwise in memory, or
+keeps the experts of a block in stacked tensors, the table says so, and :mod:`llmquant.models.names`
+gives the model the checkpoint's names.
+
+A model type that is not in the table is walked by its one list of equal blocks, if it has exactly
+one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from llmquant.errors import ArchitectureError
+
+_SENSES = ("vision_config", "audio_config")
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED_MLP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A block's experts: ``down(act(gate(x)) * up(x))`` for the tokens that the router sends to
+    each.
+
+    Attributes:
+        inside: path (relative to a block) of the module that holds the router and the list of
+            experts.
+        gate, up, down: an expert's linears.
+        experts, router: that module's two children.
+    """
+
+    inside: str
+    gate: str
+    up: str
+    down: str
+    experts: str = "experts"
+    router: str = "gate"
+
+    def linears(self) -> tuple[str, ...]:
+        """Patterns (relative to a block) of all the experts' linears."""
+        return tuple(
+            f"{self.inside}.{self.experts}.*.{linear}" for linear in (self.gate, self.up, self.down)
+        )
+
+    def scaled(self) -> tuple[str, str]:
+        """An expert's up and down."""
+        _, up, down = self.linears()
+        return up, down
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Names, relative to the model.
+
+    Attributes:
+        blocks: path of the ``ModuleList`` of decoder blocks.
+        norm: path of the norm between the last block and the head.
+        fused: sets of linears (relative to a block, ``*`` for any expert) that engines merge.
+        scaled: pairs of linears (relative to a block, ``*`` for an expert): scaling an output of
+            the first scales inputs of the second.
+        renamed: paths in transformers' model (``*`` for any block), and what the checkpoint calls
+            their last part.
+        experts: of the blocks that have some.
+        head: the linear after the last norm.
+        outside: linears that some models have between the embeddings or the head and the blocks;
+            left alone.
+    """
+
+    blocks: str
+    norm: str
+    fused: tuple[tuple[str, ...], ...]
+    scaled: tuple[tuple[str, str], ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    experts: Experts | None = None
+    head: str = "lm_head"
+    outside: tuple[str, ...] = ()
+
+    def fused_with(self, leaf: str) -> tuple[str, ...] | None:
+        """The set that the linear ``leaf`` (relative to a block) is in."""
+        return next(
+            (s for s in self.fused if any(fnmatch.fnmatchcase(leaf, pattern) for pattern in s)),
+            None,
+        )
+
+    def scaled_in(self, linears: Iterable[str]) -> list[tuple[str, str]]:
+        """The pairs that a block with these linears has."""
+        there = set(linears)
+        found = [pair for pair in self.scaled if there.issuperset(pair)]
+        for first, second in (pair for pair in self.scaled if "*" in pair[0]):
+            before, after = first.split("*")
+            experts = (
+                n.removeprefix(before).removesuffix(after)
+                for n in linears
+                if fnmatch.fnmatchcase(n, first)
+            )
+            found += [(first.replace("*", e), second.replace("*", e)) for e in experts]
+        return found
+
+    def is_router(self, leaf: str) -> bool:
+        """Whether ``leaf`` (relative to a block) chooses experts."""
+        return self.experts is not None and leaf == f"{self.experts.inside}.{self.experts.router}"
+
+
+_SCALED = (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"))
+_MIXTRAL = Experts("block_sparse_moe", gate="w1", up="w3", down="w2")
+_QWEN = Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj")
+_LLAMA = Architecture("model.layers", "model.norm", (_ATTENTION, _GATED_MLP), _SCALED)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    # Already one matrix in the checkpoint: qkv_proj and gate_up_proj.
+    "phi3": Architecture("model.layers", "model.norm", ()),
+    # The smallest OPT but one has narrower embeddings than blocks.
+    "opt": Architecture(
+        "model.decoder.layers",
+        "model.decoder.final_layer_norm",
+        (_ATTENTION,),
+        outside=("model.decoder.project_in", "model.decoder.project_out"),
+    ),
+    "starcoder2": Architecture("model.layers", "model.norm", (_ATTENTION,)),
+    # query_key_value is one matrix in the checkpoint.
+    "gpt_neox": Architecture(
+        "gpt_neox.layers",
+        "gpt_neox.final_layer_norm",
+        (),
+        renamed=(("lm_head", "embed_out"),),
+        head="embed_out",
+    ),
+    "mixtral": Architecture(
+        "model.layers",
+        "model.norm",
+        (_ATTENTION, _MIXTRAL.linears()),
+        (*_SCALED[:1], _MIXTRAL.scaled()),
+        renamed=(("model.layers.*.mlp", "block_sparse_moe"),),
+        experts=_MIXTRAL,
+    ),
+    "qwen3_moe": Architecture(
+        "model.layers",
+        "model.norm",
+        (_ATTENTION, _GATED_MLP, _QWEN.linears()),
+        (*_SCALED, _QWEN.scaled()),
+        experts=_QWEN,
+    ),
+}
+
+
+def find(model: nn.Module, model_type: str) -> Architecture:
+    """The table's entry, or one derived from the only list of two or more equal blocks.
+
+    Raises:
+        ArchitectureError: the entry does not fit the model, there is no single such list, the model
+            is more than a text decoder, or it holds experts that are not linears: the larger part
+                of it would stay as it is.
+    """
+    config = getattr(model, "config", None)
+    refuse_multimodal(config.to_dict() if config is not None else {}, model_type)
+    _refuse_experts(model, model_type)
+    known = ARCHITECTURES.get(model_type)
+    if known is not None:
+        if not isinstance(_get(model, known.blocks), nn.ModuleList):
+            raise ArchitectureError(
+                f"{type(model).__name__} has no block list at {known.blocks}; is its config.json right?"
+            )
+        return known
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(isinstance(m, nn.Linear) for m in module.modules())
+    }
+    # A list inside another one (experts, branches) is part of a block, even where the outer list
+    # does not qualify.
+    outer = [
+        name
+        for name, blocks in lists.items()
+        if not any(name.startswith(f"{o}.") for o in lists)
+        and len(blocks) > 1
+        and len({type(m) for m in blocks}) == 1
+    ]
+    if len(outer) != 1:
+        raise ArchitectureError(
+            f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}) and has "
+            f"{len(outer)} lists of equal blocks ({', '.join(outer) or 'none'}) where exactly one is needed"
+        )
+    parent = outer[0].rpartition(".")[0]
+    norms = [n for n, _ in (_get(model, parent) or model).named_children() if "norm" in n]
+    return Architecture(outer[0], f"{parent}.{norms[-1]}".lstrip(".") if norms else "", ())
+
+
+def refuse_multimodal(config: Mapping[str, Any], model_type: str) -> None:
+    """Refuse what also reads images or sound.
+
+    Raises:
+        ArchitectureError: the config describes such a part.
+    """
+    parts = [part for part in _SENSES if config.get(part)]
+    if parts:
+        raise ArchitectureError(
+            f"model type {model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
+            "not reach the rest; quantize a text-only checkpoint of the family"
+        )
+
+
+def _refuse_experts(model: nn.Module, model_type: str) -> None:
+    stacked = [
+        f"{name}.{leaf}" if name else leaf
+        for name, module in model.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
+    ]
+    if stacked:
+        raise ArchitectureError(
+            f"model type {model_type!r} stacks its experts' weights in {len(stacked)} three-dimensional tensors (such as "
+            f"{stacked[0]}); of mixtures of experts llmquant knows {', '.join(n for n, a in ARCHITECTURES.items() if a.experts)}"
+        )
+
+
+def _get(model: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        module = getattr(module, part, None)
+    return module
+
+
+def blocks_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
+    blocks = _get(model, architecture.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def norm_of(model: nn.Module, architecture: Architecture) -> nn.Module:
+    """The norm before the head.
+
+    Raises:
+        ArchitectureError: this architecture's is not known.
+    """
+    norm = _get(model, architecture.norm) if architecture.norm else None
+    if norm is None:
+        raise ArchitectureError(
+            f"cannot find the norm before the head of {type(model).__name__}; --ignore lm_head"
+        )
+    return norm

@@ -1,0 +1,1 @@
+"""Faster decoding of packed models on a CPU."""

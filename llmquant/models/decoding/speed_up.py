@@ -1,0 +1,277 @@
+"""Faster decoding of loaded models on a CPU: blocks that are stepped in compiled code, and a head
+kept in 16 bits.
+
+Only the case that every reply consists of is replaced: one sequence, one new token, no mask.
+Everything else (prompts, several sequences, hidden states or attentions that somebody asks for,
+gradients) runs transformers' own code. A block is tried before it is trusted: both ways get the
+same random input and cache, and a block whose outputs differ by more than rounding keeps
+transformers' code, with a line in the log. So no table of model types is needed, and a new one that
+computes something else is left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from llmquant.errors import ArchitectureError
+from llmquant.kernels import native
+from llmquant.kernels.block import LINEARS, BlockShape, Step
+from llmquant.kernels.cpu import Cpu
+from llmquant.kernels.packed_linear import PackedLinear
+from llmquant.models.block_inputs import first_inputs
+from llmquant.models.decoding.steps import BlockForward, Run
+
+log = logging.getLogger(__name__)
+
+_WHERE = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_POSITIONS = 5  # in the cache of a trial
+# of a trial: some hundred roundings of float32, far below what a scale, a norm or a cap left out
+# would change
+_TOLERANCE = 2e-5
+
+
+def speed_up(model: PreTrainedModel) -> None:
+    """Replace what can be: see the module text. Changes nothing of a model that is not packed by
+    kernel ``cpu``."""
+    if native.why_missing() or not any(
+        isinstance(m, PackedLinear) and m.kernel.name == Cpu.name for m in model.modules()
+    ):
+        return
+    for name, layer in model.named_modules():
+        if hasattr(layer, "self_attn") and hasattr(layer, "mlp"):
+            reason = _install(layer, model)
+            if reason:
+                log.info("%s is stepped by transformers' code: %s", name, reason)
+    _install_run(model)
+    _halve_head(model)
+
+
+def _install_run(model: PreTrainedModel) -> None:
+    """Let the first block of a model step all of them, where every block has a compiled step and
+    gets the same arguments."""
+    stacks = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and any(_stepped(layer) for layer in m)
+    ]
+    if len(stacks) != 1 or not all(map(_stepped, stacks[0])):
+        return
+    try:
+        caught = first_inputs(
+            model, stacks[0], [torch.zeros(1, 2, dtype=torch.int64, device=model.device)]
+        )
+    except ArchitectureError as e:
+        log.info("blocks are stepped one by one: %s", e)
+        return
+    calls = [
+        (args, kwargs.get("attention_mask"), *(kwargs.get("position_embeddings") or ()))
+        for args, kwargs in caught[0].calls
+    ]
+    config = model.config.get_text_config()
+    # With a longer prompt blocks of different attention would get different masks.
+    alike = len(set(getattr(config, "layer_types", None) or ())) <= 1
+    if alike and all(
+        len(c) == 4 and not c[0] and all(map(_is, c[1:], calls[0][1:])) for c in calls
+    ):
+        Run(config, list(stacks[0]))
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _stepped(layer: nn.Module) -> bool:
+    return isinstance(layer.__dict__.get("forward"), BlockForward)
+
+
+def _install(layer: Any, model: PreTrainedModel) -> str | None:
+    """Put a compiled step into a block, or say why not."""
+    try:
+        step = _step_of(layer, model)
+    except (AttributeError, TypeError, ValueError) as e:
+        return f"it is not built as expected ({e})"
+    if step is None:
+        return "its linears are not all packed for kernel cpu, or its parts are others than a Llama block's"
+    plain = layer.forward
+    fast = BlockForward(step, plain, layer.self_attn.layer_idx)
+    if not _agree(fast, plain, model, layer.self_attn):
+        return "a trial gave other numbers"
+    layer.forward = fast
+    return None
+
+
+def _step_of(layer: Any, model: PreTrainedModel) -> Step | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = {name: layer.get_submodule(path) for name, path in _WHERE.items()}
+    if not all(
+        isinstance(m, PackedLinear) and m.kernel.name == Cpu.name and m.activations == "none"
+        for m in linears.values()
+    ):
+        return None
+    if any(linears[n].bias is not None for n in ("gate", "up", "down")) or attention.head_dim % 16:
+        return None
+    if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
+        return None
+    known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    if {n for n, _ in layer.named_children()} != known or {n for n, _ in mlp.named_children()} - {
+        "gate_proj", "up_proj", "down_proj", "act_fn",
+    }:  # fmt: skip
+        return None
+    vectors: dict[str, Tensor | None] = {f"{n}_bias": linears[n].bias for n in ("q", "k", "v", "o")}
+    for name in ("q_norm", "k_norm"):
+        vectors[name] = getattr(getattr(attention, name, None), "weight", None)
+    vectors |= {
+        "input_norm": layer.input_layernorm.weight,
+        "post_norm": layer.post_attention_layernorm.weight,
+    }
+    shape = BlockShape(
+        linears["q"].out_features // attention.head_dim,
+        linears["k"].out_features // attention.head_dim,
+        attention.head_dim,
+        layer.input_layernorm.variance_epsilon,
+        attention.scaling,
+    )
+    return Step(
+        {n: (linears[n]._buffers, linears[n].spec.bits, linears[n].shape) for n in LINEARS},
+        vectors,
+        shape,
+    )
+
+
+def _agree(
+    fast: BlockForward, plain: Callable[..., Any], model: PreTrainedModel, attention: Any
+) -> bool:
+    """Whether both give the same output for a random token behind a random cache, in float32 and up
+    to its rounding."""
+    shape = fast.step.shape
+    random = torch.Generator().manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random)
+
+    hidden = drawn(1, 1, model.config.get_text_config().hidden_size)
+    angles = drawn(1, 1, shape.head_dim // 2).repeat(1, 1, 2) * 6
+    keys, values = (drawn(1, shape.kv_heads, _POSITIONS, shape.head_dim) for _ in range(2))
+    outputs = []
+    with torch.inference_mode():
+        for forward in (plain, fast):
+            cache = DynamicCache(config=model.config)
+            cache.update(keys.clone(), values.clone(), attention.layer_idx)
+            positions = (angles.cos(), angles.sin())
+            outputs.append(
+                forward(
+                    hidden.clone(),
+                    attention_mask=None,
+                    past_key_values=cache,
+                    use_cache=True,
+                    position_embeddings=positions,
+                )
+            )
+    exact, tried = outputs
+    return bool((exact - tried).norm() <= _TOLERANCE * exact.norm())
+
+
+class HalfLinear(nn.Module):
+    """A linear whose weight is kept as the 16-bit numbers that the checkpoint has, multiplied in
+    float32: exact, half the memory.
+
+    Args:
+        weight: ``[out, in]``, float32 whose values are exact in ``stored``.
+        stored: bfloat16 or float16.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stored: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("words", native.half_tiles(weight, stored))
+        self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` → ``[..., out]``."""
+        words: Tensor = self.words  # type: ignore[assignment]
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = nn.functional.linear(x, native.half_weight(words, self.out_features).to(x.dtype))
+        else:
+            y = native.half_linear(x, words, self.out_features, self.in_features)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]`` float32, made anew."""
+        words: Tensor = self.words  # type: ignore[assignment]
+        return native.half_weight(words, self.out_features).float()
+
+    def extra_repr(self) -> str:
+        stored = str(self.words.dtype).removeprefix("torch.")
+        return f"in_features={self.in_features}, out_features={self.out_features}, stored={stored}"
+
+
+class HalfEmbedding(nn.Module):
+    """The embedding that is tied to a :class:`HalfLinear`: looks its rows up in the same tensor.
+
+    Args:
+        dtype: of the vectors it gives.
+    """
+
+    def __init__(self, head: HalfLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.dtype = (
+            head.out_features,
+            head.in_features,
+            dtype,
+        )
+        words: Tensor = head.words  # type: ignore[assignment]
+        self.register_buffer("words", words)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integers ``[...]`` → ``[..., width]``."""
+        words: Tensor = self.words  # type: ignore[assignment]
+        return words[ids // native.ROWS, :, ids % native.ROWS].to(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[vocabulary, width]`` of ``dtype``, made anew."""
+        words: Tensor = self.words  # type: ignore[assignment]
+        return native.half_weight(words, self.num_embeddings).to(self.dtype)
+
+
+def _halve_head(model: PreTrainedModel) -> None:
+    """Keep a float32 head, and an embedding that is tied to it, as the 16-bit numbers that they
+    were read as."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if type(head) is not nn.Linear or head.weight.dtype is not torch.float32:
+        return
+    stored = next(
+        (
+            d
+            for d in (torch.bfloat16, torch.float16)
+            if torch.equal(head.weight.to(d).float(), head.weight)
+        ),
+        None,
+    )
+    tied = head.weight is getattr(embedding, "weight", None)
+    if stored is None or (tied and type(embedding) is not nn.Embedding):
+        return
+    halved = HalfLinear(head.weight.detach(), head.bias, stored)
+    model.config.tie_word_embeddings = (
+        False  # neither has a parameter to share; what they share is a buffer
+    )
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.set_output_embeddings(halved)
+    if tied:
+        model.set_input_embeddings(HalfEmbedding(halved, torch.float32))

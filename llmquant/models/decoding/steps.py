@@ -1,0 +1,224 @@
+"""A model's decoder blocks stepped in compiled code: each block's ``forward``, and the run of all
+of them as one call.
+
+:class:`BlockForward` stands in a block for its ``forward``. Where a model's blocks follow one
+another with nothing between them and all get the same arguments, the first one's call does the work
+of all (:class:`Run`), and the others hand on what it left: in a small model what Python does for
+each block costs as much as the block. The new keys and values are written in place, behind those
+that the cache holds; a cache layer that is not one of transformers' plain growing ones can say
+where that is by a method ``in_place() -> (keys, values, held)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from llmquant.errors import LlmquantError
+from llmquant.kernels.block import Step, Steps
+
+_SPARE = "llmquant_spare"  # attribute of a cache layer
+# tokens; then a quarter of what is held, so that a token is moved a constant number of times
+_LEAST_SPARE = 256
+
+
+class BlockForward:
+    """A block's ``forward``: the compiled step for one token of one sequence, the plain one for
+    everything else."""
+
+    def __init__(self, step: Step, plain: Callable[..., Any], index: int) -> None:
+        self.step, self.plain, self.index = step, plain, index
+        self.run: Run | None = None
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (
+            attention_mask is not None
+            or past_key_values is None
+            or position_embeddings is None
+            or hidden_states.shape[:2] != (1, 1)
+            or not self.step.takes(hidden_states, *position_embeddings)
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or kwargs.get("output_attentions")
+            or kwargs.get("output_hidden_states")
+        ):
+            return self.plain(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        if self.run is not None:
+            done = self.run.block(self, hidden_states, position_embeddings, past_key_values)
+            if done is not None:
+                return done
+        query, key, value = self.step.before(hidden_states, *position_embeddings)
+        keys, values = past_key_values.update(key, value, self.index)
+        return self.step.after(hidden_states, query, keys, values)
+
+
+@dataclass(slots=True)
+class Spare:
+    """Buffers ``[1, kv_heads, capacity, head_dim]`` of which a cache layer's keys and values are
+    the first ``held`` tokens."""
+
+    keys: Tensor
+    values: Tensor
+    held: int
+
+
+class Run:
+    """All blocks of a model, stepped by the first one's call.
+
+    Args:
+        config: of the decoder; says how many of its blocks a pass runs.
+        layers: the blocks, each with a :class:`BlockForward` of its own, which learns of this run.
+    """
+
+    def __init__(self, config: PretrainedConfig, layers: Sequence[nn.Module]) -> None:
+        self._config, self._layers = config, layers
+        self._forwards: list[BlockForward] = [layer.__dict__["forward"] for layer in layers]
+        self._steps = Steps([f.step for f in self._forwards])
+        self._of = threading.local()
+        for forward in self._forwards:
+            forward.run = self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Run:
+        made = Run.__new__(Run)
+        memo[id(self)] = made
+        made.__dict__.update(
+            {n: copy.deepcopy(v, memo) for n, v in self.__dict__.items() if n != "_of"}
+        )
+        made._of = threading.local()
+        return made
+
+    def block(
+        self, forward: BlockForward, hidden: Tensor, position: tuple[Tensor, Tensor], cache: Any
+    ) -> Tensor | None:
+        """The output of a block; None: it must run by itself.
+
+        The first block's is already that of the last. The others get that very tensor and hand it
+        on.
+        """
+        if forward is self._forwards[0]:
+            self._of.done = None
+            caches = (
+                self._caches(hidden, cache)
+                if self._steps.takes(hidden, *position) and not self._watched()
+                else None
+            )
+            if caches is None:
+                return None
+            out = self._steps.run(hidden, *position, caches)
+            for layer in cache.layers:
+                _held_one_more(layer)
+            self._of.done = out
+            return out
+        done: Tensor | None = getattr(self._of, "done", None)
+        if done is None:
+            return None
+        if hidden is not done:
+            raise LlmquantError(
+                f"something changed the hidden states in front of block {forward.index}, but all blocks were already stepped"
+            )
+        if forward is self._forwards[-1]:
+            self._of.done = None
+        return done
+
+    def _watched(self) -> bool:
+        """Whether somebody looks at single blocks, or only some of them are run."""
+        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._layers)
+        return hooked or self._config.num_hidden_layers != len(self._layers)
+
+    def _caches(self, hidden: Tensor, cache: Any) -> list[tuple[Tensor, Tensor, int]] | None:
+        """Where every block's keys and values are; None where one has no place for another token of
+        this kind."""
+        layers = getattr(cache, "layers", ())
+        if len(layers) != len(self._layers) or [f.index for f in self._forwards] != list(
+            range(len(layers))
+        ):
+            return None
+        found = []
+        for layer in layers:
+            place = _place(layer, hidden)
+            if place is None:
+                return None
+            found.append(place)
+        return found
+
+
+def _place(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    if type(layer) is not DynamicLayer:
+        find = getattr(layer, "in_place", None)
+        place: tuple[Tensor, Tensor, int] | None = find() if find is not None else None
+        fits = (
+            place is not None
+            and place[0].dtype is hidden.dtype
+            and place[0].stride(3) == place[1].stride(3) == 1
+        )
+        return place if fits else None
+    keys, values = layer.keys, layer.values
+    if (
+        not layer.is_initialized
+        or keys is None
+        or values is None
+        or keys.dim() != 4
+        or keys.shape[0] != 1
+    ):
+        return None
+    if keys.dtype is not hidden.dtype or values.dtype is not hidden.dtype or not keys.is_cpu:
+        return None
+    spare: Spare | None = layer.__dict__.get(_SPARE)
+    held = keys.shape[2]
+    # What was cropped, copied or reordered since is not the buffer's any more: others may hold what
+    # stands behind it.
+    ours = (
+        spare is not None
+        and spare.held == held < spare.keys.shape[2]
+        and spare.keys.data_ptr() == keys.data_ptr()
+        and spare.values.data_ptr() == values.data_ptr()
+    )
+    if not ours:
+        capacity = held + max(_LEAST_SPARE, held // 4)
+        spare = Spare(_roomy(keys, capacity), _roomy(values, capacity), held)
+        layer.__dict__[_SPARE] = spare
+    assert spare is not None
+    return spare.keys, spare.values, held
+
+
+def _roomy(tensor: Tensor, capacity: int) -> Tensor:
+    """A copy ``[1, heads, capacity, dim]`` with unset numbers at the end."""
+    made = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[3]))
+    made[:, :, : tensor.shape[2]] = tensor
+    return made
+
+
+def _held_one_more(layer: Any) -> None:
+    """The token that was written behind what a plain layer holds belongs to it."""
+    if type(layer) is DynamicLayer:
+        spare: Spare = layer.__dict__[_SPARE]
+        spare.held += 1
+        layer.keys, layer.values = (
+            spare.keys.narrow(2, 0, spare.held),
+            spare.values.narrow(2, 0, spare.held),
+        )

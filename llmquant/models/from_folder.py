@@ -1,0 +1,153 @@
+"""What transformers reads in a model folder: config, tokenizer, generation config, and the model
+without weights.
+
+The one door to them in all three packages. No code from a folder is run, and nobody is asked
+whether it should be: a folder whose model type exists only in its own code (``auto_map``) is an
+error. A file that makes no sense fails somewhere inside transformers, with whatever exception the
+first computation on it happens to raise: ``CONFUSED`` lists what was met, and here they become
+errors that name the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmquant.checkpoint.hub import resolve
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.errors import ArchitectureError, CheckpointError
+from llmquant.models.names import as_in_checkpoint
+
+CONFUSED = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+_OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where it says nothing or only a key."""
+    said = " ".join(line.strip() for line in str(error).splitlines()[:2]) or "no reason given"
+    plain = isinstance(error, (ImportError, OSError, StrictDataclassError, ValueError))
+    return said if plain else f"{said} ({type(error).__name__})"
+
+
+def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The config of a folder or hub name as transformers understands it.
+
+    Raises:
+        CheckpointError: no such model.
+        ArchitectureError: an unknown model type or impossible values.
+    """
+    path = resolve(model)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, **_OFFLINE)
+    except CONFUSED as e:
+        own = _own_code(path / "config.json")
+        raise ArchitectureError(
+            own or f"transformers cannot read {path / 'config.json'}: {first_line(e)}"
+        ) from e
+    return config
+
+
+def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        CheckpointError: no such model, or it has no tokenizer that can be read.
+    """
+    path = resolve(model)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_OFFLINE)
+    except Exception as e:
+        # The tokenizers library raises bare Exception for a file that is JSON but no tokenizer.
+        if type(e) is not Exception and not isinstance(e, CONFUSED):
+            raise
+        own = _own_code(path / "tokenizer_config.json") or _own_code(path / "config.json")
+        raise CheckpointError(
+            own or f"{path} has no tokenizer that transformers can read: {first_line(e)}"
+        ) from e
+    return tokenizer
+
+
+def read_generation_config(model: str | os.PathLike[str]) -> GenerationConfig | None:
+    """The generation config of a folder or hub name, None where it has none.
+
+    Raises:
+        CheckpointError: no such model, or the file cannot be read.
+    """
+    path = resolve(model)
+    if not (path / "generation_config.json").is_file():
+        return None
+    try:
+        config: GenerationConfig = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except CONFUSED as e:
+        raise CheckpointError(
+            f"{path / 'generation_config.json'} cannot be read: {first_line(e)}"
+        ) from e
+    return config
+
+
+def _own_code(file: Path) -> str | None:
+    """Why a folder cannot be read if it brings code of its own, else None."""
+    try:
+        brings = "auto_map" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return None
+    if not brings:
+        return None
+    return (
+        f"{file} names code in its own folder (auto_map) for a model or tokenizer that transformers does not have; llmquant "
+        "never runs code from a model folder. Use a checkpoint of a type that transformers knows"
+    )
+
+
+def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model that the folder's config describes, without weights, its modules
+    named as in the folder.
+
+    Raises:
+        ArchitectureError: not a causal language model that transformers knows.
+    """
+    config = read_config(reader.path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # A reader may have untied the head from the embeddings that the folder's own config ties it to.
+    config.tie_word_embeddings = reader.config.get(
+        "tie_word_embeddings", config.tie_word_embeddings
+    )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+    except CONFUSED as e:
+        raise ArchitectureError(
+            f"{reader.path} is not a causal language model that can be built: {first_line(e)}"
+        ) from e
+    model.config._name_or_path = str(reader.path)
+    as_in_checkpoint(model, str(reader.config.get("model_type")))
+    model.eval()
+    return model

@@ -1,0 +1,346 @@
+"""load: a model folder → a transformers model in eval mode, quantized linears still packed. Any
+model, one door.
+
+A quantized folder is built on the meta device, so nothing dense is ever allocated for a packed
+linear: the tensors of one module are read from the mapped shard, turned into a QuantizedWeight and
+from there into a kernel's buffers, one module at a time; everything else is assigned straight from
+the mapped file, cast only if its dtype differs. transformers' own quantizers are not involved. An
+unquantized folder goes through ``from_pretrained``, which knows every historical renaming.
+
+``dtype="auto"`` means on a CPU the faster of bfloat16 and float32, for both kinds of folder, so
+that two models compared are rounded alike; on other devices it is the checkpoint's own dtype
+(:mod:`llmquant.runtime.devices`). A dtype that is given is obeyed.
+
+What is in the folder and what is in the model must match tensor by tensor; a difference is an error
+that names it. Code from a model folder is never run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.hub import resolve
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.errors import (
+    ArchitectureError,
+    CheckpointError,
+    FormatError,
+    QuantizationError,
+    UsageError,
+)
+from llmquant.formats import for_config
+from llmquant.formats.base import Format, Scheme
+from llmquant.kernels import AUTO, check_name
+from llmquant.kernels.packed_linear import PackedLinear
+from llmquant.models.decoding.speed_up import speed_up
+from llmquant.models.from_folder import (
+    CONFUSED,
+    empty_model,
+    first_line,
+    read_config,
+    read_generation_config,
+)
+from llmquant.models.tensor_check import check_tied, refuse_mismatch
+from llmquant.runtime.devices import AUTO as AUTO_DTYPE
+from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
+from llmquant.runtime.finite import some
+from llmquant.weight import QuantizedWeight
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = AUTO_DTYPE,
+    device: str | torch.device | None = "cpu",
+    kernel: str = AUTO,
+) -> PreTrainedModel:
+    """A causal language model in eval mode without gradients, packed if the folder is.
+
+    Args:
+        model: a folder, or a hub name.
+        dtype: of activations and unquantized tensors: ``auto``, ``bfloat16``, ``float16`` or
+            ``float32``; :func:`compute_dtype` tells what ``auto`` is here, and why.
+        device: ``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda``, ``cuda:0`` …
+        kernel: ``auto``, or the name of one that every quantized linear must take.
+
+    Raises:
+        UsageError: no such dtype, device or kernel, or the kernel refuses a weight.
+        CheckpointError: a folder that is missing, damaged, or does not fit the model its config
+            describes.
+        FormatError: quantized tensors that cannot be read.
+        ArchitectureError: a model type that transformers does not know.
+    """
+    check_name(
+        kernel
+    )  # an unquantized model takes none, but a misspelt one should not pass there either
+    reader = CheckpointReader(resolve(model))
+    where = parse_device(device)
+    torch_dtype = parse_dtype(dtype, where, stored=_stored_dtype(reader)).dtype
+    quantization = quantization_config(reader)
+    if quantization:
+        loaded = _load_packed(reader, quantization, torch_dtype, where, kernel)
+    else:
+        loaded = _load_dense(reader, torch_dtype, where)
+    loaded.train(False)
+    loaded.requires_grad_(False)
+    speed_up(loaded)
+    return loaded
+
+
+def compute_dtype(
+    model: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = AUTO_DTYPE,
+    device: str | torch.device | None = "cpu",
+) -> ChosenDtype:
+    """The dtype in which :func:`load` would run a model, with the reason where it is chosen
+    automatically.
+
+    Raises:
+        UsageError: no such dtype or device.
+        CheckpointError: no such model.
+    """
+    return parse_dtype(dtype, device, stored=_stored_dtype(CheckpointReader(resolve(model))))
+
+
+def _stored_dtype(reader: CheckpointReader) -> str | None:
+    """What the config calls the model's dtype."""
+    declared = reader.config.get("dtype") or reader.config.get("torch_dtype")
+    return declared if isinstance(declared, str) else None
+
+
+def _load_dense(
+    reader: CheckpointReader, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    config = read_config(reader.path)
+    try:
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            reader.path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except CONFUSED as e:
+        raise CheckpointError(f"{reader.path} cannot be loaded: {first_line(e)}") from e
+    model, info = result
+    refuse_mismatch(reader.path, info["missing_keys"], info["unexpected_keys"])
+    loaded: PreTrainedModel = model.to(device)
+    return loaded
+
+
+def _load_packed(
+    reader: CheckpointReader,
+    quantization: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: str,
+) -> PreTrainedModel:
+    layout = for_config(quantization)
+    schemes = layout.schemes(quantization, list(reader.tensors))
+    if not schemes:
+        raise CheckpointError(
+            f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed"
+        )
+    refuse_shifted_zeros(reader, layout, quantization, schemes)
+    model = _skeleton(reader, dtype)
+    head = model.get_output_embeddings()
+    if any(m is head for n, m in model.named_modules() if n in schemes):
+        model.config.tie_word_embeddings = False  # a packed head has no weight to share
+    packed = packed_names(reader.tensors, schemes, layout)
+    for name, scheme in schemes.items():
+        _replace(model, name, reader, packed[name], scheme, layout, dtype, device, kernel)
+    used = {tensor for names in packed.values() for tensor in names.values()}
+    _assign(
+        model, reader, [n for n in reader.tensors if n not in used], set(schemes), dtype, device
+    )
+    refuse_saving(model, reader.path)
+    return model
+
+
+def _skeleton(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
+    """The empty model with the folder's generation config."""
+    model = empty_model(reader, dtype)
+    generation = read_generation_config(reader.path)
+    if generation is not None:
+        model.generation_config = generation
+    return model
+
+
+def packed_names(
+    names: Iterable[str], schemes: Mapping[str, Scheme], layout: Format
+) -> dict[str, dict[str, str]]:
+    """Quantized module → {name relative to it: full tensor name}."""
+    suffixes = layout.tensor_suffixes()
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        module, _, suffix = name.rpartition(".")
+        if module in schemes and suffix in suffixes:
+            found[module][suffix] = name
+    return found
+
+
+def _replace(
+    model: PreTrainedModel,
+    name: str,
+    reader: CheckpointReader,
+    tensors: Mapping[str, str],
+    scheme: Scheme,
+    layout: Format,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: str,
+) -> None:
+    """Put a PackedLinear where the model has the linear ``name``."""
+    linear = linear_at(model, name, reader.path)
+    weight = unpacked(
+        layout,
+        {s: reader.read(full) for s, full in tensors.items()},
+        scheme,
+        (linear.out_features, linear.in_features),
+        f"{reader.path}: {name}",
+    )
+    bias = None
+    if linear.bias is not None:
+        bias = _checked(reader, f"{name}.bias", linear.bias)
+    try:
+        replacement = PackedLinear(
+            weight, bias, dtype=dtype, device=device, kernel=kernel, activations=scheme.activations
+        )
+    except UsageError as e:
+        raise UsageError(f"{name}: {e}") from e
+    put_module(model, name, replacement)
+
+
+def linear_at(model: nn.Module, name: str, path: Path) -> nn.Linear:
+    """The linear that a folder has packed weights for.
+
+    Raises:
+        CheckpointError: the model has no such module.
+        ArchitectureError: it is something other than a plain Linear.
+    """
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError as e:
+        raise CheckpointError(
+            f"{path} has packed weights for {name}, which {type(model).__name__} has not"
+        ) from e
+    if type(linear) is not nn.Linear:
+        raise ArchitectureError(
+            f"{name} is packed but is a {type(linear).__name__}, not a plain Linear"
+        )
+    return linear
+
+
+def unpacked(
+    layout: Format,
+    tensors: Mapping[str, Tensor],
+    scheme: Scheme,
+    shape: tuple[int, int],
+    where: str,
+) -> QuantizedWeight:
+    """A module's stored tensors as a weight of the shape ``(out, in)`` that the config wants;
+    ``where`` begins the messages.
+
+    Raises:
+        FormatError, CheckpointError: they are not.
+    """
+    try:
+        weight = layout.unpack(tensors, scheme)
+    except (FormatError, QuantizationError) as e:
+        raise FormatError(f"{where}: {e}") from e
+    if weight.shape != shape:
+        raise CheckpointError(f"{where} is {list(weight.shape)}, the config wants {list(shape)}")
+    return weight
+
+
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace a submodule by its full name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _checked(reader: CheckpointReader, name: str, like: Tensor) -> Tensor:
+    """Read a tensor that must have the shape of ``like``."""
+    if name not in reader:
+        raise CheckpointError(f"{reader.path}: tensor {name} is missing")
+    shape = reader.info(name).shape
+    if shape != tuple(like.shape):
+        raise CheckpointError(
+            f"{reader.path}: {name} is {list(shape)}, the config wants {list(like.shape)}"
+        )
+    return reader.read(name)
+
+
+def _assign(
+    model: PreTrainedModel,
+    reader: CheckpointReader,
+    names: Iterable[str],
+    packed: set[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give every remaining parameter its tensor, tie what is tied, move computed buffers; nothing
+    may be left over."""
+    wanted: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    wanted |= {n: b for n, b in model.named_buffers() if n in reader}
+    wanted = {n: t for n, t in wanted.items() if n.rpartition(".")[0] not in packed}
+    tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+    biases = {f"{n}.bias" for n in packed if model.get_submodule(n).bias is not None}
+    leftover = [n for n in names if n not in wanted and n not in biases]
+    missing = [n for n in wanted if n not in reader and n not in tied]
+    refuse_mismatch(reader.path, missing, leftover)
+    for name, like in wanted.items():
+        if name not in reader:
+            continue
+        tensor = _checked(reader, name, like)
+        if name in tied:
+            check_tied(reader, name, tied[name])
+            continue
+        value = tensor.to(device, like.dtype if not like.is_floating_point() else dtype)
+        _set(
+            model,
+            name,
+            nn.Parameter(value, requires_grad=False) if isinstance(like, nn.Parameter) else value,
+        )
+    model.tie_weights()
+    for module in model.modules():
+        if not isinstance(module, PackedLinear):
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+    stuck = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if stuck:
+        raise CheckpointError(
+            f"{reader.path} leaves {some(stuck)} of {type(model).__name__} without values"
+        )
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, value)
+
+
+def refuse_saving(model: nn.Module, path: Path) -> None:
+    """Make ``save_pretrained`` and ``push_to_hub`` of a packed model, and of the models inside it,
+    raise UsageError."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            for method in ("save_pretrained", "push_to_hub"):
+                setattr(module, method, partial(_refuse, path))
+
+
+def _refuse(path: Path, *args: object, **kwargs: object) -> NoReturn:
+    raise UsageError(
+        f"this model's linears are packed in memory for a kernel, which is not what files hold; copy {path} instead, "
+        "or write another layout, or a dense checkpoint, with llmquant convert"
+    )

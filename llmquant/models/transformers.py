@@ -1,0 +1,251 @@
+"""register_with_transformers: after one explicit call, ``from_pretrained`` keeps quantized linears
+packed, as ``load`` does.
+
+transformers asks two tables: which config class a ``quant_method`` has, and which quantizer a
+config object has. Here the first gets, for the methods that llmquant reads, a class that looks at
+the config: what llmquant reads becomes a :class:`PackedConfig`, whose own method name ``llmquant``
+leads to :class:`PackedQuantizer` through the public ``register_quantizer``; everything else (FP8
+under compressed-tensors, say) goes on to whatever class stood there before.
+``unregister_from_transformers`` puts the table back.
+
+Loading goes transformers' way: each quantized linear is replaced, on the meta device, by a place
+for its stored tensors exactly as the shard's header describes them; transformers fills it; then one
+module after another becomes a PackedLinear. At no time does a dense weight exist. The result is
+``llmquant.load`` of the same folder at the same dtype, bit for bit. transformers, however, decides
+the dtype: unless it is given, that of config.json, also on a CPU.
+
+A folder whose quantization stands only in ``quantize_config.json`` is not seen: transformers reads
+config.json alone. For it there is ``llmquant.load``, or ``llmquant convert``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmquant.checkpoint.detect import refuse_shifted_zeros
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.errors import CheckpointError, FormatError, UsageError
+from llmquant.formats import Format, Scheme, for_config
+from llmquant.kernels import AUTO, KERNELS
+from llmquant.kernels.packed_linear import PackedLinear
+from llmquant.models.decoding.speed_up import speed_up
+from llmquant.models.load import linear_at, packed_names, put_module, refuse_saving, unpacked
+from llmquant.models.names import as_in_checkpoint
+
+METHOD = "llmquant"
+TAKEN_OVER = ("compressed-tensors", "gptq", "awq", "auto-round")
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """A folder's ``quantization_config``, kept word for word.
+
+    Args:
+        told: the mapping in config.json.
+        kernel: for every quantized linear: ``auto`` or a kernel's name.
+    """
+
+    def __init__(self, told: Mapping[str, Any] | None = None, kernel: str = AUTO) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration lists only its own
+        self.told = dict(told or {})
+        self.kernel = kernel
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stood in config.json."""
+        return copy.deepcopy(self.told)
+
+
+class _Stored(nn.Module):
+    """Takes the stored tensors of one module from transformers' loader, until they are packed for a
+    kernel."""
+
+    def __init__(self, linear: nn.Linear, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.shape = (linear.out_features, linear.in_features)
+        self.suffixes = tuple(tensors)
+        for suffix, tensor in tensors.items():
+            self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
+        self.bias = linear.bias
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {s: self.get_parameter(s).data for s in self.suffixes}
+
+
+class PackedQuantizer(HfQuantizer):
+    """transformers' hooks around loading. One instance loads one model."""
+
+    quantization_config: PackedConfig
+    requires_calibration = True  # transformers' words for: cannot quantize on the fly
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._layout: Format = for_config(quantization_config.told)
+        self._kernel = quantization_config.kernel
+        self._schemes: dict[str, Scheme] = {}
+        self._dtype = torch.bfloat16
+        self._reader: CheckpointReader | None = None
+
+    def validate_environment(self, *args: Any, device_map: object = None, **kwargs: Any) -> None:
+        """Refuse what needs hooks on modules that will be replaced."""
+        if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1:
+            raise UsageError(
+                "a packed model lies on one device; give device_map as one device's name"
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Keep what transformers decided on: it is the dtype of the activations."""
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise UsageError(
+                "a packed model is loaded from a folder; from_pretrained(None, state_dict=...) has none"
+            )
+        self._reader = reader = CheckpointReader(Path(checkpoint_files[0]).parent)
+        given, found = {Path(f).name for f in checkpoint_files}, {f.name for f in reader.files()}
+        if given != found:
+            raise CheckpointError(
+                f"{reader.path}: transformers would load {sorted(given)}, the index names {sorted(found)}"
+            )
+        self._schemes = self._layout.schemes(self.quantization_config.told, reader.tensors)
+        if not self._schemes:
+            raise CheckpointError(
+                f"{reader.path}: config.json announces {self._layout.name} weights but no tensor is packed"
+            )
+        as_in_checkpoint(model, str(reader.config.get("model_type")))
+        self._untie(model)
+        for name, tensors in packed_names(reader.tensors, self._schemes, self._layout).items():
+            headers = {suffix: reader.info(full) for suffix, full in tensors.items()}
+            empty = {
+                s: torch.empty(i.shape, dtype=i.dtype, device="meta") for s, i in headers.items()
+            }
+            put_module(model, name, _Stored(linear_at(model, name, reader.path), empty))
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel
+    ) -> list[Any]:
+        """None: the model's modules have the checkpoint's names, and experts stay apart."""
+        return []
+
+    def _untie(self, model: PreTrainedModel) -> None:
+        """A packed head has no weight to share."""
+        head = model.get_output_embeddings()
+        if any(m is head for n, m in model.named_modules() if n in self._schemes):
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        reader = self._reader
+        assert reader is not None  # set before loading
+        if len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1:
+            raise UsageError(
+                "a packed model lies on one device; give device_map as one device's name"
+            )
+        # Not earlier: before loading, transformers makes every new tensor a meta tensor, also those
+        # of this check.
+        refuse_shifted_zeros(reader, self._layout, self.quantization_config.told, self._schemes)
+        for name, scheme in self._schemes.items():
+            place = model.get_submodule(name)
+            assert isinstance(place, _Stored)
+            weight = unpacked(
+                self._layout, place.stored(), scheme, place.shape, f"{reader.path}: {name}"
+            )
+            try:
+                linear = PackedLinear(
+                    weight,
+                    place.bias,
+                    dtype=self._dtype,
+                    device=weight.codes.device,
+                    kernel=self._kernel,
+                    activations=scheme.activations,
+                )
+            except UsageError as e:
+                raise UsageError(f"{name}: {e}") from e
+            put_module(model, name, linear)
+        model.requires_grad_(False)
+        speed_up(model)
+        refuse_saving(model, reader.path)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register_with_transformers(kernel: str = AUTO) -> None:
+    """Let ``from_pretrained`` load folders in llmquant's formats as packed models, for the rest of
+    this process.
+
+    Takes over the quantization methods in ``TAKEN_OVER``, where llmquant can read the config.
+    Calling it again only changes the kernel; :func:`unregister_from_transformers` undoes it.
+
+    Args:
+        kernel: ``auto``, or the name of one that every quantized linear must take.
+
+    Raises:
+        UsageError: no such kernel.
+    """
+    if kernel != AUTO and kernel not in KERNELS:
+        raise UsageError(f"kernel {kernel!r} does not exist; choose auto, {', '.join(KERNELS)}")
+    unregister_from_transformers()
+    register_quantizer(METHOD)(PackedQuantizer)
+    for method in TAKEN_OVER:
+        # transformers has no public call that replaces a name, only this table.
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _dispatcher(
+            AUTO_QUANTIZATION_CONFIG_MAPPING[method], kernel
+        )
+
+
+def unregister_from_transformers() -> None:
+    """Undo :func:`register_with_transformers`; models already loaded stay as they are."""
+    AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+    for method in TAKEN_OVER:
+        current = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = getattr(current, "before", current)
+
+
+def _dispatcher(
+    previous: type[QuantizationConfigMixin], kernel: str
+) -> type[QuantizationConfigMixin]:
+    """A config class that makes a PackedConfig of what llmquant reads and leaves the rest to
+    ``previous``."""
+
+    class Dispatcher(previous):  # type: ignore[misc, valid-type]
+        before = previous
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if _readable(config_dict):
+                return PackedConfig(config_dict, kernel)
+            return previous.from_dict(config_dict, *args, **kwargs)
+
+    return Dispatcher
+
+
+def _readable(config: Mapping[str, Any]) -> bool:
+    try:
+        for_config(config).schemes(config, ())
+    except FormatError:
+        return False
+    return True

@@ -1,0 +1,274 @@
+"""allocate: which width and group size each linear gets, so that a model of a given size loses as
+little as possible.
+
+Three steps. Every item (linears that engines fuse, else one linear) and every scheme that layout
+and engine can hold becomes an option with its bytes, which are those the layout really writes
+(:class:`llmquant.checkpoint.sizes.Sizes`: zero-points, scales and padding included).
+:mod:`llmquant.planning.sensitivity` says what each option costs in quality, from one pass through
+the model. :mod:`llmquant.planning.knapsack` picks one option per item within the budget, with a
+proof of how near to the optimum it is.
+
+The budget is ``target_bpw`` bits times the weights of all linears that the recipe selects. A linear
+that keeps its 16 bits counts with them, though the result then calls it unquantized; so
+``bits_per_weight`` here is over all selected linears, while a manifest's is over the packed ones
+alone.
+
+The outcome is a recipe: the most common scheme as ``weights``, an override for each linear that
+differs, the 16-bit ones under ``ignore``. It says everything, so it can be read, edited and run
+again without this module. Overrides of the recipe that one starts from are kept: they pin their
+linears (and those fused with them).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmquant.errors import SourceError, UsageError
+from llmquant.formats import Scheme
+from llmquant.models.selection import select
+from llmquant.planning.candidates import AllocateOptions, Choice, choices_of, recipe_of_choice
+from llmquant.planning.knapsack import Option, Solution, solve, undominated
+from llmquant.planning.quality_loss import Damage
+from llmquant.planning.sensitivity import Item, Probe, measure
+from llmquant.quantization.prepare import Prepared, deterministic, prepare
+from llmquant.quantization.run import Events
+from llmquant.recipe import Recipe
+from llmquant.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated:
+    """One item's outcome.
+
+    Attributes:
+        names: its linears.
+        scheme: None where it stays unquantized.
+        nbytes: what its packed tensors take.
+        weights: their elements.
+        damage: predicted cost of the choice.
+        layer: GPTQ's objective of the choice, per token.
+        next_scheme: the next larger choice worth having, None at the largest.
+        gain: damage that it would save per further megabyte.
+    """
+
+    names: tuple[str, ...]
+    scheme: Scheme | None
+    nbytes: int
+    weights: int
+    damage: float
+    layer: float
+    next_scheme: str | None
+    gain: float | None
+
+    @property
+    def label(self) -> str:
+        return "unquantized" if self.scheme is None else str(self.scheme)
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The outcome.
+
+    Attributes:
+        recipe: to be run, read or edited.
+        items: in the model's order.
+        target_bpw: asked for.
+        bits_per_weight: reached; never above the target.
+        smallest: bits per weight of the smallest possible allocation.
+        largest: of the largest.
+        predicted: sum of the items' damage.
+        gap: by how much of that a better allocation could be better; 0 is proved optimal.
+        unit: of the damage.
+    """
+
+    recipe: Recipe
+    items: tuple[Allocated, ...]
+    target_bpw: float
+    bits_per_weight: float
+    smallest: float
+    largest: float
+    predicted: float
+    gap: float
+    unit: str
+
+
+def allocate(
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    options: AllocateOptions,
+    events: Events | None = None,
+) -> Allocation:
+    """Choose a scheme for every linear that the recipe selects.
+
+    Args:
+        model: folder or hub name of an unquantized decoder LLM.
+        recipe: method, patterns, calibration and format; its overrides pin linears, its ``weights``
+            are replaced.
+        options: the budget and what may be chosen.
+        events: callbacks.
+
+    Raises:
+        UsageError: a target outside what is possible (with the range), no calibration text, or what
+            ``quantize`` refuses.
+        FormatError: the layout cannot hold a mix.
+        CheckpointError, ArchitectureError, QuantizationError: as in ``quantize``.
+    """
+    events = events or Events()
+    if recipe.calibration.source is None:
+        raise SourceError(
+            "an allocation measures on text: give --calibration file:PATH, jsonl:PATH#FIELD or hf:…"
+        )
+    prepared = prepare(model, recipe, options.device, options.dtype)
+    choices = choices_of(prepared, options)
+    _check_layout(choices, prepared)
+    budget = _budget(choices, options.target_bpw)
+    calibration = prepared.calibration(options.evaluation)
+    assert calibration is not None
+    events.on_calibration(calibration)
+    items = [
+        Item(c.block, c.names, tuple(s.spec for s in c.sizes if s is not None)) for c in choices
+    ]
+    seen, unseen = split_windows(calibration.windows, options.probe_tokens)
+    with deterministic(recipe.seed):
+        damages = measure(
+            prepared.plan(None), items, seen, Probe(options.sensitivity, unseen), events.on_progress
+        )
+    return _decide(choices, damages, budget, recipe, options)
+
+
+def split_windows(
+    windows: Sequence[torch.Tensor], tokens: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Windows to round by, and the last ones, of at least ``tokens`` tokens together but at most
+    half of all, to measure on.
+
+    GPTQ's errors are smaller on the windows it has seen, and the more so the wider a linear is:
+    measured there, wide ones would look better than they will be. A single window serves for both.
+    """
+    taken, count = 0, 0
+    while count < tokens and taken < len(windows) // 2:
+        taken += 1
+        count += windows[-taken].numel()
+    taken = max(taken, 1)
+    return list(windows[:-taken] or windows), list(windows[-taken:])
+
+
+def _check_layout(choices: Sequence[Choice], prepared: Prepared) -> None:
+    """Refuse early what the run would refuse: one allocation with as many different schemes as can
+    be is put to the test.
+
+    Raises:
+        FormatError: the layout holds no such mix.
+    """
+    chosen = []
+    for i, choice in enumerate(choices):
+        schemes: list[Scheme | None] = [s for s in choice.sizes if s is not None] or [None]
+        chosen.append(schemes[i % len(schemes)])
+    if all(s is None for s in chosen):
+        raise UsageError(
+            "the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8"
+        )
+    trial = recipe_of_choice(prepared.recipe, choices, chosen)
+    select(prepared.linears, prepared.architecture, trial, prepared.layout)
+
+
+def _budget(choices: Sequence[Choice], target: float) -> int:
+    """Bytes that the selected linears may take.
+
+    Raises:
+        UsageError: outside the possible range, which the message gives.
+    """
+    weights = sum(c.weights for c in choices)
+    smallest, largest = _range(choices)
+    if not smallest <= target < largest:
+        side = "below the smallest" if target < smallest else "not below the largest"
+        raise UsageError(
+            f"a target of {target:g} bits per weight is {side} possible size; these choices reach from "
+            f"{math.ceil(smallest * 1000) / 1000:g} to {largest:.3f}"
+        )
+    return math.floor(target * weights / 8)
+
+
+def _range(choices: Sequence[Choice]) -> tuple[float, float]:
+    weights = sum(c.weights for c in choices)
+    ends = (sum(end(c.sizes.values()) for c in choices) for end in (min, max))
+    smallest, largest = (8 * nbytes / weights for nbytes in ends)
+    return smallest, largest
+
+
+def _decide(
+    choices: Sequence[Choice],
+    damages: Sequence[Mapping[QuantSpec, Damage]],
+    budget: int,
+    recipe: Recipe,
+    options: AllocateOptions,
+) -> Allocation:
+    offers = [
+        [
+            Option(size, 0.0 if scheme is None else damage[scheme.spec].predicted)
+            for scheme, size in choice.sizes.items()
+        ]
+        for choice, damage in zip(choices, damages, strict=True)
+    ]
+    solution = solve(offers, budget)
+    chosen = [list(c.sizes)[i] for c, i in zip(choices, solution.chosen, strict=True)]
+    smallest, largest = _range(choices)
+    return Allocation(
+        recipe=recipe_of_choice(recipe, choices, chosen, _description(solution, choices, options)),
+        items=tuple(
+            _allocated(c, d, o, i)
+            for c, d, o, i in zip(choices, damages, offers, solution.chosen, strict=True)
+        ),
+        target_bpw=options.target_bpw,
+        bits_per_weight=8 * solution.size / sum(c.weights for c in choices),
+        smallest=smallest,
+        largest=largest,
+        predicted=solution.cost,
+        gap=solution.gap,
+        unit="nats per token" if options.sensitivity == "kl" else "relative block error",
+    )
+
+
+def _allocated(
+    choice: Choice, damage: Mapping[QuantSpec, Damage], offers: Sequence[Option], index: int
+) -> Allocated:
+    schemes = list(choice.sizes)
+    scheme, mine = schemes[index], offers[index]
+    larger = next((i for i in undominated(offers) if offers[i].size > mine.size), None)
+    gain = (
+        None
+        if larger is None
+        else (mine.cost - offers[larger].cost) / ((offers[larger].size - mine.size) / 1e6)
+    )
+    return Allocated(
+        names=choice.names,
+        scheme=scheme,
+        nbytes=mine.size,
+        weights=choice.weights,
+        damage=mine.cost,
+        layer=0.0 if scheme is None else damage[scheme.spec].layer,
+        next_scheme=None if larger is None else str(schemes[larger] or "unquantized"),
+        gain=gain,
+    )
+
+
+def _description(solution: Solution, choices: Sequence[Choice], options: AllocateOptions) -> str:
+    reached = 8 * solution.size / sum(c.weights for c in choices)
+    return (
+        f"allocated for at most {options.target_bpw:g} bits per weight ({reached:.4f} reached) by {options.sensitivity} "
+        f"sensitivity, engine {options.engine}"
+    )
+
+
+__all__ = [
+    "AllocateOptions",
+    "Allocated",
+    "Allocation",
+    "allocate",
+    "split_windows",
+]

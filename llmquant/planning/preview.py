@@ -1,0 +1,239 @@
+"""plan: what a run would make and need, from config.json and the safetensors headers alone. No
+weight is read.
+
+Sizes are not estimated: every distinct (scheme, shape) is packed once by the real format on two
+thin slices (64 and 128 rows of zeros), and since each tensor of every layout grows linearly with
+the rows, two sizes give all others. The file's own header is composed and measured too.
+
+Linears are recognized by name: two-dimensional ``.weight`` tensors inside the decoder blocks, and
+the head. The run itself asks the model; a test holds the two equal for every architecture in the
+table.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from llmquant.checkpoint.detect import unquantized
+from llmquant.checkpoint.reader import CheckpointReader, TensorInfo
+from llmquant.checkpoint.shards import Stored, header
+from llmquant.checkpoint.sizes import Sizes
+from llmquant.errors import ArchitectureError
+from llmquant.formats import Scheme, layout_of
+from llmquant.formats.engines import cautions, refusals
+from llmquant.kernels import choose
+from llmquant.models.architectures import ARCHITECTURES, Architecture, refuse_multimodal
+from llmquant.models.rotated import rotated
+from llmquant.models.selection import Linears, select
+from llmquant.recipe import Recipe
+from llmquant.runtime.computing import Computing
+from llmquant.runtime.devices import AUTO, parse_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModule:
+    """One quantized linear of the plan."""
+
+    name: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run would make.
+
+    Attributes:
+        modules: quantized linears.
+        skipped: linears left alone → why.
+        tensors: every tensor of the output by name.
+        source_bytes: of the original's tensors.
+        tensor_parallel: numbers of GPUs over which engines could split every quantized linear.
+        suggestions: other group sizes that divide every selected linear.
+        engines: serving engine → why it would refuse the result; an empty tuple where it takes it.
+        cautions: serving engine → why its answers would not be the evaluated ones though it takes
+            the result.
+        kernels: llmquant's own kernel → how many of the linears it would run, and why not those
+            before it.
+        kernels_for: device and dtype of that: what ``auto`` means where a CPU runs it.
+        architecture: where its decoder blocks and experts are.
+        hidden: width of the hidden states.
+        source: the original's tensors, as quantization reads them.
+    """
+
+    model_type: str
+    format: str
+    modules: tuple[PlannedModule, ...]
+    skipped: Mapping[str, str]
+    tensors: Mapping[str, Stored]
+    source_bytes: int
+    tensor_parallel: tuple[int, ...]
+    suggestions: tuple[int, ...]
+    engines: Mapping[str, tuple[str, ...]]
+    cautions: Mapping[str, tuple[str, ...]]
+    kernels: Mapping[str, tuple[int, str]]
+    kernels_for: Computing
+    architecture: Architecture
+    hidden: int
+    source: Mapping[str, TensorInfo]
+
+    @cached_property
+    def tensor_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @cached_property
+    def bytes_on_disk(self) -> int:
+        """Of a single weight file; each further shard adds some hundred bytes of header."""
+        return self.tensor_bytes + len(header(self.tensors))
+
+    @property
+    def bits_per_weight(self) -> float:
+        weights = sum(math.prod(m.shape) for m in self.modules)
+        return sum(m.nbytes for m in self.modules) * 8 / weights
+
+
+def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
+    """Plan a run.
+
+    Args:
+        model: folder or hub name.
+        recipe: what would be done; needs no calibration source.
+
+    Raises:
+        UsageError: already quantized, or whatever :func:`llmquant.models.selection.select` refuses.
+        ArchitectureError: a model type outside the table, whose blocks headers alone do not tell.
+    """
+    original = unquantized(model)
+    reader, layout = rotated(original, recipe), layout_of(recipe.format)
+    linears, architecture = linears_by_name(reader)
+    selection = select(linears, architecture, recipe, layout)
+    sizes = Sizes(layout)
+    tensors: dict[str, Stored] = {}
+    modules = []
+    for name, info in reader.tensors.items():
+        module = name.removesuffix(".weight")
+        if module not in selection.schemes or not name.endswith(".weight"):
+            tensors[name] = Stored(info.dtype, info.shape)
+            continue
+        scheme, shape = selection.schemes[module], linears.shapes[module]
+        stored = sizes.tensors(scheme, shape, info.dtype)
+        tensors.update({f"{module}.{suffix}": t for suffix, t in stored.items()})
+        modules.append(
+            PlannedModule(module, scheme, shape, sizes.nbytes(scheme, shape, info.dtype))
+        )
+    running = parse_dtype(AUTO, "cpu")
+    return Plan(
+        model_type=str(reader.config.get("model_type")),
+        format=layout.name,
+        modules=tuple(modules),
+        skipped=selection.skipped,
+        tensors=tensors,
+        source_bytes=sum(i.nbytes for i in original.tensors.values()),
+        tensor_parallel=_tensor_parallel(modules, reader.config),
+        suggestions=_group_sizes(modules),
+        engines={
+            e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()
+        },
+        cautions={
+            e: tuple(reasons) for e, reasons in cautions(layout.name, selection.schemes).items()
+        },
+        kernels=_kernels(modules, running.dtype),
+        kernels_for=Computing.of("cpu", running),
+        architecture=architecture,
+        hidden=_hidden_size(reader.config),
+        source=dict(reader.tensors),
+    )
+
+
+def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
+    """The linears that headers show, and where the blocks are.
+
+    Raises:
+        ArchitectureError: a model type outside the table.
+    """
+    model_type = str(reader.config.get("model_type"))
+    refuse_multimodal(reader.config, model_type)
+    if model_type not in ARCHITECTURES:
+        raise ArchitectureError(
+            f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}), so a plan "
+            "cannot be made from headers alone; llmquant quantize may still find its blocks by running it"
+        )
+    architecture = ARCHITECTURES[model_type]
+    inside = re.compile(rf"{re.escape(architecture.blocks)}\.\d+\..+\.weight")
+    shapes: dict[str, tuple[int, int]] = {}
+    routers: list[str] = []
+    head = architecture.head
+    for name, info in reader.tensors.items():
+        module = name.removesuffix(".weight")
+        if len(info.shape) != 2 or not (
+            inside.fullmatch(name) or module in (head, *architecture.outside)
+        ):
+            continue
+        if architecture.is_router(module.removeprefix(f"{architecture.blocks}.").partition(".")[2]):
+            routers.append(module)
+        else:
+            shapes[module] = (info.shape[0], info.shape[1])
+    # Absent from config.json means the class's default, which is untied for every type in the
+    # table.
+    tied = bool(reader.config.get("tie_word_embeddings", False))
+    if head not in shapes and tied:
+        hidden, vocabulary = reader.config.get("hidden_size"), reader.config.get("vocab_size")
+        if isinstance(hidden, int) and isinstance(vocabulary, int):
+            shapes[head] = (vocabulary, hidden)
+    return Linears(shapes, head if head in shapes else None, tied, tuple(routers)), architecture
+
+
+def _tensor_parallel(modules: list[PlannedModule], config: Mapping[str, object]) -> tuple[int, ...]:
+    """Splits that keep heads whole and every shard's columns in whole groups (and whole 32-bit
+    words)."""
+    heads = [
+        v
+        for k in ("num_attention_heads", "num_key_value_heads")
+        if isinstance(v := config.get(k), int)
+    ]
+    good = []
+    for parts in (1, 2, 4, 8, 16):
+        columns = all(
+            m.shape[1] % (parts * math.lcm(m.scheme.spec.group_size or 1, 32)) == 0 for m in modules
+        )
+        rows = all(m.shape[0] % parts == 0 for m in modules)
+        if (
+            columns
+            and rows
+            and all(h % parts == 0 or parts % h == 0 for h in heads[1:])
+            and heads[:1]
+            and heads[0] % parts == 0
+        ):
+            good.append(parts)
+    return tuple(good)
+
+
+def _kernels(modules: list[PlannedModule], dtype: torch.dtype) -> dict[str, tuple[int, str]]:
+    """Kernel on a CPU → (linears, why not the ones preferred to it)."""
+    found: dict[str, tuple[int, str]] = {}
+    for m in modules:
+        kernel, refused = choose(m.scheme.spec, m.shape, torch.device("cpu"), dtype, m.scheme.g_idx)
+        count, _ = found.get(kernel.name, (0, ""))
+        found[kernel.name] = count + 1, "; ".join(f"{name}: {why}" for name, why in refused.items())
+    return found
+
+
+def _hidden_size(config: Mapping[str, object]) -> int:
+    """At the top of config.json or in the part that describes the text model; 0 where it is not
+    said."""
+    for place in (config, config.get("text_config")):
+        if isinstance(place, Mapping) and isinstance(value := place.get("hidden_size"), int):
+            return value
+    return 0
+
+
+def _group_sizes(modules: list[PlannedModule]) -> tuple[int, ...]:
+    return tuple(g for g in (16, 32, 64, 128, 256) if all(m.shape[1] % g == 0 for m in modules))

@@ -1,0 +1,1 @@
+"""A quantization run: prepared, walked block by block, written, proved, resumed."""

@@ -1,0 +1,1 @@
+"""One decoder block at work: what goes in, what its linears read, what comes out."""

@@ -1,0 +1,35 @@
+"""What goes into a block of a walk, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+from llmquant.models.block_inputs import BlockInput
+from llmquant.quantization.blocks.calls import Calls
+from llmquant.quantization.blocks.hidden_states import Room
+
+STREAM = "hidden"
+"""Name of the quantized model's states in a room."""
+
+
+class Inputs(Sequence[BlockInput]):
+    """Every batch's way into ``block``, put together when it is asked for: a GPU holds one batch of
+    states, not all."""
+
+    def __init__(self, room: Room, calls: Calls, block: int) -> None:
+        self.room, self.calls, self.block = room, calls, block
+
+    def __len__(self) -> int:
+        return len(self.room.streams[STREAM])
+
+    @overload
+    def __getitem__(self, index: int) -> BlockInput: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[BlockInput]: ...
+    def __getitem__(self, index: int | slice) -> BlockInput | list[BlockInput]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return BlockInput(
+            self.room.streams[STREAM][index], self.calls.of(index, self.block, self.room.device)
+        )

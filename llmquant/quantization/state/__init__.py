@@ -1,0 +1,1 @@
+"""What survives a kill: journal, fingerprint, hidden states, log."""

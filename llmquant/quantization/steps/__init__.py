@@ -1,0 +1,1 @@
+"""What is done to a block: channels scaled, weights rounded and tuned."""

@@ -1,0 +1,86 @@
+"""A run of several processes, beside what one does alone: what it must refuse, and the part of
+those that do not write.
+
+The first process goes the way of a run alone. The others carry their share of the hidden states
+through the same walk, so that its sums are whole and its linears are shared out, and then wait for
+the folder to be proved. What needs more than sums of the shares (tuning's gradients, SmoothQuant's
+samples of rows) is refused, and no state is kept to continue from: hidden states are spread over
+processes that may be others next time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from llmquant.checkpoint.atomic import disk, remove
+from llmquant.errors import UsageError
+from llmquant.quantization.blocks.hidden_states import Placement, Room
+from llmquant.quantization.plan import WalkPlan, batched
+from llmquant.quantization.state.resume import kept_blocks
+from llmquant.quantization.walk import walk
+
+
+def check_together(
+    plan: WalkPlan, windows: Sequence[Tensor], destination: Path, *, restart: bool
+) -> None:
+    """Wait until every process has looked at the request; each looks at the same.
+
+    Raises:
+        UsageError: several processes cannot do it.
+        ParallelError: another process is gone.
+    """
+    world, recipe = plan.world, plan.recipe
+    if world.size == 1:
+        return
+    alone = [name for name in ("smooth", "tune") if getattr(recipe, name) is not None]
+    if alone:
+        raise UsageError(
+            f"{' and '.join(alone)} works in one process only, not in {world.size}: run it without torchrun"
+        )
+    batches = len(batched(windows, plan.batch_size))
+    if windows and batches < world.size:
+        raise UsageError(
+            f"{world.size} processes share {batches} calibration batches of up to {plan.batch_size} windows; start fewer "
+            "processes, or lower calibration.batch_size in the recipe"
+        )
+    if kept_blocks(destination) and not restart:
+        raise UsageError(
+            f"an interrupted run of one process stands beside {destination}: repeat its command to continue it, or add --restart "
+            "to begin anew, which deletes what it did"
+        )
+    world.meet()
+
+
+def assist(
+    plan: WalkPlan, windows: Sequence[Tensor], destination: Path, placement: Placement
+) -> None:
+    """Walk along with the first process, which writes.
+
+    Args:
+        plan: the same in every process.
+        windows: likewise; the walk takes its share.
+        destination: what the first process makes; files for hidden states stand beside it.
+        placement: where hidden states are kept.
+    """
+    with _room(plan, destination, placement) as room:
+        for _ in walk(plan, windows, lambda _: None, room):
+            pass
+
+
+@contextmanager
+def _room(plan: WalkPlan, destination: Path, placement: Placement) -> Iterator[Room]:
+    if not placement.spill:
+        yield Room(plan.device, placement=placement)
+        return
+    folder = destination.with_name(f".{destination.name}.process-{plan.world.rank}")
+    remove(folder)
+    try:
+        with disk(folder):
+            folder.mkdir(parents=True)
+            yield Room(plan.device, folder, placement=placement)
+    finally:
+        remove(folder)

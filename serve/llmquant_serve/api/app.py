@@ -1,0 +1,307 @@
+"""The HTTP face: routes, OpenAI-shaped errors, and what happens at start and stop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from llmquant_serve.api.chat_completions import ChatWriter
+from llmquant_serve.api.completions import CompletionWriter
+from llmquant_serve.api.guards import Guard
+from llmquant_serve.api.plan import plan_chat, plan_completion
+from llmquant_serve.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from llmquant_serve.api.responses import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    ErrorAnswer,
+    HealthAnswer,
+    ModelCard,
+    ModelList,
+    Text,
+    Tokens,
+)
+from llmquant_serve.api.streaming import EventStream, Gone, answered
+from llmquant_serve.engines.base import EngineError, RefusedError
+from llmquant_serve.errors import ApiError, bad
+from llmquant_serve.service import Service
+
+UI_PATH = "/ui"
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorAnswer, "description": why}
+    for code, why in {
+        400: "The request cannot be right; the parameter is named.",
+        401: "No key, or a wrong one.",
+        404: "No such model.",
+        413: "The body is too large.",
+        429: "Too many requests; see Retry-After.",
+        500: "The engine failed.",
+        503: "The engine is not ready.",
+    }.items()
+}
+
+
+def create_app(
+    service: Service,
+    *,
+    keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+    ui: bool = False,
+    reference: Service | None = None,
+) -> FastAPI:
+    """The application; its lifespan starts and closes the engine.
+
+    Args:
+        keys: accepted API keys; none means no key is asked for.
+        cors_origins: web pages that may call the API; none by default.
+        reference: a second model that starts and stops with the first.
+        ui: leave ``/ui`` to a page that has a login of its own.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engines = [s.engine for s in (service, reference) if s is not None]
+        for engine in engines:
+            await engine.start()
+        try:
+            yield
+        finally:
+            for engine in engines:
+                await engine.close()
+
+    app = FastAPI(
+        title="llmquant",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=_ERRORS,
+    )
+    _add_generation(app, service)
+    _add_models(app, service)
+    _add_text(app, service)
+    _add_watching(app, service)
+    _add_handlers(app)
+    paths = frozenset(str(getattr(r, "path", "")) for r in app.routes)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    app.add_middleware(
+        Guard,
+        keys=keys,
+        max_body=service.limits.max_body,
+        metrics=service.metrics,
+        paths=paths,
+        exempt=UI_PATH if ui else None,
+    )
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    streamed = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+    @app.post("/v1/completions", response_model=Completion, responses={200: streamed})
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        _check_ready(service)
+        service.check_model(body.model)
+        plan = await plan_completion(service, body)
+        return await _answer(
+            service, request, CompletionWriter(service, plan), len(plan.choices), stream=plan.stream
+        )
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: streamed})
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        _check_ready(service)
+        service.check_model(body.model)
+        plan = await plan_chat(service, body)
+        return await _answer(
+            service, request, ChatWriter(service, plan), len(plan.choices), stream=plan.stream
+        )
+
+
+async def _answer(
+    service: Service,
+    request: Request,
+    writer: CompletionWriter | ChatWriter,
+    count: int,
+    *,
+    stream: bool,
+) -> Response:
+    """Enter the gate, then answer as asked; a stream holds its place until it ends."""
+    with ExitStack() as held:
+        held.enter_context(service.gate.enter(count))
+        aborted = service.metrics.aborted.inc
+        if stream:
+            return EventStream(
+                _events(writer.stream()), held.pop_all(), service.limits.stall_seconds, aborted
+            )
+        whole: Completion | ChatCompletion = await answered(request, writer.whole(), aborted)
+        return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+async def _events(
+    parts: AsyncGenerator[Completion, None] | AsyncGenerator[ChatChunk, None],
+) -> AsyncGenerator[bytes, None]:
+    """Parts as server-sent events. An engine that fails midway is told as an error event, without
+    the final [DONE]."""
+    async with aclosing(parts):
+        try:
+            async for part in parts:
+                yield b"data: " + part.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+        except EngineError as e:
+            yield b"data: " + bytes(_engine_failed(e).response().body) + b"\n\n"
+            return
+    yield b"data: [DONE]\n\n"
+
+
+def _check_ready(service: Service) -> None:
+    health = service.engine.health()
+    if not health.ok:
+        raise ApiError(
+            503,
+            f"the engine is not ready: {health.detail}",
+            code="engine_unavailable",
+            headers={"Retry-After": "5"},
+        )
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def card() -> ModelCard:
+        return ModelCard(
+            id=service.model, created=service.created, max_model_len=service.engine.info.context
+        )
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        return ModelList(data=[card()])
+
+    @app.get("/v1/models/{model:path}")
+    async def model_card(model: str) -> ModelCard:
+        service.check_model(model)
+        return card()
+
+
+def _add_text(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", response_model_exclude_unset=True)
+    async def tokenize(body: TokenizeRequest) -> Tokens:
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise bad("give either prompt or messages", "prompt")
+        if body.messages is not None:
+            ids = await service.text.encode_chat(
+                body.messages, generation_prompt=body.add_generation_prompt is not False
+            )
+        else:
+            ids = await service.text.encode(
+                body.prompt or "", "prompt", special=body.add_special_tokens is not False
+            )
+        found = Tokens(count=len(ids), max_model_len=service.engine.info.context, tokens=ids)
+        if body.return_token_strs:
+            found.token_strs = [str(t) for t in service.text.tokenizer.convert_ids_to_tokens(ids)]
+        return found
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Text:
+        service.check_model(body.model)
+        return Text(
+            prompt=service.text.decode(service.text.checked(body.tokens, "tokens"))
+            if body.tokens
+            else ""
+        )
+
+
+def _add_watching(app: FastAPI, service: Service) -> None:
+    @app.get("/health", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}})
+    async def health() -> Response:
+        state, load = service.engine.health(), service.engine.load()
+        answer = HealthAnswer(
+            status="ok" if state.ok else "unavailable",
+            engine=service.engine.name,
+            model=service.model,
+            detail=state.detail,
+            restarts=state.restarts,
+            running=load.running,
+            waiting=load.waiting,
+        )
+        return Response(
+            answer.model_dump_json(), 200 if state.ok else 503, media_type="application/json"
+        )
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        return Response(
+            service.metrics.render(service.engine, service.gate.open),
+            media_type=CONTENT_TYPE_LATEST,
+        )
+
+
+def _add_handlers(app: FastAPI) -> None:
+    async def ours(_: Request, e: Exception) -> Response:
+        assert isinstance(e, ApiError)
+        return e.response()
+
+    async def invalid(_: Request, e: Exception) -> Response:
+        assert isinstance(e, RequestValidationError)
+        return _invalid(e).response()
+
+    async def http(_: Request, e: Exception) -> Response:
+        assert isinstance(e, HTTPException)
+        return ApiError(e.status_code, str(e.detail), headers=e.headers).response()
+
+    async def engine(_: Request, e: Exception) -> Response:
+        assert isinstance(e, EngineError)
+        return _engine_failed(e).response()
+
+    async def gone(_: Request, e: Exception) -> Response:
+        return JSONResponse({}, 499)  # nobody reads it
+
+    handlers = (
+        (ApiError, ours),
+        (RequestValidationError, invalid),
+        (HTTPException, http),
+        (EngineError, engine),
+        (Gone, gone),
+    )
+    for kind, handler in handlers:
+        app.add_exception_handler(kind, handler)
+
+
+def _engine_failed(e: EngineError) -> ApiError:
+    return (
+        bad(str(e)) if isinstance(e, RefusedError) else ApiError(500, str(e), code="engine_error")
+    )
+
+
+def _invalid(e: RequestValidationError) -> ApiError:
+    """The first complaint, by parameter: ``messages.0.content: …``."""
+    first = e.errors()[0]
+    if first["type"] == "json_invalid":
+        return bad(
+            f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}",
+            code="invalid_json",
+        )
+    where = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    if first["type"] == "extra_forbidden":
+        return bad(f"unrecognized parameter: {where}", where, "unknown_parameter")
+    return bad(f"{where or 'body'}: {first['msg']}", where, "invalid_value")

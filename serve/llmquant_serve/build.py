@@ -1,0 +1,69 @@
+"""From command-line options to a running service: which engine, which tokenizer, which name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmquant.errors import UsageError
+from llmquant_serve.engines.options import ModelOptions
+
+if TYPE_CHECKING:
+    from llmquant_serve.engines.base import Engine
+    from llmquant_serve.service import Limits, Service
+
+
+def build_engine(options: ModelOptions, max_streams: int) -> Engine:
+    """The engine, not yet started; raises as :func:`built`."""
+    return built(options, max_streams)[0]
+
+
+def built(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
+    """The engine, not yet started, and how it computes, as a line (nothing of an engine in another
+    process).
+
+    Raises:
+        LlmquantError: no such engine or model, or the engine cannot run it.
+    """
+    import llmquant
+
+    if options.engine == "local":
+        if options.vllm_url or options.vllm_python or options.vllm_args:
+            raise UsageError("--vllm-url, --vllm-python and --vllm-arg need --engine vllm")
+        from llmquant_serve.engines.local import LocalEngine
+
+        llmquant.set_threads(options.threads)
+        device = llmquant.parse_device(options.device)
+        chosen = llmquant.compute_dtype(options.model, options.dtype, device)
+        model = llmquant.load(
+            options.model, dtype=chosen.dtype, device=device, kernel=options.kernel
+        )
+        computing = llmquant.Computing.of(device, chosen).told(llmquant.describe(model).kernels)
+        return LocalEngine(model, max_streams, options.context), computing
+    if options.engine == "vllm":
+        if options.threads is not None:
+            raise UsageError(
+                "--threads is of the local engine; vLLM takes OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND"
+            )
+        from llmquant_serve.engines.vllm import vllm_engine
+
+        return vllm_engine(options, max_streams), ""
+    raise UsageError(f"there is no engine {options.engine!r}; there are local and vllm")
+
+
+def build_service(options: ModelOptions, limits: Limits) -> Service:
+    """Engine, tokenizer and name of a folder or hub model.
+
+    Raises:
+        LlmquantError: as :func:`build_engine`, or a tokenizer that cannot be read.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    import llmquant
+    from llmquant_serve.generation.text_model import TextModel
+    from llmquant_serve.service import Service
+
+    transformers_logging.disable_progress_bar()
+    path = llmquant.resolve(options.model)
+    engine, computing = built(options, limits.max_streams)
+    name = options.name or path.resolve().name
+    return Service(engine, TextModel(path, engine.info.vocab), name, limits, computing=computing)

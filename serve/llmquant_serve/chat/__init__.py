@@ -1,0 +1,1 @@
+"""Chat for people: in the terminal and as a page."""

@@ -1,0 +1,83 @@
+"""One reply after another, for people: what the terminal chat and the chat page share. They pass
+the same gate as the API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from llmquant_serve.api.choices import pieces
+from llmquant_serve.api.plan import Choice, Plan
+from llmquant_serve.engines.base import EngineError, Sampling
+from llmquant_serve.errors import ApiError
+from llmquant_serve.generation.pieces import Piece
+from llmquant_serve.service import Service
+
+Turn = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply so far.
+
+    Attributes:
+        pieces: as they came; their texts add up to ``text``.
+        seconds: since it was asked for.
+    """
+
+    text: str = ""
+    pieces: tuple[Piece, ...] = ()
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+    @property
+    def status(self) -> str:
+        """One line for people."""
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        end = (
+            ""
+            if not self.finished or not self.pieces or self.pieces[-1].finish != "length"
+            else " · cut at the length limit"
+        )
+        return (
+            f"{self.prompt_tokens} prompt tokens · {self.tokens} tokens · {speed:.1f} tokens/s{end}"
+        )
+
+
+async def reply(
+    service: Service, turns: Sequence[Turn], sampling: Sampling
+) -> AsyncGenerator[Reply, None]:
+    """The reply to a conversation, growing. ``sampling.max_tokens`` is lowered to what the context
+    has room for.
+
+    Raises:
+        ApiError: the conversation is too long, the server is full, or the engine is not ready.
+    """
+    health = service.engine.health()
+    if not health.ok:
+        raise ApiError(503, f"the engine is not ready: {health.detail}")
+    prompt = await service.text.encode_chat(turns)
+    sampling = replace(
+        sampling, max_tokens=service.room(len(prompt), None, sampling.max_tokens, "max_tokens")
+    )
+    plan = Plan([Choice(0, prompt, sampling)], (), len(prompt), True, False, False, False)
+    began, now = time.monotonic(), Reply(prompt_tokens=len(prompt))
+    try:
+        with service.gate.enter(1):
+            async with aclosing(pieces(service, plan)) as found:
+                async for _, piece in found:
+                    now = replace(
+                        now,
+                        text=now.text + piece.text,
+                        pieces=(*now.pieces, piece),
+                        tokens=piece.made,
+                        seconds=time.monotonic() - began,
+                        finished=piece.finish is not None,
+                    )
+                    yield now
+    except EngineError as e:
+        raise ApiError(500, str(e)) from e

@@ -1,0 +1,149 @@
+"""Engine: token ids in; token ids, log-probabilities and a finish reason out. It knows no HTTP, no
+text and no chat template.
+
+An engine is asked ``why_not`` before it is asked to generate, so that what it cannot do is refused
+by name and never ignored. ``generate`` is an async generator: it yields a :class:`Step` whenever
+there is something new, the last one has ``finish`` set, and closing it early (``aclose``) gives the
+engine's slot back before its next step. A consumer that reads slowly delays nobody: steps wait for
+it in a queue that can never hold more than the ``max_tokens`` it was granted.
+
+Log-probabilities are those of the model itself, before temperature, penalties, bias and filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from llmquant.errors import LlmquantError
+
+Finish = Literal["stop", "length"]
+
+
+class EngineError(LlmquantError):
+    """The engine failed while it worked on a request, or is not there."""
+
+
+class RefusedError(EngineError):
+    """The engine will not take this request, although nothing told so beforehand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A parameter that an engine cannot honour, and why."""
+
+    parameter: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen and when to end.
+
+    Attributes:
+        max_tokens: at least 1, unless the prompt alone is scored (``prompt_logprobs``), where 0
+            generates nothing.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all.
+        seed: of this request alone; None draws one.
+        logprobs: None for none, else how many alternatives to report beside each chosen token.
+        prompt_logprobs: the same for the tokens of the prompt.
+        frequency_penalty, presence_penalty: subtracted per occurrence, or once, for tokens
+            generated so far.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or
+            output.
+        logit_bias: added to logits, by token id.
+        stop_ids: tokens that end the text beside the model's own end tokens.
+        ignore_eos: the model's own end tokens end nothing.
+        grammar: a JSON schema (or ``{"type": "object"}``) that the text must follow.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    grammar: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token id, and where asked for its log-probability in nats, its rank-ordered alternatives
+    ``(id, logprob)``."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is new. ``prompt`` comes once, before any token: one entry per prompt token, the first
+    without a log-probability."""
+
+    tokens: tuple[Token, ...] = ()
+    finish: Finish | None = None
+    prompt: tuple[Token, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the layers above must know of the model.
+
+    Attributes:
+        context: positions that prompt and output share.
+        vocab: number of logits; token ids are below it.
+        eos: the model's own end tokens.
+    """
+
+    context: int
+    vocab: int
+    eos: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether requests can be taken now, and what there is to say if not."""
+
+    ok: bool
+    detail: str = ""
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests in the batch, requests waiting for a place in it, tokens held for those in it."""
+
+    running: int = 0
+    waiting: int = 0
+    cached_tokens: int = 0
+
+
+class Engine(Protocol):
+    """See the module text."""
+
+    name: str
+    info: ModelInfo
+
+    def why_not(self, sampling: Sampling) -> Refusal | None: ...
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Step, None]: ...
+
+    def health(self) -> Health: ...
+
+    def load(self) -> Load: ...
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...

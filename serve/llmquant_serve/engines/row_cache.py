@@ -1,0 +1,208 @@
+"""RowCache: keys and values of several sequences of different lengths, for one decoding step of all
+of them at once.
+
+Sequences are rows of one buffer and are aligned to the *right*: the newest token of every row
+stands in the same column.
+
+    column      0  1  2  3  4  5 │ end
+    row 0       .  a  b  c  d  e │        "." is padding: zeros or leftovers, always masked
+    row 1       .  .  .  x  y  z │
+
+A step then writes one column of all rows in place, and transformers' own mask code is right for
+every kind of attention, since differences of columns are differences of positions (sliding windows
+included). One row alone has no padding, needs no mask, and so runs the very arithmetic of
+``model.generate``.
+
+A row that leaves is replaced by the last one; a row that joins is copied in at the right. The
+buffer moves its contents left, or doubles, when its last column is reached: amortized, a token is
+moved a constant number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+_FIRST_COLUMNS = 256
+
+
+class RowLayer(CacheLayerMixin):
+    """One decoder layer's part: ``keys`` and ``values``, ``[rows, heads, columns, head_dim]``."""
+
+    is_sliding = False
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.window = window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Zeros, because a masked NaN is still a NaN."""
+        self.keys = key_states.new_zeros(
+            (self.window.max_rows, key_states.shape[1], self.window.columns, key_states.shape[3])
+        )
+        self.values = value_states.new_zeros(
+            (
+                self.window.max_rows,
+                value_states.shape[1],
+                self.window.columns,
+                value_states.shape[3],
+            )
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new column ``[rows, heads, 1, head_dim]``; returns all columns in use and the
+        new one."""
+        w = self.window
+        rows, used = len(w.lengths), slice(w.begin, w.end + 1)
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        keys[:rows, :, w.end] = key_states[:, :, 0]
+        values[:rows, :, w.end] = value_states[:, :, 0]
+        return keys[:rows, :, used], values[:rows, :, used]
+
+    def in_place(self) -> tuple[Tensor, Tensor, int] | None:
+        """Where one sequence's keys and values ``[1, heads, columns, head_dim]`` begin and how many
+        tokens they have; the next column is free. None where there are more sequences, or none
+        yet."""
+        w = self.window
+        if self.keys is None or self.values is None or len(w.lengths) != 1:
+            return None
+        return self.keys[:1, :, w.begin :], self.values[:1, :, w.begin :], w.end - w.begin
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.window.end - self.window.begin
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def each(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+
+class Window:
+    """Which rows and columns are in use; shared by all layers.
+
+    Attributes:
+        lengths: tokens held, per row.
+        end: the column that the next token goes to.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self.columns = _FIRST_COLUMNS
+        self.lengths: list[int] = []
+        self.end = 0
+
+    @property
+    def begin(self) -> int:
+        """The first column that any row uses."""
+        return self.end - max(self.lengths, default=0)
+
+
+class RowCache(Cache):
+    """See the module text. At most ``max_rows`` sequences."""
+
+    def __init__(self, layers: int, max_rows: int) -> None:
+        self.window = Window(max_rows)
+        self.rows: list[RowLayer] = [RowLayer(self.window) for _ in range(layers)]
+        super().__init__(layers=list(self.rows))
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return self.window.lengths
+
+    def join(self, prefilled: Cache, length: int) -> int:
+        """Copy in a sequence of ``length`` tokens from a cache of batch size 1; returns its row."""
+        w = self.window
+        row = len(w.lengths)
+        assert row < w.max_rows
+        if not w.lengths:
+            w.end = length
+        self._make_room(max(length, max(w.lengths, default=0)))
+        for layer, source in zip(self.rows, prefilled.layers, strict=True):
+            assert isinstance(source, DynamicLayer)
+            assert source.keys is not None
+            assert source.values is not None
+            if not layer.is_initialized:
+                layer.lazy_initialization(source.keys, source.values)
+            keys, values = layer.each()
+            keys[row, :, w.end - length : w.end] = source.keys[0]
+            values[row, :, w.end - length : w.end] = source.values[0]
+        w.lengths.append(length)
+        return row
+
+    def leave(self, row: int) -> None:
+        """Forget a row; the last row takes its place (and its number)."""
+        w = self.window
+        last = len(w.lengths) - 1
+        if row != last:
+            used = slice(w.end - w.lengths[last], w.end)
+            for layer in self.rows:
+                for held in layer.each():
+                    held[row, :, used] = held[last, :, used]
+        w.lengths[row] = w.lengths[last]
+        w.lengths.pop()
+        if not w.lengths:
+            self._release()
+
+    def before_step(self) -> None:
+        """Make sure that there is a column for the next token."""
+        self._make_room(max(self.window.lengths))
+
+    def after_step(self) -> None:
+        """The column written by a forward pass becomes part of every row."""
+        w = self.window
+        w.end += 1
+        for row in range(len(w.lengths)):
+            w.lengths[row] += 1
+
+    def mask(self, device: torch.device) -> Tensor:
+        """int64 ``[rows, columns in use + 1]``, 1 where a row has a token; the step's own column
+        included."""
+        lengths = torch.tensor(self.window.lengths, device=device)
+        width = int(lengths.max()) + 1
+        return (torch.arange(width, device=device) >= width - 1 - lengths[:, None]).long()
+
+    def _make_room(self, longest: int) -> None:
+        """Place the contents so that ``longest`` columns end where the newest token does and one
+        more is free."""
+        w = self.window
+        if longest <= w.end < w.columns:
+            return
+        columns = w.columns
+        while columns < 2 * longest + 2:  # half empty after a move, so that the next one is far
+            columns *= 2
+        end, begin = longest, w.begin
+        width = w.end - begin
+        for layer in self.rows:
+            if layer.is_initialized:
+                layer.keys, layer.values = (
+                    _moved(t, columns, begin, width, end) for t in layer.each()
+                )
+        w.columns, w.end = columns, end
+
+    def _release(self) -> None:
+        """An idle server should not keep the memory of its longest conversation."""
+        self.window.columns, self.window.end = _FIRST_COLUMNS, 0
+        for layer in self.rows:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+
+def _moved(held: Tensor, columns: int, begin: int, width: int, end: int) -> Tensor:
+    fresh = held.new_zeros((*held.shape[:2], columns, held.shape[3]))
+    fresh[:, :, end - width : end] = held[:, :, begin : begin + width]
+    return fresh

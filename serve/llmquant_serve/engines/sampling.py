@@ -1,0 +1,133 @@
+"""From a row of logits to a token. Every request has its own generator, so its choices do not
+depend on its neighbours.
+
+The order is that of vLLM and transformers: bias, penalties, end tokens held back, temperature,
+top-k, top-p, min-p, draw. A draw inverts the cumulative distribution at one uniform number, so a
+request consumes exactly one number per token. Reported log-probabilities are taken before all of
+it. Temperature 0 takes the first of the largest logits, as ``model.generate`` does.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmquant_serve.engines.base import Sampling, Token
+
+# of prompt log-probabilities at a time: a vocabulary of 128k in float32 is half a megabyte per row
+_ROWS = 64
+
+
+class Chooser:
+    """The state of one request's sampling."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], eos: frozenset[int]) -> None:
+        self.sampling = sampling
+        self.generator = torch.Generator()
+        self.generator.manual_seed(
+            secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
+        )
+        self._made: Counter[int] = Counter()
+        self._seen = set(prompt) if sampling.repetition_penalty != 1.0 else set()
+        self._ends = tuple(eos | set(sampling.stop_ids))
+        self._total = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is simply the largest logit."""
+        s = self.sampling
+        changed = (
+            s.logit_bias or s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1.0
+        )
+        return s.temperature == 0 and not changed and self._total >= s.min_tokens
+
+    def took(self, token: int) -> None:
+        """Remember a chosen token."""
+        self._total += 1
+        self._made[token] += 1
+        if self.sampling.repetition_penalty != 1.0:
+            self._seen.add(token)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token, from float32 logits ``[vocab]``, which are left alone."""
+        s = self.sampling
+        logits = self._adjusted(logits)
+        if s.temperature == 0:
+            return int(logits.argmax())
+        return self._draw(_filtered(logits / s.temperature, s))
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        s = self.sampling
+        logits = logits.clone()
+        if s.logit_bias:
+            logits[list(s.logit_bias)] += torch.tensor(
+                list(s.logit_bias.values()), device=logits.device
+            )
+        if self._seen:
+            seen = torch.tensor(sorted(self._seen), device=logits.device)
+            old = logits[seen]
+            logits[seen] = torch.where(
+                old > 0, old / s.repetition_penalty, old * s.repetition_penalty
+            )
+        if self._made and (s.frequency_penalty or s.presence_penalty):
+            made = torch.tensor(list(self._made), device=logits.device)
+            counts = torch.tensor(
+                list(self._made.values()), dtype=torch.float32, device=logits.device
+            )
+            logits[made] -= s.frequency_penalty * counts + s.presence_penalty
+        if self._total < s.min_tokens and self._ends:
+            logits[list(self._ends)] = -torch.inf
+        return logits
+
+    def _draw(self, logits: Tensor) -> int:
+        cumulative = torch.softmax(logits.double().cpu(), -1).cumsum(-1)
+        at = torch.rand((), dtype=torch.float64, generator=self.generator) * cumulative[-1]
+        drawn = int(torch.searchsorted(cumulative, at, right=True))
+        return min(drawn, int(torch.nonzero(logits.cpu() > -torch.inf)[-1]))
+
+
+def _filtered(logits: Tensor, s: Sampling) -> Tensor:
+    """-inf for what top-k, top-p and min-p leave out; the most likely token always stays."""
+    if s.top_k and s.top_k < logits.numel():
+        kept = torch.full_like(logits, -torch.inf)
+        values, indices = logits.topk(s.top_k)
+        logits = kept.scatter(0, indices, values)
+    if s.top_p < 1.0:
+        values, indices = logits.sort(descending=True, stable=True)
+        before = torch.softmax(values, -1).cumsum(-1) - torch.softmax(values, -1)
+        values[1:][before[1:] >= s.top_p] = -torch.inf
+        logits = torch.empty_like(logits).scatter(0, indices, values)
+    if s.min_p > 0.0:
+        p = torch.softmax(logits, -1)
+        logits = logits.masked_fill(p < s.min_p * p.max(), -torch.inf)
+    return logits
+
+
+def described(token: int, logits: Tensor, alternatives: int | None) -> Token:
+    """A token with its log-probability and ``alternatives`` most likely ones, from float32 logits
+    ``[vocab]``."""
+    if alternatives is None:
+        return Token(token)
+    logprobs = torch.log_softmax(logits, -1)
+    values, ids = logprobs.topk(min(alternatives, logprobs.numel()))
+    return Token(
+        token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    )
+
+
+def described_all(tokens: Sequence[int], logits: Tensor, alternatives: int) -> list[Token]:
+    """The same for consecutive tokens and the logits ``[n, vocab]`` (any float dtype) that predict
+    them."""
+    found: list[Token] = []
+    for start in range(0, len(tokens), _ROWS):
+        ids = torch.tensor(tokens[start : start + _ROWS], device=logits.device)
+        logprobs = torch.log_softmax(logits[start : start + _ROWS].float(), -1)
+        own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+        values, top = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
+        rows = zip(ids.tolist(), own, top.tolist(), values.tolist(), strict=True)
+        found += [Token(i, p, tuple(zip(t, v, strict=True))) for i, p, t, v in rows]
+    return found

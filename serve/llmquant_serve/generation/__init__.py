@@ -1,0 +1,1 @@
+"""Text and chat turns to token ids and back."""

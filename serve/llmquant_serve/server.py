@@ -1,0 +1,144 @@
+"""Run a service under uvicorn: bind, announce, stop in order.
+
+SIGTERM or Ctrl-C stop accepting; running answers get ``drain_seconds`` to end, then they are cut
+off and the engine is closed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from llmquant.errors import UsageError
+from llmquant_serve.api.app import UI_PATH, create_app
+from llmquant_serve.service import Service
+
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Where and for whom a server listens."""
+
+    host: str
+    port: int
+    keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    ui: bool = False
+    access_log: bool = False
+
+    def __post_init__(self) -> None:
+        if any(not k.strip() or not k.isascii() or k != k.strip() for k in self.keys):
+            raise UsageError("an API key must be ASCII, without spaces around it, and not empty")
+
+
+def bound_socket(binding: Binding) -> socket.socket:
+    """A listening socket; port 0 has become a number.
+
+    Raises:
+        UsageError: the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            binding.host, binding.port, type=socket.SOCK_STREAM
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as e:
+        raise UsageError(f"--host {binding.host}: {e}") from e
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError as e:
+        sock.close()
+        raise UsageError(
+            f"cannot listen on {binding.host} port {binding.port}: {e.strerror}; choose another with --port"
+        ) from e
+    return sock
+
+
+def run(
+    service: Service,
+    binding: Binding,
+    listening: socket.socket,
+    reference: Service | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Serve until a signal comes; ``reference`` and ``folder`` are for the chat page."""
+    if not _is_loopback(binding.host) and not binding.keys:
+        _say(
+            f"warning: {binding.host} can be reached from other machines and no --api-key is set: anyone there can use it"
+        )
+    app = create_app(
+        service,
+        keys=binding.keys,
+        cors_origins=binding.cors_origins,
+        ui=binding.ui,
+        reference=reference,
+    )
+    if binding.ui:
+        from llmquant_serve.chat.page import mount
+
+        mount(app, service, binding.keys, reference, folder or Path())
+    config = uvicorn.Config(
+        app, log_level="info" if binding.access_log else "warning", access_log=binding.access_log,
+        timeout_graceful_shutdown=max(1, round(service.limits.drain_seconds)), server_header=False,
+    )  # fmt: skip
+    signal.signal(signal.SIGTERM, _exit)  # uvicorn drains first and then raises the signal again
+    try:
+        _Server(config, service, binding).run(sockets=[listening])
+    except KeyboardInterrupt:
+        return
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens once it does."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, binding: Binding) -> None:
+        super().__init__(config)
+        self._service, self._binding = service, binding
+        # uvicorn sets its own handlers whatever it finds; a shell's background commands are to
+        # ignore Ctrl-C.
+        self._ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig != signal.SIGINT or not self._ignores:
+            super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            self._announce(sockets)
+
+    def _announce(self, sockets: Sequence[socket.socket]) -> None:
+        host, port = sockets[0].getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        _say(f"{self._service.model} at {address}/v1, engine {self._service.engine.name}")
+        if self._service.computing:
+            _say(f"computing in {self._service.computing}")
+        if self._binding.ui:
+            _say(f"chat page at {address}{UI_PATH}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

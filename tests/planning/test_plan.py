@@ -1,0 +1,189 @@
+"""A plan's numbers are those of the run, and a 70B plan needs headers only."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save
+
+from llmquant import QuantizeOptions, load_recipe, quantize
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.shards import Stored, header, order
+from llmquant.errors import ArchitectureError, FormatError, SpecError, UsageError
+from llmquant.models.architectures import ARCHITECTURES
+from llmquant.models.from_folder import empty_model
+from llmquant.models.selection import linears_of
+from llmquant.planning.preview import linears_by_name, make_plan
+from llmquant.recipe import Recipe
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
+RTN = Recipe(method="rtn")
+
+CASES = [
+    pytest.param({}, id="W4 g128 sym"),
+    pytest.param({"weights.symmetric": False, "weights.group_size": 64}, id="W4 g64 asym"),
+    pytest.param({"weights.bits": 3, "weights.group_size": 32}, id="W3 g32"),
+    pytest.param({"weights.bits": 8, "weights.group_size": -1}, id="W8 row"),
+    pytest.param(
+        {"weights.bits": 8, "weights.group_size": -1, "weights.activations": "int8-dynamic"},
+        id="W8A8",
+    ),
+    pytest.param({"format": "gptq"}, id="gptq"),
+    pytest.param({"format": "gptq_v2", "weights.symmetric": False}, id="gptq_v2 asym"),
+    pytest.param({"format": "awq", "weights.symmetric": False}, id="awq asym"),
+    pytest.param(
+        {
+            "overrides": (
+                {"match": "*.down_proj", "bits": 8},
+                {"match": "*.self_attn.*", "group_size": 32},
+            )
+        },
+        id="mixed",
+    ),
+    pytest.param({"include": ("*.mlp.*",)}, id="mlp only"),
+    pytest.param({"rotation": {}}, id="rotated: a head of its own"),
+    pytest.param({"rotation": {}, "ignore": ()}, id="rotated: the head quantized"),
+]
+
+
+@pytest.mark.parametrize("changes", CASES)
+def test_the_planned_bytes_are_the_bytes_written(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    recipe = RTN.updated(changes)
+    plan = make_plan(TINY, recipe)
+    result = quantize(TINY, tmp_path / "q", recipe, QuantizeOptions())
+    assert plan.bytes_on_disk == (tmp_path / "q" / "model.safetensors").stat().st_size
+    assert plan.bits_per_weight == result.bits_per_weight
+    assert {m.name for m in plan.modules} == {m.name for m in result.modules}
+    assert plan.skipped == result.skipped
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_linears_by_name_are_the_models_own(kind: str, tmp_path: Path) -> None:
+    reader = CheckpointReader(save(kind, tmp_path))
+    named, _ = linears_by_name(reader)
+    asked = linears_of(empty_model(reader, torch.float32))
+    assert dict(named.shapes) == dict(asked.shapes)
+    assert (named.head, named.tied) == (asked.head, asked.tied)
+    assert sorted(named.routers) == sorted(asked.routers)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "mixtral", "qwen3_moe"])
+def test_a_plan_of_other_names_is_the_run(kind: str, tmp_path: Path) -> None:
+    source, recipe = save(kind, tmp_path / "source"), RTN.updated({"weights.group_size": 16})
+    plan, result = make_plan(source, recipe), quantize(source, tmp_path / "q", recipe)
+    assert plan.bytes_on_disk == (tmp_path / "q" / "model.safetensors").stat().st_size
+    assert {m.name for m in plan.modules} == {m.name for m in result.modules}
+    assert plan.skipped == result.skipped
+
+
+def seventy_billion(folder: Path) -> Path:
+    """A 70B Llama's folder whose shards are all header and hole."""
+    folder.mkdir()
+    hidden, inner, layers, vocabulary, kv = 8192, 28672, 80, 128256, 1024
+    config = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    linears = {
+        "self_attn.q_proj": [hidden, hidden],
+        "self_attn.k_proj": [kv, hidden],
+        "self_attn.v_proj": [kv, hidden],
+        "self_attn.o_proj": [hidden, hidden],
+        "mlp.gate_proj": [inner, hidden],
+        "mlp.up_proj": [inner, hidden],
+        "mlp.down_proj": [hidden, inner],
+        "input_layernorm": [hidden],
+        "post_attention_layernorm": [hidden],
+    }
+    shards = [
+        {f"model.layers.{i}.{n}.weight": s for n, s in linears.items()} for i in range(layers)
+    ]
+    shards.append(
+        {"model.embed_tokens.weight": [vocabulary, hidden], "model.norm.weight": [hidden]}
+    )
+    shards.append({"lm_head.weight": [vocabulary, hidden]})
+    weight_map = {}
+    for i, tensors in enumerate(shards):
+        stored = {n: Stored(torch.bfloat16, tuple(s)) for n, s in tensors.items()}
+        name = f"model-{i:05d}.safetensors"
+        head = header(stored)
+        with (folder / name).open("wb") as f:
+            f.write(head)
+            os.truncate(f.fileno(), len(head) + sum(stored[n].nbytes for n in order(stored)))
+        weight_map.update(dict.fromkeys(tensors, name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_a_70b_layout_is_planned_from_headers(tmp_path: Path) -> None:
+    plan = make_plan(seventy_billion(tmp_path / "llama-70b"), RTN)
+    assert len(plan.modules) == 560
+    assert plan.bits_per_weight == 4.125
+    assert plan.tensor_parallel == (
+        1,
+        2,
+        4,
+        8,
+        16,
+    )  # engines repeat the 8 key-value heads over 16 GPUs
+    # 68.45e9 weights in blocks at 4.125 bits, embeddings and head at 16.
+    assert plan.bytes_on_disk == pytest.approx(
+        68_451_041_280 * 4.125 / 8 + 2 * 128256 * 8192 * 2, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        pytest.param(
+            {"weights.group_size": 96}, SpecError, "sizes that do: 8, 16", id="group size"
+        ),
+        pytest.param({"format": "nope"}, UsageError, "choose one of", id="format"),
+        pytest.param({"format": "awq", "weights.bits": 3}, FormatError, "awq", id="awq has 4 bits"),
+        pytest.param({"include": ("nothing",)}, UsageError, "matches none", id="pattern"),
+        pytest.param({"ignore": ()}, UsageError, "shares its weights", id="tied head"),
+        pytest.param(
+            {"overrides": ({"match": "q_proj", "bits": 8},)},
+            UsageError,
+            "engines fuse",
+            id="fused layers differ",
+        ),
+        pytest.param(
+            {"format": "awq", "overrides": ({"match": "down_proj", "group_size": 32},)},
+            FormatError,
+            "mix",
+            id="awq mix",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_work(
+    changes: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        make_plan(TINY, RTN.updated(changes))
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "strange"}')
+    (tmp_path / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes())
+    with pytest.raises(ArchitectureError, match="strange"):
+        make_plan(tmp_path, RTN)
+
+
+def test_a_quantized_model_is_not_planned(tmp_path: Path) -> None:
+    quantize(TINY, tmp_path / "q", load_recipe("rtn-w4g128"))
+    with pytest.raises(UsageError, match="already quantized"):
+        make_plan(tmp_path / "q", RTN)
