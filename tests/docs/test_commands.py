@@ -14,6 +14,7 @@ word as a page has them, in a folder that has nothing but links to ``examples`` 
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -64,6 +65,7 @@ OTHER_OPTIONS = {
 SOURCE = re.compile(r"file:.+|jsonl:[^#]+#.+|hf:[^:]+(:[^:]+){1,3}")
 PROTOCOL = re.compile(r"ppl/(gptq|word|word-wikitext)(-\d+)?|ppl/strided(-\d+){0,2}")
 IN_THE_REPOSITORY = re.compile(r"(?:\w+:)?((?:bench|csrc|eval|examples|recipes|tests)/[\w./-]+)")
+PYTHON_NAME = re.compile(r"llmquant(?:_eval|_serve)?(?:\.\w+)+")
 USAGE_ERROR: Any = typer.BadParameter.__bases__[
     0
 ]  # of the click that typer uses, its own or the package
@@ -315,9 +317,22 @@ def problem(words: tuple[str, ...]) -> str | None:
     return None if first in OTHERS else f"{first} is not on the list of other programs"
 
 
+def problem_of_name(name: str) -> str | None:
+    """``llmquant.load`` and the like."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return f"{name} is not there"
+    return None
+
+
 def problem_of_span(span: str) -> str | None:
-    """The same for code inside a sentence, which may be a part of a command."""
+    """The same for code inside a sentence: a part of a command, a file, a name in Python."""
     words = span.split()
+    if file := IN_THE_REPOSITORY.fullmatch(span):
+        return None if (ROOT / file[1]).exists() else f"{file[1]} is not in the repository"
+    if name := PYTHON_NAME.match(span):
+        return problem_of_name(name[0])
     if words[0] in ("make", "pip", "python") and len(words) > 1:
         return problem(tuple(shlex.split(span)))
     if words[0] == "llmquant" and len(words) > 1 and re.fullmatch(r"[a-z]+", words[1]):
@@ -368,6 +383,15 @@ def test_shell_commands_are_marked_as_such(page: Path) -> None:
     """So that they are checked."""
     languages = {language for language, _, _ in blocks_of(page.read_text(encoding="utf-8"))}
     assert not languages & {"bash", "shell", "console", "zsh"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=on_page)
+def test_python_on_a_page_is_python_and_names_what_exists(page: Path) -> None:
+    blocks = blocks_of(page.read_text(encoding="utf-8"))
+    for first, code in ((n, "\n".join(lines)) for lang, n, lines in blocks if lang == "python"):
+        compile(code, f"{page}:{first}", "exec")
+        names = sorted(set(PYTHON_NAME.findall(code)))
+        assert [found for name in names if (found := problem_of_name(name))] == []
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -468,6 +492,8 @@ def test_a_wrong_command_is_found(line: str, words: str) -> None:
         pytest.param("--bogus 3", "no option --bogus", id="option"),
         pytest.param("llmquant srve", "no command 'srve'", id="command"),
         pytest.param("make dmeo", "no make target dmeo", id="make"),
+        pytest.param("bench/no.py", "bench/no.py is not in the repository", id="file"),
+        pytest.param("llmquant.laod(path)", "llmquant.laod is not there", id="name in Python"),
     ],
 )
 def test_a_wrong_name_in_a_sentence_is_found(span: str, words: str) -> None:
