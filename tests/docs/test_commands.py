@@ -51,8 +51,8 @@ PENDING = {
 }  # fmt: skip
 # Commands that are not ours: their arguments are not checked.
 OTHERS = {
-    ".", "aarch64-linux-gnu-g++", "apt-get", "cd", "curl", "docker", "export", "git", "pytest",
-    "qemu-aarch64-static", "source", "systemctl",
+    ".", "aarch64-linux-gnu-g++", "apt-get", "cd", "curl", "docker", "export", "git", "hf",
+    "pytest", "qemu-aarch64-static", "source", "systemctl",
 }  # fmt: skip
 PYTHON_MODULES = {"pip", "pytest", "venv"}
 # Options in sentences that belong to other programs.
@@ -189,6 +189,15 @@ def options_of(name: str) -> frozenset[str]:
 
 
 @cache
+def options_of_all() -> frozenset[str]:
+    """Options of every command and of the scripts in ``bench``."""
+    scripts = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "bench").glob("*.py"))
+    in_scripts = re.findall(r"add_argument\(\s*\"(--[\w-]+)", scripts)
+    known = frozenset({"--help", "--version", *OTHER_OPTIONS, *in_scripts})
+    return known.union(*map(options_of, cli().commands))
+
+
+@cache
 def targets() -> frozenset[str]:
     return frozenset(
         re.findall(
@@ -250,6 +259,7 @@ VALUES: dict[str, Callable[[str], object]] = {
 
 
 def problem_of_llmquant(words: tuple[str, ...]) -> str | None:
+    """Of the words after ``llmquant``; a … among them means that more options may follow."""
     name, *arguments = words or ("",)
     if name.startswith("-"):
         return (
@@ -263,7 +273,7 @@ def problem_of_llmquant(words: tuple[str, ...]) -> str | None:
         return None
     command = cli().commands[name]
     try:
-        given = command.make_context(name, list(arguments)).params
+        given = command.make_context(name, [a for a in arguments if a != "…"]).params
     except USAGE_ERROR as e:
         return str(e.format_message())
     for parameter in command.params:
@@ -319,6 +329,8 @@ def problem(words: tuple[str, ...]) -> str | None:
 
 def problem_of_name(name: str) -> str | None:
     """``llmquant.load`` and the like."""
+    if name == "llmquant.commands":  # a group of entry points
+        return None
     try:
         pkgutil.resolve_name(name)
     except (ImportError, AttributeError):
@@ -329,7 +341,7 @@ def problem_of_name(name: str) -> str | None:
 def problem_of_span(span: str) -> str | None:
     """The same for code inside a sentence: a part of a command, a file, a name in Python."""
     words = span.split()
-    if file := IN_THE_REPOSITORY.fullmatch(span):
+    if (file := IN_THE_REPOSITORY.fullmatch(span)) and "NAME" not in span:
         return None if (ROOT / file[1]).exists() else f"{file[1]} is not in the repository"
     if name := PYTHON_NAME.match(span):
         return problem_of_name(name[0])
@@ -340,11 +352,7 @@ def problem_of_span(span: str) -> str | None:
             return f"no command {words[1]!r}"
         known = options_of(words[1]) | {"--help"}
     elif words[0].startswith("--"):
-        known = (
-            frozenset().union(*map(options_of, cli().commands))
-            | OTHER_OPTIONS
-            | {"--help", "--version"}
-        )
+        known = options_of_all()
     else:
         return None
     unknown = [w for w in words if w.startswith("--") and re.split("[=,]", w)[0] not in known]
