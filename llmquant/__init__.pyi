@@ -1,4 +1,4 @@
-"""The public names and where they live: the one list of them, read by type checkers and at run time."""
+"""The public names and where they live: the one list, for type checkers and at run time."""
 
 from .checkpoint.card import MEASURED_END as MEASURED_END
 from .checkpoint.card import MEASURED_START as MEASURED_START

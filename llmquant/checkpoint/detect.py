@@ -1,5 +1,4 @@
-"""What a folder says of its quantization, wherever its tool has put it, and whether that can be
-believed.
+"""What a folder says of its quantization, wherever its tool has put it.
 
 ``quantization_config`` is the one door: config.json's key of that name, its older name
 ``compression_config``, the text part of a multimodal config, or the file beside config.json that
@@ -13,18 +12,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import CheckpointReader, read_json
-from llmquant.errors import FormatError, QuantizationError, UsageError
-from llmquant.formats import Format, Scheme
-from llmquant.formats.zero_points import check_zero_convention, doubtful, refuse_shifted
-from llmquant.weight import QuantizedWeight
+from llmquant.errors import FormatError, UsageError
 
 _KEYS = ("quantization_config", "compression_config")
 _SIDE_FILES = ("quantize_config.json", "quant_config.json")
-_SAMPLE = 4  # modules whose zero-points are judged
 
 
 def unquantized(model: str | os.PathLike[str]) -> CheckpointReader:
@@ -84,60 +77,3 @@ def _method(config: Mapping[str, Any]) -> str:
     raise FormatError(
         f"a quantization config without quant_method (its keys: {', '.join(sorted(config))}) cannot be read"
     )
-
-
-def refuse_shifted_zeros(
-    reader: CheckpointReader,
-    layout: Format,
-    config: Mapping[str, Any],
-    schemes: Mapping[str, Scheme],
-    base: CheckpointReader | None = None,
-) -> None:
-    """Judge the zero-points of a few modules where their convention rests on a label that may lie.
-
-    Args:
-        base: the unquantized model, if it is at hand; otherwise magnitudes decide.
-
-    Raises:
-        FormatError: they are off by one; says how to correct the label.
-    """
-    names = doubtful(config, schemes)
-    names = names[:: max(1, len(names) // _SAMPLE)][:_SAMPLE]
-    if not names:
-        return
-    weights = {n: _read(reader, layout, n, schemes[n]) for n in names}
-    originals = {
-        n: base.read(f"{n}.weight") for n in names if base is not None and f"{n}.weight" in base
-    }
-    neighbours = (
-        reader.read(n)
-        for n, info in reader.tensors.items()
-        if n.endswith(".weight")
-        and len(info.shape) == 2
-        and "embed" not in n
-        and info.dtype != torch.int8
-    )
-    verdict = check_zero_convention(weights, originals, neighbours)
-    try:
-        refuse_shifted(verdict, _label(config))
-    except FormatError as e:
-        raise FormatError(f"{reader.path}: {e}") from e
-
-
-def _label(config: Mapping[str, Any]) -> str:
-    told = (
-        f"{k}: {config[k]}"
-        for k in ("checkpoint_format", "packing_format", "quant_method")
-        if config.get(k)
-    )
-    return next(told)
-
-
-def _read(reader: CheckpointReader, layout: Format, name: str, scheme: Scheme) -> QuantizedWeight:
-    tensors = {
-        s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader
-    }
-    try:
-        return layout.unpack(tensors, scheme)
-    except (FormatError, QuantizationError) as e:
-        raise FormatError(f"{reader.path}: {name}: {e}") from e

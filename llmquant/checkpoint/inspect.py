@@ -12,7 +12,8 @@ from pathlib import Path
 
 from llmquant.checkpoint.detect import quantization_config
 from llmquant.checkpoint.hub import resolve
-from llmquant.checkpoint.manifest import MANIFEST, read_manifest, stored_schemes, told_fallbacks
+from llmquant.checkpoint.manifest import MANIFEST, fallback_notes, read_manifest
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.formats.engines import cautions, refusals
 
@@ -89,23 +90,18 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     modules: tuple[ModuleInfo, ...] = ()
     engines: dict[str, tuple[str, ...]] = {}
     cautioned: dict[str, tuple[str, ...]] = {}
-    inside: set[str] = set()
+    others = dict(reader.tensors)
     if quantization_config(reader) is not None:
-        found, schemes = stored_schemes(reader)
-        layout = found.name
-        suffixes = found.tensor_suffixes()
-        infos = []
-        for name, scheme in schemes.items():
-            tensors = {s: f"{name}.{s}" for s in suffixes if f"{name}.{s}" in reader}
-            inside.update(tensors.values())
-            shape = found.shape_of({s: reader.info(t).shape for s, t in tensors.items()}, scheme)
-            nbytes = sum(reader.info(t).nbytes for s, t in tensors.items() if s != "weight_shape")
-            infos.append(ModuleInfo(name, str(scheme), shape, nbytes))
-        modules = tuple(infos)
+        packed = PackedCheckpoint(reader)
+        layout, schemes = packed.layout.name, packed.schemes
+        modules = tuple(
+            ModuleInfo(name, str(scheme), packed.shape(name), packed.nbytes(name))
+            for name, scheme in schemes.items()
+        )
         engines = {e: tuple(reasons) for e, reasons in refusals(layout, schemes).items()}
         cautioned = {e: tuple(reasons) for e, reasons in cautions(layout, schemes).items()}
-    packed = sum(math.prod(m.shape) for m in modules)
-    others = {n: i for n, i in reader.tensors.items() if n not in inside}
+        others = {name: reader.info(name) for name in packed.others}
+    quantized = sum(math.prod(m.shape) for m in modules)
     dense_linears = [
         n
         for n, i in others.items()
@@ -121,16 +117,16 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         format=layout,
         scheme=", ".join(k for k, _ in (kinds or dtypes).most_common()),
         bytes_on_disk=sum(f.stat().st_size for f in reader.files()),
-        parameters=packed + dense,
+        parameters=quantized + dense,
         linears=len(modules) + len(dense_linears),
         quantized=len(modules),
-        coverage=packed / (packed + dense),
-        bits_per_weight=sum(m.nbytes for m in modules) * 8 / packed if packed else None,
+        coverage=quantized / (quantized + dense),
+        bits_per_weight=sum(m.nbytes for m in modules) * 8 / quantized if quantized else None,
         weights_sha256=reader.digest(),
         recipe_sha256=manifest.recipe_sha256 if manifest else None,
         modules=modules,
         engines=engines,
-        fallbacks=tuple(told_fallbacks({n: m.fallback for n, m in manifest.modules.items()}))
+        fallbacks=tuple(fallback_notes({n: m.fallback for n, m in manifest.modules.items()}))
         if manifest
         else (),
         cautions=cautioned,

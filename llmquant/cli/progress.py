@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from llmquant.data.calibration import Calibration
     from llmquant.quantization.plan import Progress as Where
     from llmquant.quantization.run import Events
@@ -28,7 +31,6 @@ def progress(hidden: bool) -> Iterator[Events]:
     )
 
     from llmquant.quantization.run import Events
-    from llmquant.runtime.memory import peak_resident_bytes, resident_bytes
 
     console = screen(stderr=True)
     columns = (
@@ -40,42 +42,50 @@ def progress(hidden: bool) -> Iterator[Events]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[memory]}", markup=False),
     )
-    with Progress(
-        *columns, console=console, disable=hidden or not console.is_terminal, transient=True
-    ) as progress:
-        task = progress.add_task("reading", total=None, memory="")
-        first: list[int] = []
-
-        def on_calibration(calibration: Calibration) -> None:
-            if not hidden:
-                console.print(f"calibration  {calibration.source}", soft_wrap=True)
-                for line in calibration.summary.lines():
-                    console.print(f"  {line}", soft_wrap=True)
-            progress.update(task, description="calibrating")
-
-        def on_warning(warning: str) -> None:
-            console.print(f"warning: {warning}", soft_wrap=True)
-
-        def on_note(note: str) -> None:
-            if not hidden:
-                console.print(note, soft_wrap=True)
-
-        def on_progress(p: Where) -> None:
-            if not first:  # what an earlier process did says nothing of this one's speed
-                first.append(p.block)
-                progress.reset(task, total=p.blocks, completed=p.block)
-            memory = f"{resident_bytes() / 1e9:.1f} GB (peak {peak_resident_bytes() / 1e9:.1f})"
-            progress.update(
-                task, description=p.module, completed=p.block, total=p.blocks, memory=memory
-            )
-
-        events = Events(
-            on_warning=on_warning,
-            on_note=on_note,
-            on_calibration=on_calibration,
-            on_progress=on_progress,
-            on_phase=lambda phase: progress.update(
-                task, description=phase, completed=progress.tasks[0].total or 0
-            ),
+    silent = hidden or not console.is_terminal
+    with Progress(*columns, console=console, disable=silent, transient=True) as bar:
+        shown = _Shown(bar, console, hidden)
+        yield Events(
+            on_warning=lambda warning: console.print(f"warning: {warning}", soft_wrap=True),
+            on_note=shown.note,
+            on_calibration=shown.calibration,
+            on_progress=shown.progress,
+            on_phase=shown.phase,
         )
-        yield events
+
+
+class _Shown:
+    """What stands on the terminal."""
+
+    def __init__(self, bar: Progress, console: Console, hidden: bool) -> None:
+        self._bar, self._console, self._hidden = bar, console, hidden
+        self._task = bar.add_task("reading", total=None, memory="")
+        self._began = False
+
+    def note(self, note: str) -> None:
+        if not self._hidden:
+            self._console.print(note, soft_wrap=True)
+
+    def calibration(self, calibration: Calibration) -> None:
+        self.note(f"calibration  {calibration.source}")
+        for line in calibration.summary.lines():
+            self.note(f"  {line}")
+        self._bar.update(self._task, description="calibrating")
+
+    def progress(self, where: Where) -> None:
+        from llmquant.runtime.memory import peak_resident_bytes, resident_bytes
+
+        if not self._began:  # what an earlier process did says nothing of this one's speed
+            self._began = True
+            self._bar.reset(self._task, total=where.blocks, completed=where.block)
+        memory = f"{resident_bytes() / 1e9:.1f} GB (peak {peak_resident_bytes() / 1e9:.1f})"
+        self._bar.update(
+            self._task,
+            description=where.module,
+            completed=where.block,
+            total=where.blocks,
+            memory=memory,
+        )
+
+    def phase(self, phase: str) -> None:
+        self._bar.update(self._task, description=phase, completed=self._bar.tasks[0].total or 0)

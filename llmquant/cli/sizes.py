@@ -19,3 +19,9 @@ def parse_size(option: str, text: str) -> int:
         raise UsageError(
             f"{option} {text!r} is no size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
         ) from e
+
+
+def check_shard_size(nbytes: int) -> None:
+    """Raises UsageError for shards of less than a megabyte: most likely another unit was meant."""
+    if nbytes < 1_000_000:
+        raise UsageError(f"--max-shard-size {nbytes} is in bytes and must be at least 1000000")

@@ -58,11 +58,11 @@ def check(
         UsageError: the layout has a scale dtype of its own.
     """
     refused: dict[str, str] = {}
-    schemes, digests, shapes, nbytes = dict(source.schemes), {}, {}, 0
-    for done, (name, announced) in enumerate(source.schemes.items()):
+    schemes, digests, shapes, nbytes = dict(source.packed.schemes), {}, {}, 0
+    for done, (name, announced) in enumerate(source.packed.schemes.items()):
         on_progress("checking", done, len(schemes))
         # Whether an announced g_idx says anything is known only from its numbers.
-        reason = target.why_not(replace(announced, g_idx=False), source.shape(name))
+        reason = target.why_not(replace(announced, g_idx=False), source.packed.shape(name))
         if reason is None:
             weight = source.weight(name)
             schemes[name] = Scheme(weight.spec, weight.g_idx is not None, announced.activations)
@@ -79,12 +79,14 @@ def check(
             refused[name] = reason
     together = target.why_not_together(schemes, source.skipped)
     if refused or together:
-        told = _told(refused, together, len(schemes))
-        raise FormatError(f"{source.reader.path} cannot become {target.name} without loss:{told}")
+        reasons = _reasons(refused, together, len(schemes))
+        raise FormatError(
+            f"{source.reader.path} cannot become {target.name} without loss:{reasons}"
+        )
     return Checked(schemes, digests, shapes, nbytes)
 
 
-def _told(refused: Mapping[str, str], together: str | None, total: int) -> str:
+def _reasons(refused: Mapping[str, str], together: str | None, total: int) -> str:
     """One indented line per reason, after the modules that it is given for."""
     modules: dict[str, list[str]] = {}
     for name, reason in refused.items():

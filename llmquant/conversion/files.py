@@ -59,7 +59,7 @@ def _config(
         return {**config, "quantization_config": quantization}
     for key in [k for k in ("dtype", "torch_dtype") if config.get(k)] or ["dtype"]:
         config[key] = str(dtype).removeprefix("torch.")
-    if source.head in source.schemes:
+    if source.head in source.packed.schemes:
         config["tie_word_embeddings"] = False  # the head has a weight of its own
     return config
 
@@ -75,7 +75,7 @@ def _manifest(
     """The source's record with this step added; what another tool did not record stays null."""
     before = source.manifest
     step = Conversion(
-        source_format=source.layout.name,
+        source_format=source.packed.layout.name,
         format=target.name,
         source_weights_sha256=source.reader.digest(),
         versions=versions(),

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import torch
 
-from llmquant.checkpoint.manifest import read_module, stored_schemes
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.conversion.check import DENSE, Checked, OnProgress
 from llmquant.conversion.source import Source
-from llmquant.errors import FormatError, ProofError, QuantizationError
-from llmquant.formats import Format, Scheme
+from llmquant.errors import FormatError, ProofError
+from llmquant.formats import Format
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
 
@@ -27,17 +27,18 @@ def prove(
     Raises:
         ProofError: naming what differs.
     """
-    layout, schemes = (target, checked.schemes) if target is DENSE else stored_schemes(written)
+    packed = None if target is DENSE else PackedCheckpoint(written)
+    schemes = checked.schemes if packed is None else packed.schemes
     if schemes.keys() != checked.schemes.keys():
         raise ProofError(f"{written.path} does not announce the modules that were written")
     for done, (name, scheme) in enumerate(checked.schemes.items()):
         on_progress("proving", done, len(schemes))
         before = source.weight(name)
-        if target is DENSE:
-            found = written.read(f"{name}.weight")
-            same = found.dtype == dtype and torch.equal(found, before.dequantize(dtype))
+        if packed is None:
+            dense = written.read(f"{name}.weight")
+            same = dense.dtype == dtype and torch.equal(dense, before.dequantize(dtype))
         else:
-            after = _read_back(written, layout, name, schemes[name])
+            after = _read_back(packed, name)
             same = after.digest() == before.digest() and torch.equal(
                 after.dequantize(), before.dequantize()
             )
@@ -54,7 +55,7 @@ def _prove_others(
 ) -> None:
     """Tensors that belong to no quantized module are the source's bytes, and there are no further
     ones."""
-    others = {n for n in source.reader.tensors if source.module_of(n) is None}
+    others = set(source.packed.others)
     packed = {f"{m}.{s}" for m in checked.schemes for s in target.tensor_suffixes()}
     extra = sorted(written.tensors.keys() - others - packed)
     if extra:
@@ -68,10 +69,8 @@ def _prove_others(
             raise ProofError(f"{written.path}: tensor {name} is not the source's")
 
 
-def _read_back(
-    written: CheckpointReader, layout: Format, name: str, scheme: Scheme
-) -> QuantizedWeight:
+def _read_back(written: PackedCheckpoint, name: str) -> QuantizedWeight:
     try:
-        return without_trivial_order(read_module(written, layout, name, scheme))
-    except (FormatError, QuantizationError) as e:
-        raise ProofError(f"{written.path}: {name} cannot be read back: {e}") from e
+        return without_trivial_order(written.weight(name))
+    except FormatError as e:
+        raise ProofError(f"{e}; it cannot be read back") from e

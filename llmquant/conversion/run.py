@@ -103,7 +103,7 @@ def convert(
         writer.publish()
     return ConvertResult(
         path=Path(output),
-        source_format=source.layout.name,
+        source_format=source.packed.layout.name,
         format=target.name,
         scheme=checked.scheme,
         modules=len(checked.schemes),
@@ -148,7 +148,7 @@ def _write_weights(
     written: set[str] = set()
     for names in source.shards():
         for name in names:
-            module = source.module_of(name)
+            module = source.packed.module_of(name)
             if module is None:
                 writer.add(name, source.reader.read(name))
             elif module not in written:

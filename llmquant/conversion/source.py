@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.detect import quantization_config
 from llmquant.checkpoint.hub import resolve
-from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest, read_module
+from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import CheckpointError, FormatError, ProofError, QuantizationError, UsageError
-from llmquant.formats import Format, Scheme, for_config
+from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
 from llmquant.models.from_folder import empty_model
 from llmquant.models.selection import ROUTER, linears_of
 from llmquant.runtime.devices import DTYPES
@@ -29,40 +29,23 @@ _BEYOND_WEIGHTS = ("kv_cache_scheme", "sparsity_config")
 
 @dataclass(frozen=True)
 class Source:
-    """A quantized folder.
+    """A quantized folder to convert.
 
     Attributes:
-        schemes: module → scheme as the config announces it.
+        packed: the folder.
         skipped: linears of the model that are not quantized → why.
         head: name of the output head, or None.
         manifest: the record of the run that made it, if llmquant did.
     """
 
-    reader: CheckpointReader
-    layout: Format
-    schemes: Mapping[str, Scheme]
+    packed: PackedCheckpoint
     skipped: Mapping[str, str]
     head: str | None
     manifest: Manifest | None
 
-    def module_of(self, tensor: str) -> str | None:
-        """The quantized module that a stored tensor is part of."""
-        module, _, suffix = tensor.rpartition(".")
-        return (
-            module if module in self.schemes and suffix in self.layout.tensor_suffixes() else None
-        )
-
-    def shape(self, name: str) -> tuple[int, int]:
-        """``(out, in)`` of a quantized module, from headers."""
-        found = {
-            s: self.reader.info(f"{name}.{s}").shape
-            for s in self.layout.tensor_suffixes()
-            if f"{name}.{s}" in self.reader
-        }
-        try:
-            return self.layout.shape_of(found, self.schemes[name])
-        except FormatError as e:
-            raise FormatError(f"{self.reader.path}: {name}: {e}") from e
+    @property
+    def reader(self) -> CheckpointReader:
+        return self.packed.reader
 
     def weight(self, name: str) -> QuantizedWeight:
         """One quantized module, without a ``g_idx`` that says nothing.
@@ -71,10 +54,7 @@ class Source:
             FormatError: tensors that are not this layout.
             ProofError: other numbers than the folder's manifest says.
         """
-        try:
-            weight = read_module(self.reader, self.layout, name, self.schemes[name])
-        except (FormatError, QuantizationError) as e:
-            raise FormatError(f"{self.reader.path}: {name}: {e}") from e
+        weight = self.packed.weight(name)
         recorded = self.manifest.modules.get(name) if self.manifest else None
         if recorded is not None and weight.digest() != recorded.digest:
             raise ProofError(
@@ -105,16 +85,11 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         raise UsageError(
             f"{reader.path} is not quantized, so there is nothing to convert; use llmquant quantize"
         )
-    layout = for_config(config)
-    schemes = layout.schemes(config, reader.tensors)
-    if not schemes:
-        raise CheckpointError(
-            f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed"
-        )
+    packed = PackedCheckpoint(reader, config)
+    packed.require_modules()
     _refuse_beyond_weights(reader, config)
-    refuse_shifted_zeros(
-        reader, layout, config, schemes, None if base is None else CheckpointReader(resolve(base))
-    )
+    packed.refuse_shifted_zeros(None if base is None else CheckpointReader(resolve(base)))
+    schemes = packed.schemes
     manifest = read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
     if manifest is not None and manifest.modules.keys() != schemes.keys():
         odd = sorted(manifest.modules.keys() ^ schemes.keys())
@@ -127,7 +102,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
     skipped = routers | {
         n: known.get(n, "unquantized in the source") for n in linears.shapes if n not in schemes
     }
-    return Source(reader, layout, schemes, skipped, linears.head, manifest)
+    return Source(packed, skipped, linears.head, manifest)
 
 
 def model_dtype(reader: CheckpointReader) -> torch.dtype:
@@ -144,8 +119,8 @@ def model_dtype(reader: CheckpointReader) -> torch.dtype:
 
 def _refuse_beyond_weights(reader: CheckpointReader, config: Mapping[str, Any]) -> None:
     for key in _BEYOND_WEIGHTS:
-        told = config.get(key)
-        if told and not (isinstance(told, dict) and told.get("format") == "dense"):
+        section = config.get(key)
+        if section and not (isinstance(section, dict) and section.get("format") == "dense"):
             raise FormatError(
                 f"{reader.path}: the config's {key} changes what engines compute and cannot be converted"
             )

@@ -18,8 +18,8 @@ that names it. Code from a model folder is never run.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,18 +28,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.detect import quantization_config
 from llmquant.checkpoint.hub import resolve
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import (
-    ArchitectureError,
-    CheckpointError,
-    FormatError,
-    QuantizationError,
-    UsageError,
-)
-from llmquant.formats import for_config
-from llmquant.formats.base import Format, Scheme
+from llmquant.errors import ArchitectureError, CheckpointError, UsageError
 from llmquant.kernels import AUTO, check_name
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
@@ -146,26 +139,27 @@ def _load_packed(
     device: torch.device,
     kernel: str,
 ) -> PreTrainedModel:
-    layout = for_config(quantization)
-    schemes = layout.schemes(quantization, list(reader.tensors))
-    if not schemes:
-        raise CheckpointError(
-            f"{reader.path}: config.json announces {layout.name} weights but no tensor is packed"
-        )
-    refuse_shifted_zeros(reader, layout, quantization, schemes)
+    packed = PackedCheckpoint(reader, quantization)
+    packed.require_modules()
+    packed.refuse_shifted_zeros()
     model = _skeleton(reader, dtype)
     head = model.get_output_embeddings()
-    if any(m is head for n, m in model.named_modules() if n in schemes):
+    if any(m is head for n, m in model.named_modules() if n in packed.schemes):
         model.config.tie_word_embeddings = False  # a packed head has no weight to share
-    packed = packed_names(reader.tensors, schemes, layout)
-    for name, scheme in schemes.items():
-        _replace(model, name, reader, packed[name], scheme, layout, dtype, device, kernel)
-    used = {tensor for names in packed.values() for tensor in names.values()}
-    _assign(
-        model, reader, [n for n in reader.tensors if n not in used], set(schemes), dtype, device
-    )
+    for name in packed.schemes:
+        _replace(model, name, packed, PackedOptions(dtype, device, kernel))
+    _assign(model, reader, packed.others, set(packed.schemes), dtype, device)
     refuse_saving(model, reader.path)
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class PackedOptions:
+    """How packed linears are made: dtype of activations, device, kernel."""
+
+    dtype: torch.dtype
+    device: torch.device
+    kernel: str
 
 
 def _skeleton(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
@@ -177,45 +171,23 @@ def _skeleton(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def packed_names(
-    names: Iterable[str], schemes: Mapping[str, Scheme], layout: Format
-) -> dict[str, dict[str, str]]:
-    """Quantized module → {name relative to it: full tensor name}."""
-    suffixes = layout.tensor_suffixes()
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    for name in names:
-        module, _, suffix = name.rpartition(".")
-        if module in schemes and suffix in suffixes:
-            found[module][suffix] = name
-    return found
-
-
 def _replace(
-    model: PreTrainedModel,
-    name: str,
-    reader: CheckpointReader,
-    tensors: Mapping[str, str],
-    scheme: Scheme,
-    layout: Format,
-    dtype: torch.dtype,
-    device: torch.device,
-    kernel: str,
+    model: PreTrainedModel, name: str, packed: PackedCheckpoint, options: PackedOptions
 ) -> None:
     """Put a PackedLinear where the model has the linear ``name``."""
+    reader = packed.reader
     linear = linear_at(model, name, reader.path)
-    weight = unpacked(
-        layout,
-        {s: reader.read(full) for s, full in tensors.items()},
-        scheme,
-        (linear.out_features, linear.in_features),
-        f"{reader.path}: {name}",
-    )
-    bias = None
-    if linear.bias is not None:
-        bias = _checked(reader, f"{name}.bias", linear.bias)
+    weight = packed.weight(name)
+    check_shape(weight, (linear.out_features, linear.in_features), f"{reader.path}: {name}")
+    bias = None if linear.bias is None else _checked(reader, f"{name}.bias", linear.bias)
     try:
         replacement = PackedLinear(
-            weight, bias, dtype=dtype, device=device, kernel=kernel, activations=scheme.activations
+            weight,
+            bias,
+            dtype=options.dtype,
+            device=options.device,
+            kernel=options.kernel,
+            activations=packed.schemes[name].activations,
         )
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from e
@@ -242,26 +214,11 @@ def linear_at(model: nn.Module, name: str, path: Path) -> nn.Linear:
     return linear
 
 
-def unpacked(
-    layout: Format,
-    tensors: Mapping[str, Tensor],
-    scheme: Scheme,
-    shape: tuple[int, int],
-    where: str,
-) -> QuantizedWeight:
-    """A module's stored tensors as a weight of the shape ``(out, in)`` that the config wants;
-    ``where`` begins the messages.
-
-    Raises:
-        FormatError, CheckpointError: they are not.
-    """
-    try:
-        weight = layout.unpack(tensors, scheme)
-    except (FormatError, QuantizationError) as e:
-        raise FormatError(f"{where}: {e}") from e
+def check_shape(weight: QuantizedWeight, shape: tuple[int, int], where: str) -> None:
+    """Raises CheckpointError, beginning with ``where``, for a weight of another shape than the
+    config wants."""
     if weight.shape != shape:
         raise CheckpointError(f"{where} is {list(weight.shape)}, the config wants {list(shape)}")
-    return weight
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -36,14 +36,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmquant.checkpoint.detect import refuse_shifted_zeros
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, UsageError
-from llmquant.formats import Format, Scheme, for_config
+from llmquant.formats import for_config
 from llmquant.kernels import AUTO, KERNELS
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
-from llmquant.models.load import linear_at, packed_names, put_module, refuse_saving, unpacked
+from llmquant.models.load import check_shape, linear_at, put_module, refuse_saving
 from llmquant.models.names import as_in_checkpoint
 
 METHOD = "llmquant"
@@ -92,11 +92,11 @@ class PackedQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._layout: Format = for_config(quantization_config.told)
+        # refuses what cannot be read, before anything is loaded
+        for_config(quantization_config.told)
         self._kernel = quantization_config.kernel
-        self._schemes: dict[str, Scheme] = {}
+        self._packed: PackedCheckpoint | None = None
         self._dtype = torch.bfloat16
-        self._reader: CheckpointReader | None = None
 
     def validate_environment(self, *args: Any, device_map: object = None, **kwargs: Any) -> None:
         """Refuse what needs hooks on modules that will be replaced."""
@@ -117,20 +117,17 @@ class PackedQuantizer(HfQuantizer):
             raise UsageError(
                 "a packed model is loaded from a folder; from_pretrained(None, state_dict=...) has none"
             )
-        self._reader = reader = CheckpointReader(Path(checkpoint_files[0]).parent)
+        reader = CheckpointReader(Path(checkpoint_files[0]).parent)
         given, found = {Path(f).name for f in checkpoint_files}, {f.name for f in reader.files()}
         if given != found:
             raise CheckpointError(
                 f"{reader.path}: transformers would load {sorted(given)}, the index names {sorted(found)}"
             )
-        self._schemes = self._layout.schemes(self.quantization_config.told, reader.tensors)
-        if not self._schemes:
-            raise CheckpointError(
-                f"{reader.path}: config.json announces {self._layout.name} weights but no tensor is packed"
-            )
+        self._packed = packed = PackedCheckpoint(reader, self.quantization_config.told)
+        packed.require_modules()
         as_in_checkpoint(model, str(reader.config.get("model_type")))
-        self._untie(model)
-        for name, tensors in packed_names(reader.tensors, self._schemes, self._layout).items():
+        self._untie(model, packed)
+        for name, tensors in packed.tensors.items():
             headers = {suffix: reader.info(full) for suffix, full in tensors.items()}
             empty = {
                 s: torch.empty(i.shape, dtype=i.dtype, device="meta") for s, i in headers.items()
@@ -143,31 +140,31 @@ class PackedQuantizer(HfQuantizer):
         """None: the model's modules have the checkpoint's names, and experts stay apart."""
         return []
 
-    def _untie(self, model: PreTrainedModel) -> None:
+    def _untie(self, model: PreTrainedModel, packed: PackedCheckpoint) -> None:
         """A packed head has no weight to share."""
         head = model.get_output_embeddings()
-        if any(m is head for n, m in model.named_modules() if n in self._schemes):
+        if any(m is head for n, m in model.named_modules() if n in packed.schemes):
             model.config.tie_word_embeddings = False
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        reader = self._reader
-        assert reader is not None  # set before loading
+        packed = self._packed
+        assert packed is not None  # set before loading
+        path = packed.reader.path
         if len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1:
             raise UsageError(
                 "a packed model lies on one device; give device_map as one device's name"
             )
         # Not earlier: before loading, transformers makes every new tensor a meta tensor, also those
         # of this check.
-        refuse_shifted_zeros(reader, self._layout, self.quantization_config.told, self._schemes)
-        for name, scheme in self._schemes.items():
+        packed.refuse_shifted_zeros()
+        for name, scheme in packed.schemes.items():
             place = model.get_submodule(name)
             assert isinstance(place, _Stored)
-            weight = unpacked(
-                self._layout, place.stored(), scheme, place.shape, f"{reader.path}: {name}"
-            )
+            weight = packed.unpack(name, place.stored())
+            check_shape(weight, place.shape, f"{path}: {name}")
             try:
                 linear = PackedLinear(
                     weight,
@@ -182,7 +179,7 @@ class PackedQuantizer(HfQuantizer):
             put_module(model, name, linear)
         model.requires_grad_(False)
         speed_up(model)
-        refuse_saving(model, reader.path)
+        refuse_saving(model, path)
         return model
 
     def is_serializable(self) -> bool:

@@ -10,7 +10,7 @@ get its name. What a killed run had finished is continued
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import check_destination, refuse_source
-from llmquant.checkpoint.manifest import told_fallbacks
+from llmquant.checkpoint.manifest import fallback_notes
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.checkpoint.writer import CheckpointWriter
@@ -32,7 +32,7 @@ from llmquant.quantization.memory import placement
 from llmquant.quantization.plan import ModuleReport, Progress, WalkPlan
 from llmquant.quantization.prepare import Prepared, deterministic, prepare
 from llmquant.quantization.reports import Outcome
-from llmquant.quantization.state.fingerprint import fingerprint
+from llmquant.quantization.state.fingerprint import Facts, fingerprint
 from llmquant.quantization.state.log import RunLog
 from llmquant.quantization.state.resume import SavedRun, finished_before, state_of
 from llmquant.quantization.steps.channel_scaling import PairReport
@@ -148,40 +148,49 @@ def quantize(
         state_of(destination).rmdir()
     if not state_of(destination).exists() or options.restart:
         check_destination(destination, options.overwrite)
-    prepared = prepare(model, recipe, options.world.device(options.device), options.dtype)
-    refuse_source(destination, prepared.reader.path)
-    selection = prepared.selection()
-    everywhere, here = on_this_cpu(prepared.layout.name, selection.schemes)
-    for warning in everywhere:
-        events.on_warning(warning)
-    calibration = prepared.calibration(options.evaluation)
-    if calibration is not None:
-        events.on_calibration(calibration)
-    plan = prepared.plan(selection, options.world)
-    work = _Work(
-        Path(output), os.fspath(model), prepared, plan, selection, calibration, options, events
-    )
+    work, notes = _checked(os.fspath(model), Path(output), recipe, options, events)
+    plan = work.plan
     facts = fingerprint(
-        plan.reader, recipe, calibration, plan.device, plan.dtype, options.max_shard_size
+        plan.reader, recipe, work.calibration, plan.device, plan.dtype, options.max_shard_size
     )
     check_together(plan, work.windows, destination, restart=options.restart)
     if not plan.world.first:
         with deterministic(recipe.seed):
             assist(plan, work.windows, destination, work.placement)
-            return work.told(None)
+            return work.shared(None)
     before = None if options.restart or plan.world.size > 1 else finished_before(destination, facts)
     if before is not None:
-        return work.result(
-            before,
-            work.total,
-            sum(i.nbytes for i in CheckpointReader(destination).tensors.values()),
-        )
-    for note in here:  # not earlier: what stops a run should stand alone
+        written = sum(i.nbytes for i in CheckpointReader(destination).tensors.values())
+        return work.result(before, work.total, written)
+    for note in notes:  # not earlier: what stops a run should stand alone
         events.on_note(note)
+    return work.shared(_ran(work, destination, facts))
+
+
+def _checked(
+    model: str, output: Path, recipe: Recipe, options: QuantizeOptions, events: Events
+) -> tuple[_Work, Sequence[str]]:
+    """Everything that can be refused is refused here; what is worth a note comes with the work."""
+    prepared = prepare(model, recipe, options.world.device(options.device), options.dtype)
+    refuse_source(Path(os.path.abspath(output)), prepared.reader.path)
+    selection = prepared.selection()
+    warnings, notes = on_this_cpu(prepared.layout.name, selection.schemes)
+    for warning in warnings:
+        events.on_warning(warning)
+    calibration = prepared.calibration(options.evaluation)
+    if calibration is not None:
+        events.on_calibration(calibration)
+    plan = prepared.plan(selection, options.world)
+    return _Work(output, model, prepared, plan, selection, calibration, options, events), notes
+
+
+def _ran(work: _Work, destination: Path, facts: Facts) -> QuantizeResult:
+    """The run, or the rest of one that was interrupted."""
+    options, plan = work.options, work.plan
     with (
-        deterministic(recipe.seed),
+        deterministic(plan.recipe.seed),
         CheckpointWriter(
-            output,
+            work.output,
             max_shard_size=options.max_shard_size,
             overwrite=options.overwrite,
             keep=state_of(destination).exists() and not options.restart,
@@ -198,7 +207,7 @@ def quantize(
         RunLog(options.log, append=run.blocks > 0) as log,
     ):
         work.run(writer, run, log)
-    return work.told(work.result(run.outcome, run.resumed, writer.total_bytes))
+    return work.result(run.outcome, run.resumed, writer.total_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +287,7 @@ class _Work:
         run.whole(manifest.to_json())
         writer.publish()
 
-    def told(self, result: QuantizeResult | None) -> QuantizeResult:
+    def shared(self, result: QuantizeResult | None) -> QuantizeResult:
         """The result, which every process of a run has at the end; the others pass None."""
         found = self.plan.world.told(None if result is None else replace(result, calibration=None))
         assert found is not None
@@ -335,8 +344,8 @@ class _Work:
 
 def _warnings(outcome: Outcome, recipe: Recipe) -> Iterator[str]:
     """What a user should know though the run succeeded."""
-    for told in told_fallbacks({n: r.fallback for n, r in outcome.modules.items()}):
-        yield f"{told}; give more calibration text, or show every token to every expert (--all-experts)"
+    for note in fallback_notes({n: r.fallback for n, r in outcome.modules.items()}):
+        yield f"{note}; give more calibration text, or show every token to every expert (--all-experts)"
     for report in outcome.modules.values():
         if report.damping is not None and report.damping > recipe.gptq.damping:
             yield (

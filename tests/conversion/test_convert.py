@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llmquant.checkpoint.card import MEASURED_END, MEASURED_START
-from llmquant.checkpoint.manifest import read_manifest, read_module, stored_schemes, verify
+from llmquant.checkpoint.manifest import read_manifest, verify
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.cli import app
@@ -84,8 +85,8 @@ def nothing_left(output: Path) -> bool:
 
 def weights_of(folder: Path) -> dict[str, QuantizedWeight]:
     reader = CheckpointReader(folder)
-    layout, schemes = stored_schemes(reader)
-    return {n: read_module(reader, layout, n, s) for n, s in schemes.items()}
+    packed = PackedCheckpoint(reader)
+    return {n: packed.weight(n) for n in packed.schemes}
 
 
 def other_files(folder: Path) -> dict[str, bytes]:

@@ -25,9 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from llmquant import QuantizeOptions, load, quantize, verify
 from llmquant.checkpoint.detect import quantization_config
-from llmquant.checkpoint.manifest import read_module, stored_schemes
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.formats import for_config
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.recipe import Recipe
 
@@ -183,13 +182,11 @@ def by_us(out: Path) -> str:
     verify(out)
     model = load(out, dtype="float32", kernel="reference")
     reader = CheckpointReader(out)
-    layout, schemes = stored_schemes(reader)
-    for name, scheme in schemes.items():
+    packed = PackedCheckpoint(reader)
+    for name in packed.schemes:
         linear = model.get_submodule(name)
         assert isinstance(linear, PackedLinear)
-        assert torch.equal(
-            linear.dequantize(), read_module(reader, layout, name, scheme).dequantize()
-        ), name
+        assert torch.equal(linear.dequantize(), packed.weight(name).dequantize()), name
     return "exact"
 
 
@@ -208,15 +205,11 @@ def by_compressed_tensors(out: Path) -> str:
     except ValidationError:
         return "refused"
     groups = list(parsed.config_groups.values())
-    layout, schemes = stored_schemes(reader)
-    for name, scheme in schemes.items():
-        ours = read_module(reader, layout, name, scheme).dequantize(torch.float16)
+    packed = PackedCheckpoint(reader)
+    for name in packed.schemes:
+        ours = packed.weight(name).dequantize(torch.float16)
         group = next(g for g in groups if "Linear" in g.targets or name in g.targets)
-        tensors = {
-            s: reader.read(f"{name}.{s}")
-            for s in layout.tensor_suffixes()
-            if f"{name}.{s}" in reader
-        }
+        tensors = {s: reader.read(full) for s, full in packed.tensors[name].items()}
         compressor = BaseCompressor.get_value_from_registry(group.format)
         theirs = compressor.decompress(tensors, group)["weight"]
         assert torch.equal(theirs.to(torch.float16), ours), name
@@ -258,14 +251,11 @@ def by_others(row: Row) -> str:
     """Checkpoints of other tools that we read to exactly their own numbers."""
     for name in row.goldens:
         reader = CheckpointReader(GOLDEN / name)
-        config = quantization_config(reader)
-        assert config is not None
-        layout = for_config(config)
+        packed = PackedCheckpoint(reader)
         expected = load_file(GOLDEN / name / "expected.safetensors")
-        schemes = layout.schemes(config, reader.tensors)
-        assert {f"{n}.weight" for n in schemes} == expected.keys()
-        for module, scheme in schemes.items():
-            weight = read_module(reader, layout, module, scheme).dequantize(torch.float16)
+        assert {f"{n}.weight" for n in packed.schemes} == expected.keys()
+        for module in packed.schemes:
+            weight = packed.weight(module).dequantize(torch.float16)
             assert torch.equal(weight, expected[f"{module}.weight"]), (name, module)
     return ", ".join(row.goldens) or "–"
 

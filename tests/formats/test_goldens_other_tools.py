@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant.checkpoint.detect import quantization_config, refuse_shifted_zeros
+from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import FormatError
 from llmquant.formats import FORMATS, Scheme, for_config
@@ -175,16 +176,13 @@ def test_uncentred_neighbours_void_the_argument() -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_door_refuses_the_lie_and_nothing_else(folder: str, base: str | None) -> None:
     reader = CheckpointReader(GOLDEN / folder)
-    config = quantization_config(reader)
-    assert config is not None
-    layout = for_config(config)
-    schemes = layout.schemes(config, reader.tensors)
     original = CheckpointReader(GOLDEN / base) if base else None
+    packed = PackedCheckpoint(reader)
     if folder != MISLABELLED:
-        refuse_shifted_zeros(reader, layout, config, schemes, original)
+        packed.refuse_shifted_zeros(original)
         return
     with pytest.raises(FormatError, match=f"{folder}: .*label lies"):
-        refuse_shifted_zeros(reader, layout, config, schemes, original)
+        packed.refuse_shifted_zeros(original)
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, EXAMPLE, STAGES, TOKENIZER, save
 from transformers import AutoModelForCausalLM
 
-from llmquant.checkpoint.manifest import read_manifest, read_module, stored_schemes
+from llmquant.checkpoint.manifest import read_manifest
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.models.architectures import ARCHITECTURES
 from llmquant.models.load import load
@@ -66,11 +67,9 @@ def with_dense_weights(source: Path, packed: Path, kind: str) -> tuple[torch.Ten
     shutil.copytree(source, dense)
     tensors = load_file(dense / SINGLE)
     reader = CheckpointReader(packed)
-    layout, schemes = stored_schemes(reader)
-    for name, scheme in schemes.items():
-        tensors[f"{name}.weight"] = read_module(reader, layout, name, scheme).dequantize(
-            torch.float32
-        )
+    packed = PackedCheckpoint(reader)
+    for name in packed.schemes:
+        tensors[f"{name}.weight"] = packed.weight(name).dequantize(torch.float32)
     save_file(tensors, dense / SINGLE, metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     stacked = model(IDS).logits

@@ -21,7 +21,8 @@ from tolerances import ROUNDOFF
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmquant.checkpoint.manifest import read_manifest, read_module, stored_schemes, verify
+from llmquant.checkpoint.manifest import read_manifest, verify
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json
 from llmquant.checkpoint.shards import ShardWriter
 from llmquant.checkpoint.writer import CheckpointWriter
@@ -55,8 +56,8 @@ def empty(folder: Path) -> bool:
 
 def weights_of(folder: Path) -> dict[str, QuantizedWeight]:
     reader = CheckpointReader(folder)
-    layout, schemes = stored_schemes(reader)
-    return {n: read_module(reader, layout, n, s) for n, s in schemes.items()}
+    packed = PackedCheckpoint(reader)
+    return {n: packed.weight(n) for n in packed.schemes}
 
 
 def dense_twin(source: Path, packed: Path, destination: Path) -> Path:

@@ -15,7 +15,8 @@ from tiny_models import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmquant.checkpoint.manifest import read_manifest, read_module, stored_schemes, verify
+from llmquant.checkpoint.manifest import read_manifest, verify
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.cli.overrides import with_rotation
 from llmquant.errors import ArchitectureError, ProofError
@@ -94,13 +95,11 @@ def test_packed_equals_the_rotated_original_with_dequantized_weights(tied, gptq,
     recipe = gptq.updated({"rotation": {"residual": "random"}})
     quantize(tied, tmp_path / "q", recipe)
     reader, twin = CheckpointReader(tmp_path / "q"), tmp_path / "twin"
-    layout, schemes = stored_schemes(reader)
+    packed = PackedCheckpoint(reader)
     before = rotated(CheckpointReader(tied), recipe)
     tensors = {n: before.read(n) for n in before.tensors}
-    for name, scheme in schemes.items():
-        tensors[f"{name}.weight"] = read_module(reader, layout, name, scheme).dequantize(
-            torch.float32
-        )
+    for name in packed.schemes:
+        tensors[f"{name}.weight"] = packed.weight(name).dequantize(torch.float32)
     twin.mkdir()
     save_file(tensors, twin / SINGLE, metadata={"format": "pt"})
     (twin / "config.json").write_text(json.dumps(before.config))

@@ -41,7 +41,7 @@ from transformers import (
 
 from llmquant import QuantizeOptions, load, quantize
 from llmquant.checkpoint.detect import quantization_config
-from llmquant.checkpoint.manifest import stored_schemes
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion import convert
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
@@ -458,7 +458,8 @@ def table_says(folder: Path, cpu: str) -> list[str]:
     reader = CheckpointReader(folder)
     if quantization_config(reader) is None:
         return []
-    layout, schemes = stored_schemes(reader)
+    packed = PackedCheckpoint(reader)
+    layout, schemes = packed.layout, packed.schemes
     return refusals(layout.name, schemes)[CPUS[cpu]]
 
 

@@ -11,13 +11,29 @@ import io
 import json
 import sys
 import time
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.options import CalibrationDtypeOption, DeviceOption, ThreadsOption
+from llmquant.cli.options import (
+    CalibrationDtypeOption,
+    CalibrationOption,
+    DeviceOption,
+    Engine,
+    FormatOption,
+    IgnoreOption,
+    IncludeOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    QuietOption,
+    SamplesOption,
+    SeedOption,
+    ThreadsOption,
+)
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.progress import progress
 from llmquant.cli.screen import screen
@@ -32,21 +48,13 @@ if TYPE_CHECKING:
     from llmquant.recipe import Recipe
 
 
-class Engine(StrEnum):
-    any = "any"
-    vllm = "vllm"
-    vllm_cpu = "vllm-cpu"
-    vllm_cpu_avx512 = "vllm-cpu-avx512"
-    transformers = "transformers"
-
-
 class Sensitivity(StrEnum):
     kl = "kl"
     block = "block"
 
 
 def allocate_command(
-    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    model: ModelArgument,
     target_bpw: Annotated[
         float, typer.Option(help="At most this many bits per selected weight, scales and all.")
     ],
@@ -71,72 +79,55 @@ def allocate_command(
     probe_tokens: Annotated[
         int, typer.Option(help="Calibration tokens on which damage is measured.")
     ] = 8192,
-    layout: Annotated[
-        str | None, typer.Option("--format", help="Byte layout of the result.")
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD]."),
-    ] = None,
-    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draws the calibration windows.")] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Only linears that match, even ignored ones (repeatable)."),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Leave these alone and out of the budget (repeatable).")
-    ] = None,
+    layout: FormatOption = None,
+    calibration: CalibrationOption = None,
+    nsamples: SamplesOption = None,
+    seqlen: LengthOption = None,
+    seed: SeedOption = None,
+    include: IncludeOption = None,
+    ignore: IgnoreOption = None,
     device: DeviceOption = "auto",
     dtype: CalibrationDtypeOption = "auto",
     threads: ThreadsOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing file.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")
-    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Spend a size budget: choose the scheme of each of MODEL's linears and write it as a
     recipe."""
+    given = dict(locals())
     check_output(output, overwrite)
-    changes: dict[str, Any] = {
-        "format": layout, "calibration.source": calibration, "calibration.nsamples": nsamples,
-        "calibration.seqlen": seqlen, "seed": seed,
-    }  # fmt: skip
-    chosen = recipe_of(recipe, changes, include, ignore)
-    from llmquant.planning.candidates import AllocateOptions
-    from llmquant.runtime.threads import set_threads
-
-    set_threads(threads)
-    options = AllocateOptions(
-        target_bpw=target_bpw,
-        widths=widths_of(widths, engine),
-        group_sizes=numbers("--group-sizes", group_sizes),
-        symmetric=sym,
-        engine=engine.value,
-        sensitivity=sensitivity.value,
-        probe_tokens=probe_tokens,
-        device=device,
-        dtype=dtype,
-    )
+    chosen = recipe_of(given)
     started = time.perf_counter()
-    result = allocated(model, chosen, options, hidden=quiet or as_json)
+    result = allocated(model, chosen, _options(given), hidden=quiet or as_json)
     seconds = time.perf_counter() - started
     check_output(output, overwrite)
     output.write_text(recipe_text(result), encoding="utf-8")
     if as_json:
-        sys.stdout.write(
-            json.dumps({"path": str(output), **as_dict(result), "seconds": seconds}) + "\n"
-        )
+        facts = {"path": str(output), **as_dict(result), "seconds": seconds}
+        sys.stdout.write(json.dumps(facts) + "\n")
     elif not quiet:
-        screen().print(
-            f"recipe       {output}; {seconds:.1f} s. Run it: llmquant quantize {model} --recipe {output} -o …"
-        )
+        run = f"llmquant quantize {model} --recipe {output} -o …"
+        screen().print(f"recipe       {output}; {seconds:.1f} s. Run it: {run}")
+
+
+def _options(given: Mapping[str, Any]) -> AllocateOptions:
+    """What may be chosen, from the command's parameters by name."""
+    from llmquant.planning.candidates import AllocateOptions
+    from llmquant.runtime.threads import set_threads
+
+    set_threads(given["threads"])
+    same = ("target_bpw", "probe_tokens", "device", "dtype")
+    return AllocateOptions(
+        **{name: given[name] for name in same},
+        widths=widths_of(given["widths"], given["engine"]),
+        group_sizes=numbers("--group-sizes", given["group_sizes"]),
+        symmetric=given["sym"],
+        engine=given["engine"].value,
+        sensitivity=given["sensitivity"].value,
+    )
 
 
 def allocated(model: str, recipe: Recipe, options: AllocateOptions, *, hidden: bool) -> Allocation:

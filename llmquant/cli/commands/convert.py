@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.options import ThreadsOption
+from llmquant.cli.options import JsonOption, ThreadsOption
 from llmquant.cli.screen import screen
+from llmquant.cli.sizes import check_shard_size
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
@@ -60,13 +61,10 @@ def convert_command(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress and no summary.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Rewrite a quantized MODEL in another layout without changing a number."""
-    if max_shard_size < 1_000_000:
-        raise UsageError(
-            f"--max-shard-size {max_shard_size} is in bytes and must be at least 1000000"
-        )
+    check_shard_size(max_shard_size)
     from llmquant.runtime.threads import set_threads
 
     set_threads(threads)
@@ -83,13 +81,7 @@ def convert_command(
         return
     from llmquant.conversion import ConvertOptions, convert
 
-    options = ConvertOptions(
-        dtype=dtype,
-        scale_dtype=scale_dtype,
-        base=base,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-    )
+    options = ConvertOptions(dtype, scale_dtype, base, overwrite, max_shard_size)
     with stoppable(), _progress(hidden=quiet or as_json) as on_progress:
         result = convert(model, to, output, options, on_progress)
     _tell(_facts(result), result.warnings, quiet, as_json)

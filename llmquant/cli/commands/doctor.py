@@ -61,72 +61,59 @@ def _show(found: Checkup) -> None:
 
 
 def _rows(found: Checkup) -> list[tuple[str, str]]:
-    here = found.processor
-    sets = ", ".join(here.instruction_sets) or (
-        "none of those that matter" if here.known else "not known"
-    )
-    held = (
-        f"; held back: {', '.join(here.held_back)} by {' '.join(here.held_by)}"
-        if here.held_back
-        else ""
-    )
-    rows = [("processor", f"{here.name} ({here.architecture})"), ("instructions", sets + held)]
-    if found.auto:
-        auto = found.auto
-        rows.append(("auto device", auto["device"]))
-        if auto["device"] != "cpu":
-            rows.append((f"auto dtype, {auto['device']}", auto["dtype"]))
-        rows.append(("auto dtype, cpu", f"{auto['cpu_dtype']}: {auto['cpu_reason']}"))
-        rows.append(("to calibrate", f"{auto['calibration_dtype']}: {auto['calibration_reason']}"))
+    rows = [*_processor(found), *_automatic(found)]
     rows += [_kernel(scheme, facts) for scheme, facts in found.kernels.items()]
     if found.compiled.get("compiled"):
-        rows.append(
-            (
-                "compiled code",
-                f"runs on {found.compiled['runs']}; there are {', '.join(found.compiled['available'])}",
-            )
-        )
-    if found.threads:
-        cores = f", of {found.threads['cores']} cores" if found.threads["cores"] else ""
-        rows.append(
-            (
-                "threads",
-                f"{found.threads['torch']}; {found.threads['available']} can run at once{cores}",
-            )
-        )
-    memory = found.memory
-    rows.append(("memory", f"{_gb(memory['available'])} free of {_gb(memory['total'])}"))
-    rows.append(
-        (
-            "swap",
-            f"{_gb(memory['swap_free'])} free of {_gb(memory['swap'])}"
-            if memory["swap"]
-            else "none",
-        )
-    )
-    disk = found.disk
-    rows.append(
-        (
-            "disk",
-            f"{_gb(disk['free'])} free at {disk['path']}"
-            if disk["path"]
-            else f"not known: {disk['error']}",
-        )
-    )
-    rows += [
-        (g["device"], f"{g['name']}, {_gb(g['memory'])}, compute capability {g['capability']}")
-        for g in found.gpus
-    ]
+        runs, sets = found.compiled["runs"], ", ".join(found.compiled["available"])
+        rows.append(("compiled code", f"runs on {runs}; there are {sets}"))
+    rows += _resources(found)
+    for g in found.gpus:
+        facts = f"{g['name']}, {_gb(g['memory'])}, compute capability {g['capability']}"
+        rows.append((g["device"], facts))
     if found.auto and not found.gpus:
         rows.append(("gpu", "none that torch can use"))
-    rows.append(
-        (
-            "versions",
-            ", ".join(f"{name} {told or 'not installed'}" for name, told in found.versions.items()),
-        )
-    )
+    versions = (f"{name} {version or 'not installed'}" for name, version in found.versions.items())
+    rows.append(("versions", ", ".join(versions)))
     rows += [_engine(name, facts) for name, facts in found.engines.items()]
     rows += [(f"for {name}", _extra(facts)) for name, facts in found.extras.items()]
+    return rows
+
+
+def _processor(found: Checkup) -> list[tuple[str, str]]:
+    here = found.processor
+    nothing = "none of those that matter" if here.known else "not known"
+    sets = ", ".join(here.instruction_sets) or nothing
+    if here.held_back:
+        sets += f"; held back: {', '.join(here.held_back)} by {' '.join(here.held_by)}"
+    return [("processor", f"{here.name} ({here.architecture})"), ("instructions", sets)]
+
+
+def _automatic(found: Checkup) -> list[tuple[str, str]]:
+    """What ``auto`` means here."""
+    auto = found.auto
+    if not auto:
+        return []
+    rows = [("auto device", auto["device"])]
+    if auto["device"] != "cpu":
+        rows.append((f"auto dtype, {auto['device']}", auto["dtype"]))
+    rows.append(("auto dtype, cpu", f"{auto['cpu_dtype']}: {auto['cpu_reason']}"))
+    rows.append(("to calibrate", f"{auto['calibration_dtype']}: {auto['calibration_reason']}"))
+    return rows
+
+
+def _resources(found: Checkup) -> list[tuple[str, str]]:
+    rows, threads, memory, disk = [], found.threads, found.memory, found.disk
+    if threads:
+        cores = f", of {threads['cores']} cores" if threads["cores"] else ""
+        can = f"{threads['available']} can run at once{cores}"
+        rows.append(("threads", f"{threads['torch']}; {can}"))
+    rows.append(("memory", f"{_gb(memory['available'])} free of {_gb(memory['total'])}"))
+    swap = f"{_gb(memory['swap_free'])} free of {_gb(memory['swap'])}"
+    rows.append(("swap", swap if memory["swap"] else "none"))
+    if disk["path"]:
+        rows.append(("disk", f"{_gb(disk['free'])} free at {disk['path']}"))
+    else:
+        rows.append(("disk", f"not known: {disk['error']}"))
     return rows
 
 

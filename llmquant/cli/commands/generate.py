@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
+from llmquant.cli.options import DeviceOption, DtypeOption, JsonOption, KernelOption, ThreadsOption
 from llmquant.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +34,7 @@ def generate_command(
     device: DeviceOption = "auto",
     kernel: KernelOption = "auto",
     threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Generate from PROMPT with MODEL; uses the chat template when there is one."""
     prompt = _prompt(prompt)
@@ -40,9 +42,7 @@ def generate_command(
     from transformers import TextStreamer
     from transformers.utils import logging as transformers_logging
 
-    from llmquant.checkpoint.hub import resolve
     from llmquant.kernels.packed_linear import describe
-    from llmquant.models.from_folder import load_tokenizer, read_config
     from llmquant.models.load import compute_dtype, load
     from llmquant.runtime.computing import Computing
     from llmquant.runtime.devices import parse_device
@@ -50,51 +50,54 @@ def generate_command(
 
     set_threads(threads)
     transformers_logging.disable_progress_bar()
-    path = resolve(model)
-    read_config(path)  # before the tokenizer, which reads it too and would take the blame
-    tokenizer = load_tokenizer(path)
-    ids = _encode(tokenizer, prompt, raw)
+    path, tokenizer, ids = _read(model, prompt, raw)
     on = parse_device(device)
     chosen = compute_dtype(path, dtype, on)
     loaded: Any = load(path, dtype=chosen.dtype, device=on, kernel=kernel)
-    computing, kernels = Computing.of(on, chosen), describe(loaded).kernels
     _refuse_too_long(ids.shape[1], max_new_tokens, loaded.config)
-    ids = ids.to(loaded.device)
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
+    shown = {"skip_prompt": not raw, "skip_special_tokens": True}
+    streamer = None if as_json else TextStreamer(tokenizer, **shown)
+    started = time.perf_counter()
+    new = _generated(loaded, ids.to(loaded.device), max_new_tokens, temperature, top_p, streamer)
+    seconds = time.perf_counter() - started
+    computing, kernels = Computing.of(on, chosen), describe(loaded).kernels
+    if not as_json:
+        sys.stderr.write(f"computed in {computing.told(kernels)}\n")
+        return
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    counts = {"prompt_tokens": ids.shape[1], "new_tokens": new.numel(), "seconds": seconds}
+    record = {"text": text, **counts, "kernels": kernels, "computing": computing.as_dict()}
+    sys.stdout.write(json.dumps(record) + "\n")
+
+
+def _read(model: str, prompt: str, raw: bool) -> tuple[Path, PreTrainedTokenizerBase, Tensor]:
+    """The model's folder, its tokenizer, and the prompt's token ids."""
+    from llmquant.checkpoint.hub import resolve
+    from llmquant.models.from_folder import load_tokenizer, read_config
+
+    path = resolve(model)
+    read_config(path)  # before the tokenizer, which reads it too and would take the blame
+    tokenizer = load_tokenizer(path)
+    return path, tokenizer, _encode(tokenizer, prompt, raw)
+
+
+def _generated(
+    model: Any, ids: Tensor, most: int, temperature: float, top_p: float, streamer: Any
+) -> Tensor:
+    """The new token ids ``[n]`` of one sequence; ``temperature`` 0 is greedy."""
+    import torch
+
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    sampling["top_k"] = None
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    streamer = (
-        None if as_json else TextStreamer(tokenizer, skip_prompt=not raw, skip_special_tokens=True)
+    mask = torch.ones_like(ids)
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=most, streamer=streamer, **sampling
     )
-    started = time.perf_counter()
-    out = loaded.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        streamer=streamer,
-        **sampling,
-    )
-    seconds = time.perf_counter() - started
-    new = out[0, ids.shape[1] :]
-    if as_json:
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        record = {
-            "text": text,
-            "prompt_tokens": ids.shape[1],
-            "new_tokens": new.numel(),
-            "seconds": seconds,
-            "kernels": kernels,
-            "computing": computing.as_dict(),
-        }
-        sys.stdout.write(json.dumps(record) + "\n")
-    else:
-        sys.stderr.write(f"computed in {computing.told(kernels)}\n")
+    new: Tensor = out[0, ids.shape[1] :]
+    return new
 
 
 def _prompt(given: str) -> str:

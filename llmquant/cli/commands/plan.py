@@ -10,9 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.method import parse_method
-from llmquant.cli.options import CalibrationDtypeOption, DeviceOption, ThreadsOption
-from llmquant.cli.overrides import recipe_of, with_rotation
+from llmquant.cli.options import (
+    BitsOption,
+    CalibrationDtypeOption,
+    CalibrationOption,
+    DeviceOption,
+    FormatOption,
+    GroupSizeOption,
+    IgnoreOption,
+    IncludeOption,
+    JsonOption,
+    LengthOption,
+    MethodOption,
+    ModelArgument,
+    RecipeOption,
+    RotateOption,
+    SamplesOption,
+    SymOption,
+    ThreadsOption,
+)
+from llmquant.cli.overrides import recipe_of
 from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
@@ -23,36 +40,18 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="As `llmquant quantize` takes it.")] = None,
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")
-    ] = None,
-    sym: Annotated[
-        bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")
-    ] = None,
-    rotate: Annotated[
-        bool | None,
-        typer.Option(
-            "--rotate/--no-rotate", help="Rotate the model first, folded into the weights."
-        ),
-    ] = None,
-    layout: Annotated[
-        str | None, typer.Option("--format", help="Byte layout of the result.")
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(help="Only linears that match, even ignored ones (repeatable)."),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Leave these alone, beside the recipe's (repeatable).")
-    ] = None,
-    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    model: ModelArgument,
+    recipe: RecipeOption = None,
+    method: MethodOption = None,
+    bits: BitsOption = None,
+    group_size: GroupSizeOption = None,
+    sym: SymOption = None,
+    rotate: RotateOption = None,
+    layout: FormatOption = None,
+    include: IncludeOption = None,
+    ignore: IgnoreOption = None,
+    nsamples: SamplesOption = None,
+    seqlen: LengthOption = None,
     measure: Annotated[
         bool,
         typer.Option(
@@ -60,16 +59,15 @@ def plan_command(
             help="Time two blocks on this machine (reads their weights; may need --calibration).",
         ),
     ] = False,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text for --measure; as `llmquant quantize` takes it.")
-    ] = None,
+    calibration: CalibrationOption = None,
     device: DeviceOption = "auto",
     dtype: CalibrationDtypeOption = "auto",
     threads: ThreadsOption = None,
     modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what quantizing MODEL would give, from its headers alone."""
+    given = dict(locals())
     from llmquant.planning.forecast import forecast
     from llmquant.planning.preview import make_plan
     from llmquant.runtime.computing import Computing
@@ -78,18 +76,7 @@ def plan_command(
 
     set_threads(threads)
 
-    changes = {
-        "weights.bits": bits,
-        "weights.group_size": group_size,
-        "weights.symmetric": sym,
-        "format": layout,
-        "calibration.nsamples": nsamples,
-        "calibration.seqlen": seqlen,
-        "calibration.source": calibration,
-    }
-    chosen = with_rotation(recipe_of(recipe, changes, include, ignore), rotate)
-    if method is not None:
-        chosen = parse_method(method).applied_to(chosen)
+    chosen = recipe_of(given)
     on, passes = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     plan = make_plan(model, chosen)
     needs = forecast(plan, chosen, passes.itemsize)

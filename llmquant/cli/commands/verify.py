@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmquant.cli.options import ThreadsOption
+from llmquant.cli.options import JsonOption, ThreadsOption
 from llmquant.cli.screen import screen
 from llmquant.errors import UsageError
 
@@ -38,7 +38,7 @@ def verify_command(
     max_shard_size: Annotated[
         int, typer.Option(help="With --rerun: bytes per weight file, as in the first run.")
     ] = 5_000_000_000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
     """Re-hash every file of FOLDER and re-read every packed weight; --rerun repeats the run
@@ -54,28 +54,28 @@ def verify_command(
 
     set_threads(threads)
     manifest = verify(folder)
-    facts: dict[str, Any] = {
-        "path": str(folder),
-        "files": len(manifest.files),
-        "modules": len(manifest.modules),
-        "verified": True,
-    }
-    told = [
-        f"verified   {len(manifest.files)} files and {len(manifest.modules)} quantized linears are what was written"
-    ]
+    files, linears = len(manifest.files), len(manifest.modules)
+    facts: dict[str, Any] = {"path": str(folder), "files": files, "modules": linears}
+    facts["verified"] = True
+    lines = [f"verified   {files} files and {linears} quantized linears are what was written"]
     if rerun:
-        from llmquant.quantization.rerun import demand_same
-        from llmquant.quantization.rerun import rerun as again
-
-        found = again(
-            folder, model, calibration=calibration, device=device, max_shard_size=max_shard_size
-        )
-        demand_same(folder, found)
-        facts |= {"reran": True, "circumstances": list(found.circumstances)}
-        told.append("rerun      the same bytes in every file")
-        told += [f"           although {c}" for c in found.circumstances]
+        differing = _rerun(folder, model, calibration, device, max_shard_size)
+        facts |= {"reran": True, "circumstances": differing}
+        lines += ["rerun      the same bytes in every file"]
+        lines += [f"           although {c}" for c in differing]
     if as_json:
         sys.stdout.write(json.dumps(facts) + "\n")
     elif not quiet:
-        for line in told:
+        for line in lines:
             screen().print(line, soft_wrap=True)
+
+
+def _rerun(
+    folder: Path, model: str | None, calibration: str | None, device: str | None, shard: int
+) -> list[str]:
+    """Repeat the run; what was different about it although the bytes are the same."""
+    from llmquant.quantization.rerun import demand_same, rerun
+
+    comparison = rerun(folder, model, calibration=calibration, device=device, max_shard_size=shard)
+    demand_same(folder, comparison)
+    return list(comparison.circumstances)

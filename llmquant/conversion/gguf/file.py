@@ -24,10 +24,11 @@ from torch import Tensor
 
 from llmquant.checkpoint.atomic import fsync_path
 from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
-from llmquant.errors import FormatError, ProofError, QuantizationError, UsageError
-from llmquant.formats import Format, Scheme, for_config
+from llmquant.errors import FormatError, ProofError, UsageError
+from llmquant.formats import Scheme
 from llmquant.formats import gguf as blocks
 from llmquant.weight import QuantizedWeight
 
@@ -76,14 +77,10 @@ def export_gguf(
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder; make it first")
     reader = CheckpointReader(model)
-    config = quantization_config(reader)
-    layout = None if config is None else for_config(config)
-    schemes = (
-        layout.schemes(config, reader.tensors) if config is not None and layout is not None else {}
-    )
+    packed = None if quantization_config(reader) is None else PackedCheckpoint(reader)
     described = describe(reader)
-    sources = _sources(gguf, reader, described, layout, schemes)
-    read = _Reader(reader, layout, described)
+    sources = _sources(gguf, reader, described, packed)
+    read = _Reader(reader, packed, described)
     # Which type a tensor gets depends on its numbers, and the header comes first: hence two passes,
     # one tensor in memory.
     kinds = {s.target: read.kind(s) for s in sources}
@@ -109,22 +106,15 @@ def _package() -> Any:
 
 
 def _sources(
-    gguf: Any,
-    reader: CheckpointReader,
-    model: GgufModel,
-    layout: Format | None,
-    schemes: Mapping[str, Scheme],
+    gguf: Any, reader: CheckpointReader, model: GgufModel, packed: PackedCheckpoint | None
 ) -> list[_Source]:
     """Every tensor of the folder with its name in the file; refuses what can be refused without
     numbers."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.layers)
-    suffixes = layout.tensor_suffixes() if layout is not None else frozenset()
-    packed = {f"{m}.{s}" for m in schemes for s in suffixes}
+    schemes = {} if packed is None else packed.schemes
+    dense = reader.tensors if packed is None else packed.others
     found: list[_Source] = []
-    for name in [
-        *(n for n in reader.tensors if n not in packed),
-        *(f"{m}.weight" for m in schemes),
-    ]:
+    for name in [*dense, *(f"{m}.weight" for m in schemes)]:
         if model.tied and name == "lm_head.weight":
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -134,11 +124,8 @@ def _sources(
     if model.rope_factors is not None:
         found.append(_Source("config.json", _ROPE, None))
     for module, scheme in schemes.items():
-        assert layout is not None  # schemes came from it
-        shapes = {
-            s: reader.info(f"{module}.{s}").shape for s in suffixes if f"{module}.{s}" in reader
-        }
-        reason = blocks.why_not(scheme, layout.shape_of(shapes, scheme))
+        assert packed is not None  # schemes came from it
+        reason = blocks.why_not(scheme, packed.shape(module))
         if reason:
             raise FormatError(f"{reader.path}: {module}: {reason}")
     return found
@@ -149,21 +136,13 @@ class _Reader:
     """Tensors in the order of rows that llama.cpp wants."""
 
     reader: CheckpointReader
-    layout: Format | None
+    packed: PackedCheckpoint | None
     model: GgufModel
 
     def weight(self, source: _Source) -> QuantizedWeight:
         module = source.name.removesuffix(".weight")
-        assert self.layout is not None  # asked only for quantized tensors
-        assert source.scheme is not None
-        suffixes = self.layout.tensor_suffixes()
-        tensors = {
-            s: self.reader.read(f"{module}.{s}") for s in suffixes if f"{module}.{s}" in self.reader
-        }
-        try:
-            weight = self.layout.unpack(tensors, source.scheme)
-        except (FormatError, QuantizationError) as e:
-            raise FormatError(f"{self.reader.path}: {module}: {e}") from e
+        assert self.packed is not None  # asked only for quantized tensors
+        weight = self.packed.weight(module)
         order = self._order(source, weight.shape[0])
         return QuantizedWeight(
             weight.codes[order], weight.scales[order], weight.zeros[order], weight.spec

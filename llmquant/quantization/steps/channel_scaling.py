@@ -12,7 +12,7 @@ What a good scale is, is a finder's business: :class:`AWQFinder` here,
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -180,46 +180,66 @@ def scale_block(
         kv_heads: key-value heads of the model.
         find: the search.
     """
-    device = block.get_parameter(f"{sets[0][0]}.weight").device
-    tensors: dict[str, Tensor] = {}
-    stored: dict[str, torch.dtype] = {}
+    tensors = _Tensors(block, prefix, reader)
     touched: set[str] = set()
     reports = []
-    for pair, reason in _pairs(
-        block, sets, architecture if find.linears else None, kv_heads, inputs[0]
-    ):
+    wanted = architecture if find.linears else None
+    for pair, reason in _pairs(block, sets, wanted, kv_heads, inputs[0]):
         start = time.perf_counter()
         names = f"{prefix}.{pair.producer}", tuple(f"{prefix}.{r}" for r in pair.readers)
+        if reason is None:
+            tensors.read(names_of(pair, block))
+            if place_of(block, pair.readers[0]) and find.unseen(pair):
+                reason = UNSEEN
         if reason is not None:
             reports.append(PairReport(*names, reason=reason, method=find.method))
             continue
-        for name in names_of(pair, block):
-            if name not in tensors:
-                original = reader.read(f"{prefix}.{name}")
-                tensors[name], stored[name] = original.to(device, torch.float32), original.dtype
-        if place_of(block, pair.readers[0]) and find.unseen(pair):
-            reports.append(PairReport(*names, reason=UNSEEN, method=find.method))
-            continue
-        found = find(pair, names[1], [tensors[f"{r}.weight"] for r in pair.readers])
+        best = find(pair, names[1], [tensors.values[f"{r}.weight"] for r in pair.readers])
         seconds = time.perf_counter() - start
-        why = None if found.ratio is not None else "no scale made the error smaller"
-        reports.append(
-            PairReport(
-                *names, found.ratio, found.duo, found.before, found.after, why, seconds, find.method
-            )
-        )
-        if found.ratio is not None:
-            changed = fold(pair, found.scale, tensors, stored)
-            tensors |= changed
+        why = None if best.ratio is not None else "no scale made the error smaller"
+        best_of = best.ratio, best.duo, best.before, best.after, why
+        reports.append(PairReport(names[0], names[1], *best_of, seconds, find.method))
+        if best.ratio is not None:
+            changed = fold(pair, best.scale, tensors.values, tensors.stored)
+            tensors.values |= changed
             touched |= changed.keys()
-    for name in touched:
-        block.get_parameter(name).data.copy_(tensors[name])
-    linears = {f"{m}.weight" for s in sets for m in s}
-    return BlockScaling(
-        {f"{prefix}.{n}": tensors[n] for n in touched & linears},
-        {f"{prefix}.{n}": tensors[n].to("cpu", stored[n]) for n in touched - linears},
-        tuple(reports),
-    )
+    return tensors.put(touched, {f"{m}.weight" for s in sets for m in s}, tuple(reports))
+
+
+class _Tensors:
+    """Tensors of a block that scaling may change, float32, by their names in the block.
+
+    Attributes:
+        values: as they are now.
+        stored: the dtypes of the checkpoint.
+    """
+
+    def __init__(self, block: nn.Module, prefix: str, reader: CheckpointReader) -> None:
+        self._block, self._prefix, self._reader = block, prefix, reader
+        self.values: dict[str, Tensor] = {}
+        self.stored: dict[str, torch.dtype] = {}
+
+    def read(self, names: Iterable[str]) -> None:
+        """Read those that were not read yet."""
+        for name in names:
+            if name not in self.values:
+                original = self._reader.read(f"{self._prefix}.{name}")
+                device = self._block.get_parameter(name).device
+                self.values[name] = original.to(device, torch.float32)
+                self.stored[name] = original.dtype
+
+    def put(
+        self, touched: set[str], linears: set[str], reports: tuple[PairReport, ...]
+    ) -> BlockScaling:
+        """Write what changed into the block."""
+        for name in touched:
+            self._block.get_parameter(name).data.copy_(self.values[name])
+        rest = {n: self.values[n].to("cpu", self.stored[n]) for n in touched - linears}
+        return BlockScaling(
+            {f"{self._prefix}.{n}": self.values[n] for n in touched & linears},
+            {f"{self._prefix}.{n}": value for n, value in rest.items()},
+            reports,
+        )
 
 
 def _pairs(
