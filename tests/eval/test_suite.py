@@ -119,6 +119,21 @@ def test_a_pattern_is_every_shipped_recipe_that_it_matches(tmp_path: Path) -> No
         pytest.param("", "nothing to measure", id="an empty file"),
         pytest.param("[1, 2]", "valid dictionary", id="a list"),
         pytest.param("a: [", "cannot be read as YAML", id="not YAML"),
+        pytest.param(
+            GOOD + "dtype: float32\ndtype: bfloat16\n",
+            r"suite\.yaml, line 6: the key 'dtype' is given twice, first in line 5; keep one",
+            id="key twice",
+        ),
+        pytest.param(
+            GOOD.replace("name: t,", "name: t, name: u,"),
+            "line 3: the key 'name' is given twice, first in line 3",
+            id="key twice inside",
+        ),
+        pytest.param(
+            GOOD + "models:\n- label: a\n  model: m\n  label: b\n",
+            "line 8: the key 'label' is given twice, first in line 6",
+            id="key twice in a list",
+        ),
     ],
 )
 def test_what_is_no_suite_is_refused_with_the_place(
@@ -149,7 +164,8 @@ def test_null_is_auto() -> None:
 
 def test_a_name_that_is_no_suite_tells_those_there_are() -> None:
     with pytest.raises(
-        UsageError, match="--suite quik is no file, and the shipped suites are quick, standard"
+        UsageError,
+        match=r"--suite quik is no file and no suite of llmquant's own \(quick, standard\)",
     ):
         load_suite("quik")
 

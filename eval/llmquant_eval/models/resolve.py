@@ -1,5 +1,5 @@
-"""One door to models: any folder or hub name, dense or packed, through llmquant's public API, or a
-running server.
+"""The models that the user named: folders and hub names, dense or packed, through llmquant's public
+API, and running servers.
 
 The reference and the candidates are loaded at the *same* dtype and scored by the same code, so that
 a difference between them is the quantization's. What ``auto`` means is llmquant's to say
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmquant.errors import UsageError
+from llmquant.errors import CheckpointError, UsageError
 from llmquant_eval.models.endpoint import Endpoint, is_url
 
 
@@ -53,7 +53,7 @@ def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
     import llmquant
 
     models: list[Path | Endpoint] = [
-        Endpoint(s) if is_url(s) else Path(llmquant.resolve(s)) for s in sources
+        Endpoint(s) if is_url(s) else _folder(llmquant.resolve(s)) for s in sources
     ]
     places = [m.resolve() if isinstance(m, Path) else (m.url, m.model) for m in models]
     twice = [s for i, s in enumerate(sources) if places[i] in places[:i]]
@@ -75,6 +75,15 @@ def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
         else ServedModel(source, model, label)
         for source, model, label in zip(sources, models, labels, strict=True)
     ]
+
+
+def _folder(path: Path) -> Path:
+    """The folder, which must have a config: whatever else is read of it starts there."""
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path / 'config.json'} is missing; is {path} a Hugging Face model folder?"
+        )
+    return path
 
 
 def other_dtype(dtype: str) -> str:

@@ -22,9 +22,10 @@ the shipped ones (``"*"``, ``"gptq-*"``).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -105,7 +106,7 @@ class Outputs(_Strict):
 
 
 class Suite(_Strict):
-    """One suite; see the module text."""
+    """One suite; the module text describes its keys."""
 
     description: str = ""
     reference: str | None = None
@@ -214,6 +215,29 @@ def file_name(label: str, text: str | None, protocol: str) -> str:
     return "--".join(parts) + ".json"
 
 
+class _DuplicateKeyError(Exception):
+    """A key that its mapping has already; ``line`` counts from 1."""
+
+    def __init__(self, key: str, line: int, first: int) -> None:
+        super().__init__(f"the key {key!r} is given twice, first in line {first}")
+        self.line = line
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the standard loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise _DuplicateKeyError(key.value, line, lines[key.value])
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def shipped_suites() -> dict[str, Path]:
     """Suites that come with the package, by name."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -230,12 +254,15 @@ def load_suite(name_or_path: str) -> Suite:
         known = shipped_suites()
         if name_or_path not in known:
             raise UsageError(
-                f"--suite {name_or_path} is no file, and the shipped suites are {', '.join(known)}"
+                f"--suite {name_or_path} is no file and no suite of llmquant's own ({', '.join(known)}); "
+                "give a YAML file or one of these names"
             )
         path = known[name_or_path]
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except _DuplicateKeyError as e:
+        raise UsageError(f"{path}, line {e.line}: {e}; keep one of them") from e
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
         raise UsageError(f"{path} cannot be read as YAML: {e}") from e
     return _validate(data if data is not None else {}, str(path))
 
@@ -245,13 +272,13 @@ def _validate(data: object, origin: str) -> Suite:
         return Suite.model_validate(data)
     except ValidationError as e:
         problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'suite'}: {_said(p['type'], p['msg'])}"
+            f"{'.'.join(map(str, p['loc'])) or 'suite'}: {_problem(p['type'], p['msg'])}"
             for p in e.errors()
         )
         raise UsageError(f"{origin}: {problems}") from e
 
 
-def _said(kind: str, message: str) -> str:
+def _problem(kind: str, message: str) -> str:
     return (
         "there is no such key"
         if kind == "extra_forbidden"
