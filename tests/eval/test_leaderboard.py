@@ -19,8 +19,9 @@ from llmquant_eval.leaderboard.app import table
 from llmquant_eval.leaderboard.cells import columns
 from llmquant_eval.leaderboard.html import render_html
 from llmquant_eval.leaderboard.markdown import render_markdown
-from llmquant_eval.leaderboard.ranking import Board, front, make_boards
-from llmquant_eval.leaderboard.svg import plots, points
+from llmquant_eval.leaderboard.pareto import pareto_front, pareto_plots, pareto_points
+from llmquant_eval.leaderboard.ranking import Board, make_boards
+from llmquant_eval.leaderboard.svg import draw
 from llmquant_eval.report.schema import Report
 
 EVIL = "<img src=x onerror=alert(1)>\"'|`[a](b)` {{boards}} & \x1b[2J\u202e"
@@ -112,7 +113,7 @@ def test_a_partial_run_is_marked_and_not_ranked() -> None:
         ("good", None),
         ("small", None),
     ]
-    assert not any(p.best for p in points(board, "size", "kl_mean"))
+    assert not any(p.best for p in pareto_points(board, "size", "kl_mean"))
     for rendered in (render_markdown([board]), render_html([board])):
         assert "artial, not ranked: the first 2 of 242 windows" in rendered
     assert 'name="front"' not in render_html([board])
@@ -155,23 +156,23 @@ def test_tasks_are_ranked_by_right_answers_and_shown_with_their_flips() -> None:
 def test_a_front_is_what_nothing_beats(
     points_: list[tuple[float, float]], expected: list[bool]
 ) -> None:
-    assert front(points_) == expected
+    assert pareto_front(points_) == expected
 
 
 def test_pareto_plots_of_size_and_of_speed_with_whiskers() -> None:
     (board,) = boards(kit.four())
-    assert [(p.kind, p.loss) for p in plots(board)] == [
+    assert [(p.kind, p.loss) for p in pareto_plots(board)] == [
         ("size", "kl_mean"),
         ("size", "perplexity_ratio"),
         ("speed", "kl_mean"),
         ("speed", "perplexity_ratio"),
     ]
     best = {
-        kind: [p.row.name for p in points(board, kind, "perplexity_ratio") if p.best]
+        kind: [p.row.name for p in pareto_points(board, kind, "perplexity_ratio") if p.best]
         for kind in ("size", "speed")
     }
     assert best == {"size": ["base", "good", "small"], "speed": ["base", "good", "small"]}
-    by_loss = {p.loss: p.svg for p in plots(board) if p.kind == "size"}
+    by_loss = {p.loss: draw(p) for p in pareto_plots(board) if p.kind == "size"}
     assert (
         by_loss["perplexity_ratio"].count('class="whisker"') == 3
     )  # the reference's ratio has no error
@@ -186,8 +187,8 @@ def test_speeds_of_two_machines_do_not_share_a_plot() -> None:
         update={"hardware": elsewhere.hardware.model_copy(update={"processor": "Another CPU"})}
     )
     (board,) = boards(kit.four(), there)
-    assert "far" not in [p.row.name for p in points(board, "speed", "perplexity_ratio")]
-    assert "far" in [p.row.name for p in points(board, "size", "perplexity_ratio")]
+    assert "far" not in [p.row.name for p in pareto_points(board, "speed", "perplexity_ratio")]
+    assert "far" in [p.row.name for p in pareto_points(board, "size", "perplexity_ratio")]
     assert "comparable only within one" in render_markdown([board])
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import llmquant
 from llmquant.errors import UsageError
+from llmquant_eval.leaderboard.pareto import COST_AXES, pareto_plot
 from llmquant_eval.leaderboard.plots import (
     divergence_figure,
     front_figure,
@@ -20,6 +21,7 @@ from llmquant_eval.leaderboard.plots import (
     write_plots,
 )
 from llmquant_eval.leaderboard.ranking import make_boards
+from llmquant_eval.leaderboard.svg import draw
 from llmquant_eval.report.schema import Report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -117,10 +119,31 @@ def test_lines_go_through_the_buckets(tmp_path: Path) -> None:
 
 
 def test_one_model_has_no_front() -> None:
-    (board,) = make_boards(kit.stored(kit.four()))
-    assert front_figure(board, "size") is not None
     (alone,) = make_boards(kit.stored(kit.report(base=kit.reference())))
-    assert front_figure(alone, "size") is None
+    assert pareto_plot(alone, "size", "perplexity") is None
+
+
+@pytest.mark.parametrize("loss", ["kl_mean", "perplexity_ratio"])
+@pytest.mark.parametrize("kind", sorted(COST_AXES))
+def test_a_file_shows_the_points_and_axes_of_the_plot(kind: str, loss: str) -> None:
+    (board,) = make_boards(kit.stored(kit.four()))
+    plot = pareto_plot(board, kind, loss)
+    assert plot is not None
+    figure = front_figure(plot, "title")
+    (axes,) = figure.axes
+    assert {annotation.get_text() for annotation in axes.texts} == {p.row.name for p in plot.points}
+    assert axes.get_xlim() == (plot.cost_scale.low, plot.cost_scale.high)
+    assert axes.get_ylim() == (plot.loss_scale.low, plot.loss_scale.high)
+    assert axes.get_yscale() == ("log" if loss == "kl_mean" else "linear")
+    assert list(axes.get_xticks()) == plot.cost_scale.ticks()
+    assert list(axes.get_yticks()) == plot.loss_scale.ticks()
+    drawn = draw(plot)
+    for text in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label):
+        assert f">{text.get_text()}</text>" in drawn
+    steps = max(axes.lines, key=lambda line: len(line.get_xdata()))
+    assert list(zip(steps.get_xdata(), steps.get_ydata(), strict=True)) == [
+        (p.x, p.y) for p in plot.front_line()
+    ]
 
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:

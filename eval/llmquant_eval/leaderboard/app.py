@@ -12,8 +12,9 @@ from typing import Any
 
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, steps
+from llmquant_eval.leaderboard.pareto import COLOURS, pareto_plots
 from llmquant_eval.leaderboard.ranking import Board, Row
-from llmquant_eval.leaderboard.svg import plots
+from llmquant_eval.leaderboard.svg import draw
 
 _BYTES = ("size", "peak memory")
 HOST = "127.0.0.1"
@@ -21,7 +22,7 @@ HOST = "127.0.0.1"
 # body.
 _STYLE = """
 .board-plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 12px;
-  --ink: #1b1f24; --soft: #5b6470; --line: #d9dee4; --best: #0b63ce; --other: #77808c; --base: #b4530a; --panel: #ffffff; }
+  --ink: #1b1f24; --soft: #5b6470; --line: #d9dee4; --best: BEST; --other: OTHER; --base: REFERENCE; --panel: #ffffff; }
 .dark .board-plots { --ink: #e7eaee; --soft: #a0a9b5; --line: #343b45; --best: #74b0ff; --other: #8b95a3; --base: #f0a860;
   --panel: #1c2026; }
 .board-plots svg { width: 100%; height: auto; }
@@ -34,6 +35,13 @@ _STYLE = """
 .board-plots .reference * { color: var(--base); }
 .board-plots .best .dot, .board-plots .reference .dot { fill: currentColor; }
 """
+
+
+def _style() -> str:
+    style = _STYLE
+    for kind, colour in COLOURS.items():
+        style = style.replace(kind.upper(), colour)
+    return style
 
 
 def load_gradio() -> Any:
@@ -83,11 +91,9 @@ def add_board(gradio: Any, board: Board) -> None:
         value=rows, headers=headers, datatype=kinds, interactive=False, show_search="filter",
         label="Sort by a header, filter above",
     )  # fmt: skip
-    drawn = plots(board)
-    if drawn:
-        gradio.HTML(
-            f'<style>{_STYLE}</style><div class="board-plots">{"".join(plot.svg for plot in drawn)}</div>'
-        )
+    drawings = [draw(plot) for plot in pareto_plots(board)]
+    if drawings:
+        gradio.HTML(f'<style>{_style()}</style><div class="board-plots">{"".join(drawings)}</div>')
     names = [row.name for row in board.rows]
     commands = {row.name: "\n".join(steps(row)) for row in board.rows}
     choice = gradio.Dropdown(names, value=names[0], label="The command that repeats a row")

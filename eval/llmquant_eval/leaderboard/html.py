@@ -14,8 +14,9 @@ from html import escape
 from pathlib import Path
 
 from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, steps
+from llmquant_eval.leaderboard.pareto import ParetoPlot, best_by_size, pareto_plots
 from llmquant_eval.leaderboard.ranking import Board, Row, printable
-from llmquant_eval.leaderboard.svg import Plot, plots, points
+from llmquant_eval.leaderboard.svg import draw
 
 TEMPLATE = Path(__file__).parent / "templates" / "leaderboard.html"
 _INTRODUCTION = (
@@ -46,32 +47,34 @@ def render_html(boards: Sequence[Board], title: str = "Leaderboard") -> str:
 
 
 def _section(board: Board, number: int) -> str:
-    drawn = plots(board)
+    plots = pareto_plots(board)
     flag = f' <span class="flag">{escape(board.scope)}</span>' if board.partial else ""
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes(board))
-    figures = "\n".join(_figure(plot) for plot in drawn)
+    figures = "\n".join(_figure(plot) for plot in plots)
     return (
         f'<section class="board" aria-labelledby="board-{number}">\n<h2 id="board-{number}">{escape(board.title)}{flag}</h2>\n'
-        f"<ul>{listed}</ul>\n{_controls(board, drawn)}\n"
-        + (f'<div class="plots">\n{figures}\n</div>\n' if drawn else "")
+        f"<ul>{listed}</ul>\n{_controls(board, plots)}\n"
+        + (f'<div class="plots">\n{figures}\n</div>\n' if plots else "")
         + f"{_table(board, number)}\n</section>"
     )
 
 
-def _figure(plot: Plot) -> str:
+def _figure(plot: ParetoPlot) -> str:
     filled = (
-        "Filled: no other model is better in both. " if 'class="point best"' in plot.svg else ""
+        "Filled: no other model is better in both. "
+        if any(p.kind == "best" for p in plot.points)
+        else ""
     )
     caption = f"{plot.title[0].upper()}{plot.title[1:]}. {filled}Whiskers: one standard error."
     return (
-        f'<figure data-kind="{plot.kind}" data-loss="{plot.loss}">{plot.svg}'
+        f'<figure data-kind="{plot.kind}" data-loss="{plot.loss}">{draw(plot)}'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _controls(board: Board, drawn: Sequence[Plot]) -> str:
+def _controls(board: Board, plots: Sequence[ParetoPlot]) -> str:
     """Hidden until the script runs: without it they would do nothing."""
-    losses = dict.fromkeys(plot.loss for plot in drawn)
+    losses = dict.fromkeys(plot.loss for plot in plots)
     choice = "".join(f'<option value="{name}">{_LOSSES[name]}</option>' for name in losses)
     widths = sorted({bits for row in board.rows if (bits := _bits(row))}, key=float)
     options = "".join(f'<option value="{bits}">{bits} bits</option>' for bits in widths)
@@ -81,7 +84,7 @@ def _controls(board: Board, drawn: Sequence[Plot]) -> str:
         f'<label>Weights <select name="bits"><option value="">all</option>{options}</select></label>'
         + (
             f'<label><input type="checkbox" name="front"> {_ONLY_BEST}</label>'
-            if _best(board)
+            if best_by_size(board)
             else ""
         )
         + (f'<label>Plot <select name="loss">{choice}</select></label>' if len(losses) > 1 else "")
@@ -95,22 +98,13 @@ def _bits(row: Row) -> str:
     return "" if per_weight is None else str(int(per_weight))
 
 
-def _best(board: Board) -> set[str]:
-    """The models that no other beats in size and loss."""
-    return (
-        {p.row.name for p in points(board, "size", board.loss_name) if p.best}
-        if board.loss_name
-        else set()
-    )
-
-
 def _table(board: Board, number: int) -> str:
     shown = columns(board)
     heads = (
         _head("#", "number") + _head("model", "text", css="text model") + _head("scheme", "text")
     )
     heads += "".join(_head(c.title, "number", more=c.more_is_better) for c in shown)
-    best = _best(board)
+    best = best_by_size(board)
     bodies = "\n".join(
         _body(row, shown, row.name in best, f"detail-{number}-{i}")
         for i, row in enumerate(board.rows)

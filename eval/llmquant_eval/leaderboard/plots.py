@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import llmquant
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.leaderboard.pareto import COLOURS, COST_AXES, ParetoPlot, pareto_plot
 from llmquant_eval.report.schema import Breakdown, ModelResult, Report
 from llmquant_eval.suites.schema import slug
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from llmquant_eval.leaderboard.ranking import Board
 
 _BLOCK = re.compile(r"^(?P<before>.*?\.)?(?P<block>\d+)\.(?P<leaf>.+)$")
-_COLOURS = (
+_SERIES_COLOURS = (
     "#0b63ce",
     "#b4530a",
     "#2e7d4f",
@@ -106,7 +107,13 @@ def layers_figure(label: str, kind: str, errors: Sequence[LayerError]) -> Figure
     for i, leaf in enumerate(leaves):
         mine = [e for e in errors if e.leaf == leaf]
         at = [places[e.block] - 0.4 + (i + 0.5) * width for e in mine]
-        axes.bar(at, [e.error for e in mine], width, color=_COLOURS[i % len(_COLOURS)], label=leaf)
+        axes.bar(
+            at,
+            [e.error for e in mine],
+            width,
+            color=_SERIES_COLOURS[i % len(_SERIES_COLOURS)],
+            label=leaf,
+        )
     axes.set_xticks(range(len(names)), names)
     axes.set_xlabel("block")
     axes.set_ylabel(f"relative {kind}")
@@ -128,7 +135,7 @@ def divergence_figure(parts: Sequence[tuple[str, Breakdown]]) -> Figure:
             [b.kl_mean for b in part.buckets],
             yerr=[b.standard_error or 0.0 for b in part.buckets],
             label=label,
-            color=_COLOURS[i % len(_COLOURS)],
+            color=_SERIES_COLOURS[i % len(_SERIES_COLOURS)],
             marker="os^Dv"[i % 5],
             markersize=4,
             linewidth=1.3,
@@ -150,47 +157,40 @@ def _middle(lower: float, upper: float, by: str) -> float:
     return (lower + upper) / 2 if by == "confidence" else float((max(lower, 1) * upper) ** 0.5)
 
 
-def front_figure(board: Board, kind: str) -> Figure | None:
-    """Loss against size or speed; None where fewer than two models have both."""
-    from llmquant_eval.leaderboard.ranking import front
-    from llmquant_eval.leaderboard.svg import points
-
-    name = board.loss_name
-    shown = [] if name is None else points(board, kind, name)
-    if name is None or len(shown) < 2:
-        return None
-    more = kind == "speed"
+def front_figure(plot: ParetoPlot, title: str) -> Figure:
+    """Loss against size or speed, with the front."""
     figure, axes = _figure(6.8, 4.4)
-    best = front([(-p.x if more else p.x, p.y) for p in shown])
-    scale = 1.0 if more else 1e-6
-    for p, on_front in zip(shown, best, strict=True):
-        colour = "#b4530a" if p.row.is_reference else "#0b63ce" if on_front else "#77808c"
+    for p in plot.points:
+        colour = COLOURS[p.kind]
         axes.errorbar(
-            [p.x * scale],
+            [p.x],
             [p.y],
             yerr=[p.error] if p.error else None,
             color=colour,
-            marker="D" if p.row.is_reference else "o",
-            markerfacecolor=colour if on_front or p.row.is_reference else "white",
+            marker="D" if p.kind == "reference" else "o",
+            markerfacecolor="white" if p.kind == "other" else colour,
             capsize=3,
             linestyle="none",
         )
-    line = sorted(
-        (p for p, b in zip(shown, best, strict=True) if b), key=lambda p: p.x, reverse=more
-    )
+    line = plot.front_line()
     axes.step(
-        [p.x * scale for p in line],
+        [p.x for p in line],
         [p.y for p in line],
         where="post",
-        color="#0b63ce",
+        color=COLOURS["best"],
         linestyle="--",
         linewidth=1,
     )
-    axes.set_xlabel("decode, tokens/s (more is better)" if more else "size on disk, MB")
-    axes.set_ylabel(name.replace("_", " "))
-    axes.set_title(f"{board.title}\n{board.scope}", loc="left", fontsize=9)
-    axes.margins(x=0.14, y=0.08)
-    _name_points(figure, axes, [(p.row.name, p.x * scale, p.y) for p in shown])
+    across, up = plot.cost_scale, plot.loss_scale
+    axes.set_xlim(across.low, across.high)
+    axes.set_xticks(across.ticks(), [plot.cost_axis.tick_text(tick) for tick in across.ticks()])
+    axes.set_yscale("log" if up.log else "linear")
+    axes.set_ylim(up.low, up.high)
+    axes.set_yticks(up.ticks(), [f"{tick:g}" for tick in up.ticks()])
+    axes.set_xlabel(plot.cost_axis.title)
+    axes.set_ylabel(plot.loss_title)
+    axes.set_title(title, loc="left", fontsize=9)
+    _name_points(figure, axes, [(p.row.name, p.x, p.y) for p in plot.points])
     return figure
 
 
@@ -206,7 +206,9 @@ def _name_points(figure: Figure, axes: Any, points: Sequence[tuple[str, float, f
         wanted = min(at, last - _LINE)
         last = wanted
         line = (
-            {"arrowstyle": "-", "color": "#77808c", "linewidth": 0.6} if at - wanted > 1 else None
+            {"arrowstyle": "-", "color": COLOURS["other"], "linewidth": 0.6}
+            if at - wanted > 1
+            else None
         )
         axes.annotate(
             name,
@@ -265,13 +267,13 @@ def _figures(
             yield f"layers-{slug(label)}", layers_figure(label, *recorded)
     yield from _breakdowns(boards)
     for number, board in enumerate(boards):
-        for kind in ("size", "speed"):
-            figure = front_figure(board, kind)
-            if figure is not None:
-                yield (
-                    f"front-{kind}-{slug(board.key.protocol)}{f'-{number}' if number else ''}",
-                    figure,
-                )
+        if board.loss_name is None:
+            continue  # a task has no loss
+        for kind in COST_AXES:
+            plot = pareto_plot(board, kind, board.loss_name)
+            if plot is not None:
+                name = f"front-{kind}-{slug(board.key.protocol)}{f'-{number}' if number else ''}"
+                yield name, front_figure(plot, f"{board.title}\n{board.scope}")
 
 
 def _breakdowns(boards: Sequence[Board]) -> Iterable[tuple[str, Figure]]:

@@ -345,12 +345,3 @@ def loss(row: Row, name: str) -> Metric | None:
     return base.model_copy(
         update={"unit": unit, "value": by_definition[name], "standard_error": None}
     )
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other beats: none is at most as far in both coordinates and nearer in one.
-    Both: less is better."""
-    return [
-        not any(x <= a and y <= b and (x < a or y < b) for j, (x, y) in enumerate(points) if j != i)
-        for i, (a, b) in enumerate(points)
-    ]

@@ -1,172 +1,63 @@
-"""Pareto plots as inline SVG: what a model loses against what it weighs, or against how fast it
-decodes.
+"""Pareto plots as inline SVG.
 
 Drawn here rather than by a script in the page, so the page shows them without scripts, and rendered
 from the same rows as the table. Colours are CSS variables of the page, so one drawing serves light
-and dark; shape and fill say the same as colour. A point no other beats in both directions is filled
-and lies on the stepped line; the reference is a diamond. Whiskers are one standard error. Losses in
-KL stand on a logarithmic axis (they span decades), ratios on a linear one.
+and dark; shape and fill say the same as colour. A point on the front is filled and lies on the
+stepped line; the reference is a diamond. Whiskers are one standard error.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from llmquant_eval.leaderboard.cells import metric_cell
-from llmquant_eval.leaderboard.ranking import Board, Row, front, loss
-from llmquant_eval.report.table import size, speed
+from llmquant_eval.leaderboard.pareto import ParetoPlot, ParetoPoint, Scale
 
 WIDTH, HEIGHT = 560, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 16, 46
-_FONT = 11.5  # px; a character is about 0.56 of it wide; labels leave room for the 13 px of a phone
+_FONT = (
+    11.5  # px; a character is about 0.56 of it wide; labels leave space for the 13 px of a phone
+)
 _FAR = 19  # px; a label farther up or down gets a line to its point
 _LABELLED = 14  # points up to which all are labelled; beyond it those on the front are
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
-    """Data → pixels. ``log`` axes have ticks at 1, 2 and 5 times powers of ten."""
+class _Axis:
+    """Data → pixels."""
 
-    low: float
-    high: float
+    scale: Scale
     start: float
     end: float
-    log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        at = math.log(max(value, self.low)) if self.log else value
-        return self.start + (min(max(at, low), high) - low) / (high - low) * (self.end - self.start)
+        return self.start + self.scale.position(value) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        if self.log:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 2, 5) if self.high / self.low < 300 else (1,)
-            return [t for p in powers for s in steps if self.low <= (t := s * 10.0**p) <= self.high]
-        rough = (self.high - self.low) / 5
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough)
-        first = math.ceil(self.low / step)
-        return [round(step * i, 12) for i in range(first, math.floor(self.high / step) + 1)]
+        return self.scale.ticks()
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One model in data units; ``error`` 0 where there is none, ``text`` the loss for people."""
-
-    row: Row
-    x: float
-    y: float
-    error: float
-    best: bool
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """One drawing. ``kind`` and ``loss`` name it for the page's switches."""
-
-    kind: str
-    loss: str
-    title: str
-    svg: str
-
-
-_KINDS: dict[str, tuple[str, Callable[[Row], float | None], Callable[[float], str], bool]] = {
-    # kind: (axis title, value, tick text, more is better)
-    "size": ("size on disk", lambda row: row.result.bytes_on_disk, size, False),
-    "speed": ("decode, tokens/s", lambda row: row.decode_speed, speed, True),
-}
-_LOSS_TITLES = {
-    "kl_mean": "KL to the reference, nats", "perplexity_ratio": "perplexity ÷ reference's",
-    "word_perplexity_ratio": "word perplexity ÷ reference's", "perplexity": "perplexity",
-    "word_perplexity": "word perplexity",
-}  # fmt: skip
-
-
-def plots(board: Board) -> list[Plot]:
-    """Every plot that the ranking has data for (two models or more): by size and speed, for KL and
-    the ordering loss."""
-    names = dict.fromkeys(filter(None, ("kl_mean", board.loss_name)))
-    found = []
-    for kind, (title, *_) in _KINDS.items():
-        for name in names:
-            shown = points(board, kind, name)
-            if len(shown) >= 2:
-                label = f"{_LOSS_TITLES[name]} against {title}"
-                found.append(Plot(kind, name, label, draw(shown, kind, name, label)))
-    return found
-
-
-def points(board: Board, kind: str, name: str) -> list[Point]:
-    """The rows that have both coordinates; of speeds only those of the machine that measured most
-    of them.
-
-    On the logarithmic KL axis the reference, whose KL is 0, has no place and is left out.
-    """
-    _, value, _, more = _KINDS[kind]
-    found = []
-    for row in board.rows:
-        x, metric = value(row), loss(row, name)
-        if x is not None and metric is not None and (name != "kl_mean" or metric.value > 0):
-            found.append((row, float(x), metric))
-    if more and found:
-        machines = [row.machine for row, _, _ in found]
-        most = max(dict.fromkeys(machines), key=machines.count)
-        found = [entry for entry in found if entry[0].machine == most]
-    best = front([(-x if more else x, metric.value) for _, x, metric in found])
-    if board.partial:
-        best = [False] * len(found)
-    return [
-        Point(
-            row, x, metric.value, metric.standard_error or 0.0, on_front, metric_cell(metric).both
-        )
-        for (row, x, metric), on_front in zip(found, best, strict=True)
-    ]
-
-
-def draw(shown: Sequence[Point], kind: str, name: str, label: str) -> str:
+def draw(plot: ParetoPlot) -> str:
     """The ``<svg>`` element."""
-    title, _, tick_text, more = _KINDS[kind]
-    log = name == "kl_mean"
-    across = Axis(*_span([p.x for p in shown], 0.12, floor=0.0), _LEFT, WIDTH - _RIGHT)
-    lows, highs = [p.y - p.error for p in shown], [p.y + p.error for p in shown]
-    if log:
-        smallest = min(p.y for p in shown)
-        up = Axis(
-            max(min(lows), smallest / 3) / 1.4, max(highs) * 1.4, HEIGHT - _BOTTOM, _TOP, log=True
-        )
-    else:
-        up = Axis(*_span(lows + highs, 0.1), HEIGHT - _BOTTOM, _TOP)
+    across = _Axis(plot.cost_scale, _LEFT, WIDTH - _RIGHT)
+    up = _Axis(plot.loss_scale, HEIGHT - _BOTTOM, _TOP)
+    titles = plot.cost_axis.title, plot.loss_title
     parts = [
-        _axes(
-            across, up, title + (", more is better" if more else ""), _LOSS_TITLES[name], tick_text
-        )
+        _axes(across, up, *titles, plot.cost_axis.tick_text),
+        _step_line(plot.front_line(), across, up),
+        *(_mark(p, across, up) for p in plot.points),
+        *_labels(plot.points, across, up),
     ]
-    parts.append(_step_line(shown, across, up, more))
-    parts += [_mark(p, across, up) for p in shown]
-    parts += _labels(shown, across, up)
     body = "\n".join(filter(None, parts))
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" '
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(plot.title)}" '
         f'font-size="{_FONT}" xmlns="http://www.w3.org/2000/svg">\n{body}\n</svg>'
     )
 
 
-def _span(
-    values: Sequence[float], margin: float, floor: float | None = None
-) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    width = (high - low) or abs(high) or 1.0
-    low, high = low - margin * width, high + margin * width
-    return (low if floor is None else max(low, floor)), high
-
-
 def _axes(
-    across: Axis, up: Axis, x_title: str, y_title: str, tick_text: Callable[[float], str]
+    across: _Axis, up: _Axis, x_title: str, y_title: str, tick_text: Callable[[float], str]
 ) -> str:
     bottom, parts = HEIGHT - _BOTTOM, []
     for tick in up.ticks():
@@ -191,10 +82,9 @@ def _axes(
     return "\n".join(parts)
 
 
-def _step_line(shown: Sequence[Point], across: Axis, up: Axis, more: bool) -> str:
+def _step_line(best: Sequence[ParetoPoint], across: _Axis, up: _Axis) -> str:
     """The edge of what is reached: from each best point straight on until the next one is
     better."""
-    best = sorted((p for p in shown if p.best), key=lambda p: p.x, reverse=more)
     if len(best) < 2:
         return ""
     path = f"M{across(best[0].x):.1f} {up(best[0].y):.1f}"
@@ -202,7 +92,7 @@ def _step_line(shown: Sequence[Point], across: Axis, up: Axis, more: bool) -> st
     return f'<path class="front" d="{path}"/>'
 
 
-def _mark(p: Point, across: Axis, up: Axis) -> str:
+def _mark(p: ParetoPoint, across: _Axis, up: _Axis) -> str:
     x, y = across(p.x), up(p.y)
     whisker = ""
     if p.error:
@@ -212,12 +102,11 @@ def _mark(p: Point, across: Axis, up: Axis) -> str:
         shape = f'<path class="dot" d="M{x:.1f} {y - 6:.1f}l6 6-6 6-6-6z"/>'
     else:
         shape = f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
-    kind = "reference" if p.row.is_reference else "best" if p.best else "other"
     tip = f"{p.row.name} · {p.row.scheme} · {p.text}"
-    return f'<g class="point {kind}" data-row="{escape(p.row.name)}"><title>{escape(tip)}</title>{whisker}{shape}</g>'
+    return f'<g class="point {p.kind}" data-row="{escape(p.row.name)}"><title>{escape(tip)}</title>{whisker}{shape}</g>'
 
 
-def _labels(shown: Sequence[Point], across: Axis, up: Axis) -> list[str]:
+def _labels(shown: Sequence[ParetoPoint], across: _Axis, up: _Axis) -> list[str]:
     """Names beside the points, each at the first of eight places where it hides nothing; one
     without a place is left out."""
     taken = [
