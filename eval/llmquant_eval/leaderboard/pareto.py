@@ -4,7 +4,7 @@ fast it decodes.
 The page and the app draw them as inline SVG (:mod:`llmquant_eval.leaderboard.svg`), files come from
 matplotlib (:mod:`llmquant_eval.leaderboard.plots`). What both must agree on stands here: which
 models a plot shows, which of them are on the front, the axes with their titles, ranges, scales and
-ticks, and the colours.
+ticks, which points have their names beside them, and the colours.
 
 A point is on the front if no other is better in both directions. Losses in KL have a logarithmic
 axis because they span decades, ratios a linear one.
@@ -23,6 +23,7 @@ from llmquant_eval.report.table import size, speed
 
 COLOURS = {"best": "#0b63ce", "other": "#77808c", "reference": "#b4530a"}
 """Of a point's :attr:`ParetoPoint.kind`, on a light ground."""
+_MOST_NAMES = 14  # points up to which each has its name beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,13 @@ class ParetoPlot:
             smallest = min(p.y for p in self.points)
             return Scale(max(min(lows), smallest / 3) / 1.4, max(highs) * 1.4, log=True)
         return Scale(*_range(lows + highs, 0.1))
+
+    def named_points(self) -> list[ParetoPoint]:
+        """The points that have their names beside them, those on the front first: all of few, of
+        many the front alone."""
+        few = len(self.points) <= _MOST_NAMES
+        named = [p for p in self.points if few or p.best]
+        return sorted(named, key=lambda p: (not p.best, p.x))
 
     def front_line(self) -> list[ParetoPoint]:
         """The points on the front, from the cheapest on."""

@@ -190,7 +190,7 @@ def front_figure(plot: ParetoPlot, title: str) -> Figure:
     axes.set_xlabel(plot.cost_axis.title)
     axes.set_ylabel(plot.loss_title)
     axes.set_title(title, loc="left", fontsize=9)
-    _name_points(figure, axes, [(p.row.name, p.x, p.y) for p in plot.points])
+    _name_points(figure, axes, [(p.row.name, p.x, p.y) for p in plot.named_points()])
     return figure
 
 

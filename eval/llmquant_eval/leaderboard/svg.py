@@ -20,7 +20,6 @@ _FONT = (
     11.5  # px; a character is about 0.56 of it wide; labels leave space for the 13 px of a phone
 )
 _FAR = 19  # px; a label farther up or down gets a line to its point
-_LABELLED = 14  # points up to which all are labelled; beyond it those on the front are
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def draw(plot: ParetoPlot) -> str:
         _axes(across, up, *titles, plot.cost_axis.tick_text),
         _step_line(plot.front_line(), across, up),
         *(_mark(p, across, up) for p in plot.points),
-        *_labels(plot.points, across, up),
+        *_labels(plot, across, up),
     ]
     body = "\n".join(filter(None, parts))
     return (
@@ -106,17 +105,15 @@ def _mark(p: ParetoPoint, across: _Axis, up: _Axis) -> str:
     return f'<g class="point {p.kind}" data-row="{escape(p.row.name)}"><title>{escape(tip)}</title>{whisker}{shape}</g>'
 
 
-def _labels(shown: Sequence[ParetoPoint], across: _Axis, up: _Axis) -> list[str]:
+def _labels(plot: ParetoPlot, across: _Axis, up: _Axis) -> list[str]:
     """Names beside the points, each at the first of eight places where it hides nothing; one
     without a place is left out."""
     taken = [
         (across(p.x) - 6, up(p.y + p.error) - 2, across(p.x) + 6, up(p.y - p.error) + 2)
-        for p in shown
+        for p in plot.points
     ]
     parts = []
-    for p in sorted(shown, key=lambda p: (not p.best, p.x)):
-        if len(shown) > _LABELLED and not p.best:
-            continue
+    for p in plot.named_points():
         width, x, y = len(p.row.name) * _FONT * 0.64, across(p.x), up(p.y)
         for anchor, dx, dy in _PLACES:
             left = x + dx - (0 if anchor == "start" else width if anchor == "end" else width / 2)

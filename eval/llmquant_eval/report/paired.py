@@ -18,9 +18,10 @@ from llmquant_eval.report.schema import PairedMetric, TaskResult
 def mcnemar(lost: int, gained: int) -> float:
     """Two-sided exact p-value that ``lost`` and ``gained`` flips are equally likely; 1 where there
     are none."""
+    from scipy.stats import binomtest  # seconds to import, and only tasks need it
+
     flips = lost + gained
-    tail = sum(math.comb(flips, i) for i in range(min(lost, gained) + 1))
-    return min(1.0, float(2 * tail / (1 << flips)))
+    return float(binomtest(lost, flips).pvalue) if flips else 1.0
 
 
 def paired_metric(reference: str, candidate: str) -> PairedMetric:
