@@ -167,17 +167,25 @@ def write_outcome(
         plots=plots or (Path(out.plots) if out and out.plots else None), folders=outcome.folders,
     )  # fmt: skip
     show(boards)
-    written = [f"{len(outcome.reports)} reports in {results}"] if results is not None else []
+    written = (
+        [f"{_counted(len(outcome.reports), 'report')} in {results}"] if results is not None else []
+    )
     sys.stderr.write(
         f"{outcome.measured} measured now; wrote {', '.join([*written, *map(str, rendered)]) or 'nothing'}\n"
     )
     if results is not None and (others := unexpected_files(suite, results)):
-        sys.stderr.write(f"{results} also has what is not of this suite: {', '.join(others)}\n")
+        sys.stderr.write(
+            f"{results} also has files of no model of this suite: {', '.join(others)}\n"
+        )
     if outcome.failures:
         listed = "; ".join(f"{what}: {why}" for what, why in outcome.failures.items())
         raise LlmquantError(
-            f"{len(outcome.failures)} measurements failed, the others are kept: {listed}"
+            f"{_counted(len(outcome.failures), 'measurement')} failed, the others are kept: {listed}"
         )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @contextmanager

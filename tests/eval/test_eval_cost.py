@@ -13,13 +13,12 @@ import pytest
 from llmquant import peak_resident_bytes, resident_bytes
 from llmquant.errors import LlmquantError
 from llmquant_eval.report.machine import hardware, versions
-from llmquant_eval.run.cost import _Clock, _generate_once, main, measure_apart
+from llmquant_eval.run.cost import CostRun, _Clock, _generate_once, main, measure_apart
 
 
 def test_a_model_is_measured_apart(base_model: Path) -> None:
-    cost = measure_apart(
-        base_model, "float32", "cpu", "auto", prompt_tokens=32, new_tokens=5, repeats=1
-    )
+    run = CostRun("float32", prompt_tokens=32, new_tokens=5, repeats=1)
+    cost = measure_apart(base_model, run)
     assert (cost.prompt_tokens, cost.new_tokens, cost.repeats, cost.device_peak_bytes) == (
         32,
         5,
@@ -38,7 +37,7 @@ def test_a_failed_process_is_an_error_with_its_last_words(base_model: Path, tmp_
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(LlmquantError, match=r"broken failed \(exit \d+\)(.|\n)*--no-cost"):
-        measure_apart(folder, "float32", "cpu", "auto", prompt_tokens=8, new_tokens=2, repeats=1)
+        measure_apart(folder, CostRun("float32", prompt_tokens=8, new_tokens=2, repeats=1))
 
 
 def test_the_child_prints_json_and_shortens_the_prompt_to_the_context(

@@ -17,7 +17,7 @@ from scipy import stats as scipy_stats
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.paired import mcnemar, paired_metric, with_pairs
 from llmquant_eval.report.schema import Report, TaskMetric, TaskResult
-from llmquant_eval.report.table import grids
+from llmquant_eval.report.table import side_tables
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.plan import Request
 
@@ -143,7 +143,7 @@ def test_logged_samples_are_hashed_and_complete(report: Report) -> None:
 
 
 def test_tasks_have_tables_of_their_own(report: Report) -> None:
-    shown = grids(report)
+    shown = side_tables(report)
     assert [g.title.split(",")[0] for g in shown] == report.protocols
     assert shown[0].headers == ("acc", "acc_norm", "acc flips", "acc_norm flips")
     assert [row[0] for row in shown[0].rows] == ["tiny-llama", "coarse"]

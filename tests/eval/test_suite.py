@@ -100,7 +100,9 @@ def test_a_pattern_is_every_shipped_recipe_that_it_matches(tmp_path: Path) -> No
             id="protocol twice",
         ),
         pytest.param(
-            GOOD.replace("64]", '64, "a,b"]'), "one protocol an entry", id="protocols with commas"
+            GOOD.replace("64]", '64, "a,b"]'),
+            "write one protocol per list entry",
+            id="protocols with commas",
         ),
         pytest.param(
             GOOD.replace("name: t", "name: t/t"), r"texts\.0\.name", id="a text's name with a slash"

@@ -102,7 +102,7 @@ def test_a_model_without_numbers_fails_the_run_and_keeps_the_others(
     broken = {"label": "broken", "model": str(altered("broken", lambda w: w * float("nan")))}
     ran = run("--suite", edited(suite_file, models=[broken, *models]))
     assert ran.code == 1
-    assert "1 measurements failed, the others are kept: broken" in ran.err
+    assert "1 measurement failed, the others are kept: broken" in ran.err
     assert "Traceback" not in ran.err
     assert [p.name.startswith("coarse") for p in (tmp_path / "results").iterdir()] == [True]
 

@@ -34,7 +34,7 @@ _LOSSES = {
 
 
 def render_html(boards: Sequence[Board], title: str = "Leaderboard") -> str:
-    """The whole page."""
+    """The whole page, styles and script included."""
     page = TEMPLATE.read_text(encoding="utf-8")
     sections = "\n".join(_section(board, number) for number, board in enumerate(boards))
     parts = {

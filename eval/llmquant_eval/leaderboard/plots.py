@@ -239,7 +239,7 @@ def write_plots(
     figures = dict(_figures(reports, boards, folders or {}))
     if not figures:
         raise UsageError(
-            f"--plots {folder}: nothing can be drawn: no breakdown of a KL, no manifest, no two models to compare"
+            f"--plots {folder}: nothing can be drawn: the reports have no KL and fewer than two models, and no model folder has a manifest"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

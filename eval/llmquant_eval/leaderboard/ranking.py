@@ -47,8 +47,8 @@ class StoredReport:
 
 @dataclass(frozen=True, slots=True)
 class BoardKey:
-    """All that must be equal for two results to be ranked together; see the module text. ``text``
-    is a task's items.
+    """All that must be equal for two results to be ranked together. ``text`` is the sha256 of the
+    text, or of a task's items.
 
     ``windows`` and ``scored`` tokens are 0 where they follow from the tokenizer and the tokenizer
     may differ.
@@ -125,7 +125,7 @@ class Board:
 
     @property
     def title(self) -> str:
-        """Protocol and text, for people."""
+        """Protocol and text, as a heading."""
         return f"{self.key.protocol} on {self.source}" if not self.is_task else self.key.protocol
 
     @property
@@ -174,7 +174,7 @@ def make_boards(reports: Iterable[StoredReport]) -> list[Board]:
         rows = [*_text_rows(stored), *_task_rows(stored)]
         if not rows:
             raise UsageError(
-                f"{stored.path} has neither a protocol nor a task in it: there is nothing to rank"
+                f"{stored.path} has neither a protocol nor a task in it, so there is nothing to rank; remove the file"
             )
         for key, row, source, available in rows:
             groups.setdefault(key, []).append((row, source, available))
@@ -255,7 +255,7 @@ def _task_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]
 
 
 def _reference_sha(report: Report) -> str | None:
-    """The reference by its weights."""
+    """sha256 of the reference's weights; None where there is none."""
     return None if report.reference is None else report.model(report.reference).weights_sha256
 
 

@@ -15,7 +15,7 @@ from llmquant import MEASURED_START as START
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.schema import ModelResult, Report
-from llmquant_eval.report.table import HEADERS, footnotes, grids, metric_cell, row
+from llmquant_eval.report.table import HEADERS, footnotes, metric_cell, row, side_tables
 
 _DETAILS = (
     ("KL median", "kl_median"),
@@ -55,7 +55,7 @@ def measured_section(report: Report, label: str) -> str:
             "",
         ]
     names = [m.label for m in shown]
-    for grid in grids(report):
+    for grid in side_tables(report):
         rows = [list(cells) for cells in grid.rows if cells[0] in names]
         lines += [*_markdown_table([grid.title, *grid.headers], rows), ""]
     lines += [f"- {note}" for note in footnotes(report)]

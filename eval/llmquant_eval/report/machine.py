@@ -31,7 +31,7 @@ def processor() -> str:
 
 
 def hardware(device: str) -> Hardware:
-    """The machine as the models saw it."""
+    """The machine that this process runs on, and the accelerator of ``device``."""
     import torch
 
     here = llmquant.this_processor()

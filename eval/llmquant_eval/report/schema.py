@@ -252,7 +252,7 @@ class Hardware(_Strict):
 
 
 class Report(_Strict):
-    """One run of ``llmquant eval``."""
+    """One run of ``llmquant eval``: its command, settings and the results of its models."""
 
     schema_version: Literal[1] = 1
     created: AwareDatetime
@@ -281,7 +281,9 @@ class Report(_Strict):
         try:
             raw = json.loads(text)
         except json.JSONDecodeError as e:
-            raise UsageError(f"{source} is not JSON: {e}") from e
+            raise UsageError(
+                f"{source} is not JSON ({e}); give a file that `llmquant eval --output` wrote"
+            ) from e
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise UsageError(

@@ -104,7 +104,7 @@ def row(result: ModelResult) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class SideTable:
     """A small table of its own, by models: what has no column in the main one."""
 
     title: str
@@ -112,7 +112,7 @@ class Grid:
     rows: list[tuple[str, ...]]
 
 
-def grids(report: Report) -> list[Grid]:
+def side_tables(report: Report) -> list[SideTable]:
     """Word and byte figures, further protocols, and tasks with their flips against the
     reference."""
     tables = []
@@ -131,13 +131,13 @@ def grids(report: Report) -> list[Grid]:
             for m in report.models
         ]
         headers = tuple(name.partition("@")[0].replace("_", " ") for name in names)
-        tables.append(Grid(part.perplexity, headers, rows))
+        tables.append(SideTable(part.perplexity, headers, rows))
     for task in dict.fromkeys(t.task for m in report.models for t in m.tasks):
         tables.append(_task_grid(report, task))
     return tables
 
 
-def _task_grid(report: Report, task: str) -> Grid:
+def _task_grid(report: Report, task: str) -> SideTable:
     results = {m.label: t for m in report.models for t in m.tasks if t.task == task}
     metrics = dict.fromkeys(name for t in results.values() for name in t.metrics)
     paired = dict.fromkeys(name for t in results.values() for name in t.paired)
@@ -158,7 +158,7 @@ def _task_grid(report: Report, task: str) -> Grid:
         else f"{first.items} of {first.items_available}"
     )
     title = f"task/{task}, {share} items, {first.few_shot}-shot, lm-eval {first.lm_eval}"
-    return Grid(title, (*metrics, *(f"{name} flips" for name in paired)), rows)
+    return SideTable(title, (*metrics, *(f"{name} flips" for name in paired)), rows)
 
 
 def _share(windows: int, available: int) -> str:
@@ -243,12 +243,12 @@ def render(report: Report, width: int) -> Group:
     if Measurement.get(console, console.options, table).minimum > width:
         table = _by_column(report.models)
     parts: list[Table | Text] = [table]
-    for grid in grids(report):
-        parts += [Text(""), _grid(grid)]
+    for grid in side_tables(report):
+        parts += [Text(""), _side_table(grid)]
     return Group(*parts, *(Text(line, style="dim") for line in footnotes(report)))
 
 
-def _grid(grid: Grid) -> Table:
+def _side_table(grid: SideTable) -> Table:
     table = _table()
     table.title, table.title_justify, table.title_style = grid.title, "left", "bold"
     table.add_column("model", overflow="fold")

@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,29 @@ NEW_TOKENS = 64
 REPEATS = 3
 _SEED = 0
 _STDERR_TAIL = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class CostRun:
+    """How a model is measured: where and with what, and how many tokens how often."""
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    kernel: str = "auto"
+    threads: int | None = None
+    prompt_tokens: int = PROMPT_TOKENS
+    new_tokens: int = NEW_TOKENS
+    repeats: int = REPEATS
+
+    def arguments(self) -> list[str]:
+        """The options of ``python -m llmquant_eval.run.cost`` that say the same."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return [
+            word
+            for name, value in given.items()
+            if value is not None
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
 
 
 class _Clock:
@@ -83,9 +107,7 @@ def _plain_greedy(model: Any) -> None:
     model.generation_config = type(kept)(eos_token_id=kept.eos_token_id, pad_token_id=pad)
 
 
-def measure(
-    path: Path, dtype: str, device: str, kernel: str, prompt: int, new: int, repeats: int
-) -> Cost:
+def measure(path: Path, run: CostRun) -> Cost:
     """Measure one model in *this* process; :func:`measure_apart` is what to call from a process
     that did other work.
 
@@ -103,67 +125,48 @@ def measure(
         llmquant.load,
     )  # lazy modules: import them before the floor is read
     positions = max_positions(path)
-    prompt_tokens = prompt if positions is None else min(prompt, positions - new - 1)
+    new, prompt_tokens = run.new_tokens, run.prompt_tokens
+    if positions is not None:
+        prompt_tokens = min(prompt_tokens, positions - new - 1)
     if prompt_tokens < 1:
         raise UsageError(
             f"{path} takes {positions} tokens: too few for {new} new ones; give --no-cost"
         )
     floor = resident_bytes()
     began = time.perf_counter()
-    model = load_model(path, dtype, device, kernel)
+    model = load_model(path, run.dtype, run.device, run.kernel)
     loaded = time.perf_counter() - began
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(
-        0, vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(_SEED)
-    ).to(model.device)
+    seeded = torch.Generator().manual_seed(_SEED)
+    ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=seeded).to(model.device)
     _plain_greedy(model)
-    _generate_once(
-        model, ids, min(new, 4)
-    )  # warm-up: allocator, thread pool, first-use packing of kernels
-    prefill, decode = zip(*(_generate_once(model, ids, new) for _ in range(repeats)), strict=True)
+    # Warm-up: allocator, thread pool, first-use packing of kernels.
+    _generate_once(model, ids, min(new, 4))
+    times = [_generate_once(model, ids, new) for _ in range(run.repeats)]
+    prefill, decode = zip(*times, strict=True)
+    on_cuda = run.device.startswith("cuda")
     return Cost(
         load_seconds=loaded,
         prefill_tokens_per_second=prompt_tokens / statistics.median(prefill),
         decode_tokens_per_second=new / statistics.median(decode),
         prompt_tokens=prompt_tokens,
         new_tokens=new,
-        repeats=repeats,
+        repeats=run.repeats,
         threads=torch.get_num_threads(),
         peak_memory_bytes=peak_resident_bytes(),
         memory_floor_bytes=floor,
-        device_peak_bytes=torch.cuda.max_memory_allocated() if device.startswith("cuda") else None,
+        device_peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
     )
 
 
-def measure_apart(
-    path: Path, dtype: str, device: str, kernel: str, *, threads: int | None = None,
-    prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS, repeats: int = REPEATS,
-) -> Cost:  # fmt: skip
+def measure_apart(path: Path, run: CostRun) -> Cost:
     """Measure one model in a fresh process.
 
     Raises:
         LlmquantError: the process failed; carries the end of its stderr.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "llmquant_eval.run.cost",
-        "--model",
-        str(path),
-        "--dtype",
-        dtype,
-        "--device",
-        device,
-    ]
-    command += ["--kernel", kernel] + ([] if threads is None else ["--threads", str(threads)])
-    command += [
-        "--prompt-tokens",
-        str(prompt_tokens),
-        "--new-tokens",
-        str(new_tokens),
-        "--repeats",
-        str(repeats),
-    ]
+    module = [sys.executable, "-m", "llmquant_eval.run.cost"]
+    command = [*module, "--model", str(path), *run.arguments()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise LlmquantError(
@@ -184,25 +187,15 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m llmquant_eval.run.cost", description="Measure one model; print JSON."
     )
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--kernel", default="auto")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    args = parser.parse_args(arguments)
+    for field in fields(CostRun):
+        kind = str if field.name in ("dtype", "device", "kernel") else int
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+    given = vars(parser.parse_args(arguments))
+    path = given.pop("model")
+    run = CostRun(**given)
     try:
-        llmquant.set_threads(args.threads)
-        cost = measure(
-            args.model,
-            args.dtype,
-            args.device,
-            args.kernel,
-            args.prompt_tokens,
-            args.new_tokens,
-            args.repeats,
-        )
+        llmquant.set_threads(run.threads)
+        cost = measure(path, run)
     except LlmquantError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return e.exit_code

@@ -29,7 +29,7 @@ from llmquant_eval.models.resolve import (
 )
 from llmquant_eval.report.schema import Cost, NoiseFloor, Report, TaskResult
 from llmquant_eval.run.build_report import Measured, divergence_metrics, make_report, model_result
-from llmquant_eval.run.cost import measure_apart
+from llmquant_eval.run.cost import CostRun, measure_apart
 from llmquant_eval.run.plan import EvaluationPlan, Request, make_plan
 from llmquant_eval.scoring.reference_cache import (
     INDEX,
@@ -51,7 +51,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
-    """No progress."""
+    """The default: progress is not shown."""
 
 
 def evaluate(request: Request, progress: Progress = _no_progress) -> Report:
@@ -79,11 +79,10 @@ def evaluate(request: Request, progress: Progress = _no_progress) -> Report:
 
 def _costs(plan: EvaluationPlan, request: Request, progress: Progress) -> dict[str, Cost]:
     costs = {}
+    run = CostRun(plan.dtype, plan.device, request.kernel, request.threads)
     for done, model in enumerate(plan.local):
         progress("speed and memory", done, len(plan.local))
-        costs[model.label] = measure_apart(
-            model.path, plan.dtype, plan.device, request.kernel, threads=request.threads
-        )
+        costs[model.label] = measure_apart(model.path, run)
     progress("speed and memory", len(plan.local), len(plan.local))
     return costs
 

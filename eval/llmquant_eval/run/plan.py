@@ -73,7 +73,7 @@ class Request:
         if self.text is None and self.protocol is not None:
             raise UsageError(f"--protocol {self.protocol} needs a text; give --text")
         if self.batch_size is not None and self.batch_size < 1:
-            raise UsageError(f"--batch-size {self.batch_size} feeds nothing; give 1 or more")
+            raise UsageError(f"--batch-size {self.batch_size} is too small; give 1 or more")
         if (
             self.window is not None
             and self.protocol is not None
@@ -84,14 +84,16 @@ class Request:
             raise UsageError("--cache-form says how a cache is written; give --cache DIR with it")
         if self.cache is not None and self.reference is None:
             raise UsageError(
-                "--cache keeps the reference's distributions; name it with --reference"
+                "--cache keeps the reference's distributions; name the reference with --reference"
             )
         if self.tasks is None and (self.limit, self.include_path, self.log_samples) != (
             None,
             None,
             None,
         ):
-            raise UsageError("--limit, --include-path and --log-samples belong to --tasks")
+            raise UsageError(
+                "--limit, --include-path and --log-samples belong to --tasks; give --tasks with them"
+            )
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -131,7 +133,7 @@ class EvaluationPlan:
 
     @property
     def local(self) -> list[ModelFolder]:
-        """The models that this process loads."""
+        """The models that this process loads; servers are not among them."""
         return [m for m in self.models if isinstance(m, ModelFolder)]
 
     @cached_property
@@ -223,7 +225,7 @@ def _find(request: Request) -> tuple[list[AnyModel], ModelFolder | None]:
         )
     if isinstance(reference, ServedModel):
         raise UsageError(
-            f"{reference.source} is a server, which does not give whole distributions; as the reference name a folder"
+            f"{reference.source} is a server, which does not give whole distributions; name a folder as the reference"
         )
     return models, reference
 
@@ -237,7 +239,7 @@ def _protocols(request: Request, models: Sequence[AnyModel]) -> list[WindowProto
     ids = [p.perplexity_id for p in protocols]
     if len(set(ids)) < len(ids):
         raise UsageError(
-            f"--protocol {request.protocol} names one protocol twice: {', '.join(ids)}"
+            f"--protocol {request.protocol} names one protocol twice ({', '.join(ids)}); leave one out"
         )
     for protocol in protocols:
         if smallest is not None and protocol.window > smallest:
@@ -270,7 +272,9 @@ def _tokenizers(
     served = [m for m in models if isinstance(m, ServedModel)]
     if not served:
         if given is not None:
-            raise UsageError(f"--tokenizer {given} is for served models; folders have their own")
+            raise UsageError(
+                f"--tokenizer {given} is for served models; folders have their own, so leave it out"
+            )
         return tokenizers
     if given is not None:
         shared = llmquant.load_tokenizer(given)
@@ -282,7 +286,7 @@ def _tokenizers(
         )
     else:
         raise UsageError(
-            f"{served[0].source} does not say how it tokenizes; give its model's folder by --tokenizer"
+            f"{served[0].source} does not say how it tokenizes; give the folder of its model with --tokenizer"
         )
     return tokenizers | {m.label: shared for m in served}
 

@@ -34,7 +34,7 @@ def context_edges(longest: int) -> tuple[int, ...]:
 def breakdowns(
     divergence: Divergence, windows: Sequence[TokenWindow], protocol: str
 ) -> list[Breakdown]:
-    """Both breakdowns of one pass."""
+    """KL of one pass by the reference's confidence, and by the length of the context."""
     contexts = context_lengths(windows)
     return [
         Breakdown(

@@ -46,7 +46,7 @@ class TokenDivergence:
 
     @classmethod
     def empty(cls, positions: int, device: torch.device) -> TokenDivergence:
-        """Room for ``positions`` results: float32, but ``same_top`` bool."""
+        """Uninitialized results of ``positions`` positions: float32, but ``same_top`` bool."""
         kl = torch.empty(positions, dtype=torch.float32, device=device)
         return cls(
             kl, torch.empty_like(kl, dtype=torch.bool), torch.empty_like(kl), torch.empty_like(kl)
@@ -129,7 +129,7 @@ class Divergence:
         if not np.isfinite(self.kl).any():
             raise QuantizationError(
                 f"{self.label}: its divergence from the reference is infinite or NaN at every token; "
-                "try --dtype float32, or inspect the checkpoint"
+                "try --dtype float32, or look at the checkpoint with llmquant inspect --verify"
             )
 
     @property
@@ -143,7 +143,7 @@ class Divergence:
 
     @property
     def tokens(self) -> int:
-        """Positions that count."""
+        """Positions whose KL is finite; the others are in no mean."""
         return int(self.finite.sum())
 
     def mean_over(self, values: Floats, positions: NDArray[np.bool_]) -> Estimate:

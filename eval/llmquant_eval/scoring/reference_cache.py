@@ -141,7 +141,7 @@ class CacheWriter:
                 shutil.rmtree(folder)  # without an index it is what a stopped run left
             folder.mkdir(parents=True)
         except OSError as e:
-            raise UsageError(f"--cache {folder.parent}: {e}") from e
+            raise UsageError(f"--cache {folder.parent} cannot be written: {e}") from e
 
     def add(self, window: int, logits: Tensor, targets: Tensor) -> None:
         """Keep window number ``window``: logits ``[positions, vocabulary]``, targets int64
@@ -167,7 +167,7 @@ class CacheWriter:
         self._held, self._windows = {}, []
 
     def finish(self, kernels: Mapping[str, int]) -> None:
-        """Write what is held, then the index."""
+        """Write the last shard, then the index, which makes the cache valid."""
         if self._held:
             self._flush()
         index = _Index(

@@ -173,7 +173,7 @@ def score_models(
         CheckpointError: the cache is damaged.
     """
     if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} feeds nothing; give 1 or more")
+        raise UsageError(f"--batch-size {batch_size} is too small; give 1 or more")
     layout = stream.layout
     compared = reference is not None or cached is not None
     columns = {m: _Columns(layout, compared and m != reference) for m in models}
@@ -213,7 +213,7 @@ def _score_batch(
         if base is not None and base[0].vocabulary != rows[0].shape[-1]:
             raise UsageError(
                 f"{label} has a vocabulary of {rows[0].shape[-1]} and {reference or 'the reference'} of "
-                f"{base[0].vocabulary}; a divergence needs the same one"
+                f"{base[0].vocabulary}; KL needs the same vocabulary; evaluate {label} without --reference"
             )
         own = columns[label]
         for i, (number, window, logits) in enumerate(
@@ -258,6 +258,6 @@ def record_reference(
 
 
 def cached_scores(cached: CachedReference, stream: TokenStream, label: str) -> Scores:
-    """The reference's own scores, from its cache."""
+    """The reference's own scores from its cache; it is not run."""
     losses = np.concatenate([cached.window(i).losses for i in range(len(stream.windows))])
     return Scores(Perplexity(losses, stream.layout, label))

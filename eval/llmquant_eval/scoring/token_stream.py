@@ -54,7 +54,7 @@ class TokenStream:
         return WindowLayout.of(self.windows, self.protocol.overlapping)
 
     def first(self, windows: int) -> TokenStream:
-        """The same stream with only so many windows."""
+        """The same stream with its first ``windows`` windows alone."""
         kept = self.windows[:windows]
         scored = sum(w.predictions for w in kept)
         words, bytes_ = (None if a is None else a[:scored] for a in (self.words, self.bytes_))

@@ -63,7 +63,7 @@ class PreparedModel:
 
 
 def digest(value: Any) -> str:
-    """sha256 of plain data."""
+    """Hex sha256 of what JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
     ).hexdigest()

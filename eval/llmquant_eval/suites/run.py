@@ -33,7 +33,7 @@ from llmquant_eval.report import machine
 from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.paired import with_pairs
 from llmquant_eval.report.schema import Cost, ModelResult, Report, read_report
-from llmquant_eval.run.cost import measure_apart
+from llmquant_eval.run.cost import CostRun, measure_apart
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.plan import Request
 from llmquant_eval.suites.models import PreparedModel, digest, prepare_models
@@ -63,7 +63,7 @@ class Measurement:
 
     @property
     def name(self) -> str:
-        """Of its report's file."""
+        """File name of its report."""
         return file_name(self.model.label, self.text.name if self.text else None, self.protocol)
 
 
@@ -295,14 +295,9 @@ class _Run:
 
     def _measure_cost(self, model: PreparedModel) -> None:
         suite = self.suite
-        path = llmquant.resolve(model.source)
-        cost = measure_apart(
-            path,
-            suite_dtype(suite),
-            str(llmquant.parse_device(suite.device)),
-            suite.kernel,
-            threads=suite.threads,
-        )
+        device = str(llmquant.parse_device(suite.device))
+        run = CostRun(suite_dtype(suite), device, suite.kernel, suite.threads)
+        cost = measure_apart(llmquant.resolve(model.source), run)
         self.costs[model.label] = cost
         self._keep(self._cost_path(model), cost.model_dump_json())
 

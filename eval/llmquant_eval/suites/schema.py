@@ -62,10 +62,10 @@ class SuiteModel(_Strict):
         if (self.model is None) == (self.recipe is None):
             raise ValueError(f"{self.label}: give either model or recipe")
         if self.model is not None and self.base is not None:
-            raise ValueError(f"{self.label}: base belongs to recipe")
+            raise ValueError(f"{self.label}: base belongs to recipe; leave it out beside model")
         if self.recipe is not None and self.made_by is not None:
             raise ValueError(
-                f"{self.label}: made_by belongs to model; what a recipe makes is known"
+                f"{self.label}: made_by belongs to model; leave it out, the command of a recipe is known"
             )
         return self
 
@@ -88,7 +88,7 @@ class SuiteText(_Strict):
 
 
 class SuiteTasks(_Strict):
-    """lm-eval tasks, as on the command line."""
+    """lm-eval tasks, named as for ``--tasks``; ``include_path`` and ``limit`` are those options."""
 
     names: tuple[str, ...] = Field(min_length=1)
     include_path: str | None = None
@@ -135,14 +135,14 @@ class Suite(_Strict):
     @field_validator("recipes")
     @classmethod
     def _patterns(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Patterns become the names that they match."""
+        """Replaces each pattern by the shipped recipes that it matches."""
         return tuple(name for entry in names for name in _matching(entry))
 
     @field_validator("protocols")
     @classmethod
     def _one_each(cls, protocols: tuple[str, ...]) -> tuple[str, ...]:
         if any("," in p for p in protocols):
-            raise ValueError("a list has one protocol an entry")
+            raise ValueError("write one protocol per list entry, without commas")
         return protocols
 
     @model_validator(mode="after")
@@ -150,7 +150,7 @@ class Suite(_Strict):
         if not self.texts and self.tasks is None:
             raise ValueError("there is nothing to measure: give texts, tasks or both")
         if bool(self.texts) != bool(self.protocols):
-            raise ValueError("texts and protocols need each other")
+            raise ValueError("texts and protocols need each other; give both or neither")
         labels, texts = [m.label for m in self.all_models()], [t.name for t in self.texts]
         slugs = [slug(label) for label in labels]
         for what, names, written in (
@@ -163,7 +163,7 @@ class Suite(_Strict):
             )
             if twice is not None:
                 raise ValueError(
-                    f"the {what} {twice!r} is given twice (file names are made of them)"
+                    f"the {what} {twice!r} is given twice; file names are made of them, so each must be another"
                 )
         return self
 
@@ -200,7 +200,7 @@ def _matching(entry: str) -> list[str]:
         return [entry]
     names = [name for name in llmquant.shipped_recipes() if fnmatchcase(name, entry)]
     if not names:
-        raise ValueError(f"no shipped recipe matches {entry!r}")
+        raise ValueError(f"no shipped recipe matches {entry!r}; `llmquant recipes` lists them")
     return names
 
 

@@ -61,9 +61,11 @@ def plan_tasks(
         LlmquantError: a task does not fit its data.
     """
     if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit} asks nothing; give 1 or more")
+        raise UsageError(f"--limit {limit} leaves no item; give 1 or more")
     if include_path is not None and not Path(include_path).is_dir():
-        raise UsageError(f"--include-path {include_path} is not a folder of task files")
+        raise UsageError(
+            f"--include-path {include_path} is not a folder; give the one that holds your task files"
+        )
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as e:
@@ -82,7 +84,8 @@ def plan_tasks(
         local = ", ".join(sorted(p.stem for p in LOCAL_TASKS.glob("*.yaml")))
         raise UsageError(
             f"--tasks {missing[0]}: no such task in lm-eval {_version()}"
-            f"{f' or {include_path}' if include_path else ''}; over a file of your own: {local} (NAME=FILE.jsonl)"
+            f"{f' or {include_path}' if include_path else ''}; `lm_eval ls tasks` lists its tasks, and {local} "
+            "read a file of yours (NAME=FILE.jsonl)"
         )
     logging.getLogger("lm_eval").setLevel(
         logging.ERROR
@@ -169,11 +172,13 @@ def _local_task(text: str) -> dict[str, Any]:
     name, _, file = text.partition("=")
     if not _local_file(name).is_file():
         local = ", ".join(sorted(p.stem for p in LOCAL_TASKS.glob("*.yaml")))
-        raise UsageError(f"--tasks {text}: only the tasks {local} read a file of yours")
+        raise UsageError(
+            f"--tasks {text}: only the tasks {local} read a file of yours; leave out ={file}"
+        )
     if not file:
         raise UsageError(f"--tasks {text} reads a file of yours; write {name}=FILE.jsonl")
     if not Path(file).is_file():
-        raise UsageError(f"--tasks {text}: {file} is not a file")
+        raise UsageError(f"--tasks {text}: {file} is not a file; give a JSON Lines file")
     config: dict[str, Any] = yaml.safe_load(_local_file(name).read_text(encoding="utf-8"))
     return config | {"dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}}}
 

@@ -25,7 +25,7 @@ _CONTEXT = 2048
 
 
 class LocalModel(HFLM):  # type: ignore[misc]
-    """A loaded model."""
+    """A loaded model as lm-eval's Hugging Face model."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
         config = model.config

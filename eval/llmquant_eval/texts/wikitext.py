@@ -39,7 +39,7 @@ _STEPS: tuple[tuple[str, str] | tuple[re.Pattern[str], str], ...] = (
 
 
 def wikitext_detokenize(text: str) -> str:
-    """The text as it would have been written."""
+    """The text with ordinary spacing around punctuation and numbers."""
     for pattern, replacement in _STEPS:
         text = (
             text.replace(pattern, replacement)
