@@ -269,9 +269,9 @@ class Recipe(_Strict):
     def sha256(self) -> str:
         """Of what the recipe says. A section that is off is left out, so that a later version's new
         ones change no hash."""
-        told = self.model_dump(mode="json", exclude_none=True)
+        content = self.model_dump(mode="json", exclude_none=True)
         return hashlib.sha256(
-            yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode()
+            yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
         ).hexdigest()
 
     def updated(self, changes: dict[str, Any]) -> Recipe:
