@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from llmquant.errors import RecipeError
+from llmquant.errors import RecipeError, UsageError
+from llmquant.runtime.yaml_files import read_yaml
 from llmquant.spec import QuantSpec
 
 _SHIPPED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")
@@ -269,9 +269,9 @@ class Recipe(_Strict):
     def sha256(self) -> str:
         """Of what the recipe says. A section that is off is left out, so that a later version's new
         ones change no hash."""
-        told = self.model_dump(mode="json", exclude_none=True)
+        content = self.model_dump(mode="json", exclude_none=True)
         return hashlib.sha256(
-            yaml.safe_dump(told, sort_keys=False, allow_unicode=True).encode()
+            yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
         ).hexdigest()
 
     def updated(self, changes: dict[str, Any]) -> Recipe:
@@ -320,19 +320,6 @@ def _first(error: ValueError) -> str:
     return _said(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the standard loader silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
-        twice = next((k for k in keys if keys.count(k) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice!r} is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
 def shipped() -> dict[str, Path]:
     """Recipes that come with llmquant, by bare name."""
     folder = next((d for d in _SHIPPED if d.is_dir()), None)
@@ -359,7 +346,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             )
         path = known[str(name_or_path)]
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
-        raise RecipeError(f"{path} cannot be read as YAML: {e}") from e
+        data = read_yaml(path)
+    except UsageError as e:
+        raise RecipeError(str(e)) from e
     return _validate(data if data is not None else {}, str(path))

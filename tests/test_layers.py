@@ -25,7 +25,8 @@ ROWS = {
     "llmquant": (
         ("errors",),
         ("spec", "bitpack", "activations", "stats"),
-        ("weight", "recipe", "runtime"),
+        ("weight", "runtime"),
+        ("recipe",),
         ("algorithms", "formats", "kernels"),
         ("checkpoint",),
         ("data",),

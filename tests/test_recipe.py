@@ -64,11 +64,11 @@ WRONG = [
     ),
     pytest.param(
         "weights: {bits: 4}\nweights: {bits: 8}",
-        "the key 'weights' is given twice.*line 1",
+        'found duplicate key "weights".*line 2',
         id="key twice",
     ),
     pytest.param(
-        "weights: {bits: 4, bits: 8}", "the key 'bits' is given twice", id="nested key twice"
+        "weights: {bits: 4, bits: 8}", 'found duplicate key "bits"', id="nested key twice"
     ),
     pytest.param(
         "weights: {bits: 5}",
@@ -274,3 +274,9 @@ def test_patterns(pattern: str, module: str, expected: bool) -> None:
 def test_ignore_wins_over_include() -> None:
     recipe = Recipe(include=("*_proj",), ignore=("o_proj",))
     assert [recipe.selects(f"a.{m}") for m in ("q_proj", "o_proj", "gate")] == [True, False, False]
+
+
+def test_yaml_is_1_2_where_off_is_a_word(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: gptq\ngptq: {act_order: off}\n", encoding="utf-8")
+    assert load_recipe(path).gptq.act_order == "off"

@@ -104,7 +104,7 @@ def factorize(hessian: Tensor, options: GPTQOptions, module: str = "weight") -> 
         )
     if float(diagonal.max()) <= 0:
         raise QuantizationError(
-            f"{module}: its inputs were zero for every calibration token, so GPTQ has nothing to go by"
+            f"{module}: its inputs were zero for every calibration token, so GPTQ has no statistics"
         )
     order = _visiting_order(diagonal, options.act_order)
     damping = options.damping

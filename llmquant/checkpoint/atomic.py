@@ -36,13 +36,13 @@ def check_destination(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{ancestor} is a file, so {path} cannot be made; choose another -o")
     if not os.access(ancestor, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"nothing may be written in {ancestor}; choose another -o, or change its permissions"
+            f"no permission to write in {ancestor}; choose another -o, or change its permissions"
         )
 
 
 def _check_folder(path: Path, overwrite: bool) -> None:
     if path.is_symlink() and not path.exists():
-        raise UsageError(f"{path} is a link to nothing; remove it, or choose another -o")
+        raise UsageError(f"{path} is a broken link; remove it, or choose another -o")
     if not path.exists():
         return
     if not path.is_dir():
@@ -144,7 +144,7 @@ def lock_folder(folder: Path) -> int:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
                 raise UsageError(
-                    f"another llmquant is at work in {folder}; wait for it, or choose another -o"
+                    f"another llmquant process is writing to {folder}; wait for it, or choose another -o"
                 ) from e
             # Who held it until now may have removed or renamed it meanwhile.
             if folder.exists() and folder.stat().st_ino == os.fstat(fd).st_ino:

@@ -61,7 +61,7 @@ def _download(name: str) -> Path:
         )
     except RepositoryNotFoundError as e:
         raise CheckpointError(
-            f"{name} is no folder here and no model on the hub (or it is private: log in with `hf auth login`)"
+            f"{name} is neither a local folder nor a model on the hub (or it is private: log in with `hf auth login`)"
         ) from e
     except LocalEntryNotFoundError as e:
         raise CheckpointError(

@@ -45,7 +45,7 @@ class PackedCheckpoint:
     def __init__(self, reader: CheckpointReader, config: Mapping[str, Any] | None = None) -> None:
         config = config or quantization_config(reader)
         if config is None:
-            raise CheckpointError(f"{reader.path} is not quantized: nothing in it says how")
+            raise CheckpointError(f"{reader.path} is not quantized: it has no quantization config")
         self.reader, self.config = reader, config
         self.layout: Format = for_config(config)
         self.schemes = self.layout.schemes(config, reader.tensors.keys())

@@ -116,7 +116,7 @@ class CheckpointWriter:
                 return self
         except OSError as e:
             raise CheckpointError(
-                f"cannot write beside {self.path}: {e.strerror or e}; choose another -o"
+                f"cannot write to the parent folder of {self.path}: {e.strerror or e}; choose another -o"
             ) from e
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
@@ -189,7 +189,7 @@ class CheckpointWriter:
             need, side = sum(s.nbytes for s in current.values()), side_of(path)
             if not side.is_file() or side.stat().st_size < need:
                 raise CheckpointError(
-                    f"{side} is not what the interrupted run left there; begin anew with --restart"
+                    f"{side} is not what the interrupted run left there; start again with --restart"
                 )
             with self._disk():
                 self._shard = ShardWriter(path, current)
@@ -205,7 +205,7 @@ class CheckpointWriter:
             if path.is_file() and path.stat().st_size == self._finished[index].nbytes:
                 return path
         raise CheckpointError(
-            f"{self._path(index)} is not what the interrupted run left there; begin anew with --restart"
+            f"{self._path(index)} is not what the interrupted run left there; start again with --restart"
         )
 
     def _path(self, shard: int) -> Path:
@@ -307,13 +307,13 @@ class CheckpointWriter:
             for name, meant in self._meant.items():
                 if sha256_file(self.partial / name) != meant:
                     raise ProofError(
-                        f"{self.partial / name} is not what was written to it; is the disk sound?"
+                        f"{self.partial / name} is not what was written to it; check the disk for errors"
                     )
             for i, shard in enumerate(self._finished):
                 with (self.partial / self._final_name(i)).open("rb") as f:
                     if hashlib.sha256(f.read(shard.head_bytes)).hexdigest() != shard.head_sha256:
                         raise ProofError(
-                            f"{f.name} does not begin with the header that was written; is the disk sound?"
+                            f"{f.name} does not begin with the header that was written; check the disk for errors"
                         )
             fsync_path(self.partial)
             put_in_place(self.partial, self.path)

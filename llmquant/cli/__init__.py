@@ -51,7 +51,7 @@ def root(
     show_version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_version, is_eager=True, help="Print the version and leave."
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
@@ -84,7 +84,7 @@ def main() -> None:
         sys.stderr.write(f"error: {e}\n")
         raise SystemExit(e.exit_code) from None
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was left half-written\n")
+        sys.stderr.write("interrupted; no incomplete output remains\n")
         raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader of our stdout has gone (a pager was closed): not an error, and nothing more can
@@ -92,5 +92,5 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as e:
-        sys.stderr.write(f"error: the system refused: {e}\n")
+        sys.stderr.write(f"error: the operating system refused: {e}\n")
         raise SystemExit(1) from None

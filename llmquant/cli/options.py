@@ -13,7 +13,7 @@ import typer
 
 DeviceOption = Annotated[
     str,
-    typer.Option("--device", help="auto (cuda where there is one, else cpu), cpu, cuda, cuda:0 …"),
+    typer.Option("--device", help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:0 …"),
 ]
 """Where it is computed."""
 
@@ -21,7 +21,7 @@ DtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="auto (what is fast here; `llmquant doctor` tells), bfloat16/bf16, float16/fp16, float32/fp32.",
+        help="auto (the fastest here; see `llmquant doctor`), bfloat16/bf16, float16/fp16, float32/fp32.",
     ),
 ]
 """Of activations, when a model runs."""
@@ -30,7 +30,7 @@ CalibrationDtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="Of calibration passes: auto (float32), bfloat16/bf16, float16/fp16, float32/fp32.",
+        help="Dtype of calibration passes: auto (float32), bfloat16/bf16, float16/fp16, float32/fp32.",
     ),
 ]
 """Of activations, when a model is quantized."""
@@ -84,7 +84,7 @@ RecipeOption = Annotated[
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        help="rtn or gptq; awq+ before it scales channels, +tune after it optimizes whole blocks."
+        help="rtn or gptq. Prefix awq+ or smooth+ to scale channels first; suffix +tune to tune whole blocks."
     ),
 ]
 BitsOption = Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")]
@@ -92,7 +92,7 @@ GroupSizeOption = Annotated[
     int | None, typer.Option(help="Weights that share a scale; -1: one scale per row.")
 ]
 SymOption = Annotated[
-    bool | None, typer.Option("--sym/--asym", help="Without or with zero-points.")
+    bool | None, typer.Option("--sym/--asym", help="Symmetric, or asymmetric with zero-points.")
 ]
 RotateOption = Annotated[
     bool | None,
@@ -107,7 +107,7 @@ IncludeOption = Annotated[
 ]
 IgnoreOption = Annotated[
     list[str] | None,
-    typer.Option(help="Leave these unquantized, beside the recipe's (repeatable)."),
+    typer.Option(help="Do not quantize these, in addition to the recipe's list (repeatable)."),
 ]
 
 # Calibration.
@@ -127,7 +127,7 @@ AllExpertsOption = Annotated[
         help="Calibrate every expert on every token, or on the tokens routed to it.",
     ),
 ]
-SeedOption = Annotated[int | None, typer.Option(help="Draws the calibration windows.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed that draws the calibration windows.")]
 EvalTextOption = Annotated[
     str | None, typer.Option(help="Report how far calibration overlaps this text.")
 ]
@@ -141,7 +141,7 @@ BudgetOption = Annotated[
     ),
 ]
 EngineOption = Annotated[
-    Engine | None, typer.Option(help="With --target-bpw: only schemes that it takes.")
+    Engine | None, typer.Option(help="With --target-bpw: only schemes that this engine supports.")
 ]
 BaseModelOption = Annotated[str | None, typer.Option(help="Name for the model card's base_model.")]
 ShardSizeOption = Annotated[int, typer.Option("--max-shard-size", help="Bytes per weight file.")]
@@ -159,7 +159,7 @@ ResumeOption = Annotated[
     ),
 ]
 RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Start over where an interrupted run could be resumed.")
+    bool, typer.Option("--restart", help="Delete the state of an interrupted run and start over.")
 ]
 LogOption = Annotated[
     Path | None,

@@ -132,7 +132,7 @@ def show_result(result: QuantizeResult, seconds: float) -> None:
         f"size         {result.source_bytes / 1e6:,.2f} MB → {result.bytes_written / 1e6:,.2f} MB; "
         f"{result.bits_per_weight:.3f} bits per quantized weight"
     )
-    console.print(f"computed     {result.computing.told()}")
+    console.print(f"computed     {result.computing.as_text()}")
     console.print(
         f"proved       every tensor re-read from disk and equal to what was computed; {seconds:.1f} s"
     )

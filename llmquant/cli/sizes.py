@@ -17,7 +17,7 @@ def parse_size(option: str, text: str) -> int:
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError as e:
         raise UsageError(
-            f"{option} {text!r} is no size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+            f"{option} {text!r} is not a size; write bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
         ) from e
 
 

@@ -26,7 +26,7 @@ def _told(
         said = (
             error.args[0]
             if isinstance(error, KeyboardInterrupt) and error.args
-            else "nothing was left half-written"
+            else "no incomplete output remains"
         )
         sys.stderr.write(f"interrupted; {said}\n")
         raise SystemExit(130) from None

@@ -88,7 +88,7 @@ def _manifest(
             else ModuleEntry(spec=str(s.spec), shape=checked.shapes[n], digest=checked.digests[n])
             for n, s in checked.schemes.items()
         }
-    told = {
+    carried = {
         "bits_per_weight": checked.bits_per_weight,
         "modules": modules,
         "skipped": dict(source.skipped),
@@ -96,7 +96,7 @@ def _manifest(
         "files": dict(files),
     }
     if before:
-        return before.model_copy(update=told)
+        return before.model_copy(update=carried)
     unknown = {
         "base_weights_sha256": None,
         "recipe_sha256": None,
@@ -111,5 +111,5 @@ def _manifest(
     named = inherited.get("base_model")
     base = named if isinstance(named, str) else None
     return Manifest.model_validate(
-        {"base_model": base, **unknown, **here, "versions": step.versions, **told}
+        {"base_model": base, **unknown, **here, "versions": step.versions, **carried}
     )

@@ -60,7 +60,7 @@ def _prove_others(
     extra = sorted(written.tensors.keys() - others - packed)
     if extra:
         raise ProofError(
-            f"{written.path} has tensors that the source has not: {', '.join(extra[:3])}"
+            f"{written.path} has tensors that the source lacks: {', '.join(extra[:3])}"
         )
     for name in sorted(others):
         if name not in written or sha256_tensor(written.read(name)) != sha256_tensor(

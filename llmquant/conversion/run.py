@@ -168,10 +168,10 @@ def _write_weights(
 def _warnings(target: Format, checked: Checked) -> tuple[str, ...]:
     """What a user should know though nothing was lost: who will not take the result, and why."""
     if target is not DENSE:
-        told = refusals(target.name, checked.schemes)
-        everywhere, without = told.pop(VLLM_AVX512), told.pop(VLLM_NO_AVX512)
+        refused = refusals(target.name, checked.schemes)
+        everywhere, without = refused.pop(VLLM_AVX512), refused.pop(VLLM_NO_AVX512)
         here = [r for r in without if r not in everywhere] if vllm_here() == VLLM_NO_AVX512 else []
-        named = {"vllm (CPU)": everywhere, VLLM_NO_AVX512: here, **told}
+        named = {"vllm (CPU)": everywhere, VLLM_NO_AVX512: here, **refused}
         return tuple(
             f"{engine} will not take it: {reason}"
             for engine, reasons in named.items()

@@ -75,7 +75,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
     Raises:
         UsageError: it is not quantized.
         FormatError: a layout or a config that llmquant cannot carry over, or zero-points whose
-            label lies.
+            label is wrong.
         CheckpointError: damaged, or its manifest speaks of other modules.
         ArchitectureError: no causal language model that transformers knows.
     """

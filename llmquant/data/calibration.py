@@ -188,7 +188,7 @@ def _check_numbers(
 ) -> None:
     if nsamples < 1 or seqlen < MIN_TOKENS or seed < 0:
         raise UsageError(
-            f"nsamples={nsamples}, seqlen={seqlen}, seed={seed} cannot be; give at least 1, {MIN_TOKENS} and 0"
+            f"nsamples={nsamples}, seqlen={seqlen}, seed={seed} are not possible; give at least 1, {MIN_TOKENS} and 0"
         )
     if packing not in ("concat", "sample"):
         raise UsageError(f"packing={packing!r} is unknown; choose concat or sample")

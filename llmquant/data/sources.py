@@ -272,7 +272,7 @@ def _nothing(
     if seen and column not in seen:
         wanted = f"field {column!r}" if column else "field 'text' or 'messages'"
         return f"{source} has no {wanted}; its fields: {', '.join(seen)}"
-    return f"{source} has no row of text: {reasons}"
+    return f"{source} contains no row of text: {reasons}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,9 +131,7 @@ class Awq(Plain):
         unquantized."""
         version = str(config.get("version") or "gemm").lower()
         if version != "gemm":
-            raise FormatError(
-                f"AWQ version {version!r} packs its weights otherwise; llmquant reads gemm"
-            )
+            raise FormatError(f"AWQ version {version!r} uses another packing; llmquant reads gemm")
         # AutoAWQ's first releases, and llm-awq, say w_bit and q_group_size.
         bits = config.get("bits", config.get("w_bit"))
         group_size = config.get("group_size", config.get("q_group_size"))

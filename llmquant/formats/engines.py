@@ -202,14 +202,14 @@ def answers(
 def on_this_cpu(layout: str, schemes: Mapping[str, Scheme]) -> tuple[list[str], list[str]]:
     """What vLLM on CPUs says of a model of these modules: what no CPU takes, and what only this
     machine's does not, or worse."""
-    told = refusals(layout, schemes)
-    everywhere = told[VLLM_AVX512]
+    reasons = refusals(layout, schemes)
+    everywhere = reasons[VLLM_AVX512]
     here: list[str] = []
     if vllm_here() == VLLM_NO_AVX512:
-        refused = [r for r in told[VLLM_NO_AVX512] if r not in everywhere]
+        refused = [r for r in reasons[VLLM_NO_AVX512] if r not in everywhere]
         this = "vLLM on a CPU without AVX-512, as this one is,"
         here = [f"{this} will refuse this model: {reason}" for reason in refused]
-        if not told[VLLM_NO_AVX512]:
+        if not reasons[VLLM_NO_AVX512]:
             here = [
                 f"{this} takes this model: {reason}"
                 for reason in cautions(layout, schemes).get(VLLM_NO_AVX512, ())

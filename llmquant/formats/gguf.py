@@ -49,7 +49,7 @@ def why_not(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if scheme.g_idx:
         return "GGUF has no g_idx; use act-order static"
     if spec.width(shape[1]) % BLOCK:
-        return f"GGUF's scales stand for blocks of {BLOCK} columns, so a scale for every {spec.width(shape[1])} does not fit"
+        return f"GGUF has one scale per {BLOCK} columns, so a scale for every {spec.width(shape[1])} does not fit"
     return None
 
 

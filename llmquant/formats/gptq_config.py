@@ -166,7 +166,7 @@ def checkpoint_format(config: Mapping[str, Any]) -> str:
     Raises:
         FormatError: ``checkpoint_format`` and its newer name ``format`` disagree.
     """
-    told = {str(config[k]) for k in ("checkpoint_format", "format") if config.get(k)}
-    if len(told) > 1:
-        raise FormatError(f"the config names two checkpoint formats: {', '.join(sorted(told))}")
-    return told.pop() if told else "gptq"
+    names = {str(config[k]) for k in ("checkpoint_format", "format") if config.get(k)}
+    if len(names) > 1:
+        raise FormatError(f"the config names two checkpoint formats: {', '.join(sorted(names))}")
+    return names.pop() if names else "gptq"

@@ -118,7 +118,7 @@ def refuse_shifted(verdict: ZeroVerdict, label: str) -> None:
         else "the base model's weights are nearest one scale away"
     )
     raise FormatError(
-        f"the zero-points are labelled {label} but {evidence}, so the label lies: the bytes read right as GPTQ {other}. "
+        f"the zero-points are labelled {label} but {evidence}, so the label is wrong: the bytes read right as GPTQ {other}. "
         "Correct the label in the config, or give the unquantized base model to decide"
     )
 

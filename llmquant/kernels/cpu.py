@@ -97,7 +97,7 @@ class Cpu:
         """
         if x.dtype not in TYPES:
             raise UsageError(
-                f"kernel cpu takes float32, bfloat16 and float16 activations, and was given {x.dtype}"
+                f"kernel cpu takes float32, bfloat16 and float16 activations, but got {x.dtype}"
             )
         if x.shape[-1] != shape[1]:
             raise UsageError(f"a linear of {shape[1]} input columns was given {list(x.shape)}")

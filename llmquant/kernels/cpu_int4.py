@@ -114,7 +114,7 @@ class CpuInt4:
     ) -> Tensor:
         if x.dtype is not torch.bfloat16:
             raise UsageError(
-                f"kernel cpu_int4 was loaded for bfloat16 activations and was given {x.dtype}; load with that dtype"
+                f"kernel cpu_int4 was loaded for bfloat16 activations but got {x.dtype}; load with that dtype"
             )
         out_features, in_features = shape
         rows = x.reshape(-1, in_features)

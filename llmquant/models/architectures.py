@@ -228,7 +228,7 @@ def _refuse_experts(model: nn.Module, model_type: str) -> None:
     if stacked:
         raise ArchitectureError(
             f"model type {model_type!r} stacks its experts' weights in {len(stacked)} three-dimensional tensors (such as "
-            f"{stacked[0]}); of mixtures of experts llmquant knows {', '.join(n for n, a in ARCHITECTURES.items() if a.experts)}"
+            f"{stacked[0]}); the mixture-of-experts models that llmquant supports are {', '.join(n for n, a in ARCHITECTURES.items() if a.experts)}"
         )
 
 

@@ -141,19 +141,19 @@ def place_of(module: nn.Module, name: str) -> Place | None:
 
 
 def passes_of(
-    block: nn.Module, sets: Sequence[tuple[str, ...]], room: int
+    block: nn.Module, sets: Sequence[tuple[str, ...]], limit: int
 ) -> list[list[tuple[str, ...]]]:
     """Sets to observe together: each by itself, but those of a block's experts, which do not read
     one another, side by side.
 
-    As many experts at a time as have Hessians of no more than ``room`` numbers together, and at
+    As many experts at a time as have Hessians of no more than ``limit`` numbers together, and at
     least one.
     """
     places = {members: place_of(block, members[0]) for members in sets}
     widths = [
         block.get_parameter(f"{s[0]}.weight").shape[1] for s, place in places.items() if place
     ]
-    together = max(1, room // max(widths, default=1) ** 2)
+    together = max(1, limit // max(widths, default=1) ** 2)
     passes: dict[object, list[tuple[str, ...]]] = {}
     for members, place in places.items():
         key = members if place is None else (place.expert // together, place.linear)

@@ -205,7 +205,7 @@ def linear_at(model: nn.Module, name: str, path: Path) -> nn.Linear:
         linear = model.get_submodule(name)
     except AttributeError as e:
         raise CheckpointError(
-            f"{path} has packed weights for {name}, which {type(model).__name__} has not"
+            f"{path} has packed weights for {name}, which {type(model).__name__} does not have"
         ) from e
     if type(linear) is not nn.Linear:
         raise ArchitectureError(

@@ -74,13 +74,13 @@ def _rename_ties(model: PreTrainedModel, architecture: Architecture) -> None:
     if not renamed or not isinstance(ties, dict):
         return
 
-    def told(name: str) -> str:
+    def in_memory(name: str) -> str:
         return next(
             (new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)),
             name,
         )
 
-    model._tied_weights_keys = {told(n): told(s) for n, s in ties.items()}
+    model._tied_weights_keys = {in_memory(n): in_memory(s) for n, s in ties.items()}
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 

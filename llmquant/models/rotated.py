@@ -208,7 +208,7 @@ class RotatedReader(CheckpointReader):
                 unknown.append(name)
         if unknown:
             raise ArchitectureError(
-                f"{self.path}: nothing is known of how {some(sorted(unknown))} take part in the residual stream of model type "
+                f"{self.path}: llmquant does not know how {some(sorted(unknown))} use the residual stream of model type "
                 f"{self._kind!r}, so it cannot be rotated; rotation.residual: off rotates the heads alone"
             )
         return norms

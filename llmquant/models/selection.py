@@ -188,8 +188,8 @@ def _check_fused(
     for names in sets.values():
         firsts = {schemes.get(n): n for n in reversed(names)}
         if len(firsts) > 1:
-            told = names if len(names) < 5 else sorted(firsts.values(), key=names.index)
-            kinds = ", ".join(f"{n}: {schemes.get(n, 'unquantized')}" for n in told)
+            listed = names if len(names) < 5 else sorted(firsts.values(), key=names.index)
+            kinds = ", ".join(f"{n}: {schemes.get(n, 'unquantized')}" for n in listed)
             raise UsageError(
                 f"engines fuse these linears, so they need one scheme, but the recipe gives {kinds}"
             )

@@ -54,18 +54,18 @@ class PackedConfig(QuantizationConfigMixin):
     """A folder's ``quantization_config``, kept word for word.
 
     Args:
-        told: the mapping in config.json.
+        stored_config: the mapping in config.json.
         kernel: for every quantized linear: ``auto`` or a kernel's name.
     """
 
-    def __init__(self, told: Mapping[str, Any] | None = None, kernel: str = AUTO) -> None:
+    def __init__(self, stored_config: Mapping[str, Any] | None = None, kernel: str = AUTO) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration lists only its own
-        self.told = dict(told or {})
+        self.stored_config = dict(stored_config or {})
         self.kernel = kernel
 
     def to_dict(self) -> dict[str, Any]:
         """What stood in config.json."""
-        return copy.deepcopy(self.told)
+        return copy.deepcopy(self.stored_config)
 
 
 class _Stored(nn.Module):
@@ -93,7 +93,7 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # refuses what cannot be read, before anything is loaded
-        for_config(quantization_config.told)
+        for_config(quantization_config.stored_config)
         self._kernel = quantization_config.kernel
         self._packed: PackedCheckpoint | None = None
         self._dtype = torch.bfloat16
@@ -102,7 +102,7 @@ class PackedQuantizer(HfQuantizer):
         """Refuse what needs hooks on modules that will be replaced."""
         if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1:
             raise UsageError(
-                "a packed model lies on one device; give device_map as one device's name"
+                "a packed model must be on one device; give device_map as one device's name"
             )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -123,7 +123,7 @@ class PackedQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"{reader.path}: transformers would load {sorted(given)}, the index names {sorted(found)}"
             )
-        self._packed = packed = PackedCheckpoint(reader, self.quantization_config.told)
+        self._packed = packed = PackedCheckpoint(reader, self.quantization_config.stored_config)
         packed.require_modules()
         as_in_checkpoint(model, str(reader.config.get("model_type")))
         self._untie(model, packed)
@@ -155,7 +155,7 @@ class PackedQuantizer(HfQuantizer):
         path = packed.reader.path
         if len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1:
             raise UsageError(
-                "a packed model lies on one device; give device_map as one device's name"
+                "a packed model must be on one device; give device_map as one device's name"
             )
         # Not earlier: before loading, transformers makes every new tensor a meta tensor, also those
         # of this check.

@@ -61,10 +61,10 @@ class AllocateOptions:
     def __post_init__(self) -> None:
         possible = (*SUPPORTED_BITS, UNQUANTIZED)
         if not self.widths or any(w not in possible for w in self.widths):
-            raise UsageError(f"widths {_told(self.widths)}: choose among {_told(possible)}")
+            raise UsageError(f"widths {_listed(self.widths)}: choose among {_listed(possible)}")
         if not self.group_sizes or any(g != -1 and g < 1 for g in self.group_sizes):
             raise UsageError(
-                f"group sizes {_told(self.group_sizes)}: each is positive, or -1 for one scale per row"
+                f"group sizes {_listed(self.group_sizes)}: each is positive, or -1 for one scale per row"
             )
         if self.engine not in ("any", *_ENGINES):
             raise UsageError(f"engine {self.engine!r} is not one of any, {', '.join(_ENGINES)}")
@@ -133,8 +133,8 @@ def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
             taken[None] = sum(i.nbytes for i in stored.values())
         if not taken:
             raise SpecError(
-                f"{', '.join(members)}: none of the allowed schemes fits (widths {_told(options.widths)}, group sizes "
-                f"{_told(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
+                f"{', '.join(members)}: none of the allowed schemes fits (widths {_listed(options.widths)}, group sizes "
+                f"{_listed(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
             )
         found.append(
             Choice(block, members, taken, sum(math.prod(linears.shapes[n]) for n in members))
@@ -154,9 +154,9 @@ def _pinned(members: Sequence[str], recipe: Recipe) -> list[Scheme]:
 def _schemes(members: Sequence[str], recipe: Recipe, options: AllocateOptions) -> list[Scheme]:
     pinned = _pinned(members, recipe)
     if len(pinned) > 1:
-        told = " and ".join(map(str, pinned))
+        both = " and ".join(map(str, pinned))
         raise UsageError(
-            f"engines fuse {', '.join(members)}, so they need one scheme, but the recipe's overrides give {told}"
+            f"engines fuse {', '.join(members)}, so they need one scheme, but the recipe's overrides give {both}"
         )
     if pinned:
         return pinned
@@ -251,7 +251,7 @@ def _differences(scheme: Scheme, common: Scheme) -> dict[str, object]:
     return {k: v for k, v in _weights(scheme).model_dump().items() if v != base[k]}
 
 
-def _told(numbers: Sequence[int]) -> str:
+def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 

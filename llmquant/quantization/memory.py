@@ -144,7 +144,7 @@ class Work:
 
     @property
     def phases_with_replay(self) -> dict[str, int]:
-        """Phases where there is room for what saves passes; it is let go before a block is
+        """Phases where there is memory for what saves passes; it is let go before a block is
         tuned."""
         more = self.replay
         return {

@@ -141,12 +141,14 @@ def demand_same(folder: Path, comparison: Comparison) -> None:
     parts = [f"files {_some(comparison.files)}"] if comparison.files else []
     parts += [f"linears {_some(comparison.modules)}"] if comparison.modules else []
     around = "; ".join(comparison.circumstances)
-    told = (
+    circumstances = (
         f" (also different: {around})"
         if around
         else "; versions and thread count are the recorded ones"
     )
-    raise ProofError(f"running again did not give {folder}: {', '.join(parts)} differ{told}")
+    raise ProofError(
+        f"the rerun did not reproduce {folder}: {', '.join(parts)} differ{circumstances}"
+    )
 
 
 def _some(names: tuple[str, ...]) -> str:

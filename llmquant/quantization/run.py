@@ -62,7 +62,7 @@ class QuantizeOptions:
         evaluation: text that calibration must not overlap with, as a source.
         resume: keep what is needed to continue after a kill, and continue what such a run left.
             False: keep nothing.
-        restart: begin anew even if there is something to continue.
+        restart: start over even if there is something to resume.
         max_memory: bytes of RAM to stay under by keeping hidden states in files; None: what the
             machine has left.
         log: file for one JSON line per module, block and turn of the run; None: none.
@@ -244,7 +244,7 @@ class _Work:
     def placement(self) -> Placement:
         return placement(
             self.plan,
-            self.plan.world.mine(self.windows),
+            self.plan.world.shard(self.windows),
             self.options.max_memory,
             self.plan.world.local,
         )
@@ -261,9 +261,9 @@ class _Work:
             self.events.on_note(f"{self.plan.world.size} processes share the work{kept}")
         if run.resumed:
             self.events.on_note(
-                f"continuing behind block {run.resumed} of {run.total} of an interrupted run"
+                f"resuming after block {run.resumed} of {run.total} of an interrupted run"
             )
-        if run.room.placement.spill:
+        if run.store.placement.spill:
             self.events.on_note(
                 f"hidden states are kept in {run.folder}: they do not fit in memory"
             )
@@ -289,7 +289,9 @@ class _Work:
 
     def shared(self, result: QuantizeResult | None) -> QuantizeResult:
         """The result, which every process of a run has at the end; the others pass None."""
-        found = self.plan.world.told(None if result is None else replace(result, calibration=None))
+        found = self.plan.world.broadcast(
+            None if result is None else replace(result, calibration=None)
+        )
         assert found is not None
         return replace(found, calibration=self.calibration)
 
@@ -298,7 +300,11 @@ class _Work:
         if run.blocks == run.total:
             return
         for block in walk(
-            self.plan, self.windows, self.events.on_progress, run.room, min(run.blocks, self.blocks)
+            self.plan,
+            self.windows,
+            self.events.on_progress,
+            run.store,
+            min(run.blocks, self.blocks),
         ):
             prefix = f"{self.plan.architecture.blocks}.{block.index}"
             done = store_block(

@@ -13,9 +13,9 @@ Asymmetric calibration and tuning aim at what the original model computes: then 
 walk along beside the quantized model's (:mod:`llmquant.quantization.blocks.original`), and a tuned
 block's linears are moved once more, together, before it is left.
 
-Hidden states live in a :class:`llmquant.quantization.blocks.hidden_states.Room`. A room that comes
-with saved states continues the walk that saved them: nothing before is computed again but masks and
-position embeddings, and those must come out as they did then.
+Hidden states live in a :class:`llmquant.quantization.blocks.hidden_states.StateStore`. A store that
+comes with saved states continues the walk that saved them: nothing before is computed again but
+masks and position embeddings, and those must come out as they did then.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llmquant.models.block_inputs import first_inputs, run_block
 from llmquant.models.experts import UNSEEN, passes_of, place_of
 from llmquant.quantization.blocks.calls import Calls
 from llmquant.quantization.blocks.capture import Around, nothing, observe, stages
-from llmquant.quantization.blocks.hidden_states import Room
+from llmquant.quantization.blocks.hidden_states import StateStore
 from llmquant.quantization.blocks.inputs import STREAM, Inputs
 from llmquant.quantization.blocks.materialize import materialized, outer_names
 from llmquant.quantization.blocks.original import Reference
@@ -52,20 +52,20 @@ def walk(
     plan: WalkPlan,
     windows: Sequence[Tensor],
     on_progress: Callable[[Progress], None],
-    room: Room | None = None,
+    store: StateStore | None = None,
     start: int = 0,
 ) -> Iterator[BlockResult]:
     """Quantize block after block.
 
-    When a result is handed out, the room's named streams are the inputs of the block behind it.
+    When a result is handed out, the store's named streams are the inputs of the next block.
 
     Args:
         plan: see :class:`WalkPlan`.
         windows: calibration token ids, each ``[positions]``; empty for a data-free method.
         on_progress: called before each module.
-        room: where hidden states live; default: in memory.
-        start: the first block to quantize. Of a calibrated walk that is not the first one, the room
-            must hold what an earlier walk left in front of it.
+        store: where hidden states live; default: in memory.
+        start: the first block to quantize. Of a calibrated walk that is not the first one, the
+            store must hold what an earlier walk left in front of it.
 
     Raises:
         QuantizationError: NaN or Inf where there must be none; names the module.
@@ -79,7 +79,7 @@ def walk(
     walker = (
         _DataFree(plan, on_progress)
         if not windows
-        else _Calibrated(plan, on_progress, windows, room, start)
+        else _Calibrated(plan, on_progress, windows, store, start)
     )
     blocks = blocks_of(plan.model, plan.architecture)
     for index in range(start, len(blocks)):
@@ -115,10 +115,14 @@ class _DataFree:
     def block(
         self, index: int, block: nn.Module, prefix: str, names: Sequence[str]
     ) -> dict[str, Rounded]:
-        return self.plan.world.deal(names, lambda name: self.round_to_nearest(index, name))
+        return self.plan.world.scatter_gather(
+            names, lambda name: self.round_to_nearest(index, name)
+        )
 
     def head(self, name: str) -> dict[str, Rounded]:
-        return self.plan.world.deal([name], lambda n: self.round_to_nearest(self._total - 1, n))
+        return self.plan.world.scatter_gather(
+            [name], lambda n: self.round_to_nearest(self._total - 1, n)
+        )
 
     def round_to_nearest(self, index: int, name: str, fallback: str | None = None) -> Rounded:
         self.announce(index, name)
@@ -133,30 +137,30 @@ class _Calibrated(_DataFree):
         plan: WalkPlan,
         on_progress: Callable[[Progress], None],
         windows: Sequence[Tensor],
-        room: Room | None = None,
+        store: StateStore | None = None,
         start: int = 0,
     ) -> None:
         super().__init__(plan, on_progress)
-        self.room = room = room or Room(plan.device)
+        self.store = store = store or StateStore(plan.device)
         blocks = blocks_of(plan.model, plan.architecture)
         calls = Calls()
         with materialized(plan, plan.model, "", outer_names(plan)):
             first = _first_states(
-                plan, blocks, plan.world.mine(batched(windows, plan.batch_size)), calls
+                plan, blocks, plan.world.shard(batched(windows, plan.batch_size)), calls
             )
             if start == 0:
-                room.name(STREAM, room.scratch(first))
+                store.name(STREAM, store.scratch(first))
             else:
                 for _ in first:
                     # the states in front of block 0 are not needed, only how blocks are called
                     pass
-        if start and STREAM not in room.streams:
+        if start and STREAM not in store.streams:
             raise CheckpointError(f"the hidden states in front of block {start} were not saved")
-        room.calls = calls.settle(room.calls)
-        self.replays = room.placement.replays and plan.recipe.gptq.true_sequential
-        self.inputs = Inputs(room, calls, start)
+        store.calls = calls.settle(store.calls)
+        self.replays = store.placement.replays and plan.recipe.gptq.true_sequential
+        self.inputs = Inputs(store, calls, start)
         aims = plan.recipe.asymmetric or plan.recipe.tune is not None
-        self.reference = Reference(room, self.inputs) if aims else None
+        self.reference = Reference(store, self.inputs) if aims else None
         self._pairs = self.reference if plan.recipe.asymmetric else None
 
     def block(
@@ -176,9 +180,9 @@ class _Calibrated(_DataFree):
                 self.reference.enter(
                     block, linears, self.inputs, tails if self._pairs is not None else ()
                 )
-            room = sum(p.numel() for p in block.parameters())
+            store = sum(p.numel() for p in block.parameters())
             passes = (
-                passes_of(block, sets, room) if self.plan.recipe.gptq.true_sequential else [sets]
+                passes_of(block, sets, store) if self.plan.recipe.gptq.true_sequential else [sets]
             )
             with Replay(block, tails, linears) as replay:
                 for together in passes:
@@ -217,7 +221,7 @@ class _Calibrated(_DataFree):
         if not linears:
             return [], []
         with Tails(block, linears) if self.replays else nullcontext() as watched:
-            sets = self.plan.world.told(
+            sets = self.plan.world.broadcast(
                 stages(block, linears, self.inputs[0], self.plan.all_experts)
             )
         return sets, watched.found() if watched is not None else []
@@ -258,7 +262,7 @@ class _Calibrated(_DataFree):
             for name in (*self.scaling.weights, *self.scaling.changed)
         ]
         found = self.scaling, {name: block.get_parameter(name).data for name in names}
-        self.scaling, values = self.plan.world.told(found)
+        self.scaling, values = self.plan.world.broadcast(found)
         for name, value in values.items():
             block.get_parameter(name).data.copy_(value)
 
@@ -294,7 +298,7 @@ class _Calibrated(_DataFree):
         else:
             stats = self._pairs.observe(block, wanted, self.inputs, self.plan.all_experts, around)
         for share in stats.values():
-            self.plan.world.add_up(share)
+            self.plan.world.all_reduce(share)
         return stats
 
     def _tuned(
@@ -331,9 +335,9 @@ class _Calibrated(_DataFree):
         }
 
     def _advance(self, block: nn.Module, index: int, around: Around) -> None:
-        self.room.name(
+        self.store.name(
             STREAM,
-            self.room.streams[STREAM].replaced(self._outputs(block, index, around), self.room),
+            self.store.streams[STREAM].replaced(self._outputs(block, index, around), self.store),
         )
         self.inputs.block += 1
 
@@ -353,7 +357,7 @@ class _Calibrated(_DataFree):
         with materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
             for batch in self.inputs:
                 stats.add(norm(batch.hidden))
-        self.plan.world.add_up(stats)
+        self.plan.world.all_reduce(stats)
         return self.quantize_set(self._total - 1, [name], stats)
 
     def quantize_set(
@@ -361,7 +365,7 @@ class _Calibrated(_DataFree):
     ) -> dict[str, Rounded]:
         """Quantize linears that share an input: one Hessian, one factorization."""
         if stats.tokens == 0 and stats.dropped == 0 and place_of(self.plan.model, names[0]):
-            return self.plan.world.deal(
+            return self.plan.world.scatter_gather(
                 names, lambda name: self.round_to_nearest(index, name, UNSEEN)
             )
         if stats.tokens == 0:
@@ -369,14 +373,14 @@ class _Calibrated(_DataFree):
                 f"{names[0]} saw no finite calibration token ({stats.dropped} dropped)"
             )
         world, factor = self.plan.world, None
-        if self.plan.recipe.method == "gptq" and world.mine(names):
+        if self.plan.recipe.method == "gptq" and world.shard(names):
             factor = factorize(stats.hessian, self.plan.gptq_options, names[0])
 
         def one(name: str) -> Rounded:
             self.announce(index, name)
             return with_statistics(self.plan, name, self.original(name), stats, factor)
 
-        return world.deal(names, one)
+        return world.scatter_gather(names, one)
 
 
 def _first_states(

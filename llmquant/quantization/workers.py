@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmquant.checkpoint.atomic import disk, remove
 from llmquant.errors import UsageError
-from llmquant.quantization.blocks.hidden_states import Placement, Room
+from llmquant.quantization.blocks.hidden_states import Placement, StateStore
 from llmquant.quantization.plan import WalkPlan, batched
 from llmquant.quantization.state.resume import kept_blocks
 from llmquant.quantization.walk import walk
@@ -49,10 +49,10 @@ def check_together(
         )
     if kept_blocks(destination) and not restart:
         raise UsageError(
-            f"an interrupted run of one process stands beside {destination}: repeat its command to continue it, or add --restart "
-            "to begin anew, which deletes what it did"
+            f"{destination} has the saved state of an interrupted run of one process: repeat its command to resume it, or add "
+            "--restart to delete that state and start over"
         )
-    world.meet()
+    world.barrier()
 
 
 def assist(
@@ -66,21 +66,21 @@ def assist(
         destination: what the first process makes; files for hidden states stand beside it.
         placement: where hidden states are kept.
     """
-    with _room(plan, destination, placement) as room:
-        for _ in walk(plan, windows, lambda _: None, room):
+    with _states(plan, destination, placement) as store:
+        for _ in walk(plan, windows, lambda _: None, store):
             pass
 
 
 @contextmanager
-def _room(plan: WalkPlan, destination: Path, placement: Placement) -> Iterator[Room]:
+def _states(plan: WalkPlan, destination: Path, placement: Placement) -> Iterator[StateStore]:
     if not placement.spill:
-        yield Room(plan.device, placement=placement)
+        yield StateStore(plan.device, placement=placement)
         return
     folder = destination.with_name(f".{destination.name}.process-{plan.world.rank}")
     remove(folder)
     try:
         with disk(folder):
             folder.mkdir(parents=True)
-            yield Room(plan.device, folder, placement=placement)
+            yield StateStore(plan.device, folder, placement=placement)
     finally:
         remove(folder)

@@ -50,7 +50,7 @@ class Computing:
         """For JSON."""
         return {**asdict(self), "instruction_sets": list(self.instruction_sets)}
 
-    def told(self, kernels: Mapping[str, int] | None = None) -> str:
+    def as_text(self, kernels: Mapping[str, int] | None = None) -> str:
         """One line: ``float32 on cpu, 2 threads, kernel cpu for 42 linears; bfloat16 would be
         …``."""
         parts = [

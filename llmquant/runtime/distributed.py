@@ -101,11 +101,11 @@ class World:
             )
         return f"cuda:{self.local_rank}"
 
-    def mine(self, items: Sequence[T]) -> list[T]:
+    def shard(self, items: Sequence[T]) -> list[T]:
         """This process's share: every ``size``-th item."""
         return list(items[self.rank :: self.size])
 
-    def add_up(self, stats: InputStats) -> None:
+    def all_reduce(self, stats: InputStats) -> None:
         """Replace a share's sums by those over all processes.
 
         Raises:
@@ -117,10 +117,10 @@ class World:
         with _reached(self):
             for tensor in (*stats.sums, counts):
                 for part in tensor.view(-1).split(_PART):
-                    self._add_up(part)
+                    self._reduce(part)
         stats.tokens, stats.dropped = (int(n) for n in counts)
 
-    def _add_up(self, part: Tensor) -> None:
+    def _reduce(self, part: Tensor) -> None:
         from torch import distributed
 
         if self.first:
@@ -132,18 +132,18 @@ class World:
             distributed.send(part, dst=0)
         distributed.broadcast(part, src=0)
 
-    def deal(self, names: Sequence[str], work: Callable[[str], T]) -> dict[str, T]:
+    def scatter_gather(self, names: Sequence[str], work: Callable[[str], T]) -> dict[str, T]:
         """Do ``work`` for each name, each in one process; all get all results, in order.
 
         Raises:
             ParallelError: another process is gone.
         """
-        done = {name: work(name) for name in self.mine(names)}
+        done = {name: work(name) for name in self.shard(names)}
         if self.size == 1:
             return done
-        return {name: self.told(done.get(name), i % self.size) for i, name in enumerate(names)}  # type: ignore[misc]
+        return {name: self.broadcast(done.get(name), i % self.size) for i, name in enumerate(names)}  # type: ignore[misc]
 
-    def told(self, value: T, by: int = 0) -> T:
+    def broadcast(self, value: T, by: int = 0) -> T:
         """The value that process ``by`` has. Tensors arrive on the kind of device that they left
         from.
 
@@ -180,7 +180,7 @@ class World:
     def _beside(self, kind: str) -> torch.device:
         return torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process has come this far.
 
         Raises:
@@ -188,7 +188,7 @@ class World:
         """
         if self.size > 1:
             with _reached(self):
-                self._add_up(torch.zeros(1))
+                self._reduce(torch.zeros(1))
 
 
 ALONE = World()
@@ -225,7 +225,7 @@ def _reached(world: World) -> Iterator[None]:
         yield
     except RuntimeError as e:  # what every backend raises for a lost connection
         raise ParallelError(
-            f"process {world.rank} of {world.size} lost the others; the one that failed says why ({str(e).splitlines()[0]})"
+            f"process {world.rank} of {world.size} lost contact with the other processes; see the error of the one that failed ({str(e).splitlines()[0]})"
         ) from e
 
 

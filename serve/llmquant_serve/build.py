@@ -37,7 +37,7 @@ def built(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
         model = llmquant.load(
             options.model, dtype=chosen.dtype, device=device, kernel=options.kernel
         )
-        computing = llmquant.Computing.of(device, chosen).told(llmquant.describe(model).kernels)
+        computing = llmquant.Computing.of(device, chosen).as_text(llmquant.describe(model).kernels)
         return LocalEngine(model, max_streams, options.context), computing
     if options.engine == "vllm":
         if options.threads is not None:

@@ -422,7 +422,7 @@ MISTAKES = [
         2,
         "is neither an existing file nor a source",
     ),
-    ("empty text", (*Q, *GPTQ, "--calibration", "file:{empty}"), 2, "has no row of text"),
+    ("empty text", (*Q, *GPTQ, "--calibration", "file:{empty}"), 2, "contains no row of text"),
     (
         "too little text",
         (
@@ -674,7 +674,7 @@ def test_a_full_disk_is_told_in_words_and_the_same_command_continues(
     assert (ran.code, ran.out) == (1, "")
     assert ran.err[ran.err.index("error:") :] == (
         f"error: writing to {Path.cwd()}/a/b/.out.partial failed: No space left on device; free some space and run again: 2 of 2 "
-        "blocks are finished and kept beside out; the same command continues there (--restart begins anew); up to 1 MB more are "
+        "blocks are saved next to out; run the same command to resume, or add --restart to start over; up to 1 MB more are "
         f"needed in {Path.cwd()}/a/b\n"
     )
     ran = run("quantize", model, "-o", "a/b/out", *RTN, "--json")
@@ -796,14 +796,14 @@ def test_an_interrupt_that_native_code_takes_for_an_error_is_still_one(
     assert ran.code == 130
     finished = 2 if becomes is None else 1
     assert (
-        f"interrupted; {finished} of 2 blocks are finished and kept beside out; the same command continues there"
+        f"interrupted; {finished} of 2 blocks are saved next to out; run the same command to resume"
         in ran.err
     )
     assert (
         json.loads(Path("out.quantize.log.jsonl").read_text().splitlines()[-1])["event"]
         == "interrupted"
     )
-    assert f"continuing behind block {finished} of 2" in run(*options).err
+    assert f"resuming after block {finished} of 2" in run(*options).err
 
 
 def test_in_the_background_ctrl_c_stays_ignored(
@@ -857,7 +857,7 @@ def test_interrupted_it_says_how_to_continue(tmp_path: Path, number: signal.Sign
     assert (running.returncode, out) == (130, ""), err
     assert "Traceback" not in err
     assert re.search(
-        r"interrupted; \d of 6 blocks are finished and kept beside out; the same command continues there",
+        r"interrupted; \d of 6 blocks are saved next to out; run the same command to resume",
         err,
     )
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
@@ -880,4 +880,4 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 def test_what_is_no_size_is_told(run: Run, model: Path, text: str) -> None:
     ran = run("quantize", model, "-o", "out", *RTN, f"--max-memory={text}")
     assert (ran.code, ran.out) == (2, "")
-    assert f"--max-memory {text!r} is no size; write bytes" in ran.err
+    assert f"--max-memory {text!r} is not a size; write bytes" in ran.err

@@ -150,7 +150,7 @@ def test_other_tools_folders_become_equal_or_are_refused(
 
 def test_a_lying_label_is_not_carried_on(tmp_path: Path) -> None:
     for base in (None, BASE):
-        with pytest.raises(FormatError, match="the label lies"):
+        with pytest.raises(FormatError, match="the label is wrong"):
             convert(GOLDEN / MISLABELLED, "awq", tmp_path / "out", ConvertOptions(base=base))
     assert nothing_left(tmp_path / "out")
 

@@ -128,7 +128,7 @@ def test_magnitudes_find_the_lie() -> None:
     verdict = check_zero_convention(weights)
     assert (verdict.shift, verdict.by) == (1, "magnitude")
     with pytest.raises(
-        FormatError, match=r"packing_format: auto_round but 1\d\d\d groups .* the label lies"
+        FormatError, match=r"packing_format: auto_round but 1\d\d\d groups .* the label is wrong"
     ):
         refuse_shifted(verdict, "packing_format: auto_round")
     assert check_zero_convention(with_zeros_plus_one()).shift == 0
@@ -181,7 +181,7 @@ def test_the_door_refuses_the_lie_and_nothing_else(folder: str, base: str | None
     if folder != MISLABELLED:
         packed.refuse_shifted_zeros(original)
         return
-    with pytest.raises(FormatError, match=f"{folder}: .*label lies"):
+    with pytest.raises(FormatError, match=f"{folder}: .*label is wrong"):
         packed.refuse_shifted_zeros(original)
 
 

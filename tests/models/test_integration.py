@@ -49,7 +49,7 @@ FOLDERS = sorted(
     p.parent.name
     for p in GOLDEN.glob("*/expected.safetensors")
     if "model-free" not in p.parent.name
-)  # that one's label lies
+)  # that one's label is wrong
 
 
 @pytest.fixture(autouse=True)
@@ -305,7 +305,7 @@ def test_a_folder_that_is_not_right_is_refused(
 
 
 def test_zero_points_are_judged_here_too() -> None:
-    with pytest.raises(FormatError, match="the label lies"):
+    with pytest.raises(FormatError, match="the label is wrong"):
         from_pretrained(GOLDEN / "autoround-auto_round-model-free-asym", dtype=BF16)
 
 

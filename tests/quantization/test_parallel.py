@@ -275,10 +275,10 @@ def test_without_a_launcher_a_process_is_alone() -> None:
         assert world == ALONE
         stats = InputStats(2)
         stats.add(torch.ones(3, 2))
-        world.add_up(stats)
-        world.meet()
+        world.all_reduce(stats)
+        world.barrier()
         assert (stats.tokens, stats.hessian.sum()) == (3, 12)
-        assert world.deal(["a", "b"], str.upper) == {"a": "A", "b": "B"}
+        assert world.scatter_gather(["a", "b"], str.upper) == {"a": "A", "b": "B"}
         assert world.device("cuda:1") == "cuda:1"
 
 
@@ -322,6 +322,8 @@ def test_an_interrupted_run_of_one_process_is_not_continued_by_two(
     with pytest.raises(KeyboardInterrupt):
         quantize(model, tmp_path / "q", batched, events=Events(on_progress=interrupt))
     before = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(UsageError, match="an interrupted run of one process stands beside"):
+    with pytest.raises(
+        UsageError, match="has the saved state of an interrupted run of one process"
+    ):
         quantize(model, tmp_path / "q", batched, QuantizeOptions(world=World(size=2)))
     assert sorted(p.name for p in tmp_path.iterdir()) == before == [".q.partial", ".q.resume"]

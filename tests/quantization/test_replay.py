@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmquant.models.architectures import blocks_of, find
 from llmquant.models.block_inputs import first_inputs, run_block
 from llmquant.models.names import as_in_checkpoint
-from llmquant.quantization.blocks.hidden_states import Placement, Room
+from llmquant.quantization.blocks.hidden_states import Placement, StateStore
 from llmquant.quantization.blocks.inputs import STREAM
 from llmquant.quantization.blocks.replay import Replay, Tail, Tails
 from llmquant.quantization.walk import walk
@@ -55,13 +55,13 @@ def walked(
     for name in (n for n in plan.specs if ".0." in n):
         module = plan.model.get_submodule(name)
         module.register_forward_hook(lambda *_, name=name: calls.update([name.rpartition(".")[2]]))
-    room = Room(CPU, placement=Placement(replays=replays))
+    store = StateStore(CPU, placement=Placement(replays=replays))
     digests = {
         n: w.digest()
-        for block in walk(plan, WINDOWS, lambda _: None, room)
+        for block in walk(plan, WINDOWS, lambda _: None, store)
         for n, (w, _) in block.weights.items()
     }
-    return digests, room.streams[STREAM][:], calls
+    return digests, store.streams[STREAM][:], calls
 
 
 @pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)

@@ -26,7 +26,7 @@ from llmquant.checkpoint.shards import ShardWriter
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.errors import CheckpointError, DiskError, LlmquantError, UsageError
 from llmquant.quantization import run as pipeline
-from llmquant.quantization.blocks.hidden_states import InFile, InMemory, Room
+from llmquant.quantization.blocks.hidden_states import InFile, InMemory, StateStore
 from llmquant.quantization.plan import Progress
 from llmquant.quantization.run import Events, QuantizeOptions, QuantizeResult, quantize
 from llmquant.quantization.state import fingerprint, resume
@@ -109,10 +109,7 @@ def test_an_interrupt_says_how_to_continue_and_that_gives_the_same_files(
     deep: Path, gptq: Recipe, tmp_path: Path, twin: dict[str, str], block: int
 ) -> None:
     told = interrupted(deep, tmp_path / "out", gptq, block)
-    assert (
-        f"{block} of 3 blocks are finished and kept beside out; the same command continues there"
-        in told
-    )
+    assert f"{block} of 3 blocks are saved next to out; run the same command to resume" in told
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", ".out.resume"]
     notes: list[str] = []
     seen: list[int] = []
@@ -121,7 +118,7 @@ def test_an_interrupt_says_how_to_continue_and_that_gives_the_same_files(
         on_progress=lambda at: seen.append(at.block),
     )
     result = quantize(deep, tmp_path / "out", gptq, events=events)
-    assert notes == [f"continuing behind block {block} of 3 of an interrupted run"]
+    assert notes == [f"resuming after block {block} of 3 of an interrupted run"]
     assert min(seen) == block
     assert (result.resumed, len(result.modules)) == (block, 21)
     assert hashes(tmp_path / "out") == twin
@@ -149,7 +146,7 @@ def test_the_result_tells_of_all_blocks(deep: Path, gptq: Recipe, tmp_path: Path
 def test_nothing_is_kept_of_a_run_without_a_finished_block(
     deep: Path, gptq: Recipe, tmp_path: Path
 ) -> None:
-    assert interrupted(deep, tmp_path / "a" / "out", gptq, 0) == "nothing was left half-written"
+    assert interrupted(deep, tmp_path / "a" / "out", gptq, 0) == "no incomplete output remains"
     assert not any(tmp_path.iterdir())
 
 
@@ -159,7 +156,7 @@ def test_nothing_is_kept_when_that_is_not_wanted(
     options = QuantizeOptions(resume=False)
     assert (
         interrupted(deep, tmp_path / "a" / "out", gptq, 2, options)
-        == "nothing was left half-written"
+        == "no incomplete output remains"
     )
     assert not any(tmp_path.iterdir())
     assert hashes(quantize(deep, tmp_path / "out", gptq, options).path) == twin
@@ -365,7 +362,7 @@ def test_damaged_state_is_an_error_that_names_the_file(
     else:
         data[byte] ^= 1
         path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"{path.name} {words}.*begin anew with --restart"):
+    with pytest.raises(CheckpointError, match=f"{path.name} {words}.*start again with --restart"):
         quantize(model, output, gptq)
 
 
@@ -374,31 +371,31 @@ def test_damaged_state_is_an_error_that_names_the_file(
 
 def stale(monkeypatch: pytest.MonkeyPatch) -> None:
     """The states saved behind a block are those in front of it."""
-    save = Room.save
+    save = StateStore.save
     first: list[dict[str, Any]] = []
 
-    def save_first(self: Room) -> dict[str, Any]:
+    def save_first(self: StateStore) -> dict[str, Any]:
         saved = save(self)
         first.append(saved)
         return first[0]
 
-    monkeypatch.setattr(Room, "save", save_first)
-    monkeypatch.setattr(Room, "forget_all_but", lambda self, saved: None)
+    monkeypatch.setattr(StateStore, "save", save_first)
+    monkeypatch.setattr(StateStore, "forget_all_but", lambda self, saved: None)
 
 
 def recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     """States are not those that were saved but close to them, as if computed again by other
     arithmetic."""
-    opened = Room._opened
+    opened = StateStore._opened
 
-    def close_by(self: Room, saved: Any) -> Any:
+    def close_by(self: StateStore, saved: Any) -> Any:
         stream = opened(self, saved)
         return InMemory(
             (stream.stored(i).to(torch.bfloat16).to(torch.float32) for i in range(len(stream))),
             self.device,
         )
 
-    monkeypatch.setattr(Room, "_opened", close_by)
+    monkeypatch.setattr(StateStore, "_opened", close_by)
 
 
 @pytest.mark.parametrize("slip", [stale, recomputed])
@@ -441,7 +438,7 @@ PLACES: list[Any] = [
     pytest.param((ShardWriter, "sync"), 2, id="tensors made durable"),
     pytest.param((ShardWriter, "finish"), 1, id="a shard put together"),
     pytest.param((resume.Journal, "append"), 3, id="the journal"),
-    pytest.param((Room, "save"), 2, id="hidden states"),
+    pytest.param((StateStore, "save"), 2, id="hidden states"),
     pytest.param((CheckpointWriter, "copy_side_files"), 1, id="side files"),
 ]
 
@@ -477,7 +474,7 @@ def test_a_full_disk_says_what_to_free_and_is_continued(
             quantize(deep, tmp_path / "out", gptq)
     told = str(refused.value)
     assert "failed: No space left on device; free some space and run again: " in told
-    assert "blocks are finished and kept beside out; the same command continues there" in told
+    assert "blocks are saved next to out; run the same command to resume" in told
     assert f"MB more are needed in {tmp_path}" in told
     assert quantize(deep, tmp_path / "out", gptq).resumed >= 1
     assert hashes(tmp_path / "out") == twin

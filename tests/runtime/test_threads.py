@@ -48,11 +48,11 @@ def test_the_record_says_how_it_is_computed():
     set_threads(1)
     chosen = Computing.of("cpu", ChosenDtype(torch.float32, "it is faster"))
     assert (
-        chosen.told({"cpu": 14})
+        chosen.as_text({"cpu": 14})
         == "float32 on cpu, 1 thread, kernel cpu for 14 linears; float32 because it is faster"
     )
     asked = Computing.of("cuda:0", ChosenDtype(torch.float16))
-    assert asked.told() == "float16 on cuda:0, 1 thread"
+    assert asked.as_text() == "float16 on cuda:0, 1 thread"
     assert asked.as_dict() == {
         "device": "cuda:0",
         "dtype": "float16",

@@ -56,24 +56,29 @@ class Sensitivity(StrEnum):
 def allocate_command(
     model: ModelArgument,
     target_bpw: Annotated[
-        float, typer.Option(help="At most this many bits per selected weight, scales and all.")
+        float,
+        typer.Option(
+            help="At most this many bits per selected weight, scales and zero-points included."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.")],
     recipe: Annotated[
         str | None, typer.Option(help="Recipe to start from; its overrides pin their linears.")
     ] = None,
     widths: Annotated[
-        str | None, typer.Option(help="Of 2,3,4,8,16; 16 leaves a linear as it is.")
+        str | None, typer.Option(help="Allowed widths, of 2,3,4,8,16; 16 means not quantized.")
     ] = None,
     group_sizes: Annotated[str, typer.Option(help="-1: one scale per row.")] = "32,64,128,-1",
     sym: Annotated[
         bool | None, typer.Option("--sym/--asym", help="Only without or only with zero-points.")
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="Only schemes that it takes.")] = Engine.any,
+    engine: Annotated[
+        Engine, typer.Option(help="Only schemes that this engine supports.")
+    ] = Engine.any,
     sensitivity: Annotated[
         Sensitivity,
         typer.Option(
-            help="kl: the model's output, needs it in memory; block: one block at a time."
+            help="kl: effect on the model's output (whole model in memory); block: effect on one block."
         ),
     ] = Sensitivity.kl,
     probe_tokens: Annotated[
@@ -162,9 +167,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as e:
-        raise UsageError(
-            f"{option} {text!r} is not a list of whole numbers with commas between"
-        ) from e
+        raise UsageError(f"{option} {text!r} must be whole numbers separated by commas") from e
 
 
 def widths_of(widths: str | None, engine: Engine) -> tuple[int, ...]:

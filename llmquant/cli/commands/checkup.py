@@ -314,14 +314,14 @@ def _vllm(environment: Mapping[str, str]) -> dict[str, Any]:
         }
     except OSError as e:
         return {**found, "reason": f"{python} cannot be started: {e}", "install": install}
-    told = re.search(r"^llmquant-vllm (\S+)$", done.stdout, re.MULTILINE)
-    if done.returncode != 0 or told is None:
+    match = re.search(r"^llmquant-vllm (\S+)$", done.stdout, re.MULTILINE)
+    if done.returncode != 0 or match is None:
         last = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
         return {**found, "reason": f"vllm cannot be imported there: {last}", "install": install}
     takes: dict[str, Any] = {}
-    with suppress(*_BROKEN):  # a broken torch is told as a problem
+    with suppress(*_BROKEN):  # a broken torch is match as a problem
         takes = _takes("vllm")
-    return {**found, "ready": True, "version": told[1], **takes}
+    return {**found, "ready": True, "version": match[1], **takes}
 
 
 def _llama_cpp() -> dict[str, Any]:

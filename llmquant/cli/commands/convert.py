@@ -45,11 +45,14 @@ def convert_command(
     scale_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Store scales in this dtype instead of the model's, where the layout lets you."
+            help="Store scales in this dtype instead of the model's, if the layout allows it."
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The unquantized model, if zero-points are in doubt.")
+        str | None,
+        typer.Option(
+            help="The unquantized model; decides if the zero-point convention is ambiguous."
+        ),
     ] = None,
     max_shard_size: Annotated[
         int, typer.Option(help="Bytes per file of a dense result.")

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 def generate_command(
     model: Annotated[str, typer.Argument(help="Model folder or hub name, packed or dense.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to make.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, when sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling threshold.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Sampling seed.")] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text; do not use the chat template.")
     ] = False,
@@ -63,7 +65,7 @@ def generate_command(
     seconds = time.perf_counter() - started
     computing, kernels = Computing.of(on, chosen), describe(loaded).kernels
     if not as_json:
-        sys.stderr.write(f"computed in {computing.told(kernels)}\n")
+        sys.stderr.write(f"computed in {computing.as_text(kernels)}\n")
         return
     text = tokenizer.decode(new, skip_special_tokens=True)
     counts = {"prompt_tokens": ids.shape[1], "new_tokens": new.numel(), "seconds": seconds}
@@ -127,7 +129,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tenso
         )
     except (TemplateError, ValueError) as e:
         raise CheckpointError(
-            f"the model's chat template cannot be used: {e}; --raw does without it"
+            f"the model's chat template cannot be used: {e}; use --raw to skip the template"
         ) from e
     ids: Tensor = encoded["input_ids"]
     return ids

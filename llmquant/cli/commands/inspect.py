@@ -85,8 +85,8 @@ def _show(found: Inspection, verified: bool, modules: bool) -> None:
     facts.add_row("sha256", found.weights_sha256)
     for row in answers(found.engines, found.cautions):
         facts.add_row(*row)
-    for told in found.fallbacks:
-        facts.add_row("fallback", told)
+    for note in found.fallbacks:
+        facts.add_row("fallback", note)
     if verified:
         facts.add_row("verified", "every file and every packed weight is what was written")
     console.print(facts)

@@ -139,7 +139,7 @@ def _needs(needs: Forecast, timing: Timing | None, computing: Computing) -> list
         if needs.replay
         else ""
     )
-    rows = [("quantizing", computing.told())]
+    rows = [("quantizing", computing.as_text())]
     rows.append(
         ("memory", f"about {_size(needs.peak)} at most, while {_DOING[worst]}{states}{kept}")
     )
@@ -218,7 +218,8 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
         "tensor parallel", ", ".join(map(str, plan.tensor_parallel)) or "no size splits it evenly"
     )
     facts.add_row(
-        "running", plan.kernels_for.told({name: count for name, (count, _) in plan.kernels.items()})
+        "running",
+        plan.kernels_for.as_text({name: count for name, (count, _) in plan.kernels.items()}),
     )
     for name, (_, why) in plan.kernels.items():
         if why:

@@ -100,7 +100,7 @@ def quantize_command(
     chosen = recipe_of(given)
     if act_order is not None and chosen.method != "gptq":
         raise UsageError(
-            f"--act-order needs GPTQ, and the method is {chosen.method}; leave one of them out"
+            f"--act-order applies only to GPTQ, but the method is {chosen.method}; leave one of them out"
         )
     options = _options(given)
     hidden = quiet or as_json or not options.world.first
@@ -148,7 +148,7 @@ def _allocated(
 
     if options.world.size > 1:
         raise UsageError(
-            "--target-bpw chooses in one process; run `llmquant allocate` first and give its recipe"
+            "--target-bpw does not work with several processes; run `llmquant allocate` first and give its recipe"
         )
     check_destination(output.absolute(), options.overwrite)
     size, engine, symmetric = target

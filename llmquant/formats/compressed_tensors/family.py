@@ -75,11 +75,11 @@ class CompressedFamily(Plain):
     def schemes(
         self, config: Mapping[str, Any], tensor_names: Collection[str]
     ) -> dict[str, Scheme]:
-        told = {
+        stated = {
             str(g.get("format") or config.get("format") or "pack-quantized")
             for g in groups_of(config)
         }
-        others = sorted(told.difference(_READABLE))
+        others = sorted(stated.difference(_READABLE))
         if others:
             readable = ", ".join(_READABLE)
             raise FormatError(
@@ -90,7 +90,7 @@ class CompressedFamily(Plain):
                 "the config's transform_config rotates activations as the model runs, which llmquant does not do"
             )
         found = self.packed.schemes(config, tensor_names)
-        if "int-quantized" in told:
+        if "int-quantized" in stated:
             found |= self.int8.schemes(config, tensor_names)
         return found
 

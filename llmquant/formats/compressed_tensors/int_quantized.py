@@ -138,9 +138,9 @@ def _check(group: Mapping[str, Any], module: str) -> None:
         ("input_activations", "token", True),
     ):
         args = group.get(part) or {}
-        told = {k: args.get(k) for k in ("num_bits", "type", "symmetric", "strategy")}
+        stated = {k: args.get(k) for k in ("num_bits", "type", "symmetric", "strategy")}
         wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy}
-        if told != wanted or bool(args.get("dynamic")) != dynamic:
+        if stated != wanted or bool(args.get("dynamic")) != dynamic:
             kind = "dynamic" if dynamic else "static"
             raise FormatError(
                 f"{module}: {part} are {dict(args) or 'not quantized'}; llmquant reads {kind} {wanted}"

@@ -52,7 +52,7 @@ class CompressedTensors(Plain):
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if scheme.activations != "none":
-            return "packed weights with quantized activations are int-quantized's business"
+            return "packed weights with quantized activations use the int-quantized format"
         if scheme.g_idx and scheme.spec.group_size is None:
             return "a g_idx has no meaning with one group per row"
         return None

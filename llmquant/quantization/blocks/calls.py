@@ -61,8 +61,8 @@ class Calls:
         found = self._digest.hexdigest()
         if before is not None and before != found:
             raise CheckpointError(
-                "masks or position embeddings came out otherwise than in the run that is continued; is this another machine? "
-                "Continue where it began, or begin anew with --restart"
+                "masks or position embeddings differ from those of the interrupted run; is this another machine? "
+                "Resume where the run started, or start over with --restart"
             )
         return found
 

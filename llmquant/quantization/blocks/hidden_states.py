@@ -65,7 +65,7 @@ class Stream(Sequence[Tensor]):
 
     device: torch.device
 
-    def replaced(self, tensors: Iterable[Tensor], room: Room) -> Stream:
+    def replaced(self, tensors: Iterable[Tensor], store: StateStore) -> Stream:
         """The stream that holds ``tensors``; item ``i`` of this one is read no more once the
         ``i``-th of them is there."""
         raise NotImplementedError
@@ -100,7 +100,7 @@ class InMemory(Stream):
     def stored(self, index: int) -> Tensor:
         return self._tensors[index]
 
-    def replaced(self, tensors: Iterable[Tensor], room: Room) -> Stream:
+    def replaced(self, tensors: Iterable[Tensor], store: StateStore) -> Stream:
         for i, tensor in enumerate(tensors):
             self._tensors[i] = _plain(tensor)
         return self
@@ -123,9 +123,9 @@ class InFile(Stream):
         mapped = np.memmap(self.path, np.uint8, "c", placed.start, (placed.nbytes,))
         return torch.from_numpy(mapped).view(placed.torch_dtype).reshape(placed.shape)
 
-    def replaced(self, tensors: Iterable[Tensor], room: Room) -> Stream:
-        successor = room.scratch(tensors)
-        room.drop(self)
+    def replaced(self, tensors: Iterable[Tensor], store: StateStore) -> Stream:
+        successor = store.scratch(tensors)
+        store.drop(self)
         return successor
 
 
@@ -160,7 +160,7 @@ def check_stream(folder: Path, saved: SavedStream) -> None:
             if hashlib.file_digest(file, "sha256").hexdigest() == saved.sha256:
                 return
     raise CheckpointError(
-        f"{path} does not hold the hidden states that were saved there; begin anew with --restart"
+        f"{path} does not hold the hidden states that were saved there; start again with --restart"
     )
 
 
@@ -181,7 +181,7 @@ class Placement:
 IN_MEMORY = Placement()
 
 
-class Room:
+class StateStore:
     """The streams of a walk and the place for them.
 
     Args:

@@ -7,21 +7,21 @@ from typing import overload
 
 from llmquant.models.block_inputs import BlockInput
 from llmquant.quantization.blocks.calls import Calls
-from llmquant.quantization.blocks.hidden_states import Room
+from llmquant.quantization.blocks.hidden_states import StateStore
 
 STREAM = "hidden"
-"""Name of the quantized model's states in a room."""
+"""Name of the quantized model's states in a store."""
 
 
 class Inputs(Sequence[BlockInput]):
     """Every batch's way into ``block``, put together when it is asked for: a GPU holds one batch of
     states, not all."""
 
-    def __init__(self, room: Room, calls: Calls, block: int) -> None:
-        self.room, self.calls, self.block = room, calls, block
+    def __init__(self, store: StateStore, calls: Calls, block: int) -> None:
+        self.store, self.calls, self.block = store, calls, block
 
     def __len__(self) -> int:
-        return len(self.room.streams[STREAM])
+        return len(self.store.streams[STREAM])
 
     @overload
     def __getitem__(self, index: int) -> BlockInput: ...
@@ -31,5 +31,5 @@ class Inputs(Sequence[BlockInput]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return BlockInput(
-            self.room.streams[STREAM][index], self.calls.of(index, self.block, self.room.device)
+            self.store.streams[STREAM][index], self.calls.of(index, self.block, self.store.device)
         )

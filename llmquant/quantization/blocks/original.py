@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmquant.models.block_inputs import BlockInput, run_block, run_with
 from llmquant.quantization.blocks.capture import Around, nothing, observe_pairs
-from llmquant.quantization.blocks.hidden_states import Room, Stream
+from llmquant.quantization.blocks.hidden_states import StateStore, Stream
 from llmquant.quantization.blocks.replay import Replay, Tail
 from llmquant.stats import PairStats
 
@@ -31,14 +31,14 @@ class Reference:
             hidden]`` per batch.
         outputs: behind it; filled by :meth:`enter`.
 
-    Both lie where the ``room`` keeps streams; a room that already has the reference continues an
+    Both lie where the ``store`` keeps streams; a store that already has the reference continues an
     earlier walk.
     """
 
-    def __init__(self, room: Room, inputs: Sequence[BlockInput]) -> None:
-        self._room = room
-        if STREAM not in room.streams:
-            room.name(STREAM, room.scratch(batch.hidden for batch in inputs))
+    def __init__(self, store: StateStore, inputs: Sequence[BlockInput]) -> None:
+        self._store = store
+        if STREAM not in store.streams:
+            store.name(STREAM, store.scratch(batch.hidden for batch in inputs))
         self.outputs: Stream | None = None
         self._originals: dict[str, Tensor] = {}
         self._replay: Replay | None = None
@@ -46,7 +46,7 @@ class Reference:
 
     @property
     def hidden(self) -> Stream:
-        return self._room.streams[STREAM]
+        return self._store.streams[STREAM]
 
     def enter(
         self,
@@ -68,7 +68,7 @@ class Reference:
             if tails
             else None
         )
-        self.outputs = self._room.scratch(self._outputs(block, inputs))
+        self.outputs = self._store.scratch(self._outputs(block, inputs))
 
     def _outputs(self, block: nn.Module, inputs: Sequence[BlockInput]) -> Iterator[Tensor]:
         around = self._around
@@ -79,13 +79,13 @@ class Reference:
     @contextmanager
     def block_outputs(self, block: nn.Module, inputs: Sequence[BlockInput]) -> Iterator[Stream]:
         """What the original block makes of the *quantized* model's states."""
-        outputs = self._room.scratch(
+        outputs = self._store.scratch(
             run_with(block, self._originals, batch).detach() for batch in inputs
         )
         try:
             yield outputs
         finally:
-            self._room.drop(outputs)
+            self._store.drop(outputs)
 
     def observe(
         self,
@@ -118,5 +118,5 @@ class Reference:
         """Step to the next block."""
         assert self.outputs is not None
         self.forget()
-        self._room.name(STREAM, self.outputs)
+        self._store.name(STREAM, self.outputs)
         self.outputs, self._originals = None, {}

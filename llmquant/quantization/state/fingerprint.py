@@ -95,11 +95,11 @@ def differences(then: Mapping[str, str], now: Mapping[str, str]) -> str:
     """What differs, as words: ``recipe weights.bits was 4 and is 3; …``; empty when nothing
     does."""
     names = [n for n in [*then, *(n for n in now if n not in then)] if then.get(n) != now.get(n)]
-    told = [
+    parts = [
         f"{n} was {_short(then.get(n, 'absent'))} and is {_short(now.get(n, 'absent'))}"
         for n in names[:_SHOWN]
     ]
-    return "; ".join(told) + (f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return "; ".join(parts) + (f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _short(value: str) -> str:

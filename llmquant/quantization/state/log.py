@@ -96,7 +96,7 @@ class RunLog:
             recipe_sha256=recipe.sha256(),
             blocks=run.total,
             finished_before=run.resumed,
-            spilled=run.room.placement.spill,
+            spilled=run.store.placement.spill,
             device=str(device),
             threads=torch.get_num_threads(),
             versions=versions(),

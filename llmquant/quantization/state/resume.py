@@ -27,7 +27,7 @@ from llmquant.checkpoint.atomic import disk, fsync_path, remove
 from llmquant.checkpoint.reader import sha256_file
 from llmquant.checkpoint.writer import CheckpointWriter, Mark
 from llmquant.errors import DiskError, LlmquantError, ProofError, QuantizationError, UsageError
-from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement, Room, SavedStream
+from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement, SavedStream, StateStore
 from llmquant.quantization.reports import Outcome
 from llmquant.quantization.state.fingerprint import Facts, differences
 from llmquant.quantization.state.journal import Journal, read_journal
@@ -99,7 +99,7 @@ class SavedRun:
         facts: the fingerprint.
         total: decoder blocks to quantize, the head counted as one.
         enabled: keep state at all.
-        restart: begin anew, whatever stands there.
+        restart: start over, whatever is there.
         placement: where hidden states are kept.
         device: for hidden states.
 
@@ -108,7 +108,7 @@ class SavedRun:
         blocks: of ``total``, finished; in order.
         weights_done: every tensor is in a finished file.
         proving: set by the caller while errors mean that what was written is wrong.
-        room: for the walk.
+        store: for the walk.
         bytes_expected: of all tensors, for the message about a full disk; set by the caller.
 
     Raises:
@@ -159,21 +159,21 @@ class SavedRun:
             if self._enabled:
                 self._journal = Journal(self.folder / _JOURNAL)
                 self._journal.append({"kind": "run", "facts": self._facts})
-        self.room = Room(
+        self.store = StateStore(
             self._device, self.folder if self.folder.exists() else None, placement=self._placement
         )
 
     def _continue(self, records: list[dict[str, Any]]) -> None:
-        told = f"an interrupted run stands beside {self._writer.path}"
+        state = f"{self._writer.path} has the saved state of an interrupted run"
         different = differences(records[0]["facts"], self._facts)
         if different:
             raise UsageError(
-                f"{told}, and it was another one: {different}. Repeat its command to continue it, or add --restart to begin "
-                "anew, which deletes what it did"
+                f"{state} with other settings: {different}. Repeat that run's command to resume it, or add --restart to "
+                "delete the state and start over"
             )
         if not self._enabled:
             raise UsageError(
-                f"{told}; leave --no-resume out to continue it, or add --restart to begin anew"
+                f"{state}; leave out --no-resume to resume it, or add --restart to start over"
             )
         self.outcome = _outcome(records)
         self._writer.restore([_MARK.validate_python(r["mark"]) for r in records if "mark" in r])
@@ -187,8 +187,8 @@ class SavedRun:
                     path.unlink()
         # When nothing is left to compute nobody asks for the states, and they need not be read.
         left = saved if self.blocks < self.total else None
-        self.room = Room(self._device, self.folder, placement=self._placement, saved=left)
-        self.room.calls = last["calls"]
+        self.store = StateStore(self._device, self.folder, placement=self._placement, saved=left)
+        self.store.calls = last["calls"]
         with disk(self.folder):
             self._journal = Journal(self.folder / _JOURNAL, read_journal(self.folder / _JOURNAL)[1])
 
@@ -215,17 +215,17 @@ class SavedRun:
         }
         with disk(self.folder):
             if kind == "block":
-                streams = self.room.save()
+                streams = self.store.save()
                 record |= {
                     "streams": _STREAMS.dump_python(streams, mode="json"),
-                    "calls": self.room.calls,
+                    "calls": self.store.calls,
                 }
                 fsync_path(self.folder)
             self._journal.append(record)
             self._writer.keep = True
             self._writer.marked()
             if kind == "block":
-                self.room.forget_all_but(streams)
+                self.store.forget_all_but(streams)
 
     def whole(self, manifest: str) -> None:
         """The folder was proved; ``manifest`` is the text of its manifest."""
@@ -253,27 +253,27 @@ class SavedRun:
             self._writer.keep = False
             _give_up(self.folder)
         if stopped:
-            raise KeyboardInterrupt(self.told()) from error
+            raise KeyboardInterrupt(self.progress()) from error
         if isinstance(error, DiskError) and self._writer.keep:
             raise DiskError(
-                f"{error}: {self.told()}{self._needs(error)}", full=error.full
+                f"{error}: {self.progress()}{self._needs(error)}", full=error.full
             ) from error
 
-    def told(self) -> str:
-        """What an interruption leaves, and how to go on."""
+    def progress(self) -> str:
+        """What an interruption leaves, and how to resume."""
         if not self._writer.keep:
-            return "nothing was left half-written"
+            return "no incomplete output remains"
         return (
-            f"{self.blocks} of {self.total} blocks are finished and kept beside {self._writer.path.name}; the same command "
-            "continues there (--restart begins anew)"
+            f"{self.blocks} of {self.total} blocks are saved next to {self._writer.path.name}; run the same command to "
+            "resume, or add --restart to start over"
         )
 
     def _needs(self, error: DiskError) -> str:
-        """The room that the rest will take: tensors, the shard that is put together from its side
-        file, states twice."""
+        """The disk space that the rest will take: tensors, the shard that is put together from its
+        side file, states twice."""
         if not error.full:
             return ""
         left = max(0, self.bytes_expected - self._writer.total_bytes)
-        states = sum(s.nbytes for s in self.room.kept.values())
+        states = sum(s.nbytes for s in self.store.kept.values())
         shard = min(self.bytes_expected, self._writer.max_shard_size)
         return f"; up to {(left + states + shard) / 1e6:,.0f} MB more are needed in {self.folder.parent}"

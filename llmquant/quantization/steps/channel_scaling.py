@@ -126,7 +126,7 @@ class AWQFinder:
             block, {s[0]: _linear(block, s[0]) for s in sets}, inputs, all_experts
         )
         for share in self._stats.values():
-            world.add_up(share)
+            world.all_reduce(share)
         self._specs, self._search, self._options = specs, search, options
 
     def unseen(self, pair: Pair) -> bool:
