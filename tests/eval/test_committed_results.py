@@ -142,15 +142,15 @@ def test_every_recipe_has_a_result_of_its_own(suite: Suite) -> None:
 def test_results_carry_no_path_of_a_machine() -> None:
     for path in RESULTS.glob("*.json"):
         report = read_report(path)
-        told = [
+        texts = [
             report.command,
             report.text.source if report.text else "",
             *(m.source for m in report.models),
         ]
         assert not [
             word
-            for said in told
-            for word in said.split()
+            for text in texts
+            for word in text.split()
             if word.removeprefix("file:").startswith(("/", "~"))
         ]
 

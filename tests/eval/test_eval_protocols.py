@@ -71,7 +71,7 @@ def test_strided_windows(
         ),
         pytest.param(4, 7, [(0, 5, 1), (3, 8, 5)], id="tail of three"),
         pytest.param(4, 3, [(0, 4, 1)], id="short document"),
-        pytest.param(4, 1, [(0, 2, 1)], id="one token behind its prefix"),
+        pytest.param(4, 1, [(0, 2, 1)], id="one token after its prefix"),
         pytest.param(4, 0, [], id="empty"),
     ],
 )

@@ -123,17 +123,17 @@ def test_a_pattern_is_every_shipped_recipe_that_it_matches(tmp_path: Path) -> No
         pytest.param("a: [", "cannot be read as YAML", id="not YAML"),
         pytest.param(
             GOOD + "dtype: float32\ndtype: bfloat16\n",
-            r"suite\.yaml, line 6: the key 'dtype' is given twice, first in line 5; keep one",
+            r'suite\.yaml cannot be read as YAML: found duplicate key "dtype".*, line 6, column 1$',
             id="key twice",
         ),
         pytest.param(
             GOOD.replace("name: t,", "name: t, name: u,"),
-            "line 3: the key 'name' is given twice, first in line 3",
+            'duplicate key "name".*, line 3, column',
             id="key twice inside",
         ),
         pytest.param(
             GOOD + "models:\n- label: a\n  model: m\n  label: b\n",
-            "line 8: the key 'label' is given twice, first in line 6",
+            'duplicate key "label".*, line 8, column 3',
             id="key twice in a list",
         ),
     ],

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, steps
+from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, repeat_commands
 from llmquant_eval.leaderboard.pareto import COLOURS, pareto_plots
 from llmquant_eval.leaderboard.ranking import Board, Row
 from llmquant_eval.leaderboard.svg import draw
@@ -95,7 +95,7 @@ def add_board(gradio: Any, board: Board) -> None:
     if drawings:
         gradio.HTML(f'<style>{_style()}</style><div class="board-plots">{"".join(drawings)}</div>')
     names = [row.name for row in board.rows]
-    commands = {row.name: "\n".join(steps(row)) for row in board.rows}
+    commands = {row.name: "\n".join(repeat_commands(row)) for row in board.rows}
     choice = gradio.Dropdown(names, value=names[0], label="The command that repeats a row")
     code = gradio.Code(commands[names[0]], language="shell", label="Command")
     choice.change(commands.get, choice, code, show_progress="hidden")

@@ -146,7 +146,7 @@ def rank_text(row: Row) -> str:
     return ABSENT if row.rank is None else str(row.rank)
 
 
-def steps(row: Row) -> list[str]:
+def repeat_commands(row: Row) -> list[str]:
     """The command that repeats the row, one shell command a line."""
     return [printable(step) for step in row.report.command.split(" && ")]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, steps
+from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, repeat_commands
 from llmquant_eval.leaderboard.pareto import ParetoPlot, best_by_size, pareto_plots
 from llmquant_eval.leaderboard.ranking import Board, Row, printable
 from llmquant_eval.leaderboard.svg import draw
@@ -160,4 +160,4 @@ def _detail(row: Row) -> str:
     listed = "".join(
         f"<dt>{name}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items() if fact
     )
-    return f"To repeat this row:<pre><code>{escape(chr(10).join(steps(row)))}</code></pre><dl>{listed}</dl>"
+    return f"To repeat this row:<pre><code>{escape(chr(10).join(repeat_commands(row)))}</code></pre><dl>{listed}</dl>"

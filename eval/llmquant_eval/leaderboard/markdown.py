@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from llmquant_eval.leaderboard.cells import columns, notes, rank_text, steps
+from llmquant_eval.leaderboard.cells import columns, notes, rank_text, repeat_commands
 from llmquant_eval.leaderboard.ranking import Board, Row
 
 _INTRODUCTION = (
@@ -47,13 +47,13 @@ def _commands(board: Board) -> list[str]:
     lines = ["<details><summary>Commands that repeat these rows</summary>", ""]
     for row in board.rows:
         fence = "`" * max(
-            3, *(1 + len(run) for step in steps(row) for run in re.findall("`+", step)), 3
+            3, *(1 + len(run) for step in repeat_commands(row) for run in re.findall("`+", step)), 3
         )
         lines += [
             f"{_plain(row.name)}, {_measured(row)}:",
             "",
             f"{fence}sh",
-            *steps(row),
+            *repeat_commands(row),
             fence,
             "",
         ]

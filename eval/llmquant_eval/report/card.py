@@ -55,9 +55,9 @@ def measured_section(report: Report, label: str) -> str:
             "",
         ]
     names = [m.label for m in shown]
-    for grid in side_tables(report):
-        rows = [list(cells) for cells in grid.rows if cells[0] in names]
-        lines += [*_markdown_table([grid.title, *grid.headers], rows), ""]
+    for side_table in side_tables(report):
+        rows = [list(cells) for cells in side_table.rows if cells[0] in names]
+        lines += [*_markdown_table([side_table.title, *side_table.headers], rows), ""]
     lines += [f"- {note}" for note in footnotes(report)]
     if report.text is not None:
         lines.append(

@@ -133,11 +133,11 @@ def side_tables(report: Report) -> list[SideTable]:
         headers = tuple(name.partition("@")[0].replace("_", " ") for name in names)
         tables.append(SideTable(part.perplexity, headers, rows))
     for task in dict.fromkeys(t.task for m in report.models for t in m.tasks):
-        tables.append(_task_grid(report, task))
+        tables.append(_task_table(report, task))
     return tables
 
 
-def _task_grid(report: Report, task: str) -> SideTable:
+def _task_table(report: Report, task: str) -> SideTable:
     results = {m.label: t for m in report.models for t in m.tasks if t.task == task}
     metrics = dict.fromkeys(name for t in results.values() for name in t.metrics)
     paired = dict.fromkeys(name for t in results.values() for name in t.paired)
@@ -243,18 +243,18 @@ def render(report: Report, width: int) -> Group:
     if Measurement.get(console, console.options, table).minimum > width:
         table = _by_column(report.models)
     parts: list[Table | Text] = [table]
-    for grid in side_tables(report):
-        parts += [Text(""), _side_table(grid)]
+    for side_table in side_tables(report):
+        parts += [Text(""), _render_side_table(side_table)]
     return Group(*parts, *(Text(line, style="dim") for line in footnotes(report)))
 
 
-def _side_table(grid: SideTable) -> Table:
+def _render_side_table(content: SideTable) -> Table:
     table = _table()
-    table.title, table.title_justify, table.title_style = grid.title, "left", "bold"
+    table.title, table.title_justify, table.title_style = content.title, "left", "bold"
     table.add_column("model", overflow="fold")
-    for header in grid.headers:
+    for header in content.headers:
         table.add_column(header, justify="right", overflow="fold")
-    for cells in grid.rows:
+    for cells in content.rows:
         table.add_row(*cells)
     return table
 

@@ -22,13 +22,14 @@ the shipped ones (``"*"``, ``"gptq-*"``).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from llmquant.errors import UsageError
 
@@ -215,29 +216,6 @@ def file_name(label: str, text: str | None, protocol: str) -> str:
     return "--".join(parts) + ".json"
 
 
-class _DuplicateKeyError(Exception):
-    """A key that its mapping has already; ``line`` counts from 1."""
-
-    def __init__(self, key: str, line: int, first: int) -> None:
-        super().__init__(f"the key {key!r} is given twice, first in line {first}")
-        self.line = line
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the standard loader silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise _DuplicateKeyError(key.value, line, lines[key.value])
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
 def shipped_suites() -> dict[str, Path]:
     """Suites that come with the package, by name."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -258,13 +236,21 @@ def load_suite(name_or_path: str) -> Suite:
                 "give a YAML file or one of these names"
             )
         path = known[name_or_path]
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except _DuplicateKeyError as e:
-        raise UsageError(f"{path}, line {e.line}: {e}; keep one of them") from e
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
-        raise UsageError(f"{path} cannot be read as YAML: {e}") from e
+    data = _read_yaml(path)
     return _validate(data if data is not None else {}, str(path))
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a file says, as the library reads recipes: YAML 1.2, no key twice."""
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except MarkedYAMLError as e:
+        mark = e.problem_mark
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise UsageError(f"{path} cannot be read as YAML: {e.problem}{where}") from e
+    except (OSError, UnicodeDecodeError, YAMLError, RecursionError, ValueError) as e:
+        said = " ".join(str(e).split())
+        raise UsageError(f"{path} cannot be read as YAML: {said}") from e
 
 
 def _validate(data: object, origin: str) -> Suite:
