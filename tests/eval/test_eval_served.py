@@ -172,9 +172,9 @@ def test_a_server_without_prompt_logprobs_is_refused(base_model: Path, words: Pa
     ("suffix", "options", "message"),
     [
         ("#other", {}, "no model 'other'; it serves: base"),
-        ("", {"tokenizer": None}, "give its model's folder by --tokenizer"),
+        ("", {"tokenizer": None}, "give the folder of its model with --tokenizer"),
         ("", {"window": 99}, "longer than the 98 that base .served. takes"),
-        ("", {"reference": "{url}", "candidates": ("{base}",)}, "as the reference name a folder"),
+        ("", {"reference": "{url}", "candidates": ("{base}",)}, "name a folder as the reference"),
         ("", {"candidates": ("{url}", "{url}#base")}, "given twice"),
         ("", {"candidates": ("{base}",)}, "--tokenizer .* is for served models"),
     ],
