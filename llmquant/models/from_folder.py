@@ -110,6 +110,13 @@ def read_generation_config(model: str | os.PathLike[str]) -> GenerationConfig | 
     return config
 
 
+def refuse_own_code(path: Path) -> None:
+    """Raises ArchitectureError for a folder that brings code for a model type that transformers
+    does not have; nothing is said of others."""
+    if _own_code(path / "config.json"):
+        read_config(path)
+
+
 def _own_code(file: Path) -> str | None:
     """Why a folder cannot be read if it brings code of its own, else None."""
     try:

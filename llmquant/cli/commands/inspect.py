@@ -13,6 +13,8 @@ import typer
 from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmquant.checkpoint.inspect import Inspection
 
 
@@ -38,6 +40,18 @@ def inspect_command(
         sys.stdout.write(json.dumps(_as_dict(found, verify)) + "\n")
     else:
         _show(found, verify, modules)
+    _refuse_own_code(found.path)
+
+
+def _refuse_own_code(path: Path) -> None:
+    """What stands in the headers was shown; that nothing here can load it is an error all the
+    same."""
+    from llmquant.checkpoint.reader import read_json
+
+    if "auto_map" in read_json(path / "config.json"):
+        from llmquant.models.from_folder import refuse_own_code
+
+        refuse_own_code(path)
 
 
 def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
