@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from llmquant_eval.run.plan import Request
 
 
-_LOG_WIDTH = 120
-
-
 def register(app: typer.Typer) -> None:
     """Add ``eval`` and ``leaderboard`` to the command line."""
     app.command("eval")(eval_command)
@@ -151,12 +148,9 @@ def _write(report: Report, output: Path | None, card: bool) -> None:
 
 
 def _show(report: Report) -> None:
-    from rich.console import Console
+    from llmquant_eval.report.table import render, stdout_console
 
-    from llmquant_eval.report.table import render
-
-    # rich takes 80 columns where it sees no terminal; a log or a pipe can hold the whole table.
-    console = Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+    console = stdout_console()
     console.print(render(report, console.width))
 
 

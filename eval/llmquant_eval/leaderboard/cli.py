@@ -20,7 +20,6 @@ from llmquant_eval.cli_options import PlotsOption
 if TYPE_CHECKING:
     from llmquant_eval.leaderboard.ranking import Board, StoredReport
 
-_LOG_WIDTH = 120
 _LAST_PORT = 65535
 
 
@@ -113,17 +112,12 @@ def render_files(
 def show(boards: Sequence[Board]) -> None:
     """The rankings as tables on stdout."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from llmquant_eval.leaderboard.cells import columns, notes, rank_text
+    from llmquant_eval.report.table import stdout_console
 
-    console = Console(
-        width=None if sys.stdout.isatty() else _LOG_WIDTH,
-        markup=False,
-        highlight=False,
-        emoji=False,
-    )
+    console = stdout_console(markup=False)
     for board in boards:
         shown = columns(board)
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)

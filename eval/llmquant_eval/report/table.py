@@ -9,6 +9,7 @@ name, so that all columns fit a hundred characters.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING
 from llmquant_eval.report.schema import Metric, ModelResult, Report
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, Group
     from rich.table import Table
 
 ABSENT = "–"
+_LOG_WIDTH = 120  # columns of a table where stdout is no terminal; rich would take 80
 _DETAILS = (
     "kl_median",
     "kl_p",
@@ -226,6 +228,15 @@ def _cost_notes(report: Report) -> list[str]:
         f"Speed at batch 1, prompt of {first.prompt_tokens} and {first.new_tokens} new tokens, "
         f"threads: {first.threads} ({report.hardware.processor}); peak memory {where}."
     ]
+
+
+def stdout_console(markup: bool = True) -> Console:
+    """For tables on stdout, wide enough for all columns in a log; ``markup`` False prints labels as
+    they are."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _LOG_WIDTH
+    return Console(width=width, markup=markup, highlight=markup, emoji=markup)
 
 
 def render(report: Report, width: int) -> Group:
