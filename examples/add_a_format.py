@@ -2,11 +2,11 @@
 
     python examples/add_a_format.py
 
-llmquant's formats are a closed list, because reading a folder must not depend on what was imported
-before. So this is the walk that a new format takes outside the library, with public names alone: a toy
-layout with two 4-bit codes a byte stores every linear of the example model in a safetensors file, reads
-the file back, and compares digests. `docs/architecture.md` says which files to touch to make it one of
-the library's. Took 7 seconds on two cores.
+llmquant's formats are a closed list: reading a folder must not depend on what was imported before.
+So this is the first part of the way, outside the library and with public names alone. A toy layout
+with two 4-bit codes a byte stores every linear of the example model in a safetensors file, reads
+the file back and compares digests. `docs/architecture.md` says which files to touch to make it one
+of the library's. Took 7 seconds on two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPEC = llmquant.QuantSpec(bits=4, group_size=64, symmetric=False)
 class Nibbles:
     """The toy layout of a weight ``[out, in]`` with ``G`` groups a row.
 
-    ``nibbles`` uint8 ``[out, in / 2]``: columns 2i in the low and 2i + 1 in the high half of byte i;
+    ``nibbles`` uint8 ``[out, in / 2]``: column 2i in the low, 2i + 1 in the high half of byte i;
     ``scales`` fp16 ``[out, G]``; ``zeros`` uint8 ``[out, G]``.
     """
 

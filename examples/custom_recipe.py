@@ -1,9 +1,10 @@
-"""Write a recipe of your own as YAML: 3 bits, but 4 for the linears that suffer most, the first block left alone.
+"""Write a recipe of your own: 3 bits, 4 for some linears, the first block left alone.
 
     python examples/custom_recipe.py [FOLDER]
 
-FOLDER (out/custom-recipe unless given) gets the recipe and the model. The recipe is a file like those
-in recipes/: `llmquant quantize MODEL -o OUT --recipe FILE` takes it too. Took 25 seconds on two cores.
+FOLDER (out/custom-recipe unless given) gets the recipe and the model. The recipe is a file like
+those in recipes/: `llmquant quantize MODEL -o OUT --recipe FILE` takes it too.
+Took 25 seconds on two cores.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> None:
     print(f"left alone: {len(result.skipped)} linears")
     print(f"{result.bits_per_weight:.3f} bits per quantized weight")
 
-    # The folder keeps the recipe that made it, so the run can be repeated: `llmquant verify --rerun`.
+    # The folder keeps the recipe that made it; `llmquant verify --rerun` repeats the run.
     again = llmquant.load_recipe(result.path / "recipe.yaml")
     print(f"recipe kept in the folder: {again == recipe}")
 

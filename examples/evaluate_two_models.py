@@ -1,9 +1,9 @@
-"""Compare two quantizations of one model with the original: RTN without text beside GPTQ with a little text.
+"""Compare two quantizations of one model with the original: RTN without text, GPTQ with some.
 
     python examples/evaluate_two_models.py [FOLDER]
 
-FOLDER (out/two-models unless given) gets both models and the report. 8 windows of 512 tokens keep it
-short: enough for KL to tell these two apart, too few for a claim. Took 70 seconds on two cores.
+FOLDER (out/two-models unless given) gets both models and the report. 8 windows of 512 tokens keep
+it short: enough for KL to tell these two apart, too few for a claim. Took 70 seconds on two cores.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/quantize.py [OUTPUT]
 
-OUTPUT is out/example-w4 unless given; a model folder that is there already is replaced. 16 windows of
-256 tokens keep it short; a real model wants 128 windows of 2048. Took 23 seconds on two cores.
+OUTPUT is out/example-w4 unless given; a model folder that is there already is replaced. 16 windows
+of 256 tokens keep it short; a real model wants 128 windows of 2048. Took 23 seconds on two cores.
 """
 
 from __future__ import annotations

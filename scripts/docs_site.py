@@ -1,7 +1,8 @@
-"""MkDocs hook: pages that live outside docs/ join the site, and links work there as they do in a checkout.
+"""MkDocs hook: pages outside docs/ join the site, and links work there as in a checkout.
 
-In the repository a page of docs/ links to ``../bench/README.md``, and that page links back to ``../docs/quality.md``. In the site
-both lie under one root, docs/ without its folder name. So each link is resolved as a path of the repository first:
+In the repository a page of docs/ links to ``../bench/README.md``, and that page links back to
+``../docs/quality.md``. In the site both lie under one root, docs/ without its folder name. So each
+link is resolved as a path of the repository first:
 
     docs/NAME.md       the site's NAME.md
     one of OUTSIDE     the same path, below the site's root

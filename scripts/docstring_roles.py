@@ -1,4 +1,7 @@
-"""Griffe extension: docstrings name things as Sphinx does (``:class:`~llmquant.recipe.Recipe```); pages show the name alone."""
+"""Griffe extension: docstrings name things as Sphinx does, pages show the name alone.
+
+``:class:`~llmquant.recipe.Recipe``` becomes ```llmquant.recipe.Recipe```.
+"""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 
     python scripts/terminal_svg.py [--out docs/terminal.svg]
 
-It plans, quantizes and evaluates examples/tiny-llama, in small (16 calibration windows, 8 evaluation windows), and records
-standard output with its colours. Progress bars and notes go to standard error and are not in the picture. Nothing is edited:
-another machine, or another version, gives another picture. Takes about two minutes on two cores. The result is in out/terminal.
+It plans, quantizes and evaluates examples/tiny-llama in small (16 calibration windows, 8 evaluation
+windows) and records standard output with its colours. Progress bars and notes go to standard error
+and are not in the picture. Nothing is edited: another machine, or another version, gives another
+picture. Takes one to two minutes on two cores. The model is in out/terminal afterwards.
 
 The SVG names the fonts of the reader's system and loads nothing.
 """
@@ -59,7 +60,7 @@ def drawn(outputs: list[tuple[str, str]]) -> str:
             console.print(Text.from_ansi(output.rstrip("\n")), soft_wrap=True)
             console.print()
         picture = console.export_svg(title="llmquant", unique_id="terminal")
-    # Rich's template fetches Fira Code from a CDN; without these blocks the reader's own monospace is used.
+    # Rich's template fetches Fira Code from a CDN; the reader's own monospace will do.
     return re.sub(r"\s*@font-face \{.*?\}", "", picture, flags=re.DOTALL)
 
 

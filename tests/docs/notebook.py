@@ -1,4 +1,4 @@
-"""Run a notebook's code cells top to bottom in one namespace: ``python notebook.py FILE``. No jupyter is needed."""
+"""``python notebook.py FILE``: run a notebook's code cells in one namespace, without jupyter."""
 
 from __future__ import annotations
 
