@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -41,7 +42,7 @@ def main() -> None:
         print(f"{engine}: {'; '.join(reasons) or 'takes it'}")
 
     # A transformers model. Its linears stay packed in memory.
-    model = llmquant.load(output)
+    model: Any = llmquant.load(output)
     print(f"kernels: {llmquant.describe(model).kernels}")
     tokenizer = AutoTokenizer.from_pretrained(output)
     prompt = tokenizer("The river", return_tensors="pt").input_ids
