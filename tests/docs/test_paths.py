@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def test_paths_are_found_and_a_wrong_one_would_be_told():
 def test_the_rows_of_the_architecture_page_are_those_that_the_layer_test_holds():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     told = [tuple(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\d+\. (`.*)$", page, re.M)]
-    test = (ROOT / "tests" / "test_layers.py").read_text(encoding="utf-8")
-    first = test.index('"llmquant": (')
-    rows = re.findall(r"^        (\(.*\)),$", test[first : test.index("\n    ),", first)], re.M)
-    held = [tuple(re.findall(r'"(\w+)"', row)) for row in rows]
-    assert told == held[:-1]  # all but __main__
+    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text(encoding="utf-8"))
+    assigned = {ast.unparse(n.targets[0]): n.value for n in tree.body if isinstance(n, ast.Assign)}
+    *held, last = ast.literal_eval(assigned["ROWS"])["llmquant"]
+    assert last == ("__main__",)
+    assert told == held
