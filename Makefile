@@ -8,7 +8,7 @@ MODEL := examples/tiny-llama
 JOBS ?= auto
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo leaderboard test vllm-env test-vllm lint clean help
+.PHONY: setup demo leaderboard test vllm-env test-vllm lint docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,15 @@ lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## build the documentation site into out/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir out/site
+
+# What the extra "docs" names, without installing the package again.
+DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $$($(BIN)/python -c '$(DOCS)')
+	touch $@
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .venv-vllm out .pytest_cache .mypy_cache .ruff_cache

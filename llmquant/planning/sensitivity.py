@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llmquant.algorithms import Factor, factorize, gptq, rtn
+from llmquant.algorithms import Factor, factorize
 from llmquant.errors import QuantizationError
 from llmquant.models.architectures import blocks_of, norm_of
 from llmquant.models.block_inputs import BlockInput, first_inputs
@@ -50,6 +50,7 @@ from llmquant.quantization.blocks.capture import observe, stages
 from llmquant.quantization.blocks.materialize import materialized, outer_names
 from llmquant.quantization.blocks.whole_model import already_run, swapped, whole
 from llmquant.quantization.plan import Progress, WalkPlan, batched
+from llmquant.quantization.steps.rounding import round_weight
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats
 from llmquant.weight import QuantizedWeight
@@ -266,8 +267,9 @@ class _Pass:
 
 
 class _Rounding:
-    """Rounds an item's linears to a scheme as the recipe's method does; one factorization per
-    shared input."""
+    """Rounds an item's linears to a scheme with the function that the run rounds with; one
+    factorization per shared input. Channel scaling and tuning, which work on whole blocks, and the
+    original's inputs of asymmetric calibration are left out."""
 
     def __init__(
         self, plan: WalkPlan, originals: Mapping[str, Tensor], stats: Mapping[str, InputStats]
@@ -291,11 +293,9 @@ class _Rounding:
         return {name: self._one(name, spec) for name in self.originals}
 
     def _one(self, name: str, spec: QuantSpec) -> QuantizedWeight:
-        factor = self._factors.get(id(self.stats[name]))
-        if factor is None:
-            seen = self.stats[name].importance if self.stats[name].tokens else None
-            return rtn(self.originals[name], spec, self.plan.search, seen, name)
-        return gptq(self.originals[name], factor, spec, self.plan.gptq_options, name)
+        stats = self.stats[name]
+        factor = self._factors.get(id(stats))
+        return round_weight(self.plan, self.originals[name], stats, factor, spec, name)
 
     def error(self, rounded: Mapping[str, QuantizedWeight]) -> float:
         """``tr(D H D^T)`` per token, summed over the linears; rounding errors of the sum never make

@@ -44,11 +44,6 @@ PAGES = [
     ROOT / "recipes" / "README.md",
     ROOT / "serve" / "README.md",
 ]
-# Linked files that do not exist yet.
-PENDING = {
-    "docs/terminal.svg", "docs/methods.md", "docs/troubleshooting.md", "docs/benchmarks.md",
-    "docs/architecture.md", "CONTRIBUTING.md",
-}  # fmt: skip
 # Commands that are not ours: their arguments are not checked.
 OTHERS = {
     ".", "aarch64-linux-gnu-g++", "apt-get", "cd", "curl", "docker", "export", "git", "hf",
@@ -421,8 +416,7 @@ def broken_links(page: Path) -> Iterator[str]:
         name, _, anchor = target.partition("#")
         path = (page.parent / name).resolve() if name else page
         if not path.exists():
-            if not path.is_relative_to(ROOT) or path.relative_to(ROOT).as_posix() not in PENDING:
-                yield f"{target}: no such file"
+            yield f"{target}: no such file"
         elif anchor and path.suffix == ".md" and anchor not in anchors_of(path):
             yield f"{target}: no such heading"
 

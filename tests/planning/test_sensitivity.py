@@ -290,3 +290,15 @@ def test_a_layer_without_error_has_no_damage() -> None:
     assert {
         d.predicted for d in interpolate(dict.fromkeys(specs, 0.0), {specs[0]: 1e-9}).values()
     } == {0.0}
+
+
+def test_a_scheme_is_rounded_as_the_run_rounds_it(tmp_path: Path) -> None:
+    """With the recipe's refinement of GPTQ, not by plain GPTQ."""
+    folder = save("llama", tmp_path / "model")
+    found = []
+    for passes in (0, 4):
+        plan = plan_of(folder, recipe_of(method="gptq", **{"gptq.passes": passes}))
+        items = items_of(plan)
+        found.append(measure(plan, items, WINDOWS, Probe("block", PROBE), lambda _: None))
+    plain, refined = ([d.layer for table in damages for d in table.values()] for damages in found)
+    assert sum(refined) < sum(plain)

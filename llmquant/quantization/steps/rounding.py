@@ -54,10 +54,7 @@ def with_statistics(
     """
     start = time.perf_counter()
     spec = plan.specs[name]
-    if factor is None:
-        quantized = rtn(weight, spec, plan.search, stats.importance, name)
-    else:
-        quantized = _gptq(plan, weight, stats, factor, spec, name)
+    quantized = round_weight(plan, weight, stats, factor, spec, name)
     report = ModuleReport(
         name=name,
         spec=spec,
@@ -74,10 +71,19 @@ def with_statistics(
     return quantized, report
 
 
-def _gptq(
-    plan: WalkPlan, weight: Tensor, stats: InputStats, factor: Factor, spec: QuantSpec, name: str
+def round_weight(
+    plan: WalkPlan,
+    weight: Tensor,
+    stats: InputStats,
+    factor: Factor | None,
+    spec: QuantSpec,
+    name: str,
 ) -> QuantizedWeight:
-    """GPTQ with the recipe's refinements around it."""
+    """A float32 weight ``[out, in]`` on the grid of ``spec``: to nearest without a ``factor``, else
+    by GPTQ with the recipe's refinements around it. What a run does, and what measuring a linear's
+    sensitivity does."""
+    if factor is None:
+        return rtn(weight, spec, plan.search, stats.importance if stats.tokens else None, name)
     wanted, target = plan.recipe.gptq, weight
     if isinstance(stats, PairStats):
         target = asymmetric_target(weight, stats.hessian, stats.cross, factor, wanted.asymmetric)
