@@ -31,9 +31,9 @@ import torch
 
 import llmquant
 from llmquant_eval.report.machine import processor, versions
-from llmquant_eval.scoring import score as scoring
+from llmquant_eval.scoring import score_models as scoring
 from llmquant_eval.scoring.protocols import GptqProtocol
-from llmquant_eval.scoring.stream import Stream
+from llmquant_eval.scoring.token_stream import TokenStream
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny-llama"
@@ -73,20 +73,20 @@ def models(folder: Path) -> dict[str, tuple[Path, Path]]:
     return found
 
 
-def stream(tokens: int, window: int) -> Stream:
+def stream(tokens: int, window: int) -> TokenStream:
     """Random ids, cut as ``ppl/gptq`` cuts."""
     protocol = GptqProtocol(window)
     ids = torch.randint(0, 4096, (tokens,), generator=torch.Generator().manual_seed(0))
-    return Stream(protocol, ids, protocol.windows(tokens), tokens // window)
+    return TokenStream(protocol, ids, protocol.windows(tokens), tokens // window)
 
 
-def seconds(pair: Sequence[Any], cut: Stream, batch_size: int, repeats: int) -> list[float]:
+def seconds(pair: Sequence[Any], cut: TokenStream, batch_size: int, repeats: int) -> list[float]:
     """Least time of each model, scored in turn."""
     best = [float("inf")] * len(pair)
     for _ in range(repeats):
         for i, model in enumerate(pair):
             start = time.perf_counter()
-            scoring.score({"model": model}, cut, batch_size=batch_size)
+            scoring.score_models({"model": model}, cut, batch_size=batch_size)
             best[i] = min(best[i], time.perf_counter() - start)
     return best
 
@@ -128,7 +128,7 @@ def child(path: Path, window: int) -> None:
     _ = (transformers.AutoModelForCausalLM, llmquant.load)  # imported before the floor is read
     floor = llmquant.resident_bytes()
     model = llmquant.load(path)
-    scoring.score({"model": model}, stream(2 * scoring.TOKENS_PER_BATCH, window))
+    scoring.score_models({"model": model}, stream(2 * scoring.TOKENS_PER_BATCH, window))
     print(json.dumps({"floor": floor, "peak": llmquant.peak_resident_bytes()}))
 
 

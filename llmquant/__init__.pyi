@@ -116,6 +116,7 @@ from .runtime.memory import (
 from .runtime.processor import Processor as Processor
 from .runtime.processor import this_processor as this_processor
 from .runtime.threads import set_threads as set_threads
+from .runtime.yaml_files import read_yaml as read_yaml
 from .spec import QuantSpec as QuantSpec
 from .weight import QuantizedWeight as QuantizedWeight
 

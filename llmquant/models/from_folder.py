@@ -58,10 +58,14 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     """The config of a folder or hub name as transformers understands it.
 
     Raises:
-        CheckpointError: no such model.
+        CheckpointError: no such model, or no config.json in it.
         ArchitectureError: an unknown model type or impossible values.
     """
     path = resolve(model)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path / 'config.json'} is missing; is {path} a Hugging Face model folder?"
+        )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, **_OFFLINE)
     except CONFUSED as e:

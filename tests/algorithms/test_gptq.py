@@ -167,8 +167,8 @@ SLIPS = {
     ),
     "Hessian left in natural order": ("hessian[order][:, order]", "hessian.clone()"),
     "groups of visited columns in natural numbering": (
-        "_Grid(factor.order // width",
-        "_Grid(visited // width",
+        "factor.order // width, scales",
+        "visited // width, scales",
     ),
     "no damping": ("damping * mean)", "0 * mean + 1e-12)"),
     "damping relative to the largest diagonal": ("mean = diagonal.mean()", "mean = diagonal.max()"),

@@ -402,7 +402,7 @@ def test_a_folder_that_may_not_be_written_is_known_early(
     monkeypatch.setattr(
         os, "access", lambda path, mode: False
     )  # permissions do not bind the root user
-    with pytest.raises(CheckpointError, match="nothing may be written in"):
+    with pytest.raises(CheckpointError, match="no permission to write in"):
         CheckpointWriter(tmp_path / "out")
 
 

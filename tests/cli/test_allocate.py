@@ -112,7 +112,7 @@ REFUSED = [
     pytest.param(
         ("--target-bpw", "4.5", "--widths", "4,x"),
         2,
-        "--widths '4,x' is not a list of whole numbers",
+        "--widths '4,x' must be whole numbers separated by commas",
         id="widths",
     ),
     pytest.param(

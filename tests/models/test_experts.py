@@ -252,8 +252,8 @@ def test_experts_are_observed_together_as_far_as_memory_goes() -> None:
     experts = [f"block_sparse_moe.experts.{i}" for i in range(EXPERTS)]
     gates, downs = [(f"{e}.w1", f"{e}.w3") for e in experts], [(f"{e}.w2",) for e in experts]
     sets += [s for pair in zip(gates, downs, strict=True) for s in pair]
-    assert passes_of(block, sets, room=10**9) == [[sets[0]], [sets[1]], gates, downs]
-    assert passes_of(block, sets, room=48 * 48 * 2) == [
+    assert passes_of(block, sets, limit=10**9) == [[sets[0]], [sets[1]], gates, downs]
+    assert passes_of(block, sets, limit=48 * 48 * 2) == [
         [sets[0]],
         [sets[1]],
         gates[:2],
@@ -261,7 +261,7 @@ def test_experts_are_observed_together_as_far_as_memory_goes() -> None:
         gates[2:],
         downs[2:],
     ]
-    assert passes_of(block, sets, room=1) == [[s] for s in sets]
+    assert passes_of(block, sets, limit=1) == [[s] for s in sets]
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def unpack_all(tensors: dict[str, Tensor]) -> None:
             ),
             {},
             CheckpointError,
-            r"packed weights for model\.layers\.7\..*, which LlamaForCausalLM has not",
+            r"packed weights for model\.layers\.7\..*, which LlamaForCausalLM does not have",
             id="no such layer",
         ),
         pytest.param(
@@ -310,7 +310,7 @@ def test_zero_points_are_judged_here_too() -> None:
 
 
 def test_one_device_only() -> None:
-    with pytest.raises(UsageError, match="lies on one device"):
+    with pytest.raises(UsageError, match="must be on one device"):
         from_pretrained(
             GOLDEN / "llmcompressor-w4-sym", device_map={"model": "cpu", "lm_head": "disk"}
         )

@@ -297,7 +297,7 @@ def said(key: str, value: object) -> Any:
             renamed_norm,
             BOTH,
             ArchitectureError,
-            r"how model\.layers\.0\.extra\.weight take",
+            r"how model\.layers\.0\.extra\.weight use",
             id="tensor",
         ),
         pytest.param(

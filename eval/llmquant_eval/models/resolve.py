@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmquant.errors import CheckpointError, UsageError
+from llmquant.errors import UsageError
 from llmquant_eval.models.endpoint import Endpoint, is_url
 
 
@@ -53,7 +53,7 @@ def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
     import llmquant
 
     models: list[Path | Endpoint] = [
-        Endpoint(s) if is_url(s) else _folder(llmquant.resolve(s)) for s in sources
+        Endpoint(s) if is_url(s) else llmquant.resolve(s) for s in sources
     ]
     places = [m.resolve() if isinstance(m, Path) else (m.url, m.model) for m in models]
     twice = [s for i, s in enumerate(sources) if places[i] in places[:i]]
@@ -75,15 +75,6 @@ def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
         else ServedModel(source, model, label)
         for source, model, label in zip(sources, models, labels, strict=True)
     ]
-
-
-def _folder(path: Path) -> Path:
-    """The folder, which must have a config: whatever else is read of it starts there."""
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path / 'config.json'} is missing; is {path} a Hugging Face model folder?"
-        )
-    return path
 
 
 def other_dtype(dtype: str) -> str:

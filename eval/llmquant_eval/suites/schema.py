@@ -25,12 +25,10 @@ import re
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+import llmquant
 from llmquant.errors import UsageError
 
 FOLDER = Path(__file__).parent / "shipped"
@@ -236,21 +234,8 @@ def load_suite(name_or_path: str) -> Suite:
                 "give a YAML file or one of these names"
             )
         path = known[name_or_path]
-    data = _read_yaml(path)
+    data = llmquant.read_yaml(path)
     return _validate(data if data is not None else {}, str(path))
-
-
-def _read_yaml(path: Path) -> Any:
-    """What a file says, as the library reads recipes: YAML 1.2, no key twice."""
-    try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except MarkedYAMLError as e:
-        mark = e.problem_mark
-        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise UsageError(f"{path} cannot be read as YAML: {e.problem}{where}") from e
-    except (OSError, UnicodeDecodeError, YAMLError, RecursionError, ValueError) as e:
-        said = " ".join(str(e).split())
-        raise UsageError(f"{path} cannot be read as YAML: {said}") from e
 
 
 def _validate(data: object, origin: str) -> Suite:
