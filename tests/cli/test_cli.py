@@ -463,7 +463,7 @@ MISTAKES = [
         "order of rtn",
         (*Q, *RTN, "--act-order", "group"),
         2,
-        "--act-order applies only to GPTQ, and the method is rtn",
+        "--act-order applies only to GPTQ, but the method is rtn",
     ),
     (
         "order of one group",
