@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from llmquant_serve.engines.base import Engine
-from llmquant_serve.errors import ApiError, bad
+from llmquant_serve.errors import ApiError, bad_request
 from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.metrics import Metrics
 
@@ -53,7 +53,7 @@ class Gate:
     def check(self, count: int, parameter: str) -> None:
         """Refuse what could never enter."""
         if count > self.limit:
-            raise bad(
+            raise bad_request(
                 f"{count} sequences in one request are more than the {self.limit} this server takes",
                 parameter,
             )
@@ -121,7 +121,7 @@ class Service:
         context = self.engine.info.context
         longest = min(context - 1, self.limits.max_prompt or context)
         if prompt > longest:
-            raise bad(
+            raise bad_request(
                 f"the prompt has {prompt} tokens, this server takes {longest} of the model's {context}",
                 "messages" if parameter != "max_tokens" else None,
                 "context_length_exceeded",
@@ -130,7 +130,7 @@ class Service:
         if asked is None:
             return most if default is None else min(default, most)
         if asked > most:
-            raise bad(
+            raise bad_request(
                 f"{parameter} is {asked}; after {prompt} tokens of prompt at most {most} can be generated "
                 f"(context {context}, output limit {self.limits.max_output or context})",
                 parameter,

@@ -36,7 +36,8 @@ from llmquant_serve.api.responses import (
 )
 from llmquant_serve.api.streaming import EventStream, Gone, answered
 from llmquant_serve.engines.base import EngineError, RefusedError
-from llmquant_serve.errors import ApiError, bad
+from llmquant_serve.errors import ApiError, bad_request
+from llmquant_serve.generation.errors import TextError
 from llmquant_serve.service import Service
 
 UI_PATH = "/ui"
@@ -203,7 +204,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeRequest) -> Tokens:
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
-            raise bad("give either prompt or messages", "prompt")
+            raise bad_request("give either prompt or messages", "prompt")
         if body.messages is not None:
             ids = await service.text.encode_chat(
                 body.messages, generation_prompt=body.add_generation_prompt is not False
@@ -269,6 +270,10 @@ def _add_handlers(app: FastAPI) -> None:
         assert isinstance(e, HTTPException)
         return ApiError(e.status_code, str(e.detail), headers=e.headers).response()
 
+    async def text(_: Request, e: Exception) -> Response:
+        assert isinstance(e, TextError)
+        return bad_request(str(e), e.parameter).response()
+
     async def engine(_: Request, e: Exception) -> Response:
         assert isinstance(e, EngineError)
         return _engine_failed(e).response()
@@ -280,6 +285,7 @@ def _add_handlers(app: FastAPI) -> None:
         (ApiError, ours),
         (RequestValidationError, invalid),
         (HTTPException, http),
+        (TextError, text),
         (EngineError, engine),
         (Gone, gone),
     )
@@ -289,7 +295,9 @@ def _add_handlers(app: FastAPI) -> None:
 
 def _engine_failed(e: EngineError) -> ApiError:
     return (
-        bad(str(e)) if isinstance(e, RefusedError) else ApiError(500, str(e), code="engine_error")
+        bad_request(str(e))
+        if isinstance(e, RefusedError)
+        else ApiError(500, str(e), code="engine_error")
     )
 
 
@@ -297,11 +305,11 @@ def _invalid(e: RequestValidationError) -> ApiError:
     """The first complaint, by parameter: ``messages.0.content: …``."""
     first = e.errors()[0]
     if first["type"] == "json_invalid":
-        return bad(
+        return bad_request(
             f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}",
             code="invalid_json",
         )
     where = ".".join(str(part) for part in first["loc"] if part != "body") or None
     if first["type"] == "extra_forbidden":
-        return bad(f"unrecognized parameter: {where}", where, "unknown_parameter")
-    return bad(f"{where or 'body'}: {first['msg']}", where, "invalid_value")
+        return bad_request(f"unrecognized parameter: {where}", where, "unknown_parameter")
+    return bad_request(f"{where or 'body'}: {first['msg']}", where, "invalid_value")

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmquant_serve.api.requests import ChatRequest, CompletionRequest, ResponseFormat
 from llmquant_serve.engines.base import Sampling
-from llmquant_serve.errors import bad
+from llmquant_serve.errors import bad_request
 from llmquant_serve.generation.detokenize import decode
 from llmquant_serve.service import Service
 
@@ -48,11 +48,13 @@ async def plan_completion(service: Service, request: CompletionRequest) -> Plan:
     ApiError: see the module text.
     """
     if request.best_of is not None and request.best_of != (request.n or 1):
-        raise bad("best_of other than n is not supported", "best_of")
+        raise bad_request("best_of other than n is not supported", "best_of")
     prompts = await _prompts(service, request)
     echo = bool(request.echo)
     if request.max_tokens == 0 and not echo:
-        raise bad("max_tokens is 0, which only makes sense together with echo", "max_tokens")
+        raise bad_request(
+            "max_tokens is 0, which only makes sense together with echo", "max_tokens"
+        )
     base = _sampling(service, request)
     base = replace(
         base, logprobs=request.logprobs, prompt_logprobs=request.logprobs if echo else None
@@ -77,12 +79,12 @@ async def plan_chat(service: Service, request: ChatRequest) -> Plan:
     ApiError: see the module text.
     """
     if request.top_logprobs is not None and not request.logprobs:
-        raise bad("top_logprobs needs logprobs: true", "top_logprobs")
+        raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
     if (
         None not in (request.max_tokens, request.max_completion_tokens)
         and request.max_tokens != request.max_completion_tokens
     ):
-        raise bad("max_tokens and max_completion_tokens differ; give one", "max_tokens")
+        raise bad_request("max_tokens and max_completion_tokens differ; give one", "max_tokens")
     n = request.n or 1
     service.gate.check(n, "n")
     ids = await service.text.encode_chat(request.messages)
@@ -148,7 +150,7 @@ def _bias(service: Service, given: dict[str, float]) -> dict[int, float]:
     found = {}
     for key, value in given.items():
         if not (key.isascii() and key.isdigit() and int(key) < service.text.vocab):
-            raise bad(f"{key!r} is not a token id below {service.text.vocab}", "logit_bias")
+            raise bad_request(f"{key!r} is not a token id below {service.text.vocab}", "logit_bias")
         found[int(key)] = value
     return found
 
@@ -159,7 +161,9 @@ def _grammar(asked: ResponseFormat | None) -> dict[str, Any] | None:
     if asked.type == "json_object":
         return {"type": "object"}
     if asked.json_schema is None:
-        raise bad("response_format of type json_schema needs json_schema", "response_format")
+        raise bad_request(
+            "response_format of type json_schema needs json_schema", "response_format"
+        )
     return asked.json_schema.schema_
 
 
@@ -167,7 +171,7 @@ def _nth(base: Sampling, i: int, room: int) -> Sampling:
     """The sampling of choice ``i``: its seed is the request's plus i, and an impossible minimum is
     refused."""
     if base.min_tokens > room:
-        raise bad(
+        raise bad_request(
             f"min_tokens is {base.min_tokens}, but at most {room} can be generated", "min_tokens"
         )
     return replace(base, max_tokens=room, seed=None if base.seed is None else base.seed + i)
@@ -176,7 +180,7 @@ def _nth(base: Sampling, i: int, room: int) -> Sampling:
 def _ask(service: Service, sampling: Sampling) -> None:
     refusal = service.engine.why_not(sampling)
     if refusal is not None:
-        raise bad(
+        raise bad_request(
             f"{refusal.parameter}: {refusal.reason}", refusal.parameter, "unsupported_parameter"
         )
 
@@ -189,7 +193,7 @@ def _plan(
 ) -> Plan:
     stream = bool(request.stream)
     if request.stream_options is not None and not stream:
-        raise bad("stream_options needs stream: true", "stream_options")
+        raise bad_request("stream_options needs stream: true", "stream_options")
     stop = request.stop
     return Plan(
         choices=choices,

@@ -19,12 +19,12 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
+from llmquant.errors import LlmquantError
 from llmquant_serve.api.app import UI_PATH
 from llmquant_serve.chat.compare import CSS, divergence, marked
 from llmquant_serve.chat.replies import Reply, reply
 from llmquant_serve.chat.visitors import Runs, together
 from llmquant_serve.engines.base import Sampling
-from llmquant_serve.errors import ApiError
 from llmquant_serve.service import Service
 
 _MARKERS = ("<!-- llmquant:measured:start -->", "<!-- llmquant:measured:end -->")
@@ -220,8 +220,8 @@ def _answerer(
             async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
                 async for now in growing:
                     yield [*turns, {"role": "assistant", "content": now.text}], now.status
-        except ApiError as e:
-            raise gr.Error(e.message) from e
+        except LlmquantError as e:
+            raise gr.Error(str(e)) from e
 
     return answer
 
@@ -276,8 +276,8 @@ def _comparer(
             async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
                 async for now in growing:
                     yield _sides(service, reference, [r or Reply() for r in now])
-        except ApiError as e:
-            raise gr.Error(e.message) from e
+        except LlmquantError as e:
+            raise gr.Error(str(e)) from e
 
     return compare
 

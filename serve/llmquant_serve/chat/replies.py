@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from llmquant_serve.api.choices import pieces
 from llmquant_serve.api.plan import Choice, Plan
-from llmquant_serve.engines.base import EngineError, Sampling
+from llmquant_serve.engines.base import Sampling
 from llmquant_serve.errors import ApiError
 from llmquant_serve.generation.pieces import Piece
 from llmquant_serve.service import Service
@@ -55,7 +55,9 @@ async def reply(
     has room for.
 
     Raises:
+        TextError: the model has no chat template, or it refuses the conversation.
         ApiError: the conversation is too long, the server is full, or the engine is not ready.
+        EngineError: the engine failed.
     """
     health = service.engine.health()
     if not health.ok:
@@ -66,18 +68,15 @@ async def reply(
     )
     plan = Plan([Choice(0, prompt, sampling)], (), len(prompt), True, False, False, False)
     began, now = time.monotonic(), Reply(prompt_tokens=len(prompt))
-    try:
-        with service.gate.enter(1):
-            async with aclosing(pieces(service, plan)) as found:
-                async for _, piece in found:
-                    now = replace(
-                        now,
-                        text=now.text + piece.text,
-                        pieces=(*now.pieces, piece),
-                        tokens=piece.made,
-                        seconds=time.monotonic() - began,
-                        finished=piece.finish is not None,
-                    )
-                    yield now
-    except EngineError as e:
-        raise ApiError(500, str(e)) from e
+    with service.gate.enter(1):
+        async with aclosing(pieces(service, plan)) as parts:
+            async for _, piece in parts:
+                now = replace(
+                    now,
+                    text=now.text + piece.text,
+                    pieces=(*now.pieces, piece),
+                    tokens=piece.made,
+                    seconds=time.monotonic() - began,
+                    finished=piece.finish is not None,
+                )
+                yield now

@@ -9,9 +9,9 @@ import signal
 import sys
 from contextlib import aclosing, suppress
 
+from llmquant.errors import LlmquantError
 from llmquant_serve.chat.replies import Reply, reply
 from llmquant_serve.engines.base import Sampling
-from llmquant_serve.errors import ApiError
 from llmquant_serve.service import Service
 
 _HELP = "/system TEXT sets the system prompt, /reset forgets the conversation, /retry asks again, /exit leaves"
@@ -83,8 +83,8 @@ class Terminal:
                     sys.stdout.write(now.text[len(said.text) :])
                     sys.stdout.flush()
                     said = now
-        except ApiError as e:
-            _aside(f"error: {e.message}")
+        except LlmquantError as e:
+            _aside(f"error: {e}")
         finally:
             sys.stdout.write("\n")
             self._turns.append({"role": "assistant", "content": said.text})

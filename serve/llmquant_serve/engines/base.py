@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 from llmquant.errors import LlmquantError
 
 Finish = Literal["stop", "length"]
+_DEFAULT_CONTEXT = 4096  # of a model whose config names no number of positions
 
 
 class EngineError(LlmquantError):
@@ -110,6 +111,26 @@ class ModelInfo:
     context: int
     vocab: int
     eos: frozenset[int]
+
+    @classmethod
+    def of(cls, config: Any, generation_config: Any, context: int | None) -> ModelInfo:
+        """From transformers' configs. The end tokens are those of the generation config where it
+        has some, as ``model.generate`` takes them.
+
+        Args:
+            context: an upper limit on the positions; None leaves the model's own.
+        """
+        text = config.get_text_config()
+        eos = None if generation_config is None else generation_config.eos_token_id
+        if eos is None:
+            eos = text.eos_token_id
+        positions = getattr(text, "max_position_embeddings", None)
+        limits = [n for n in (positions, context) if isinstance(n, int)]
+        return cls(
+            min(limits, default=_DEFAULT_CONTEXT),
+            text.vocab_size,
+            frozenset([eos] if isinstance(eos, int) else eos or []),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -46,7 +45,7 @@ class LocalEngine:
         self, model: PreTrainedModel, max_streams: int = 8, context: int | None = None
     ) -> None:
         _refuse_other_states(model)
-        self.info = model_info(model, context)
+        self.info = ModelInfo.of(model.config, model.generation_config, context)
         self._batcher = Batcher(model, self.info.eos, max_streams)
         self._closed = False
 
@@ -99,20 +98,6 @@ class LocalEngine:
     async def close(self) -> None:
         self._closed = True
         await asyncio.to_thread(self._batcher.close)
-
-
-def model_info(model: PreTrainedModel, context: int | None) -> ModelInfo:
-    """Context, vocabulary and end tokens; the last from the generation config, as
-    ``model.generate`` takes them."""
-    text: Any = model.config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    generation: Any = model.generation_config
-    eos = generation.eos_token_id if generation is not None else None
-    if eos is None:
-        eos = text.eos_token_id
-    ends = frozenset([eos] if isinstance(eos, int) else eos or [])
-    limits = [n for n in (positions, context) if isinstance(n, int)]
-    return ModelInfo(min(limits, default=4096), text.vocab_size, ends)
 
 
 def _refuse_other_states(model: PreTrainedModel) -> None:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from transformers import AutoConfig, GenerationConfig
 
 import llmquant
-from llmquant.errors import CheckpointError, UsageError
+from llmquant.errors import UsageError
 from llmquant_serve.engines.base import (
     EngineError,
     Health,
@@ -33,6 +32,7 @@ from llmquant_serve.engines.base import (
     Step,
     Token,
 )
+from llmquant_serve.engines.model_files import read_config, read_generation_config
 from llmquant_serve.engines.options import ModelOptions
 from llmquant_serve.engines.vllm_process import ChildOptions, VllmChild
 
@@ -199,7 +199,7 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
         CheckpointError: the model's config cannot be read.
     """
     path = llmquant.resolve(options.model)
-    info = _info(path, options.context)
+    info = ModelInfo.of(read_config(path), read_generation_config(path), options.context)
     if options.vllm_url:
         if options.vllm_args or not options.vllm_url.startswith(("http://", "https://")):
             raise UsageError(
@@ -216,29 +216,6 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
     arguments = (*own, "--max-num-seqs", str(max_streams), *options.vllm_args)
     child = VllmChild(ChildOptions(Path(options.vllm_python), path, _NAME, arguments))
     return VllmEngine(info, child, None, None, _NAME)
-
-
-def _info(path: Path, context: int | None) -> ModelInfo:
-    try:
-        config: Any = AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        text = config.get_text_config()
-        ends = text.eos_token_id
-        if (path / "generation_config.json").is_file():
-            ends = (
-                GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id or ends
-            )
-    except (OSError, ValueError, KeyError) as e:
-        raise CheckpointError(f"the config of {path} cannot be read: {e}") from e
-    limits = [
-        n for n in (getattr(text, "max_position_embeddings", None), context) if isinstance(n, int)
-    ]
-    return ModelInfo(
-        min(limits, default=4096),
-        text.vocab_size,
-        frozenset([ends] if isinstance(ends, int) else ends or []),
-    )
 
 
 def _request(prompt: Sequence[int], s: Sampling) -> dict[str, Any]:
