@@ -157,7 +157,7 @@ def test_a_folder_without_a_model(tmp_path):
 
 def test_nothing_of_vllm_is_imported():
     """Neither by the engine that talks to it nor by anything else of the package."""
-    files = (ROOT / "serve" / "llmquant_serve").glob("*.py")
+    files = (ROOT / "serve" / "llmquant_serve").rglob("*.py")
     assert not [
         f.name
         for f in files
