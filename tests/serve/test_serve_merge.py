@@ -8,8 +8,8 @@ from contextlib import aclosing
 
 import pytest
 
-from llmquant_serve.api.merge import merged
 from llmquant_serve.chat.visitors import Runs, together
+from llmquant_serve.generation.merge import merged
 
 
 class Source:

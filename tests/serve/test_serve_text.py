@@ -79,17 +79,17 @@ def test_stop_strings_in_pieces(pieces, stops):
     stream, told = StopStrings(stops), ""
     for piece in pieces:
         told += stream.add(piece)
-        if stream.found is not None:
+        if stream.matched is not None:
             break
     else:
         told += stream.rest()
     text = "".join(pieces)
     expected, hit = cut(text, stops)
-    assert (stream.found is None) == (hit is None)
+    assert (stream.matched is None) == (hit is None)
     assert not any(s in told for s in stops)
     assert text.startswith(told)
     if len(stops) == 1:
-        assert (told, stream.found) == (expected, hit)
+        assert (told, stream.matched) == (expected, hit)
 
 
 class Scripted:
@@ -139,5 +139,5 @@ def test_writing_ends_at_stop_strings(tokenizer, stops, expected, per_step):
     assert [p.finish for p in pieces[:-1]] == [None] * (len(pieces) - 1)
     made = [t.id for p in pieces for t in p.tokens]
     assert made == ids[: len(made)]
-    assert pieces[-1].made == len(made)
+    assert pieces[-1].generated == len(made)
     assert engine.closed

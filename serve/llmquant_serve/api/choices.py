@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
-from llmquant_serve.api.merge import merged
 from llmquant_serve.api.plan import Choice, Plan
+from llmquant_serve.api.responses import Usage
+from llmquant_serve.generation.merge import merged
 from llmquant_serve.generation.pieces import Piece, write
 from llmquant_serve.metrics import Clock
 from llmquant_serve.service import Service
@@ -42,6 +43,16 @@ async def _timed(service: Service, plan: Plan, choice: Choice) -> AsyncGenerator
     )
     async with aclosing(written):
         async for piece in written:
-            clock.saw(piece.made)
+            clock.update(piece.generated)
             yield piece
-    clock.done()
+    clock.finish()
+
+
+def usage(plan: Plan, generated: Mapping[int, int]) -> Usage:
+    """Tokens of the prompts and of all choices: ``generated`` by the choice's index."""
+    total = sum(generated.values())
+    return Usage(
+        prompt_tokens=plan.prompt_tokens,
+        completion_tokens=total,
+        total_tokens=plan.prompt_tokens + total,
+    )

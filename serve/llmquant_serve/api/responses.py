@@ -1,5 +1,5 @@
-"""What responses look like: OpenAI's shapes. Only fields that were set are sent: extensions appear
-where they were asked for."""
+"""What responses look like: OpenAI's shapes. Only fields that were set are sent, so extensions
+appear only where a request wants them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
-from llmquant_serve.api.merge import merged
+from llmquant_serve.generation.merge import merged
 
 T = TypeVar("T")
 _PACE_SECONDS = 0.1  # a page that is redrawn for every token has no time left for a click
