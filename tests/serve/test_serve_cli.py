@@ -114,7 +114,7 @@ def test_chat_over_a_pipe(packed):
     ("arguments", "told"),
     [
         pytest.param(
-            ["serve", "MODEL", "--engine", "tgi"], "there are local and vllm", id="no such engine"
+            ["serve", "MODEL", "--engine", "tgi"], "choose local or vllm", id="no such engine"
         ),
         pytest.param(
             ["serve", "MODEL", "--vllm-url", "http://x"],

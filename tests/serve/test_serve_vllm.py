@@ -58,7 +58,7 @@ def live(served):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        engine = build_engine(options, 8)
+        engine, _ = build_engine(options, 8)
         with running(Service(engine, TextModel(TINY, engine.info.vocab), NAME, Limits())) as server:
             until(lambda: engine.health().ok, 240)
             yield server

@@ -160,7 +160,6 @@ class Engine(Protocol):
 
     def why_not(self, sampling: Sampling) -> Refusal | None:
         """The parameter that this engine cannot honour; None if it can honour all."""
-        ...
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Step, None]:
         """Yield steps until one has ``finish``.
@@ -169,7 +168,6 @@ class Engine(Protocol):
             RefusedError: the engine does not take the request.
             EngineError: the engine failed.
         """
-        ...
 
     def health(self) -> Health: ...
 
@@ -177,8 +175,6 @@ class Engine(Protocol):
 
     async def start(self) -> None:
         """Begin to take requests; an engine in another process may need time after this."""
-        ...
 
     async def close(self) -> None:
         """Stop; running requests fail."""
-        ...

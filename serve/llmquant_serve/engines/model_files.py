@@ -1,4 +1,4 @@
-"""What is read of a model folder beside its weights: config, generation config and tokenizer.
+"""What is read of a model folder apart from its weights: config, generation config and tokenizer.
 
 Local files only, and no code from the folder is ever run.
 """

@@ -126,12 +126,12 @@ def described(token: int, logits: Tensor, alternatives: int | None) -> Token:
 def described_all(tokens: Sequence[int], logits: Tensor, alternatives: int) -> list[Token]:
     """The same for consecutive tokens and the logits ``[n, vocab]`` (any float dtype) that predict
     them."""
-    described: list[Token] = []
+    result: list[Token] = []
     for start in range(0, len(tokens), _ROWS):
         ids = torch.tensor(tokens[start : start + _ROWS], device=logits.device)
         logprobs = torch.log_softmax(logits[start : start + _ROWS].float(), -1)
         own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
         values, top = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
         rows = zip(ids.tolist(), own, top.tolist(), values.tolist(), strict=True)
-        described += [Token(i, p, tuple(zip(t, v, strict=True))) for i, p, t, v in rows]
-    return described
+        result += [Token(i, p, tuple(zip(t, v, strict=True))) for i, p, t, v in rows]
+    return result

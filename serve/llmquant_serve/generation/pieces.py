@@ -25,7 +25,7 @@ class Piece:
     Attributes:
         tokens: those that the text came from.
         offsets: where each token's text begins in the choice's text.
-        finish: why the choice ended; None while it goes on.
+        finish: why the choice ended; None while it continues.
         stop: the stop string that ended it.
         prompt: log-probabilities of the prompt, once, before any text.
         generated: tokens generated so far.
