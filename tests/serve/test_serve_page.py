@@ -44,7 +44,7 @@ def page_server(model, tmp_path_factory):
         service,
         ui=True,
         reference=original,
-        dress=lambda app: mount(app, service, (), original, folder),
+        extend=lambda app: mount(app, service, (), original, folder),
     ) as live:
         yield live
 

@@ -50,15 +50,15 @@ def test_draws_follow_the_distribution(changes, expected):
     """4000 draws; a frequency is then within 4 standard errors (0.032) of its probability, always,
     since the seed is fixed."""
     penalized = any("penalty" in k for k in changes)
-    found = frequencies(
+    drawn = frequencies(
         Sampling(seed=0, **changes), prompt=(3,), before=(4, 4, 0) if penalized else ()
     )
-    assert found == pytest.approx(softmax([float(x) for x in expected]), abs=0.032)
+    assert drawn == pytest.approx(softmax([float(x) for x in expected]), abs=0.032)
 
 
 def test_a_draw_never_takes_what_was_left_out():
-    found = frequencies(Sampling(seed=1, top_k=1))
-    assert found == [0, 0, 0, 0, 1, 0]
+    drawn = frequencies(Sampling(seed=1, top_k=1))
+    assert drawn == [0, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize(

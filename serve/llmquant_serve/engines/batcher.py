@@ -73,7 +73,6 @@ class Batcher:
 
     Attributes:
         error: what ended the thread; None while it runs, and after a regular end.
-        steps: decoding steps so far.
     """
 
     def __init__(self, model: PreTrainedModel, eos: frozenset[int], max_rows: int) -> None:
@@ -87,7 +86,7 @@ class Batcher:
         self._wake = threading.Condition()
         self._closing = False
         self.error: str | None = None
-        self.steps = 0
+
         self._thread = threading.Thread(target=self._run, name="llmquant-batcher", daemon=True)
 
     def start(self) -> None:
@@ -223,7 +222,6 @@ class Batcher:
 
     def _decode(self) -> None:
         """One token for every row."""
-        self.steps += 1
         self._cache.before_step()
         ids = self._tensor([[job.last] for job in self._rows])
         positions = self._tensor([[n] for n in self._cache.lengths])

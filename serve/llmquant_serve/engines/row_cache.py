@@ -125,8 +125,8 @@ class RowCache(Cache):
     def lengths(self) -> Sequence[int]:
         return self.window.lengths
 
-    def join(self, prefilled: Cache, length: int) -> int:
-        """Copy in a sequence of ``length`` tokens from a cache of batch size 1; returns its row."""
+    def join(self, prefilled: Cache, length: int) -> None:
+        """Copy in a sequence of ``length`` tokens from a cache of batch size 1, as the last row."""
         w = self.window
         row = len(w.lengths)
         assert row < w.max_rows
@@ -143,7 +143,6 @@ class RowCache(Cache):
             keys[row, :, w.end - length : w.end] = source.keys[0]
             values[row, :, w.end - length : w.end] = source.values[0]
         w.lengths.append(length)
-        return row
 
     def leave(self, row: int) -> None:
         """Forget a row; the last row takes its place (and its number)."""

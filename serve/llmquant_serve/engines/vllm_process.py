@@ -86,10 +86,6 @@ class VllmChild:
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
 
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
     async def start(self) -> None:
         """Start the child; returns at once, and ``ready`` becomes true later."""
         self._task = asyncio.create_task(self._supervise())
