@@ -23,8 +23,8 @@ from llmquant.errors import LlmquantError
 from llmquant_serve.api.app import UI_PATH
 from llmquant_serve.chat.compare import CSS, divergence, marked
 from llmquant_serve.chat.replies import Reply, reply
+from llmquant_serve.chat.settings import sampling_of, settings_panel, with_system
 from llmquant_serve.chat.visitors import Runs, together
-from llmquant_serve.engines.base import Sampling
 from llmquant_serve.service import Service
 
 _MARKERS = ("<!-- llmquant:measured:start -->", "<!-- llmquant:measured:end -->")
@@ -88,7 +88,7 @@ def build_page(service: Service, reference: Service | None, table: str | None) -
         title=f"{service.model} · llmquant", analytics_enabled=False, fill_height=True
     ) as page:
         gr.Markdown(f"## {service.model}")
-        settings = _settings()
+        settings = settings_panel()
         with gr.Tabs():
             with gr.Tab("Chat"):
                 _chat_tab(service, settings, runs)
@@ -103,48 +103,6 @@ def build_page(service: Service, reference: Service | None, table: str | None) -
         page.unload(_stopper(runs))
     built: gr.Blocks = page
     return built
-
-
-def _settings() -> list[gr.components.Component]:
-    with gr.Accordion("Settings", open=False, elem_id="settings"):
-        system = gr.Textbox("", label="System prompt", lines=3, elem_id="system")
-        temperature = gr.Slider(
-            0.0, 2.0, 0.7, step=0.05, label="Temperature (0: greedy)", elem_id="temperature"
-        )
-        top_p = gr.Slider(0.0, 1.0, 0.95, step=0.01, label="Top-p")
-        top_k = gr.Number(0, label="Top-k (0: all)", precision=0, minimum=0)
-        max_tokens = gr.Number(
-            256, label="Longest reply (tokens)", precision=0, minimum=1, elem_id="max-tokens"
-        )
-        seed = gr.Number(-1, label="Seed (-1: a new one each time)", precision=0, minimum=-1)
-    return [system, temperature, top_p, top_k, max_tokens, seed]
-
-
-def _sampling(numbers: Sequence[float], logprobs: int | None = None) -> Sampling:
-    """From the sliders and boxes, in the order of :func:`_settings`."""
-    temperature, top_p, top_k, max_tokens, seed = numbers
-    return Sampling(
-        max_tokens=max(1, int(max_tokens or 1)),
-        temperature=float(temperature),
-        top_p=float(top_p),
-        top_k=int(top_k or 0),
-        seed=None if seed is None or seed < 0 else int(seed),
-        logprobs=logprobs,
-    )
-
-
-def _with_system(system: str | None, turns: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """What the chat template gets: plain texts, the system prompt first if there is one."""
-    plain = [{"role": str(t["role"]), "content": _plain(t["content"])} for t in turns]
-    # None: a box that was never shown, since the settings are folded away.
-    return [{"role": "system", "content": system}, *plain] if system and system.strip() else plain
-
-
-def _plain(content: Any) -> str:
-    """The text of a turn, which Gradio returns as a list of parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if isinstance(part, dict) and "text" in part)
 
 
 def _chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
@@ -225,7 +183,7 @@ def _answerer(
     ) -> AsyncGenerator[tuple[list[dict[str, Any]], str], None]:
         if not turns or turns[-1]["role"] != "user":
             return
-        work = reply(service, _with_system(system, turns), _sampling(numbers))
+        work = reply(service, with_system(system, turns), sampling_of(numbers))
         try:
             async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
                 async for now in growing:
@@ -277,8 +235,8 @@ def _comparer(
     ) -> AsyncGenerator[tuple[str, str, str, str, str], None]:
         if not text or not text.strip():
             return
-        turns = _with_system(system, [{"role": "user", "content": text}])
-        sampling = _sampling(numbers, logprobs=5)
+        turns = with_system(system, [{"role": "user", "content": text}])
+        sampling = sampling_of(numbers, logprobs=5)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(32))  # one for both
         work = together([reply(model, turns, sampling) for model in (service, reference)])

@@ -27,19 +27,23 @@ from llmquant_serve.engines.base import (
     Load,
     ModelInfo,
     Refusal,
-    RefusedError,
     Sampling,
     Step,
-    Token,
 )
 from llmquant_serve.engines.model_files import read_config, read_generation_config
 from llmquant_serve.engines.options import ModelOptions
+from llmquant_serve.engines.vllm_messages import (
+    check_status,
+    finish_reason,
+    request_body,
+    scored_steps,
+    tokens,
+)
 from llmquant_serve.engines.vllm_process import ChildOptions, VllmChild
 
 _NAME = "served"
 _TIMEOUT = httpx.Timeout(None, connect=10.0)
 _POLL_SECONDS = 2.0
-_QUOTED = 500
 
 
 class VllmEngine:
@@ -110,11 +114,11 @@ class VllmEngine:
             RefusedError: vLLM does not take the request.
             EngineError: vLLM failed or cannot be reached.
         """
-        body = _request(prompt, sampling) | {"model": self._model}
+        body = request_body(prompt, sampling) | {"model": self._model}
         self._running += 1
         try:
             if sampling.prompt_logprobs is not None:
-                for step in _scored_steps(await self._post(body), prompt, sampling):
+                for step in scored_steps(await self._post(body), prompt, sampling):
                     yield step
                 return
             async for step in self._stream(body):
@@ -129,7 +133,7 @@ class VllmEngine:
         answer = await self._client.post(
             f"{self._address}/v1/completions", json=body, headers=self._headers
         )
-        _check_status(answer.status_code, answer.text)
+        check_status(answer.status_code, answer.text)
         whole: dict[str, Any] = answer.json()
         return whole
 
@@ -139,7 +143,7 @@ class VllmEngine:
         request = self._client.stream("POST", url, json=streamed, headers=self._headers)
         async with request as answer:
             if answer.status_code != 200:
-                _check_status(answer.status_code, (await answer.aread()).decode(errors="replace"))
+                check_status(answer.status_code, (await answer.aread()).decode(errors="replace"))
             async for line in answer.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
@@ -147,7 +151,7 @@ class VllmEngine:
                 if "error" in part:
                     raise EngineError(f"vLLM: {part['error'].get('message', part['error'])}")
                 for choice in part["choices"]:
-                    step = Step(_tokens(choice), _finish(choice.get("finish_reason")))
+                    step = Step(tokens(choice), finish_reason(choice.get("finish_reason")))
                     yield step
                     if step.finish is not None:
                         return
@@ -222,92 +226,3 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
     arguments += options.vllm_args  # last, so that they win
     child = VllmChild(ChildOptions(Path(options.vllm_python), path, _NAME, tuple(arguments)))
     return VllmEngine(info, child, None, None, _NAME)
-
-
-def _request(prompt: Sequence[int], s: Sampling) -> dict[str, Any]:
-    """The body of a completion request to vLLM, for one sequence."""
-    body: dict[str, Any] = {
-        "prompt": list(prompt),
-        "max_tokens": max(1, s.max_tokens),
-        "min_tokens": s.min_tokens,
-        "temperature": s.temperature,
-        "top_p": s.top_p or 1e-9,
-        "top_k": s.top_k,
-        "min_p": s.min_p,
-        "frequency_penalty": s.frequency_penalty,
-        "presence_penalty": s.presence_penalty,
-        "repetition_penalty": s.repetition_penalty,
-        "ignore_eos": s.ignore_eos,
-        "stop_token_ids": list(s.stop_ids),
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-        "skip_special_tokens": False,
-    }
-    if s.seed is not None:
-        body["seed"] = s.seed
-    if s.logprobs is not None:
-        body["logprobs"] = s.logprobs
-    if s.prompt_logprobs is not None:
-        body["prompt_logprobs"] = s.prompt_logprobs
-    if s.logit_bias:
-        body["logit_bias"] = {str(k): v for k, v in s.logit_bias.items()}
-    if s.grammar is not None:
-        body["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "answer", "schema": dict(s.grammar)},
-        }
-    return body
-
-
-def _scored_steps(answer: Mapping[str, Any], prompt: Sequence[int], s: Sampling) -> list[Step]:
-    """The steps of an answer that is not streamed, the prompt's log-probabilities first."""
-    choice = answer["choices"][0]
-    scored = [Token(prompt[0])]
-    for token, entries in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True):
-        logprobs = {int(i): float(entry["logprob"]) for i, entry in entries.items()}
-        ranked = sorted(logprobs.items(), key=lambda pair: -pair[1])
-        scored.append(Token(token, logprobs[token], tuple(ranked[: s.prompt_logprobs])))
-    if s.max_tokens == 0:
-        return [Step(prompt=tuple(scored)), Step(finish="length")]
-    return [Step(prompt=tuple(scored)), Step(_tokens(choice), _finish(choice["finish_reason"]))]
-
-
-def _tokens(choice: Mapping[str, Any]) -> tuple[Token, ...]:
-    ids = choice.get("token_ids") or []
-    logprobs = choice.get("logprobs")
-    if not logprobs:
-        return tuple(map(Token, ids))
-    return tuple(
-        Token(i, p, _ranked(top, i))
-        for i, p, top in zip(ids, logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
-    )
-
-
-def _ranked(top: Mapping[str, float] | None, chosen: int) -> tuple[tuple[int, float], ...]:
-    """Alternatives, best first; among equals the chosen token is the first."""
-    pairs = [(int(name.removeprefix("token_id:")), p) for name, p in (top or {}).items()]
-    return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0] != chosen)))
-
-
-def _finish(reason: str | None) -> Any:
-    """vLLM's finish reason as ours.
-
-    Raises:
-        EngineError: it has one that we do not have: an abort, an error.
-    """
-    if reason in (None, "stop", "length"):
-        return reason
-    raise EngineError(f"vLLM ended the request early, with finish reason {reason!r}")
-
-
-def _check_status(status: int, text: str) -> None:
-    """Raise for an answer other than 200.
-
-    Raises:
-        RefusedError: vLLM says that the request is wrong.
-        EngineError: vLLM failed.
-    """
-    if status in (400, 422):
-        raise RefusedError(f"vLLM refuses the request: {text[:_QUOTED]}")
-    if status != 200:
-        raise EngineError(f"vLLM answered {status}: {text[:_QUOTED]}")
