@@ -36,17 +36,17 @@ class Metrics:
             "llmquant_generated_tokens", "Tokens generated.", registry=r
         )
         self.aborted = Counter(
-            "llmquant_aborted", "Requests whose client went away or stalled.", registry=r
+            "llmquant_aborted", "Requests whose client disconnected or stalled.", registry=r
         )
         self.time_to_first_token = Histogram(
             "llmquant_time_to_first_token_seconds",
-            "From acceptance, queue included.",
+            "From the acceptance of a request to its first token, time in the queue included.",
             buckets=_LATENCY,
             registry=r,
         )
         self.time_per_output_token = Histogram(
             "llmquant_time_per_output_token_seconds",
-            "Mean of an answer, after its first token.",
+            "Mean over the tokens of an answer after its first.",
             buckets=_LATENCY,
             registry=r,
         )
@@ -56,16 +56,12 @@ class Metrics:
         )
         self.open = Gauge(
             "llmquant_sequences_open",
-            "Sequences accepted and not yet answered to the end.",
+            "Sequences accepted and not yet fully answered.",
             registry=r,
         )
-        self.cached = Gauge(
-            "llmquant_cached_tokens", "Tokens whose keys and values are held.", registry=r
-        )
+        self.cached = Gauge("llmquant_cached_tokens", "Tokens in the KV cache.", registry=r)
         self.up = Gauge("llmquant_engine_up", "1 while the engine takes requests.", registry=r)
-        self.restarts = Gauge(
-            "llmquant_engine_restarts", "Times that the engine was started again.", registry=r
-        )
+        self.restarts = Gauge("llmquant_engine_restarts", "Restarts of the engine.", registry=r)
 
     def render(self, engine: Engine, open_sequences: int) -> bytes:
         """All metrics in Prometheus' text format, the gauges as they are now."""

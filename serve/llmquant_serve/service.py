@@ -62,7 +62,8 @@ class Gate:
         """
         if count > self.limit:
             raise bad_request(
-                f"{count} sequences in one request are more than the {self.limit} this server takes",
+                f"a request of {count} sequences is too large: this server takes {self.limit} at a time; "
+                "send fewer prompts or a smaller n",
                 parameter,
             )
 
@@ -77,7 +78,7 @@ class Gate:
             wait = max(1, math.ceil(self._mean_seconds * self.open / self._streams / 2))
             raise ApiError(
                 429,
-                f"{self.open} sequences are being served or wait already; try again in {wait} s",
+                f"the server is full: {self.open} sequences are running or waiting; try again in {wait} s",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(min(wait, 60))},
             )
@@ -142,7 +143,7 @@ class Service:
         longest = min(context - 1, self.limits.max_prompt or context)
         if prompt > longest:
             raise bad_request(
-                f"the prompt has {prompt} tokens, this server takes {longest} of the model's {context}",
+                f"the prompt has {prompt} tokens; this server takes at most {longest} (context {context})",
                 "messages" if parameter != "max_tokens" else None,
                 "context_length_exceeded",
             )
@@ -151,7 +152,7 @@ class Service:
             return most if default is None else min(default, most)
         if requested > most:
             raise bad_request(
-                f"{parameter} is {requested}; after {prompt} tokens of prompt at most {most} can be generated "
+                f"{parameter} is {requested}; after a prompt of {prompt} tokens at most {most} can be generated "
                 f"(context {context}, output limit {self.limits.max_output or context})",
                 parameter,
                 "context_length_exceeded",

@@ -9,6 +9,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import TINY
 
 from llmquant_serve.engines.base import Sampling, Step, Token
 from llmquant_serve.generation.detokenize import (
@@ -18,7 +19,9 @@ from llmquant_serve.generation.detokenize import (
     token_bytes,
     token_text,
 )
+from llmquant_serve.generation.errors import TextError
 from llmquant_serve.generation.pieces import write
+from llmquant_serve.generation.text_model import TextModel
 
 TEXTS = [
     "plain words, and more",
@@ -141,3 +144,29 @@ def test_writing_ends_at_stop_strings(tokenizer, stops, expected, per_step):
     assert made == ids[: len(made)]
     assert pieces[-1].generated == len(made)
     assert engine.closed
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    return TextModel(TINY, 4096)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        pytest.param([], "no tokens", id="none"),
+        pytest.param([3, 4096], "token id 4096", id="too large"),
+        pytest.param([3, -1], "token id -1", id="negative"),
+    ],
+)
+def test_ids_that_the_model_does_not_have(text_model, ids, message):
+    with pytest.raises(TextError, match=message) as caught:
+        text_model.checked(ids, "prompt")
+    assert caught.value.parameter == "prompt"
+
+
+def test_a_conversation_that_is_not_unicode_names_its_turn(text_model):
+    turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "\ud800"}]
+    with pytest.raises(TextError, match="not valid Unicode") as caught:
+        asyncio.run(text_model.encode_chat(turns))
+    assert caught.value.parameter == "messages.1.content"

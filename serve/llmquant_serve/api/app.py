@@ -42,8 +42,8 @@ UI_PATH = "/ui"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorAnswer, "description": why}
     for code, why in {
-        400: "The request cannot be right; the parameter is named.",
-        401: "No key, or a wrong one.",
+        400: "The request is wrong; the error names the parameter.",
+        401: "The API key is missing or wrong.",
         404: "No such model.",
         413: "The body is too large.",
         429: "Too many requests; see Retry-After.",
@@ -207,7 +207,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeRequest) -> Tokens:
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
-            raise bad_request("give either prompt or messages", "prompt")
+            raise bad_request("give exactly one of prompt and messages", "prompt")
         if body.messages is not None:
             ids = await service.text.encode_chat(
                 body.messages, generation_prompt=body.add_generation_prompt is not False

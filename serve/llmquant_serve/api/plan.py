@@ -56,12 +56,12 @@ async def plan_completion(service: Service, request: CompletionRequest) -> Plan:
         TextError: the model cannot be given the prompt.
     """
     if request.best_of is not None and request.best_of != (request.n or 1):
-        raise bad_request("best_of other than n is not supported", "best_of")
+        raise bad_request("best_of must be equal to n, or left out", "best_of")
     prompts = await _prompts(service, request)
     echo = bool(request.echo)
     if request.max_tokens == 0 and not echo:
         raise bad_request(
-            "max_tokens is 0, which only makes sense together with echo", "max_tokens"
+            "max_tokens is 0, which needs echo: true to score the prompt", "max_tokens"
         )
     base = _sampling(service, request)
     base = replace(
@@ -166,7 +166,9 @@ def _bias(service: Service, requested: dict[str, float]) -> dict[int, float]:
     bias = {}
     for key, value in requested.items():
         if not (key.isascii() and key.isdigit() and int(key) < service.text.vocab):
-            raise bad_request(f"{key!r} is not a token id below {service.text.vocab}", "logit_bias")
+            raise bad_request(
+                f"{key!r} is not a token id from 0 to {service.text.vocab - 1}", "logit_bias"
+            )
         bias[int(key)] = value
     return bias
 

@@ -130,7 +130,9 @@ class Batcher:
                 while self._wait_for_work():
                     self._iterate()
         except Exception as e:  # noqa: BLE001 - the thread's last handler: whatever it was must reach the waiting requests
-            self.error = f"the engine stopped: {type(e).__name__}: {e}"
+            self.error = (
+                f"the engine stopped, and the server must be restarted: {type(e).__name__}: {e}"
+            )
         with self._wake:
             self._closing = True
             remaining = [*self._waiting, *self._prefilling, *self._rows]

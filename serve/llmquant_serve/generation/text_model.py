@@ -79,10 +79,12 @@ class TextModel:
         """
         if not ids:
             raise TextError("the prompt has no tokens", parameter)
-        if (unknown := max(ids)) >= self.vocab or min(ids) < 0:
-            raise TextError(
-                f"token id {unknown} is not below the vocabulary's {self.vocab}", parameter
-            )
+        for token in (max(ids), min(ids)):
+            if not 0 <= token < self.vocab:
+                raise TextError(
+                    f"token id {token} is not in the vocabulary, which goes from 0 to {self.vocab - 1}",
+                    parameter,
+                )
         return list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
