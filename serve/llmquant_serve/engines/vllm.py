@@ -121,8 +121,9 @@ class VllmEngine:
                 for step in scored_steps(await self._post(body), prompt, sampling):
                     yield step
                 return
-            async for step in self._stream(body):
-                yield step
+            async with contextlib.aclosing(self._stream(body)) as steps:
+                async for step in steps:
+                    yield step
         except httpx.HTTPError as e:
             raise EngineError(f"the connection to vLLM broke: {type(e).__name__}: {e}") from e
         finally:
