@@ -1,6 +1,7 @@
 """llmquant_serve: an OpenAI-compatible server and a chat for quantized models.
 
-Layers, top down: ``cli`` → ``app`` (routes, limits, errors) → ``completions`` (text: templates,
-stop strings, detokenization) → ``engine`` (token ids only), which is ``local`` (the packed model in
-this process) or ``vllm`` (the real one as a child or a URL).
+Layers, top down: ``cli`` → ``server`` and ``build`` → ``chat`` (terminal and page) → ``api``
+(routes, limits, errors) → ``service`` → ``generation`` (text: templates, stop strings,
+detokenization) → ``engines`` (token ids only): ``local``, the packed model in this process, or
+``vllm``, as a child process or at a URL.
 """

@@ -1,4 +1,4 @@
-"""From command-line options to a running service: which engine, which tokenizer, which name."""
+"""From the command line's options to a service: which engine, which tokenizer, which name."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ if TYPE_CHECKING:
     from llmquant_serve.service import Limits, Service
 
 
-def build_engine(options: ModelOptions, max_streams: int) -> Engine:
-    """The engine, not yet started; raises as :func:`built`."""
-    return built(options, max_streams)[0]
-
-
-def built(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
-    """The engine, not yet started, and how it computes, as a line (nothing of an engine in another
-    process).
+def build_engine(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
+    """The engine, not yet started, and how it computes: dtype, device, threads and kernels as a
+    line, empty for an engine in another process.
 
     Raises:
         LlmquantError: no such engine or model, or the engine cannot run it.
@@ -42,12 +37,12 @@ def built(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
     if options.engine == "vllm":
         if options.threads is not None:
             raise UsageError(
-                "--threads is of the local engine; vLLM takes OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND"
+                "--threads is for the local engine; for vLLM set the environment variables OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND"
             )
         from llmquant_serve.engines.vllm import vllm_engine
 
         return vllm_engine(options, max_streams), ""
-    raise UsageError(f"there is no engine {options.engine!r}; there are local and vllm")
+    raise UsageError(f"there is no engine {options.engine!r}; choose local or vllm")
 
 
 def build_service(options: ModelOptions, limits: Limits) -> Service:
@@ -64,6 +59,6 @@ def build_service(options: ModelOptions, limits: Limits) -> Service:
 
     transformers_logging.disable_progress_bar()
     path = llmquant.resolve(options.model)
-    engine, computing = built(options, limits.max_streams)
+    engine, computing = build_engine(options, limits.max_streams)
     name = options.name or path.resolve().name
     return Service(engine, TextModel(path, engine.info.vocab), name, limits, computing=computing)

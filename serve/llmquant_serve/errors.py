@@ -1,5 +1,4 @@
-"""Errors as the OpenAI API words them: ``{"error": {"message", "type", "param", "code"}}`` with a
-fitting status."""
+"""Errors of the OpenAI API: a status and ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -7,13 +6,15 @@ from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse
 
+from llmquant.errors import LlmquantError
 
-class ApiError(Exception):
+
+class ApiError(LlmquantError):
     """An answer other than 200.
 
     Args:
         parameter: the request's parameter that is at fault.
-        code: a word for programs.
+        code: names the error for programs: ``context_length_exceeded``.
     """
 
     def __init__(
@@ -29,26 +30,22 @@ class ApiError(Exception):
         self.status, self.message, self.parameter, self.code = status, message, parameter, code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, object]:
-        return {
-            "error": {
-                "message": self.message,
-                "type": _kind(self.status),
-                "param": self.parameter,
-                "code": self.code,
-            }
-        }
-
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+        error = {
+            "message": self.message,
+            "type": _error_type(self.status),
+            "param": self.parameter,
+            "code": self.code,
+        }
+        return JSONResponse({"error": error}, self.status, self.headers)
 
 
-def bad(message: str, parameter: str | None = None, code: str | None = None) -> ApiError:
-    """A 400."""
+def bad_request(message: str, parameter: str | None = None, code: str | None = None) -> ApiError:
+    """A 400: the request cannot be right as it is."""
     return ApiError(400, message, parameter=parameter, code=code)
 
 
-def _kind(status: int) -> str:
+def _error_type(status: int) -> str:
     names = {
         401: "authentication_error",
         403: "permission_error",

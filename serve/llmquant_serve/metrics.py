@@ -20,7 +20,8 @@ _LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counters that the routes feed; gauges are read from the engine when asked for."""
+    """Counters and histograms that requests feed; gauges are read from the engine in
+    :meth:`render`."""
 
     def __init__(self) -> None:
         r = self.registry = CollectorRegistry()
@@ -35,17 +36,17 @@ class Metrics:
             "llmquant_generated_tokens", "Tokens generated.", registry=r
         )
         self.aborted = Counter(
-            "llmquant_aborted", "Requests whose client went away or stalled.", registry=r
+            "llmquant_aborted", "Requests whose client disconnected or stalled.", registry=r
         )
-        self.first = Histogram(
+        self.time_to_first_token = Histogram(
             "llmquant_time_to_first_token_seconds",
-            "From acceptance, queue included.",
+            "From the acceptance of a request to its first token, time in the queue included.",
             buckets=_LATENCY,
             registry=r,
         )
-        self.between = Histogram(
+        self.time_per_output_token = Histogram(
             "llmquant_time_per_output_token_seconds",
-            "Mean of an answer, after its first token.",
+            "Mean over the tokens of an answer after its first.",
             buckets=_LATENCY,
             registry=r,
         )
@@ -55,19 +56,15 @@ class Metrics:
         )
         self.open = Gauge(
             "llmquant_sequences_open",
-            "Sequences accepted and not yet answered to the end.",
+            "Sequences accepted and not yet fully answered.",
             registry=r,
         )
-        self.cached = Gauge(
-            "llmquant_cached_tokens", "Tokens whose keys and values are held.", registry=r
-        )
+        self.cached = Gauge("llmquant_cached_tokens", "Tokens in the KV cache.", registry=r)
         self.up = Gauge("llmquant_engine_up", "1 while the engine takes requests.", registry=r)
-        self.restarts = Gauge(
-            "llmquant_engine_restarts", "Times that the engine was started again.", registry=r
-        )
+        self.restarts = Gauge("llmquant_engine_restarts", "Restarts of the engine.", registry=r)
 
     def render(self, engine: Engine, open_sequences: int) -> bytes:
-        """The text format, gauges refreshed."""
+        """All metrics in Prometheus' text format, the gauges as they are now."""
         load, health = engine.load(), engine.health()
         self.running.set(load.running)
         self.waiting.set(load.waiting)
@@ -80,22 +77,24 @@ class Metrics:
 
 
 class Clock:
-    """Times one choice: first token, then the mean per further token."""
+    """Times one choice: its first token, then the mean per further token."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._began = time.monotonic()
-        self._first: float | None = None
-        self._made = 0
+        self._start = time.monotonic()
+        self._first: float | None = None  # when the first token came
+        self._generated = 0
 
-    def saw(self, made: int) -> None:
-        """``made`` tokens exist by now."""
-        if made and self._first is None:
+    def update(self, generated: int) -> None:
+        """The choice has ``generated`` tokens by now."""
+        if generated and self._first is None:
             self._first = time.monotonic()
-            self._metrics.first.observe(self._first - self._began)
-        self._metrics.generated_tokens.inc(made - self._made if made > self._made else 0)
-        self._made = max(self._made, made)
+            self._metrics.time_to_first_token.observe(self._first - self._start)
+        self._metrics.generated_tokens.inc(max(0, generated - self._generated))
+        self._generated = max(self._generated, generated)
 
-    def done(self) -> None:
-        if self._first is not None and self._made > 1:
-            self._metrics.between.observe((time.monotonic() - self._first) / (self._made - 1))
+    def finish(self) -> None:
+        """The choice is complete."""
+        if self._first is not None and self._generated > 1:
+            seconds = time.monotonic() - self._first
+            self._metrics.time_per_output_token.observe(seconds / (self._generated - 1))

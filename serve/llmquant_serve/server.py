@@ -1,7 +1,7 @@
-"""Run a service under uvicorn: bind, announce, stop in order.
+"""Run a service under uvicorn: bind, announce, and stop in order.
 
-SIGTERM or Ctrl-C stop accepting; running answers get ``drain_seconds`` to end, then they are cut
-off and the engine is closed.
+After SIGTERM or Ctrl-C no request is accepted. Running answers get ``drain_seconds`` to end; then
+they are cut off and the engine is closed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ _BACKLOG = 1024
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """Where and for whom a server listens."""
+    """Where a server listens, and for whom.
+
+    Attributes:
+        keys: accepted API keys; without any, requests need none.
+        cors_origins: web origins whose pages may call the API.
+        ui: serve the chat page.
+        access_log: log every request.
+    """
 
     host: str
     port: int
@@ -37,14 +44,16 @@ class Binding:
 
     def __post_init__(self) -> None:
         if any(not k.strip() or not k.isascii() or k != k.strip() for k in self.keys):
-            raise UsageError("an API key must be ASCII, without spaces around it, and not empty")
+            raise UsageError(
+                "an API key must be ASCII, not empty, and without spaces at its ends; change --api-key or LLMQUANT_API_KEY"
+            )
 
 
 def bound_socket(binding: Binding) -> socket.socket:
-    """A listening socket; port 0 has become a number.
+    """A listening socket; with port 0, on a free port.
 
     Raises:
-        UsageError: the address cannot be had.
+        UsageError: the host is unknown or the port is taken.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -52,7 +61,7 @@ def bound_socket(binding: Binding) -> socket.socket:
         )[0]
         sock = socket.socket(family, kind, protocol)
     except OSError as e:
-        raise UsageError(f"--host {binding.host}: {e}") from e
+        raise UsageError(f"cannot find --host {binding.host}: {e.strerror or e}") from e
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind(address)
@@ -72,10 +81,16 @@ def run(
     reference: Service | None = None,
     folder: Path | None = None,
 ) -> None:
-    """Serve until a signal comes; ``reference`` and ``folder`` are for the chat page."""
+    """Serve until a signal comes.
+
+    Args:
+        reference: the original model, for the chat page.
+        folder: the model's, whose card the chat page shows.
+    """
     if not _is_loopback(binding.host) and not binding.keys:
-        _say(
-            f"warning: {binding.host} can be reached from other machines and no --api-key is set: anyone there can use it"
+        _log(
+            f"warning: {binding.host} can be reached from other machines and there is no API key, so anyone there can "
+            "use this server; set --api-key, or listen on 127.0.0.1"
         )
     app = create_app(
         service,
@@ -100,17 +115,16 @@ def run(
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Logs where it listens as soon as it does."""
 
     def __init__(self, config: uvicorn.Config, service: Service, binding: Binding) -> None:
         super().__init__(config)
         self._service, self._binding = service, binding
-        # uvicorn sets its own handlers whatever it finds; a shell's background commands are to
-        # ignore Ctrl-C.
-        self._ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        # A shell makes its background commands ignore Ctrl-C; uvicorn would override that.
+        self._ignores_interrupt = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig != signal.SIGINT or not self._ignores:
+        if sig != signal.SIGINT or not self._ignores_interrupt:
             super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -121,11 +135,11 @@ class _Server(uvicorn.Server):
     def _announce(self, sockets: Sequence[socket.socket]) -> None:
         host, port = sockets[0].getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        _say(f"{self._service.model} at {address}/v1, engine {self._service.engine.name}")
+        _log(f"{self._service.model} at {address}/v1, engine {self._service.engine.name}")
         if self._service.computing:
-            _say(f"computing in {self._service.computing}")
+            _log(f"computing in {self._service.computing}")
         if self._binding.ui:
-            _say(f"chat page at {address}{UI_PATH}")
+            _log(f"chat page at {address}{UI_PATH}")
 
 
 def _is_loopback(host: str) -> bool:
@@ -139,6 +153,6 @@ def _exit(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

@@ -1,8 +1,8 @@
-"""Service: what the routes share: the engine, the tokenizer, the limits, the gate and the metrics.
+"""Service: what the API and the chat share: engine, tokenizer, limits, gate and metrics.
 
 The gate counts sequences from the moment a request is accepted until its answer has been sent or
-its client has gone, so that it bounds queue, batch and answers that are still being read by slow
-clients, all three. Beyond it: 429 with ``Retry-After``.
+its client has disconnected. So it bounds all three: the queue, the batch, and the answers that slow
+clients are still reading. What comes beyond it gets a 429 with ``Retry-After``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from llmquant_serve.engines.base import Engine
-from llmquant_serve.errors import ApiError, bad
+from llmquant_serve.errors import ApiError, bad_request
 from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.metrics import Metrics
 
@@ -29,7 +29,7 @@ class Limits:
         max_prompt: tokens of a prompt; None is the context.
         max_output: tokens of an answer; None is the context.
         max_body: bytes of a request.
-        stall_seconds: a client that takes nothing for so long is dropped.
+        stall_seconds: a client that reads nothing for so long is disconnected.
         drain_seconds: how long a shutdown waits for running answers.
     """
 
@@ -43,51 +43,61 @@ class Limits:
 
 
 class Gate:
-    """At most ``limit`` sequences at a time; see the module text."""
+    """Admits at most ``limit`` sequences at a time.
+
+    Attributes:
+        open: sequences that are admitted now.
+    """
 
     def __init__(self, limit: int, streams: int) -> None:
         self.limit, self.open = limit, 0
         self._streams = streams
-        self._seconds = 1.0  # of a request, a running mean
+        self._mean_seconds = 1.0  # that a request takes: a running mean
 
     def check(self, count: int, parameter: str) -> None:
-        """Refuse what could never enter."""
+        """Refuse a request that could never enter.
+
+        Raises:
+            ApiError: 400, it has more sequences than the gate admits.
+        """
         if count > self.limit:
-            raise bad(
-                f"{count} sequences in one request are more than the {self.limit} this server takes",
+            raise bad_request(
+                f"a request of {count} sequences is too large: this server takes {self.limit} at a time; "
+                "send fewer prompts or a smaller n",
                 parameter,
             )
 
     @contextmanager
     def enter(self, count: int) -> Iterator[None]:
-        """Hold ``count`` places; freed on leaving, whatever happened.
+        """Admit ``count`` sequences for as long as the context lasts.
 
         Raises:
-            ApiError: 429, there are not so many.
+            ApiError: 429, the gate is full.
         """
         if self.open + count > self.limit:
-            wait = max(1, math.ceil(self._seconds * self.open / self._streams / 2))
+            wait = max(1, math.ceil(self._mean_seconds * self.open / self._streams / 2))
             raise ApiError(
                 429,
-                f"{self.open} sequences are being served or wait already; try again in {wait} s",
+                f"the server is full: {self.open} sequences are running or waiting; try again in {wait} s",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": str(min(wait, 60))},
             )
         self.open += count
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             yield
         finally:
             self.open -= count
-            self._seconds += 0.1 * (time.monotonic() - began - self._seconds)
+            self._mean_seconds += 0.1 * (time.monotonic() - start - self._mean_seconds)
 
 
 @dataclass(slots=True)
 class Service:
-    """See the module text.
+    """One served model.
 
     Attributes:
-        model: the name clients use.
+        model: its name in the API.
+        created: when the server started, in seconds since 1970.
         computing: dtype, device, threads and kernels of the engine, as a line; empty where another
             process computes.
     """
@@ -105,35 +115,46 @@ class Service:
         self.gate = Gate(self.limits.max_streams + self.limits.max_queue, self.limits.max_streams)
 
     def check_model(self, name: str | None) -> None:
-        """404 for another model's name; none means the one there is."""
+        """Accept this model's name, or none.
+
+        Raises:
+            ApiError: 404, it is another model's name.
+        """
         if name is not None and name != self.model:
             raise ApiError(
                 404, f"the model {name!r} does not exist here; this server has {self.model!r}",
                 parameter="model", code="model_not_found",
             )  # fmt: skip
 
-    def room(self, prompt: int, asked: int | None, default: int | None, parameter: str) -> int:
+    def max_new_tokens(
+        self, prompt: int, requested: int | None, default: int | None, parameter: str
+    ) -> int:
         """Tokens that may be generated after a prompt of ``prompt`` tokens.
 
+        Args:
+            requested: the client's own limit; None takes ``default``, or all that the context
+                leaves.
+            parameter: the request's parameter that holds ``requested``.
+
         Raises:
-            ApiError: prompt, output, or both together are too long.
+            ApiError: 400, prompt, output, or both together are too long.
         """
         context = self.engine.info.context
         longest = min(context - 1, self.limits.max_prompt or context)
         if prompt > longest:
-            raise bad(
-                f"the prompt has {prompt} tokens, this server takes {longest} of the model's {context}",
+            raise bad_request(
+                f"the prompt has {prompt} tokens; this server takes at most {longest} (context {context})",
                 "messages" if parameter != "max_tokens" else None,
                 "context_length_exceeded",
             )
         most = min(context - prompt, self.limits.max_output or context)
-        if asked is None:
+        if requested is None:
             return most if default is None else min(default, most)
-        if asked > most:
-            raise bad(
-                f"{parameter} is {asked}; after {prompt} tokens of prompt at most {most} can be generated "
+        if requested > most:
+            raise bad_request(
+                f"{parameter} is {requested}; after a prompt of {prompt} tokens at most {most} can be generated "
                 f"(context {context}, output limit {self.limits.max_output or context})",
                 parameter,
                 "context_length_exceeded",
             )
-        return asked
+        return requested

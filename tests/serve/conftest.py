@@ -44,7 +44,7 @@ def model(packed: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def wide() -> PreTrainedModel:
-    """Unquantized, in float32: rounding in company is then too small to change a token of these
+    """Unquantized, in float32: rounding in a batch is then too small to change a token of these
     texts."""
     return llmquant.load(TINY, dtype="float32")
 

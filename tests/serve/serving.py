@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from transformers import PreTrainedModel
 
 from llmquant_serve.api.app import create_app
-from llmquant_serve.engines.base import Sampling, Token
+from llmquant_serve.engines.base import Engine, Sampling, Token
 from llmquant_serve.engines.local import LocalEngine
 from llmquant_serve.service import Service
 
@@ -38,12 +38,27 @@ TEXTS = (
 )
 
 
+class StepCounter:
+    """Counts the decoding steps of a local engine; an engine elsewhere has none to count."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.steps = 0
+        if isinstance(engine, LocalEngine):
+            self._decode = engine._batcher._decode
+            engine._batcher._decode = self._counted
+
+    def _counted(self) -> None:
+        self.steps += 1
+        self._decode()
+
+
 @dataclass
 class Server:
-    """A live server and what stands behind it."""
+    """A live server, its service, and the count of its decoding steps."""
 
     url: str
     service: Service
+    counter: StepCounter
 
     @property
     def client(self) -> httpx.Client:
@@ -51,8 +66,8 @@ class Server:
 
     @property
     def steps(self) -> int:
-        """Decoding steps so far: what a request that was dropped must not have gone on to make."""
-        return self.service.engine._batcher.steps
+        """Decoding steps so far: a request that was dropped must not cause more."""
+        return self.counter.steps
 
     def until_idle(self, seconds: float = 20.0) -> None:
         """Wait for every slot and every place in the gate to be free again."""
@@ -101,18 +116,19 @@ def with_engine(model: PreTrainedModel, work: Callable[[LocalEngine], Any], **op
 @contextmanager
 def running(
     service: Service,
-    dress: Callable[[FastAPI], None] | None = None,
+    extend: Callable[[FastAPI], None] | None = None,
     send_buffer: int | None = None,
     **options: Any,
 ) -> Iterator[Server]:
-    """The service under uvicorn, in a thread; ``dress`` adds to the application.
+    """The service under uvicorn, in a thread; ``extend`` adds to the application.
 
     ``send_buffer`` bounds what the kernel takes of an answer that nobody reads; by itself it takes
     megabytes.
     """
+    counter = StepCounter(service.engine)
     app = create_app(service, **options)
-    if dress is not None:
-        dress(app)
+    if extend is not None:
+        extend(app)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with socket.socket() as sock:
@@ -128,7 +144,7 @@ def running(
             assert thread.is_alive()
             time.sleep(0.01)
         try:
-            yield Server(f"http://127.0.0.1:{sock.getsockname()[1]}", service)
+            yield Server(f"http://127.0.0.1:{sock.getsockname()[1]}", service, counter)
         finally:
             server.should_exit = True
             thread.join(20)

@@ -214,10 +214,10 @@ def test_models(api):
 
 
 def test_tokenize_and_back(client, tokenizer):
-    told = client.post("/tokenize", json={"prompt": "Grüße 🙂", "return_token_strs": True}).json()
-    assert told["tokens"] == tokenizer.encode("Grüße 🙂")
-    assert told["count"] == len(told["tokens"]) == len(told["token_strs"])
-    assert told["max_model_len"] == 2048
+    answer = client.post("/tokenize", json={"prompt": "Grüße 🙂", "return_token_strs": True}).json()
+    assert answer["tokens"] == tokenizer.encode("Grüße 🙂")
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 2048
     bare = client.post(
         "/tokenize", json={"prompt": "Grüße 🙂", "add_special_tokens": False}
     ).json()["tokens"]

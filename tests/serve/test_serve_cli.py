@@ -43,8 +43,9 @@ def call(*arguments):
 
 
 def test_serve_from_start_to_sigterm(packed):
-    """In a shell's background, where a Ctrl-C is meant for another command."""
-    command = [*COMMAND, "serve", str(packed), "--port", "0", "--name", "mine", "--device", "cpu"]
+    """In a shell's background, where a Ctrl-C is meant for another command. A stream that runs when
+    SIGTERM comes is still sent to its end."""
+    command = [*COMMAND, "serve", str(packed), "--port", "0", "--name", "tiny", "--device", "cpu"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, env=environment(), stderr=pipe, text=True, preexec_fn=ignores_interrupts
@@ -52,22 +53,27 @@ def test_serve_from_start_to_sigterm(packed):
         try:
             lines = []
             while not (
-                found := re.search(
-                    r"mine at (http://127\.0\.0\.1:\d+)/v1, engine local",
+                address := re.search(
+                    r"tiny at (http://127\.0\.0\.1:\d+)/v1, engine local",
                     lines[-1] if lines else "",
                 )
             ):
                 lines.append(process.stderr.readline())
                 assert lines[-1], "".join(lines)
-            with httpx.Client(base_url=found[1], timeout=60) as client:
-                assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+            with httpx.Client(base_url=address[1], timeout=60) as client:
+                assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
                 process.send_signal(signal.SIGINT)
-                body = {"model": "mine", "prompt": "The", "max_tokens": 3}
+                body = {"model": "tiny", "prompt": "The", "max_tokens": 3}
                 assert (
                     client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"]
                     <= 3
                 )
-            process.send_signal(signal.SIGTERM)
+                body |= {"max_tokens": 600, "ignore_eos": True, "stream": True}
+                with client.stream("POST", "/v1/completions", json=body) as answer:
+                    lines = filter(None, answer.iter_lines())
+                    assert next(lines).startswith("data: {")
+                    process.send_signal(signal.SIGTERM)
+                    assert list(lines)[-1] == "data: [DONE]"
             rest = process.stderr.read()
             assert process.wait(30) == 0, rest
             assert "Traceback" not in rest
@@ -111,10 +117,10 @@ def test_chat_over_a_pipe(packed):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         pytest.param(
-            ["serve", "MODEL", "--engine", "tgi"], "there are local and vllm", id="no such engine"
+            ["serve", "MODEL", "--engine", "tgi"], "choose local or vllm", id="no such engine"
         ),
         pytest.param(
             ["serve", "MODEL", "--vllm-url", "http://x"],
@@ -133,13 +139,13 @@ def test_chat_over_a_pipe(packed):
         ),
     ],
 )
-def test_misuse(packed, arguments, told):
+def test_misuse(packed, arguments, message):
     result = call(
         *[packed if a == "MODEL" else a for a in arguments],
         *(["--port", "0"] if arguments[0] == "serve" else []),
     )
     assert isinstance(result.exception, UsageError)
-    assert told in str(result.exception)
+    assert message in str(result.exception)
 
 
 def test_a_port_that_is_taken(packed):
@@ -157,7 +163,7 @@ def test_a_folder_without_a_model(tmp_path):
 
 def test_nothing_of_vllm_is_imported():
     """Neither by the engine that talks to it nor by anything else of the package."""
-    files = (ROOT / "serve" / "llmquant_serve").glob("*.py")
+    files = (ROOT / "serve" / "llmquant_serve").rglob("*.py")
     assert not [
         f.name
         for f in files

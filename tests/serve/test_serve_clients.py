@@ -72,8 +72,8 @@ def test_lm_eval_completions(server, model, tokenizer):
         batch_size=2,
     )
     pairs = [(TEXTS[0], " the river"), (TEXTS[3], " 1983"), (TEXTS[4], " London, England")]
-    found = client.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
-    for (context, continuation), (told, is_greedy) in zip(pairs, found, strict=True):
+    answers = client.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    for (context, continuation), (loglikelihood, is_greedy) in zip(pairs, answers, strict=True):
         before, after = tokenizer.encode(context, add_special_tokens=False), None
         whole = tokenizer.encode(context + continuation, add_special_tokens=False)
         after = whole[len(before) :]
@@ -81,7 +81,7 @@ def test_lm_eval_completions(server, model, tokenizer):
             rows = torch.log_softmax(model(torch.tensor([whole])).logits[0].float(), -1)[
                 len(before) - 1 : -1
             ]
-        assert told == pytest.approx(
+        assert loglikelihood == pytest.approx(
             sum(float(r[t]) for r, t in zip(rows, after, strict=True)), abs=1e-3
         )
         assert is_greedy == all(int(r.argmax()) == t for r, t in zip(rows, after, strict=True))

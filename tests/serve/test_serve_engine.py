@@ -1,5 +1,5 @@
-"""The local engine gives the tokens and log-probabilities of the model itself, alone and in
-company."""
+"""The local engine gives the tokens and log-probabilities of the model itself, alone and in a
+batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from serving import collect, greedy, with_engine
+from serving import StepCounter, collect, greedy, with_engine
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -29,7 +29,7 @@ GREEDY = Sampling(max_tokens=40, temperature=0.0, logprobs=5)
 
 
 async def idle(engine):
-    """A last token is told a moment before its row is free."""
+    """A last token is delivered a moment before its row is free."""
     while engine.load().running:
         await asyncio.sleep(0.001)
 
@@ -53,16 +53,16 @@ def test_a_prompt_of_many_chunks_alone_gives_the_tokens_of_generate(model, promp
 
 def test_in_a_full_batch_tokens_differ_only_where_the_best_two_are_within_rounding(model, prompts):
     """The rounding is measured: by how much the same log-probabilities, after the same text, change
-    in company."""
+    in a batch."""
     asked = Sampling(max_tokens=40, temperature=0.0, logprobs=5, ignore_eos=True)
 
     async def work(engine):
         alone = [await collect(engine, p, asked) for p in prompts]
         return alone, await asyncio.gather(*(collect(engine, p, asked) for p in prompts))
 
-    alone, company = with_engine(model, work)
+    alone, batched = with_engine(model, work)
     noise, gaps, same = 0.0, [], 0
-    for a, b in zip(alone, company, strict=True):
+    for a, b in zip(alone, batched, strict=True):
         for x, y in zip(a, b, strict=True):
             shared = dict(x.top).keys() & dict(y.top).keys()
             noise = max(noise, *(abs(dict(x.top)[t] - dict(y.top)[t]) for t in shared))
@@ -71,7 +71,7 @@ def test_in_a_full_batch_tokens_differ_only_where_the_best_two_are_within_roundi
                 break
             same += 1
     print(
-        f"{same} tokens the same, rounding at most {noise:.4f} nats, first differences {[f'{g:.4f}' for g in gaps]} behind"
+        f"{same} tokens the same, rounding at most {noise:.4f} nats, first differences by {[f'{g:.4f}' for g in gaps]}"
     )
     assert 0 < noise < 0.5
     assert all(gap <= 2 * noise for gap in gaps)
@@ -114,33 +114,33 @@ def test_long_prompts_are_scored_in_chunks(model, prompts):
             await anext(engine.generate(long, Sampling(max_tokens=0, prompt_logprobs=0)))
         ).prompt
 
-    found = with_engine(model, work)
+    scored = with_engine(model, work)
     with torch.inference_mode():
         expected = torch.log_softmax(model(torch.tensor([long])).logits[0].float(), -1)
     rows = [float(expected[i, t]) for i, t in enumerate(long[1:])]
-    assert [t.logprob for t in found[1:]] == pytest.approx(rows, abs=0.25)
+    assert [t.logprob for t in scored[1:]] == pytest.approx(rows, abs=0.25)
 
 
 SAMPLED = Sampling(max_tokens=24, temperature=0.9, top_p=0.95, top_k=50, seed=7, ignore_eos=True)
 
 
 def test_a_seed_gives_the_same_text_whoever_else_is_served(wide, prompts):
-    """In float32 rounding in company is too small to move a draw, so this is an equality."""
+    """In float32 rounding in a batch is too small to move a draw, so this is an equality."""
     others = Sampling(max_tokens=60, temperature=1.3, seed=1, ignore_eos=True)
 
     async def work(engine):
         alone = await collect(engine, prompts[0], SAMPLED)
-        company = await asyncio.gather(
+        batched = await asyncio.gather(
             *(collect(engine, p, others) for p in prompts[1:5]),
             collect(engine, prompts[0], SAMPLED),
         )
         other_seed = await collect(
             engine, prompts[0], Sampling(max_tokens=24, temperature=0.9, seed=8, ignore_eos=True)
         )
-        return ids(alone), ids(company[-1]), ids(other_seed)
+        return ids(alone), ids(batched[-1]), ids(other_seed)
 
-    alone, company, other_seed = with_engine(wide, work)
-    assert alone == company
+    alone, batched, other_seed = with_engine(wide, work)
+    assert alone == batched
     assert alone != other_seed
 
 
@@ -227,6 +227,7 @@ def test_leaving_frees_the_slot_at_once(model, prompts):
     would have ended."""
 
     async def work(engine):
+        counter = StepCounter(engine)
         stream = engine.generate(
             prompts[0], Sampling(max_tokens=2000, temperature=0.0, ignore_eos=True)
         )
@@ -235,7 +236,7 @@ def test_leaving_frees_the_slot_at_once(model, prompts):
         await stream.aclose()
         assert len(await collect(engine, prompts[1], Sampling(max_tokens=3, temperature=0.0))) == 3
         await idle(engine)
-        return engine._batcher.steps, engine.load()
+        return counter.steps, engine.load()
 
     steps, load = with_engine(model, work, max_streams=1)
     assert steps < 1000

@@ -49,7 +49,7 @@ def test_a_client_that_goes_away_frees_its_slot(make_server, stream):
                 client.post(PATH, json=LONG, timeout=0.5)
         assert client.post(PATH, json=SHORT).status_code == 200
         server.until_idle()
-        assert server.steps < 1000, "it went on for nobody"
+        assert server.steps < 1000, "it continued for nobody"
         assert "llmquant_aborted_total 1.0" in client.get("/metrics").text
 
 

@@ -44,7 +44,7 @@ def page_server(model, tmp_path_factory):
         service,
         ui=True,
         reference=original,
-        dress=lambda app: mount(app, service, (), original, folder),
+        extend=lambda app: mount(app, service, (), original, folder),
     ) as live:
         yield live
 
@@ -109,10 +109,10 @@ def configure(page, most, system=None):
         page.wait_for_timeout(200)
         if slider.input_value() == "0":
             break
-    page.locator("#most input").fill(str(most))
+    page.locator("#max-tokens input").fill(str(most))
     if system is not None:
         page.locator("#system textarea").fill(system)
-    page.locator("#most input").press("Tab")
+    page.locator("#max-tokens input").press("Tab")
     look(page, "settings")
     page.wait_for_timeout(
         400
@@ -142,7 +142,7 @@ def test_a_conversation(page, page_server):
     assert first.strip()
     look(page, "chat")
     configure(page, 12)
-    page.locator("#again").click()
+    page.locator("#regenerate").click()
     expect(page.locator("#status")).to_contain_text("12 tokens")
     expect(bot(page)).to_have_count(1)
     assert first.startswith(
@@ -178,7 +178,7 @@ def test_two_models_side_by_side(page):
     page.get_by_role("tab", name="A/B").click()
     page.locator("#ab-box textarea").fill("Tell me about the history of the river.")
     page.locator("#ab-go").click()
-    expect(page.locator("#ab-verdict")).to_contain_text("part at token")
+    expect(page.locator("#ab-verdict")).to_contain_text("first difference is at token")
     expect(page.locator("#ab-left .first")).to_have_count(1)
     expect(page.locator("#ab-right .first")).to_have_count(1)
     title = page.locator("#ab-left .first").get_attribute("title")

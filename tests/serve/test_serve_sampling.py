@@ -17,7 +17,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, 0.5])
 def frequencies(sampling, count=4000, *, prompt=(), before=()):
     chooser = Chooser(sampling, prompt, frozenset())
     for token in before:
-        chooser.took(token)
+        chooser.update(token)
     drawn = Counter(chooser.choose(LOGITS) for _ in range(count))
     return [drawn[i] / count for i in range(len(LOGITS))]
 
@@ -50,15 +50,15 @@ def test_draws_follow_the_distribution(changes, expected):
     """4000 draws; a frequency is then within 4 standard errors (0.032) of its probability, always,
     since the seed is fixed."""
     penalized = any("penalty" in k for k in changes)
-    found = frequencies(
+    drawn = frequencies(
         Sampling(seed=0, **changes), prompt=(3,), before=(4, 4, 0) if penalized else ()
     )
-    assert found == pytest.approx(softmax([float(x) for x in expected]), abs=0.032)
+    assert drawn == pytest.approx(softmax([float(x) for x in expected]), abs=0.032)
 
 
 def test_a_draw_never_takes_what_was_left_out():
-    found = frequencies(Sampling(seed=1, top_k=1))
-    assert found == [0, 0, 0, 0, 1, 0]
+    drawn = frequencies(Sampling(seed=1, top_k=1))
+    assert drawn == [0, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_draw_never_takes_what_was_left_out():
 def test_greedy_takes_the_first_of_the_largest(changes):
     tied = torch.tensor([0.0, 3.0, 3.0, 1.0])
     chooser = Chooser(Sampling(temperature=0.0, **changes), (), frozenset())
-    assert chooser.plain == (not changes)
+    assert chooser.greedy == (not changes)
     assert chooser.choose(tied) == 1
 
 
@@ -78,9 +78,9 @@ def test_end_tokens_are_held_back_until_min_tokens():
     made = []
     for _ in range(3):
         made.append(chooser.choose(LOGITS))
-        chooser.took(made[-1])
+        chooser.update(made[-1])
     assert made == [1, 1, 4]
-    assert chooser.plain
+    assert chooser.greedy
 
 
 def test_the_logits_are_left_alone():

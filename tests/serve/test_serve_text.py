@@ -9,6 +9,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import TINY
 
 from llmquant_serve.engines.base import Sampling, Step, Token
 from llmquant_serve.generation.detokenize import (
@@ -18,7 +19,9 @@ from llmquant_serve.generation.detokenize import (
     token_bytes,
     token_text,
 )
+from llmquant_serve.generation.errors import TextError
 from llmquant_serve.generation.pieces import write
+from llmquant_serve.generation.text_model import TextModel
 
 TEXTS = [
     "plain words, and more",
@@ -44,8 +47,8 @@ def test_bytes_that_are_no_text_come_out_as_the_whole_decodes(tokenizer):
     for _ in range(50):
         ids = [rng.randrange(6, 400) for _ in range(30)]
         stream = Detokenizer(tokenizer)
-        found = "".join(stream.add(i) for i in ids) + stream.rest()
-        assert found.replace("�", "") == decode(tokenizer, ids).replace("�", "")
+        text = "".join(stream.add(i) for i in ids) + stream.rest()
+        assert text.replace("�", "") == decode(tokenizer, ids).replace("�", "")
 
 
 def test_special_tokens_are_shown_only_when_wanted(tokenizer):
@@ -76,24 +79,24 @@ def cut(text, stops):
 def test_stop_strings_in_pieces(pieces, stops):
     """Text given out before the stop is a beginning of what the slow twin gives; where no two stops
     overlap it is equal to it."""
-    stream, told = StopStrings(stops), ""
+    stream, emitted = StopStrings(stops), ""
     for piece in pieces:
-        told += stream.add(piece)
-        if stream.found is not None:
+        emitted += stream.add(piece)
+        if stream.matched is not None:
             break
     else:
-        told += stream.rest()
+        emitted += stream.rest()
     text = "".join(pieces)
     expected, hit = cut(text, stops)
-    assert (stream.found is None) == (hit is None)
-    assert not any(s in told for s in stops)
-    assert text.startswith(told)
+    assert (stream.matched is None) == (hit is None)
+    assert not any(s in emitted for s in stops)
+    assert text.startswith(emitted)
     if len(stops) == 1:
-        assert (told, stream.found) == (expected, hit)
+        assert (emitted, stream.matched) == (expected, hit)
 
 
 class Scripted:
-    """An engine that says what it was told to."""
+    """An engine that yields the steps it was given."""
 
     def __init__(self, steps):
         self.steps, self.closed = steps, False
@@ -133,11 +136,37 @@ def written(tokenizer, text, stops, per_step=1):
 def test_writing_ends_at_stop_strings(tokenizer, stops, expected, per_step):
     pieces, engine, ids = written(tokenizer, "one two three, four", stops, per_step)
     assert "".join(p.text for p in pieces) == expected
-    found = any(s in "one two three, four" for s in stops)
-    assert pieces[-1].finish == ("stop" if found else "length")
-    assert (pieces[-1].stop in stops) == found
+    stopped = any(s in "one two three, four" for s in stops)
+    assert pieces[-1].finish == ("stop" if stopped else "length")
+    assert (pieces[-1].stop in stops) == stopped
     assert [p.finish for p in pieces[:-1]] == [None] * (len(pieces) - 1)
     made = [t.id for p in pieces for t in p.tokens]
     assert made == ids[: len(made)]
-    assert pieces[-1].made == len(made)
+    assert pieces[-1].generated == len(made)
     assert engine.closed
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    return TextModel(TINY, 4096)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        pytest.param([], "no tokens", id="none"),
+        pytest.param([3, 4096], "token id 4096", id="too large"),
+        pytest.param([3, -1], "token id -1", id="negative"),
+    ],
+)
+def test_ids_that_the_model_does_not_have(text_model, ids, message):
+    with pytest.raises(TextError, match=message) as caught:
+        text_model.checked(ids, "prompt")
+    assert caught.value.parameter == "prompt"
+
+
+def test_a_conversation_that_is_not_unicode_names_its_turn(text_model):
+    turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "\ud800"}]
+    with pytest.raises(TextError, match="not valid Unicode") as caught:
+        asyncio.run(text_model.encode_chat(turns))
+    assert caught.value.parameter == "messages.1.content"

@@ -58,7 +58,7 @@ def live(served):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        engine = build_engine(options, 8)
+        engine, _ = build_engine(options, 8)
         with running(Service(engine, TextModel(TINY, engine.info.vocab), NAME, Limits())) as server:
             until(lambda: engine.health().ok, 240)
             yield server
@@ -109,10 +109,10 @@ def test_greedy_tokens_and_logprobs(live, dense, tokenizer):
         assert [i for p in parts for i in p.choices[0].token_ids] == whole.token_ids
         assert TEXTS[0] + "".join(p.choices[0].text for p in parts) == whole.text
         expected = rows(dense, ids + whole.token_ids)
-        for i, (token, told) in enumerate(
+        for i, (token, logprob) in enumerate(
             zip((ids + whole.token_ids)[1:], whole.logprobs.token_logprobs[1:], strict=True)
         ):
-            assert told == pytest.approx(float(expected[i, token]), abs=ROUNDING)
+            assert logprob == pytest.approx(float(expected[i, token]), abs=ROUNDING)
             assert i < len(ids) - 1 or float(expected[i].max() - expected[i, token]) <= ROUNDING
         with pytest.raises(openai.BadRequestError) as caught:
             api.completions.create(**(asked | {"max_tokens": 600}))
@@ -154,12 +154,12 @@ def test_lm_eval(live, dense, tokenizer):
     request = Instance(
         request_type="loglikelihood", doc={}, arguments=(TEXTS[0], " the river"), idx=0
     )
-    [(told, _)] = client.loglikelihood([request], disable_tqdm=True)
+    [(loglikelihood, _)] = client.loglikelihood([request], disable_tqdm=True)
     before = tokenizer.encode(TEXTS[0], add_special_tokens=False)
     whole = tokenizer.encode(TEXTS[0] + " the river", add_special_tokens=False)
     expected = rows(dense, whole)
     score = sum(float(expected[i - 1, whole[i]]) for i in range(len(before), len(whole)))
-    assert told == pytest.approx(score, abs=ROUNDING * (len(whole) - len(before)))
+    assert loglikelihood == pytest.approx(score, abs=ROUNDING * (len(whole) - len(before)))
     chats = LocalChatCompletion(
         base_url=f"{live.url}/v1/chat/completions", model=NAME, tokenizer_backend=None
     )
@@ -175,7 +175,7 @@ def test_lm_eval(live, dense, tokenizer):
 
 def test_a_crash_is_seen_and_the_child_restarted(live):
     engine = live.service.engine
-    os.kill(engine._child.pid, signal.SIGKILL)
+    os.kill(engine._child._process.pid, signal.SIGKILL)
     with live.client as client:
         until(lambda: client.get("/health").status_code == 503, 20)
         refused = client.post("/v1/completions", json={"prompt": "a"})
@@ -188,13 +188,13 @@ def test_a_crash_is_seen_and_the_child_restarted(live):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         pytest.param({}, "--vllm-python", id="no Python"),
         pytest.param({"vllm_python": "/nowhere/python"}, "/nowhere/python", id="a wrong Python"),
         pytest.param({"vllm_url": "localhost:8000"}, "http://", id="no URL"),
     ],
 )
-def test_misuse(packed, changes, told):
-    with pytest.raises(UsageError, match=told):
+def test_misuse(packed, changes, message):
+    with pytest.raises(UsageError, match=message):
         build_engine(ModelOptions(model=str(packed), engine="vllm", **changes), 8)

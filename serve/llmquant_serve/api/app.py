@@ -1,4 +1,4 @@
-"""The HTTP face: routes, OpenAI-shaped errors, and what happens at start and stop."""
+"""The HTTP API: its routes, its errors in OpenAI's shape, and what happens at start and stop."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from llmquant_serve.api.chat_completions import ChatWriter
 from llmquant_serve.api.completions import CompletionWriter
+from llmquant_serve.api.error_handlers import add_error_handlers, engine_error
 from llmquant_serve.api.guards import Guard
 from llmquant_serve.api.plan import plan_chat, plan_completion
 from llmquant_serve.api.requests import (
@@ -34,17 +33,17 @@ from llmquant_serve.api.responses import (
     Text,
     Tokens,
 )
-from llmquant_serve.api.streaming import EventStream, Gone, answered
-from llmquant_serve.engines.base import EngineError, RefusedError
-from llmquant_serve.errors import ApiError, bad
+from llmquant_serve.api.streaming import EventStream, while_connected
+from llmquant_serve.engines.base import EngineError
+from llmquant_serve.errors import ApiError, bad_request
 from llmquant_serve.service import Service
 
 UI_PATH = "/ui"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorAnswer, "description": why}
     for code, why in {
-        400: "The request cannot be right; the parameter is named.",
-        401: "No key, or a wrong one.",
+        400: "The request is wrong; the error names the parameter.",
+        401: "The API key is missing or wrong.",
         404: "No such model.",
         413: "The body is too large.",
         429: "Too many requests; see Retry-After.",
@@ -65,10 +64,10 @@ def create_app(
     """The application; its lifespan starts and closes the engine.
 
     Args:
-        keys: accepted API keys; none means no key is asked for.
-        cors_origins: web pages that may call the API; none by default.
-        reference: a second model that starts and stops with the first.
+        keys: accepted API keys; without any, requests need none.
+        cors_origins: web origins whose pages may call the API; none by default.
         ui: leave ``/ui`` to a page that has a login of its own.
+        reference: a second model that starts and stops with the first.
     """
 
     @asynccontextmanager
@@ -93,8 +92,8 @@ def create_app(
     _add_generation(app, service)
     _add_models(app, service)
     _add_text(app, service)
-    _add_watching(app, service)
-    _add_handlers(app)
+    _add_monitoring(app, service)
+    add_error_handlers(app)
     paths = frozenset(str(getattr(r, "path", "")) for r in app.routes)
     if cors_origins:
         app.add_middleware(
@@ -144,34 +143,39 @@ async def _answer(
     *,
     stream: bool,
 ) -> Response:
-    """Enter the gate, then answer as asked; a stream holds its place until it ends."""
-    with ExitStack() as held:
-        held.enter_context(service.gate.enter(count))
+    """Enter the gate with ``count`` sequences and answer; a stream stays in it until it ends."""
+    with ExitStack() as admission:
+        admission.enter_context(service.gate.enter(count))
         aborted = service.metrics.aborted.inc
         if stream:
             return EventStream(
-                _events(writer.stream()), held.pop_all(), service.limits.stall_seconds, aborted
+                _events(writer.stream()),
+                admission.pop_all(),
+                service.limits.stall_seconds,
+                aborted,
             )
-        whole: Completion | ChatCompletion = await answered(request, writer.whole(), aborted)
+        whole: Completion | ChatCompletion
+        whole = await while_connected(request, writer.whole(), aborted)
         return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
 async def _events(
     parts: AsyncGenerator[Completion, None] | AsyncGenerator[ChatChunk, None],
 ) -> AsyncGenerator[bytes, None]:
-    """Parts as server-sent events. An engine that fails midway is told as an error event, without
-    the final [DONE]."""
+    """Parts as server-sent events. If the engine fails midway, the last event is the error, and
+    there is no final [DONE]."""
     async with aclosing(parts):
         try:
             async for part in parts:
                 yield b"data: " + part.model_dump_json(exclude_unset=True).encode() + b"\n\n"
         except EngineError as e:
-            yield b"data: " + bytes(_engine_failed(e).response().body) + b"\n\n"
+            yield b"data: " + bytes(engine_error(e).response().body) + b"\n\n"
             return
     yield b"data: [DONE]\n\n"
 
 
 def _check_ready(service: Service) -> None:
+    """Refuse with a 503 while the engine takes no requests."""
     health = service.engine.health()
     if not health.ok:
         raise ApiError(
@@ -203,7 +207,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeRequest) -> Tokens:
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
-            raise bad("give either prompt or messages", "prompt")
+            raise bad_request("give exactly one of prompt and messages", "prompt")
         if body.messages is not None:
             ids = await service.text.encode_chat(
                 body.messages, generation_prompt=body.add_generation_prompt is not False
@@ -212,10 +216,10 @@ def _add_text(app: FastAPI, service: Service) -> None:
             ids = await service.text.encode(
                 body.prompt or "", "prompt", special=body.add_special_tokens is not False
             )
-        found = Tokens(count=len(ids), max_model_len=service.engine.info.context, tokens=ids)
+        answer = Tokens(count=len(ids), max_model_len=service.engine.info.context, tokens=ids)
         if body.return_token_strs:
-            found.token_strs = [str(t) for t in service.text.tokenizer.convert_ids_to_tokens(ids)]
-        return found
+            answer.token_strs = [str(t) for t in service.text.tokenizer.convert_ids_to_tokens(ids)]
+        return answer
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Text:
@@ -227,7 +231,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
         )
 
 
-def _add_watching(app: FastAPI, service: Service) -> None:
+def _add_monitoring(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}})
     async def health() -> Response:
         state, load = service.engine.health(), service.engine.load()
@@ -254,54 +258,3 @@ def _add_watching(app: FastAPI, service: Service) -> None:
             service.metrics.render(service.engine, service.gate.open),
             media_type=CONTENT_TYPE_LATEST,
         )
-
-
-def _add_handlers(app: FastAPI) -> None:
-    async def ours(_: Request, e: Exception) -> Response:
-        assert isinstance(e, ApiError)
-        return e.response()
-
-    async def invalid(_: Request, e: Exception) -> Response:
-        assert isinstance(e, RequestValidationError)
-        return _invalid(e).response()
-
-    async def http(_: Request, e: Exception) -> Response:
-        assert isinstance(e, HTTPException)
-        return ApiError(e.status_code, str(e.detail), headers=e.headers).response()
-
-    async def engine(_: Request, e: Exception) -> Response:
-        assert isinstance(e, EngineError)
-        return _engine_failed(e).response()
-
-    async def gone(_: Request, e: Exception) -> Response:
-        return JSONResponse({}, 499)  # nobody reads it
-
-    handlers = (
-        (ApiError, ours),
-        (RequestValidationError, invalid),
-        (HTTPException, http),
-        (EngineError, engine),
-        (Gone, gone),
-    )
-    for kind, handler in handlers:
-        app.add_exception_handler(kind, handler)
-
-
-def _engine_failed(e: EngineError) -> ApiError:
-    return (
-        bad(str(e)) if isinstance(e, RefusedError) else ApiError(500, str(e), code="engine_error")
-    )
-
-
-def _invalid(e: RequestValidationError) -> ApiError:
-    """The first complaint, by parameter: ``messages.0.content: …``."""
-    first = e.errors()[0]
-    if first["type"] == "json_invalid":
-        return bad(
-            f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}",
-            code="invalid_json",
-        )
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    if first["type"] == "extra_forbidden":
-        return bad(f"unrecognized parameter: {where}", where, "unknown_parameter")
-    return bad(f"{where or 'body'}: {first['msg']}", where, "invalid_value")

@@ -1,4 +1,4 @@
-"""``/v1/chat/completions``: pieces as OpenAI's chat completions, streamed or in one."""
+"""``/v1/chat/completions``: pieces as OpenAI's chat completions, streamed or whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from llmquant_serve.api.choices import pieces
+from llmquant_serve.api.choices import pieces, usage
 from llmquant_serve.api.logprobs import chat_logprobs
 from llmquant_serve.api.plan import Choice, Plan
 from llmquant_serve.api.responses import (
@@ -18,7 +18,6 @@ from llmquant_serve.api.responses import (
     ChatMessage,
     ChunkChoice,
     Delta,
-    Usage,
 )
 from llmquant_serve.engines.base import Token
 from llmquant_serve.generation.pieces import Piece
@@ -26,7 +25,7 @@ from llmquant_serve.service import Service
 
 
 class ChatWriter:
-    """The answers to one planned request."""
+    """The answer to one planned request."""
 
     def __init__(self, service: Service, plan: Plan) -> None:
         self._service, self._plan = service, plan
@@ -35,44 +34,43 @@ class ChatWriter:
             "created": int(time.time()),
             "model": service.model,
         }
-        self._made: dict[int, int] = {}
+        self._generated: dict[int, int] = {}
 
     async def stream(self) -> AsyncGenerator[ChatChunk, None]:
-        """The role, one chunk per piece, the finish reason in a chunk of its own, the usage where
-        asked for."""
+        """The role, one chunk per piece, the finish reason in a chunk of its own, and the usage if
+        the request wants it."""
         for choice in self._plan.choices:
-            yield self._chunk([_opening(choice)])
-        async with aclosing(pieces(self._service, self._plan)) as found:
-            async for choice, piece in found:
-                self._made[choice.index] = piece.made
+            yield self._chunk([_role_choice(choice)])
+        async with aclosing(pieces(self._service, self._plan)) as arriving:
+            async for choice, piece in arriving:
+                self._generated[choice.index] = piece.generated
                 if piece.text or piece.tokens:
-                    yield self._chunk([self._spoken(choice, piece)])
+                    yield self._chunk([self._content_choice(choice, piece)])
                 if piece.finish is not None:
-                    yield self._chunk([_closing(choice, piece)])
+                    yield self._chunk([_finish_choice(choice, piece)])
         if self._plan.usage_chunk:
             yield ChatChunk(
-                **self._head, object="chat.completion.chunk", choices=[], usage=self.usage()
+                **self._head,
+                object="chat.completion.chunk",
+                choices=[],
+                usage=usage(self._plan, self._generated),
             )
 
     async def whole(self) -> ChatCompletion:
-        """Everything at once."""
-        heard: dict[int, list[Piece]] = {c.index: [] for c in self._plan.choices}
-        async with aclosing(pieces(self._service, self._plan)) as found:
-            async for choice, piece in found:
-                self._made[choice.index] = piece.made
-                heard[choice.index].append(piece)
-        choices = [self._message(choice, heard[choice.index]) for choice in self._plan.choices]
+        """The answer when all choices are complete."""
+        received: dict[int, list[Piece]] = {c.index: [] for c in self._plan.choices}
+        async with aclosing(pieces(self._service, self._plan)) as arriving:
+            async for choice, piece in arriving:
+                self._generated[choice.index] = piece.generated
+                received[choice.index].append(piece)
+        choices = [self._message(choice, received[choice.index]) for choice in self._plan.choices]
         extras = {"prompt_token_ids": self._plan.choices[0].prompt} if self._plan.show_ids else {}
         return ChatCompletion(
-            **self._head, object="chat.completion", choices=choices, usage=self.usage(), **extras
-        )
-
-    def usage(self) -> Usage:
-        made = sum(self._made.values())
-        return Usage(
-            prompt_tokens=self._plan.prompt_tokens,
-            completion_tokens=made,
-            total_tokens=self._plan.prompt_tokens + made,
+            **self._head,
+            object="chat.completion",
+            choices=choices,
+            usage=usage(self._plan, self._generated),
+            **extras,
         )
 
     def _chunk(self, choices: list[ChunkChoice]) -> ChatChunk:
@@ -86,7 +84,7 @@ class ChatWriter:
             else chat_logprobs(self._service.text.tokenizer, tokens)
         )
 
-    def _spoken(self, choice: Choice, piece: Piece) -> ChunkChoice:
+    def _content_choice(self, choice: Choice, piece: Piece) -> ChunkChoice:
         tokens = list(piece.tokens)
         extras = {"token_ids": [t.id for t in tokens]} if self._plan.show_ids else {}
         return ChunkChoice(
@@ -97,15 +95,15 @@ class ChatWriter:
             **extras,
         )
 
-    def _message(self, choice: Choice, heard: list[Piece]) -> ChatChoice:
-        tokens = [t for piece in heard for t in piece.tokens]
-        last = heard[-1]
+    def _message(self, choice: Choice, received: list[Piece]) -> ChatChoice:
+        tokens = [t for piece in received for t in piece.tokens]
+        last = received[-1]
         assert last.finish is not None
         extras = {"token_ids": [t.id for t in tokens]} if self._plan.show_ids else {}
         return ChatChoice(
             index=choice.index,
             message=ChatMessage(
-                role="assistant", content="".join(p.text for p in heard), refusal=None
+                role="assistant", content="".join(p.text for p in received), refusal=None
             ),
             logprobs=self._logprobs(choice, tokens),
             finish_reason=last.finish,
@@ -114,7 +112,7 @@ class ChatWriter:
         )
 
 
-def _opening(choice: Choice) -> ChunkChoice:
+def _role_choice(choice: Choice) -> ChunkChoice:
     return ChunkChoice(
         index=choice.index,
         delta=Delta(role="assistant", content=""),
@@ -123,7 +121,7 @@ def _opening(choice: Choice) -> ChunkChoice:
     )
 
 
-def _closing(choice: Choice, piece: Piece) -> ChunkChoice:
+def _finish_choice(choice: Choice, piece: Piece) -> ChunkChoice:
     return ChunkChoice(
         index=choice.index,
         delta=Delta(),

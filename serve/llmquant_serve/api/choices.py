@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 from llmquant_serve.api.plan import Choice, Plan
+from llmquant_serve.api.responses import Usage
+from llmquant_serve.generation.merge import merged
 from llmquant_serve.generation.pieces import Piece, write
 from llmquant_serve.metrics import Clock
 from llmquant_serve.service import Service
-
-_AHEAD = 16  # pieces that wait between the choices of one request and its connection
 
 
 async def pieces(service: Service, plan: Plan) -> AsyncGenerator[tuple[Choice, Piece], None]:
@@ -22,41 +21,17 @@ async def pieces(service: Service, plan: Plan) -> AsyncGenerator[tuple[Choice, P
     """
     service.metrics.prompt_tokens.inc(plan.prompt_tokens)
     if len(plan.choices) == 1:
-        async with aclosing(_one(service, plan, plan.choices[0])) as only:
+        async with aclosing(_timed(service, plan, plan.choices[0])) as only:
             async for piece in only:
                 yield plan.choices[0], piece
         return
-    queue: asyncio.Queue[tuple[Choice, Piece] | BaseException] = asyncio.Queue(_AHEAD)
-    tasks = [asyncio.create_task(_feed(service, plan, choice, queue)) for choice in plan.choices]
-    left = len(tasks)
-    try:
-        while left:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            left -= item[1].finish is not None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async with aclosing(merged([_timed(service, plan, c) for c in plan.choices])) as together:
+        async for index, piece in together:
+            yield plan.choices[index], piece
 
 
-async def _feed(
-    service: Service,
-    plan: Plan,
-    choice: Choice,
-    queue: asyncio.Queue[tuple[Choice, Piece] | BaseException],
-) -> None:
-    try:
-        async with aclosing(_one(service, plan, choice)) as found:
-            async for piece in found:
-                await queue.put((choice, piece))
-    except Exception as e:  # noqa: BLE001 - handed to the consumer, which raises it
-        await queue.put(e)
-
-
-async def _one(service: Service, plan: Plan, choice: Choice) -> AsyncGenerator[Piece, None]:
+async def _timed(service: Service, plan: Plan, choice: Choice) -> AsyncGenerator[Piece, None]:
+    """The pieces of one choice; the metrics learn how many tokens it has and when they came."""
     clock = Clock(service.metrics)
     written = write(
         service.engine,
@@ -66,8 +41,18 @@ async def _one(service: Service, plan: Plan, choice: Choice) -> AsyncGenerator[P
         plan.stops,
         keep_special=plan.keep_special,
     )
-    async with aclosing(written) as found:
-        async for piece in found:
-            clock.saw(piece.made)
+    async with aclosing(written):
+        async for piece in written:
+            clock.update(piece.generated)
             yield piece
-    clock.done()
+    clock.finish()
+
+
+def usage(plan: Plan, generated: Mapping[int, int]) -> Usage:
+    """Tokens of the prompts and of all choices: ``generated`` by the choice's index."""
+    total = sum(generated.values())
+    return Usage(
+        prompt_tokens=plan.prompt_tokens,
+        completion_tokens=total,
+        total_tokens=plan.prompt_tokens + total,
+    )

@@ -21,8 +21,8 @@ LOWEST = -9999.0
 def completion_logprobs(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Token], offsets: Sequence[int]
 ) -> CompletionLogprobs:
-    """Of tokens that begin at ``offsets`` in the choice's text; the chosen token is always among
-    the alternatives."""
+    """Log-probabilities of tokens that begin at ``offsets`` in the choice's text; the chosen token
+    is always among the alternatives."""
     return CompletionLogprobs(
         tokens=[_name(tokenizer, t.id) for t in tokens],
         token_logprobs=[None if t.logprob is None else max(t.logprob, LOWEST) for t in tokens],
@@ -38,24 +38,24 @@ def _alternatives(tokenizer: PreTrainedTokenizerBase, token: Token) -> dict[str,
 
 
 def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What completions call a token: its text, or its bytes if it is part of a character."""
     text = token_text(tokenizer, token)
-    held = token_bytes(tokenizer, token) if "�" in text else None
-    return text if held is None else "bytes:" + "".join(f"\\x{b:02x}" for b in held)
+    data = token_bytes(tokenizer, token) if "�" in text else None
+    return text if data is None else "bytes:" + "".join(f"\\x{b:02x}" for b in data)
 
 
 def chat_logprobs(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[Token]) -> ChatLogprobs:
-    """Of the tokens of a message, end token included."""
+    """Log-probabilities of the tokens of a message, end token included."""
     return ChatLogprobs(content=[_entry(tokenizer, t) for t in tokens], refusal=None)
 
 
 def _entry(tokenizer: PreTrainedTokenizerBase, token: Token) -> TokenLogprob:
-    own = _top(tokenizer, token.id, token.logprob or 0.0)
-    return TokenLogprob(
-        **own.model_dump(), top_logprobs=[_top(tokenizer, i, p) for i, p in token.top]
-    )
+    chosen = _alternative(tokenizer, token.id, token.logprob or 0.0)
+    top = [_alternative(tokenizer, i, p) for i, p in token.top]
+    return TokenLogprob(**chosen.model_dump(), top_logprobs=top)
 
 
-def _top(tokenizer: PreTrainedTokenizerBase, token: int, logprob: float) -> TopLogprob:
+def _alternative(tokenizer: PreTrainedTokenizerBase, token: int, logprob: float) -> TopLogprob:
     text = token_text(tokenizer, token)
     return TopLogprob(token=text, logprob=max(logprob, LOWEST), bytes=token_bytes(tokenizer, token))
 
@@ -64,8 +64,8 @@ def prompt_offsets(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, keep_special: bool
 ) -> list[int]:
     """Where each token of an echoed prompt begins in its text."""
-    text, length, found = Detokenizer(tokenizer, keep_special=keep_special), 0, []
+    text, length, offsets = Detokenizer(tokenizer, keep_special=keep_special), 0, list[int]()
     for i in ids:
-        found.append(length)
+        offsets.append(length)
         length += len(text.add(i))
-    return found
+    return offsets

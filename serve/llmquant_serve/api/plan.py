@@ -1,5 +1,5 @@
-"""From a request to what the engine is asked for; everything that can be refused is refused here,
-by name, before work begins."""
+"""From a request to what the engine is given. Everything that can be refused is refused here, by
+name, before any work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from llmquant_serve.api.requests import ChatRequest, CompletionRequest, ResponseFormat
 from llmquant_serve.engines.base import Sampling
-from llmquant_serve.errors import bad
+from llmquant_serve.errors import bad_request
 from llmquant_serve.generation.detokenize import decode
 from llmquant_serve.service import Service
 
@@ -17,7 +17,7 @@ _COMPLETION_TOKENS = 16  # OpenAI's default
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One sequence to write."""
+    """One sequence to generate."""
 
     index: int
     prompt: list[int]
@@ -29,8 +29,13 @@ class Plan:
     """A whole request.
 
     Attributes:
+        stops: stop strings.
         prompt_tokens: of every prompt once, as usage counts them.
-        echoes: per prompt, the text to repeat before the answer.
+        stream: the answer is sent in parts.
+        usage_chunk: a stream ends with a part that holds the usage.
+        keep_special: special tokens appear in the text.
+        show_ids: the answer holds token ids too.
+        echoes: per choice, the text to repeat before the answer.
     """
 
     choices: list[Choice]
@@ -44,15 +49,20 @@ class Plan:
 
 
 async def plan_completion(service: Service, request: CompletionRequest) -> Plan:
-    """Raises:
-    ApiError: see the module text.
+    """The plan of a request.
+
+    Raises:
+        ApiError: the request has something that this server or its engine cannot do.
+        TextError: the model cannot be given the prompt.
     """
     if request.best_of is not None and request.best_of != (request.n or 1):
-        raise bad("best_of other than n is not supported", "best_of")
+        raise bad_request("best_of must be equal to n, or left out", "best_of")
     prompts = await _prompts(service, request)
     echo = bool(request.echo)
     if request.max_tokens == 0 and not echo:
-        raise bad("max_tokens is 0, which only makes sense together with echo", "max_tokens")
+        raise bad_request(
+            "max_tokens is 0, which needs echo: true to score the prompt", "max_tokens"
+        )
     base = _sampling(service, request)
     base = replace(
         base, logprobs=request.logprobs, prompt_logprobs=request.logprobs if echo else None
@@ -63,37 +73,43 @@ async def plan_completion(service: Service, request: CompletionRequest) -> Plan:
     service.gate.check(n * len(prompts), "n")
     choices = []
     for j, ids in enumerate(prompts):
-        room = service.room(len(ids), request.max_tokens, _COMPLETION_TOKENS, "max_tokens")
-        choices += [Choice(j * n + i, ids, _nth(base, i, room)) for i in range(n)]
-    _ask(service, choices[0].sampling)
-    echoes = (
-        [text for text in _texts(service, request, prompts) for _ in range(n)] if echo else None
-    )
+        most = service.max_new_tokens(
+            len(ids), request.max_tokens, _COMPLETION_TOKENS, "max_tokens"
+        )
+        choices += [Choice(j * n + i, ids, _choice_sampling(base, i, most)) for i in range(n)]
+    _check_supported(service, choices[0].sampling)
+    echoes = None
+    if echo:
+        echoes = [text for text in _echoes(service, request, prompts) for _ in range(n)]
     return _plan(request, choices, sum(map(len, prompts)), echoes)
 
 
 async def plan_chat(service: Service, request: ChatRequest) -> Plan:
-    """Raises:
-    ApiError: see the module text.
+    """The plan of a request.
+
+    Raises:
+        ApiError: the request has something that this server or its engine cannot do.
+        TextError: the model cannot be given the prompt.
     """
     if request.top_logprobs is not None and not request.logprobs:
-        raise bad("top_logprobs needs logprobs: true", "top_logprobs")
+        raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
     if (
         None not in (request.max_tokens, request.max_completion_tokens)
         and request.max_tokens != request.max_completion_tokens
     ):
-        raise bad("max_tokens and max_completion_tokens differ; give one", "max_tokens")
+        raise bad_request("max_tokens and max_completion_tokens differ; give one", "max_tokens")
     n = request.n or 1
     service.gate.check(n, "n")
     ids = await service.text.encode_chat(request.messages)
     name = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
-    room = service.room(len(ids), request.max_tokens or request.max_completion_tokens, None, name)
+    requested = request.max_tokens or request.max_completion_tokens
+    most = service.max_new_tokens(len(ids), requested, None, name)
     base = replace(
         _sampling(service, request),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-    choices = [Choice(i, ids, _nth(base, i, room)) for i in range(n)]
-    _ask(service, choices[0].sampling)
+    choices = [Choice(i, ids, _choice_sampling(base, i, most)) for i in range(n)]
+    _check_supported(service, choices[0].sampling)
     return _plan(request, choices, len(ids), None)
 
 
@@ -104,19 +120,20 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
         await service.text.encode(p, "prompt", special=special)
         if isinstance(p, str)
         else service.text.checked(p, "prompt")
-        for p in _given(request)
+        for p in _prompt_list(request)
     ]
 
 
-def _given(request: CompletionRequest) -> list[Any]:
+def _prompt_list(request: CompletionRequest) -> list[Any]:
+    """The prompts as they were sent: each a text or a list of ids."""
     one = isinstance(request.prompt, str) or isinstance(request.prompt[0], int)
     return [request.prompt] if one else list(request.prompt)
 
 
-def _texts(service: Service, request: CompletionRequest, prompts: list[list[int]]) -> list[str]:
-    """What echo repeats: a text as it was sent, ids as they read."""
+def _echoes(service: Service, request: CompletionRequest, prompts: list[list[int]]) -> list[str]:
+    """What echo repeats, per prompt: a text as it was sent, ids as their text."""
     keep = request.skip_special_tokens is False
-    pairs = zip(_given(request), prompts, strict=True)
+    pairs = zip(_prompt_list(request), prompts, strict=True)
     return [
         p if isinstance(p, str) else decode(service.text.tokenizer, ids, keep_special=keep)
         for p, ids in pairs
@@ -144,39 +161,48 @@ def _sampling(service: Service, request: CompletionRequest | ChatRequest) -> Sam
     )
 
 
-def _bias(service: Service, given: dict[str, float]) -> dict[int, float]:
-    found = {}
-    for key, value in given.items():
+def _bias(service: Service, requested: dict[str, float]) -> dict[int, float]:
+    """``logit_bias`` by token id; JSON's keys are strings."""
+    bias = {}
+    for key, value in requested.items():
         if not (key.isascii() and key.isdigit() and int(key) < service.text.vocab):
-            raise bad(f"{key!r} is not a token id below {service.text.vocab}", "logit_bias")
-        found[int(key)] = value
-    return found
+            raise bad_request(
+                f"{key!r} is not a token id from 0 to {service.text.vocab - 1}", "logit_bias"
+            )
+        bias[int(key)] = value
+    return bias
 
 
-def _grammar(asked: ResponseFormat | None) -> dict[str, Any] | None:
-    if asked is None or asked.type == "text":
+def _grammar(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    """The JSON schema that the text must follow, if any."""
+    if wanted is None or wanted.type == "text":
         return None
-    if asked.type == "json_object":
+    if wanted.type == "json_object":
         return {"type": "object"}
-    if asked.json_schema is None:
-        raise bad("response_format of type json_schema needs json_schema", "response_format")
-    return asked.json_schema.schema_
+    if wanted.json_schema is None:
+        raise bad_request(
+            "response_format of type json_schema needs json_schema", "response_format"
+        )
+    return wanted.json_schema.schema_
 
 
-def _nth(base: Sampling, i: int, room: int) -> Sampling:
+def _choice_sampling(base: Sampling, i: int, max_tokens: int) -> Sampling:
     """The sampling of choice ``i``: its seed is the request's plus i, and an impossible minimum is
     refused."""
-    if base.min_tokens > room:
-        raise bad(
-            f"min_tokens is {base.min_tokens}, but at most {room} can be generated", "min_tokens"
+    if base.min_tokens > max_tokens:
+        raise bad_request(
+            f"min_tokens is {base.min_tokens}, but at most {max_tokens} can be generated",
+            "min_tokens",
         )
-    return replace(base, max_tokens=room, seed=None if base.seed is None else base.seed + i)
+    seed = None if base.seed is None else base.seed + i
+    return replace(base, max_tokens=max_tokens, seed=seed)
 
 
-def _ask(service: Service, sampling: Sampling) -> None:
+def _check_supported(service: Service, sampling: Sampling) -> None:
+    """Refuse what the engine cannot honour."""
     refusal = service.engine.why_not(sampling)
     if refusal is not None:
-        raise bad(
+        raise bad_request(
             f"{refusal.parameter}: {refusal.reason}", refusal.parameter, "unsupported_parameter"
         )
 
@@ -189,7 +215,7 @@ def _plan(
 ) -> Plan:
     stream = bool(request.stream)
     if request.stream_options is not None and not stream:
-        raise bad("stream_options needs stream: true", "stream_options")
+        raise bad_request("stream_options needs stream: true", "stream_options")
     stop = request.stop
     return Plan(
         choices=choices,

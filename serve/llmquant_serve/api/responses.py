@@ -1,5 +1,5 @@
-"""What responses look like: OpenAI's shapes. Only fields that were set are sent: extensions appear
-where they were asked for."""
+"""What responses look like: OpenAI's shapes. Only fields that were set are sent, so extensions
+appear only where a request wants them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """Of ``/v1/completions``, and each of its streamed parts."""
+    """An answer of ``/v1/completions``, or a part of a streamed one."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -78,7 +78,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Of ``/v1/chat/completions`` in one."""
+    """An answer of ``/v1/chat/completions`` that is not streamed."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -104,7 +104,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """A streamed part of ``/v1/chat/completions``."""
+    """A part of a streamed answer of ``/v1/chat/completions``."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

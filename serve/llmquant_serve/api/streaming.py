@@ -1,9 +1,9 @@
-"""Answers that outlive their handler: server-sent events, and answers in one that stop when nobody
-waits for them.
+"""Answers that end when their client disconnects: server-sent events, and whole answers.
 
-Three things end a stream early, and each closes the generator below, which frees the engine's slot:
-the client disconnects; it takes nothing for ``stall_seconds``; the server shuts down and has waited
-long enough. A reader that is merely slow holds up nobody, since only its own connection waits.
+Three things end a stream early, and each closes the generator of its events, which frees the
+engine's slot: the client disconnects; it reads nothing for ``stall_seconds``; the server shuts down
+and has waited long enough. A client that is merely slow delays nobody, since only its own
+connection waits.
 """
 
 from __future__ import annotations
@@ -25,58 +25,73 @@ HEADERS = {
 }
 
 
-class Gone(Exception):  # noqa: N818 - it is no error of ours
-    """The client has left."""
+class DisconnectedError(Exception):
+    """The client has disconnected before its answer was complete."""
 
 
 class EventStream(Response):
-    """Sends what ``events`` yields; ``held`` is left when all is over.
+    """Sends what ``events`` yields.
 
     Args:
         events: complete events, ``data: …\\n\\n``.
-        held: what the handler has entered, a place in the gate.
-        aborted: called when the client left or stalled.
+        admission: the handler's place in the gate; closed when the stream has ended.
+        stall_seconds: how long a client may read nothing.
+        aborted: called when the client disconnected or stalled.
     """
 
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        held: ExitStack,
+        admission: ExitStack,
         stall_seconds: float,
         aborted: Callable[[], None],
     ) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
-        self._events, self._held, self._stall, self._aborted = events, held, stall_seconds, aborted
+        self._events, self._admission = events, admission
+        self._stall_seconds, self._aborted = stall_seconds, aborted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
+        with self._admission:
             async with aclosing(self._events):
                 try:
-                    await unless_gone(self._send(send), receive)
-                except (Gone, TimeoutError, OSError):
+                    await _while_connected(self._send(send), receive)
+                except (DisconnectedError, TimeoutError, OSError):
                     self._aborted()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self._events:
-            async with asyncio.timeout(self._stall):
+            async with asyncio.timeout(self._stall_seconds):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+async def while_connected(
+    request: Request, work: Coroutine[Any, Any, T], aborted: Callable[[], None]
+) -> T:
     """The result of ``work``, which is cancelled if the client disconnects first.
 
+    Args:
+        aborted: called when it did.
+
     Raises:
-        Gone: it did.
+        DisconnectedError: it did.
     """
+    try:
+        return await _while_connected(work, request.receive)
+    except DisconnectedError:
+        aborted()
+        raise
+
+
+async def _while_connected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Gone
+            raise DisconnectedError
         return task.result()
     finally:
         for each in (task, watcher):
@@ -85,16 +100,6 @@ async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
 
 
 async def _disconnect(receive: Receive) -> None:
+    """Returns when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def answered(
-    request: Request, work: Coroutine[Any, Any, T], aborted: Callable[[], None]
-) -> T:
-    """The same for a handler that answers in one."""
-    try:
-        return await unless_gone(work, request.receive)
-    except Gone:
-        aborted()
-        raise

@@ -1,8 +1,8 @@
-"""Two replies side by side as HTML: every token with its probability on hover, and where the two
-part ways.
+"""Two replies side by side as HTML: every token with its probability on hover, and the tokens in
+which the two differ.
 
-From the first difference on, the two models read different texts, so later differences follow from
-it; it alone is marked strongly, the others faintly. Everything that comes from a model is escaped.
+After the first difference the two models read different texts, so later differences follow from it.
+So it alone is marked strongly, the others faintly. Everything that comes from a model is escaped.
 """
 
 from __future__ import annotations
@@ -35,17 +35,14 @@ def divergence(left: Sequence[Piece], right: Sequence[Piece]) -> int | None:
 
 def marked(tokenizer: PreTrainedTokenizerBase, own: Sequence[Piece], other: Sequence[Piece]) -> str:
     """A reply as HTML, marked where it differs from ``other``."""
-    first, theirs, at, out = divergence(own, other), _tokens(other), 0, []
+    first, other_tokens, start, out = divergence(own, other), _tokens(other), 0, []
     for piece in own:
-        places = range(at, at + len(piece.tokens))
-        at += len(piece.tokens)
-        differing = [
-            i
-            for i in places
-            if i < len(theirs) and piece.tokens[i - places.start].id != theirs[i].id
-        ]
-        kind = "first" if first is not None and first in places else "differs" if differing else ""
-        title = "\n".join(_told(tokenizer, t) for t in piece.tokens)
+        indices = range(start, start + len(piece.tokens))
+        pairs = zip(piece.tokens, other_tokens[start : indices.stop], strict=False)
+        differs = any(a.id != b.id for a, b in pairs)
+        start = indices.stop
+        kind = "first" if first is not None and first in indices else "differs" if differs else ""
+        title = "\n".join(_probabilities(tokenizer, t) for t in piece.tokens)
         text = piece.text or ("⏹" if piece.finish == "stop" else "")
         out.append(f'<span class="{kind}" title="{html.escape(title)}">{html.escape(text)}</span>')
     return f'<div class="ab">{"".join(out)}</div>'
@@ -55,13 +52,12 @@ def _tokens(pieces: Sequence[Piece]) -> list[Token]:
     return [token for piece in pieces for token in piece.tokens]
 
 
-def _told(tokenizer: PreTrainedTokenizerBase, token: Token) -> str:
-    """``" river" 0.412 (" house" 0.2, …)``."""
+def _probabilities(tokenizer: PreTrainedTokenizerBase, token: Token) -> str:
+    """A token and its alternatives, with probabilities: ``" river" 0.412 (" house" 0.2, …)``."""
+    text = repr(token_text(tokenizer, token.id))
     if token.logprob is None:
-        return repr(token_text(tokenizer, token.id))
+        return text
     others = ", ".join(
         f"{token_text(tokenizer, i)!r} {math.exp(p):.3f}" for i, p in token.top if i != token.id
     )
-    return f"{token_text(tokenizer, token.id)!r} {math.exp(token.logprob):.3f}" + (
-        f" ({others})" if others else ""
-    )
+    return f"{text} {math.exp(token.logprob):.3f}" + (f" ({others})" if others else "")

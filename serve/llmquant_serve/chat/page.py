@@ -1,7 +1,7 @@
-"""The chat page (Gradio), mounted beside the API: chat, and A/B with the original model.
+"""The chat page (Gradio), mounted next to the API: chat, and A/B with the original model.
 
-With API keys the page asks for one as its password. Generation runs in the server's event loop and
-through its gate, so people and programs share the same limits; Stop, Clear and leaving the page
+With API keys the page wants one of them as its password. Generation runs in the server's event loop
+and through its gate, so people and programs share the same limits. Stop, Clear and leaving the page
 free the engine's slot.
 """
 
@@ -19,12 +19,12 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
+from llmquant.errors import LlmquantError
 from llmquant_serve.api.app import UI_PATH
 from llmquant_serve.chat.compare import CSS, divergence, marked
 from llmquant_serve.chat.replies import Reply, reply
+from llmquant_serve.chat.settings import sampling_of, settings_panel, with_system
 from llmquant_serve.chat.visitors import Runs, together
-from llmquant_serve.engines.base import Sampling
-from llmquant_serve.errors import ApiError
 from llmquant_serve.service import Service
 
 _MARKERS = ("<!-- llmquant:measured:start -->", "<!-- llmquant:measured:end -->")
@@ -34,8 +34,8 @@ _EXPORT = """(turns, system, a, b) => {
   link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
   link.download = "conversation.json"; link.click(); URL.revokeObjectURL(link.href);
 }"""
-_AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-_QUIET: dict[str, Any] = {
+_UNQUEUED: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+_UNLIMITED: dict[str, Any] = {
     "concurrency_limit": None,
     "show_progress": "hidden",
     "api_visibility": "private",
@@ -48,23 +48,23 @@ def mount(
     """Put the page at ``/ui``.
 
     Args:
+        keys: API keys, any of which is the page's password; without any, it has none.
         reference: the original model for A/B; None leaves that tab out.
         folder: of the model, whose card may have a measured table.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-    def welcome(_: str, password: str) -> bool:
-        return any(
-            tuple(hmac.compare_digest(password.encode(), key.encode()) for key in keys)
-        )  # all are compared
+    def is_key(_: str, password: str) -> bool:
+        matches = [hmac.compare_digest(password.encode(), key.encode()) for key in keys]
+        return any(matches)
 
     page = build_page(service, reference, measured(folder))
     gr.mount_gradio_app(
         app,
         page,
         path=UI_PATH,
-        auth=welcome if keys else None,
-        auth_message="Any name; the password is an API key.",
+        auth=is_key if keys else None,
+        auth_message="Log in with any name; the password is an API key of this server.",
         footer_links=[],
         ssr_mode=False,
         css=CSS,
@@ -73,22 +73,22 @@ def mount(
 
 
 def measured(folder: Path) -> str | None:
-    """The table that ``llmquant eval --card`` put into the model card, if it did."""
+    """The table that ``llmquant eval --card`` wrote into the model card; None without one."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     _, start, rest = text.partition(_MARKERS[0])
-    found, end, _ = rest.partition(_MARKERS[1])
-    return found.strip() if start and end and found.strip() else None
+    table, end, _ = rest.partition(_MARKERS[1])
+    return table.strip() if start and end and table.strip() else None
 
 
 def build_page(service: Service, reference: Service | None, table: str | None) -> gr.Blocks:
-    """The whole page."""
+    """The page: chat, A/B if there is a reference, and ``table``, the measured one."""
     runs: Runs[Any] = Runs()
     with gr.Blocks(
         title=f"{service.model} · llmquant", analytics_enabled=False, fill_height=True
     ) as page:
         gr.Markdown(f"## {service.model}")
-        settings = _settings()
+        settings = settings_panel()
         with gr.Tabs():
             with gr.Tab("Chat"):
                 _chat_tab(service, settings, runs)
@@ -98,51 +98,11 @@ def build_page(service: Service, reference: Service | None, table: str | None) -
             with gr.Tab("Measured"):
                 gr.Markdown(
                     table
-                    or "Nothing was measured; `llmquant eval --card` does, and writes it into the model card."
+                    or "This model has not been measured. `llmquant eval --card` measures it and writes the table into its model card."
                 )
         page.unload(_stopper(runs))
-    found: gr.Blocks = page
-    return found
-
-
-def _settings() -> list[gr.components.Component]:
-    with gr.Accordion("Settings", open=False, elem_id="settings"):
-        system = gr.Textbox("", label="System prompt", lines=3, elem_id="system")
-        temperature = gr.Slider(
-            0.0, 2.0, 0.7, step=0.05, label="Temperature (0: greedy)", elem_id="temperature"
-        )
-        top_p = gr.Slider(0.0, 1.0, 0.95, step=0.01, label="Top-p")
-        top_k = gr.Number(0, label="Top-k (0: all)", precision=0, minimum=0)
-        most = gr.Number(256, label="Most tokens", precision=0, minimum=1, elem_id="most")
-        seed = gr.Number(-1, label="Seed (-1: another each time)", precision=0, minimum=-1)
-    return [system, temperature, top_p, top_k, most, seed]
-
-
-def _sampling(numbers: Sequence[float], logprobs: int | None = None) -> Sampling:
-    """From the sliders and boxes, in the order of :func:`_settings`."""
-    temperature, top_p, top_k, most, seed = numbers
-    return Sampling(
-        max_tokens=max(1, int(most or 1)),
-        temperature=float(temperature),
-        top_p=float(top_p),
-        top_k=int(top_k or 0),
-        seed=None if seed is None or seed < 0 else int(seed),
-        logprobs=logprobs,
-    )
-
-
-def _with_system(system: str | None, turns: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """What the template gets: plain texts, the system prompt first if there is one."""
-    plain = [{"role": str(t["role"]), "content": _plain(t["content"])} for t in turns]
-    # None: a box that was never shown, since the settings are folded away.
-    return [{"role": "system", "content": system}, *plain] if system and system.strip() else plain
-
-
-def _plain(content: Any) -> str:
-    """Gradio hands texts back as lists of parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if isinstance(part, dict) and "text" in part)
+    built: gr.Blocks = page
+    return built
 
 
 def _chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
@@ -158,7 +118,7 @@ def _chat_tab(service: Service, settings: list[gr.components.Component], runs: R
     with gr.Row():
         box = gr.Textbox(
             show_label=False,
-            placeholder="Say something",
+            placeholder="Type a message",
             scale=6,
             min_width=120,
             elem_id="box",
@@ -167,41 +127,47 @@ def _chat_tab(service: Service, settings: list[gr.components.Component], runs: R
         send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
     with gr.Row():
-        again = gr.Button("Regenerate", size="sm", min_width=100, elem_id="again")
+        regenerate = gr.Button("Regenerate", size="sm", min_width=100, elem_id="regenerate")
         clear = gr.Button("Clear", size="sm", min_width=100, elem_id="clear")
         export = gr.Button("Export", size="sm", min_width=100, elem_id="export")
     answer = _answerer(service, runs)
-    halt = _stopper(runs)
+    stop_runs = _stopper(runs)
     inputs, outputs, typed = [chat, *settings], [chat, status], [box, chat]
     running: list[Any] = [
-        event(halt, **_AT_ONCE)
-        .then(change, wires, wires, **_AT_ONCE)
-        .then(answer, inputs, outputs, **_QUIET)
-        for event, change, wires in (
-            (send.click, _said, typed),
-            (box.submit, _said, typed),
-            (again.click, _unsaid, [chat]),
+        event(stop_runs, **_UNQUEUED)
+        .then(change, components, components, **_UNQUEUED)
+        .then(answer, inputs, outputs, **_UNLIMITED)
+        for event, change, components in (
+            (send.click, _with_message, typed),
+            (box.submit, _with_message, typed),
+            (regenerate.click, _without_reply, [chat]),
         )
     ]
-    stop.click(halt, **_AT_ONCE)
-    clear.click(halt, cancels=running, **_AT_ONCE).then(lambda: ([], ""), None, outputs, **_AT_ONCE)
+    stop.click(stop_runs, **_UNQUEUED)
+    clear.click(stop_runs, cancels=running, **_UNQUEUED).then(
+        lambda: ([], ""), None, outputs, **_UNQUEUED
+    )
     export.click(None, [chat, settings[0]], None, js=_EXPORT, api_visibility="private")
 
 
 def _stopper(runs: Runs[Any]) -> Callable[[gr.Request], Coroutine[Any, Any, None]]:
-    async def halt(request: gr.Request) -> None:
+    """What ends everything that a visitor has running."""
+
+    async def stop_runs(request: gr.Request) -> None:
         runs.stop(str(request.session_hash))
 
-    return halt
+    return stop_runs
 
 
-def _said(text: str | None, turns: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """The box emptied, the conversation longer by what was in it."""
+def _with_message(
+    text: str | None, turns: list[dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The box emptied, and the conversation with the message that was in it."""
     return "", [*turns, {"role": "user", "content": text}] if text and text.strip() else turns
 
 
-def _unsaid(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation up to the last thing a person said."""
+def _without_reply(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation up to the last message of the visitor."""
     while turns and turns[-1]["role"] != "user":
         turns = turns[:-1]
     return turns
@@ -210,18 +176,20 @@ def _unsaid(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _answerer(
     service: Service, runs: Runs[Any]
 ) -> Callable[..., AsyncGenerator[tuple[list[dict[str, Any]], str], None]]:
+    """What streams a reply into the chat and its status line."""
+
     async def answer(
         request: gr.Request, turns: list[dict[str, Any]], system: str, *numbers: float
     ) -> AsyncGenerator[tuple[list[dict[str, Any]], str], None]:
         if not turns or turns[-1]["role"] != "user":
             return
-        work = reply(service, _with_system(system, turns), _sampling(numbers))
+        work = reply(service, with_system(system, turns), sampling_of(numbers))
         try:
             async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
                 async for now in growing:
                     yield [*turns, {"role": "assistant", "content": now.text}], now.status
-        except ApiError as e:
-            raise gr.Error(e.message) from e
+        except LlmquantError as e:
+            raise gr.Error(str(e)) from e
 
     return answer
 
@@ -230,12 +198,13 @@ def _compare_tab(
     service: Service, reference: Service, settings: list[gr.components.Component], runs: Runs[Any]
 ) -> None:
     gr.Markdown(
-        "The same prompt, settings and seed. Red: the first token that differs; amber: later ones. Hover for more."
+        "Both models get the same prompt, settings and seed. Red: the first token that differs; amber: later ones. "
+        "Hover over a token for its probability and its alternatives."
     )
     with gr.Row():
         box = gr.Textbox(
             show_label=False,
-            placeholder="A prompt for both",
+            placeholder="Type a prompt for both models",
             scale=6,
             min_width=100,
             elem_id="ab-box",
@@ -244,40 +213,39 @@ def _compare_tab(
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="ab-stop")
     panes: list[gr.components.Component] = []
     with gr.Row():
-        for which, name in ((service, service.model), (reference, f"{reference.model} (original)")):
+        for side, name in (("left", service.model), ("right", f"{reference.model} (original)")):
             with gr.Column(min_width=280):
                 gr.Markdown(f"**{name}**")
-                panes += [
-                    gr.HTML(elem_id=f"ab-{'left' if which is service else 'right'}"),
-                    gr.Markdown(),
-                ]
+                panes += [gr.HTML(elem_id=f"ab-{side}"), gr.Markdown()]
     verdict = gr.Markdown("", elem_id="ab-verdict")
     outputs = [*panes, verdict]
     compare = _comparer(service, reference, runs)
     for event in (go.click, box.submit):
-        event(compare, [box, *settings], outputs, **_QUIET)
-    stop.click(_stopper(runs), **_AT_ONCE)
+        event(compare, [box, *settings], outputs, **_UNLIMITED)
+    stop.click(_stopper(runs), **_UNQUEUED)
 
 
 def _comparer(
     service: Service, reference: Service, runs: Runs[Any]
 ) -> Callable[..., AsyncGenerator[tuple[str, str, str, str, str], None]]:
+    """What streams both replies into the two panes, each with its status line, and the verdict."""
+
     async def compare(
         request: gr.Request, text: str | None, system: str | None, *numbers: float
     ) -> AsyncGenerator[tuple[str, str, str, str, str], None]:
         if not text or not text.strip():
             return
-        turns = _with_system(system, [{"role": "user", "content": text}])
-        sampling = _sampling(numbers, logprobs=5)
+        turns = with_system(system, [{"role": "user", "content": text}])
+        sampling = sampling_of(numbers, logprobs=5)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(32))  # one for both
-        work = together([reply(which, turns, sampling) for which in (service, reference)])
+        work = together([reply(model, turns, sampling) for model in (service, reference)])
         try:
             async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
                 async for now in growing:
                     yield _sides(service, reference, [r or Reply() for r in now])
-        except ApiError as e:
-            raise gr.Error(e.message) from e
+        except LlmquantError as e:
+            raise gr.Error(str(e)) from e
 
     return compare
 
@@ -285,10 +253,11 @@ def _comparer(
 def _sides(
     service: Service, reference: Service, now: Sequence[Reply]
 ) -> tuple[str, str, str, str, str]:
+    """Both replies so far, as the outputs of the A/B tab."""
     left, right = (r.pieces for r in now)
     first = divergence(left, right)
     if first is not None:
-        verdict = f"They part at token {first + 1}."
+        verdict = f"The first difference is at token {first + 1}."
     else:
         verdict = "All tokens are the same." if all(r.finished for r in now) else "The same so far."
     return (

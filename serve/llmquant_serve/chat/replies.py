@@ -1,5 +1,5 @@
-"""One reply after another, for people: what the terminal chat and the chat page share. They pass
-the same gate as the API."""
+"""Replies for people: what the terminal chat and the chat page share. They pass the same gate as
+the API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from llmquant_serve.api.choices import pieces
 from llmquant_serve.api.plan import Choice, Plan
-from llmquant_serve.engines.base import EngineError, Sampling
+from llmquant_serve.engines.base import Sampling
 from llmquant_serve.errors import ApiError
 from llmquant_serve.generation.pieces import Piece
 from llmquant_serve.service import Service
@@ -23,8 +23,9 @@ class Reply:
     """A reply so far.
 
     Attributes:
-        pieces: as they came; their texts add up to ``text``.
-        seconds: since it was asked for.
+        pieces: in the order they came; their texts add up to ``text``.
+        tokens: generated so far.
+        seconds: since the request.
     """
 
     text: str = ""
@@ -36,48 +37,48 @@ class Reply:
 
     @property
     def status(self) -> str:
-        """One line for people."""
+        """How long the reply is and how fast it comes, as one line for people."""
         speed = self.tokens / self.seconds if self.seconds else 0.0
-        end = (
-            ""
-            if not self.finished or not self.pieces or self.pieces[-1].finish != "length"
-            else " · cut at the length limit"
-        )
-        return (
-            f"{self.prompt_tokens} prompt tokens · {self.tokens} tokens · {speed:.1f} tokens/s{end}"
-        )
+        cut = self.finished and bool(self.pieces) and self.pieces[-1].finish == "length"
+        line = f"{self.prompt_tokens} prompt tokens · {self.tokens} tokens · {speed:.1f} tokens/s"
+        return f"{line} · cut at the length limit" if cut else line
 
 
 async def reply(
     service: Service, turns: Sequence[Turn], sampling: Sampling
 ) -> AsyncGenerator[Reply, None]:
-    """The reply to a conversation, growing. ``sampling.max_tokens`` is lowered to what the context
-    has room for.
+    """The reply to a conversation, longer with each item. ``sampling.max_tokens`` is lowered to
+    what the context leaves.
 
     Raises:
+        TextError: the model has no chat template, or it refuses the conversation.
         ApiError: the conversation is too long, the server is full, or the engine is not ready.
+        EngineError: the engine failed.
     """
     health = service.engine.health()
     if not health.ok:
         raise ApiError(503, f"the engine is not ready: {health.detail}")
     prompt = await service.text.encode_chat(turns)
-    sampling = replace(
-        sampling, max_tokens=service.room(len(prompt), None, sampling.max_tokens, "max_tokens")
+    most = service.max_new_tokens(len(prompt), None, sampling.max_tokens, "max_tokens")
+    plan = Plan(
+        choices=[Choice(0, prompt, replace(sampling, max_tokens=most))],
+        stops=(),
+        prompt_tokens=len(prompt),
+        stream=True,
+        usage_chunk=False,
+        keep_special=False,
+        show_ids=False,
     )
-    plan = Plan([Choice(0, prompt, sampling)], (), len(prompt), True, False, False, False)
-    began, now = time.monotonic(), Reply(prompt_tokens=len(prompt))
-    try:
-        with service.gate.enter(1):
-            async with aclosing(pieces(service, plan)) as found:
-                async for _, piece in found:
-                    now = replace(
-                        now,
-                        text=now.text + piece.text,
-                        pieces=(*now.pieces, piece),
-                        tokens=piece.made,
-                        seconds=time.monotonic() - began,
-                        finished=piece.finish is not None,
-                    )
-                    yield now
-    except EngineError as e:
-        raise ApiError(500, str(e)) from e
+    start, now = time.monotonic(), Reply(prompt_tokens=len(prompt))
+    with service.gate.enter(1):
+        async with aclosing(pieces(service, plan)) as parts:
+            async for _, piece in parts:
+                now = replace(
+                    now,
+                    text=now.text + piece.text,
+                    pieces=(*now.pieces, piece),
+                    tokens=piece.generated,
+                    seconds=time.monotonic() - start,
+                    finished=piece.finish is not None,
+                )
+                yield now

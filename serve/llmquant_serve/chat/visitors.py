@@ -1,8 +1,8 @@
-"""Runs: what each visitor of the chat page has under way, so that Stop, Clear and leaving end it at
+"""Runs: what each visitor of the chat page has running, so that Stop, Clear and leaving end it at
 once.
 
-Work runs in tasks of ours and the page only looks on: a page framework may forget a generator
-without closing it, and a reply that nobody reads must not keep its slot.
+The work runs in tasks of ours and the page only reads from them: a page framework may forget a
+generator without closing it, and a reply that nobody reads must not keep its slot.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Generic, TypeVar
+
+from llmquant_serve.generation.merge import merged
 
 T = TypeVar("T")
 _PACE_SECONDS = 0.1  # a page that is redrawn for every token has no time left for a click
@@ -24,88 +26,59 @@ class Runs(Generic[T]):
         self._tasks: dict[str, set[asyncio.Task[None]]] = defaultdict(set)
 
     async def follow(self, visitor: str, work: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """What ``work`` yields, at most ten times a second and then the latest; ends early when
-        stopped."""
-        news: asyncio.Queue[T | Exception | None] = asyncio.Queue()
-        task = asyncio.create_task(_feed(work, news))
+        """What ``work`` yields, at most ten times a second and then the latest. Ends early when
+        stopped; raises what ``work`` raises."""
+        news: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
+        task = asyncio.create_task(_forward(work, news))
         self._tasks[visitor].add(task)
         task.add_done_callback(lambda done: self._forget(visitor, done))
+        task.add_done_callback(news.put_nowait)  # the end, after the last item
         try:
-            ended = False
-            while not ended:
-                found = [await news.get()]
+            while True:
+                arrived = [await news.get()]
                 if task.cancelling():
-                    # stopped: what came meanwhile must not overwrite what the page shows by now
+                    # Stopped: what came meanwhile must not overwrite what the page shows by now.
                     return
                 while not news.empty():
-                    found.append(news.get_nowait())
-                failures = [item for item in found if isinstance(item, Exception)]
-                fresh = [
-                    item for item in found if item is not None and not isinstance(item, Exception)
-                ]
-                if fresh:
-                    yield fresh[-1]
-                if failures:
-                    raise failures[0]
-                ended = None in found
-                if not ended:
-                    await asyncio.sleep(_PACE_SECONDS)
+                    arrived.append(news.get_nowait())
+                items = [item for item in arrived if not isinstance(item, asyncio.Task)]
+                if items:
+                    yield items[-1]
+                if len(items) < len(arrived):
+                    if not task.cancelled():
+                        task.result()
+                    return
+                await asyncio.sleep(_PACE_SECONDS)
         finally:
             task.cancel()
 
     def stop(self, visitor: str) -> None:
-        """End everything that a visitor has under way."""
+        """End everything that a visitor has running."""
         for task in list(self._tasks.get(visitor, ())):
             task.cancel()
 
     def _forget(self, visitor: str, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.exception()  # asyncio reports errors that nobody asked for; a visitor may be gone
         self._tasks[visitor].discard(task)
         if not self._tasks[visitor]:
             del self._tasks[visitor]
 
 
-async def _feed(
-    work: AsyncGenerator[T, None], news: asyncio.Queue[T | Exception | None] | _Side[T]
+async def _forward(
+    work: AsyncGenerator[T, None], news: asyncio.Queue[T | asyncio.Task[None]]
 ) -> None:
-    try:
-        async with aclosing(work):
-            async for item in work:
-                news.put_nowait(item)
-    except Exception as e:  # noqa: BLE001 - handed to the page, which raises it
-        news.put_nowait(e)
-    finally:
-        news.put_nowait(None)
+    async with aclosing(work):
+        async for item in work:
+            news.put_nowait(item)
 
 
 async def together(
     works: Sequence[AsyncGenerator[T, None]],
 ) -> AsyncGenerator[list[T | None], None]:
     """Several generators side by side: the latest of each, whenever one has something new."""
-    news: asyncio.Queue[tuple[int, T | Exception | None]] = asyncio.Queue()
-    tasks = [asyncio.create_task(_feed(work, _Side(news, i))) for i, work in enumerate(works)]
-    now: list[T | None] = [None] * len(works)
-    left = len(works)
-    try:
-        while left:
-            side, item = await news.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-                continue
-            now[side] = item
-            yield list(now)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Side(Generic[T]):
-    """The place of one generator's news in a common queue."""
-
-    def __init__(self, news: asyncio.Queue[tuple[int, T | Exception | None]], side: int) -> None:
-        self._news, self._side = news, side
-
-    def put_nowait(self, item: T | Exception | None) -> None:
-        self._news.put_nowait((self._side, item))
+    latest: list[T | None] = [None] * len(works)
+    async with aclosing(merged(works)) as items:
+        async for index, item in items:
+            latest[index] = item
+            yield list(latest)

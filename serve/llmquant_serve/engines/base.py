@@ -1,11 +1,11 @@
 """Engine: token ids in; token ids, log-probabilities and a finish reason out. It knows no HTTP, no
 text and no chat template.
 
-An engine is asked ``why_not`` before it is asked to generate, so that what it cannot do is refused
-by name and never ignored. ``generate`` is an async generator: it yields a :class:`Step` whenever
-there is something new, the last one has ``finish`` set, and closing it early (``aclose``) gives the
-engine's slot back before its next step. A consumer that reads slowly delays nobody: steps wait for
-it in a queue that can never hold more than the ``max_tokens`` it was granted.
+``why_not`` is called before ``generate``, so that what an engine cannot do is refused by name and
+never ignored. ``generate`` is an async generator: it yields a :class:`Step` whenever there is
+something new, the last one has ``finish`` set, and closing it early (``aclose``) frees the engine's
+slot before its next step. A consumer that reads slowly delays nobody: steps wait for it in a queue
+that never holds more than its ``max_tokens``.
 
 Log-probabilities are those of the model itself, before temperature, penalties, bias and filters.
 """
@@ -19,14 +19,15 @@ from typing import Any, Literal, Protocol
 from llmquant.errors import LlmquantError
 
 Finish = Literal["stop", "length"]
+_DEFAULT_CONTEXT = 4096  # of a model whose config names no number of positions
 
 
 class EngineError(LlmquantError):
-    """The engine failed while it worked on a request, or is not there."""
+    """The engine failed during a request, or cannot be reached."""
 
 
 class RefusedError(EngineError):
-    """The engine will not take this request, although nothing told so beforehand."""
+    """The engine refused a request that ``why_not`` had let pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,15 @@ class Sampling:
         temperature: 0 is greedy.
         top_k: 0 keeps all.
         seed: of this request alone; None draws one.
-        logprobs: None for none, else how many alternatives to report beside each chosen token.
+        logprobs: how many alternatives to report for each chosen token; None reports no
+            log-probabilities.
         prompt_logprobs: the same for the tokens of the prompt.
         frequency_penalty, presence_penalty: subtracted per occurrence, or once, for tokens
             generated so far.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or
             output.
         logit_bias: added to logits, by token id.
-        stop_ids: tokens that end the text beside the model's own end tokens.
+        stop_ids: tokens that end the text, in addition to the model's own end tokens.
         ignore_eos: the model's own end tokens end nothing.
         grammar: a JSON schema (or ``{"type": "object"}``) that the text must follow.
     """
@@ -79,8 +81,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token id, and where asked for its log-probability in nats, its rank-ordered alternatives
-    ``(id, logprob)``."""
+    """A token id. If log-probabilities were requested: its own in nats, and the most likely
+    alternatives as ``(id, logprob)``, best first."""
 
     id: int
     logprob: float | None = None
@@ -89,8 +91,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is new. ``prompt`` comes once, before any token: one entry per prompt token, the first
-    without a log-probability."""
+    """What is new since the last step. ``prompt`` comes once, before any token: one entry per
+    prompt token, the first without a log-probability."""
 
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
@@ -111,10 +113,30 @@ class ModelInfo:
     vocab: int
     eos: frozenset[int]
 
+    @classmethod
+    def of(cls, config: Any, generation_config: Any, context: int | None) -> ModelInfo:
+        """From transformers' configs. The end tokens are those of the generation config where it
+        has some, as ``model.generate`` takes them.
+
+        Args:
+            context: an upper limit on the positions; None leaves the model's own.
+        """
+        text = config.get_text_config()
+        eos = None if generation_config is None else generation_config.eos_token_id
+        if eos is None:
+            eos = text.eos_token_id
+        positions = getattr(text, "max_position_embeddings", None)
+        limits = [n for n in (positions, context) if isinstance(n, int)]
+        return cls(
+            min(limits, default=_DEFAULT_CONTEXT),
+            text.vocab_size,
+            frozenset([eos] if isinstance(eos, int) else eos or []),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether requests can be taken now, and what there is to say if not."""
+    """Whether the engine takes requests now, and if not, why."""
 
     ok: bool
     detail: str = ""
@@ -123,7 +145,7 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests in the batch, requests waiting for a place in it, tokens held for those in it."""
+    """Requests in the batch, requests that wait for a place in it, and tokens in the KV cache."""
 
     running: int = 0
     waiting: int = 0
@@ -131,19 +153,28 @@ class Load:
 
 
 class Engine(Protocol):
-    """See the module text."""
+    """What generates tokens, in this process or another."""
 
     name: str
     info: ModelInfo
 
-    def why_not(self, sampling: Sampling) -> Refusal | None: ...
+    def why_not(self, sampling: Sampling) -> Refusal | None:
+        """The parameter that this engine cannot honour; None if it can honour all."""
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Step, None]: ...
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Step, None]:
+        """Yield steps until one has ``finish``.
+
+        Raises:
+            RefusedError: the engine does not take the request.
+            EngineError: the engine failed.
+        """
 
     def health(self) -> Health: ...
 
     def load(self) -> Load: ...
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Begin to take requests; an engine in another process may need time after this."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Stop; running requests fail."""

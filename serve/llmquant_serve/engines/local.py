@@ -2,14 +2,13 @@
 is, with continuous batching.
 
 This is the asyncio side: it hands jobs to the :class:`~llmquant_serve.engines.batcher.Batcher`
-thread and receives their steps through the event loop. It owns nothing of torch.
+thread and receives their steps through the event loop. It touches no tensor.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -29,12 +28,12 @@ from llmquant_serve.engines.sampling import Chooser
 
 
 class LocalEngine:
-    """See the module text.
+    """An engine in this process; see :class:`~llmquant_serve.engines.base.Engine`.
 
     Args:
-        model: from ``llmquant.load``; not to be used by others afterwards.
+        model: from ``llmquant.load``; nothing else may use it afterwards.
         max_streams: sequences decoded together.
-        context: fewer positions than the model has, to bound memory.
+        context: an upper limit on the model's context, to bound memory.
 
     Raises:
         ArchitectureError: the model keeps a state other than keys and values.
@@ -45,8 +44,8 @@ class LocalEngine:
     def __init__(
         self, model: PreTrainedModel, max_streams: int = 8, context: int | None = None
     ) -> None:
-        _refuse_other_states(model)
-        self.info = model_info(model, context)
+        _check_states(model)
+        self.info = ModelInfo.of(model.config, model.generation_config, context)
         self._batcher = Batcher(model, self.info.eos, max_streams)
         self._closed = False
 
@@ -88,7 +87,7 @@ class LocalEngine:
     def health(self) -> Health:
         if self._closed:
             return Health(False, "the engine is shutting down")
-        return Health(self._batcher.failure is None, self._batcher.failure or "")
+        return Health(self._batcher.error is None, self._batcher.error or "")
 
     def load(self) -> Load:
         return self._batcher.load()
@@ -101,26 +100,12 @@ class LocalEngine:
         await asyncio.to_thread(self._batcher.close)
 
 
-def model_info(model: PreTrainedModel, context: int | None) -> ModelInfo:
-    """Context, vocabulary and end tokens; the last from the generation config, as
-    ``model.generate`` takes them."""
-    text: Any = model.config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    generation: Any = model.generation_config
-    eos = generation.eos_token_id if generation is not None else None
-    if eos is None:
-        eos = text.eos_token_id
-    ends = frozenset([eos] if isinstance(eos, int) else eos or [])
-    limits = [n for n in (positions, context) if isinstance(n, int)]
-    return ModelInfo(min(limits, default=4096), text.vocab_size, ends)
-
-
-def _refuse_other_states(model: PreTrainedModel) -> None:
-    """Rows are joined and moved as keys and values by token; recurrent states would need other
-    care."""
+def _check_states(model: PreTrainedModel) -> None:
+    """Rows join and move as keys and values per token, which recurrent states do not have."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    odd = sorted(k.__name__ for k in kinds if k not in (DynamicLayer, DynamicSlidingWindowLayer))
-    if odd:
+    batched = (DynamicLayer, DynamicSlidingWindowLayer)
+    others = sorted(kind.__name__ for kind in kinds if kind not in batched)
+    if others:
         raise ArchitectureError(
-            f"{type(model).__name__} keeps states that the local engine cannot batch ({', '.join(odd)}); use --engine vllm"
+            f"{type(model).__name__} keeps states that the local engine cannot batch ({', '.join(others)}); use --engine vllm"
         )

@@ -1,4 +1,4 @@
-"""What an engine is built from."""
+"""The options of the command line that choose a model and its engine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """What is served, and by what.
+    """The model that is served, and the engine that runs it.
 
     Attributes:
-        threads: of torch, for the local engine; None leaves what it has.
+        model: folder or hub name.
+        engine: ``local`` or ``vllm``.
+        name: the model's name in the API; None takes the folder's.
+        threads: of torch, for the local engine; None leaves torch's own number.
+        context: an upper limit on the model's context; None sets none.
         vllm_url: a running vLLM; None starts one.
         vllm_python: the Python of the environment that has vLLM.
         vllm_args: passed to vLLM's server as they are.

@@ -86,7 +86,8 @@ class RowLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def each(self) -> tuple[Tensor, Tensor]:
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, once there are some."""
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
@@ -96,7 +97,7 @@ class Window:
     """Which rows and columns are in use; shared by all layers.
 
     Attributes:
-        lengths: tokens held, per row.
+        lengths: tokens in the cache, per row.
         end: the column that the next token goes to.
     """
 
@@ -113,7 +114,7 @@ class Window:
 
 
 class RowCache(Cache):
-    """See the module text. At most ``max_rows`` sequences."""
+    """The KV cache of at most ``max_rows`` sequences, as transformers' models take it."""
 
     def __init__(self, layers: int, max_rows: int) -> None:
         self.window = Window(max_rows)
@@ -124,25 +125,24 @@ class RowCache(Cache):
     def lengths(self) -> Sequence[int]:
         return self.window.lengths
 
-    def join(self, prefilled: Cache, length: int) -> int:
-        """Copy in a sequence of ``length`` tokens from a cache of batch size 1; returns its row."""
+    def join(self, prefilled: Cache, length: int) -> None:
+        """Copy in a sequence of ``length`` tokens from a cache of batch size 1, as the last row."""
         w = self.window
         row = len(w.lengths)
         assert row < w.max_rows
         if not w.lengths:
             w.end = length
-        self._make_room(max(length, max(w.lengths, default=0)))
+        self._reserve(max(length, max(w.lengths, default=0)))
         for layer, source in zip(self.rows, prefilled.layers, strict=True):
             assert isinstance(source, DynamicLayer)
             assert source.keys is not None
             assert source.values is not None
             if not layer.is_initialized:
                 layer.lazy_initialization(source.keys, source.values)
-            keys, values = layer.each()
+            keys, values = layer.buffers()
             keys[row, :, w.end - length : w.end] = source.keys[0]
             values[row, :, w.end - length : w.end] = source.values[0]
         w.lengths.append(length)
-        return row
 
     def leave(self, row: int) -> None:
         """Forget a row; the last row takes its place (and its number)."""
@@ -151,8 +151,8 @@ class RowCache(Cache):
         if row != last:
             used = slice(w.end - w.lengths[last], w.end)
             for layer in self.rows:
-                for held in layer.each():
-                    held[row, :, used] = held[last, :, used]
+                for buffer in layer.buffers():
+                    buffer[row, :, used] = buffer[last, :, used]
         w.lengths[row] = w.lengths[last]
         w.lengths.pop()
         if not w.lengths:
@@ -160,7 +160,7 @@ class RowCache(Cache):
 
     def before_step(self) -> None:
         """Make sure that there is a column for the next token."""
-        self._make_room(max(self.window.lengths))
+        self._reserve(max(self.window.lengths))
 
     def after_step(self) -> None:
         """The column written by a forward pass becomes part of every row."""
@@ -176,9 +176,9 @@ class RowCache(Cache):
         width = int(lengths.max()) + 1
         return (torch.arange(width, device=device) >= width - 1 - lengths[:, None]).long()
 
-    def _make_room(self, longest: int) -> None:
-        """Place the contents so that ``longest`` columns end where the newest token does and one
-        more is free."""
+    def _reserve(self, longest: int) -> None:
+        """Make sure that ``longest`` columns fit before the newest token's end and that one more is
+        free; moves the contents if not."""
         w = self.window
         if longest <= w.end < w.columns:
             return
@@ -190,7 +190,7 @@ class RowCache(Cache):
         for layer in self.rows:
             if layer.is_initialized:
                 layer.keys, layer.values = (
-                    _moved(t, columns, begin, width, end) for t in layer.each()
+                    _moved(t, columns, begin, width, end) for t in layer.buffers()
                 )
         w.columns, w.end = columns, end
 
@@ -202,7 +202,9 @@ class RowCache(Cache):
             layer.is_initialized = False
 
 
-def _moved(held: Tensor, columns: int, begin: int, width: int, end: int) -> Tensor:
-    fresh = held.new_zeros((*held.shape[:2], columns, held.shape[3]))
-    fresh[:, :, end - width : end] = held[:, :, begin : begin + width]
-    return fresh
+def _moved(buffer: Tensor, columns: int, begin: int, width: int, end: int) -> Tensor:
+    """A buffer of ``columns`` columns with the ``width`` columns from ``begin``, moved to end at
+    ``end``."""
+    moved = buffer.new_zeros((*buffer.shape[:2], columns, buffer.shape[3]))
+    moved[:, :, end - width : end] = buffer[:, :, begin : begin + width]
+    return moved

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmquant_serve.engines.base import Sampling, Token
 
-# of prompt log-probabilities at a time: a vocabulary of 128k in float32 is half a megabyte per row
+# Rows of prompt logits at a time: with a vocabulary of 128k, a row in float32 is half a megabyte.
 _ROWS = 64
 
 
@@ -31,29 +31,29 @@ class Chooser:
         self.generator.manual_seed(
             secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
         )
-        self._made: Counter[int] = Counter()
+        self._counts: Counter[int] = Counter()  # of generated tokens
         self._seen = set(prompt) if sampling.repetition_penalty != 1.0 else set()
-        self._ends = tuple(eos | set(sampling.stop_ids))
-        self._total = 0
+        self._end_tokens = tuple(eos | set(sampling.stop_ids))
+        self._generated = 0
 
     @property
-    def plain(self) -> bool:
-        """Whether the next token is simply the largest logit."""
+    def greedy(self) -> bool:
+        """Whether the next token is that of the largest logit, with nothing to change before."""
         s = self.sampling
         changed = (
             s.logit_bias or s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1.0
         )
-        return s.temperature == 0 and not changed and self._total >= s.min_tokens
+        return s.temperature == 0 and not changed and self._generated >= s.min_tokens
 
-    def took(self, token: int) -> None:
-        """Remember a chosen token."""
-        self._total += 1
-        self._made[token] += 1
+    def update(self, token: int) -> None:
+        """Count a token that was chosen."""
+        self._generated += 1
+        self._counts[token] += 1
         if self.sampling.repetition_penalty != 1.0:
             self._seen.add(token)
 
     def choose(self, logits: Tensor) -> int:
-        """The next token, from float32 logits ``[vocab]``, which are left alone."""
+        """The next token, from float32 logits ``[vocab]``, which are not changed."""
         s = self.sampling
         logits = self._adjusted(logits)
         if s.temperature == 0:
@@ -61,6 +61,7 @@ class Chooser:
         return self._draw(_filtered(logits / s.temperature, s))
 
     def _adjusted(self, logits: Tensor) -> Tensor:
+        """Logits with bias and penalties, end tokens held back before ``min_tokens``."""
         s = self.sampling
         logits = logits.clone()
         if s.logit_bias:
@@ -73,25 +74,28 @@ class Chooser:
             logits[seen] = torch.where(
                 old > 0, old / s.repetition_penalty, old * s.repetition_penalty
             )
-        if self._made and (s.frequency_penalty or s.presence_penalty):
-            made = torch.tensor(list(self._made), device=logits.device)
+        if self._counts and (s.frequency_penalty or s.presence_penalty):
+            tokens = torch.tensor(list(self._counts), device=logits.device)
             counts = torch.tensor(
-                list(self._made.values()), dtype=torch.float32, device=logits.device
+                list(self._counts.values()), dtype=torch.float32, device=logits.device
             )
-            logits[made] -= s.frequency_penalty * counts + s.presence_penalty
-        if self._total < s.min_tokens and self._ends:
-            logits[list(self._ends)] = -torch.inf
+            logits[tokens] -= s.frequency_penalty * counts + s.presence_penalty
+        if self._generated < s.min_tokens and self._end_tokens:
+            logits[list(self._end_tokens)] = -torch.inf
         return logits
 
     def _draw(self, logits: Tensor) -> int:
+        """Draw a token with the probability that softmax gives it."""
         cumulative = torch.softmax(logits.double().cpu(), -1).cumsum(-1)
-        at = torch.rand((), dtype=torch.float64, generator=self.generator) * cumulative[-1]
-        drawn = int(torch.searchsorted(cumulative, at, right=True))
+        point = torch.rand((), dtype=torch.float64, generator=self.generator) * cumulative[-1]
+        drawn = int(torch.searchsorted(cumulative, point, right=True))
+        # Rounding can put the point past the last token that has a probability.
         return min(drawn, int(torch.nonzero(logits.cpu() > -torch.inf)[-1]))
 
 
 def _filtered(logits: Tensor, s: Sampling) -> Tensor:
-    """-inf for what top-k, top-p and min-p leave out; the most likely token always stays."""
+    """Logits with -inf for what top-k, top-p and min-p leave out; the most likely token always
+    stays."""
     if s.top_k and s.top_k < logits.numel():
         kept = torch.full_like(logits, -torch.inf)
         values, indices = logits.topk(s.top_k)
@@ -122,12 +126,12 @@ def described(token: int, logits: Tensor, alternatives: int | None) -> Token:
 def described_all(tokens: Sequence[int], logits: Tensor, alternatives: int) -> list[Token]:
     """The same for consecutive tokens and the logits ``[n, vocab]`` (any float dtype) that predict
     them."""
-    found: list[Token] = []
+    result: list[Token] = []
     for start in range(0, len(tokens), _ROWS):
         ids = torch.tensor(tokens[start : start + _ROWS], device=logits.device)
         logprobs = torch.log_softmax(logits[start : start + _ROWS].float(), -1)
         own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
         values, top = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
         rows = zip(ids.tolist(), own, top.tolist(), values.tolist(), strict=True)
-        found += [Token(i, p, tuple(zip(t, v, strict=True))) for i, p, t, v in rows]
-    return found
+        result += [Token(i, p, tuple(zip(t, v, strict=True))) for i, p, t, v in rows]
+    return result

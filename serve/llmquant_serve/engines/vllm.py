@@ -1,10 +1,10 @@
-"""The ``vllm`` engine: the real vLLM over HTTP, as a child of ours or at a given URL. For what
-outgrows this process or machine.
+"""The ``vllm`` engine: vLLM over HTTP, as a child process or at a given URL. For models that
+outgrow this process or machine.
 
 Text stays on our side: vLLM gets token ids and returns token ids (``return_token_ids``), with
 log-probabilities by id (``return_tokens_as_token_ids``), so both engines give the layers above
-exactly the same things. Every sampling parameter is sent explicitly; vLLM would take missing ones
-from the model's generation config. Log-probabilities are vLLM's raw ones, as ours are.
+exactly the same things. Every sampling parameter is sent explicitly, because vLLM takes missing
+ones from the model's generation config. Log-probabilities are vLLM's raw ones, as ours are.
 """
 
 from __future__ import annotations
@@ -18,37 +18,42 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from transformers import AutoConfig, GenerationConfig
 
 import llmquant
-from llmquant.errors import CheckpointError, UsageError
+from llmquant.errors import UsageError
 from llmquant_serve.engines.base import (
     EngineError,
     Health,
     Load,
     ModelInfo,
     Refusal,
-    RefusedError,
     Sampling,
     Step,
-    Token,
 )
+from llmquant_serve.engines.model_files import read_config, read_generation_config
 from llmquant_serve.engines.options import ModelOptions
+from llmquant_serve.engines.vllm_messages import (
+    check_status,
+    finish_reason,
+    request_body,
+    scored_steps,
+    tokens,
+)
 from llmquant_serve.engines.vllm_process import ChildOptions, VllmChild
 
 _NAME = "served"
 _TIMEOUT = httpx.Timeout(None, connect=10.0)
 _POLL_SECONDS = 2.0
-_QUOTED = 500
 
 
 class VllmEngine:
-    """See the module text.
+    """An engine in another process; see :class:`~llmquant_serve.engines.base.Engine`.
 
     Args:
-        info: context and vocabulary; the context is replaced by what the running vLLM says.
-        child: a vLLM of our own; None talks to ``url``.
-        model: the name vLLM knows the model by; None asks.
+        info: of the model folder; its context becomes vLLM's if that is shorter.
+        child: a vLLM that this engine starts; None uses the one at ``url``.
+        key: API key of the vLLM at ``url``.
+        model: vLLM's name for the model; None takes the first that it serves.
     """
 
     name = "vllm"
@@ -64,7 +69,7 @@ class VllmEngine:
         self.info = info
         self._child, self._url, self._key, self._model = child, url, key, model
         self._running = 0
-        self._state = Health(False, "vLLM was not asked yet")
+        self._state = Health(False, "vLLM is not connected yet")
         self._watcher: asyncio.Task[None] | None = None
         self._client: httpx.AsyncClient | None = None
 
@@ -103,23 +108,24 @@ class VllmEngine:
         self, prompt: Sequence[int], sampling: Sampling
     ) -> AsyncGenerator[Step, None]:
         """Yield steps; see :class:`~llmquant_serve.engines.base.Engine`. Closing it closes the
-        connection, at which vLLM aborts.
+        connection, and vLLM then aborts the request.
 
         Raises:
             RefusedError: vLLM does not take the request.
-            EngineError: vLLM failed or is not there.
+            EngineError: vLLM failed or cannot be reached.
         """
-        body = _request(prompt, sampling) | {"model": self._model}
+        body = request_body(prompt, sampling) | {"model": self._model}
         self._running += 1
         try:
             if sampling.prompt_logprobs is not None:
-                for step in _whole(await self._post(body), prompt, sampling):
+                for step in scored_steps(await self._post(body), prompt, sampling):
                     yield step
                 return
-            async for step in self._stream(body):
-                yield step
+            async with contextlib.aclosing(self._stream(body)) as steps:
+                async for step in steps:
+                    yield step
         except httpx.HTTPError as e:
-            raise EngineError(f"vLLM went away: {type(e).__name__}: {e}") from e
+            raise EngineError(f"the connection to vLLM broke: {type(e).__name__}: {e}") from e
         finally:
             self._running -= 1
 
@@ -128,9 +134,9 @@ class VllmEngine:
         answer = await self._client.post(
             f"{self._address}/v1/completions", json=body, headers=self._headers
         )
-        _refuse(answer.status_code, answer.text)
-        found: dict[str, Any] = answer.json()
-        return found
+        check_status(answer.status_code, answer.text)
+        whole: dict[str, Any] = answer.json()
+        return whole
 
     async def _stream(self, body: Mapping[str, Any]) -> AsyncGenerator[Step, None]:
         assert self._client is not None
@@ -138,7 +144,7 @@ class VllmEngine:
         request = self._client.stream("POST", url, json=streamed, headers=self._headers)
         async with request as answer:
             if answer.status_code != 200:
-                _refuse(answer.status_code, (await answer.aread()).decode(errors="replace"))
+                check_status(answer.status_code, (await answer.aread()).decode(errors="replace"))
             async for line in answer.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
@@ -146,11 +152,11 @@ class VllmEngine:
                 if "error" in part:
                     raise EngineError(f"vLLM: {part['error'].get('message', part['error'])}")
                 for choice in part["choices"]:
-                    step = Step(_tokens(choice), _finish(choice.get("finish_reason")))
+                    step = Step(tokens(choice), finish_reason(choice.get("finish_reason")))
                     yield step
                     if step.finish is not None:
                         return
-        raise EngineError("vLLM ended its answer in the middle")
+        raise EngineError("vLLM closed the connection before the answer was complete")
 
     @property
     def _address(self) -> str:
@@ -162,14 +168,14 @@ class VllmEngine:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     async def _watch(self) -> None:
-        """Ask for the list of models now and then: whether it is there, what it calls the model,
-        how long its context is."""
+        """Poll vLLM, more often while it does not answer."""
         while True:
             if self._child is None or self._child.ready:
-                self._state = await self._asked()
+                self._state = await self._poll()
             await asyncio.sleep(_POLL_SECONDS if self._state.ok else _POLL_SECONDS / 4)
 
-    async def _asked(self) -> Health:
+    async def _poll(self) -> Health:
+        """Read vLLM's list of models: whether it answers, its name for the model, its context."""
         assert self._client is not None
         try:
             answer = await self._client.get(
@@ -181,11 +187,11 @@ class VllmEngine:
             return Health(
                 False, f"vLLM at {self._address} does not answer: {type(e).__name__}: {e}"
             )
-        found = [c for c in cards if self._model is None or c["id"] == self._model]
-        if not found:
+        matching = [c for c in cards if self._model is None or c["id"] == self._model]
+        if not matching:
             return Health(False, f"vLLM at {self._address} does not serve {self._model}")
-        self._model = found[0]["id"]
-        length = found[0].get("max_model_len")
+        self._model = matching[0]["id"]
+        length = matching[0].get("max_model_len")
         if isinstance(length, int):
             self.info = ModelInfo(min(length, self.info.context), self.info.vocab, self.info.eos)
         return Health(True)
@@ -199,123 +205,25 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
         CheckpointError: the model's config cannot be read.
     """
     path = llmquant.resolve(options.model)
-    info = _info(path, options.context)
+    info = ModelInfo.of(read_config(path), read_generation_config(path), options.context)
     if options.vllm_url:
         if options.vllm_args or not options.vllm_url.startswith(("http://", "https://")):
             raise UsageError(
-                "--vllm-url is the address of a running vLLM, http://HOST:PORT; it takes no --vllm-arg"
+                "--vllm-url must be the address of a running vLLM, http://HOST:PORT, and cannot be "
+                "combined with --vllm-arg"
             )
         url = options.vllm_url.rstrip("/").removesuffix("/v1")
         return VllmEngine(info, None, url, os.environ.get("VLLM_API_KEY"), None)
     if not options.vllm_python:
         raise UsageError(
-            "--engine vllm needs --vllm-python, the Python of vLLM's environment, or --vllm-url"
+            "--engine vllm needs --vllm-python (the Python of an environment with vLLM) or "
+            "--vllm-url (a running vLLM)"
         )
-    own = [] if options.dtype == "auto" else ["--dtype", llmquant.parse_dtype(options.dtype).name]
-    own += [] if options.context is None else ["--max-model-len", str(options.context)]
-    arguments = (*own, "--max-num-seqs", str(max_streams), *options.vllm_args)
-    child = VllmChild(ChildOptions(Path(options.vllm_python), path, _NAME, arguments))
+    arguments = ["--max-num-seqs", str(max_streams)]
+    if options.dtype != "auto":
+        arguments += ["--dtype", llmquant.parse_dtype(options.dtype).name]
+    if options.context is not None:
+        arguments += ["--max-model-len", str(options.context)]
+    arguments += options.vllm_args  # last, so that they win
+    child = VllmChild(ChildOptions(Path(options.vllm_python), path, _NAME, tuple(arguments)))
     return VllmEngine(info, child, None, None, _NAME)
-
-
-def _info(path: Path, context: int | None) -> ModelInfo:
-    try:
-        config: Any = AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        text = config.get_text_config()
-        ends = text.eos_token_id
-        if (path / "generation_config.json").is_file():
-            ends = (
-                GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id or ends
-            )
-    except (OSError, ValueError, KeyError) as e:
-        raise CheckpointError(f"the config of {path} cannot be read: {e}") from e
-    limits = [
-        n for n in (getattr(text, "max_position_embeddings", None), context) if isinstance(n, int)
-    ]
-    return ModelInfo(
-        min(limits, default=4096),
-        text.vocab_size,
-        frozenset([ends] if isinstance(ends, int) else ends or []),
-    )
-
-
-def _request(prompt: Sequence[int], s: Sampling) -> dict[str, Any]:
-    """vLLM's request for one sequence."""
-    body: dict[str, Any] = {
-        "prompt": list(prompt),
-        "max_tokens": max(1, s.max_tokens),
-        "min_tokens": s.min_tokens,
-        "temperature": s.temperature,
-        "top_p": s.top_p or 1e-9,
-        "top_k": s.top_k,
-        "min_p": s.min_p,
-        "frequency_penalty": s.frequency_penalty,
-        "presence_penalty": s.presence_penalty,
-        "repetition_penalty": s.repetition_penalty,
-        "ignore_eos": s.ignore_eos,
-        "stop_token_ids": list(s.stop_ids),
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-        "skip_special_tokens": False,
-    }
-    if s.seed is not None:
-        body["seed"] = s.seed
-    if s.logprobs is not None:
-        body["logprobs"] = s.logprobs
-    if s.prompt_logprobs is not None:
-        body["prompt_logprobs"] = s.prompt_logprobs
-    if s.logit_bias:
-        body["logit_bias"] = {str(k): v for k, v in s.logit_bias.items()}
-    if s.grammar is not None:
-        body["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "answer", "schema": dict(s.grammar)},
-        }
-    return body
-
-
-def _whole(answer: Mapping[str, Any], prompt: Sequence[int], s: Sampling) -> list[Step]:
-    """The steps of an answer in one, the prompt's log-probabilities first."""
-    choice = answer["choices"][0]
-    scored = [Token(prompt[0])]
-    for token, told in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True):
-        ranked = sorted(
-            ((int(i), float(v["logprob"])) for i, v in told.items()), key=lambda pair: -pair[1]
-        )
-        scored.append(
-            Token(token, float(told[str(token)]["logprob"]), tuple(ranked[: s.prompt_logprobs]))
-        )
-    if s.max_tokens == 0:
-        return [Step(prompt=tuple(scored)), Step(finish="length")]
-    return [Step(prompt=tuple(scored)), Step(_tokens(choice), _finish(choice["finish_reason"]))]
-
-
-def _tokens(choice: Mapping[str, Any]) -> tuple[Token, ...]:
-    ids = choice.get("token_ids") or []
-    told = choice.get("logprobs")
-    if not told:
-        return tuple(map(Token, ids))
-    return tuple(
-        Token(i, p, _ranked(top, i))
-        for i, p, top in zip(ids, told["token_logprobs"], told["top_logprobs"], strict=True)
-    )
-
-
-def _ranked(top: Mapping[str, float] | None, chosen: int) -> tuple[tuple[int, float], ...]:
-    found = [(int(name.removeprefix("token_id:")), p) for name, p in (top or {}).items()]
-    return tuple(sorted(found, key=lambda pair: (-pair[1], pair[0] != chosen)))
-
-
-def _finish(told: str | None) -> Any:
-    if told in (None, "stop", "length"):
-        return told
-    raise EngineError(f"vLLM ended with {told!r}")
-
-
-def _refuse(status: int, text: str) -> None:
-    if status in (400, 422):
-        raise RefusedError(f"vLLM refuses the request: {text[:_QUOTED]}")
-    if status != 200:
-        raise EngineError(f"vLLM answered {status}: {text[:_QUOTED]}")

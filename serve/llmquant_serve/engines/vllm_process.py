@@ -1,9 +1,9 @@
-"""VllmChild: vLLM's own server as a supervised process. It is started, watched, restarted with
-growing pauses, and ended with us.
+"""VllmChild: vLLM's own server as a supervised child process. It is started, watched, restarted
+after a crash with growing pauses, and stopped when this process stops.
 
 vLLM lives in an environment of its own; nothing of it is imported here. The child listens on a free
-loopback port and takes a random key, so that only this process talks to it. What it writes to
-stderr goes to ours.
+loopback port and requires a random key, so that only this process talks to it. It writes to our
+stderr.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 20.0
-_SETTLED_SECONDS = 60.0  # a child that lived for so long starts with the first pause again
+_SETTLED_SECONDS = 60.0  # a child that lived for so long is restarted after the first pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,11 @@ class ChildOptions:
     def __post_init__(self) -> None:
         if not self.python.is_file():
             raise UsageError(
-                f"there is no Python at {self.python}; give that of vLLM's environment with --vllm-python"
+                f"there is no Python at {self.python}; give the one of an environment with vLLM to --vllm-python"
             )
 
     def command(self, port: int) -> list[str]:
+        """The command line that starts vLLM's server on ``port``."""
         return [
             str(self.python),
             "-m",
@@ -68,13 +69,14 @@ class ChildOptions:
 
 
 class VllmChild:
-    """See the module text.
+    """vLLM's server and the task that supervises it.
 
     Attributes:
+        key: the API key that the child requires.
         url: where the current child listens.
         ready: it answers.
-        detail: what it is doing, or what became of it.
-        restarts: how often it was started again.
+        detail: what it is doing, or how it ended.
+        restarts: how often it was restarted.
     """
 
     def __init__(self, options: ChildOptions) -> None:
@@ -84,16 +86,12 @@ class VllmChild:
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
 
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
     async def start(self) -> None:
-        """Begin; returns at once, ``ready`` comes later."""
+        """Start the child; returns at once, and ``ready`` becomes true later."""
         self._task = asyncio.create_task(self._supervise())
 
     async def close(self) -> None:
-        """End the child, by force if it does not go."""
+        """Stop the child, by SIGKILL if SIGTERM does not suffice."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -103,7 +101,7 @@ class VllmChild:
     async def _supervise(self) -> None:
         pause, loop = _FIRST_PAUSE, asyncio.get_running_loop()
         while True:
-            began = loop.time()
+            start = loop.time()
             await self._spawn()
             assert self._process is not None
             watching = asyncio.create_task(self._until_ready())
@@ -111,8 +109,8 @@ class VllmChild:
             watching.cancel()
             self.ready = False
             _signal_group(self._process.pid, signal.SIGKILL)  # workers that outlived their parent
-            pause = _FIRST_PAUSE if loop.time() - began > _SETTLED_SECONDS else pause
-            self.detail = f"vLLM ended with code {code}; it is started again in {pause:.0f} s"
+            pause = _FIRST_PAUSE if loop.time() - start > _SETTLED_SECONDS else pause
+            self.detail = f"vLLM exited with code {code}; it will be restarted in {pause:.0f} s"
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             self.restarts += 1
@@ -151,13 +149,13 @@ class VllmChild:
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
-    """To the child's own session, where nobody else lives."""
+    """Signal all processes of the child, which has a session of its own."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
 
 def _environment(key: str) -> Mapping[str, str]:
-    """Ours without what belongs to our Python, and without telemetry."""
+    """Our environment without what belongs to our Python, with the key, and without telemetry."""
     kept = {
         k: v
         for k, v in os.environ.items()

@@ -1,13 +1,12 @@
 """Token ids → text, piece by piece, with stop strings that may lie across tokens.
 
 A character of several bytes can be spread over tokens, and a decoder shows U+FFFD until it is
-whole. So a piece is given out only when the text so far does not end in one; what is left then
-comes with the end. Decoding restarts from a few tokens back instead of from the beginning (some
-tokenizers drop a leading space, so a token cannot be decoded on its own): the cost per token is
-constant.
+whole. So text is emitted only when it does not end in U+FFFD; the rest comes with the end. Decoding
+restarts from a few tokens back instead of from the beginning (some tokenizers drop a leading space,
+so a token cannot be decoded on its own): the cost per token is constant.
 
-A stop string ends the text before it and is not given out. Text that could still become one is held
-back until it is decided.
+A stop string ends the text before it and is not emitted. Text that could still become one is held
+back until the next text decides.
 """
 
 from __future__ import annotations
@@ -37,30 +36,30 @@ class Detokenizer:
         self._keep_special = keep_special
         self._ids = list(prompt[-_CONTEXT:])
         self._start = 0  # decoding starts here …
-        self._told = len(self._ids)  # … and what is before here has been given out
+        self._emitted = len(self._ids)  # … and the text of the tokens before here is emitted
 
     def add(self, token: int) -> str:
         """The text that became certain with this token; often empty."""
         self._ids.append(token)
-        before, now = self._both()
+        before, now = self._decode_emitted_and_all()
         # More tokens than a character can have, still undecoded: these bytes are no text and never
         # will be.
-        hopeless = len(self._ids) - self._told > _LONGEST_CHARACTER
+        hopeless = len(self._ids) - self._emitted > _LONGEST_CHARACTER
         if len(now) <= len(before) or (now.endswith(_UNDECODED) and not hopeless):
             return ""
-        self._start, self._told = self._told, len(self._ids)
+        self._start, self._emitted = self._emitted, len(self._ids)
         return now[len(before) :]
 
     def rest(self) -> str:
         """What was held back as an unfinished character."""
-        before, now = self._both()
-        self._start = self._told = len(self._ids)
+        before, now = self._decode_emitted_and_all()
+        self._start = self._emitted = len(self._ids)
         return now[len(before) :]
 
-    def _both(self) -> tuple[str, str]:
-        return self._decode(self._ids[self._start : self._told]), self._decode(
-            self._ids[self._start :]
-        )
+    def _decode_emitted_and_all(self) -> tuple[str, str]:
+        """Text from ``_start`` to what is emitted, and to the last token."""
+        emitted = self._ids[self._start : self._emitted]
+        return self._decode(emitted), self._decode(self._ids[self._start :])
 
     def _decode(self, ids: Sequence[int]) -> str:
         return decode(self._tokenizer, ids, keep_special=self._keep_special)
@@ -80,32 +79,29 @@ def decode(
 
 
 class StopStrings:
-    """Passes text on until one of ``stops`` appears; ``found`` then names it."""
+    """Passes text on until one of ``stops`` appears; ``matched`` then names it."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
-        self.found: str | None = None
+        self._pending = ""  # held back: it may be the beginning of a stop string
+        self.matched: str | None = None
 
     def add(self, text: str) -> str:
-        """What can be given out, now that ``text`` has come."""
-        self._held += text
-        hits = [(self._held.index(s), s) for s in self._stops if s in self._held]
-        if hits:
-            at, self.found = min(hits)
-            passed, self._held = self._held[:at], ""
-            return passed
-        keep = max((_overlap(self._held, s) for s in self._stops), default=0)
-        passed, self._held = (
-            self._held[: len(self._held) - keep],
-            self._held[len(self._held) - keep :],
-        )
-        return passed
+        """The text that can be emitted now that ``text`` has arrived."""
+        pending = self._pending + text
+        matches = [(pending.index(s), s) for s in self._stops if s in pending]
+        if matches:
+            end, self.matched = min(matches)
+            self._pending = ""
+        else:
+            end = len(pending) - max((_overlap(pending, s) for s in self._stops), default=0)
+            self._pending = pending[end:]
+        return pending[:end]
 
     def rest(self) -> str:
         """What was held back and did not become a stop string."""
-        passed, self._held = self._held, ""
-        return passed
+        text, self._pending = self._pending, ""
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -121,8 +117,8 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> list[int] | None:
-    """The bytes of one token, parts of characters included; None where the vocabulary does not
-    tell."""
+    """The bytes of one token, parts of characters included; None where the vocabulary does not show
+    them."""
     text = token_text(tokenizer, token)
     if _UNDECODED not in text:
         return list(text.encode())

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
+    """A part of a request: unknown fields, other types and infinities are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 

@@ -1,9 +1,9 @@
-"""Pieces: an engine's steps as text. One :func:`write` per choice; what is above only dresses
-pieces as JSON.
+"""Pieces: an engine's steps as text. One :func:`write` per choice; the layers above only make JSON
+of pieces.
 
 A piece carries the text that became certain and the tokens it came from. Tokens whose text is still
-held back (half a character, perhaps a stop string) travel with the piece that settles them, so that
-text and log-probabilities of a streamed answer add up to those of the answer in one.
+held back (half a character, perhaps a stop string) come with the piece that settles them, so that
+text and log-probabilities of a streamed answer add up to those of the whole answer.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ class Piece:
     """New text of one choice.
 
     Attributes:
-        offsets: where each token's text begins in the choice's text (echoed prompt included).
+        tokens: those that the text came from.
+        offsets: where each token's text begins in the choice's text.
+        finish: why the choice ended; None while it continues.
+        stop: the stop string that ended it.
         prompt: log-probabilities of the prompt, once, before any text.
-        made: tokens generated so far.
+        generated: tokens generated so far.
     """
 
     text: str = ""
@@ -34,7 +37,7 @@ class Piece:
     finish: Finish | None = None
     stop: str | None = None
     prompt: tuple[Token, ...] | None = None
-    made: int = 0
+    generated: int = 0
 
 
 async def write(
@@ -46,7 +49,7 @@ async def write(
     *,
     keep_special: bool = False,
 ) -> AsyncGenerator[Piece, None]:
-    """Generate and give out text as it becomes certain; the last piece has ``finish``.
+    """Generate, and yield text as it becomes certain; the last piece has ``finish``.
 
     Raises:
         EngineError: the engine failed.
@@ -54,27 +57,34 @@ async def write(
     text, stop = Detokenizer(tokenizer, prompt, keep_special=keep_special), StopStrings(stops)
     pending: list[Token] = []
     offsets: list[int] = []
-    length = made = 0
+    length = generated = 0
     async with aclosing(engine.generate(prompt, sampling)) as steps:
         async for step in steps:
             if step.prompt is not None:
                 yield Piece(prompt=step.prompt)
-            passed = ""
+            certain = ""
             for token in step.tokens:
-                made += 1
+                generated += 1
                 pending.append(token)
                 offsets.append(length)
                 new = text.add(token.id)
                 length += len(new)
-                passed += stop.add(new)
-                if stop.found is not None:
+                certain += stop.add(new)
+                if stop.matched is not None:
                     break
-            if step.finish is not None and stop.found is None:
-                passed += stop.add(text.rest())
-                passed += stop.rest() if stop.found is None else ""
-            finish: Finish | None = "stop" if stop.found is not None else step.finish
-            if passed or finish is not None:
-                yield Piece(passed, tuple(pending), tuple(offsets), finish, stop.found, made=made)
+            if step.finish is not None and stop.matched is None:
+                certain += stop.add(text.rest())
+                certain += stop.rest() if stop.matched is None else ""
+            finish: Finish | None = "stop" if stop.matched is not None else step.finish
+            if certain or finish is not None:
+                yield Piece(
+                    certain,
+                    tuple(pending),
+                    tuple(offsets),
+                    finish,
+                    stop.matched,
+                    generated=generated,
+                )
                 pending, offsets = [], []
             if finish is not None:
                 return

@@ -1,0 +1,47 @@
+"""``llmquant chat``: a conversation with a model, in the terminal or on a page."""
+
+from __future__ import annotations
+
+import asyncio
+
+from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
+from llmquant.errors import UsageError
+from llmquant_serve.cli import options as o
+from llmquant_serve.cli.launch import launch, require
+
+
+def chat_command(
+    model: o.ModelArgument,
+    web: o.WebOption = False,
+    port: o.PagePortOption = 7860,
+    reference: o.ReferenceOption = None,
+    system: o.SystemOption = "",
+    max_new_tokens: o.MaxNewTokensOption = 512,
+    temperature: o.TemperatureOption = 0.7,
+    top_p: o.TopPOption = 0.95,
+    top_k: o.TopKOption = 0,
+    seed: o.SeedOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    kernel: KernelOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Chat with MODEL in the terminal or on a page."""
+    require("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if web else []))
+    from llmquant_serve.build import build_service
+    from llmquant_serve.chat.terminal import Terminal
+    from llmquant_serve.engines.base import Sampling
+    from llmquant_serve.engines.options import ModelOptions
+    from llmquant_serve.server import Binding
+    from llmquant_serve.service import Limits
+
+    served = ModelOptions(model=model, dtype=dtype, device=device, kernel=kernel, threads=threads)
+    if web:
+        launch(served, Limits(), Binding("127.0.0.1", port, ui=True), reference)
+        return
+    if reference is not None:
+        raise UsageError("--reference is for the chat page; add --web")
+    sampling = Sampling(
+        max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    asyncio.run(Terminal(build_service(served, Limits(max_streams=1)), sampling, system).run())

@@ -1,0 +1,51 @@
+"""What both commands do with their options: check for the extra's packages, load, serve."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from llmquant.errors import LlmquantError
+
+if TYPE_CHECKING:
+    from llmquant_serve.engines.options import ModelOptions
+    from llmquant_serve.server import Binding
+    from llmquant_serve.service import Limits
+
+
+def require(*modules: str) -> None:
+    """Check that the packages of the ``serve`` extra can be imported.
+
+    Raises:
+        LlmquantError: some are missing.
+    """
+    missing = [m for m in modules if find_spec(m) is None]
+    if missing:
+        raise LlmquantError(
+            f"{', '.join(missing)} not found; install what serving needs with "
+            "pip install 'llmquant[serve]'"
+        )
+
+
+def launch(served: ModelOptions, limits: Limits, binding: Binding, reference: str | None) -> None:
+    """Serve a model until a signal comes.
+
+    Args:
+        reference: the original model, for the chat page.
+    """
+    import llmquant
+    from llmquant_serve.build import build_service
+    from llmquant_serve.engines.options import ModelOptions
+    from llmquant_serve.server import bound_socket, run
+    from llmquant_serve.service import Limits
+
+    # The socket comes before the model: a port that is taken should not cost the time of loading.
+    with bound_socket(binding) as listening:
+        original = None
+        if reference is not None:
+            compared = ModelOptions(
+                model=reference, dtype=served.dtype, device=served.device, context=served.context
+            )
+            original = build_service(compared, Limits(max_streams=2))
+        service = build_service(served, limits)
+        run(service, binding, listening, original, llmquant.resolve(served.model))

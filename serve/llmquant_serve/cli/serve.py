@@ -1,0 +1,59 @@
+"""``llmquant serve``: a model behind an OpenAI-compatible API, with a chat page if wanted."""
+
+from __future__ import annotations
+
+from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
+from llmquant.errors import UsageError
+from llmquant_serve.cli import options as o
+from llmquant_serve.cli.launch import launch, require
+
+
+def serve_command(
+    model: o.ModelArgument,
+    engine: o.EngineOption = "local",
+    host: o.HostOption = "127.0.0.1",
+    port: o.PortOption = 8000,
+    api_key: o.ApiKeyOption = None,
+    ui: o.UiOption = False,
+    reference: o.ReferenceOption = None,
+    name: o.NameOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    kernel: KernelOption = "auto",
+    threads: ThreadsOption = None,
+    context: o.ContextOption = None,
+    max_streams: o.MaxStreamsOption = 8,
+    max_queue: o.MaxQueueOption = 64,
+    max_prompt_tokens: o.MaxPromptOption = None,
+    max_output_tokens: o.MaxOutputOption = None,
+    max_body: o.MaxBodyOption = 4 * 2**20,
+    stall_timeout: o.StallTimeoutOption = 60.0,
+    drain_timeout: o.DrainTimeoutOption = 30.0,
+    cors_origin: o.CorsOriginOption = None,
+    vllm_url: o.VllmUrlOption = None,
+    vllm_python: o.VllmPythonOption = None,
+    vllm_arg: o.VllmArgOption = None,
+    access_log: o.AccessLogOption = False,
+) -> None:
+    """Serve MODEL over an OpenAI-compatible API."""
+    require("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else []))
+    from llmquant_serve.engines.options import ModelOptions
+    from llmquant_serve.server import Binding
+    from llmquant_serve.service import Limits
+
+    if reference is not None and not ui:
+        raise UsageError("--reference is for the chat page; add --ui")
+    # fmt: off
+    served = ModelOptions(
+        model=model, engine=engine, name=name, dtype=dtype, device=device, kernel=kernel,
+        threads=threads, context=context, vllm_url=vllm_url, vllm_python=vllm_python,
+        vllm_args=tuple(vllm_arg or ()),
+    )
+    limits = Limits(
+        max_streams=max_streams, max_queue=max_queue, max_prompt=max_prompt_tokens,
+        max_output=max_output_tokens, max_body=max_body, stall_seconds=stall_timeout,
+        drain_seconds=drain_timeout,
+    )
+    # fmt: on
+    keys, origins = tuple(api_key or ()), tuple(cors_origin or ())
+    launch(served, limits, Binding(host, port, keys, origins, ui, access_log), reference)
