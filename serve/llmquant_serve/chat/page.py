@@ -19,6 +19,7 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
+import llmquant
 from llmquant.errors import LlmquantError
 from llmquant_serve.api.app import UI_PATH
 from llmquant_serve.chat.compare import CSS, divergence, marked
@@ -27,7 +28,6 @@ from llmquant_serve.chat.settings import sampling_of, settings_panel, with_syste
 from llmquant_serve.chat.visitors import Runs, together
 from llmquant_serve.service import Service
 
-_MARKERS = ("<!-- llmquant:measured:start -->", "<!-- llmquant:measured:end -->")
 _EXPORT = """(turns, system, a, b) => {
   const text = JSON.stringify({system, messages: turns.map(({role, content}) => ({role, content}))}, null, 2);
   const link = document.createElement("a");
@@ -76,8 +76,8 @@ def measured(folder: Path) -> str | None:
     """The table that ``llmquant eval --card`` wrote into the model card; None without one."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    _, start, rest = text.partition(_MARKERS[0])
-    table, end, _ = rest.partition(_MARKERS[1])
+    _, start, rest = text.partition(llmquant.MEASURED_START)
+    table, end, _ = rest.partition(llmquant.MEASURED_END)
     return table.strip() if start and end and table.strip() else None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 
 import llmquant
+from llmquant import read_config, read_generation_config
 from llmquant.errors import UsageError
 from llmquant_serve.engines.base import (
     EngineError,
@@ -30,7 +31,6 @@ from llmquant_serve.engines.base import (
     Sampling,
     Step,
 )
-from llmquant_serve.engines.model_files import read_config, read_generation_config
 from llmquant_serve.engines.options import ModelOptions
 from llmquant_serve.engines.vllm_messages import (
     check_status,

@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from llmquant_serve.engines.model_files import load_tokenizer
+from llmquant import load_tokenizer
 from llmquant_serve.generation.detokenize import decode
 from llmquant_serve.generation.errors import TextError
 from llmquant_serve.generation.messages import Message
