@@ -183,7 +183,7 @@ def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
         try:
             weight = packed.weight(name)
         except FormatError as e:
-            raise ProofError(f"{e}; it cannot be read back") from e
+            raise ProofError(f"what was written cannot be read back: {e}") from e
         if not all_finite(weight.dequantize()):
             raise ProofError(f"{reader.path}: {name} dequantizes to NaN or Inf")
         if weight.digest() != expected:

@@ -64,6 +64,13 @@ class ActOrder(StrEnum):
     group = "group"
 
 
+class Sensitivity(StrEnum):
+    """On what damage is measured."""
+
+    kl = "kl"
+    block = "block"
+
+
 class Engine(StrEnum):
     """What must be able to run the result."""
 
@@ -167,10 +174,15 @@ LogOption = Annotated[
 ]
 
 # The result.
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing model folder.")
-]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")]
+
+SensitivityOption = Annotated[
+    Sensitivity,
+    typer.Option(
+        help="kl: effect on the model's output (whole model in memory); block: effect on one block."
+    ),
+]

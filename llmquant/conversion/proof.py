@@ -73,4 +73,4 @@ def _read_back(written: PackedCheckpoint, name: str) -> QuantizedWeight:
     try:
         return without_trivial_order(written.weight(name))
     except FormatError as e:
-        raise ProofError(f"{e}; it cannot be read back") from e
+        raise ProofError(f"what was written cannot be read back: {e}") from e

@@ -83,17 +83,31 @@ def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         CheckpointError: no such model, or it has no tokenizer that can be read.
     """
     path = resolve(model)
-    try:
+    with _Reading(path):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_OFFLINE)
-    except Exception as e:
-        # The tokenizers library raises bare Exception for a file that is JSON but no tokenizer.
-        if type(e) is not Exception and not isinstance(e, CONFUSED):
-            raise
-        own = _own_code(path / "tokenizer_config.json") or _own_code(path / "config.json")
-        raise CheckpointError(
-            own or f"{path} has no tokenizer that transformers can read: {first_line(e)}"
-        ) from e
     return tokenizer
+
+
+class _Reading:
+    """Turns what goes wrong while a folder's tokenizer is read into an error that names the folder.
+
+    The tokenizers library raises Exception itself, of no kind, for a file that is JSON and no
+    tokenizer. Catching that would catch everything; here the kind is compared.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, _trace: object) -> None:
+        if kind is None or not (kind is Exception or issubclass(kind, CONFUSED)):
+            return
+        files = (self._path / "tokenizer_config.json", self._path / "config.json")
+        own = next(filter(None, map(_own_code, files)), None)
+        plain = f"{self._path} has no tokenizer that transformers can read: {first_line(error)}"
+        raise CheckpointError(own or plain) from error
 
 
 def read_generation_config(model: str | os.PathLike[str]) -> GenerationConfig | None:

@@ -30,7 +30,6 @@ from llmquant.formats import Scheme, layout_of
 from llmquant.formats.engines import cautions, refusals
 from llmquant.kernels import choose
 from llmquant.models.architectures import ARCHITECTURES, Architecture, refuse_multimodal
-from llmquant.models.from_folder import refuse_own_code
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, select
 from llmquant.recipe import Recipe
@@ -115,6 +114,8 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
     original = unquantized(model)
     reader, layout = rotated(original, recipe), layout_of(recipe.format)
     if "auto_map" in reader.config:
+        from llmquant.models.from_folder import refuse_own_code  # costs transformers
+
         refuse_own_code(reader.path)
     linears, architecture = linears_by_name(reader)
     selection = select(linears, architecture, recipe, layout)

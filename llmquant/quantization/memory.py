@@ -11,15 +11,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from llmquant.checkpoint.reader import TensorInfo
 from llmquant.models.architectures import Architecture
 from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement
-from llmquant.quantization.plan import WalkPlan
 from llmquant.recipe import Recipe
 from llmquant.runtime.memory import available_bytes, resident_bytes
+
+if TYPE_CHECKING:
+    from llmquant.quantization.plan import WalkPlan  # costs transformers, and a plan needs none
 
 _FLOAT32 = 4
 # Float32 copies of a linear beside its mapping: rounding and its error without statistics, and with

@@ -119,6 +119,11 @@ def by_shares(batches: Sequence[BlockInput], observed: Any) -> Mapping[str, Inpu
     return result
 
 
+def renumbered(arguments: Sequence[Any], share: Sequence[int]) -> list[Any]:
+    """What is entered around a batch is asked for by the batch's number in the whole."""
+    return [(lambda n, a=a: a(share[n])) if callable(a) else a for a in arguments]
+
+
 @pytest.fixture
 def summed_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process that sums as two do."""
@@ -127,7 +132,10 @@ def summed_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
         block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], *more: Any
     ) -> Any:
         return by_shares(
-            batches, lambda share: observe(block, wanted, [batches[i] for i in share], *more)
+            batches,
+            lambda share: observe(
+                block, wanted, [batches[i] for i in share], *renumbered(more, share)
+            ),
         )
 
     def pairs(
@@ -145,7 +153,7 @@ def summed_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
                 [batches[i] for i in share],
                 originals,
                 [hidden[i] for i in share],
-                *more,
+                *renumbered(more, share),
             )
 
         return by_shares(batches, observed)
@@ -215,9 +223,7 @@ def test_the_processes_left_nothing_beside_their_folders(
 def test_a_process_that_fails_ends_the_others_with_a_word(together: Path) -> None:
     assert (together / "error-1.txt").read_text(encoding="utf-8") == "QuantizationError: deliberate"
     told = (together / "error-0.txt").read_text(encoding="utf-8")
-    assert told.startswith(
-        "ParallelError: process 0 of 2 lost the others; the one that failed says why"
-    )
+    assert told.startswith("ParallelError: process 0 of 2 lost contact with the other processes")
 
 
 def test_torchrun_starts_the_command_line(

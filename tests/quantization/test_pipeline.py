@@ -378,7 +378,7 @@ WRONG_TENSORS = [
     ),
     pytest.param(
         lambda t: t[f"{Q}.weight_scale"].fill_(float("inf")),
-        f"{Q} cannot be read back",
+        "what was written cannot be read back",
         id="a scale infinite",
     ),
     pytest.param(
@@ -386,7 +386,7 @@ WRONG_TENSORS = [
     ),
     pytest.param(
         lambda t: t.pop(f"{Q}.weight_scale"),
-        f"{Q} cannot be read back: weight_scale missing",
+        f"{Q}: weight_scale missing",
         id="a scale lost",
     ),
     pytest.param(

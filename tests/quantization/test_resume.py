@@ -209,7 +209,7 @@ def test_two_processes_cannot_write_one_folder(
 ) -> None:
     model, output = stopped
     lock = lock_folder(output.with_name(".out.partial"))
-    with pytest.raises(UsageError, match="another llmquant is at work in"):
+    with pytest.raises(UsageError, match="another llmquant process is writing to"):
         quantize(model, output, gptq)
     os.close(lock)
     quantize(model, output, gptq)

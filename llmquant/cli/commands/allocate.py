@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +31,8 @@ from llmquant.cli.options import (
     QuietOption,
     SamplesOption,
     SeedOption,
+    Sensitivity,
+    SensitivityOption,
     ThreadsOption,
 )
 from llmquant.cli.overrides import recipe_of
@@ -46,11 +47,6 @@ if TYPE_CHECKING:
     from llmquant.planning.allocate import Allocation
     from llmquant.planning.candidates import AllocateOptions
     from llmquant.recipe import Recipe
-
-
-class Sensitivity(StrEnum):
-    kl = "kl"
-    block = "block"
 
 
 def allocate_command(
@@ -75,12 +71,7 @@ def allocate_command(
     engine: Annotated[
         Engine, typer.Option(help="Only schemes that this engine supports.")
     ] = Engine.any,
-    sensitivity: Annotated[
-        Sensitivity,
-        typer.Option(
-            help="kl: effect on the model's output (whole model in memory); block: effect on one block."
-        ),
-    ] = Sensitivity.kl,
+    sensitivity: SensitivityOption = Sensitivity.kl,
     probe_tokens: Annotated[
         int, typer.Option(help="Calibration tokens on which damage is measured.")
     ] = 8192,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.options import JsonOption, ThreadsOption
+from llmquant.cli.options import JsonOption, OverwriteOption, QuietOption, ThreadsOption
 from llmquant.cli.screen import screen
 from llmquant.cli.sizes import check_shard_size
 from llmquant.cli.stopping import stoppable
@@ -58,12 +58,8 @@ def convert_command(
         int, typer.Option(help="Bytes per file of a dense result.")
     ] = 5_000_000_000,
     threads: ThreadsOption = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing result.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress and no summary.")
-    ] = False,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a quantized MODEL in another layout without changing a number."""
