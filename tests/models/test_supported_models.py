@@ -66,10 +66,9 @@ def with_dense_weights(source: Path, packed: Path, kind: str) -> tuple[torch.Ten
     dense = source.parent / "dense"
     shutil.copytree(source, dense)
     tensors = load_file(dense / SINGLE)
-    reader = CheckpointReader(packed)
-    packed = PackedCheckpoint(reader)
-    for name in packed.schemes:
-        tensors[f"{name}.weight"] = packed.weight(name).dequantize(torch.float32)
+    stored = PackedCheckpoint(CheckpointReader(packed))
+    for name in stored.schemes:
+        tensors[f"{name}.weight"] = stored.weight(name).dequantize(torch.float32)
     save_file(tensors, dense / SINGLE, metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     stacked = model(IDS).logits

@@ -266,7 +266,7 @@ REFUSED = [
     pytest.param(
         {}, {"max_shard_size": 9}, None, "--max-shard-size was 5000000000 and is 9", id="shard size"
     ),
-    pytest.param({}, {"resume": False}, None, "leave --no-resume out", id="--no-resume"),
+    pytest.param({}, {"resume": False}, None, "leave out --no-resume", id="--no-resume"),
     pytest.param(
         {}, {}, edit_weight, f"{SINGLE} of the model, content was", id="weights, same time"
     ),
@@ -422,7 +422,10 @@ def test_other_masks_or_positions_are_noticed(stopped: tuple[Path, Path], gptq: 
     for record in records:
         journal.append(record)
     journal.close()
-    with pytest.raises(CheckpointError, match="masks or position embeddings came out otherwise"):
+    with pytest.raises(
+        CheckpointError,
+        match="masks or position embeddings differ from those of the interrupted run",
+    ):
         quantize(model, output, gptq)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from llmquant.checkpoint.manifest import read_manifest, verify
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
-from llmquant.cli.overrides import with_rotation
+from llmquant.cli.overrides import recipe_of
 from llmquant.errors import ArchitectureError, ProofError
 from llmquant.models.load import load
 from llmquant.models.rotated import rotated
@@ -95,11 +95,11 @@ def test_packed_equals_the_rotated_original_with_dequantized_weights(tied, gptq,
     recipe = gptq.updated({"rotation": {"residual": "random"}})
     quantize(tied, tmp_path / "q", recipe)
     reader, twin = CheckpointReader(tmp_path / "q"), tmp_path / "twin"
-    packed = PackedCheckpoint(reader)
+    stored = PackedCheckpoint(reader)
     before = rotated(CheckpointReader(tied), recipe)
     tensors = {n: before.read(n) for n in before.tensors}
-    for name in packed.schemes:
-        tensors[f"{name}.weight"] = packed.weight(name).dequantize(torch.float32)
+    for name in stored.schemes:
+        tensors[f"{name}.weight"] = stored.weight(name).dequantize(torch.float32)
     twin.mkdir()
     save_file(tensors, twin / SINGLE, metadata={"format": "pt"})
     (twin / "config.json").write_text(json.dumps(before.config))
@@ -182,8 +182,8 @@ def test_an_allocation_measures_the_rotated_model(tied, gptq):
         pytest.param("random", None, "random", id="left"),
     ],
 )
-def test_the_command_line_switches_it(given, rotate, expected):
-    recipe = with_rotation(
-        Recipe.model_validate({"rotation": given and {"residual": given}}), rotate
-    )
+def test_the_command_line_switches_it(tmp_path, given, rotate, expected):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(Recipe.model_validate({"rotation": given and {"residual": given}}).to_yaml())
+    recipe = recipe_of({"recipe": str(file), "rotate": rotate})
     assert (recipe.rotation.residual if recipe.rotation else None) == expected
