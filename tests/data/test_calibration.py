@@ -264,7 +264,7 @@ ENOUGH = {"nsamples": 2, "seqlen": 16, "seed": 0}
             TEXTS,
             {"nsamples": 0},
             UsageError,
-            "nsamples=0, seqlen=16, seed=0 cannot be",
+            "nsamples=0, seqlen=16, seed=0 are not possible",
             id="no samples",
         ),
         pytest.param(
