@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from llmquant.kernels import native
-from llmquant.kernels.native import TYPES
+from llmquant.kernels.base import Prepared
+from llmquant.kernels.native import TYPES, Packed
 from llmquant.runtime.native_library import library
+from llmquant.spec import QuantSpec
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 _ADDRESSES = {"_before", "_after", "_strides", "_words", "_block", "_address"}
@@ -53,18 +55,18 @@ class Step:
     """A block ready to be stepped.
 
     Args:
-        linears: ``LINEARS`` → the buffers of kernel ``cpu``, bits, and ``(out, in)``.
+        linears: ``LINEARS`` → the buffers of kernel ``cpu``, the grid, and ``(out, in)``.
         vectors: biases and norm weights by name, None or absent where the model has none.
     """
 
     def __init__(
         self,
-        linears: Mapping[str, tuple[Mapping[str, Tensor | None], int, tuple[int, int]]],
+        linears: Mapping[str, tuple[Prepared, QuantSpec, tuple[int, int]]],
         vectors: Mapping[str, Tensor | None],
         shape: BlockShape,
     ) -> None:
         self._buffers = {name: buffers for name, (buffers, _, _) in linears.items()}
-        self._sizes = {name: (bits, *size) for name, (_, bits, size) in linears.items()}
+        self._kinds = {name: (spec, size) for name, (_, spec, size) in linears.items()}
         self._vectors = {
             n: None if t is None else t.detach().to(torch.float32).contiguous()
             for n, t in vectors.items()
@@ -83,14 +85,10 @@ class Step:
         self._address = ctypes.addressof(self._block)
 
     def _bind(self) -> _Block:
-        weights = {}
-        for name, buffers in self._buffers.items():
-            words, scales = buffers["words"], buffers["scales"]
-            assert words is not None
-            assert scales is not None
-            weights[name] = native.bound(
-                words, scales, buffers.get("zeros"), buffers.get("columns"), *self._sizes[name]
-            )
+        weights = {
+            name: native.bound(Packed.of(buffers, *self._kinds[name]))
+            for name, buffers in self._buffers.items()
+        }
         vectors = {n: None if t is None else t.data_ptr() for n, t in self._vectors.items()}
         s = self.shape
         return _Block(

@@ -27,15 +27,14 @@ from torch import Tensor
 from llmquant.errors import UsageError
 from llmquant.kernels import native
 from llmquant.kernels.base import Prepared
-from llmquant.kernels.native import ROWS, TYPES, Layout
+from llmquant.kernels.native import ROWS, TYPES, Layout, Packed
 from llmquant.kernels.reference import narrowest
 from llmquant.runtime.processor import this_processor
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
-_TILE_BYTES = (
-    16 << 20
-)  # of decoded weight that torch.mm gets at a time; glibc reuses freed chunks up to 32 MiB
+# Of decoded weight that torch.mm gets at a time; glibc reuses freed chunks up to 32 MiB.
+_TILE_BYTES = 16 << 20
 _NEVER = 1 << 62
 
 
@@ -48,9 +47,8 @@ class Cpu:
     """Compiled products from packed weights.
 
     Buffers: ``words`` int32 ``[tiles, words, 16]``; ``scales`` ``[tiles, G, 16]`` in the narrowest
-        of bf16, fp16 and fp32 that
-    holds them; ``zeros`` uint8 ``[tiles, G, 16]`` unless symmetric; ``columns`` int32 ``[stored]``
-    where they are not x's.
+    of bf16, fp16 and fp32 that holds them; ``zeros`` uint8 ``[tiles, G, 16]`` unless symmetric;
+    ``columns`` int32 ``[stored]`` where they are not x's.
     """
 
     name = "cpu"
@@ -95,92 +93,46 @@ class Cpu:
             UsageError: activations of a dtype that is none of float32, bfloat16 and float16, or of
                 another width.
         """
+        self._check(x, shape)
+        if x.requires_grad and torch.is_grad_enabled():
+            return torch.nn.functional.linear(x, self.weight(prepared, spec, shape, x.dtype))
+        packed = Packed.of(prepared, spec, shape)
+        y: Tensor = _product(x, packed) if eager(x) else _OPERATOR(x, *packed)
+        return y
+
+    def _check(self, x: Tensor, shape: tuple[int, int]) -> None:
+        """Raises UsageError for activations that this kernel cannot multiply."""
         if x.dtype not in TYPES:
             raise UsageError(
-                f"kernel cpu takes float32, bfloat16 and float16 activations, but got {x.dtype}"
+                f"kernel {self.name} takes float32, bfloat16 and float16 activations, but got {x.dtype}"
             )
         if x.shape[-1] != shape[1]:
             raise UsageError(f"a linear of {shape[1]} input columns was given {list(x.shape)}")
-        if x.requires_grad and torch.is_grad_enabled():
-            return torch.nn.functional.linear(x, self.weight(prepared, spec, shape, x.dtype))
-        words, scales = prepared["words"], prepared["scales"]
-        assert words is not None
-        assert scales is not None
-        product = (
-            _product
-            if type(x) is Tensor and not torch.compiler.is_compiling()
-            else torch.ops.llmquant.packed_linear
-        )
-        y: Tensor = product(
-            x, words, scales, prepared.get("zeros"), prepared.get("columns"), spec.bits, *shape
-        )
-        return y
 
     def weight(
         self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        words, scales = prepared["words"], prepared["scales"]
-        assert words is not None
-        assert scales is not None
-        weight = torch.empty(shape, dtype=dtype)
+        weight, packed = torch.empty(shape, dtype=dtype), Packed.of(prepared, spec, shape)
         for rows in _tiles(*shape, torch.float32):
-            weight[rows] = native.decode(
-                words,
-                scales,
-                prepared.get("zeros"),
-                prepared.get("columns"),
-                spec.bits,
-                *shape,
-                rows,
-                torch.float32,
-            ).T
+            weight[rows] = native.decode(packed, rows, torch.float32).T
         return weight
 
 
-def _product(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-) -> Tensor:
+def eager(x: Tensor) -> bool:
+    """Whether x is a plain tensor that is computed with now, so that the operator may be passed by:
+    the dispatcher costs more than a small product."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _product(x: Tensor, weight: Packed) -> Tensor:
     """``[..., in]`` → ``[..., out]``, by the kernel's own product or by torch's over decoded
     tiles."""
-    if x.numel() // in_ >= _rows_for_torch(x.dtype):
-        return _by_torch(x, words, scales, zeros, columns, bits, out, in_)
-    return native.linear(x, words, scales, zeros, columns, bits, out, in_)
+    if x.numel() // weight.in_ >= _rows_for_torch(x.dtype):
+        return _by_torch(x, weight)
+    return native.linear(x, weight)
 
 
-@torch.library.custom_op("llmquant::packed_linear", mutates_args=(), device_types="cpu")
-def _packed_linear(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-) -> Tensor:
-    """:func:`_product` as an operator, which ``torch.compile`` and exports see as one node."""
-    return _product(x, words, scales, zeros, columns, bits, out, in_)
-
-
-@_packed_linear.register_fake
-def _(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out))
+_OPERATOR = native.operator("llmquant::packed_linear", _product)
 
 
 def _columns(weight: QuantizedWeight) -> tuple[Tensor | None, Layout]:
@@ -214,24 +166,13 @@ def _tiles(out: int, in_: int, dtype: torch.dtype) -> list[slice]:
     return [slice(s, min(s + step, out)) for s in range(0, out, step)]
 
 
-def _by_torch(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-) -> Tensor:
+def _by_torch(x: Tensor, weight: Packed) -> Tensor:
     """The product by ``torch.mm`` over tiles decoded to x's dtype."""
-    rows = x.reshape(-1, in_)
-    y = x.new_empty((rows.shape[0], out))
-    for tile in _tiles(out, in_, x.dtype):
-        y[:, tile] = torch.mm(
-            rows, native.decode(words, scales, zeros, columns, bits, out, in_, tile, x.dtype)
-        )
-    return y.view(*x.shape[:-1], out)
+    rows = x.reshape(-1, weight.in_)
+    y = x.new_empty((rows.shape[0], weight.out))
+    for tile in _tiles(weight.out, weight.in_, x.dtype):
+        y[:, tile] = torch.mm(rows, native.decode(weight, tile, x.dtype))
+    return y.view(*x.shape[:-1], weight.out)
 
 
 @cache
@@ -253,13 +194,11 @@ def _rows_for_torch(dtype: torch.dtype) -> int:
         torch.full((size, size // 128), 8, dtype=torch.uint8),
         spec,
     )
-    prepared = Cpu().prepare(weight, dtype)
-    words, scales = prepared["words"], prepared["scales"]
+    packed = Packed.of(Cpu().prepare(weight, dtype), spec, shape)
     wins = _NEVER
     for rows in (512, 256, 128, 64, 32, 16):
         x = torch.ones(rows, size, dtype=dtype)
-        arguments = (x, words, scales, None, None, 4, size, size)
-        if _best_of(_by_torch, *arguments) >= _best_of(native.linear, *arguments):
+        if _best_of(_by_torch, x, packed) >= _best_of(native.linear, x, packed):
             break
         wins = rows
     return wins

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.errors import UsageError
-from llmquant.kernels import native_int8
+from llmquant.kernels import native, native_int8
 from llmquant.kernels.base import Prepared
-from llmquant.kernels.cpu import Cpu
-from llmquant.kernels.native import TYPES
+from llmquant.kernels.cpu import Cpu, eager
+from llmquant.kernels.native import Packed
 from llmquant.spec import QuantSpec
 
 
@@ -42,56 +41,15 @@ class CpuInt8(Cpu):
             UsageError: activations of a dtype that is none of float32, bfloat16 and float16, or of
                 another width.
         """
-        if x.dtype not in TYPES:
-            raise UsageError(
-                f"kernel cpu_int8 takes float32, bfloat16 and float16 activations, but got {x.dtype}"
-            )
-        if x.shape[-1] != shape[1]:
-            raise UsageError(f"a linear of {shape[1]} input columns was given {list(x.shape)}")
-        words, scales = prepared["words"], prepared["scales"]
-        assert words is not None
-        assert scales is not None
-        eager = type(x) is Tensor and not torch.compiler.is_compiling()
+        self._check(x, shape)
+        packed = Packed.of(prepared, spec, shape)
         differentiated = x.requires_grad and torch.is_grad_enabled()
-        product = (
-            native_int8.linear
-            if eager and not differentiated
-            else torch.ops.llmquant.packed_linear_int8
-        )
-        y: Tensor = product(
-            x, words, scales, prepared.get("zeros"), prepared.get("columns"), spec.bits, *shape
-        )
+        plain = eager(x) and not differentiated
+        y: Tensor = native_int8.linear(x, packed) if plain else _OPERATOR(x, *packed)
         return y
 
 
-@torch.library.custom_op("llmquant::packed_linear_int8", mutates_args=(), device_types="cpu")
-def _packed_linear_int8(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-) -> Tensor:
-    """:func:`native_int8.linear` as an operator, which ``torch.compile``, exports and autograd see
-    as one node."""
-    return native_int8.linear(x, words, scales, zeros, columns, bits, out, in_)
-
-
-@_packed_linear_int8.register_fake
-def _(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out))
+_OPERATOR = native.operator("llmquant::packed_linear_int8", native_int8.linear)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,4 +64,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad @ weight, *[None] * 7
 
 
-_packed_linear_int8.register_autograd(_gradient, setup_context=_keep)
+_OPERATOR.register_autograd(_gradient, setup_context=_keep)

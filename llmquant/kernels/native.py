@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
+from llmquant.kernels.base import Prepared
 from llmquant.runtime.native_library import best_instructions as best_instructions
 from llmquant.runtime.native_library import compiled_instructions as compiled_instructions
 from llmquant.runtime.native_library import current_instructions, library
 from llmquant.runtime.native_library import instruction_number as instruction_number
 from llmquant.runtime.native_library import instructions as instructions
 from llmquant.runtime.native_library import why_missing as why_missing
+from llmquant.spec import QuantSpec
 
 ROWS = 16  # output rows of a tile
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -75,57 +79,62 @@ def pack(codes: Tensor, layout: Layout, columns: Tensor | None) -> Tensor:
     return words
 
 
-def linear(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-) -> Tensor:
+class Packed(NamedTuple):
+    """A packed weight ``[out, in_]`` as the library's functions and operators get it; the buffers
+    are :class:`llmquant.kernels.cpu.Cpu`'s."""
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    columns: Tensor | None
+    bits: int
+    out: int
+    in_: int
+
+    @classmethod
+    def of(cls, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int]) -> Packed:
+        words, scales = prepared["words"], prepared["scales"]
+        assert words is not None
+        assert scales is not None
+        more = prepared.get("zeros"), prepared.get("columns")
+        return cls(words, scales, *more, spec.bits, *shape)
+
+
+def operator(name: str, product: Callable[[Tensor, Packed], Tensor]) -> CustomOpDef:
+    """A product ``[..., in]`` → ``[..., out]`` as an operator ``(x, *packed)``, which
+    ``torch.compile`` and exports see as one node."""
+
+    def flat(
+        x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, columns: Tensor | None,
+        bits: int, out: int, in_: int,
+    ) -> Tensor:  # fmt: skip
+        return product(x, Packed(words, scales, zeros, columns, bits, out, in_))
+
+    made = torch.library.custom_op(name, flat, mutates_args=(), device_types="cpu")
+    made.register_fake(lambda x, *packed: x.new_empty((*x.shape[:-1], packed[5])))
+    return made
+
+
+def linear(x: Tensor, weight: Packed) -> Tensor:
     """``[..., in]`` → ``[..., out]``; x float32, bfloat16 or float16, on the CPU."""
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], out))
+    y = x.new_empty((*x.shape[:-1], weight.out))
     loaded().llmquant_linear(
-        instruction_number(),
-        bound(words, scales, zeros, columns, bits, out, in_),
-        x.data_ptr(),
-        x.numel() // in_,
-        TYPES[x.dtype],
-        None,
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
+        instruction_number(), bound(weight), x.data_ptr(), x.numel() // weight.in_,
+        TYPES[x.dtype], None, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     return y
 
 
-def decode(
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-    rows: slice,
-    dtype: torch.dtype,
-) -> Tensor:
+def decode(weight: Packed, rows: slice, dtype: torch.dtype) -> Tensor:
     """``[in, rows]``: the transposed weight of output rows ``rows`` (the first a multiple of 16),
     rounded once to ``dtype``."""
     count = rows.stop - rows.start
-    decoded = torch.empty(in_, count, dtype=dtype)
+    decoded = torch.empty(weight.in_, count, dtype=dtype)
     loaded().llmquant_decode(
-        instruction_number(),
-        bound(words, scales, zeros, columns, bits, out, in_),
-        rows.start,
-        count,
-        TYPES[dtype],
-        decoded.data_ptr(),
-        count,
-        torch.get_num_threads(),
-    )
+        instruction_number(), bound(weight), rows.start, count,
+        TYPES[dtype], decoded.data_ptr(), count, torch.get_num_threads(),
+    )  # fmt: skip
     return decoded
 
 
@@ -143,19 +152,7 @@ def half_weight(words: Tensor, out: int) -> Tensor:
 
 def half_linear(x: Tensor, words: Tensor, out: int, in_: int) -> Tensor:
     """``[..., in]`` → ``[..., out]`` with the weight of :func:`half_tiles`; sums are float32."""
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], out))
-    loaded().llmquant_linear(
-        instruction_number(),
-        bound(words, words, None, None, 16, out, in_),
-        x.data_ptr(),
-        x.numel() // in_,
-        TYPES[x.dtype],
-        None,
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return y
+    return linear(x, Packed(words, words, None, None, 16, out, in_))
 
 
 def loaded() -> ctypes.CDLL:
@@ -190,16 +187,9 @@ def _struct(
 _BOUND: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], _Weight, int]] = {}
 
 
-def bound(
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-) -> int:
+def bound(weight: Packed) -> int:
     """The address of the C structure for these buffers, made once."""
+    words, scales, zeros, columns, bits, out, in_ = weight
     key = id(words)
     found = _BOUND.get(key)
     addresses = (words.data_ptr(), scales.data_ptr())
@@ -207,9 +197,9 @@ def bound(
         return found[3]
     groups = 1 if bits == 16 else scales.shape[1]
     width = in_ if bits == 16 else words.shape[1] * 32 // bits // groups
-    weight = _struct(words, scales, zeros, columns, Layout(bits, out, in_, groups, width))
-    address = ctypes.addressof(weight)
-    _BOUND[key] = (weakref.ref(words, lambda _: _forget(key, address)), addresses, weight, address)
+    struct = _struct(words, scales, zeros, columns, Layout(bits, out, in_, groups, width))
+    address = ctypes.addressof(struct)
+    _BOUND[key] = (weakref.ref(words, lambda _: _forget(key, address)), addresses, struct, address)
     return address
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmquant.kernels import native
-from llmquant.kernels.native import TYPES
+from llmquant.kernels.native import TYPES, Packed
 from llmquant.runtime.native_library import InstructionSets
 
 SETS = InstructionSets(
@@ -27,22 +27,12 @@ compiled_instructions, best_instructions = SETS.compiled, SETS.best
 current_instructions, instructions = SETS.current, SETS.using
 
 
-def linear(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bits: int,
-    out: int,
-    in_: int,
-) -> Tensor:
-    """``[..., in]`` → ``[..., out]``; x float32, bfloat16 or float16, on the CPU. Arguments as of
-    ``native.linear``."""
+def linear(x: Tensor, weight: Packed) -> Tensor:
+    """``[..., in]`` → ``[..., out]``; x float32, bfloat16 or float16, on the CPU."""
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], out))
+    y = x.new_empty((*x.shape[:-1], weight.out))
     native.loaded().llmquant_int8_linear(
-        SETS.number(), native.bound(words, scales, zeros, columns, bits, out, in_),
-        x.data_ptr(), x.numel() // in_, TYPES[x.dtype], y.data_ptr(), torch.get_num_threads(),
+        SETS.number(), native.bound(weight), x.data_ptr(), x.numel() // weight.in_,
+        TYPES[x.dtype], y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -46,6 +46,8 @@ SIZES: dict[str, Any] = {
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
     "llama with biases": lambda: LlamaConfig(**SIZES, attention_bias=True),
+    "llama with heads of 48": lambda: LlamaConfig(**{**SIZES, "head_dim": 48}),
+    "llama with heads of 128": lambda: LlamaConfig(**{**SIZES, "head_dim": 128}),
     "llama, one head for all": lambda: LlamaConfig(**{**SIZES, "num_key_value_heads": 1}),
     "mistral with a short window": lambda: MistralConfig(**SIZES, sliding_window=8),
     "qwen2 (biases)": lambda: Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
@@ -399,7 +401,7 @@ def test_a_change_between_blocks_is_an_error_and_not_a_wrong_answer():
     step(fast, prefilled(fast, 5), 5)
 
 
-def test_blocks_of_different_attention_are_stepped_one_by_one():
+def test_blocks_of_different_attention_are_stepped_one_by_one(caplog):
     made = packed(
         lambda: Qwen2Config(
             **{k: v for k, v in SIZES.items() if k != "head_dim"},
@@ -411,9 +413,11 @@ def test_blocks_of_different_attention_are_stepped_one_by_one():
     )
     assert len(set(made.config.layer_types)) == 2
     fast = copy.deepcopy(made)
-    speed_up(fast)
+    with caplog.at_level(logging.INFO, "llmquant.models.decoding.speed_up"):
+        speed_up(fast)
     assert stepped(fast) == 2
     assert runs(fast) == 0
+    assert "stepped one by one: their attention is of several kinds" in caplog.text
     close(logits(fast, TOKENS, 6), logits(made, TOKENS, 6))
 
 

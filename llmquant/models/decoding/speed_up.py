@@ -12,7 +12,7 @@ computes something else is left alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,36 +63,38 @@ def speed_up(model: PreTrainedModel) -> None:
 
 def _install_run(model: PreTrainedModel) -> None:
     """Let the first block of a model step all of them, where every block has a compiled step and
-    gets the same arguments."""
+    gets the same arguments; the log says why not."""
     stacks = [
         m
         for m in model.modules()
         if isinstance(m, nn.ModuleList) and any(_stepped(layer) for layer in m)
     ]
-    if len(stacks) != 1 or not all(map(_stepped, stacks[0])):
-        return
-    try:
-        caught = first_inputs(
-            model, stacks[0], [torch.zeros(1, 2, dtype=torch.int64, device=model.device)]
-        )
-    except ArchitectureError as e:
-        log.info("blocks are stepped one by one: %s", e)
-        return
-    calls = [
-        (args, kwargs.get("attention_mask"), *(kwargs.get("position_embeddings") or ()))
-        for args, kwargs in caught[0].calls
-    ]
-    config = model.config.get_text_config()
+    if stacks:
+        reason = _why_no_run(model, stacks)
+        if reason is None:
+            Run(model.config.get_text_config(), list(stacks[0]))
+        else:
+            log.info("blocks are stepped one by one: %s", reason)
+
+
+def _why_no_run(model: PreTrainedModel, stacks: Sequence[nn.ModuleList]) -> str | None:
+    if len(stacks) > 1 or not all(map(_stepped, stacks[0])):
+        return "some have no compiled step"
     # With a longer prompt blocks of different attention would get different masks.
-    alike = len(set(getattr(config, "layer_types", None) or ())) <= 1
-    if alike and all(
-        len(c) == 4 and not c[0] and all(map(_is, c[1:], calls[0][1:])) for c in calls
-    ):
-        Run(config, list(stacks[0]))
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
+    if len(set(getattr(model.config.get_text_config(), "layer_types", None) or ())) > 1:
+        return "their attention is of several kinds"
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    try:
+        (caught,) = first_inputs(model, stacks[0], [tokens])
+    except (ArchitectureError, AttributeError, TypeError, ValueError) as e:
+        return f"how they are called cannot be observed ({e})"
+    first: tuple[Any, ...] | None = None
+    for args, kwargs in caught.calls:
+        given = kwargs.get("attention_mask"), *(kwargs.get("position_embeddings") or ())
+        first = first or given
+        if args or len(given) != 3 or any(a is not b for a, b in zip(given, first, strict=True)):
+            return "they are not all called with the same mask and position embeddings"
+    return None
 
 
 def _stepped(layer: nn.Module) -> bool:
@@ -147,7 +149,7 @@ def _step_of(layer: Any, model: PreTrainedModel) -> Step | None:
         attention.scaling,
     )
     return Step(
-        {n: (linears[n]._buffers, linears[n].spec.bits, linears[n].shape) for n in LINEARS},
+        {n: (linears[n]._buffers, linears[n].spec, linears[n].shape) for n in LINEARS},
         vectors,
         shape,
     )

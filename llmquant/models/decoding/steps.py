@@ -26,7 +26,8 @@ from llmquant.errors import LlmquantError
 from llmquant.kernels.block import Step, Steps
 
 _SPARE = "llmquant_spare"  # attribute of a cache layer
-# tokens; then a quarter of what is held, so that a token is moved a constant number of times
+# Tokens; or a quarter of what is held, if that is more: a token is moved a constant number of
+# times.
 _LEAST_SPARE = 256
 
 
@@ -48,6 +49,10 @@ class BlockForward:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
+        if self.run is not None:
+            done = self.run.handed_on(self, hidden_states)
+            if done is not None:
+                return done
         if (
             attention_mask is not None
             or past_key_values is None
@@ -68,8 +73,8 @@ class BlockForward:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        if self.run is not None:
-            done = self.run.block(self, hidden_states, position_embeddings, past_key_values)
+        if self.run is not None and self.run.starts_with(self):
+            done = self.run.begin(hidden_states, position_embeddings, past_key_values)
             if done is not None:
                 return done
         query, key, value = self.step.before(hidden_states, *position_embeddings)
@@ -112,30 +117,34 @@ class Run:
         made._of = threading.local()
         return made
 
-    def block(
-        self, forward: BlockForward, hidden: Tensor, position: tuple[Tensor, Tensor], cache: Any
-    ) -> Tensor | None:
-        """The output of a block; None: it must run by itself.
+    def starts_with(self, forward: BlockForward) -> bool:
+        """Whether it is the first block's."""
+        return forward is self._forwards[0]
 
-        The first block's is already that of the last. The others get that very tensor and hand it
-        on.
+    def begin(self, hidden: Tensor, position: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+        """Step all blocks: the last one's output; None: each must run by itself."""
+        if self._watched() or not self._steps.takes(hidden, *position):
+            return None
+        caches = self._caches(hidden, cache)
+        if caches is None:
+            return None
+        self._of.done = out = self._steps.run(hidden, *position, caches)
+        for layer in cache.layers:
+            _held_one_more(layer)
+        return out
+
+    def handed_on(self, forward: BlockForward, hidden: Tensor) -> Tensor | None:
+        """What a later block gives after :meth:`begin`: the very tensor that it got. None: nothing
+        was begun.
+
+        Raises:
+            LlmquantError: it got another one.
         """
-        if forward is self._forwards[0]:
-            self._of.done = None
-            caches = (
-                self._caches(hidden, cache)
-                if self._steps.takes(hidden, *position) and not self._watched()
-                else None
-            )
-            if caches is None:
-                return None
-            out = self._steps.run(hidden, *position, caches)
-            for layer in cache.layers:
-                _held_one_more(layer)
-            self._of.done = out
-            return out
         done: Tensor | None = getattr(self._of, "done", None)
         if done is None:
+            return None
+        if self.starts_with(forward):  # an earlier pass was broken off
+            self._of.done = None
             return None
         if hidden is not done:
             raise LlmquantError(
