@@ -25,7 +25,7 @@ from llmquant_eval.leaderboard import cli as leaderboard_cli
 if TYPE_CHECKING:
     from llmquant_eval.report.schema import Report
     from llmquant_eval.run.evaluate import Progress
-    from llmquant_eval.run.plan import Request
+    from llmquant_eval.run.request import Request
 
 
 def register(app: typer.Typer) -> None:
@@ -65,9 +65,6 @@ def eval_command(
     missing: options.MissingOption = False,
 ) -> None:
     """Measure perplexity, divergence from a reference, size, speed and memory."""
-    import llmquant
-
-    llmquant.set_threads(threads)
     if suite is not None:
         from llmquant_eval.suite_cli import suite_command
 
@@ -95,7 +92,7 @@ def eval_command(
 
 def _request(given: Mapping[str, Any]) -> Request:
     """The command's options as a Request, whose fields have the options' names."""
-    from llmquant_eval.run.plan import Request
+    from llmquant_eval.run.request import Request
 
     values = {field.name: given[field.name] for field in fields(Request) if field.name in given}
     lists = {name: _joined(given[name]) for name in ("protocol", "tasks")}
@@ -148,7 +145,7 @@ def _write(report: Report, output: Path | None, card: bool) -> None:
 
 
 def _show(report: Report) -> None:
-    from llmquant_eval.report.table import render, stdout_console
+    from llmquant_eval.report.terminal import render, stdout_console
 
     console = stdout_console()
     console.print(render(report, console.width))

@@ -18,7 +18,7 @@ import typer
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
-    from llmquant_eval.leaderboard.ranking import StoredReport
+    from llmquant_eval.leaderboard.board import StoredReport
     from llmquant_eval.suites.run import SuiteOutcome, SuiteProgress
     from llmquant_eval.suites.schema import Suite
 
@@ -121,9 +121,9 @@ def changed_suite(given: Mapping[str, Any]) -> Suite:
     if given.get("protocol"):
         changes["protocols"] = [name for joined in given["protocol"] for name in joined.split(",")]
     texts = [t.model_dump() for t in suite.texts]
-    if given.get("text"):
+    if given.get("text") is not None:
         texts = [{"name": "text", "source": given["text"]}]
-    if given.get("max_windows"):
+    if given.get("max_windows") is not None:
         texts = [t | {"max_windows": given["max_windows"]} for t in texts]
     return suite.changed(**changes, texts=texts)
 
@@ -143,8 +143,9 @@ def write_outcome(
         LlmquantError: something cannot be written, or some measurement failed; the others are kept
             all the same.
     """
+    from llmquant_eval.leaderboard.board import StoredReport
     from llmquant_eval.leaderboard.cli import render_files, show
-    from llmquant_eval.leaderboard.ranking import StoredReport, load_reports, make_boards
+    from llmquant_eval.leaderboard.ranking import load_reports, make_boards
     from llmquant_eval.report.files import replace_file
     from llmquant_eval.suites.outdated import unexpected_files
 

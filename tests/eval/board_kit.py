@@ -9,21 +9,23 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from llmquant_eval.leaderboard.ranking import StoredReport
-from llmquant_eval.report.schema import (
+from llmquant_eval.leaderboard.board import StoredReport
+from llmquant_eval.report.results import (
     Breakdown,
     Bucket,
     Cost,
-    Hardware,
     Metric,
     ModelResult,
+    TaskMetric,
+    TaskResult,
+)
+from llmquant_eval.report.schema import (
+    Hardware,
     NoiseFloor,
     ProtocolPass,
     Report,
     ReportText,
     Settings,
-    TaskMetric,
-    TaskResult,
 )
 
 PPL, KL = "ppl/gptq-512", "kl/top-512"

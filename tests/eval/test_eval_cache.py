@@ -16,7 +16,7 @@ import torch
 from llmquant.errors import CheckpointError, UsageError
 from llmquant_eval.report.schema import Report
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request
+from llmquant_eval.run.request import Request
 from llmquant_eval.scoring.cache_forms import Full16, Top, exact_arrays, parse_form
 from llmquant_eval.scoring.divergence import token_divergence
 from llmquant_eval.scoring.protocols import GptqProtocol

@@ -12,18 +12,17 @@ from rich.console import Console
 
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.card import END, START, measured_section, splice, write_card
+from llmquant_eval.report.results import Cost, Metric, ModelResult
 from llmquant_eval.report.schema import (
-    Cost,
     Hardware,
-    Metric,
-    ModelResult,
     NoiseFloor,
     Report,
     ReportText,
     Settings,
     read_report,
 )
-from llmquant_eval.report.table import HEADERS, footnotes, render, row, size, speed, with_error
+from llmquant_eval.report.table import HEADERS, footnotes, row, size, speed, with_error
+from llmquant_eval.report.terminal import render
 
 
 def metric(value: float, error: float | None, unit: Any, protocol: str = "kl/top-512") -> Metric:

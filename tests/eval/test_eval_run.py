@@ -29,7 +29,8 @@ from llmquant_eval.cli import register
 from llmquant_eval.models.resolve import other_dtype
 from llmquant_eval.report.schema import Report, read_report
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request, make_plan
+from llmquant_eval.run.plan import make_plan
+from llmquant_eval.run.request import Request
 
 WINDOW = 64
 

@@ -13,9 +13,11 @@ from fake_server import FakeServer, serving
 
 from llmquant.errors import LlmquantError, QuantizationError, UsageError
 from llmquant_eval.report.schema import Report
-from llmquant_eval.report.table import render, row
+from llmquant_eval.report.table import row
+from llmquant_eval.report.terminal import render
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request, make_plan
+from llmquant_eval.run.plan import make_plan
+from llmquant_eval.run.request import Request
 
 WINDOW = 48
 

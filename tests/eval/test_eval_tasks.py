@@ -16,10 +16,11 @@ from scipy import stats as scipy_stats
 
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.paired import mcnemar, paired_metric, with_pairs
-from llmquant_eval.report.schema import Report, TaskMetric, TaskResult
+from llmquant_eval.report.results import TaskMetric, TaskResult
+from llmquant_eval.report.schema import Report
 from llmquant_eval.report.table import side_tables
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request
+from llmquant_eval.run.request import Request
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request
+from llmquant_eval.run.request import Request
 from llmquant_eval.texts.wikitext import wikitext_detokenize
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")

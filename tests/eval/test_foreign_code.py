@@ -18,7 +18,7 @@ import yaml
 import llmquant
 from llmquant.errors import ArchitectureError, CheckpointError, LlmquantError, UsageError
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request
+from llmquant_eval.run.request import Request
 
 # Several commands in one process: torch is imported once.
 COMMANDS = """

@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.cli import register
 from llmquant_eval.leaderboard.app import table
+from llmquant_eval.leaderboard.board import Board
 from llmquant_eval.leaderboard.cells import columns
 from llmquant_eval.leaderboard.html import render_html
 from llmquant_eval.leaderboard.markdown import render_markdown
 from llmquant_eval.leaderboard.pareto import pareto_front, pareto_plots, pareto_points
-from llmquant_eval.leaderboard.ranking import Board, make_boards
+from llmquant_eval.leaderboard.ranking import make_boards
 from llmquant_eval.leaderboard.svg import draw
 from llmquant_eval.report.schema import Report
 

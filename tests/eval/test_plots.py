@@ -12,14 +12,9 @@ import pytest
 
 import llmquant
 from llmquant.errors import UsageError
+from llmquant_eval.leaderboard.figures import divergence_figure, front_figure, layers_figure
 from llmquant_eval.leaderboard.pareto import COST_AXES, pareto_plot
-from llmquant_eval.leaderboard.plots import (
-    divergence_figure,
-    front_figure,
-    layer_errors,
-    layers_figure,
-    write_plots,
-)
+from llmquant_eval.leaderboard.plots import layer_errors, write_plots
 from llmquant_eval.leaderboard.ranking import make_boards
 from llmquant_eval.leaderboard.svg import draw
 from llmquant_eval.report.schema import Report

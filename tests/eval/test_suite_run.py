@@ -25,10 +25,11 @@ from llmquant.errors import (
     SourceError,
     UsageError,
 )
-from llmquant_eval.leaderboard.ranking import StoredReport, make_boards
+from llmquant_eval.leaderboard.board import StoredReport
+from llmquant_eval.leaderboard.ranking import make_boards
 from llmquant_eval.report.schema import Report
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request
+from llmquant_eval.run.request import Request
 from llmquant_eval.suites import run as suite_run
 from llmquant_eval.suites.run import SuiteProgress, run_suite
 from llmquant_eval.suites.schema import Suite

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.leaderboard.board import Board, Row
 from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, repeat_commands
 from llmquant_eval.leaderboard.pareto import COLOURS, pareto_plots
-from llmquant_eval.leaderboard.ranking import Board, Row
 from llmquant_eval.leaderboard.svg import draw
 
 _BYTES = ("size", "peak memory")

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmquant_eval.leaderboard.ranking import Board, Row, loss, printable
-from llmquant_eval.report.schema import Metric
+from llmquant_eval.leaderboard.board import Board, Row, loss, printable
+from llmquant_eval.report.results import Metric
 from llmquant_eval.report.table import ABSENT, size, speed, with_error
 
 _TITLES = {

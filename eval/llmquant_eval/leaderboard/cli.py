@@ -18,7 +18,7 @@ from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.cli_options import PlotsOption
 
 if TYPE_CHECKING:
-    from llmquant_eval.leaderboard.ranking import Board, StoredReport
+    from llmquant_eval.leaderboard.board import Board, StoredReport
 
 _LAST_PORT = 65535
 
@@ -115,7 +115,7 @@ def show(boards: Sequence[Board]) -> None:
     from rich.table import Table
 
     from llmquant_eval.leaderboard.cells import columns, notes, rank_text
-    from llmquant_eval.report.table import stdout_console
+    from llmquant_eval.report.terminal import stdout_console
 
     console = stdout_console(markup=False)
     for board in boards:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from llmquant_eval.leaderboard.board import Board, Row, printable
 from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, repeat_commands
 from llmquant_eval.leaderboard.pareto import ParetoPlot, best_by_size, pareto_plots
-from llmquant_eval.leaderboard.ranking import Board, Row, printable
 from llmquant_eval.leaderboard.svg import draw
 
 TEMPLATE = Path(__file__).parent / "templates" / "leaderboard.html"

@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from llmquant_eval.leaderboard.board import Board, Row
 from llmquant_eval.leaderboard.cells import columns, notes, rank_text, repeat_commands
-from llmquant_eval.leaderboard.ranking import Board, Row
 
 _INTRODUCTION = (
     "Results stand in one ranking only if protocol, text, scored windows, dtype and reference are the same. The order is by "

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llmquant_eval.leaderboard.board import Board, Row, loss
 from llmquant_eval.leaderboard.cells import metric_cell
-from llmquant_eval.leaderboard.ranking import Board, Row, loss
 from llmquant_eval.report.table import size, speed
 
 COLOURS = {"best": "#0b63ce", "other": "#77808c", "reference": "#b4530a"}

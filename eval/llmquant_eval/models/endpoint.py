@@ -12,6 +12,7 @@ library only; a key is taken from ``OPENAI_API_KEY``, as every client of this pr
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
@@ -61,8 +62,7 @@ class Endpoint:
 
     def __init__(self, source: str) -> None:
         url, _, name = source.partition("#")
-        if not urllib.parse.urlsplit(url).netloc:
-            raise UsageError(f"{source} is not a server's address; write http://HOST:PORT/v1#MODEL")
+        _check_address(url, source)
         self.url = url.rstrip("/")
         listed = self._request("/models", None).get("data")
         if not isinstance(listed, list) or not all(
@@ -100,7 +100,7 @@ class Endpoint:
             except _RefusedError as e:
                 refusals.append(str(e))
                 continue
-            scores = _read(answer, ids)
+            scores = self._read(answer, ids)
             if scores is not None:
                 self._dialects = [dialect]  # the others need not be tried again
                 return scores
@@ -111,6 +111,15 @@ class Endpoint:
             f"{self.url} does not give log-probabilities of a prompt, which perplexity and tasks are made of "
             f"({'; '.join(refusals)}). Serve the model with one that does, vLLM for example, or evaluate its folder"
         )
+
+    def _read(self, answer: Mapping[str, Any], ids: Sequence[int]) -> PromptScores | None:
+        try:
+            return _read(answer, ids)
+        except (TypeError, KeyError, AttributeError, ValueError) as e:
+            raise LlmquantError(
+                f"{self.url}/completions answered log-probabilities in a form that is not known "
+                f"({type(e).__name__}: {e}): {json.dumps(answer)[:_QUOTED]}"
+            ) from e
 
     def score_all(self, prompts: Sequence[Sequence[int]]) -> Iterator[PromptScores]:
         """Score prompts, several at a time, in order."""
@@ -148,7 +157,7 @@ class Endpoint:
             said = e.read().decode(errors="replace")[:_QUOTED]
             kind = _RefusedError if e.code in (400, 422) else LlmquantError
             raise kind(f"{self.url}{path} answered {e.code}: {said}") from e
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as e:
+        except (OSError, http.client.HTTPException) as e:  # a cut answer is no OSError
             raise LlmquantError(
                 f"{self.url} cannot be reached: {getattr(e, 'reason', e)}; is the server running?"
             ) from e
@@ -159,6 +168,16 @@ class Endpoint:
                 f"{self.url}{path} answered {json.dumps(answer)[:_QUOTED]}, not an object"
             )
         return answer
+
+
+def _check_address(url: str, source: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        valid = bool(parts.hostname) and parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:  # a port that is no number, half an IPv6 address
+        valid = False
+    if not valid:
+        raise UsageError(f"{source} is not a server's address; write http://HOST:PORT/v1#MODEL")
 
 
 class _RefusedError(LlmquantError):

@@ -14,7 +14,8 @@ from llmquant import MEASURED_END as END
 from llmquant import MEASURED_START as START
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.files import replace_file
-from llmquant_eval.report.schema import ModelResult, Report
+from llmquant_eval.report.results import ModelResult
+from llmquant_eval.report.schema import Report
 from llmquant_eval.report.table import HEADERS, footnotes, metric_cell, row, side_tables
 
 _DETAILS = (

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from llmquant.errors import UsageError
-from llmquant_eval.report.schema import PairedMetric, TaskResult
+from llmquant_eval.report.results import PairedMetric, TaskResult
 
 
 def mcnemar(lost: int, gained: int) -> float:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmquant_eval.report.schema import ErrorMethod
+from llmquant_eval.report.results import ErrorMethod
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000

@@ -11,26 +11,23 @@ from typing import TYPE_CHECKING, Any
 import llmquant
 from llmquant_eval.models.resolve import AnyModel, ModelFolder
 from llmquant_eval.report import machine
-from llmquant_eval.report.schema import (
+from llmquant_eval.report.results import (
     Breakdown,
     CompactKlShift,
     Cost,
     Metric,
     ModelResult,
-    NoiseFloor,
-    ProtocolPass,
-    Report,
-    ReportText,
     Role,
-    Settings,
     TaskResult,
 )
+from llmquant_eval.report.schema import NoiseFloor, ProtocolPass, Report, ReportText, Settings
 from llmquant_eval.report.statistics import Estimate, exponential, scaled
 from llmquant_eval.scoring.breakdowns import breakdowns
 from llmquant_eval.scoring.reference_cache import compact_kl_shift
 
 if TYPE_CHECKING:
-    from llmquant_eval.run.plan import EvaluationPlan, Request
+    from llmquant_eval.run.plan import EvaluationPlan
+    from llmquant_eval.run.request import Request
     from llmquant_eval.scoring.divergence import Divergence
     from llmquant_eval.scoring.protocols import WindowProtocol
     from llmquant_eval.scoring.score_models import Scores

@@ -33,7 +33,7 @@ from pydantic import ValidationError
 
 import llmquant
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.report.schema import Cost
+from llmquant_eval.report.results import Cost
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 64

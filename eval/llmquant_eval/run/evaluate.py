@@ -27,10 +27,12 @@ from llmquant_eval.models.resolve import (
     other_dtype,
     vocabulary_size,
 )
-from llmquant_eval.report.schema import Cost, NoiseFloor, Report, TaskResult
+from llmquant_eval.report.results import Cost, TaskResult
+from llmquant_eval.report.schema import NoiseFloor, Report
 from llmquant_eval.run.build_report import Measured, divergence_metrics, make_report, model_result
 from llmquant_eval.run.cost import CostRun, measure_apart
-from llmquant_eval.run.plan import EvaluationPlan, Request, make_plan
+from llmquant_eval.run.plan import EvaluationPlan, make_plan
+from llmquant_eval.run.request import Request
 from llmquant_eval.scoring.reference_cache import (
     INDEX,
     CachedReference,

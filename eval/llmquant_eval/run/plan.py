@@ -7,9 +7,8 @@ paths: every model must cut the text into the same tokens and take windows of th
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,10 @@ from llmquant_eval.models.resolve import (
     max_positions,
     resolve_models,
 )
+from llmquant_eval.run.request import Request
 from llmquant_eval.scoring.protocols import (
     WindowProtocol,
     default_window,
-    has_window,
     parse_protocol,
 )
 from llmquant_eval.scoring.token_stream import TokenStream, make_stream
@@ -35,84 +34,6 @@ if TYPE_CHECKING:
 
     from llmquant import ChosenDtype, Computing, Documents
     from llmquant_eval.tasks.harness import TaskPlan
-
-DEFAULT_PROTOCOL = "ppl/gptq"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What ``llmquant eval`` was asked for; the fields are its options. Lists are written with
-    commas."""
-
-    candidates: tuple[str, ...]
-    text: str | None = None
-    reference: str | None = None
-    protocol: str | None = None
-    window: int | None = None
-    max_windows: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    kernel: str = "auto"
-    threads: int | None = None
-    batch_size: int | None = None
-    tokenizer: str | None = None
-    cache: str | None = None
-    cache_form: str | None = None
-    tasks: str | None = None
-    include_path: str | None = None
-    limit: int | None = None
-    log_samples: str | None = None
-    cost: bool = True
-    noise_floor: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.candidates:
-            raise UsageError("name at least one model to evaluate")
-        if self.text is None and self.tasks is None:
-            raise UsageError("there is nothing to measure; give --text, --tasks or both")
-        if self.text is None and self.protocol is not None:
-            raise UsageError(f"--protocol {self.protocol} needs a text; give --text")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UsageError(f"--batch-size {self.batch_size} is too small; give 1 or more")
-        if (
-            self.window is not None
-            and self.protocol is not None
-            and all(map(has_window, self.protocols))
-        ):
-            raise UsageError("--protocol and --window both set the window; give one of them")
-        if self.cache_form is not None and self.cache is None:
-            raise UsageError("--cache-form says how a cache is written; give --cache DIR with it")
-        if self.cache is not None and self.reference is None:
-            raise UsageError(
-                "--cache keeps the reference's distributions; name the reference with --reference"
-            )
-        if self.tasks is None and (self.limit, self.include_path, self.log_samples) != (
-            None,
-            None,
-            None,
-        ):
-            raise UsageError(
-                "--limit, --include-path and --log-samples belong to --tasks; give --tasks with them"
-            )
-
-    @property
-    def protocols(self) -> tuple[str, ...]:
-        """Protocols as they were written, in order; none where there is no text."""
-        if self.text is None:
-            return ()
-        return tuple(filter(None, (self.protocol or DEFAULT_PROTOCOL).split(",")))
-
-    def command(self) -> str:
-        """The command line that repeats this run; options that stand at their default are left
-        out."""
-        words = ["llmquant", "eval", *self.candidates]
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name == "candidates" or value == option.default:
-                continue
-            name = option.name.replace("_", "-")
-            words += [f"--no-{name}"] if value is False else [f"--{name}", str(value)]
-        return shlex.join(words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +74,9 @@ def make_plan(request: Request) -> EvaluationPlan:
     """
     import llmquant
 
-    llmquant.set_threads(request.threads)
+    # A suite has set them already; set again, too many would be warned of again.
+    if request.threads != llmquant.set_threads():
+        llmquant.set_threads(request.threads)
     device = llmquant.parse_device(request.device)
     llmquant.parse_dtype(
         request.dtype, device

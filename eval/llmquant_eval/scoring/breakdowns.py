@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from llmquant_eval.report.schema import Breakdown, Bucket
+from llmquant_eval.report.results import Breakdown, Bucket
 from llmquant_eval.scoring.divergence import Divergence
 from llmquant_eval.scoring.protocols import TokenWindow
 from llmquant_eval.scoring.window_layout import context_lengths

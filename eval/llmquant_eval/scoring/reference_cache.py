@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 
 from llmquant.errors import CheckpointError, UsageError
 from llmquant_eval.report.files import replace_file
-from llmquant_eval.report.schema import CompactKlShift
+from llmquant_eval.report.results import CompactKlShift
 from llmquant_eval.scoring.cache_forms import (
     Form,
     Full16,
@@ -159,8 +159,8 @@ class CacheWriter:
         name = f"{len(self._shards):05d}.safetensors"
         try:
             save_file(self._held, self._folder / name)
-        except OSError as e:
-            raise UsageError(f"--cache {self._folder.parent}: {name} cannot be written: {e}") from e
+        except (OSError, SafetensorError) as e:  # safetensors wraps a full disk
+            raise self._unwritable(name, e) from e
         self._shards.append(
             _Shard(file=name, sha256=_sha256(self._folder / name), windows=self._windows)
         )
@@ -177,7 +177,13 @@ class CacheWriter:
             samples=self._samples,
             shards=self._shards,
         )
-        replace_file(self._folder / INDEX, index.model_dump_json(indent=1) + "\n")
+        try:
+            replace_file(self._folder / INDEX, index.model_dump_json(indent=1) + "\n")
+        except OSError as e:
+            raise self._unwritable(INDEX, e) from e
+
+    def _unwritable(self, name: str, why: Exception) -> UsageError:
+        return UsageError(f"--cache {self._folder.parent}: {name} cannot be written: {why}")
 
 
 class CachedReference:

@@ -16,7 +16,8 @@ from pathlib import Path
 import llmquant
 from llmquant.errors import CheckpointError, UsageError
 from llmquant_eval.models.endpoint import is_url
-from llmquant_eval.report.schema import ModelResult, Report, read_report
+from llmquant_eval.report.results import ModelResult
+from llmquant_eval.report.schema import Report, read_report
 from llmquant_eval.suites.models import suite_recipe
 from llmquant_eval.suites.schema import Suite, SuiteModel, SuiteText, file_name
 

@@ -32,10 +32,11 @@ from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report import machine
 from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.paired import with_pairs
-from llmquant_eval.report.schema import Cost, ModelResult, Report, read_report
+from llmquant_eval.report.results import Cost, ModelResult
+from llmquant_eval.report.schema import Report, read_report
 from llmquant_eval.run.cost import CostRun, measure_apart
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request
+from llmquant_eval.run.request import Request
 from llmquant_eval.suites.models import PreparedModel, digest, prepare_models
 from llmquant_eval.suites.outdated import suite_dtype
 from llmquant_eval.suites.schema import Suite, SuiteText, file_name

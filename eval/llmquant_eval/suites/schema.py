@@ -193,8 +193,6 @@ class Suite(_Strict):
 
 
 def _matching(entry: str) -> list[str]:
-    import llmquant
-
     if not set(entry) & set("*?["):
         return [entry]
     names = [name for name in llmquant.shipped_recipes() if fnmatchcase(name, entry)]

@@ -33,7 +33,7 @@ import yaml
 
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.files import replace_file
-from llmquant_eval.report.schema import SampleFile, TaskMetric, TaskResult
+from llmquant_eval.report.results import SampleFile, TaskMetric, TaskResult
 
 LOCAL_TASKS = Path(__file__).parent / "local"
 _ALLOW_PROGRAMS = "HF_ALLOW_CODE_EVAL"
