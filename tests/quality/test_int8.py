@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from llmquant import Recipe, quantize
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request
+from llmquant_eval.run.request import Request
 
 pytestmark = pytest.mark.quality
 

@@ -19,7 +19,7 @@ import pytest
 from llmquant import Recipe, inspect, load_recipe, quantize
 from llmquant_eval.report.schema import Report
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.plan import Request
+from llmquant_eval.run.request import Request
 
 pytestmark = pytest.mark.quality
 
