@@ -78,25 +78,17 @@ from .planning.allocate import allocate as allocate
 from .planning.candidates import AllocateOptions as AllocateOptions
 from .planning.preview import Plan as Plan
 from .planning.preview import make_plan as make_plan
-from .quantization.plan import ModuleReport as ModuleReport
+from .quantization.options import Events as Events
+from .quantization.options import QuantizeOptions as QuantizeOptions
+from .quantization.options import QuantizeResult as QuantizeResult
 from .quantization.plan import Progress as Progress
 from .quantization.rerun import Comparison as Comparison
 from .quantization.rerun import rerun as rerun
-from .quantization.run import (
-    Events as Events,
-)
-from .quantization.run import (
-    QuantizeOptions as QuantizeOptions,
-)
-from .quantization.run import (
-    QuantizeResult as QuantizeResult,
-)
-from .quantization.run import (
-    quantize as quantize,
-)
+from .quantization.run import quantize as quantize
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .recipe import shipped_recipes as shipped_recipes
+from .records import ModuleReport as ModuleReport
 from .runtime.computing import Computing as Computing
 from .runtime.devices import (
     ChosenDtype as ChosenDtype,

@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llmquant.quantization.run import QuantizeOptions, quantize
+from llmquant.quantization.options import QuantizeOptions
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 
 CALLS = {"write", "fsync", "rename", "truncate", "unlink", "sendfile", "mkdir", "rmdir", "flock"}

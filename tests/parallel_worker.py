@@ -15,7 +15,8 @@ from typing import Any
 from llmquant.checkpoint.manifest import read_manifest
 from llmquant.errors import LlmquantError, QuantizationError
 from llmquant.quantization import walk
-from llmquant.quantization.run import QuantizeOptions, quantize
+from llmquant.quantization.options import QuantizeOptions
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 from llmquant.runtime.distributed import World, joined
 

@@ -25,7 +25,7 @@ ROWS = {
     "llmquant": (
         ("errors",),
         ("spec", "bitpack", "activations", "stats"),
-        ("weight", "runtime"),
+        ("weight", "runtime", "records"),
         ("recipe",),
         ("algorithms", "formats", "kernels"),
         ("checkpoint",),

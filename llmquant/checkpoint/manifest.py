@@ -19,73 +19,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json, sha256_file
 from llmquant.errors import CheckpointError, FormatError, ProofError
+from llmquant.records import ModuleRecord, PairRecord, Record, RotationRecord, TuneRecord
 from llmquant.runtime.finite import all_finite, some
 
 MANIFEST = "manifest.json"
 UNHASHED = frozenset({MANIFEST, "README.md"})
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModuleEntry(_Strict):
-    """One quantized linear; see :class:`llmquant.quantization.plan.ModuleReport`. Another tool's
-    leaves no errors and no counts."""
-
-    spec: str
-    shape: tuple[int, int]
-    digest: str
-    weight_error: float | None = None
-    output_error: float | None = None
-    damping: float | None = None
-    dead: int = 0
-    tokens: int = 0
-    dropped: int = 0
-    fallback: str | None = None
-
-
-class TuneEntry(_Strict):
-    """One tuned block; see :class:`llmquant.quantization.steps.tuning.TuneReport`."""
-
-    before: float
-    after: float
-    step: int
-    steps: int
-
-
-class ScaledEntry(_Strict):
-    """One pair of AWQ or SmoothQuant; see
-    :class:`llmquant.quantization.steps.channel_scaling.PairReport`. ``reason`` is None where
-    channels were scaled."""
-
-    producer: str
-    readers: tuple[str, ...]
-    ratio: float | None
-    duo: bool
-    before: float | None
-    after: float | None
-    reason: str | None
-    method: str = "awq"
-
-
-class RotationEntry(_Strict):
-    """What was rotated; see :class:`llmquant.models.rotated.RotationReport`."""
-
-    residual: str | None
-    heads: str | None
-    seed: int
-    norms: int
-    untied: bool
-
-
-class Conversion(_Strict):
+class Conversion(Record):
     """One step from layout to layout: what was read, and by which versions."""
 
     source_format: str
@@ -94,7 +41,7 @@ class Conversion(_Strict):
     versions: dict[str, str]
 
 
-class Manifest(_Strict):
+class Manifest(Record):
     """The whole record."""
 
     schema_version: Literal[1] = 1
@@ -109,10 +56,10 @@ class Manifest(_Strict):
     processes: int = 1
     versions: dict[str, str]
     bits_per_weight: float
-    rotation: RotationEntry | None = None
-    modules: dict[str, ModuleEntry]
-    tuned: dict[str, TuneEntry] = {}
-    scaled: dict[str, tuple[ScaledEntry, ...]] = {}
+    rotation: RotationRecord | None = None
+    modules: dict[str, ModuleRecord]
+    tuned: dict[str, TuneRecord] = Field(default_factory=dict)
+    scaled: dict[str, tuple[PairRecord, ...]] = Field(default_factory=dict)
     skipped: dict[str, str]
     conversions: tuple[Conversion, ...] = ()
     files: dict[str, str]

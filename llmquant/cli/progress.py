@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from llmquant.data.calibration import Calibration
+    from llmquant.quantization.options import Events
     from llmquant.quantization.plan import Progress as Where
-    from llmquant.quantization.run import Events
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def progress(hidden: bool) -> Iterator[Events]:
         TimeRemainingColumn,
     )
 
-    from llmquant.quantization.run import Events
+    from llmquant.quantization.options import Events
 
     console = screen(stderr=True)
     columns = (

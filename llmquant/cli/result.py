@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from llmquant.cli.screen import screen
@@ -11,9 +10,8 @@ from llmquant.cli.screen import screen
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmquant.quantization.run import QuantizeResult
-    from llmquant.quantization.steps.channel_scaling import PairReport
-    from llmquant.quantization.steps.tuning import TuneReport
+    from llmquant.quantization.options import QuantizeResult
+    from llmquant.records import PairReport, TuneReport
 
 
 def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
         "modules": [
             {
                 "name": m.name,
-                "scheme": str(m.spec),
+                "scheme": m.spec,
                 "weight_error": m.weight_error,
                 "output_error": m.output_error,
                 "damping": m.damping,
@@ -41,17 +39,10 @@ def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
             }
             for m in result.modules
         ],
-        "tuned": {
-            name: {
-                "before": t.before,
-                "after": t.after,
-                "step": t.step,
-                "steps": t.steps,
-                "seconds": t.seconds,
-            }
-            for name, t in result.tuned.items()
+        "tuned": {name: t.model_dump() for name, t in result.tuned.items()},
+        "scaled": {
+            name: [pair.model_dump() for pair in pairs] for name, pairs in result.scaled.items()
         },
-        "scaled": {name: [asdict(pair) for pair in pairs] for name, pairs in result.scaled.items()},
         "skipped": dict(result.skipped),
         "computing": result.computing.as_dict(),
         "resumed_blocks": result.resumed,
@@ -109,7 +100,7 @@ def show_result(result: QuantizeResult, seconds: float) -> None:
         table.add_column(column, justify="right")
     kinds: dict[tuple[str, str], list[Any]] = {}
     for m in result.modules:
-        kinds.setdefault((m.name.rpartition(".")[2], str(m.spec)), []).append(m)
+        kinds.setdefault((m.name.rpartition(".")[2], m.spec), []).append(m)
     for (leaf, spec), reports in kinds.items():
         outputs = [r.output_error for r in reports if r.output_error is not None]
         table.add_row(

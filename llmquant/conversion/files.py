@@ -14,7 +14,6 @@ from llmquant.checkpoint.manifest import (
     MANIFEST,
     Conversion,
     Manifest,
-    ModuleEntry,
     file_hashes,
     versions,
 )
@@ -22,6 +21,7 @@ from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, Checked
 from llmquant.conversion.source import Source
 from llmquant.formats import Format
+from llmquant.records import ModuleRecord
 
 _RECIPE = "recipe.yaml"
 
@@ -80,12 +80,12 @@ def _manifest(
         source_weights_sha256=source.reader.digest(),
         versions=versions(),
     )
-    modules: dict[str, ModuleEntry] = {}
+    modules: dict[str, ModuleRecord] = {}
     if target is not DENSE:
         modules = {
             n: before.modules[n]
             if before
-            else ModuleEntry(spec=str(s.spec), shape=checked.shapes[n], digest=checked.digests[n])
+            else ModuleRecord(spec=str(s.spec), shape=checked.shapes[n], digest=checked.digests[n])
             for n, s in checked.schemes.items()
         }
     carried = {

@@ -29,7 +29,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,6 +41,7 @@ from llmquant.models.roles import ROLES
 from llmquant.models.tensor_check import check_tied
 from llmquant.recipe import Recipe
 from llmquant.recipe import Rotation as Wanted
+from llmquant.records import RotationRecord
 from llmquant.runtime.finite import some
 
 Change = Callable[[Tensor], Tensor]
@@ -51,18 +51,6 @@ _ROWS = 4096
 _KINDS = {"hadamard": hadamard_rotation, "random": random_rotation}
 # Per head, or computed: in no coordinates of the residual stream.
 _UNTOUCHED = re.compile(r"\.(q_norm|k_norm)\.weight$|rotary_emb\.inv_freq$")
-
-
-@dataclass(frozen=True, slots=True)
-class RotationReport:
-    """What was rotated: names of the matrices, the seed, norms that were absorbed, and whether the
-    head was untied."""
-
-    residual: str | None
-    heads: str | None
-    seed: int
-    norms: int
-    untied: bool
 
 
 def rotated(reader: CheckpointReader, recipe: Recipe) -> CheckpointReader:
@@ -122,7 +110,13 @@ class RotatedReader(CheckpointReader):
             count, width = self._heads()
             heads = self._matrix(kind, width, wanted.seed + 1, False, "head_dim")
             self._rotate_heads(heads, count)
-        self.report = RotationReport(_name(residual), _name(heads), wanted.seed, norms, untied)
+        self.report = RotationRecord(
+            residual=_name(residual),
+            heads=_name(heads),
+            seed=wanted.seed,
+            norms=norms,
+            untied=untied,
+        )
 
     def read(self, name: str) -> Tensor:
         """One tensor, rotated in float64 and rounded once to the dtype it is stored in."""

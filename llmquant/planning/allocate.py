@@ -35,8 +35,9 @@ from llmquant.planning.candidates import AllocateOptions, Choice, choices_of, re
 from llmquant.planning.knapsack import Option, Solution, solve, undominated
 from llmquant.planning.quality_loss import Damage
 from llmquant.planning.sensitivity import Item, Probe, measure
-from llmquant.quantization.prepare import Prepared, deterministic, prepare
-from llmquant.quantization.run import Events
+from llmquant.quantization.options import Events
+from llmquant.quantization.plan import WalkPlan
+from llmquant.quantization.prepare import calibration_of, deterministic, prepare
 from llmquant.recipe import Recipe
 from llmquant.spec import QuantSpec
 
@@ -123,11 +124,11 @@ def allocate(
         raise SourceError(
             "an allocation measures on text: give --calibration file:PATH, jsonl:PATH#FIELD or hf:…"
         )
-    prepared = prepare(model, recipe, options.device, options.dtype)
-    choices = choices_of(prepared, options)
-    _check_layout(choices, prepared)
+    plan = prepare(model, recipe, options.device, options.dtype)
+    choices = choices_of(plan, options)
+    _check_layout(choices, plan)
     budget = _budget(choices, options.target_bpw)
-    calibration = prepared.calibration(options.evaluation)
+    calibration = calibration_of(plan, options.evaluation)
     assert calibration is not None
     events.on_calibration(calibration)
     items = [
@@ -135,9 +136,7 @@ def allocate(
     ]
     seen, unseen = split_windows(calibration.windows, options.probe_tokens)
     with deterministic(recipe.seed):
-        damages = measure(
-            prepared.plan(None), items, seen, Probe(options.sensitivity, unseen), events.on_progress
-        )
+        damages = measure(plan, items, seen, Probe(options.sensitivity, unseen), events.on_progress)
     return _decide(choices, damages, budget, recipe, options)
 
 
@@ -158,7 +157,7 @@ def split_windows(
     return list(windows[:-taken] or windows), list(windows[-taken:])
 
 
-def _check_layout(choices: Sequence[Choice], prepared: Prepared) -> None:
+def _check_layout(choices: Sequence[Choice], plan: WalkPlan) -> None:
     """Refuse early what the run would refuse: one allocation with as many different schemes as can
     be is put to the test.
 
@@ -173,8 +172,8 @@ def _check_layout(choices: Sequence[Choice], prepared: Prepared) -> None:
         raise UsageError(
             "the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8"
         )
-    trial = recipe_of_choice(prepared.recipe, choices, chosen)
-    select(prepared.linears, prepared.architecture, trial, prepared.layout)
+    trial = recipe_of_choice(plan.recipe, choices, chosen)
+    select(plan.source.linears, plan.architecture, trial, plan.layout)
 
 
 def _budget(choices: Sequence[Choice], target: float) -> int:

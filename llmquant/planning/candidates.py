@@ -19,7 +19,7 @@ from llmquant.formats import Format, Scheme
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why_not
 from llmquant.models.architectures import Architecture
 from llmquant.planning.sensitivity import Kind
-from llmquant.quantization.prepare import Prepared
+from llmquant.quantization.plan import WalkPlan
 from llmquant.recipe import Recipe, Weights, matches
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 
@@ -101,19 +101,14 @@ def fused_items(
     return [(block, tuple(members)) for (block, _), members in found.items()]
 
 
-def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
+def choices_of(plan: WalkPlan, options: AllocateOptions) -> list[Choice]:
     """Every item of the model with what it may become.
 
     Raises:
         UsageError: the recipe selects nothing, or the engine takes nothing.
         SpecError: nothing that is allowed fits an item.
     """
-    linears, recipe, layout, reader = (
-        prepared.linears,
-        prepared.recipe,
-        prepared.layout,
-        prepared.reader,
-    )
+    linears, recipe, layout, reader = plan.source.linears, plan.recipe, plan.layout, plan.reader
     names = [n for n in linears.shapes if recipe.selects(*linears.names(n))]
     if not names:
         raise UsageError(
@@ -121,7 +116,7 @@ def choices_of(prepared: Prepared, options: AllocateOptions) -> list[Choice]:
         )
     sizes, table = Sizes(layout), _table(options.engine)
     found = []
-    for block, members in fused_items(names, prepared.architecture):
+    for block, members in fused_items(names, plan.architecture):
         stored = {n: reader.info(f"{n}.weight") for n in members}
         taken: dict[Scheme | None, int] = {}
         for scheme in _schemes(members, recipe, options):

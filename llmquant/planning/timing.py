@@ -17,20 +17,19 @@ from pathlib import Path
 from llmquant.checkpoint.manifest import prove_modules
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
-from llmquant.models.architectures import blocks_of
-from llmquant.models.selection import Selection
-from llmquant.quantization.finish import write_config
-from llmquant.quantization.plan import BlockResult
-from llmquant.quantization.prepare import Prepared, deterministic, prepare
-from llmquant.quantization.run import QuantizeOptions
+from llmquant.quantization.blocks.hidden_states import StateStore
+from llmquant.quantization.finish import store, write_config
+from llmquant.quantization.memory import placement
+from llmquant.quantization.options import QuantizeOptions
+from llmquant.quantization.plan import BlockResult, WalkPlan
+from llmquant.quantization.prepare import calibration_of, deterministic, prepare, selected
 from llmquant.quantization.walk import walk
-from llmquant.quantization.write import store
 from llmquant.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of the first block (with what comes before it), of the one behind it, and the number
+    """Seconds of the first block (with what comes before it), of the next one, and the number
     of blocks."""
 
     first: float
@@ -57,24 +56,26 @@ def time_blocks(
         what :func:`llmquant.quantize` raises for the same request.
     """
     options = options or QuantizeOptions()
-    prepared = prepare(model, recipe, options.device, options.dtype)
-    selection, calibration = prepared.selection(), prepared.calibration(options.evaluation)
-    plan = prepared.plan(selection)
+    plan = selected(prepare(model, recipe, options.device, options.dtype))
+    calibration = calibration_of(plan, options.evaluation)
+    windows = calibration.windows if calibration else ()
     seconds: list[float] = []
-    began = time.perf_counter()
-    with deterministic(recipe.seed):
-        for result in walk(plan, calibration.windows if calibration else (), lambda _: None):
-            _write_and_prove(result, prepared, selection)
+    with tempfile.TemporaryDirectory() as folder, deterministic(recipe.seed):
+        where = placement(plan, windows, options.max_memory)
+        store = StateStore(plan.device, Path(folder), placement=where)
+        began = time.perf_counter()
+        for result in walk(plan, windows, lambda _: None, store):
+            _write_and_prove(result, plan)
             seconds.append(time.perf_counter() - began)
             began = time.perf_counter()
             if len(seconds) == 2:
                 break
-    return Timing(seconds[0], seconds[-1], len(blocks_of(plan.model, plan.architecture)))
+    return Timing(seconds[0], seconds[-1], plan.blocks)
 
 
-def _write_and_prove(result: BlockResult, prepared: Prepared, selection: Selection) -> None:
+def _write_and_prove(result: BlockResult, plan: WalkPlan) -> None:
     """What a run does with a finished block, in a folder of its own."""
-    schemes = {name: selection.schemes[name] for name in result.weights}
+    schemes = {name: plan.selection.schemes[name] for name in result.weights}
     if not schemes:
         return
     with (
@@ -82,9 +83,9 @@ def _write_and_prove(result: BlockResult, prepared: Prepared, selection: Selecti
         CheckpointWriter(Path(folder) / "block") as writer,
     ):
         for name, (weight, _) in result.weights.items():
-            store(name, weight, schemes[name].activations, prepared.reader, writer, prepared.layout)
+            store(name, weight, plan, writer)
         writer.finish_weights()
-        write_config(writer, prepared.reader, prepared.layout, schemes, selection)
+        write_config(writer, plan, schemes)
         prove_modules(
             CheckpointReader(writer.partial),
             {n: report.digest for n, (_, report) in result.weights.items()},

@@ -1,60 +1,108 @@
-"""The end of a run: what stands in a folder beside its weights, and the proof that the folder holds
-what was computed."""
+"""What a run writes: linears packed, everything beside them carried over byte for byte, the files
+beside the weights, and the proof that the folder holds what was computed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmquant.checkpoint.card import front_matter, model_card
 from llmquant.checkpoint.manifest import (
     MANIFEST,
     Manifest,
-    ModuleEntry,
-    RotationEntry,
-    ScaledEntry,
-    TuneEntry,
     file_hashes,
+    packed_bytes,
     prove_modules,
     versions,
 )
 from llmquant.checkpoint.reader import CheckpointReader, sha256_file, sha256_tensor
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
-from llmquant.errors import ProofError
-from llmquant.formats import Format, Scheme
+from llmquant.errors import ProofError, QuantizationError
+from llmquant.formats import Scheme
 from llmquant.models.rotated import RotatedReader
-from llmquant.models.selection import Selection
-from llmquant.quantization.plan import ModuleReport, WalkPlan
+from llmquant.quantization.plan import BlockResult, WalkPlan
 from llmquant.quantization.reports import Outcome
-from llmquant.quantization.steps.channel_scaling import PairReport
+from llmquant.runtime.finite import all_finite
+from llmquant.weight import QuantizedWeight
 
 
-def write_config(
-    writer: CheckpointWriter,
+def store_block(block: BlockResult, plan: WalkPlan, writer: CheckpointWriter) -> Outcome:
+    """Pack a block's linears and carry its other tensors over.
+
+    Args:
+        block: of the walk; the head's holds nothing to carry.
+        plan: of the walk.
+        writer: that gets the tensors.
+    """
+    outcome = Outcome()
+    prefix = f"{plan.architecture.blocks}.{block.index}"
+    for name, (weight, report) in block.weights.items():
+        activations = plan.selection.schemes[name].activations
+        outcome.packed_bytes += packed_bytes(store(name, weight, plan, writer))
+        outcome.modules[name] = report
+        outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
+    if block.tuned is not None:
+        outcome.tuned[prefix] = block.tuned
+    if block.scaled:
+        outcome.scaled[prefix] = block.scaled
+    if block.index is not None:
+        packed = {f"{name}.weight" for name in block.weights}
+        names = (n for n in plan.reader.tensors if n.startswith(f"{prefix}.") and n not in packed)
+        outcome.copied = carry(names, plan.reader, writer, block.changed)
+    return outcome
+
+
+def store(
+    name: str, weight: QuantizedWeight, plan: WalkPlan, writer: CheckpointWriter
+) -> dict[str, Tensor]:
+    """Pack one linear; returns its tensors by suffix."""
+    activations = plan.selection.schemes[name].activations
+    packed = plan.layout.pack(weight, plan.reader.info(f"{name}.weight").dtype, activations)
+    writer.add_together({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
+    return packed
+
+
+def carry(
+    names: Iterable[str],
     reader: CheckpointReader,
-    layout: Format,
-    schemes: Mapping[str, Scheme],
-    selection: Selection,
-) -> None:
+    writer: CheckpointWriter,
+    changed: Mapping[str, Tensor] | None = None,
+) -> dict[str, str]:
+    """Write tensors as they are, or as ``changed`` has them; returns the digest of each.
+
+    Raises:
+        QuantizationError: NaN or Inf in one.
+    """
+    digests = {}
+    for name in names:
+        tensor = changed[name] if changed and name in changed else reader.read(name)
+        if not all_finite(tensor):
+            raise QuantizationError(
+                f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?"
+            )
+        writer.add(name, tensor)
+        digests[name] = sha256_tensor(tensor)
+    return digests
+
+
+def write_config(writer: CheckpointWriter, plan: WalkPlan, schemes: Mapping[str, Scheme]) -> None:
     """Write config.json with the quantization in it, and the files that the layout wants beside
     it."""
     # Sorted, so that the order in which a config is written says nothing of the run: a conversion
     # there and back is equal.
-    quantization = layout.config(dict(sorted(schemes.items())), selection.skipped)
-    writer.write_json("config.json", {**reader.config, "quantization_config": quantization})
-    for name, text in layout.side_files(quantization).items():
+    quantization = plan.layout.config(dict(sorted(schemes.items())), plan.selection.skipped)
+    writer.write_json("config.json", {**plan.reader.config, "quantization_config": quantization})
+    for name, text in plan.layout.side_files(quantization).items():
         writer.write_text(name, text)
 
 
 def describe(
     writer: CheckpointWriter,
     plan: WalkPlan,
-    layout: Format,
-    selection: Selection,
     outcome: Outcome,
     calibration: Calibration | None,
     *,
@@ -66,15 +114,14 @@ def describe(
     Args:
         writer: that has all tensors.
         plan: of the walk.
-        layout, selection, outcome, calibration: what was done, and with which text.
+        outcome, calibration: what was done, and with which text.
         base_model: name for manifest and card.
         device: as the user named it.
     """
-    reader, recipe = plan.reader, plan.recipe
+    reader, recipe, layout, selection = plan.reader, plan.recipe, plan.layout, plan.selection
     writer.copy_side_files(reader.path)
-    write_config(writer, reader, layout, outcome.schemes, selection)
+    write_config(writer, plan, outcome.schemes)
     writer.write_text("recipe.yaml", recipe.to_yaml())
-    weights = sum(o * i for o, i in outcome.shapes.values())
     manifest = Manifest(
         base_model=base_model,
         base_weights_sha256=reader.digest(),
@@ -86,16 +133,11 @@ def describe(
         threads=torch.get_num_threads(),
         processes=plan.world.size,
         versions=versions(),
-        bits_per_weight=outcome.packed_bytes * 8 / weights,
-        rotation=RotationEntry(**asdict(reader.report))
-        if isinstance(reader, RotatedReader)
-        else None,
-        modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
-        tuned={
-            n: TuneEntry(before=t.before, after=t.after, step=t.step, steps=t.steps)
-            for n, t in outcome.tuned.items()
-        },
-        scaled={block: tuple(map(_scaled_entry, pairs)) for block, pairs in outcome.scaled.items()},
+        bits_per_weight=outcome.bits_per_weight,
+        rotation=reader.report if isinstance(reader, RotatedReader) else None,
+        modules=outcome.modules,
+        tuned=outcome.tuned,
+        scaled=outcome.scaled,
         skipped=dict(selection.skipped),
         files=file_hashes(writer.partial),
     )
@@ -138,33 +180,7 @@ def _portable_source(source: str) -> str:
     )
 
 
-def _scaled_entry(report: PairReport) -> ScaledEntry:
-    fields = {name: getattr(report, name) for name in ScaledEntry.model_fields}
-    return ScaledEntry(**fields)
-
-
-def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
-    return ModuleEntry(
-        spec=str(report.spec),
-        shape=shape,
-        digest=report.digest,
-        weight_error=report.weight_error,
-        output_error=report.output_error,
-        damping=report.damping,
-        dead=report.dead,
-        tokens=report.tokens,
-        dropped=report.dropped,
-        fallback=report.fallback,
-    )
-
-
-def prove(
-    writer: CheckpointWriter,
-    source: CheckpointReader,
-    layout: Format,
-    outcome: Outcome,
-    manifest: Manifest,
-) -> None:
+def prove(writer: CheckpointWriter, plan: WalkPlan, outcome: Outcome, manifest: Manifest) -> None:
     """Open the written folder as a stranger would and compare it with the run, tensor by tensor.
 
     Raises:
@@ -177,7 +193,7 @@ def prove(
             raise ProofError(f"{writer.partial}: tensor {name} is not what was to be written")
     lost = [
         n
-        for n in source.tensors
+        for n in plan.reader.tensors
         if n not in written
         and not (n.endswith(".weight") and n.removesuffix(".weight") in outcome.modules)
     ]
@@ -185,7 +201,7 @@ def prove(
         raise ProofError(
             f"{writer.partial}: tensors of the original are missing: {', '.join(lost[:3])}"
         )
-    packed = {f"{m}.{s}" for m in outcome.modules for s in layout.tensor_suffixes()}
+    packed = {f"{m}.{s}" for m in outcome.modules for s in plan.layout.tensor_suffixes()}
     extra = sorted(written.tensors.keys() - outcome.copied.keys() - packed)
     if extra:
         raise ProofError(f"{writer.partial} has tensors that nobody wrote: {', '.join(extra[:3])}")

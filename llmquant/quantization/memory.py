@@ -56,6 +56,7 @@ class Work:
     source_itemsize: int  # bytes
     block_linears: int  # a block's quantized linears
     inputs: tuple[int, ...]  # widths of a block's distinct inputs
+    replayed: int  # widths of the last inputs of its parts, summed
     experts: tuple[
         tuple[int, ...], ...
     ]  # widths of the inputs of all its experts, for each of their linears with one
@@ -114,6 +115,7 @@ class Work:
             source_itemsize=max(i.dtype.itemsize for i in source.values()),
             block_linears=sum(math.prod(shape) for shape in first.values()),
             inputs=_inputs(first),
+            replayed=_replayed(first, architecture),
             experts=_experts(first, architecture),
             recipe=recipe,
         )
@@ -142,8 +144,7 @@ class Work:
         of the MLP; of the original's pass too where that is watched."""
         if not (self.recipe.needs_text and self.recipe.gptq.true_sequential):
             return 0
-        columns = self.hidden + (0 if self.experts else self.widest)
-        return self.tokens * columns * self.itemsize * (2 if self.recipe.asymmetric else 1)
+        return self.tokens * self.replayed * self.itemsize * (2 if self.recipe.asymmetric else 1)
 
     @property
     def phases_with_replay(self) -> dict[str, int]:
@@ -255,6 +256,20 @@ def _inputs(block: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
         {(name.rpartition(".")[0], shape[1]) for name, shape in block.items()}, key=lambda n: -n[1]
     )
     return tuple(width for _, width in widths) or (0,)
+
+
+def _replayed(block: Mapping[str, tuple[int, int]], architecture: Architecture) -> int:
+    """Columns that replay keeps of a block: for each part without experts, at most its widest
+    input."""
+    expert = set() if architecture.experts is None else set(architecture.experts.scaled())
+    widest: dict[str, int] = {}
+    for name, shape in block.items():
+        part, _, inside = name.partition(".")
+        if any(fnmatchcase(name, pattern) for pattern in expert):
+            widest[part] = -1
+        elif inside and widest.get(part) != -1:
+            widest[part] = max(widest.get(part, 0), shape[1])
+    return sum(width for width in widest.values() if width > 0)
 
 
 def _experts(

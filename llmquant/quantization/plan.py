@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,49 +12,20 @@ from transformers import PreTrainedModel
 
 from llmquant.algorithms import AWQOptions, GPTQOptions, ScaleSearch, TuneOptions
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.models.architectures import Architecture
-from llmquant.quantization.steps.channel_scaling import PairReport
+from llmquant.formats import Format, layout_of
+from llmquant.models.architectures import Architecture, blocks_of
+from llmquant.models.selection import Linears, Selection
 from llmquant.quantization.steps.smoothquant import SmoothOptions
-from llmquant.quantization.steps.tuning import TuneReport
 from llmquant.recipe import Recipe
+from llmquant.records import ModuleReport, PairReport, TuneReport
+from llmquant.runtime.computing import Computing
+from llmquant.runtime.devices import ChosenDtype
 from llmquant.runtime.distributed import ALONE, World
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
-
-@dataclass(frozen=True, slots=True)
-class ModuleReport:
-    """What happened to one linear.
-
-    Attributes:
-        name: full module name.
-        spec: its grid.
-        digest: :meth:`QuantizedWeight.digest` as the algorithm returned it.
-        weight_error: ``|W - Q|^2 / |W|^2``.
-        output_error: relative output error on the calibration inputs; None for a data-free method,
-            and for a tuned block, whose error is measured as a whole.
-        damping: GPTQ's damping as finally used; larger than the recipe's when Cholesky failed.
-        dead: input channels that were zero for every calibration token.
-        tokens: calibration tokens seen.
-        dropped: tokens left out for NaN or Inf.
-        seconds: time spent rounding; not part of the manifest.
-        peak: the most bytes that this process had in RAM up to then; likewise.
-        fallback: why the recipe's method was not used and the weight rounded to nearest instead,
-            else None.
-    """
-
-    name: str
-    spec: QuantSpec
-    digest: str
-    weight_error: float
-    output_error: float | None = None
-    damping: float | None = None
-    dead: int = 0
-    tokens: int = 0
-    dropped: int = 0
-    seconds: float = 0.0
-    peak: int = 0
-    fallback: str | None = None
+NOTHING = Selection({}, {}, None)
+"""No linear is quantized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +55,90 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class WalkPlan:
-    """What to walk: the meta model, where its tensors are, and the spec of every linear to
-    quantize, by full name.
+class SourceModel:
+    """An unquantized model and where its tensors are.
 
-    Of several processes in a ``world`` each walks with its share of the calibration batches; all
-    hand out the same results.
+    Attributes:
+        original: the checkpoint as it is.
+        reader: as a run reads it: rotated where the recipe wants that.
+        model: on the meta device.
+        architecture: where its blocks are.
+        linears: that could be quantized.
     """
 
+    original: CheckpointReader
+    reader: CheckpointReader
     model: PreTrainedModel
     architecture: Architecture
-    reader: CheckpointReader
-    specs: Mapping[str, QuantSpec]
+    linears: Linears
+
+
+@dataclass(frozen=True, eq=False)
+class WalkPlan:
+    """What a walk does with a model.
+
+    Attributes:
+        source: the model.
+        recipe: what is done to it.
+        device: that blocks run on.
+        precision: the dtype that they run in, and why.
+        selection: every linear to quantize; of a walk for something else there are none.
+        world: the processes that share the work. Each walks with its share of the calibration
+            batches; all hand out the same results.
+    """
+
+    source: SourceModel
     recipe: Recipe
     device: torch.device
-    dtype: torch.dtype
-    head: str | None = None
+    precision: ChosenDtype
+    selection: Selection = NOTHING
     world: World = ALONE
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.source.model
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.source.architecture
+
+    @property
+    def reader(self) -> CheckpointReader:
+        return self.source.reader
+
+    @property
+    def layout(self) -> Format:
+        """The recipe's format."""
+        return layout_of(self.recipe.format)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.precision.dtype
+
+    @property
+    def computing(self) -> Computing:
+        """Device and dtype with the threads and the processor of now."""
+        return Computing.of(self.device, self.precision)
+
+    @cached_property
+    def specs(self) -> Mapping[str, QuantSpec]:
+        """The grid of every linear to quantize, by full name."""
+        return self.selection.specs
+
+    @property
+    def head(self) -> str | None:
+        """The head's name, if it is one of them."""
+        return self.selection.head
+
+    @property
+    def blocks(self) -> int:
+        """How many decoder blocks the model has."""
+        return len(blocks_of(self.model, self.architecture))
+
+    @property
+    def total(self) -> int:
+        """Steps of a walk: blocks, and the head where it is quantized."""
+        return self.blocks + (self.head is not None)
 
     @property
     def search(self) -> ScaleSearch:

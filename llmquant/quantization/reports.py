@@ -7,26 +7,24 @@ as the same float.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from llmquant.formats import Scheme
-from llmquant.quantization.plan import ModuleReport
-from llmquant.quantization.steps.channel_scaling import PairReport
-from llmquant.quantization.steps.tuning import TuneReport
+from llmquant.records import ModuleReport, PairReport, TuneReport
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Reports, shapes and schemes of quantized linears by full name; digests of the tensors carried
+    """Reports and schemes of quantized linears by full name; digests of the tensors carried
     over."""
 
     modules: dict[str, ModuleReport] = field(default_factory=dict)
     tuned: dict[str, TuneReport] = field(default_factory=dict)
     scaled: dict[str, tuple[PairReport, ...]] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
     copied: dict[str, str] = field(default_factory=dict)
     packed_bytes: int = 0
@@ -37,6 +35,11 @@ class Outcome:
             if f.name != "packed_bytes":
                 getattr(self, f.name).update(getattr(more, f.name))
         self.packed_bytes += more.packed_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized linears, as stored."""
+        return self.packed_bytes * 8 / sum(math.prod(m.shape) for m in self.modules.values())
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for a line of the journal."""

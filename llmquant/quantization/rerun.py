@@ -20,7 +20,8 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import Manifest, read_manifest, versions
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ProofError, UsageError
-from llmquant.quantization.run import Events, QuantizeOptions, quantize
+from llmquant.quantization.options import Events, QuantizeOptions
+from llmquant.quantization.run import quantize
 from llmquant.recipe import load_recipe
 
 

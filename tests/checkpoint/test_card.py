@@ -17,7 +17,8 @@ from llmquant.checkpoint.card import (
     model_card,
 )
 from llmquant.checkpoint.manifest import read_manifest
-from llmquant.quantization.run import QuantizeOptions, quantize
+from llmquant.quantization.options import QuantizeOptions
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 
 

@@ -26,7 +26,8 @@ from llmquant.errors import FormatError, ProofError, UsageError
 from llmquant.formats import FORMATS, Scheme
 from llmquant.formats.engines import ENGINES, VLLM_AVX512, VLLM_NO_AVX512, why_not
 from llmquant.models.load import load
-from llmquant.quantization.run import QuantizeOptions, quantize
+from llmquant.quantization.options import QuantizeOptions
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, portable

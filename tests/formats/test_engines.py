@@ -21,8 +21,9 @@ from llmquant.errors import UsageError
 from llmquant.formats import Scheme, engines
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here, why_not
 from llmquant.planning.candidates import AllocateOptions, choices_of
+from llmquant.quantization.options import Events
 from llmquant.quantization.prepare import prepare
-from llmquant.quantization.run import Events, quantize
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 from llmquant.runtime.processor import Processor
 from llmquant.spec import QuantSpec

@@ -34,7 +34,8 @@ from llmquant.kernels import int4pack
 from llmquant.kernels.packed_linear import PackedLinear, describe
 from llmquant.models.load import load
 from llmquant.models.transformers import TAKEN_OVER, PackedConfig
-from llmquant.quantization.run import QuantizeOptions, quantize
+from llmquant.quantization.options import QuantizeOptions
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -18,7 +18,7 @@ from llmquant.planning.timing import Timing, time_blocks
 from llmquant.quantization import memory as spilling
 from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement
 from llmquant.quantization.memory import placement
-from llmquant.quantization.prepare import prepare
+from llmquant.quantization.prepare import calibration_of, prepare, selected
 from llmquant.recipe import Recipe
 
 TEXT = {
@@ -116,7 +116,7 @@ def test_the_hessians_of_experts_are_those_that_one_pass_gathers(
     tmp_path: Path, inner: int
 ) -> None:
     recipe = GPTQ.updated({"weights.group_size": 16})
-    plan = prepare(save("mixtral", tmp_path / "model", intermediate_size=inner), recipe).plan(None)
+    plan = prepare(save("mixtral", tmp_path / "model", intermediate_size=inner), recipe)
     block = plan.model.get_submodule("model.layers.0")
     experts = [f"block_sparse_moe.experts.{i}" for i in range(plan.model.config.num_local_experts)]
     sets: list[tuple[str, ...]] = [("self_attn.q_proj",), ("self_attn.o_proj",)]
@@ -138,9 +138,9 @@ def test_hidden_states_go_to_files_when_a_plan_says_that_they_do_not_fit(
     model: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
     recipe = GPTQ.updated({"weights.group_size": 32} | changes)
-    prepared = prepare(model, recipe)
+    plan = selected(prepare(model, recipe))
     monkeypatch.setattr(spilling, "resident_bytes", lambda: 0)
-    calibration, plan = prepared.calibration(), prepared.plan(prepared.selection())
+    calibration = calibration_of(plan)
     assert calibration is not None
     work = spilling._work(plan, calibration.windows)
     least, most = (max(phases.values()) for phases in (work.phases, work.phases_with_replay))

@@ -10,22 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_walk import CPU, WINDOWS, recipe_of, statistics
+from test_walk import WINDOWS, recipe_of, statistics
 from tiny_models import save
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmquant.algorithms import factorize, gptq, layer_error, rtn
-from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import QuantizationError
 from llmquant.models.architectures import blocks_of, find
-from llmquant.models.from_folder import empty_model
 from llmquant.planning import sensitivity
 from llmquant.planning.candidates import fused_items
 from llmquant.planning.quality_loss import Damage, anchors_of, interpolate
 from llmquant.planning.sensitivity import Item, Kind, Probe, measure
 from llmquant.quantization.plan import WalkPlan
-from llmquant.recipe import Recipe
+from llmquant.quantization.prepare import prepare
 from llmquant.spec import QuantSpec
 
 SPECS = (
@@ -39,14 +37,6 @@ PROBE = [*WINDOWS[:2], WINDOWS[-1]]
 Damages = list[dict[QuantSpec, Damage]]
 
 
-def plan_of(folder: Path, recipe: Recipe) -> WalkPlan:
-    reader = CheckpointReader(folder)
-    model = empty_model(reader, torch.float32)
-    return WalkPlan(
-        model, find(model, reader.config["model_type"]), reader, {}, recipe, CPU, torch.float32
-    )
-
-
 def items_of(plan: WalkPlan, head: bool = False) -> list[Item]:
     linears = [n for n, m in plan.model.named_modules() if isinstance(m, nn.Linear)]
     names = [n for n in linears if head or n.startswith(f"{plan.architecture.blocks}.")]
@@ -56,7 +46,7 @@ def items_of(plan: WalkPlan, head: bool = False) -> list[Item]:
 def run(
     folder: Path, kind: Kind, *, head: bool = False, method: str = "gptq"
 ) -> tuple[list[Item], Damages]:
-    plan = plan_of(folder, recipe_of(method=method))
+    plan = prepare(folder, recipe_of(method=method))
     items = items_of(plan, head)
     return items, measure(plan, items, WINDOWS, Probe(kind, PROBE), lambda _: None)
 
@@ -77,7 +67,7 @@ def plain(
     folder: Path, items: list[Item], kind: Kind, method: str = "gptq"
 ) -> list[dict[QuantSpec, tuple[float, float]]]:
     """Layer error per token and damage of every item and scheme, each from whole forward passes."""
-    plan = plan_of(folder, recipe_of(method=method))
+    plan = prepare(folder, recipe_of(method=method))
     model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         .eval()
@@ -184,7 +174,7 @@ def test_the_head_is_an_item_like_any_other(tmp_path: Path) -> None:
     assert items[-1] == Item(None, ("lm_head",), SPECS)
     assert disagreement(damages[-1:], plain(folder, items[-1:], "kl")) < 2e-3
     _, by_block = run(folder, "block", head=True)
-    plan = plan_of(folder, recipe_of())
+    plan = prepare(folder, recipe_of())
     stats = statistics(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ["lm_head"], 2
     )["lm_head"]
@@ -199,7 +189,7 @@ def test_the_head_is_an_item_like_any_other(tmp_path: Path) -> None:
 
 def test_the_model_is_empty_again_afterwards(tmp_path: Path) -> None:
     for tied in (False, True):
-        plan = plan_of(save("llama", tmp_path / str(tied), tie_word_embeddings=tied), recipe_of())
+        plan = prepare(save("llama", tmp_path / str(tied), tie_word_embeddings=tied), recipe_of())
         measure(plan, items_of(plan), WINDOWS, Probe("kl", PROBE), lambda _: None)
         assert {p.device.type for p in plan.model.parameters()} == {"meta"}
 
@@ -297,7 +287,7 @@ def test_a_scheme_is_rounded_as_the_run_rounds_it(tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "model")
     found = []
     for passes in (0, 4):
-        plan = plan_of(folder, recipe_of(method="gptq", **{"gptq.passes": passes}))
+        plan = prepare(folder, recipe_of(method="gptq", **{"gptq.passes": passes}))
         items = items_of(plan)
         found.append(measure(plan, items, WINDOWS, Probe("block", PROBE), lambda _: None))
     plain, refined = ([d.layer for table in damages for d in table.values()] for damages in found)

@@ -25,7 +25,8 @@ from llmquant.models.block_inputs import BlockInput
 from llmquant.quantization import walk
 from llmquant.quantization.blocks import original as reference
 from llmquant.quantization.blocks.capture import observe, observe_pairs
-from llmquant.quantization.run import Events, QuantizeOptions, quantize
+from llmquant.quantization.options import Events, QuantizeOptions
+from llmquant.quantization.run import quantize
 from llmquant.quantization.steps import channel_scaling as scaling
 from llmquant.recipe import Recipe
 from llmquant.runtime.distributed import ALONE, World, joined

@@ -37,7 +37,8 @@ from llmquant.errors import (
 from llmquant.models.load import load
 from llmquant.quantization import prepare as preparation
 from llmquant.quantization import run as pipeline
-from llmquant.quantization.run import Events, QuantizeOptions, quantize
+from llmquant.quantization.options import Events, QuantizeOptions
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe, load_recipe
 from llmquant.weight import QuantizedWeight
 

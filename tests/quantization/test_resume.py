@@ -27,8 +27,9 @@ from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.errors import CheckpointError, DiskError, LlmquantError, UsageError
 from llmquant.quantization import run as pipeline
 from llmquant.quantization.blocks.hidden_states import InFile, InMemory, StateStore
+from llmquant.quantization.options import Events, QuantizeOptions, QuantizeResult
 from llmquant.quantization.plan import Progress
-from llmquant.quantization.run import Events, QuantizeOptions, QuantizeResult, quantize
+from llmquant.quantization.run import quantize
 from llmquant.quantization.state import fingerprint, resume
 from llmquant.quantization.state.journal import Journal
 from llmquant.recipe import Recipe

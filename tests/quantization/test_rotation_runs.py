@@ -24,9 +24,10 @@ from llmquant.models.load import load
 from llmquant.models.rotated import rotated
 from llmquant.planning.allocate import AllocateOptions, allocate
 from llmquant.quantization import run as pipeline
+from llmquant.quantization.options import Events
 from llmquant.quantization.plan import Progress
 from llmquant.quantization.rerun import rerun
-from llmquant.quantization.run import Events, quantize
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 
 IDS = torch.randint(6, 4096, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -4,6 +4,7 @@ memory at a time."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import STAGES, save, token_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from walk_plans import THREE_BITS, plan_of
 
 from llmquant.algorithms import factorize, gptq, layer_error, rtn
 from llmquant.checkpoint.reader import CheckpointReader
@@ -20,9 +22,10 @@ from llmquant.errors import ArchitectureError, CheckpointError, QuantizationErro
 from llmquant.models.architectures import find, norm_of
 from llmquant.models.from_folder import empty_model
 from llmquant.models.names import as_in_checkpoint
-from llmquant.quantization.plan import BlockResult, ModuleReport, Progress, WalkPlan, batched
+from llmquant.quantization.plan import BlockResult, Progress, WalkPlan, batched
 from llmquant.quantization.walk import walk
 from llmquant.recipe import Recipe
+from llmquant.records import ModuleReport
 from llmquant.stats import InputStats
 from llmquant.weight import QuantizedWeight
 
@@ -33,43 +36,7 @@ Weights = dict[str, QuantizedWeight]
 
 
 def recipe_of(**changes: Any) -> Recipe:
-    defaults = {
-        "method": "gptq",
-        "weights.bits": 3,
-        "weights.group_size": 16,
-        "weights.symmetric": False,
-        "scales.steps": 4,
-        "calibration.batch_size": 2,
-        "gptq.block_size": 10,
-    }
-    return Recipe().updated(defaults | changes)
-
-
-def plan_of(
-    folder: Path,
-    recipe: Recipe,
-    *,
-    select: Callable[[str], bool] = lambda _: True,
-    head: bool = False,
-) -> WalkPlan:
-    """Every selected linear of the blocks, and the head if wanted."""
-    reader = CheckpointReader(folder)
-    model = empty_model(reader, torch.float32)
-    architecture = find(model, reader.config["model_type"])
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    specs = {
-        n: recipe.weights.spec
-        for n in linears
-        if n.startswith(f"{architecture.blocks}.") and select(n)
-    }
-    name = (
-        next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
-        if head
-        else None
-    )
-    if name is not None:
-        specs[name] = recipe.weights.spec
-    return WalkPlan(model, architecture, reader, specs, recipe, CPU, torch.float32, name)
+    return Recipe().updated(THREE_BITS | {"method": "gptq"} | changes)
 
 
 def results(
@@ -303,7 +270,12 @@ def test_reports_say_what_was_done(llama):
         float(delta.square().sum() / weight.double().square().sum()), rel=1e-5
     )
     assert report.output_error == layer_error(weight, quantized.dequantize(), hessian)
-    assert (report.name, report.spec, report.digest) == (name, plan.specs[name], quantized.digest())
+    assert (report.name, report.spec, report.digest) == (
+        name,
+        str(plan.specs[name]),
+        quantized.digest(),
+    )
+    assert report.shape == tuple(weight.shape)
     assert (report.tokens, report.dropped, report.dead, report.damping) == (TOKENS, 0, 0, 0.01)
 
 
@@ -406,7 +378,10 @@ UNLIKE_ITS_CONFIG = {
 
 @pytest.mark.parametrize(("change", "told"), UNLIKE_ITS_CONFIG.values(), ids=UNLIKE_ITS_CONFIG)
 def test_a_checkpoint_unlike_its_config_names_the_tensor(llama, tmp_path, change, told):
-    plan = plan_of(changed_copy(llama, tmp_path / "unlike", change), recipe_of())
+    plan = plan_of(llama, recipe_of())
+    # As if the files changed after the plan was made, which refuses such a checkpoint itself.
+    damaged = CheckpointReader(changed_copy(llama, tmp_path / "unlike", change))
+    plan = replace(plan, source=replace(plan.source, reader=damaged))
     with pytest.raises(CheckpointError, match=told):
         results(plan, WINDOWS)
     assert real_parameters(plan.model) == set()

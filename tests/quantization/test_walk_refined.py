@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import walk_plans
 from tiny_models import STAGES, save, token_windows
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from walk_plans import THREE_BITS
 
 from llmquant.algorithms import asymmetric_target, descend, factorize, gptq
-from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import QuantizationError
-from llmquant.models.architectures import find
-from llmquant.models.from_folder import empty_model
 from llmquant.quantization.plan import BlockResult, WalkPlan, batched
-from llmquant.quantization.steps.tuning import TuneReport
 from llmquant.quantization.walk import walk
 from llmquant.recipe import Recipe
+from llmquant.records import TuneReport
 from llmquant.stats import PairStats
 from llmquant.weight import QuantizedWeight
 
@@ -35,32 +34,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(folder: Path, **changes: Any) -> WalkPlan:
-    defaults = {
-        "weights.bits": 3,
-        "weights.group_size": 16,
-        "weights.symmetric": False,
-        "scales.steps": 4,
-        "calibration.batch_size": 2,
-        "gptq.block_size": 10,
-    }
-    recipe = Recipe().updated(defaults | changes)
-    reader = CheckpointReader(folder)
-    model = empty_model(reader, torch.float32)
-    architecture = find(model, reader.config["model_type"])
-    names = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and n.startswith(f"{architecture.blocks}.")
-    ]
-    return WalkPlan(
-        model,
-        architecture,
-        reader,
-        dict.fromkeys(names, recipe.weights.spec),
-        recipe,
-        CPU,
-        torch.float32,
-    )
+    return walk_plans.plan_of(folder, Recipe().updated(THREE_BITS | changes))
 
 
 def run(plan: WalkPlan) -> list[BlockResult]:

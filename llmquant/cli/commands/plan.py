@@ -84,7 +84,7 @@ def plan_command(
     timing = None
     if measure:
         from llmquant.planning.timing import time_blocks
-        from llmquant.quantization.run import QuantizeOptions
+        from llmquant.quantization.options import QuantizeOptions
 
         timing = time_blocks(model, chosen, QuantizeOptions(device=str(on), dtype=passes.name))
     if as_json:

@@ -55,7 +55,7 @@ from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmquant.quantization.run import QuantizeOptions
+    from llmquant.quantization.options import QuantizeOptions
     from llmquant.recipe import Recipe
 
 
@@ -118,7 +118,7 @@ def quantize_command(
 
 def _options(given: Mapping[str, Any]) -> QuantizeOptions:
     """Where and how the run happens, from the command's parameters by name."""
-    from llmquant.quantization.run import QuantizeOptions
+    from llmquant.quantization.options import QuantizeOptions
     from llmquant.runtime.distributed import World
     from llmquant.runtime.threads import set_threads
 
@@ -174,7 +174,8 @@ def _run(
     hidden: bool,
 ) -> None:
     """Quantize, and say what came of it in the first of the processes."""
-    from llmquant.quantization.run import Events, quantize
+    from llmquant.quantization.options import Events
+    from llmquant.quantization.run import quantize
     from llmquant.runtime.distributed import joined
 
     started = time.perf_counter()

@@ -19,12 +19,12 @@ from llmquant.models.block_inputs import BlockInput, run_block, run_with
 from llmquant.models.experts import Watch, watched
 from llmquant.stats import InputStats, PairStats
 
-Around = Callable[[int], AbstractContextManager[None]]
+BatchContext = Callable[[int], AbstractContextManager[None]]
 """What is entered around the passes of a batch, by its number; see
 :class:`llmquant.quantization.blocks.replay.Replay`."""
 
 
-def nothing(_number: int) -> AbstractContextManager[None]:
+def no_context(_number: int) -> AbstractContextManager[None]:
     """Passes as they are."""
     return nullcontext()
 
@@ -88,7 +88,7 @@ def observe(
     wanted: Mapping[str, nn.Linear],
     batches: Sequence[BlockInput],
     all_experts: bool = False,
-    around: Around = nothing,
+    context: BatchContext = no_context,
 ) -> dict[str, InputStats]:
     """Input statistics of each wanted linear over all batches. A pass ends once the last wanted
     linear is reached.
@@ -108,7 +108,7 @@ def observe(
     with _input_hooks(wanted, see):
         for number, batch in enumerate(batches):
             waiting.update(wanted)
-            with watched(block, Watch(all_experts)), around(number), suppress(_EnoughSeen):
+            with watched(block, Watch(all_experts)), context(number), suppress(_EnoughSeen):
                 run_block(block, batch)
     return stats
 
@@ -120,8 +120,8 @@ def observe_pairs(
     originals: Mapping[str, Tensor],
     reference: Sequence[Tensor],
     all_experts: bool = False,
-    around: Around = nothing,
-    around_originals: Around = nothing,
+    context: BatchContext = no_context,
+    context_of_originals: BatchContext = no_context,
 ) -> dict[str, PairStats]:
     """Input statistics of each wanted linear beside what the original model reads there.
 
@@ -136,16 +136,16 @@ def observe_pairs(
         reference: the original model's hidden states ``[batch, positions, hidden]`` for the same
             batches.
         all_experts: as for :func:`observe`.
-        around: entered around the quantized block's passes, by the number of the batch.
-        around_originals: likewise around those with its original parameters.
+        context: entered around the quantized block's passes, by the number of the batch.
+        context_of_originals: likewise around those with its original parameters.
     """
     stats = {name: PairStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
     for number, (batch, hidden) in enumerate(zip(batches, reference, strict=True)):
         watch = Watch(all_experts)
-        with around(number):
+        with context(number):
             seen = linear_inputs(block, wanted, batch, {}, watch)
         again = Watch(all_experts, replay=watch.routes)
-        with around_originals(number):
+        with context_of_originals(number):
             beside = linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals, again)
         for name, pair in stats.items():
             pair.add_pair(seen[name], beside[name])

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from llmquant.models.block_inputs import BlockInput, run_block, run_with
-from llmquant.quantization.blocks.capture import Around, nothing, observe_pairs
+from llmquant.quantization.blocks.capture import BatchContext, no_context, observe_pairs
 from llmquant.quantization.blocks.hidden_states import StateStore, Stream
 from llmquant.quantization.blocks.replay import Replay, Tail
 from llmquant.stats import PairStats
@@ -71,9 +71,9 @@ class Reference:
         self.outputs = self._store.scratch(self._outputs(block, inputs))
 
     def _outputs(self, block: nn.Module, inputs: Sequence[BlockInput]) -> Iterator[Tensor]:
-        around = self._around
+        context = self._context
         for number, (hidden, batch) in enumerate(zip(self.hidden, inputs, strict=True)):
-            with around(number):
+            with context(number):
                 yield run_block(block, BlockInput(hidden, batch.calls))
 
     @contextmanager
@@ -93,16 +93,16 @@ class Reference:
         wanted: Mapping[str, nn.Linear],
         inputs: Sequence[BlockInput],
         all_experts: bool = False,
-        around: Around = nothing,
+        context: BatchContext = no_context,
     ) -> dict[str, PairStats]:
         """See :func:`llmquant.quantization.blocks.capture.observe_pairs`."""
         return observe_pairs(
-            block, wanted, inputs, self._originals, self.hidden, all_experts, around, self._around
+            block, wanted, inputs, self._originals, self.hidden, all_experts, context, self._context
         )
 
     @property
-    def _around(self) -> Around:
-        return nothing if self._replay is None else self._replay.batch
+    def _context(self) -> BatchContext:
+        return no_context if self._replay is None else self._replay.batch
 
     def settle(self, names: Collection[str]) -> None:
         """These linears need not be observed again."""

@@ -109,7 +109,7 @@ class RunLog:
                 "module",
                 block=run.blocks,
                 module=name,
-                scheme=str(m.spec),
+                scheme=m.spec,
                 weight_error=m.weight_error,
                 output_error=m.output_error,
                 damping=m.damping,

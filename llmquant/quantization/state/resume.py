@@ -16,6 +16,8 @@ folder was proved and is about to get its name. The state is removed when it has
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -107,7 +109,6 @@ class SavedRun:
         outcome: of everything finished.
         blocks: of ``total``, finished; in order.
         weights_done: every tensor is in a finished file.
-        proving: set by the caller while errors mean that what was written is wrong.
         store: for the walk.
         bytes_expected: of all tensors, for the message about a full disk; set by the caller.
 
@@ -131,7 +132,7 @@ class SavedRun:
         self.folder = state_of(writer.path)
         self.outcome = Outcome()
         self.blocks = self.resumed = 0
-        self.weights_done = self.proving = False
+        self.weights_done = self._proving = False
         self.bytes_expected = 0
         self.total = total
         self._writer, self._facts, self._enabled, self._restart = writer, facts, enabled, restart
@@ -192,6 +193,13 @@ class SavedRun:
         with disk(self.folder):
             self._journal = Journal(self.folder / _JOURNAL, read_journal(self.folder / _JOURNAL)[1])
 
+    @contextmanager
+    def proof(self) -> Iterator[None]:
+        """As long as this is entered, an error means that what was written is wrong."""
+        self._proving = True
+        yield
+        self._proving = False  # not after an error: it is looked at when the run is left
+
     def block_done(self, done: Outcome) -> None:
         """The next block is finished and its tensors were handed to the writer: make that last."""
         self._commit("block", done)
@@ -245,7 +253,7 @@ class SavedRun:
             self._journal.close()
         stopped = interruption.stops(error)
         failed = isinstance(error, QuantizationError | ProofError) or (
-            self.proving and isinstance(error, LlmquantError)
+            self._proving and isinstance(error, LlmquantError)
         )
         if error is None:
             _remove_at_end(self.folder)

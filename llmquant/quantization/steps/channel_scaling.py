@@ -34,33 +34,9 @@ from llmquant.quantization.steps.folding import (
     names_of,
     norm_pairs,
 )
+from llmquant.records import PairReport
 from llmquant.runtime.distributed import ALONE, World
 from llmquant.spec import QuantSpec
-
-
-@dataclass(frozen=True, slots=True)
-class PairReport:
-    """What scaling did between a producer of channels and the linears that read them, by full name.
-
-    Attributes:
-        ratio: the winning exponent (SmoothQuant's alpha); None where nothing was scaled.
-        duo: whether the winner looks at the weights' magnitudes.
-        before, after: relative output error of the readers when rounded to nearest (under
-            SmoothQuant with their inputs rounded too); None where no search was made.
-        reason: why nothing was scaled, else None.
-        seconds: of the search; not part of the manifest.
-        method: ``awq`` or ``smooth``.
-    """
-
-    producer: str
-    readers: tuple[str, ...]
-    ratio: float | None = None
-    duo: bool = False
-    before: float | None = None
-    after: float | None = None
-    reason: str | None = None
-    seconds: float = 0.0
-    method: str = "awq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +168,27 @@ def scale_block(
             if place_of(block, pair.readers[0]) and find.unseen(pair):
                 reason = UNSEEN
         if reason is not None:
-            reports.append(PairReport(*names, reason=reason, method=find.method))
+            skipped = PairReport(
+                producer=names[0], readers=names[1], reason=reason, method=find.method
+            )
+            reports.append(skipped)
             continue
         best = find(pair, names[1], [tensors.values[f"{r}.weight"] for r in pair.readers])
         seconds = time.perf_counter() - start
         why = None if best.ratio is not None else "no scale made the error smaller"
-        best_of = best.ratio, best.duo, best.before, best.after, why
-        reports.append(PairReport(names[0], names[1], *best_of, seconds, find.method))
+        reports.append(
+            PairReport(
+                producer=names[0],
+                readers=names[1],
+                ratio=best.ratio,
+                duo=best.duo,
+                before=best.before,
+                after=best.after,
+                reason=why,
+                method=find.method,
+                seconds=seconds,
+            )
+        )
         if best.ratio is not None:
             changed = fold(pair, best.scale, tensors.values, tensors.stored)
             tensors.values |= changed

@@ -1,20 +1,113 @@
-"""One linear of a walk rounded, by the weights alone or with statistics of its inputs, and what is
+"""Linears of a walk rounded, by the weights alone or with statistics of its inputs, and what is
 reported of it."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from llmquant.algorithms import Factor, asymmetric_target, descend, gptq, layer_error, rtn
-from llmquant.quantization.plan import ModuleReport, WalkPlan
+from llmquant.algorithms import (
+    Factor,
+    asymmetric_target,
+    descend,
+    factorize,
+    gptq,
+    layer_error,
+    rtn,
+)
+from llmquant.errors import QuantizationError
+from llmquant.models.experts import UNSEEN, place_of
+from llmquant.quantization.plan import Progress, WalkPlan
+from llmquant.records import ModuleReport
 from llmquant.runtime.memory import peak_resident_bytes
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats, PairStats
 from llmquant.weight import QuantizedWeight
 
 Rounded = tuple[QuantizedWeight, ModuleReport]
+
+
+class Rounding:
+    """Rounds the linears of a walk, each in one of its processes, and says which it works on.
+
+    Args:
+        plan: of the walk.
+        on_progress: called before each linear.
+    """
+
+    def __init__(self, plan: WalkPlan, on_progress: Callable[[Progress], None]) -> None:
+        self.plan = plan
+        self._on_progress = on_progress
+
+    def announce(self, index: int, module: str) -> None:
+        """``module`` of the block ``index`` is being worked on; the head follows the blocks."""
+        self._on_progress(Progress(index, self.plan.total, module))
+
+    def original(self, name: str, scaled: Mapping[str, Tensor] | None = None) -> Tensor:
+        """A linear's float32 weight ``[out, in]`` as rounding starts from it: from the checkpoint,
+        or as scaling left it."""
+        if scaled is not None and f"{name}.weight" in scaled:
+            return scaled[f"{name}.weight"]
+        return self.plan.reader.read(f"{name}.weight").to(self.plan.device, torch.float32)
+
+    def nearest(
+        self,
+        index: int,
+        names: Sequence[str],
+        fallback: str | None = None,
+        scaled: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Rounded]:
+        """Round to nearest without statistics.
+
+        Args:
+            index: of the block.
+            names: of its linears.
+            fallback: why it is not the recipe's method.
+            scaled: weights that scaling changed, by full name.
+        """
+
+        def one(name: str) -> Rounded:
+            self.announce(index, name)
+            return to_nearest(self.plan, name, self.original(name, scaled), fallback)
+
+        return self.plan.world.scatter_gather(names, one)
+
+    def calibrated(
+        self,
+        index: int,
+        names: Sequence[str],
+        stats: InputStats,
+        scaled: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Rounded]:
+        """Round linears that share an input by the recipe's method: one Hessian, one factorization.
+
+        Args:
+            index: of the block.
+            names: of the linears.
+            stats: of their input.
+            scaled: weights that scaling changed, by full name.
+
+        Raises:
+            QuantizationError: no token was seen; of an expert that is a fallback instead.
+        """
+        if stats.tokens == 0 and stats.dropped == 0 and place_of(self.plan.model, names[0]):
+            return self.nearest(index, names, UNSEEN, scaled)
+        if stats.tokens == 0:
+            raise QuantizationError(
+                f"{names[0]} saw no finite calibration token ({stats.dropped} dropped)"
+            )
+        world, factor = self.plan.world, None
+        if self.plan.recipe.method == "gptq" and world.shard(names):
+            factor = factorize(stats.hessian, self.plan.gptq_options, names[0])
+
+        def one(name: str) -> Rounded:
+            self.announce(index, name)
+            return with_statistics(self.plan, name, self.original(name, scaled), stats, factor)
+
+        return world.scatter_gather(names, one)
 
 
 def to_nearest(plan: WalkPlan, name: str, weight: Tensor, fallback: str | None = None) -> Rounded:
@@ -30,7 +123,8 @@ def to_nearest(plan: WalkPlan, name: str, weight: Tensor, fallback: str | None =
     quantized = rtn(weight, plan.specs[name], plan.search, None, name)
     report = ModuleReport(
         name=name,
-        spec=quantized.spec,
+        spec=str(quantized.spec),
+        shape=quantized.shape,
         digest=quantized.digest(),
         weight_error=weight_error(weight, quantized),
         seconds=time.perf_counter() - start,
@@ -57,7 +151,8 @@ def with_statistics(
     quantized = round_weight(plan, weight, stats, factor, spec, name)
     report = ModuleReport(
         name=name,
-        spec=spec,
+        spec=str(spec),
+        shape=quantized.shape,
         digest=quantized.digest(),
         weight_error=weight_error(weight, quantized),
         output_error=layer_error(weight, quantized.dequantize(), stats.hessian),

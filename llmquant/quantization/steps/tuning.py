@@ -9,29 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from llmquant.algorithms import TuneOptions, tune
 from llmquant.models.block_inputs import BlockInput, run_with
+from llmquant.records import TuneReport
 from llmquant.weight import QuantizedWeight
-
-
-@dataclass(frozen=True, slots=True)
-class TuneReport:
-    """Mean squared error of a block's output on the calibration text before and after it was tuned.
-
-    ``step`` of ``steps`` taken gave the state that was kept; 0 is the rounding algorithm's own.
-    ``seconds`` is not part of the manifest.
-    """
-
-    before: float
-    after: float
-    step: int
-    steps: int
-    seconds: float
 
 
 def tune_block(
@@ -70,6 +55,10 @@ def tune_block(
     for full, weight in tuned.weights.items():
         block.get_parameter(place[full]).data.copy_(weight.dequantize(dtype))
     report = TuneReport(
-        tuned.before, tuned.after, tuned.step, tuned.steps, time.perf_counter() - start
+        before=tuned.before,
+        after=tuned.after,
+        step=tuned.step,
+        steps=tuned.steps,
+        seconds=time.perf_counter() - start,
     )
     return tuned.weights, report

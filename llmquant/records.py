@@ -1,0 +1,119 @@
+"""What is recorded of a run: one class for each thing that is said of it, from the place that
+measures it through the journal to the manifest.
+
+Fields that depend on the machine and the moment (seconds, bytes in memory) are in subclasses, which
+the manifest writes without them: the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Immutable; another version's unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModuleRecord(Record):
+    """What happened to one linear. Another tool's leaves no errors and no counts.
+
+    Attributes:
+        spec: its grid, as text.
+        shape: ``(out, in)``.
+        digest: :meth:`llmquant.QuantizedWeight.digest` as the algorithm returned it.
+        weight_error: ``|W - Q|^2 / |W|^2``.
+        output_error: relative output error on the calibration inputs; None for a data-free method,
+            and for a tuned block, whose error is measured as a whole.
+        damping: GPTQ's damping as finally used; larger than the recipe's when Cholesky failed.
+        dead: input channels that were zero for every calibration token.
+        tokens: calibration tokens seen.
+        dropped: tokens left out for NaN or Inf.
+        fallback: why the recipe's method was not used and the weight rounded to nearest instead,
+            else None.
+    """
+
+    spec: str
+    shape: tuple[int, int]
+    digest: str
+    weight_error: float | None = None
+    output_error: float | None = None
+    damping: float | None = None
+    dead: int = 0
+    tokens: int = 0
+    dropped: int = 0
+    fallback: str | None = None
+
+
+class ModuleReport(ModuleRecord):
+    """The same beside what rounding it took.
+
+    Attributes:
+        name: full module name.
+        seconds: time spent rounding.
+        peak: the most bytes that this process had in RAM up to then.
+    """
+
+    name: str
+    weight_error: float
+    seconds: float = 0.0
+    peak: int = 0
+
+
+class TuneRecord(Record):
+    """Mean squared error of a block's output on the calibration text before and after it was tuned.
+
+    ``step`` of ``steps`` taken gave the state that was kept; 0 is the rounding algorithm's own.
+    """
+
+    before: float
+    after: float
+    step: int
+    steps: int
+
+
+class TuneReport(TuneRecord):
+    """The same beside the seconds that tuning took."""
+
+    seconds: float
+
+
+class PairRecord(Record):
+    """What AWQ or SmoothQuant did between a producer of channels and the linears that read them, by
+    full name.
+
+    Attributes:
+        ratio: the winning exponent (SmoothQuant's alpha); None where nothing was scaled.
+        duo: whether the winner looks at the weights' magnitudes.
+        before, after: relative output error of the readers when rounded to nearest (under
+            SmoothQuant with their inputs rounded too); None where no search was made.
+        reason: why nothing was scaled, else None.
+        method: ``awq`` or ``smooth``.
+    """
+
+    producer: str
+    readers: tuple[str, ...]
+    ratio: float | None = None
+    duo: bool = False
+    before: float | None = None
+    after: float | None = None
+    reason: str | None = None
+    method: str = "awq"
+
+
+class PairReport(PairRecord):
+    """The same beside the seconds that the search took."""
+
+    seconds: float = 0.0
+
+
+class RotationRecord(Record):
+    """What was rotated: names of the matrices, the seed, norms that were absorbed, and whether the
+    head was untied."""
+
+    residual: str | None
+    heads: str | None
+    seed: int
+    norms: int
+    untied: bool
