@@ -176,7 +176,8 @@ def _requirements(extras: dict[str, dict[str, Any]]) -> list[str]:
             problems.append(
                 f"{what} is needed and not there: pip install '{requirement.name}{requirement.specifier}'"
             )
-    extras.pop("dev", None)  # of those who change llmquant, not of those who use it
+    for name in ("dev", "docs"):  # of those who change llmquant, not of those who use it
+        extras.pop(name, None)
     return problems
 
 
