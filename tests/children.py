@@ -1,4 +1,4 @@
-"""Signals in processes that tests start, and in the tests' own.
+"""Processes that tests start, what they find (signals, stdin), and signals in the tests' own.
 
 A shell has commands that it starts in the background ignore Ctrl-C (SIGINT), and whatever they
 start inherits that. A run of ours then goes on ignoring it, as it should; a test of what Ctrl-C
@@ -7,20 +7,100 @@ does must therefore say that it is heeded, wherever the tests run.
 
 from __future__ import annotations
 
+import json
+import os
+import pty
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from signal import Handlers
+from typing import NamedTuple
+
+_START = """
+import os, signal, sys
+action, *command = sys.argv[1:]
+if action == "closed":
+    os.close(0)
+else:
+    signal.signal(signal.SIGINT, signal.SIG_IGN if action == "ignored" else signal.SIG_DFL)
+os.execv(command[0], command)
+"""
 
 
-def heeds_interrupts() -> None:
-    """For ``preexec_fn``: the child finds SIGINT as a terminal leaves it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _started(action: str, command: Sequence[str]) -> list[str]:
+    # A program of its own and no preexec_fn, which may hang in a process that has threads.
+    return [sys.executable, "-S", "-c", _START, action, *command]
 
 
-def ignores_interrupts() -> None:
-    """For ``preexec_fn``: the child finds SIGINT as in a shell's background."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def heeding_interrupts(command: Sequence[str]) -> list[str]:
+    """The command that runs ``command`` with SIGINT as a terminal leaves it."""
+    return _started("heeded", command)
+
+
+def ignoring_interrupts(command: Sequence[str]) -> list[str]:
+    """The command that runs ``command`` with SIGINT as in a shell's background."""
+    return _started("ignored", command)
+
+
+class Ended(NamedTuple):
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+# Several commands in one process: torch is imported once.
+_COMMANDS = """
+import contextlib, io, json, sys
+from llmquant.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, out, err = ["llmquant", *arguments], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main()
+        except SystemExit as e:
+            code = e.code
+    print("ended", json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+def run_commands(commands: Sequence[Sequence[str]], *, at_terminal: bool) -> list[Ended]:
+    """Run llmquant commands one after the other in a process whose stdin is closed, or a terminal
+    at which nobody types."""
+    program = [sys.executable, "-c", _COMMANDS, json.dumps(commands)]
+    terminal, keyboard = pty.openpty() if at_terminal else (None, None)
+    done = subprocess.run(
+        program if at_terminal else _started("closed", program),
+        stdin=subprocess.DEVNULL if keyboard is None else keyboard,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    for end in filter(None, (terminal, keyboard)):
+        os.close(end)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ended ")]
+    return [Ended(*json.loads(line.removeprefix("ended "))) for line in lines]
+
+
+def make_foreign(folder: Path) -> Path:
+    """Change a model folder into one whose type only its own code knows; the code leaves a file
+    ``ran`` in it when it is run."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["model_type"] = "foreign"
+    config["architectures"] = ["ForeignForCausalLM"]
+    config["auto_map"] = {
+        "AutoConfig": "foreign.Config",
+        "AutoModelForCausalLM": "foreign.Model",
+        "AutoTokenizer": ["foreign.Tokenizer", None],
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "foreign.py").write_text(f"open({str(folder / 'ran')!r}, 'w')", encoding="utf-8")
+    return folder
 
 
 @contextmanager

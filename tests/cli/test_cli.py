@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
-from children import heeds_interrupts, interrupts
+from children import heeding_interrupts, interrupts
 
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
@@ -844,9 +844,7 @@ def test_interrupted_it_says_how_to_continue(tmp_path: Path, number: signal.Sign
     ]
     command = [sys.executable, "-c", "from llmquant.cli import main; main()", *map(str, args)]
     pipe = subprocess.PIPE
-    running = subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeds_interrupts
-    )
+    running = subprocess.Popen(heeding_interrupts(command), stdout=pipe, stderr=pipe, text=True)
     deadline, log = time.monotonic() + 120, tmp_path / "a" / "out.quantize.log.jsonl"
     while running.poll() is None and time.monotonic() < deadline:
         if log.is_file() and '"event": "block"' in log.read_text(encoding="utf-8"):

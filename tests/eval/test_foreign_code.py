@@ -3,59 +3,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pty
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
+from children import Ended, make_foreign, run_commands
 
 import llmquant
 from llmquant.errors import ArchitectureError, CheckpointError, LlmquantError, UsageError
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.request import Request
 
-# Several commands in one process: torch is imported once.
-COMMANDS = """
-import contextlib, io, json, sys
-from llmquant.cli import main
-for arguments in json.loads(sys.argv[1]):
-    sys.argv, out, err = ["llmquant", *arguments], io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main()
-        except SystemExit as e:
-            code = e.code
-    print(json.dumps([code, out.getvalue(), err.getvalue()]))
-"""
 KINDS = ("text", "text as JSON", "reference", "tasks", "suite")
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
 def foreign(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose type only its own code knows; the code leaves a file behind when it is run."""
-    folder = Path(shutil.copytree(base_model, tmp_path_factory.mktemp("foreign") / "model"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["model_type"] = "foreign"
-    config["auto_map"] = {
-        "AutoConfig": "foreign.Config",
-        "AutoModelForCausalLM": "foreign.Model",
-        "AutoTokenizer": ["foreign.Tokenizer", None],
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "foreign.py").write_text(f"open({str(folder / 'ran')!r}, 'w')", encoding="utf-8")
-    return folder
+    folder = shutil.copytree(base_model, tmp_path_factory.mktemp("foreign") / "model")
+    return make_foreign(Path(folder))
 
 
 def commands(foreign: Path, base: Path) -> list[list[str]]:
@@ -89,20 +56,8 @@ def commands(foreign: Path, base: Path) -> list[list[str]]:
 @pytest.fixture(scope="module", params=["stdin closed", "at a terminal"])
 def ended(request: pytest.FixtureRequest, foreign: Path, base_model: Path) -> dict[str, Ended]:
     """What each command ended with, by its kind."""
-    arguments = json.dumps(commands(foreign, base_model))
-    terminal, keyboard = pty.openpty() if request.param == "at a terminal" else (None, None)
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, arguments],
-        stdin=subprocess.DEVNULL if keyboard is None else keyboard,
-        capture_output=True, text=True, check=True, timeout=300,
-        preexec_fn=None if keyboard is not None else lambda: os.close(0),
-    )  # fmt: skip
-    for end in filter(None, (terminal, keyboard)):
-        os.close(end)
-    return {
-        kind: Ended(*json.loads(line))
-        for kind, line in zip(KINDS, done.stdout.splitlines(), strict=True)
-    }
+    done = run_commands(commands(foreign, base_model), at_terminal=request.param == "at a terminal")
+    return dict(zip(KINDS, done, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,7 @@ from typing import Any
 
 import board_kit as kit
 import pytest
-from children import heeds_interrupts
+from children import heeding_interrupts
 
 from llmquant_eval.leaderboard.app import HOST, table
 from llmquant_eval.leaderboard.ranking import make_boards
@@ -39,7 +39,7 @@ def address(results: Path) -> Iterator[str]:
     command = [*COMMAND, str(results), "--serve", "--port", "0", "--title", "Ours"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeds_interrupts
+        heeding_interrupts(command), stdout=pipe, stderr=pipe, text=True
     ) as running:
         assert running.stdout is not None
         said = running.stdout.readline()

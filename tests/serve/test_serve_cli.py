@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import typer
-from children import ignores_interrupts
+from children import ignoring_interrupts
 from typer.testing import CliRunner
 
 from llmquant.errors import CheckpointError, UsageError
@@ -48,7 +48,7 @@ def test_serve_from_start_to_sigterm(packed):
     command = [*COMMAND, "serve", str(packed), "--port", "0", "--name", "tiny", "--device", "cpu"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, env=environment(), stderr=pipe, text=True, preexec_fn=ignores_interrupts
+        ignoring_interrupts(command), env=environment(), stderr=pipe, text=True
     ) as process:
         try:
             lines = []
