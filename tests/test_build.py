@@ -91,3 +91,20 @@ def test_the_logic_of_vectors_of_sixteen_is_right_on_any_processor(hook, tmp_pat
     subprocess.run(["c++", *flags, check, wide, *others, "-o", program, "-ldl"], check=True)
     done = subprocess.run([program, "0"], capture_output=True, text=True, check=False)
     assert done.stdout == "avx512: 504 products, 0 numbers wrong\n"
+
+
+def test_a_wheel_has_every_file_of_the_packages(hook):
+    """Modules, the list of public names, recipes, suites and templates; nothing of the tests."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    inside = {f.distribution_path for f in WheelBuilder(str(ROOT)).recurse_included_files()}
+    homes = {"llmquant": ROOT, "llmquant_eval": ROOT / "eval", "llmquant_serve": ROOT / "serve"}
+    sources = {
+        path.relative_to(home).as_posix()
+        for package, home in homes.items()
+        for path in (home / package).rglob("*")
+        if path.is_file() and path.suffix not in {".pyc", ".so"}
+    }
+    recipes = {f"llmquant/_recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
+    assert {"llmquant/__init__.pyi", "llmquant/py.typed"} < sources
+    assert inside == sources | recipes
