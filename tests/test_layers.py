@@ -61,7 +61,7 @@ ROWS = {
 MOST_MODULES = 12  # of a folder
 # What the packages above may import beside the names of ``llmquant`` itself: the exceptions, which
 # cost no torch.
-PUBLIC_MODULES = {"llmquant.errors", "llmquant.cli.options"}
+PUBLIC_MODULES = {"llmquant.errors", "llmquant.cli.options", "llmquant.cli.progress"}
 PACKAGES = {
     "llmquant": ROOT / "llmquant",
     "llmquant_eval": ROOT / "eval" / "llmquant_eval",

@@ -155,24 +155,11 @@ def _show(report: Report) -> None:
 def _progress(hidden: bool) -> Iterator[Progress]:
     """A bar with the time left per stage, on stderr."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.progress import Progress as Bars
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=Console(stderr=True), disable=hidden) as bars:
+    from llmquant.cli.progress import bar_columns
+
+    with Bars(*bar_columns(), console=Console(stderr=True), disable=hidden) as bars:
         tasks: dict[str, object] = {}
 
         def advance(stage: str, done: int, total: int) -> None:

@@ -193,29 +193,19 @@ def _counted(number: int, noun: str) -> str:
 def _progress(hidden: bool) -> Iterator[SuiteProgress]:
     """Two bars on stderr: the whole suite with the time left, and the step at hand."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
 
+    from llmquant.cli.progress import bar_columns
     from llmquant_eval.suites.run import SuiteProgress
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
     console = Console(stderr=True)
     drawn = console.is_terminal and not hidden  # a log gets lines instead, see below
     with Progress(
-        *columns, console=console, disable=not drawn, speed_estimate_period=_FOREVER, transient=True
+        *bar_columns(),
+        console=console,
+        disable=not drawn,
+        speed_estimate_period=_FOREVER,
+        transient=True,
     ) as bars:
         whole = bars.add_task("reading", total=None)
         step = bars.add_task("", total=None, visible=False)

@@ -10,38 +10,45 @@ from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
     from llmquant.data.calibration import Calibration
     from llmquant.quantization.options import Events
     from llmquant.quantization.plan import Progress as Where
 
 
-@contextmanager
-def progress(hidden: bool) -> Iterator[Events]:
-    """A bar over blocks with the time left, the memory in use and at most, and the current module,
-    on stderr."""
+def bar_columns(*more: ProgressColumn) -> tuple[ProgressColumn, ...]:
+    """What a bar of any command shows: its text, the bar, how many are done, the time so far, the
+    time left, and ``more``."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
-    from llmquant.quantization.options import Events
-
-    console = screen(stderr=True)
-    columns = (
+    return (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]}", markup=False),
+        *more,
     )
+
+
+@contextmanager
+def progress(hidden: bool) -> Iterator[Events]:
+    """A bar over blocks with the time left, the memory in use and at most, and the current module,
+    on stderr."""
+    from rich.progress import Progress, TextColumn
+
+    from llmquant.quantization.options import Events
+
+    console = screen(stderr=True)
+    columns = bar_columns(TextColumn("{task.fields[memory]}", markup=False))
     silent = hidden or not console.is_terminal
     with Progress(*columns, console=console, disable=silent, transient=True) as bar:
         shown = _Shown(bar, console, hidden)
