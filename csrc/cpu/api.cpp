@@ -369,19 +369,21 @@ void llmquant_blocks_step(
     char* const* keys, char* const* values, const int64_t* strides, const int64_t* held, int threads) {
   const Instructions& with = *kAll[instructions];
   const int64_t bytes = size_of(type);
-  with_team(threads, [&] { for (int64_t i = 0; i < count; ++i, strides += 4) {
-    const Block& b = *blocks[i];
-    const int64_t kv = b.kv_heads * b.head_dim;
-    float* query = scratch(b.heads * b.head_dim + 2 * kv, 3);  // a number of any type fits in a float
-    char *key = reinterpret_cast<char*>(query + b.heads * b.head_dim), *value = key + kv * sizeof(float);
-    before_attention(with, b, hidden, cos, sin, type, query, key, value, threads);
-    for (int64_t h = 0; h < b.kv_heads; ++h) {
-      const int64_t from = h * b.head_dim * bytes, size = b.head_dim * bytes;
-      std::memcpy(keys[i] + (h * strides[0] + held[i] * strides[1]) * bytes, key + from, size);
-      std::memcpy(values[i] + (h * strides[2] + held[i] * strides[3]) * bytes, value + from, size);
+  with_team(threads, [&] {
+    for (int64_t i = 0; i < count; ++i, strides += 4) {
+      const Block& b = *blocks[i];
+      const int64_t kv = b.kv_heads * b.head_dim;
+      float* query = scratch(b.heads * b.head_dim + 2 * kv, 3);  // a number of any type fits in a float
+      char *key = reinterpret_cast<char*>(query + b.heads * b.head_dim), *value = key + kv * sizeof(float);
+      before_attention(with, b, hidden, cos, sin, type, query, key, value, threads);
+      for (int64_t h = 0; h < b.kv_heads; ++h) {
+        const int64_t from = h * b.head_dim * bytes, size = b.head_dim * bytes;
+        std::memcpy(keys[i] + (h * strides[0] + held[i] * strides[1]) * bytes, key + from, size);
+        std::memcpy(values[i] + (h * strides[2] + held[i] * strides[3]) * bytes, value + from, size);
+      }
+      block_after(with, b, hidden, query, keys[i], values[i], type, held[i] + 1, strides, hidden, threads);
     }
-    block_after(with, b, hidden, query, keys[i], values[i], type, held[i] + 1, strides, hidden, threads);
-  } });
+  });
 }
 
 }  // extern "C"
