@@ -357,14 +357,14 @@ def _row(tool: str, cells: Sequence[dict[str, Any]]) -> str:
 _COST = (("cpu_seconds", 1, 0), ("peak_bytes", 1e9, 2))
 _HEAD = """# Quality beside other tools
 
-Rendered by `python bench/quality.py table` from `bench/results/quality.json`; how it is measured stands in `bench/quality.py`.
+Rendered by `python bench/quality.py table` from `bench/results/quality.json`; how it is measured: `bench/quality.py`.
 KL is the mean over tokens of KL(original ‖ quantized) in nats, averaged over calibration seeds, with the range over seeds in
-brackets. "CPU s" is the processor time of the quantizing process with one thread, start and imports included, GB its highest
-resident set.
+brackets. "CPU s" is the processor time of the quantizing process on one thread, with start and imports; "GB" is its peak
+resident memory.
 
-The small models' texts are TinyStories, one story a line: the first 160 to calibrate with and 157 others to evaluate on. Both
-models are float32, and so are the scales that most tools store. stories260K has linears of 172 rows or columns, which no usual
-group size divides; AutoRound leaves these unquantized, so it has no row there."""
+The small models are calibrated on 160 TinyStories and evaluated on 157 others. Both models are float32, and most tools store
+float32 scales for them. stories260K has linears with 172 rows or columns, which no usual group size divides. AutoRound leaves
+these unquantized, so it has no row there."""
 _COLUMNS = """| tool | KL | KL p99 | perplexity ratio | top-1 | bits per weight | CPU s | GB | seeds |
 |---|---|---|---|---|---|---|---|---|"""
 
