@@ -122,14 +122,14 @@ def main() -> None:
                 print(
                     threads, spec, in_features, out_features, runs[-1]["crossover_rows"], flush=True
                 )
-    found = [int(r["crossover_rows"]) for r in runs if isinstance(r["crossover_rows"], int)]
+    rows = [int(r["crossover_rows"]) for r in runs if isinstance(r["crossover_rows"], int)]
     machine = {
         "processor": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    report = {"machine": machine, "median_crossover_rows": statistics.median(found), "runs": runs}
+    report = {"machine": machine, "median_crossover_rows": statistics.median(rows), "runs": runs}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -64,13 +64,13 @@ def random_llama(folder: Path) -> None:
 def models(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Name → (dense folder, packed folder)."""
     random_llama(folder / "llama-0.19b")
-    found = {
+    pairs = {
         "tiny-llama": (TINY, folder / "tiny-w4"),
         "llama-0.19b": (folder / "llama-0.19b", folder / "0.19b-w4"),
     }
-    for dense, packed in found.values():
+    for dense, packed in pairs.values():
         llmquant.quantize(dense, packed, llmquant.load_recipe("rtn-w4g128"))
-    return found
+    return pairs
 
 
 def stream(tokens: int, window: int) -> TokenStream:
@@ -117,8 +117,8 @@ def memory(path: Path, window: int) -> dict[str, int]:
     """Peak and floor, in bytes, of a process that scores one model and does nothing else."""
     command = [sys.executable, __file__, "--child", str(path), "--window", str(window)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, int] = json.loads(done.stdout)
-    return found
+    peaks: dict[str, int] = json.loads(done.stdout)
+    return peaks
 
 
 def child(path: Path, window: int) -> None:

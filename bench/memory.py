@@ -185,7 +185,7 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         model, output = Path(scratch) / "model", Path(scratch) / "quantized"
         write_model(model, case.shape, case.blocks)
-        found = quantized(model, output, case.options)
+        cost = quantized(model, output, case.options)
         source, written = (
             sum(p.stat().st_size for p in d.glob("*.safetensors")) for d in (model, output)
         )
@@ -196,7 +196,7 @@ def measure(name: str, work: Path) -> dict[str, Any]:
         "options": [o.replace(f"{ROOT}/", "") for o in case.options],
         "source_bytes": source,
         "written_bytes": written,
-        **found,
+        **cost,
     }
 
 
@@ -217,7 +217,7 @@ def main() -> None:
             raise SystemExit(
                 f"{args.work_dir} has {room / 1e9:.0f} GB free; {name} needs 45 (checkpoint, its making, result)"
             )
-        found = measure(name, args.work_dir)
+        cost = measure(name, args.work_dir)
         report = json.loads(args.out.read_text()) if args.out.exists() else {"cases": []}
         report["environment"] = {
             "llmquant": version("llmquant"),
@@ -225,9 +225,9 @@ def main() -> None:
             "python": platform.python_version(),
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         }
-        report["cases"] = [c for c in report["cases"] if c["case"] != name] + [found]
+        report["cases"] = [c for c in report["cases"] if c["case"] != name] + [cost]
         args.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(found), flush=True)
+        print(json.dumps(cost), flush=True)
 
 
 if __name__ == "__main__":

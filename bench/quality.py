@@ -242,11 +242,11 @@ def run(args: argparse.Namespace) -> None:
         )
         known = {(c["tool"], c["grid"], c["seed"], c["model"]): c for c in report["cells"]}
         for tool, grid, seed in wanted(args, environments):
-            found = known.get((tool, grid, seed, Path(args.model).name))
-            if found is not None and "cpu_seconds" in found:
+            measured = known.get((tool, grid, seed, Path(args.model).name))
+            if measured is not None and "cpu_seconds" in measured:
                 continue
-            if found is not None:
-                report["cells"].remove(found)
+            if measured is not None:
+                report["cells"].remove(measured)
             report["cells"].append(cell(tool, grid, seed, setting))
             report["settings"][Path(args.model).name] = shared(args)
             partial = args.out.with_suffix(".partial")
@@ -299,7 +299,7 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     output = setting.scratch / "model"
     command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
     cost = quantized(command, setting.scratch / "log")
-    found = {
+    result = {
         "tool": tool,
         "grid": grid,
         "seed": seed,
@@ -308,8 +308,8 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
         **evaluated(output, setting),
     }
     shutil.rmtree(output)
-    print(json.dumps(found), file=sys.stderr, flush=True)
-    return found
+    print(json.dumps(result), file=sys.stderr, flush=True)
+    return result
 
 
 def table(args: argparse.Namespace) -> None:

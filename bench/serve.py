@@ -260,19 +260,19 @@ def main() -> None:
         path = random_model(Path(scratch)) if asked.model == "random-0.5b" else Path(asked.model)
         live = Live(path)
         try:
-            found: dict[str, Any] = {
+            results: dict[str, Any] = {
                 "model": asked.model,
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
             }
-            found["local"] = asyncio.run(throughput(live.url, asked.tokens, asked.repeats))
+            results["local"] = asyncio.run(throughput(live.url, asked.tokens, asked.repeats))
             if asked.abuse:
-                found["abuse"] = asyncio.run(abuse(live, asked.abuse))
+                results["abuse"] = asyncio.run(abuse(live, asked.abuse))
         finally:
             live.close()
         if asked.manager:
-            found["manager"] = manager_throughput(path, asked.tokens)
-    text = json.dumps(found, indent=1)
+            results["manager"] = manager_throughput(path, asked.tokens)
+    text = json.dumps(results, indent=1)
     print(text)
     if asked.output:
         asked.output.write_text(f"{text}\n", encoding="utf-8")

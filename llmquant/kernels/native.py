@@ -191,10 +191,10 @@ def bound(weight: Packed) -> int:
     """The address of the C structure for these buffers, made once."""
     words, scales, zeros, columns, bits, out, in_ = weight
     key = id(words)
-    found = _BOUND.get(key)
+    handle = _BOUND.get(key)
     addresses = (words.data_ptr(), scales.data_ptr())
-    if found is not None and found[0]() is words and found[1] == addresses:
-        return found[3]
+    if handle is not None and handle[0]() is words and handle[1] == addresses:
+        return handle[3]
     groups = 1 if bits == 16 else scales.shape[1]
     width = in_ if bits == 16 else words.shape[1] * 32 // bits // groups
     struct = _struct(words, scales, zeros, columns, Layout(bits, out, in_, groups, width))
@@ -204,8 +204,8 @@ def bound(weight: Packed) -> int:
 
 
 def _forget(key: int, address: int) -> None:
-    found = _BOUND.get(key)
-    if found is not None and found[3] == address:
+    handle = _BOUND.get(key)
+    if handle is not None and handle[3] == address:
         del _BOUND[key]
 
 

@@ -115,7 +115,7 @@ def choices_of(plan: WalkPlan, options: AllocateOptions) -> list[Choice]:
             f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
         )
     sizes, table = Sizes(layout), _table(options.engine)
-    found = []
+    choices = []
     for block, members in fused_items(names, plan.architecture):
         stored = {n: reader.info(f"{n}.weight") for n in members}
         taken: dict[Scheme | None, int] = {}
@@ -131,10 +131,10 @@ def choices_of(plan: WalkPlan, options: AllocateOptions) -> list[Choice]:
                 f"{', '.join(members)}: none of the allowed schemes fits (widths {_listed(options.widths)}, group sizes "
                 f"{_listed(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
             )
-        found.append(
+        choices.append(
             Choice(block, members, taken, sum(math.prod(linears.shapes[n]) for n in members))
         )
-    return found
+    return choices
 
 
 def _pinned(members: Sequence[str], recipe: Recipe) -> list[Scheme]:

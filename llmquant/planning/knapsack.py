@@ -116,20 +116,20 @@ def _optimize(items: list[list[Option]], budget: int) -> tuple[list[int], float]
     relaxed = milp(costs / (costs.max() or 1.0), bounds=Bounds(0, 1), constraints=constraints)
     scale = float(relaxed.fun or 0.0) * (costs.max() or 1.0) / _RELAXED_COST or 1.0
     with _stdout_kept():
-        found = milp(
+        solved = milp(
             costs / scale,
             integrality=np.ones(len(options)),
             bounds=Bounds(0, 1),
             constraints=constraints,
             options={"time_limit": _TIME_LIMIT_SECONDS, "mip_rel_gap": _GAP},
         )
-    if found.x is None:
+    if solved.x is None:
         raise UsageError(
-            f"the allocation found no solution in {_TIME_LIMIT_SECONDS:g} s: {found.message}; offer fewer options"
+            f"the allocation found no solution in {_TIME_LIMIT_SECONDS:g} s: {solved.message}; offer fewer options"
         )
     starts = np.cumsum([0, *(len(item) for item in items)])
-    picks = [int(np.argmax(found.x[a:b])) for a, b in pairwise(starts)]
-    return picks, float(found.mip_dual_bound) * scale
+    picks = [int(np.argmax(solved.x[a:b])) for a, b in pairwise(starts)]
+    return picks, float(solved.mip_dual_bound) * scale
 
 
 @contextmanager

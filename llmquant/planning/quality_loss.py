@@ -49,15 +49,15 @@ def interpolate(
 ) -> dict[QuantSpec, Damage]:
     """Damage of every scheme: that of the measured one of its width (else of the next narrower), by
     the ratio of layer errors."""
-    found = {}
+    damages = {}
     for spec, error in layer.items():
         anchor = max(
             (a for a in measured if a.bits <= spec.bits), key=lambda a: a.bits, default=None
         )
         assert anchor is not None
         ratio = error / layer[anchor] if layer[anchor] > 0 else 0.0
-        found[spec] = Damage(error, measured[anchor] * ratio, measured.get(spec))
-    return found
+        damages[spec] = Damage(error, measured[anchor] * ratio, measured.get(spec))
+    return damages
 
 
 def divergence(reference: Tensor, changed: Tensor) -> Tensor:

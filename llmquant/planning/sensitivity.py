@@ -97,18 +97,18 @@ def measure(
         CheckpointError: a tensor of the model is missing from the checkpoint.
     """
     blocks = blocks_of(plan.model, plan.architecture)
-    found: dict[int, dict[QuantSpec, Damage]] = {}
+    damages: dict[int, dict[QuantSpec, Damage]] = {}
     with ExitStack() as resident:
         if probe.kind == "kl":
             resident.enter_context(whole(plan))
         run = _Pass(plan, probe, windows, on_progress)
         for index in range(len(blocks)):
             mine = {i: item for i, item in enumerate(items) if item.block == index}
-            found.update(run.block(index, blocks[index], mine))
+            damages.update(run.block(index, blocks[index], mine))
         for i, item in enumerate(items):
             if item.block is None:
-                found[i] = run.head(item)
-    return [found[i] for i in range(len(items))]
+                damages[i] = run.head(item)
+    return [damages[i] for i in range(len(items))]
 
 
 class _Pass:
@@ -139,7 +139,7 @@ class _Pass:
         self, index: int, block: nn.Module, items: Mapping[int, Item]
     ) -> dict[int, dict[QuantSpec, Damage]]:
         prefix = f"{self.plan.architecture.blocks}.{index}."
-        found = {}
+        damages = {}
         with ExitStack() as resident:
             if self.kind == "block":
                 resident.enter_context(materialized(self.plan, block, prefix))
@@ -152,9 +152,9 @@ class _Pass:
             for i, item in items.items():
                 self._on_progress(Progress(index, len(self.blocks), item.names[0]))
                 here = {n: linears[n] for n in item.names}
-                found[i] = self._judge(item, here, hessians, index, block)
+                damages[i] = self._judge(item, here, hessians, index, block)
             self._advance(block, index)
-        return found
+        return damages
 
     def head(self, item: Item) -> dict[QuantSpec, Damage]:
         """The head's damage; ``block`` takes the relative error of the logits."""

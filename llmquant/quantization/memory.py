@@ -203,16 +203,16 @@ class Work:
             self.largest_linear * _FLOAT32 * (_GPTQ_COPIES if gptq else _ROUNDING_COPIES + 2)
         )
         factor = int((_FACTOR_COPIES - 1) * hessian) if gptq else 0
-        found = {
+        phases = {
             "pass": self._activations,
             "statistics": watched + self._activations * passes,
             "rounding": watched + max(factor, weights + (hessian if gptq else 0)),
         }
         if recipe.tune is not None:
-            found["tuning"] = int(
+            phases["tuning"] = int(
                 self.block_linears * _FLOAT32 * _TUNE_COPIES + _TUNE_ACTIVATIONS * self._activations
             )
-        return found
+        return phases
 
 
 def placement(

@@ -123,16 +123,16 @@ def _compare(then: Manifest, now: Manifest, ignore: tuple[str, ...]) -> Comparis
 
 def _circumstances(then: Manifest) -> list[str]:
     here = versions()
-    found = [
+    differences = [
         f"{n} {v} then, {here.get(n, 'none')} now"
         for n, v in then.versions.items()
         if here.get(n) != v
     ]
     if then.threads != torch.get_num_threads():
-        found.append(f"{then.threads} threads then, {torch.get_num_threads()} now")
+        differences.append(f"{then.threads} threads then, {torch.get_num_threads()} now")
     if then.processes != 1:
-        found.append(f"{then.processes} processes then, 1 now")
-    return found
+        differences.append(f"{then.processes} processes then, 1 now")
+    return differences
 
 
 def demand_same(folder: Path, comparison: Comparison) -> None:

@@ -208,7 +208,7 @@ def _ceilings(environment: Mapping[str, str]) -> list[tuple[str, frozenset[str]]
     own ``default`` is NEON, and oneDNN heeds the variable on x86 only.
     """
     arm = frozenset(_LINUX_ARM.values())
-    found = []
+    ceilings = []
     for variable, levels, case in (
         ("ATEN_CPU_CAPABILITY", _ATEN, str.lower),
         ("ONEDNN_MAX_CPU_ISA", _ONEDNN, str.upper),
@@ -216,8 +216,8 @@ def _ceilings(environment: Mapping[str, str]) -> list[tuple[str, frozenset[str]]
     ):
         value = environment.get(variable, "")
         if (level := levels.get(case(value))) is not None:
-            found.append((f"{variable}={value}", level | arm))
-    return found
+            ceilings.append((f"{variable}={value}", level | arm))
+    return ceilings
 
 
 def _ordered(sets: frozenset[str]) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def look(environment: Mapping[str, str] = os.environ) -> Checkup:
     """Look at everything."""
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     here = this_processor()
-    found = Checkup(
+    checkup = Checkup(
         processor=here,
         versions={
             "python": platform.python_version(),
@@ -102,14 +102,14 @@ def look(environment: Mapping[str, str] = os.environ) -> Checkup:
         },
         disk=_disk(),
     )
-    found.problems += _requirements(found.extras)
+    checkup.problems += _requirements(checkup.extras)
     broken = _imports()
-    found.problems += broken
+    checkup.problems += broken
     if not broken:
-        _look_with_torch(found)
-    found.engines["vllm"] = _vllm(environment)
-    found.extras["llama.cpp"] = _llama_cpp()
-    return found
+        _look_with_torch(checkup)
+    checkup.engines["vllm"] = _vllm(environment)
+    checkup.extras["llama.cpp"] = _llama_cpp()
+    return checkup
 
 
 def _version(name: str) -> str | None:
@@ -181,16 +181,16 @@ def _requirements(extras: dict[str, dict[str, Any]]) -> list[str]:
     return problems
 
 
-def _look_with_torch(found: Checkup) -> None:
+def _look_with_torch(checkup: Checkup) -> None:
     import torch
 
     from llmquant.runtime.devices import AUTO, CALIBRATION, parse_device, parse_dtype
 
-    here = found.processor
+    here = checkup.processor
     device = parse_device(AUTO)
     chosen = parse_dtype(AUTO, device)
     on_cpu = parse_dtype(AUTO, "cpu")
-    found.auto = {
+    checkup.auto = {
         "device": str(device),
         "dtype": chosen.name if device.type == "cpu" else "the checkpoint's own dtype",
         "cpu_dtype": on_cpu.name,
@@ -198,44 +198,44 @@ def _look_with_torch(found: Checkup) -> None:
         "calibration_dtype": CALIBRATION.name,
         "calibration_reason": CALIBRATION.reason,
     }
-    found.versions = {
-        **found.versions,
+    checkup.versions = {
+        **checkup.versions,
         "torch's CPU capability": torch.backends.cpu.get_cpu_capability(),
     }
-    found.threads = {
+    checkup.threads = {
         "torch": torch.get_num_threads(),
         "available": here.threads,
         "cores": here.cores,
     }
     if torch.get_num_threads() > here.threads:
-        found.hints.append(
+        checkup.hints.append(
             f"torch computes with {torch.get_num_threads()} threads where {here.threads} can run at once: "
             f"--threads {here.threads} is faster"
         )
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
-        found.gpus.append({"device": f"cuda:{i}", "name": facts.name, "memory": facts.total_memory,
+        checkup.gpus.append({"device": f"cuda:{i}", "name": facts.name, "memory": facts.total_memory,
                            "capability": f"{facts.major}.{facts.minor}"})  # fmt: skip
-    if not found.gpus and shutil.which("nvidia-smi"):
+    if not checkup.gpus and shutil.which("nvidia-smi"):
         built = (
             f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         )
-        found.hints.append(
+        checkup.hints.append(
             f"nvidia-smi is here but torch finds no GPU (it is {built}); see https://pytorch.org/get-started"
         )
     try:
-        found.kernels = _kernels(device, chosen.dtype)
-        found.compiled = _compiled(found.hints)
+        checkup.kernels = _kernels(device, chosen.dtype)
+        checkup.compiled = _compiled(checkup.hints)
     except (LlmquantError, *_BROKEN) as e:
-        found.problems.append(f"kernels cannot be chosen: {e}")
-    if found.versions["compressed-tensors"] is None:
-        found.engines["transformers"] = {
+        checkup.problems.append(f"kernels cannot be chosen: {e}")
+    if checkup.versions["compressed-tensors"] is None:
+        checkup.engines["transformers"] = {
             "ready": False,
             "reason": "compressed-tensors, by which it reads packed folders, is not installed",
             "install": "pip install compressed-tensors",
         }
     else:
-        found.engines["transformers"] = {"ready": True, **_takes("transformers")}
+        checkup.engines["transformers"] = {"ready": True, **_takes("transformers")}
 
 
 def _kernels(device: Any, dtype: Any) -> dict[str, dict[str, Any]]:
@@ -293,11 +293,11 @@ def _vllm(environment: Mapping[str, str]) -> dict[str, Any]:
     never imported into this one."""
     asked = environment.get("LLMQUANT_VLLM_PYTHON", "")
     python = Path(asked) if asked else Path(".venv-vllm") / "bin" / "python"
-    found: dict[str, Any] = {"ready": False, "python": str(python)}
+    facts: dict[str, Any] = {"ready": False, "python": str(python)}
     install = "make vllm-env (in llmquant's sources), or pip install vllm in an environment of its own; name its Python in "
     install += "LLMQUANT_VLLM_PYTHON"
     if not python.is_file():
-        return {**found, "reason": f"{python} is not there", "install": install}
+        return {**facts, "reason": f"{python} is not there", "install": install}
     try:
         done = subprocess.run(
             [str(python), "-I", "-c", _VLLM_CODE],
@@ -309,20 +309,20 @@ def _vllm(environment: Mapping[str, str]) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {
-            **found,
+            **facts,
             "reason": f"importing vllm took more than {_VLLM_SECONDS} s",
             "install": install,
         }
     except OSError as e:
-        return {**found, "reason": f"{python} cannot be started: {e}", "install": install}
+        return {**facts, "reason": f"{python} cannot be started: {e}", "install": install}
     match = re.search(r"^llmquant-vllm (\S+)$", done.stdout, re.MULTILINE)
     if done.returncode != 0 or match is None:
         last = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-        return {**found, "reason": f"vllm cannot be imported there: {last}", "install": install}
+        return {**facts, "reason": f"vllm cannot be imported there: {last}", "install": install}
     takes: dict[str, Any] = {}
     with suppress(*_BROKEN):  # a broken torch is match as a problem
         takes = _takes("vllm")
-    return {**found, "ready": True, "version": match[1], **takes}
+    return {**facts, "ready": True, "version": match[1], **takes}
 
 
 def _llama_cpp() -> dict[str, Any]:

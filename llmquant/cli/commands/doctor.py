@@ -31,56 +31,58 @@ def doctor_command(
         from llmquant.runtime.threads import set_threads
 
         set_threads(threads)
-    found = look()
+    checkup = look()
     if as_json:
-        sys.stdout.write(json.dumps(found.as_dict()) + "\n")
+        sys.stdout.write(json.dumps(checkup.as_dict()) + "\n")
     else:
-        _show(found)
-    if not found.ok:
+        _show(checkup)
+    if not checkup.ok:
         raise typer.Exit(1)
 
 
-def _show(found: Checkup) -> None:
+def _show(checkup: Checkup) -> None:
     from rich.table import Table
 
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
-    for row in _rows(found):
+    for row in _rows(checkup):
         facts.add_row(*row)
     console = screen()
     console.print(facts)
     console.print()
-    for hint in found.hints:
+    for hint in checkup.hints:
         console.print(f"hint: {hint}", soft_wrap=True)
-    for problem in found.problems:
+    for problem in checkup.problems:
         console.print(f"problem: {problem}", soft_wrap=True)
     console.print(
-        "llmquant can work here" if found.ok else "llmquant cannot work here until that is mended"
+        "llmquant can work here" if checkup.ok else "llmquant cannot work here until that is mended"
     )
 
 
-def _rows(found: Checkup) -> list[tuple[str, str]]:
-    rows = [*_processor(found), *_automatic(found)]
-    rows += [_kernel(scheme, facts) for scheme, facts in found.kernels.items()]
-    if found.compiled.get("compiled"):
-        runs, sets = found.compiled["runs"], ", ".join(found.compiled["available"])
+def _rows(checkup: Checkup) -> list[tuple[str, str]]:
+    rows = [*_processor(checkup), *_automatic(checkup)]
+    rows += [_kernel(scheme, facts) for scheme, facts in checkup.kernels.items()]
+    if checkup.compiled.get("compiled"):
+        runs, sets = checkup.compiled["runs"], ", ".join(checkup.compiled["available"])
         rows.append(("compiled code", f"runs on {runs}; there are {sets}"))
-    rows += _resources(found)
-    for g in found.gpus:
+    rows += _resources(checkup)
+    for g in checkup.gpus:
         facts = f"{g['name']}, {_gb(g['memory'])}, compute capability {g['capability']}"
         rows.append((g["device"], facts))
-    if found.auto and not found.gpus:
+    if checkup.auto and not checkup.gpus:
         rows.append(("gpu", "none that torch can use"))
-    versions = (f"{name} {version or 'not installed'}" for name, version in found.versions.items())
+    versions = (
+        f"{name} {version or 'not installed'}" for name, version in checkup.versions.items()
+    )
     rows.append(("versions", ", ".join(versions)))
-    rows += [_engine(name, facts) for name, facts in found.engines.items()]
-    rows += [(f"for {name}", _extra(facts)) for name, facts in found.extras.items()]
+    rows += [_engine(name, facts) for name, facts in checkup.engines.items()]
+    rows += [(f"for {name}", _extra(facts)) for name, facts in checkup.extras.items()]
     return rows
 
 
-def _processor(found: Checkup) -> list[tuple[str, str]]:
-    here = found.processor
+def _processor(checkup: Checkup) -> list[tuple[str, str]]:
+    here = checkup.processor
     nothing = "none of those that matter" if here.known else "not known"
     sets = ", ".join(here.instruction_sets) or nothing
     if here.held_back:
@@ -88,9 +90,9 @@ def _processor(found: Checkup) -> list[tuple[str, str]]:
     return [("processor", f"{here.name} ({here.architecture})"), ("instructions", sets)]
 
 
-def _automatic(found: Checkup) -> list[tuple[str, str]]:
+def _automatic(checkup: Checkup) -> list[tuple[str, str]]:
     """What ``auto`` means here."""
-    auto = found.auto
+    auto = checkup.auto
     if not auto:
         return []
     rows = [("auto device", auto["device"])]
@@ -101,8 +103,8 @@ def _automatic(found: Checkup) -> list[tuple[str, str]]:
     return rows
 
 
-def _resources(found: Checkup) -> list[tuple[str, str]]:
-    rows, threads, memory, disk = [], found.threads, found.memory, found.disk
+def _resources(checkup: Checkup) -> list[tuple[str, str]]:
+    rows, threads, memory, disk = [], checkup.threads, checkup.memory, checkup.disk
     if threads:
         cores = f", of {threads['cores']} cores" if threads["cores"] else ""
         can = f"{threads['available']} can run at once{cores}"

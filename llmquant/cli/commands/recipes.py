@@ -22,10 +22,10 @@ def recipes_command(
             json.dumps(recipe.model_dump(mode="json")) + "\n" if as_json else recipe.to_yaml()
         )
         return
-    found = {n: load_recipe(n).description for n in shipped()}
+    descriptions = {n: load_recipe(n).description for n in shipped()}
     if as_json:
-        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.write(json.dumps(descriptions) + "\n")
         return
-    width = max(map(len, found), default=0)
-    for recipe_name, description in found.items():
+    width = max(map(len, descriptions), default=0)
+    for recipe_name, description in descriptions.items():
         sys.stdout.write(f"{recipe_name:<{width}}  {description}\n")

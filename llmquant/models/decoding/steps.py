@@ -167,13 +167,13 @@ class Run:
             range(len(layers))
         ):
             return None
-        found = []
+        places = []
         for layer in layers:
             place = _place(layer, hidden)
             if place is None:
                 return None
-            found.append(place)
-        return found
+            places.append(place)
+        return places
 
 
 def _place(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, int] | None:

@@ -58,13 +58,13 @@ class Calls:
         Raises:
             CheckpointError: they differ.
         """
-        found = self._digest.hexdigest()
-        if before is not None and before != found:
+        digest = self._digest.hexdigest()
+        if before is not None and before != digest:
             raise CheckpointError(
                 "masks or position embeddings differ from those of the interrupted run; is this another machine? "
                 "Resume where the run started, or start over with --restart"
             )
-        return found
+        return digest
 
 
 def _mapped(

@@ -73,14 +73,14 @@ def stages(
                 f"{name} was called {names.count(name)} times in one pass through its block, so its inputs cannot be "
                 f"calibrated; --ignore it or use --method rtn"
             )
-    found: list[tuple[Tensor, list[str]]] = []
+    sets: list[tuple[Tensor, list[str]]] = []
     for name, x in calls:
-        same = next((members for seen, members in found if seen is x), None)
+        same = next((members for seen, members in sets if seen is x), None)
         if same is None:
-            found.append((x, [name]))
+            sets.append((x, [name]))
         else:
             same.append(name)
-    return [tuple(members) for _, members in found]
+    return [tuple(members) for _, members in sets]
 
 
 def observe(

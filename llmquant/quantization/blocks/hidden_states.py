@@ -213,12 +213,12 @@ class StateStore:
     def _opened(self, saved: SavedStream) -> Stream:
         assert self.folder is not None
         check_stream(self.folder, saved)
-        found = InFile(self.folder, saved, self.device)
+        stream = InFile(self.folder, saved, self.device)
         # Copies: the file may go before the tensors do.
         return (
-            found
+            stream
             if self.placement.spill
-            else InMemory((found.stored(i).clone() for i in range(len(found))), self.device)
+            else InMemory((stream.stored(i).clone() for i in range(len(stream))), self.device)
         )
 
     def _new_path(self) -> Path:

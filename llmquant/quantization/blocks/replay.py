@@ -59,9 +59,9 @@ class Tails:
         self._hooks = ExitStack()
 
     def __enter__(self) -> Tails:
-        for modules, found in ((self._linears, self._outputs), (self._parts, self._results)):
+        for modules, kept in ((self._linears, self._outputs), (self._parts, self._results)):
             for name, module in modules.items():
-                note = lambda _m, _args, out, name=name, found=found: found.__setitem__(name, out)  # noqa: E731
+                note = lambda _m, _args, out, name=name, kept=kept: kept.__setitem__(name, out)  # noqa: E731
                 self._hooks.callback(module.register_forward_hook(note).remove)
         return self
 
@@ -92,7 +92,7 @@ class Replay:
 
     Args:
         block: with the weights of this walk.
-        found: its tails.
+        tails: of the block, as :class:`Tails` saw them.
         waiting: linears that are still to be observed and quantized; say with :meth:`settle` when
             they are. A part with one of them before its last linear is run.
         original: the passes are with original weights, which do not change, so what the last linear
@@ -102,12 +102,12 @@ class Replay:
     def __init__(
         self,
         block: nn.Module,
-        found: Sequence[Tail],
+        tails: Sequence[Tail],
         waiting: Collection[str],
         *,
         original: bool = False,
     ) -> None:
-        self._block, self._tails, self._original = block, found, original
+        self._block, self._tails, self._original = block, tails, original
         self._waiting = set(waiting)
         self._inputs: dict[tuple[str, int], Tensor] = {}
         self._batch: int | None = None

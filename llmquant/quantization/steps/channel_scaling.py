@@ -242,23 +242,23 @@ def _pairs(
     """Pairs, each with the reason why it must be left alone, or None; without an ``architecture``
     those with a norm only."""
     members = {m for s in sets for m in s}
-    found: list[tuple[Pair, str | None]] = []
+    pairs: list[tuple[Pair, str | None]] = []
     routed = [m for s in sets if len(s) > 1 and place_of(block, s[0]) for m in s]
     if routed and architecture is not None and architecture.experts is not None:
-        found.append(
+        pairs.append(
             (
                 Pair(architecture.experts.inside, tuple(routed)),
                 "the router reads these channels too",
             )
         )
     for pair in norm_pairs(block, sets, inputs):
-        found.append(_tried(block, pair, inputs))
+        pairs.append(_tried(block, pair, inputs))
     linears = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
     for producer, consumer in architecture.scaled_in(linears) if architecture is not None else ():
         missing = [n for n in (producer, consumer) if n not in members]
         pair = Pair(producer, (consumer,), linear=True)
         if missing:
-            found.append((pair, f"{missing[0]} is not quantized"))
+            pairs.append((pair, f"{missing[0]} is not quantized"))
             continue
         outputs, inward = (
             _linear(block, producer).out_features,
@@ -267,13 +267,13 @@ def _pairs(
         if outputs != inward:
             channel = head_channels(outputs, inward, kv_heads)
             if channel is None:
-                found.append(
+                pairs.append(
                     (pair, f"{outputs} channels of {kv_heads} heads do not make up {inward}")
                 )
                 continue
             pair = Pair(producer, (consumer,), channel.to(inputs.hidden.device), linear=True)
-        found.append(_tried(block, pair, inputs))
-    return found
+        pairs.append(_tried(block, pair, inputs))
+    return pairs
 
 
 def _tried(block: nn.Module, pair: Pair, inputs: BlockInput) -> tuple[Pair, str | None]:
