@@ -8,7 +8,7 @@ MODEL := examples/tiny-llama
 JOBS ?= auto
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo leaderboard test vllm-env test-vllm lint docs clean help
+.PHONY: setup demo leaderboard test test-long vllm-env test-vllm lint docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,8 +38,11 @@ demo: setup  ## quantize the example model, prove what it cost, talk to it
 leaderboard: setup  ## measure what eval/results lacks (a new or changed recipe), render eval/LEADERBOARD.md
 	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/tiny-llama.yaml --missing --cache out/suites
 
-test: setup  ## all tests but those of the real vLLM
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm"
+test: setup  ## all tests but those of the real vLLM and those that take minutes each
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not long"
+
+test-long: setup  ## the measurements that take minutes each: run them after a change of an algorithm
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m long
 
 vllm-env: .venv-vllm/.installed  ## the real vLLM (CPU build) in an environment of its own, 2 GB
 

@@ -14,10 +14,13 @@ word as a page has them, in a folder that has nothing but links to ``examples`` 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import pkgutil
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -25,6 +28,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import typer
@@ -210,15 +214,22 @@ def extras() -> frozenset[str]:
 @cache
 def help_of(*command: str) -> str:
     """``--help`` of a script, or of one of its commands; empty where it has no such command."""
-    done = subprocess.run(
-        [sys.executable, *command, "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    return done.stdout if done.returncode == 0 else ""
+    script, *arguments = command
+    shown, path, argv = io.StringIO(), list(sys.path), sys.argv
+    sys.path.insert(0, str((ROOT / script).parent))
+    sys.argv = [script, *arguments, "--help"]
+    try:
+        with (
+            mock.patch.dict(os.environ),
+            contextlib.redirect_stdout(shown),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        return shown.getvalue() if end.code in (0, None) else ""
+    finally:
+        sys.path[:], sys.argv = path, argv
+    raise AssertionError(f"{script} --help does not end")
 
 
 def known_recipe(name: str) -> bool:

@@ -74,6 +74,7 @@ def kl(folders: list[Path], reference: Path = MODEL) -> list[float]:
     return [m.metrics["kl_mean"].value for m in evaluate(request).models if m.role == "candidate"]
 
 
+@pytest.mark.long
 def test_smoothing_and_rotation_repair_planted_outliers(tmp_path: Path) -> None:
     outliers = planted(tmp_path / "outliers")
     runs = {

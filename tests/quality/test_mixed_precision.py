@@ -24,6 +24,7 @@ def kl(tmp_path: Path, recipes: dict[str, Recipe]) -> list[float]:
     return values(measured([tmp_path / name for name in recipes]), "kl_mean")
 
 
+@pytest.mark.long
 def test_mixed_at_3_5_bits_beats_uniform_3_5_bits(tmp_path: Path) -> None:
     recipe = load_recipe("gptq-w3g32").updated(CALIBRATION)
     options = AllocateOptions(

@@ -68,10 +68,13 @@ def values(report: Report, metric: str) -> list[float]:
         pytest.param({}, 0.01454, id="W4 g128 sym"),
         # The narrowest of them: as much calibration text as the mark had.
         pytest.param(
-            {"weights.symmetric": False, "calibration.nsamples": 64}, 0.01171, id="W4 g128 asym"
+            {"weights.symmetric": False, "calibration.nsamples": 64},
+            0.01171,
+            id="W4 g128 asym",
+            marks=pytest.mark.long,
         ),
-        pytest.param({"weights.group_size": 32}, 0.01057, id="W4 g32 sym"),
-        pytest.param({"weights.bits": 3}, 0.0706, id="W3 g128 sym"),
+        pytest.param({"weights.group_size": 32}, 0.01057, id="W4 g32 sym", marks=pytest.mark.long),
+        pytest.param({"weights.bits": 3}, 0.0706, id="W3 g128 sym", marks=pytest.mark.long),
         pytest.param({"weights.bits": 2, "weights.group_size": 32}, 0.366, id="W2 g32 sym"),
     ],
 )
@@ -84,6 +87,7 @@ def test_gptq_kl_is_at_most_llm_compressors(
     assert kl <= mark * OF_MARKS
 
 
+@pytest.mark.long
 def test_awq_kl_is_at_most_llm_compressors(tmp_path: Path) -> None:
     """KL 0.0479 for llm-compressor's AWQ. The symmetric grid alone, to keep the suite short;
     docs/quality.md has more."""
@@ -94,6 +98,7 @@ def test_awq_kl_is_at_most_llm_compressors(tmp_path: Path) -> None:
     assert kl <= 0.0479 * OF_MARKS
 
 
+@pytest.mark.long
 def test_asymmetric_calibration_beats_plain_gptq_at_three_bits(tmp_path: Path) -> None:
     recipe = load_recipe("gptq-w4g128").updated({**CALIBRATION, "weights.bits": 3})
     folders = made(tmp_path, plain=recipe, asymmetric=recipe.updated({"gptq.asymmetric": 0.5}))
@@ -102,6 +107,7 @@ def test_asymmetric_calibration_beats_plain_gptq_at_three_bits(tmp_path: Path) -
     assert asymmetric <= 0.9 * plain
 
 
+@pytest.mark.long
 def test_the_best_three_bit_recipe_is_at_most_nine_tenths_of_autorounds(tmp_path: Path) -> None:
     """AutoRound 0.15 at its default 200 iterations: KL 0.0473. docs/decisions.md has more.
 
