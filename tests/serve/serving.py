@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from llmquant_serve.api.app import create_app
 from llmquant_serve.engines.base import Engine, Sampling, Token
 from llmquant_serve.engines.local import LocalEngine
-from llmquant_serve.service import Service
+from llmquant_serve.generation.text_model import TextModel
+from llmquant_serve.service import Limits, Service
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 NAME = "tiny"
@@ -152,3 +153,25 @@ def running(
 
 
 MakeServer = Callable[..., AbstractContextManager[Server]]
+
+
+@contextmanager
+def served(
+    model: PreTrainedModel,
+    text: TextModel | None = None,
+    limits: Limits | None = None,
+    **options: Any,
+) -> Iterator[Server]:
+    """A model behind a server of its own, with tiny-llama's tokenizer unless there is a ``text``."""
+    limits = limits or Limits()
+    engine = LocalEngine(model, limits.max_streams)
+    text = text or TextModel(TINY, engine.info.vocab)
+    with running(Service(engine, text, NAME, limits), **options) as server:
+        yield server
+
+
+def with_template(template: str, vocab: int = 4096) -> TextModel:
+    """tiny-llama's tokenizer with another chat template."""
+    text = TextModel(TINY, vocab)
+    text.tokenizer.chat_template = template
+    return text
