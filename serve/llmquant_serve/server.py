@@ -56,6 +56,13 @@ class Binding:
             raise UsageError(
                 f"--root-path is {self.root_path!r}; it must begin with a slash and end without one, like /llm"
             )
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy if proxy != "*" else "0.0.0.0/0", strict=False)
+            except ValueError as e:
+                raise UsageError(
+                    f"--trusted-proxy is {proxy!r}; it must be an IP address, a network like 10.0.0.0/8, or *"
+                ) from e
         if any(not k.strip() or not k.isascii() or k != k.strip() for k in self.keys):
             raise UsageError(
                 "an API key must be ASCII, not empty, and without spaces at its ends; change --api-key or LLMQUANT_API_KEY"

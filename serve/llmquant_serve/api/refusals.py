@@ -17,6 +17,9 @@ from llmquant_serve.errors import ApiError, bad_request
 
 _QUOTED = 80  # characters of a value
 _MISSING = object()
+Place = tuple[str | int, ...]
+# What pydantic calls the branch of a union that takes this type.
+_BRANCHES = {"string_type": "string", "int_type": "integer", "list_type": "array"}
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseModel]) -> ApiError:
@@ -29,12 +32,7 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseMode
         return bad_request(
             f"the body is {_shown(body)}; it must be a JSON object", code="invalid_json"
         )
-    # Of a union every branch complains; the one that came furthest is the one that was meant.
-    places = [_place(error, body) for error in errors]
-    at = max(
-        range(len(places)), key=lambda i: (errors[i]["type"] == "too_long", len(places[i]), -i)
-    )
-    path, error = places[at], errors[at]
+    path, error = _meant(errors, body)
     where = ".".join(map(str, path)) or None
     name, value = str(path[-1]) if path else "body", _found(body, path)
     if error["type"] == "extra_forbidden":
@@ -46,7 +44,7 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseMode
         message = f"unrecognized parameter: {where} is {_shown(value)}; it must be left out"
         return bad_request(message, where, "unknown_parameter")
     schema = model.model_json_schema()
-    allowed = _words(_fragment(schema, path), schema.get("$defs", {}))
+    allowed = _words(_fragment(schema, path), schema.get("$defs", {}), error["type"])
     if name == "type" and value in UNSUPPORTED:
         allowed += f": this server does not have {UNSUPPORTED[value]}"
     said = "missing" if value is _MISSING else _shown(value)
@@ -55,12 +53,26 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseMode
     )
 
 
-def _place(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
-    """Where an error is in the body: pydantic's place without the branches of unions."""
-    path, here = list[str | int](), body
-    parts = (
-        [p for p in error["loc"] if p != "body"] if error["loc"][:1] == ("body",) else error["loc"]
-    )
+def _meant(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[Place, Mapping[str, Any]]:
+    """The error to tell, and its place. Of a union every branch complains; the branch whose first
+    complaint comes last is the one that was meant, or the one that only has too many entries."""
+    first: dict[Place, tuple[Place, Mapping[str, Any]]] = {}
+    for error in errors:
+        path, branch = _place(error, body)
+        first.setdefault(branch, (path, error))
+
+    def rank(found: tuple[Place, Mapping[str, Any]]) -> tuple[bool, int, list[int]]:
+        path, error = found
+        entries = [part if isinstance(part, int) else 0 for part in path]
+        return error["type"] == "too_long", len(path), entries
+
+    return max(first.values(), key=rank)
+
+
+def _place(error: Mapping[str, Any], body: Any) -> tuple[Place, Place]:
+    """Where an error is in the body: pydantic's place without the branches of unions; and these."""
+    path, branch, here = list[str | int](), list[str | int](), body
+    parts = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
     for i, part in enumerate(parts):
         inside = (
             isinstance(part, int) and part < len(here)
@@ -70,9 +82,10 @@ def _place(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
         if inside:
             here = here[part]
         elif not (error["type"] == "missing" and i == len(parts) - 1):
+            branch.append(part)
             continue
         path.append(part)
-    return tuple(path)
+    return tuple(path), tuple(branch)
 
 
 def _found(body: Any, path: Sequence[str | int]) -> Any:
@@ -123,11 +136,13 @@ def _options(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> list[Mapping
     return [] if schema.get("type") == "null" else [schema]
 
 
-def _words(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
-    """What a schema allows, in words."""
+def _words(schema: Mapping[str, Any], defs: Mapping[str, Any], error: str = "") -> str:
+    """What a schema allows, in words; of several types the one that ``error`` misses."""
     if described := [s["description"] for s in schema.get("anyOf", ()) if "description" in s]:
         return str(described[0])
-    words = [_kind(option, defs) for option in _options(schema, defs)]
+    options = _options(schema, defs)
+    options = [o for o in options if o.get("type") == _BRANCHES.get(error)] or options
+    words = [_kind(option, defs) for option in options]
     return " or ".join(dict.fromkeys(words)) or "left out"
 
 
