@@ -8,7 +8,7 @@ MODEL := examples/tiny-llama
 JOBS ?= auto
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo leaderboard test test-long vllm-env test-vllm lint docs clean help
+.PHONY: setup demo leaderboard test test-long vllm-env test-vllm test-oldest lint docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,21 @@ vllm-env: .venv-vllm/.installed  ## the real vLLM (CPU build) in an environment 
 test-vllm: setup vllm-env  ## what we write, in the real vLLM
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm
 
+# What pyproject.toml allows at least, but for torch, of which a machine often has one build only: TORCH=2.11.0 takes another.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+OLDEST := tests/serve/test_serve_api.py tests/serve/test_serve_clients.py tests/field/test_serve_names.py \
+  tests/field/test_serve_messages.py tests/test_recipe.py tests/test_weight.py tests/checkpoint tests/formats/test_format_gptq.py
+
+test-oldest: .venv-oldest/.installed  ## fast tests with the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -W default $(OLDEST)
+
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv "torch==$(TORCH)"
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+	  "torch==$$(.venv-oldest/bin/python -c 'import torch; print(torch.__version__)')" --editable ".[eval,serve,dev]"
+	touch $@
+
 lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -70,4 +85,4 @@ $(VENV)/.docs: $(VENV)/.installed
 	touch $@
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .venv-vllm out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm .venv-oldest out .pytest_cache .mypy_cache .ruff_cache

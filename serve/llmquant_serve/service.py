@@ -31,6 +31,7 @@ class Limits:
         max_body: bytes of a request.
         stall_seconds: a client that reads nothing for so long is disconnected.
         drain_seconds: how long a shutdown waits for running answers.
+        keep_alive_seconds: a stream that has nothing to send for so long sends a comment; 0 never.
     """
 
     max_streams: int = 8
@@ -40,6 +41,7 @@ class Limits:
     max_body: int = 4 * 2**20
     stall_seconds: float = 60.0
     drain_seconds: float = 30.0
+    keep_alive_seconds: float = 10.0
 
 
 class Gate:
@@ -100,6 +102,7 @@ class Service:
         created: when the server started, in seconds since 1970.
         computing: dtype, device, threads and kernels of the engine, as a line; empty where another
             process computes.
+        stopping: a shutdown has waited long enough and cuts off what still runs.
     """
 
     engine: Engine
@@ -109,6 +112,7 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     computing: str = ""
+    stopping: bool = False
     gate: Gate = field(init=False)
 
     def __post_init__(self) -> None:

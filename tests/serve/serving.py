@@ -20,9 +20,11 @@ from fastapi import FastAPI
 from transformers import PreTrainedModel
 
 from llmquant_serve.api.app import create_app
+from llmquant_serve.api.transport.addresses import THIS_MACHINE, believing
 from llmquant_serve.engines.base import Engine, Sampling, Token
 from llmquant_serve.engines.local import LocalEngine
-from llmquant_serve.service import Service
+from llmquant_serve.generation.text_model import TextModel
+from llmquant_serve.service import Limits, Service
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 NAME = "tiny"
@@ -129,7 +131,12 @@ def running(
     app = create_app(service, **options)
     if extend is not None:
         extend(app)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        believing(app, THIS_MACHINE),
+        proxy_headers=False,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+    )
     server = uvicorn.Server(config)
     with socket.socket() as sock:
         if send_buffer is not None:
@@ -152,3 +159,25 @@ def running(
 
 
 MakeServer = Callable[..., AbstractContextManager[Server]]
+
+
+@contextmanager
+def served(
+    model: PreTrainedModel,
+    text: TextModel | None = None,
+    limits: Limits | None = None,
+    **options: Any,
+) -> Iterator[Server]:
+    """A model behind a server of its own; tiny-llama's tokenizer unless there is a ``text``."""
+    limits = limits or Limits()
+    engine = LocalEngine(model, limits.max_streams)
+    text = text or TextModel(TINY, engine.info.vocab)
+    with running(Service(engine, text, NAME, limits), **options) as server:
+        yield server
+
+
+def with_template(template: str, vocab: int = 4096) -> TextModel:
+    """tiny-llama's tokenizer with another chat template."""
+    text = TextModel(TINY, vocab)
+    text.tokenizer.chat_template = template
+    return text

@@ -285,7 +285,7 @@ WRONG = [
     pytest.param(COMPLETION, P | {"logprobs": 21}, "logprobs", id="too many logprobs"),
     pytest.param(COMPLETION, P | {"logit_bias": {"x": 1}}, "logit_bias", id="bias of no token"),
     pytest.param(COMPLETION, P | {"logit_bias": {"4096": 1}}, "logit_bias", id="bias out of range"),
-    pytest.param(COMPLETION, P | {"stop": ""}, "stop", id="empty stop"),
+    pytest.param(COMPLETION, P | {"stop": 5}, "stop", id="stop a number"),
     pytest.param(
         COMPLETION,
         P | {"stream_options": {"include_usage": True}},

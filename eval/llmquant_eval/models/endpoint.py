@@ -2,7 +2,8 @@
 
 What is needed of it are the log-probabilities of a *prompt*, given as token ids so that no
 tokenizer stands between. Two dialects have them: vLLM's ``prompt_logprobs``, which names the ids it
-scored and is asked for first, and the older ``echo`` with ``logprobs``. A server that gives neither
+scored and is asked for first, and the older ``echo`` with ``logprobs``, whose alternatives are
+named by id where the server can, since two tokens may have one text. A server that gives neither
 is refused with its own words. One token is generated and thrown away with every prompt, because not
 every server takes zero; a prompt must therefore be shorter than the context.
 
@@ -82,6 +83,7 @@ class Endpoint:
         self.context = int(length) if isinstance(length, int) else None
         self._dialects: list[Mapping[str, object]] = [
             {"prompt_logprobs": 1},
+            {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True},
             {"echo": True, "logprobs": 1},
         ]
 

@@ -14,7 +14,6 @@ from starlette.middleware.cors import CORSMiddleware
 from llmquant_serve.api.chat_completions import ChatWriter
 from llmquant_serve.api.completions import CompletionWriter
 from llmquant_serve.api.error_handlers import add_error_handlers, engine_error
-from llmquant_serve.api.guards import Guard
 from llmquant_serve.api.plan import plan_chat, plan_completion
 from llmquant_serve.api.requests import (
     ChatRequest,
@@ -33,7 +32,9 @@ from llmquant_serve.api.responses import (
     Text,
     Tokens,
 )
-from llmquant_serve.api.streaming import EventStream, while_connected
+from llmquant_serve.api.transport.addresses import THIS_MACHINE, Addresses
+from llmquant_serve.api.transport.guards import Guard
+from llmquant_serve.api.transport.streaming import EventStream, while_connected
 from llmquant_serve.engines.base import EngineError
 from llmquant_serve.errors import ApiError, bad_request
 from llmquant_serve.service import Service
@@ -44,11 +45,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for code, why in {
         400: "The request is wrong; the error names the parameter.",
         401: "The API key is missing or wrong.",
+        403: "A page of another origin sent the request.",
         404: "No such model.",
         413: "The body is too large.",
         429: "Too many requests; see Retry-After.",
-        500: "The engine failed.",
-        503: "The engine is not ready.",
+        500: "The request failed in the engine.",
+        503: "The engine is not ready, or the server is shutting down.",
     }.items()
 }
 
@@ -60,6 +62,8 @@ def create_app(
     cors_origins: Sequence[str] = (),
     ui: bool = False,
     reference: Service | None = None,
+    root_path: str = "",
+    trusted_proxies: Sequence[str] = THIS_MACHINE,
 ) -> FastAPI:
     """The application; its lifespan starts and closes the engine.
 
@@ -68,6 +72,8 @@ def create_app(
         cors_origins: web origins whose pages may call the API; none by default.
         ui: leave ``/ui`` to a page that has a login of its own.
         reference: a second model that starts and stops with the first.
+        root_path: the prefix under which a reverse proxy serves all paths.
+        trusted_proxies: whose X-Forwarded headers are believed.
     """
 
     @asynccontextmanager
@@ -95,21 +101,23 @@ def create_app(
     _add_monitoring(app, service)
     add_error_handlers(app)
     paths = frozenset(str(getattr(r, "path", "")) for r in app.routes)
-    if cors_origins:
+    app.add_middleware(
+        Guard,
+        addresses=Addresses(root_path, trusted_proxies, cors_origins, UI_PATH if ui else None),
+        keys=keys,
+        max_body=service.limits.max_body,
+        metrics=service.metrics,
+        paths=paths,
+        stopping=lambda: service.stopping,
+    )
+    if cors_origins:  # around the guard: a page may read why it was refused
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=["Retry-After"],
         )
-    app.add_middleware(
-        Guard,
-        keys=keys,
-        max_body=service.limits.max_body,
-        metrics=service.metrics,
-        paths=paths,
-        exempt=UI_PATH if ui else None,
-    )
     return app
 
 
@@ -153,6 +161,7 @@ async def _answer(
                 _events(writer.stream()),
                 admission.pop_all(),
                 service.limits.stall_seconds,
+                service.limits.keep_alive_seconds,
                 aborted,
             )
         whole: Completion | ChatCompletion

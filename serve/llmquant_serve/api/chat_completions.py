@@ -81,7 +81,7 @@ class ChatWriter:
         return (
             None
             if choice.sampling.logprobs is None
-            else chat_logprobs(self._service.text.tokenizer, tokens)
+            else chat_logprobs(self._service.text.tokenizer, self._plan.names, tokens)
         )
 
     def _content_choice(self, choice: Choice, piece: Piece) -> ChunkChoice:

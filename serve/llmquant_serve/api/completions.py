@@ -79,7 +79,7 @@ class CompletionWriter:
             text=(echo if first else "") + piece.text,
             finish_reason=piece.finish,
             stop_reason=piece.stop,
-            logprobs=completion_logprobs(tokenizer, tokens, offsets) if with_logprobs else None,
+            logprobs=completion_logprobs(plan.names, tokens, offsets) if with_logprobs else None,
             **extras,
         )
 

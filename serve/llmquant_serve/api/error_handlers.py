@@ -5,10 +5,13 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from llmquant_serve.api.streaming import DisconnectedError
-from llmquant_serve.engines.base import EngineError, RefusedError
+from llmquant_serve.api.refusals import refusal
+from llmquant_serve.api.requests import BODIES
+from llmquant_serve.api.transport.streaming import DisconnectedError
+from llmquant_serve.engines.base import EngineError, RefusedError, StoppedError
 from llmquant_serve.errors import ApiError, bad_request
 from llmquant_serve.generation.errors import TextError
 
@@ -20,9 +23,10 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(e, ApiError)
         return e.response()
 
-    async def invalid(_: Request, e: Exception) -> Response:
+    async def invalid(request: Request, e: Exception) -> Response:
         assert isinstance(e, RequestValidationError)
-        return _invalid_request(e).response()
+        model = BODIES.get(request.scope["route"].path, BaseModel)
+        return refusal(e.errors(), e.body, model).response()
 
     async def http(_: Request, e: Exception) -> Response:
         assert isinstance(e, HTTPException)
@@ -52,21 +56,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def engine_error(e: EngineError) -> ApiError:
-    """A 400 where the engine refuses the request, else a 500."""
+    """A 400 where the engine refuses the request, a 503 where it has stopped, else a 500."""
     if isinstance(e, RefusedError):
         return bad_request(str(e))
+    if isinstance(e, StoppedError):
+        return ApiError(503, str(e), code="engine_unavailable", headers={"Retry-After": "5"})
     return ApiError(500, str(e), code="engine_error")
-
-
-def _invalid_request(e: RequestValidationError) -> ApiError:
-    """The first thing that is wrong, by parameter: ``messages.0.content: …``."""
-    first = e.errors()[0]
-    if first["type"] == "json_invalid":
-        return bad_request(
-            f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}",
-            code="invalid_json",
-        )
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    if first["type"] == "extra_forbidden":
-        return bad_request(f"unrecognized parameter: {where}", where, "unknown_parameter")
-    return bad_request(f"{where or 'body'}: {first['msg']}", where, "invalid_value")

@@ -6,13 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llmquant_serve.api.logprobs import Names
 from llmquant_serve.api.requests import ChatRequest, CompletionRequest, ResponseFormat
 from llmquant_serve.engines.base import Sampling
 from llmquant_serve.errors import bad_request
 from llmquant_serve.generation.detokenize import decode
+from llmquant_serve.generation.token_names import IdNames
 from llmquant_serve.service import Service
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
+_ID_DIGITS = 10  # of a token id; Python refuses to read numbers of thousands
+_QUOTED = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class Plan:
         usage_chunk: a stream ends with a part that holds the usage.
         keep_special: special tokens appear in the text.
         show_ids: the answer holds token ids too.
+        names: of tokens, in log-probabilities.
         echoes: per choice, the text to repeat before the answer.
     """
 
@@ -45,6 +50,7 @@ class Plan:
     usage_chunk: bool
     keep_special: bool
     show_ids: bool
+    names: Names
     echoes: list[str] | None = None
 
 
@@ -56,7 +62,10 @@ async def plan_completion(service: Service, request: CompletionRequest) -> Plan:
         TextError: the model cannot be given the prompt.
     """
     if request.best_of is not None and request.best_of != (request.n or 1):
-        raise bad_request("best_of must be equal to n, or left out", "best_of")
+        raise bad_request(
+            f"best_of is {request.best_of}; it must be equal to n ({request.n or 1}), or left out",
+            "best_of",
+        )
     prompts = await _prompts(service, request)
     echo = bool(request.echo)
     if request.max_tokens == 0 and not echo:
@@ -78,10 +87,12 @@ async def plan_completion(service: Service, request: CompletionRequest) -> Plan:
         )
         choices += [Choice(j * n + i, ids, _choice_sampling(base, i, most)) for i in range(n)]
     _check_supported(service, choices[0].sampling)
+    if base.logprobs is not None:
+        await service.text.name_tokens()
     echoes = None
     if echo:
         echoes = [text for text in _echoes(service, request, prompts) for _ in range(n)]
-    return _plan(request, choices, sum(map(len, prompts)), echoes)
+    return _plan(service, request, choices, sum(map(len, prompts)), echoes)
 
 
 async def plan_chat(service: Service, request: ChatRequest) -> Plan:
@@ -91,13 +102,19 @@ async def plan_chat(service: Service, request: ChatRequest) -> Plan:
         ApiError: the request has something that this server or its engine cannot do.
         TextError: the model cannot be given the prompt.
     """
-    if request.top_logprobs is not None and not request.logprobs:
-        raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+    if request.top_logprobs and not request.logprobs:
+        raise bad_request(
+            f"top_logprobs is {request.top_logprobs}, which needs logprobs: true", "top_logprobs"
+        )
     if (
         None not in (request.max_tokens, request.max_completion_tokens)
         and request.max_tokens != request.max_completion_tokens
     ):
-        raise bad_request("max_tokens and max_completion_tokens differ; give one", "max_tokens")
+        raise bad_request(
+            f"max_tokens is {request.max_tokens} and max_completion_tokens is "
+            f"{request.max_completion_tokens}; give one of them",
+            "max_tokens",
+        )
     n = request.n or 1
     service.gate.check(n, "n")
     ids = await service.text.encode_chat(request.messages)
@@ -110,7 +127,9 @@ async def plan_chat(service: Service, request: ChatRequest) -> Plan:
     )
     choices = [Choice(i, ids, _choice_sampling(base, i, most)) for i in range(n)]
     _check_supported(service, choices[0].sampling)
-    return _plan(request, choices, len(ids), None)
+    if base.logprobs is not None:
+        await service.text.name_tokens()
+    return _plan(service, request, choices, len(ids), None)
 
 
 async def _prompts(service: Service, request: CompletionRequest) -> list[list[int]]:
@@ -165,9 +184,12 @@ def _bias(service: Service, requested: dict[str, float]) -> dict[int, float]:
     """``logit_bias`` by token id; JSON's keys are strings."""
     bias = {}
     for key, value in requested.items():
-        if not (key.isascii() and key.isdigit() and int(key) < service.text.vocab):
+        digits = key.isascii() and key.isdigit() and len(key) <= _ID_DIGITS
+        if not (digits and int(key) < service.text.vocab):
             raise bad_request(
-                f"{key!r} is not a token id from 0 to {service.text.vocab - 1}", "logit_bias"
+                f"logit_bias has the key {key[:_QUOTED]!r}; keys must be token ids from 0 to "
+                f"{service.text.vocab - 1}",
+                "logit_bias",
             )
         bias[int(key)] = value
     return bias
@@ -194,8 +216,13 @@ def _choice_sampling(base: Sampling, i: int, max_tokens: int) -> Sampling:
             f"min_tokens is {base.min_tokens}, but at most {max_tokens} can be generated",
             "min_tokens",
         )
-    seed = None if base.seed is None else base.seed + i
+    seed = None if base.seed is None else _int64(base.seed + i)
     return replace(base, max_tokens=max_tokens, seed=seed)
+
+
+def _int64(seed: int) -> int:
+    """A seed beyond the last one starts again at the first, which engines can still take."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _check_supported(service: Service, sampling: Sampling) -> None:
@@ -208,22 +235,27 @@ def _check_supported(service: Service, sampling: Sampling) -> None:
 
 
 def _plan(
+    service: Service,
     request: CompletionRequest | ChatRequest,
     choices: list[Choice],
     prompt_tokens: int,
     echoes: list[str] | None,
 ) -> Plan:
     stream = bool(request.stream)
-    if request.stream_options is not None and not stream:
-        raise bad_request("stream_options needs stream: true", "stream_options")
+    wanted = request.stream_options
+    if wanted is not None and wanted.include_usage and not stream:
+        raise bad_request(
+            "stream_options.include_usage is true, which needs stream: true", "stream_options"
+        )
     stop = request.stop
     return Plan(
         choices=choices,
         stops=() if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
         prompt_tokens=prompt_tokens,
         stream=stream,
-        usage_chunk=request.stream_options is not None and request.stream_options.include_usage,
+        usage_chunk=stream and wanted is not None and bool(wanted.include_usage),
         keep_special=request.skip_special_tokens is False,
         show_ids=bool(request.return_token_ids),
+        names=IdNames() if request.return_tokens_as_token_ids else service.text.names,
         echoes=echoes,
     )

@@ -8,6 +8,8 @@ free the engine's slot.
 from __future__ import annotations
 
 import hmac
+import html
+import json
 import os
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -22,18 +24,21 @@ from fastapi import FastAPI
 import llmquant
 from llmquant.errors import LlmquantError
 from llmquant_serve.api.app import UI_PATH
-from llmquant_serve.chat.compare import CSS, divergence, marked
+from llmquant_serve.chat import compare as comparison
+from llmquant_serve.chat import transcript as conversation
+from llmquant_serve.chat.compare import divergence, marked
 from llmquant_serve.chat.replies import Reply, reply
 from llmquant_serve.chat.settings import sampling_of, settings_panel, with_system
+from llmquant_serve.chat.transcript import transcript
 from llmquant_serve.chat.visitors import Runs, together
 from llmquant_serve.service import Service
 
-_EXPORT = """(turns, system, a, b) => {
-  const text = JSON.stringify({system, messages: turns.map(({role, content}) => ({role, content}))}, null, 2);
+_EXPORT = """(text) => {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
   link.download = "conversation.json"; link.click(); URL.revokeObjectURL(link.href);
 }"""
+Turn = dict[str, str]
 _UNQUEUED: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _UNLIMITED: dict[str, Any] = {
     "concurrency_limit": None,
@@ -67,7 +72,7 @@ def mount(
         auth_message="Log in with any name; the password is an API key of this server.",
         footer_links=[],
         ssr_mode=False,
-        css=CSS,
+        css=comparison.CSS + conversation.CSS,
         run_history=False,
     )
 
@@ -87,7 +92,7 @@ def build_page(service: Service, reference: Service | None, table: str | None) -
     with gr.Blocks(
         title=f"{service.model} · llmquant", analytics_enabled=False, fill_height=True
     ) as page:
-        gr.Markdown(f"## {service.model}")
+        gr.HTML(f"<h2>{html.escape(service.model)}</h2>")
         settings = settings_panel()
         with gr.Tabs():
             with gr.Tab("Chat"):
@@ -106,14 +111,9 @@ def build_page(service: Service, reference: Service | None, table: str | None) -
 
 
 def _chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
-    chat = gr.Chatbot(
-        show_label=False,
-        height="50vh",
-        buttons=["copy"],
-        allow_tags=False,
-        elem_id="chat",
-        feedback_options=None,
-    )
+    chat = gr.HTML(transcript([]), elem_id="chat")
+    turns, asked = gr.State([]), gr.State([])
+    exported = gr.Textbox(visible="hidden")
     status = gr.Markdown("", elem_id="status")
     with gr.Row():
         box = gr.Textbox(
@@ -132,22 +132,24 @@ def _chat_tab(service: Service, settings: list[gr.components.Component], runs: R
         export = gr.Button("Export", size="sm", min_width=100, elem_id="export")
     answer = _answerer(service, runs)
     stop_runs = _stopper(runs)
-    inputs, outputs, typed = [chat, *settings], [chat, status], [box, chat]
+    begun, outputs = [box, chat, asked], [box, chat, status, turns]
     running: list[Any] = [
         event(stop_runs, **_UNQUEUED)
-        .then(change, components, components, **_UNQUEUED)
-        .then(answer, inputs, outputs, **_UNLIMITED)
-        for event, change, components in (
-            (send.click, _with_message, typed),
-            (box.submit, _with_message, typed),
-            (regenerate.click, _without_reply, [chat]),
+        .then(begin, inputs, begun, **_UNQUEUED)
+        .then(answer, [turns, asked, *settings], outputs, **_UNLIMITED)
+        for event, begin, inputs in (
+            (send.click, _with_message, [box, turns]),
+            (box.submit, _with_message, [box, turns]),
+            (regenerate.click, _without_reply, [box, turns]),
         )
     ]
     stop.click(stop_runs, **_UNQUEUED)
     clear.click(stop_runs, cancels=running, **_UNQUEUED).then(
-        lambda: ([], ""), None, outputs, **_UNQUEUED
+        lambda: (transcript([]), "", []), None, [chat, status, turns], **_UNQUEUED
     )
-    export.click(None, [chat, settings[0]], None, js=_EXPORT, api_visibility="private")
+    export.click(_exported, [turns, settings[0]], exported, **_UNQUEUED).then(
+        None, [exported], None, js=_EXPORT, api_visibility="private"
+    )
 
 
 def _stopper(runs: Runs[Any]) -> Callable[[gr.Request], Coroutine[Any, Any, None]]:
@@ -159,39 +161,57 @@ def _stopper(runs: Runs[Any]) -> Callable[[gr.Request], Coroutine[Any, Any, None
     return stop_runs
 
 
-def _with_message(
-    text: str | None, turns: list[dict[str, Any]]
-) -> tuple[str, list[dict[str, Any]]]:
+def _with_message(text: str | None, turns: list[Turn]) -> tuple[Any, str, list[Turn]]:
     """The box emptied, and the conversation with the message that was in it."""
-    return "", [*turns, {"role": "user", "content": text}] if text and text.strip() else turns
+    if not text or not text.strip():
+        return gr.skip(), transcript(turns), []
+    asked = [*turns, {"role": "user", "content": text}]
+    return "", transcript(asked), asked
 
 
-def _without_reply(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_reply(_: str | None, turns: list[Turn]) -> tuple[Any, str, list[Turn]]:
     """The conversation up to the last message of the visitor."""
     while turns and turns[-1]["role"] != "user":
         turns = turns[:-1]
-    return turns
+    return gr.skip(), transcript(turns), turns
+
+
+def _exported(turns: list[Turn], system: str | None) -> str:
+    """The conversation as JSON, as it was sent and received."""
+    return json.dumps({"system": system or "", "messages": turns}, ensure_ascii=False, indent=2)
 
 
 def _answerer(
     service: Service, runs: Runs[Any]
-) -> Callable[..., AsyncGenerator[tuple[list[dict[str, Any]], str], None]]:
-    """What streams a reply into the chat and its status line."""
+) -> Callable[..., AsyncGenerator[tuple[Any, str, str, list[Turn]], None]]:
+    """What streams a reply into the chat and its status line.
+
+    The conversation changes with the first words of a reply. If the request is refused or fails, it
+    is what it was before, and a new message is in the box again.
+    """
 
     async def answer(
-        request: gr.Request, turns: list[dict[str, Any]], system: str, *numbers: float
-    ) -> AsyncGenerator[tuple[list[dict[str, Any]], str], None]:
-        if not turns or turns[-1]["role"] != "user":
+        request: gr.Request, turns: list[Turn], asked: list[Turn], system: str, *numbers: float
+    ) -> AsyncGenerator[tuple[Any, str, str, list[Turn]], None]:
+        if not asked:
             return
-        work = reply(service, with_system(system, turns), sampling_of(numbers))
         try:
+            work = reply(service, with_system(system, asked), sampling_of(numbers))
             async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
                 async for now in growing:
-                    yield [*turns, {"role": "assistant", "content": now.text}], now.status
+                    longer = [*asked, {"role": "assistant", "content": now.text}]
+                    yield gr.skip(), transcript(longer), now.status, longer
         except LlmquantError as e:
-            raise gr.Error(str(e)) from e
+            unsent = asked[-1]["content"] if asked != turns[: len(asked)] else gr.skip()
+            yield unsent, transcript(turns), "", turns
+            raise _shown(e) from e
 
     return answer
+
+
+def _shown(e: LlmquantError) -> gr.Error:
+    """An error as a notice of the page, which takes its text for HTML."""
+    return gr.Error(html.escape(str(e), quote=False))
 
 
 def _compare_tab(
@@ -215,7 +235,7 @@ def _compare_tab(
     with gr.Row():
         for side, name in (("left", service.model), ("right", f"{reference.model} (original)")):
             with gr.Column(min_width=280):
-                gr.Markdown(f"**{name}**")
+                gr.HTML(f"<strong>{html.escape(name)}</strong>")
                 panes += [gr.HTML(elem_id=f"ab-{side}"), gr.Markdown()]
     verdict = gr.Markdown("", elem_id="ab-verdict")
     outputs = [*panes, verdict]
@@ -245,7 +265,7 @@ def _comparer(
                 async for now in growing:
                     yield _sides(service, reference, [r or Reply() for r in now])
         except LlmquantError as e:
-            raise gr.Error(str(e)) from e
+            raise _shown(e) from e
 
     return compare
 

@@ -68,6 +68,7 @@ async def reply(
         usage_chunk=False,
         keep_special=False,
         show_ids=False,
+        names=service.text.names,
     )
     start, now = time.monotonic(), Reply(prompt_tokens=len(prompt))
     with service.gate.enter(1):

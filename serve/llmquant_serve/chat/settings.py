@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import gradio as gr
 
@@ -39,15 +38,7 @@ def sampling_of(numbers: Sequence[float], logprobs: int | None = None) -> Sampli
     )
 
 
-def with_system(system: str | None, turns: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """What the chat template gets: plain texts, the system prompt first if there is one."""
-    plain = [{"role": str(t["role"]), "content": _plain(t["content"])} for t in turns]
+def with_system(system: str | None, turns: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """What the chat template gets: the system prompt first if there is one."""
     # None: a box that was never shown, since the settings are folded away.
-    return [{"role": "system", "content": system}, *plain] if system and system.strip() else plain
-
-
-def _plain(content: Any) -> str:
-    """The text of a turn, which Gradio returns as a list of parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if isinstance(part, dict) and "text" in part)
+    return [*([{"role": "system", "content": system}] if system and system.strip() else []), *turns]

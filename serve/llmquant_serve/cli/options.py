@@ -46,6 +46,7 @@ VllmArgOption = Annotated[
 ]
 
 # Where the server listens and for whom.
+API_KEY_VARIABLE = "LLMQUANT_API_KEY"
 HostOption = Annotated[
     str,
     typer.Option("--host", help="Address to listen on; the default is for this machine only."),
@@ -58,12 +59,26 @@ ApiKeyOption = Annotated[
     typer.Option(
         "--api-key",
         help="API key that clients must send (repeatable) [default: none needed].",
-        envvar="LLMQUANT_API_KEY",
+        envvar=API_KEY_VARIABLE,
     ),
 ]
 CorsOriginOption = Annotated[
     list[str] | None,
     typer.Option("--cors-origin", help="Web origin whose pages may call the API (repeatable)."),
+]
+RootPathOption = Annotated[
+    str,
+    typer.Option(
+        "--root-path", help="Prefix under which a reverse proxy serves this server, like /llm."
+    ),
+]
+TrustedProxyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trusted-proxy",
+        help="Address or network of a reverse proxy whose X-Forwarded headers are believed "
+        "(repeatable) [default: this machine].",
+    ),
 ]
 AccessLogOption = Annotated[bool, typer.Option("--access-log", help="Log every request.")]
 
@@ -106,6 +121,14 @@ StallTimeoutOption = Annotated[
         "--stall-timeout",
         min=0.1,
         help="Seconds after which a client that reads nothing is disconnected.",
+    ),
+]
+SseKeepAliveOption = Annotated[
+    float,
+    typer.Option(
+        "--sse-keep-alive",
+        min=0.0,
+        help="Seconds after which a stream with nothing to send sends a comment; 0: never.",
     ),
 ]
 DrainTimeoutOption = Annotated[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import UsageError
 from llmquant_serve.cli import options as o
@@ -29,7 +31,10 @@ def serve_command(
     max_body: o.MaxBodyOption = 4 * 2**20,
     stall_timeout: o.StallTimeoutOption = 60.0,
     drain_timeout: o.DrainTimeoutOption = 30.0,
+    sse_keep_alive: o.SseKeepAliveOption = 10.0,
     cors_origin: o.CorsOriginOption = None,
+    root_path: o.RootPathOption = "",
+    trusted_proxy: o.TrustedProxyOption = None,
     vllm_url: o.VllmUrlOption = None,
     vllm_python: o.VllmPythonOption = None,
     vllm_arg: o.VllmArgOption = None,
@@ -37,6 +42,7 @@ def serve_command(
 ) -> None:
     """Serve MODEL over an OpenAI-compatible API."""
     require("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else []))
+    from llmquant_serve.api.transport.addresses import THIS_MACHINE
     from llmquant_serve.engines.options import ModelOptions
     from llmquant_serve.server import Binding
     from llmquant_serve.service import Limits
@@ -52,8 +58,25 @@ def serve_command(
     limits = Limits(
         max_streams=max_streams, max_queue=max_queue, max_prompt=max_prompt_tokens,
         max_output=max_output_tokens, max_body=max_body, stall_seconds=stall_timeout,
-        drain_seconds=drain_timeout,
+        drain_seconds=drain_timeout, keep_alive_seconds=sse_keep_alive,
+    )
+    binding = Binding(
+        host, port, _keys(api_key), tuple(cors_origin or ()), ui, access_log, root_path.rstrip("/"),
+        tuple(trusted_proxy or THIS_MACHINE),
     )
     # fmt: on
-    keys, origins = tuple(api_key or ()), tuple(cors_origin or ())
-    launch(served, limits, Binding(host, port, keys, origins, ui, access_log), reference)
+    launch(served, limits, binding, reference)
+
+
+def _keys(given: list[str] | None) -> tuple[str, ...]:
+    """The API keys. A variable that is set to nothing, as by a template with a missing secret, was
+    meant to hold one.
+
+    Raises:
+        UsageError: LLMQUANT_API_KEY is set and empty.
+    """
+    if not given and os.environ.get(o.API_KEY_VARIABLE) is not None:
+        raise UsageError(
+            f"{o.API_KEY_VARIABLE} is set but empty; set a key, or unset it to serve without one"
+        )
+    return tuple(given or ())

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 from llmquant.errors import LlmquantError
 
 Finish = Literal["stop", "length"]
+GREEDY_BELOW = 1e-5  # temperatures; logits divided by less leave the range of float32
 _DEFAULT_CONTEXT = 4096  # of a model whose config names no number of positions
 
 
@@ -28,6 +29,10 @@ class EngineError(LlmquantError):
 
 class RefusedError(EngineError):
     """The engine refused a request that ``why_not`` had let pass."""
+
+
+class StoppedError(EngineError):
+    """The engine has stopped, or stopped before the request was complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class Sampling:
     Attributes:
         max_tokens: at least 1, unless the prompt alone is scored (``prompt_logprobs``), where 0
             generates nothing.
-        temperature: 0 is greedy.
+        temperature: below ``GREEDY_BELOW`` is greedy; some clients send their smallest float as 0.
         top_k: 0 keeps all.
         seed: of this request alone; None draws one.
         logprobs: how many alternatives to report for each chosen token; None reports no
@@ -77,6 +82,11 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     grammar: Mapping[str, Any] | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken instead of a drawn one."""
+        return self.temperature < GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +146,16 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the engine takes requests now, and if not, why."""
+    """Whether the engine takes requests now, and if not, why.
+
+    Attributes:
+        dead: it will not take any again; the process must be restarted.
+    """
 
     ok: bool
     detail: str = ""
     restarts: int = 0
+    dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +181,7 @@ class Engine(Protocol):
 
         Raises:
             RefusedError: the engine does not take the request.
+            StoppedError: the engine has stopped.
             EngineError: the engine failed.
         """
 

@@ -12,10 +12,15 @@ fraction of a second and not by its whole length. With nothing to delay it is pr
 In a batch the matrix products have other shapes and round differently. A greedy choice can then
 differ, but only where the two best logits lie within that rounding. Measured against transformers'
 own ContinuousBatchingManager: see docs/decisions.md.
+
+What fails in the work of one job ends that job alone. A decoding step is the work of all rows, so
+its failure ends them. After a failure of the model itself one token is put through it: only if that
+fails too is the engine dead.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +32,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from llmquant_serve.engines.base import EngineError, Finish, Load, Sampling, Step, Token
+from llmquant.errors import LlmquantError
+from llmquant_serve.engines.base import (
+    EngineError,
+    Finish,
+    Load,
+    Sampling,
+    Step,
+    StoppedError,
+    Token,
+)
+from llmquant_serve.engines.isolation import one_request
 from llmquant_serve.engines.row_cache import RowCache
 from llmquant_serve.engines.sampling import Chooser, described, described_all
 
@@ -49,6 +64,7 @@ class Job:
         prefilled: tokens of the prompt that are in a cache.
         cache: of the prompt, until the sequence joins the rows.
         scores: log-probabilities of the prompt so far.
+        logits: after the last token that is prefilled, float32 ``[vocab]``.
     """
 
     prompt: Sequence[int]
@@ -61,6 +77,12 @@ class Job:
     prefilled: int = 0
     cache: Cache | None = None
     scores: list[Token] = field(default_factory=list)
+    logits: Tensor | None = None
+
+
+def _fail(job: Job, error: LlmquantError) -> None:
+    """End a job by an error of its own; one object per job, since raising it fills it in."""
+    job.deliver(EngineError(str(error)))
 
 
 class Batcher:
@@ -79,7 +101,7 @@ class Batcher:
         self._model: Any = model
         self._eos = eos
         self._max_rows = max_rows
-        self._cache = RowCache(model.config.get_text_config().num_hidden_layers, max_rows)
+        self._cache = self._empty_cache()
         self._waiting: deque[Job] = deque()
         self._prefilling: list[Job] = []
         self._rows: list[Job] = []
@@ -96,11 +118,11 @@ class Batcher:
         """Queue a job; any thread.
 
         Raises:
-            EngineError: the engine has stopped.
+            StoppedError: the engine has stopped.
         """
         with self._wake:
             if self.error or self._closing:
-                raise EngineError(self.error or "the engine is shutting down")
+                raise StoppedError(self.error or "the engine is shutting down")
             self._waiting.append(job)
             self._wake.notify()
 
@@ -126,20 +148,18 @@ class Batcher:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode():
+            with one_request("running the engine"), torch.inference_mode():
                 while self._wait_for_work():
                     self._iterate()
-        except Exception as e:  # noqa: BLE001 - the thread's last handler: whatever it was must reach the waiting requests
-            self.error = (
-                f"the engine stopped, and the server must be restarted: {type(e).__name__}: {e}"
-            )
+        except LlmquantError as e:
+            self.error = f"the engine stopped, and the server must be restarted: {e}"
         with self._wake:
             self._closing = True
             remaining = [*self._waiting, *self._prefilling, *self._rows]
             self._waiting.clear()
         self._prefilling, self._rows = [], []
         for job in remaining:
-            job.deliver(EngineError(self.error or "the engine is shutting down"))
+            job.deliver(StoppedError(self.error or "the engine is shutting down"))
 
     def _wait_for_work(self) -> bool:
         """Returns whether there is work; False ends the thread."""
@@ -175,13 +195,20 @@ class Batcher:
         budget = PROMPT_CHUNK if self._rows else PROMPT_AT_ONCE
         while self._prefilling and budget > 0:
             job = self._prefilling[0]
-            budget -= self._prefill_chunk(job, budget)
-            if job.prefilled == len(job.prompt):
-                self._prefilling.pop(0)
+            try:
+                with one_request("reading its prompt"):
+                    budget -= self._prefill_chunk(job, budget)
+                    if job.prefilled < len(job.prompt):
+                        continue
+                    self._start_decoding(job)
+            except LlmquantError as e:
+                _fail(job, e)
+                self._check_model()
+            self._prefilling.pop(0)
 
     def _prefill_chunk(self, job: Job, budget: int) -> int:
-        """Prefill a part of a prompt; at its end choose the first token and join the rows. Returns
-        the number of tokens."""
+        """Prefill a part of a prompt, and keep the logits at its end. Returns the number of
+        tokens."""
         scored, begin = job.sampling.prompt_logprobs, job.prefilled
         size = min(budget, len(job.prompt) - begin, budget if scored is None else SCORED_CHUNK)
         end = begin + size
@@ -201,29 +228,43 @@ class Batcher:
             following = list(job.prompt[begin + 1 : end + 1])
             job.scores += described_all(following, logits[: len(following)], scored)
         job.prefilled = end
-        if end == len(job.prompt):
-            self._start_decoding(job, logits[-1].float())
+        job.logits = logits[-1].float()
         return size
 
-    def _start_decoding(self, job: Job, logits: Tensor) -> None:
+    def _start_decoding(self, job: Job) -> None:
         """Deliver the prompt's log-probabilities and the first token, and join the rows if more are
         wanted."""
+        assert job.cache is not None
+        assert job.logits is not None
         if job.sampling.prompt_logprobs is not None:
             job.deliver(Step(prompt=(Token(job.prompt[0]), *job.scores)))
             job.scores = []
         if job.sampling.max_tokens == 0:
             job.deliver(Step(finish="length"))
-        else:
-            greedy = job.chooser.greedy
-            token = int(logits.argmax()) if greedy else job.chooser.choose(logits)
-            if not self._append(job, token, logits):
-                assert job.cache is not None
-                self._cache.join(job.cache, len(job.prompt))
-                self._rows.append(job)
-        job.cache = None
+        elif not self._advance(job, int(job.logits.argmax()), job.logits):
+            self._cache.join(job.cache, len(job.prompt))
+            self._rows.append(job)
+        job.cache = job.logits = None
 
     def _decode(self) -> None:
         """One token for every row."""
+        try:
+            with one_request("decoding together with all that were running"):
+                logits = self._step()
+        except LlmquantError as e:
+            for job in self._rows:
+                _fail(job, e)
+            self._rows, self._cache = [], self._empty_cache()
+            self._check_model()
+            return
+        best = logits.argmax(-1).tolist()
+        ended = [
+            row for row, job in enumerate(self._rows) if self._advance(job, best[row], logits[row])
+        ]
+        self._remove(ended)
+
+    def _step(self) -> Tensor:
+        """Float32 logits ``[rows, vocab]`` after the newest token of every row."""
         self._cache.before_step()
         ids = self._tensor([[job.last] for job in self._rows])
         positions = self._tensor([[n] for n in self._cache.lengths])
@@ -233,13 +274,34 @@ class Batcher:
         )  # fmt: skip
         self._cache.after_step()
         logits: Tensor = out.logits[:, -1].float()
-        best = logits.argmax(-1).tolist()
-        finished = []
-        for row, job in enumerate(self._rows):
-            token = best[row] if job.chooser.greedy else job.chooser.choose(logits[row])
-            if self._append(job, token, logits[row]):
-                finished.append(row)
-        self._remove(finished)
+        return logits
+
+    def _advance(self, job: Job, best: int, logits: Tensor) -> bool:
+        """Choose, append and deliver a job's next token; returns whether the job has ended: by its
+        last token, or because this failed.
+
+        Args:
+            best: the token of the largest of ``logits``, float32 ``[vocab]``.
+        """
+        try:
+            with one_request("choosing a token"):
+                if not math.isfinite(float(logits[best])):
+                    raise EngineError(
+                        f"the model computed the logit {float(logits[best])} after "
+                        f"{len(job.prompt) + job.generated} tokens; another --dtype may avoid that"
+                    )
+                token = best if job.chooser.greedy else job.chooser.choose(logits)
+                return self._append(job, token, logits)
+        except LlmquantError as e:
+            _fail(job, e)
+            return True
+
+    def _check_model(self) -> None:
+        """Put one token through the model, after a failure. What this raises ends the engine."""
+        self._model(input_ids=self._tensor([[0]]), use_cache=False)
+
+    def _empty_cache(self) -> RowCache:
+        return RowCache(self._model.config.get_text_config().num_hidden_layers, self._max_rows)
 
     def _append(self, job: Job, token: int, logits: Tensor) -> bool:
         """Append a token to a job and deliver it; returns whether it is the last."""

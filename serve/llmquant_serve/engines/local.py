@@ -62,7 +62,8 @@ class LocalEngine:
         """Yield steps until one has ``finish``; see :class:`~llmquant_serve.engines.base.Engine`.
 
         Raises:
-            EngineError: the engine failed or stopped.
+            StoppedError: the engine has stopped.
+            EngineError: the request failed in the engine.
         """
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[Step | EngineError] = asyncio.Queue()
@@ -87,7 +88,8 @@ class LocalEngine:
     def health(self) -> Health:
         if self._closed:
             return Health(False, "the engine is shutting down")
-        return Health(self._batcher.error is None, self._batcher.error or "")
+        error = self._batcher.error
+        return Health(error is None, error or "", dead=error is not None)
 
     def load(self) -> Load:
         return self._batcher.load()

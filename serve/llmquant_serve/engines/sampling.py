@@ -4,11 +4,13 @@ depend on its neighbours.
 The order is that of vLLM and transformers: bias, penalties, end tokens held back, temperature,
 top-k, top-p, min-p, draw. A draw inverts the cumulative distribution at one uniform number, so a
 request consumes exactly one number per token. Reported log-probabilities are taken before all of
-it. Temperature 0 takes the first of the largest logits, as ``model.generate`` does.
+it. A temperature below 1e-5 takes the first of the largest logits, as ``model.generate`` does. The
+largest logit is subtracted before the temperature divides, so that no temperature overflows.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmquant_serve.engines.base import Sampling, Token
+from llmquant_serve.engines.base import EngineError, Sampling, Token
 
 # Rows of prompt logits at a time: with a vocabulary of 128k, a row in float32 is half a megabyte.
 _ROWS = 64
@@ -43,7 +45,7 @@ class Chooser:
         changed = (
             s.logit_bias or s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1.0
         )
-        return s.temperature == 0 and not changed and self._generated >= s.min_tokens
+        return s.greedy and not changed and self._generated >= s.min_tokens
 
     def update(self, token: int) -> None:
         """Count a token that was chosen."""
@@ -53,12 +55,22 @@ class Chooser:
             self._seen.add(token)
 
     def choose(self, logits: Tensor) -> int:
-        """The next token, from float32 logits ``[vocab]``, which are not changed."""
+        """The next token, from float32 logits ``[vocab]``, which are not changed.
+
+        Raises:
+            EngineError: bias, penalties and end tokens held back leave no token to choose.
+        """
         s = self.sampling
         logits = self._adjusted(logits)
-        if s.temperature == 0:
-            return int(logits.argmax())
-        return self._draw(_filtered(logits / s.temperature, s))
+        best = int(logits.argmax())
+        if not math.isfinite(float(logits[best])):
+            raise EngineError(
+                "no token can be chosen: with the request's min_tokens, stop_token_ids, logit_bias "
+                f"and penalties the best logit is {float(logits[best])}"
+            )
+        if s.greedy:
+            return best
+        return self._draw(_filtered((logits - logits[best]) / s.temperature, s))
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         """Logits with bias and penalties, end tokens held back before ``min_tokens``."""
@@ -80,8 +92,9 @@ class Chooser:
                 list(self._counts.values()), dtype=torch.float32, device=logits.device
             )
             logits[tokens] -= s.frequency_penalty * counts + s.presence_penalty
-        if self._generated < s.min_tokens and self._end_tokens:
-            logits[list(self._end_tokens)] = -torch.inf
+        if self._generated < s.min_tokens:
+            held = [t for t in self._end_tokens if t < logits.numel()]  # a config may name others
+            logits[held] = -torch.inf
         return logits
 
     def _draw(self, logits: Tensor) -> int:

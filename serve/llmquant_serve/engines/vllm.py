@@ -30,6 +30,7 @@ from llmquant_serve.engines.base import (
     Refusal,
     Sampling,
     Step,
+    StoppedError,
 )
 from llmquant_serve.engines.options import ModelOptions
 from llmquant_serve.engines.vllm_messages import (
@@ -69,6 +70,7 @@ class VllmEngine:
         self.info = info
         self._child, self._url, self._key, self._model = child, url, key, model
         self._running = 0
+        self._closed = False
         self._state = Health(False, "vLLM is not connected yet")
         self._watcher: asyncio.Task[None] | None = None
         self._client: httpx.AsyncClient | None = None
@@ -95,6 +97,7 @@ class VllmEngine:
         self._watcher = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
+        self._closed = True
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -125,6 +128,8 @@ class VllmEngine:
                 async for step in steps:
                     yield step
         except httpx.HTTPError as e:
+            if self._closed:
+                raise StoppedError("the engine is shutting down") from e
             raise EngineError(f"the connection to vLLM broke: {type(e).__name__}: {e}") from e
         finally:
             self._running -= 1

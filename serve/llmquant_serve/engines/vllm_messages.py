@@ -19,7 +19,7 @@ def request_body(prompt: Sequence[int], s: Sampling) -> dict[str, Any]:
         "prompt": list(prompt),
         "max_tokens": max(1, s.max_tokens),
         "min_tokens": s.min_tokens,
-        "temperature": s.temperature,
+        "temperature": 0.0 if s.greedy else s.temperature,
         "top_p": s.top_p or 1e-9,
         "top_k": s.top_k,
         "min_p": s.min_p,

@@ -112,8 +112,33 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """One token as text, special tokens by name; parts of characters show as U+FFFD."""
-    return decode(tokenizer, [token], keep_special=True)
+    """One token's text as it is inside a longer text, special tokens by name; parts of characters
+    show as U+FFFD."""
+    return token_texts(tokenizer, [token])[0]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """The texts of tokens, each for itself. SentencePiece-like tokenizers drop the space of a first
+    token, so each is decoded after another one, whose text is then taken off."""
+    before, known = _anchor(tokenizer)
+    rows = [[*before, token] for token in tokens]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        decoded = backend.decode_batch(rows, skip_special_tokens=False)
+    else:
+        decoded = [decode(tokenizer, row, keep_special=True) for row in rows]
+    return [
+        text[len(known) :] if text.startswith(known) else decode(tokenizer, [t], keep_special=True)
+        for t, text in zip(tokens, decoded, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """A token that ends in a letter, and its text; nothing where the tokenizer cannot spell one."""
+    ids = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    text = decode(tokenizer, ids, keep_special=True)
+    return (ids, text) if text.endswith("a") else ([], "")
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> list[int] | None:

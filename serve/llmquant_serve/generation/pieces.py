@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from llmquant_serve.engines.base import Engine, Finish, Sampling, Token
+from llmquant_serve.engines.isolation import one_request
 from llmquant_serve.generation.detokenize import Detokenizer, StopStrings
 
 
@@ -63,18 +64,19 @@ async def write(
             if step.prompt is not None:
                 yield Piece(prompt=step.prompt)
             certain = ""
-            for token in step.tokens:
-                generated += 1
-                pending.append(token)
-                offsets.append(length)
-                new = text.add(token.id)
-                length += len(new)
-                certain += stop.add(new)
-                if stop.matched is not None:
-                    break
-            if step.finish is not None and stop.matched is None:
-                certain += stop.add(text.rest())
-                certain += stop.rest() if stop.matched is None else ""
+            with one_request("turning its tokens into text"):
+                for token in step.tokens:
+                    generated += 1
+                    pending.append(token)
+                    offsets.append(length)
+                    new = text.add(token.id)
+                    length += len(new)
+                    certain += stop.add(new)
+                    if stop.matched is not None:
+                        break
+                if step.finish is not None and stop.matched is None:
+                    certain += stop.add(text.rest())
+                    certain += stop.rest() if stop.matched is None else ""
             finish: Finish | None = "stop" if stop.matched is not None else step.finish
             if certain or finish is not None:
                 yield Piece(

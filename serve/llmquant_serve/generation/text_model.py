@@ -1,8 +1,7 @@
 """TextModel: the text side of a served model. It turns text and chat turns into token ids and back,
 and refuses what the model cannot be given.
 
-Chat templates run in transformers' sandboxed jinja; nothing from the model folder is ever executed
-as Python.
+Nothing from the model folder is ever executed as Python.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from llmquant import load_tokenizer
+from llmquant_serve.generation.chat_template import ChatTemplate
 from llmquant_serve.generation.detokenize import decode
 from llmquant_serve.generation.errors import TextError
 from llmquant_serve.generation.messages import Message
+from llmquant_serve.generation.token_names import TokenNames
 
 
 class TextModel:
@@ -27,6 +26,9 @@ class TextModel:
         path: the model folder.
         vocab: number of logits; token ids are below it.
 
+    Attributes:
+        names: a distinct name of each token.
+
     Raises:
         CheckpointError: the folder has no tokenizer that can be read.
     """
@@ -34,6 +36,8 @@ class TextModel:
     def __init__(self, path: str | os.PathLike[str], vocab: int) -> None:
         self.tokenizer = load_tokenizer(path)
         self.vocab = vocab
+        self.names = TokenNames(self.tokenizer, vocab)
+        self._template = ChatTemplate(self.tokenizer)
 
     async def encode(self, text: str, parameter: str, *, special: bool = True) -> list[int]:
         """Ids of plain text. Runs off the event loop, because a long text takes its time.
@@ -41,7 +45,7 @@ class TextModel:
         Raises:
             TextError: the text is not Unicode or has no tokens.
         """
-        _check_text(text, parameter)
+        check_text(text, parameter)
         ids = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=special)
         return self.checked(ids, parameter)
 
@@ -51,25 +55,20 @@ class TextModel:
         """Ids of a conversation through the chat template.
 
         Raises:
-            TextError: the model has no template, or the template refuses the conversation.
+            TextError: the model has no template, or the template refuses the conversation or leaves
+                out a message.
         """
-        if not self.tokenizer.chat_template:
-            raise TextError("this model has no chat template; use /v1/completions", "messages")
         turns = [_turn(m) if isinstance(m, Message) else dict(m) for m in messages]
         for i, turn in enumerate(turns):
-            _check_text(turn["content"], f"messages.{i}.content")
-        try:
-            text = await asyncio.to_thread(
-                self.tokenizer.apply_chat_template,
-                turns,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-            )
-        except (TemplateError, ValueError, TypeError) as e:
-            raise TextError(
-                f"the model's chat template refuses this conversation: {e}", "messages"
-            ) from e
-        return await self.encode(str(text), "messages", special=False)
+            check_text(turn["content"], f"messages.{i}.content")
+        text = await asyncio.to_thread(
+            self._template.render, turns, generation_prompt=generation_prompt
+        )
+        return await self.encode(text, "messages", special=False)
+
+    async def name_tokens(self) -> None:
+        """Make ``names`` ready, off the event loop; instant after the first time."""
+        await asyncio.to_thread(self.names.__getitem__, 0)
 
     def checked(self, ids: Sequence[int], parameter: str) -> list[int]:
         """The same ids.
@@ -100,11 +99,16 @@ def _turn(message: Message) -> dict[str, str]:
     return turn if message.name is None else turn | {"name": message.name}
 
 
-def _check_text(text: str, parameter: str) -> None:
-    """JSON can carry half of a surrogate pair, which is no character."""
+def check_text(text: str, parameter: str) -> None:
+    """Accept what can be tokenized. JSON can carry half of a surrogate pair, which is no character,
+    and a terminal any bytes.
+
+    Raises:
+        TextError: the text has something that is no character.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as e:
         raise TextError(
-            f"the text is not valid Unicode: {e.reason} at position {e.start}", parameter
+            f"{parameter} is not valid Unicode: {e.reason} at position {e.start}", parameter
         ) from e

@@ -1,0 +1,1 @@
+"""Between the socket and the routes: checks of every request, streams, addresses."""

@@ -1,0 +1,324 @@
+"""What a client sees before and beside the answer: refusals that it can read and act on, streams
+that are never silent, addresses spelled otherwise, and a server that stops in order."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import typer
+from serving import NAME, TEXTS, TINY, served
+from typer.testing import CliRunner
+
+import llmquant
+from llmquant.errors import UsageError
+from llmquant_serve.cli import register
+from llmquant_serve.service import Limits
+
+ROOT = Path(__file__).parents[2]
+COMPLETION, CHATS = "/v1/completions", "/v1/chat/completions"
+LONG = {"prompt": TEXTS[0], "max_tokens": 1900, "temperature": 0, "ignore_eos": True}
+SHORT = {"prompt": TEXTS[1], "max_tokens": 2}
+PAGE = "http://page.example"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llmquant.load(TINY, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with served(model, keys=("k",), cors_origins=(PAGE,), limits=Limits(max_body=20_000)) as live:
+        yield live
+
+
+@pytest.fixture
+def client(server):
+    with server.client as http:
+        http.headers["authorization"] = "Bearer k"
+        yield http
+
+
+JSON = {"content-type": "application/json"}
+BODY = json.dumps(SHORT).encode()
+REFUSALS = [
+    ("no key", {"authorization": ""}, BODY, 401),
+    ("too large", {}, b'{"prompt": "' + b"a" * 30_000 + b'"}', 413),
+    ("a wrong value", {}, b'{"prompt": "a", "n": 0}', 400),
+    ("no JSON", {}, b"{", 400),
+    ("another kind", {"content-type": "text/plain"}, BODY, 400),
+    ("no such model", {}, b'{"prompt": "a", "model": "other"}', 404),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS]
+)
+def test_a_page_can_read_why_it_was_refused(client, headers, body, status):
+    """Without the header a browser shows "Failed to fetch" and nothing else."""
+    asked = JSON | {"origin": PAGE} | headers
+    answer = client.post(COMPLETION, content=body, headers=asked)
+    assert answer.status_code == status
+    assert answer.headers["access-control-allow-origin"] == PAGE
+    assert answer.json()["error"]["message"]
+
+
+def test_a_full_server_is_readable_too(model):
+    with (
+        served(model, cors_origins=(PAGE,), limits=Limits(max_streams=1, max_queue=0)) as full,
+        full.client as client,
+        client.stream("POST", COMPLETION, json=LONG | {"stream": True}) as first,
+    ):
+        lines = first.iter_lines()  # httpx closes the connection when this is dropped
+        next(lines)
+        answer = client.post(COMPLETION, json=SHORT, headers={"origin": PAGE})
+        assert answer.status_code == 429
+        assert answer.headers["access-control-allow-origin"] == PAGE
+        assert "retry-after" in answer.headers["access-control-expose-headers"].lower()
+
+
+def chat(content):
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+
+
+NAMED = [
+    ("curl -d", {"content-type": "application/x-www-form-urlencoded"}, BODY, "Content-Type",
+     ["application/x-www-form-urlencoded", "application/json"]),
+    ("no kind", {"content-type": ""}, BODY, "Content-Type", ["missing", "application/json"]),
+    ("a form", {"content-type": "multipart/form-data; boundary=x"}, BODY, "Content-Type", ["multipart"]),
+    ("gzip", JSON | {"content-encoding": "gzip"}, gzip.compress(BODY), "Content-Encoding", ["gzip"]),
+    ("zstd", JSON | {"content-encoding": "zstd"}, BODY, "Content-Encoding", ["zstd"]),
+]  # fmt: skip
+VALUES = [
+    (COMPLETION, SHORT | {"stop": ["x"] * 17}, "stop", ["17", "at most 16"]),
+    (COMPLETION, {"prompt": ["a"] * 129}, "prompt", ["129", "1 to 128"]),
+    (COMPLETION, {"prompt": [[1]] * 129}, "prompt", ["129", "1 to 128"]),
+    (COMPLETION, {"prompt": []}, "prompt", ["[]", "a text"]),
+    (COMPLETION, {"prompt": ["a", 5]}, "prompt.1", ["5"]),
+    (COMPLETION, {}, "prompt", ["missing"]),
+    (COMPLETION, {"prompt": "a", "stop": "x" * 1001}, "stop", ["1001", "1000"]),
+    (COMPLETION, SHORT | {"logprobs": 21}, "logprobs", ["21", "0 to 20"]),
+    (COMPLETION, SHORT | {"logprobs": True}, "logprobs", ["true", "0 to 20"]),
+    (COMPLETION, SHORT | {"temperature": "hot"}, "temperature", ['"hot"', "0 to 2"]),
+    (COMPLETION, SHORT | {"stream": "yes"}, "stream", ['"yes"', "true or false"]),
+    (COMPLETION, SHORT | {"best_of": 3}, "best_of", ["3", "1"]),
+    (CHATS, chat([{"type": "image_url", "image_url": {"url": "x"}}]), "messages.0.content.0.type",
+     ["image_url", '"text"', "images"]),
+    (CHATS, chat([{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {}}]),
+     "messages.0.content.1.type", ["input_audio", '"text"']),
+    (CHATS, chat("a") | {"top_logprobs": 3}, "top_logprobs", ["3", "logprobs: true"]),
+    (CHATS, chat("a") | {"response_format": {"type": "yaml"}}, "response_format.type", ["yaml", "json_object"]),
+    (CHATS, {"messages": "a"}, "messages", ['"a"', "a list"]),
+    (CHATS, {"messages": ["a"]}, "messages.0", ['"a"', "an object"]),
+    ("/tokenize", {"prompt": 5}, "prompt", ["5", "a text"]),
+    ("/detokenize", {"tokens": ["a"]}, "tokens.0", ['"a"', "an integer"]),
+    ("/detokenize", {}, "tokens", ["missing"]),
+]  # fmt: skip
+
+
+def check(answer, parameter, words):
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == parameter
+    for word in (parameter, *words):
+        assert word in error["message"], error["message"]
+    assert not re.search(r"Input should|valid string|constrained|dictionary", error["message"])
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "parameter", "words"), [n[1:] for n in NAMED], ids=[n[0] for n in NAMED]
+)
+def test_a_refusal_names_the_header(client, headers, body, parameter, words):
+    check(client.post(COMPLETION, content=body, headers=headers), parameter, words)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "parameter", "words"), VALUES, ids=[f"{v[2]} {v[3][0]}" for v in VALUES]
+)
+def test_a_refusal_says_what_it_was_and_what_is_allowed(client, path, body, parameter, words):
+    check(client.post(path, json=body), parameter, words)
+
+
+@pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null", b"[[1]]"], ids=str)
+def test_a_body_that_is_no_object(client, body):
+    answer = client.post(COMPLETION, content=body, headers=JSON)
+    assert answer.status_code == 400
+    assert "JSON object" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", f"/v1/models/{NAME}", "/metrics"])
+def test_head_is_get_without_a_body(client, path):
+    got, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (got.status_code, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert client.head(COMPLETION).status_code == 405
+    assert client.head("/nowhere").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models/", "//v1/models", "/v1//models/", f"/v1/models/{NAME}/"]
+)
+def test_slashes_that_mean_nothing(client, path):
+    answer = client.get(f"{client.base_url.scheme}://{client.base_url.netloc.decode()}{path}")
+    assert answer.status_code == 200
+    assert answer.json()["object"] in ("list", "model")
+    assert client.post("/v1/completions/", json=SHORT).status_code == 200
+    assert client.post("/v1//chat/completions", json=chat("a")).status_code == 200
+
+
+def test_a_waiting_stream_says_that_it_waits(model):
+    limits = Limits(max_streams=1, keep_alive_seconds=0.1)
+    with served(model, limits=limits) as server, server.client as client:
+        with client.stream("POST", COMPLETION, json=LONG | {"stream": True}) as first:
+            lines = first.iter_lines()
+            next(lines)
+            with client.stream("POST", CHATS, json=chat("a") | {"stream": True}) as second:
+                waiting = second.iter_lines()
+                said = [next(waiting) for _ in range(6)]
+                kept = [line for line in said if line.startswith(":")]
+                assert len(kept) >= 2
+                first.close()
+                rest = [line for line in waiting if line]
+                assert rest[-1] == "data: [DONE]"
+        server.until_idle()
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as api:
+            parts = list(api.completions.create(model=NAME, prompt="a", max_tokens=3, stream=True))
+        assert parts[-1].choices[0].finish_reason
+
+
+def test_without_keep_alive_a_stream_waits_silently(model):
+    with (
+        served(model, limits=Limits(keep_alive_seconds=0)) as server,
+        server.client as client,
+        client.stream("POST", COMPLETION, json=SHORT | {"stream": True}) as answer,
+    ):
+        assert not [line for line in answer.iter_lines() if line.startswith(":")]
+
+
+COMMAND = [
+    sys.executable, "-c", "from llmquant.cli import main; main()", "serve", str(TINY), "--port", "0",
+    "--device", "cpu", "--dtype", "float32",
+]  # fmt: skip
+
+
+def environment(**changes):
+    paths = os.pathsep.join(str(ROOT / p) for p in ("", "eval", "serve"))
+    return os.environ | {"PYTHONPATH": paths} | changes
+
+
+@contextmanager
+def process(*arguments):
+    with subprocess.Popen(
+        [*COMMAND, *arguments], env=environment(), stderr=subprocess.PIPE, text=True
+    ) as running:
+        try:
+            line = ""
+            while not (address := re.search(r"at (http://\S+)/v1, engine", line)):
+                line = running.stderr.readline()
+                assert line
+            yield running, address[1]
+        finally:
+            running.kill()
+
+
+def test_after_the_drain_limit_answers_are_503_and_one_line_is_logged():
+    answers = {}
+
+    def ask(url, name, stream):
+        body = LONG | {"stream": stream}
+        answers[name] = httpx.post(f"{url}{COMPLETION}", json=body, timeout=60)
+
+    with process("--drain-timeout", "1") as (running, url):
+        threads = [
+            threading.Thread(target=ask, args=(url, name, name == "stream"))
+            for name in ("whole", "other", "stream")
+        ]
+        for thread in threads:
+            thread.start()
+        while httpx.get(f"{url}/health").json()["running"] < 3:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(30)
+        log = running.stderr.read()
+        assert running.wait(30) == 0, log
+    for name in ("whole", "other"):
+        assert answers[name].status_code == 503, answers[name].text
+        assert answers[name].json()["error"]["code"] == "engine_unavailable"
+    assert "shutting down" in answers["stream"].text.strip().splitlines()[-1]
+    assert "[DONE]" not in answers["stream"].text
+    assert "Traceback" not in log
+    assert log.count("cut off after --drain-timeout 1 s") == 1
+    assert "ERROR" not in log
+
+
+MISUSE = [
+    pytest.param({"LLMQUANT_API_KEY": ""}, [], "LLMQUANT_API_KEY is set but empty", id="empty key"),
+    pytest.param(
+        {"LLMQUANT_API_KEY": "\t "}, [], "LLMQUANT_API_KEY is set but empty", id="blank key"
+    ),
+    pytest.param(
+        {}, ["--api-key", ""], "an API key must be ASCII, not empty", id="empty --api-key"
+    ),
+    pytest.param({}, ["--root-path", "llm"], "--root-path is 'llm'", id="no slash"),
+    pytest.param({}, ["--root-path", "/a b"], "--root-path is '/a b'", id="a space"),
+    pytest.param({}, ["--root-path", "//x"], "--root-path is '//x'", id="another host"),
+    pytest.param({}, ["--trusted-proxy", "not an address"], "--trusted-proxy", id="no address"),
+]
+
+
+@pytest.mark.parametrize(("variables", "arguments", "words"), MISUSE)
+def test_misuse_starts_no_server(monkeypatch, variables, arguments, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    app = typer.Typer()
+    register(app)
+    result = CliRunner().invoke(app, ["serve", str(TINY), "--port", "0", *arguments])
+    assert isinstance(result.exception, UsageError)
+    assert words in str(result.exception)
+
+
+CONVERSATION = [
+    ("First.", True), ("word " * 3000, False), (b"bad \xff\xfe bytes", False), ("Second.", True),
+    (b"/system \xff", None), ("/retry", True), (b"\xc3", False), ("Third.", True),
+]  # fmt: skip
+
+
+def test_a_terminal_chat_survives_what_it_refuses():
+    """Bad bytes and a message that is too long are refused, and what follows is answered."""
+    lines = [line if isinstance(line, bytes) else line.encode() for line, _ in CONVERSATION]
+    command = [*COMMAND[:3], "chat", str(TINY), "--max-new-tokens", "4", "--temperature", "0"]
+    ran = subprocess.run(
+        command, env=environment(), input=b"\n".join(lines) + b"\n", capture_output=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    said = ran.stderr.decode()
+    assert ran.returncode == 0, said
+    assert "Traceback" not in said
+    answered = [int(n) for n in re.findall(r"· (\d+) tokens ·", said)]
+    assert [n > 0 for n in answered] == [ok for _, ok in CONVERSATION if ok is not None]
+    assert said.count("not valid Unicode") == 3
+    assert said.count("the conversation is as it was before") == 3
+    first, *_, third = [int(n) for n in re.findall(r"(\d+) prompt tokens", said) if int(n)]
+    assert first < third < 200
+
+
+def test_a_system_prompt_that_is_no_text_is_misuse():
+    app = typer.Typer()
+    register(app)
+    result = CliRunner().invoke(app, ["chat", str(TINY), "--system", "\udcff"])
+    assert isinstance(result.exception, UsageError)
+    assert "--system is not valid Unicode" in str(result.exception)
