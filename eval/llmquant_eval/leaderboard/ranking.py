@@ -96,9 +96,10 @@ def _text_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]
                 tokenizer,
                 "",
             )
-            row = Row(
-                printable(result.label), result, report, stored.path, _metrics_of(result, part)
-            )
+            metrics = _metrics_of(result, part)
+            if not metrics:
+                continue  # a server that gave out before the end
+            row = Row(printable(result.label), result, report, stored.path, metrics)
             yield key, row, printable(report.text.source), part.windows_available
 
 

@@ -174,10 +174,13 @@ def footnotes(report: Report) -> list[str]:
             f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}, {report.hardware.threads} threads; "
             f"± standard error {_methods(report)}, ratios paired."
         )
+        if text.rows is not None and (lost := text.rows.lost()) is not None:
+            lines.append(f"Not all of the text: {lost}.")
     lines += [
         f"{p.perplexity}: {_share(p.windows, p.windows_available)} windows, {p.scored} tokens scored."
         for p in report.passes[1:]
     ]
+    lines += [f"NOT MEASURED: {gap.text()}. {gap.reason}" for gap in report.missing]
     if report.settings.dtype_reason is not None:
         lines.append(f"{report.settings.dtype} was chosen because {report.settings.dtype_reason}.")
     if report.noise_floor is not None:
