@@ -122,8 +122,8 @@ def side_tables(report: Report) -> list[SideTable]:
             if metric.protocol in (part.perplexity, part.divergence)
             and not name.startswith(_DETAILS)
         )
-        if number == 0 and "perplexity" in names:
-            continue  # the main table has all of it
+        if not names or (number == 0 and "perplexity" in names):
+            continue  # a server answered none of it; or the main table has all of it
         rows = [
             (m.label, *(" ".join(metric_cell(m.metrics, name)).strip() for name in names))
             for m in report.models
