@@ -123,7 +123,7 @@ def allocate(
         raise SourceError(
             "an allocation measures on text: give --calibration file:PATH, jsonl:PATH#FIELD or hf:…"
         )
-    prepared = prepare(model, recipe, options.device, options.dtype)
+    prepared = prepare(model, recipe, options.device, options.dtype, options.store_dtype)
     choices = choices_of(prepared, options)
     _check_layout(choices, prepared)
     budget = _budget(choices, options.target_bpw)

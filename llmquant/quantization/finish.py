@@ -3,6 +3,7 @@ what was computed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,9 +29,11 @@ from llmquant.errors import ProofError
 from llmquant.formats import Format, Scheme
 from llmquant.models.rotated import RotatedReader
 from llmquant.models.selection import Selection
+from llmquant.models.stored_dtype import StoredReader
 from llmquant.quantization.plan import ModuleReport, WalkPlan
 from llmquant.quantization.reports import Outcome
 from llmquant.quantization.steps.channel_scaling import PairReport
+from llmquant.runtime.devices import AUTO
 
 
 def write_config(
@@ -60,6 +63,7 @@ def describe(
     *,
     base_model: str,
     device: str,
+    store_dtype: str,
 ) -> Manifest:
     """Write everything beside the weights: config, tokenizer, recipe, manifest, model card.
 
@@ -69,8 +73,10 @@ def describe(
         layout, selection, outcome, calibration: what was done, and with which text.
         base_model: name for manifest and card.
         device: as the user named it.
+        store_dtype: as the user named it.
     """
     reader, recipe = plan.reader, plan.recipe
+    unrounded = reader.source if isinstance(reader, StoredReader) else reader
     writer.copy_side_files(reader.path)
     write_config(writer, reader, layout, outcome.schemes, selection)
     writer.write_text("recipe.yaml", recipe.to_yaml())
@@ -83,12 +89,13 @@ def describe(
         seed=recipe.seed,
         device=device,
         dtype=str(plan.dtype).removeprefix("torch."),
+        store_dtype=None if store_dtype == AUTO else store_dtype,
         threads=torch.get_num_threads(),
         processes=plan.world.size,
         versions=versions(),
         bits_per_weight=outcome.packed_bytes * 8 / weights,
-        rotation=RotationEntry(**asdict(reader.report))
-        if isinstance(reader, RotatedReader)
+        rotation=RotationEntry(**asdict(unrounded.report))
+        if isinstance(unrounded, RotatedReader)
         else None,
         modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
         tuned={
@@ -109,10 +116,19 @@ def describe(
 
 
 def base_name(model: str) -> str:
-    """A hub name without its revision; of a folder only its own name, since a path means nothing on
-    another machine."""
+    """A hub name without its revision, of a folder of the hub's cache too; of another folder only
+    its own name, since a path means nothing on another machine."""
     folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model.partition("@")[0]
+    if not folder.is_dir():
+        return model.partition("@")[0]
+    # A snapshot's own name is a commit: …/models--ORG--NAME/snapshots/COMMIT
+    for path in (Path(os.path.abspath(folder)), folder.resolve()):
+        kind, _, name = (
+            path.parents[1].name.partition("--") if len(path.parents) > 1 else ("", "", "")
+        )
+        if path.parent.name == "snapshots" and kind == "models" and name:
+            return name.replace("--", "/")
+    return folder.resolve().name
 
 
 def _calibration_entry(calibration: Calibration) -> dict[str, object]:

@@ -25,6 +25,7 @@ from llmquant.models.architectures import Architecture
 from llmquant.models.from_folder import empty_model, load_tokenizer
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, Selection, linears_of, select
+from llmquant.models.stored_dtype import StoredReader, as_stored
 from llmquant.models.tensor_check import check_fit
 from llmquant.quantization.plan import WalkPlan
 from llmquant.recipe import Recipe
@@ -39,7 +40,8 @@ class Prepared:
 
     Attributes:
         original: the checkpoint as it is.
-        reader: as the run reads it: rotated where the recipe wants that.
+        reader: as the run reads it: rotated where the recipe wants that, in the dtype that is
+            stored.
         skeleton: the model on the meta device.
         linears: that could be quantized.
         layout: the recipe's format.
@@ -98,10 +100,13 @@ class Prepared:
     def plan(self, selection: Selection | None, world: World = ALONE) -> WalkPlan:
         """The walk that quantizes the selection; None: a walk for something else."""
         specs, head = ({}, None) if selection is None else (selection.specs, selection.head)
+        reader = self.reader
+        if isinstance(reader, StoredReader):
+            reader = reader.in_full([f"{name}.weight" for name in specs])
         return WalkPlan(
             self.skeleton,
             self.architecture,
-            self.reader,
+            reader,
             specs,
             self.recipe,
             self.device,
@@ -112,7 +117,11 @@ class Prepared:
 
 
 def prepare(
-    model: str | os.PathLike[str], recipe: Recipe, device: str = "cpu", dtype: str = "auto"
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    device: str = "cpu",
+    dtype: str = "auto",
+    store_dtype: str = "auto",
 ) -> Prepared:
     """Bring model and recipe together.
 
@@ -121,6 +130,8 @@ def prepare(
         recipe: what is to be done.
         device: torch device for the blocks.
         dtype: in which they run: ``auto`` is float32.
+        store_dtype: of the result's scales and of what is not quantized; see
+            :mod:`llmquant.models.stored_dtype`.
 
     Raises:
         UsageError: the model is quantized, or there is no such format, device or dtype.
@@ -128,7 +139,7 @@ def prepare(
     """
     original = unquantized(model)
     layout = layout_of(recipe.format)
-    reader = rotated(original, recipe)
+    reader = as_stored(rotated(original, recipe), store_dtype)
     on, chosen = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     skeleton = empty_model(reader, chosen.dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))

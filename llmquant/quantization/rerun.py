@@ -22,6 +22,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ProofError, UsageError
 from llmquant.quantization.run import Events, QuantizeOptions, quantize
 from llmquant.recipe import load_recipe
+from llmquant.runtime.devices import AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def rerun(
     options = QuantizeOptions(
         device=device or then.device,
         dtype=then.dtype,
+        store_dtype=then.store_dtype or AUTO,
         max_shard_size=max_shard_size,
         base_model=then.base_model,
         resume=False,

@@ -26,6 +26,7 @@ from llmquant.data.calibration import Calibration
 from llmquant.formats.engines import on_this_cpu
 from llmquant.models.architectures import blocks_of
 from llmquant.models.selection import Selection
+from llmquant.models.stored_dtype import StoredReader
 from llmquant.quantization.blocks.hidden_states import Placement
 from llmquant.quantization.finish import base_name, describe, prove
 from llmquant.quantization.memory import placement
@@ -59,6 +60,8 @@ class QuantizeOptions:
         overwrite: replace an existing model folder.
         max_shard_size: bytes per safetensors file.
         base_model: name for the model card; default: the model as it was given.
+        store_dtype: of scales and of what is not quantized: ``auto`` (16 bits where the model has
+            more), ``source``, or a dtype.
         evaluation: text that calibration must not overlap with, as a source.
         resume: keep what is needed to continue after a kill, and continue what such a run left.
             False: keep nothing.
@@ -75,6 +78,7 @@ class QuantizeOptions:
     overwrite: bool = False
     max_shard_size: int = 5_000_000_000
     base_model: str | None = None
+    store_dtype: str = "auto"
     evaluation: str | None = None
     resume: bool = True
     restart: bool = False
@@ -171,10 +175,14 @@ def _checked(
     model: str, output: Path, recipe: Recipe, options: QuantizeOptions, events: Events
 ) -> tuple[_Work, Sequence[str]]:
     """Everything that can be refused is refused here; what is worth a note comes with the work."""
-    prepared = prepare(model, recipe, options.world.device(options.device), options.dtype)
+    prepared = prepare(
+        model, recipe, options.world.device(options.device), options.dtype, options.store_dtype
+    )
     refuse_source(Path(os.path.abspath(output)), prepared.reader.path)
     selection = prepared.selection()
     warnings, notes = on_this_cpu(prepared.layout.name, selection.schemes)
+    if isinstance(prepared.reader, StoredReader):
+        notes = [prepared.reader.note(), *notes]
     for warning in warnings:
         events.on_warning(warning)
     calibration = prepared.calibration(options.evaluation)
@@ -278,6 +286,7 @@ class _Work:
         manifest = describe(
             writer, self.plan, self.prepared.layout, self.selection, run.outcome, self.calibration,
             base_model=self.options.base_model or base_name(self.model), device=self.options.device,
+            store_dtype=self.options.store_dtype,
         )  # fmt: skip
         self.events.on_phase("proving")
         log.phase("proving")

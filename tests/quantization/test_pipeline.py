@@ -116,12 +116,17 @@ def test_every_grid_is_written_and_proved(
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
+    ("dtype", "store"),
+    [
+        pytest.param(torch.float16, "auto", id="fp16"),
+        pytest.param(torch.bfloat16, "auto", id="bf16"),
+        pytest.param(torch.float32, "source", id="fp32"),
+    ],
 )
 def test_the_sources_dtype_is_that_of_scales_and_of_what_is_left(
-    make_model: Callable[..., Path], rtn: Recipe, tmp_path: Path, dtype: torch.dtype
+    make_model: Callable[..., Path], rtn: Recipe, tmp_path: Path, dtype: torch.dtype, store: str
 ) -> None:
-    quantize(make_model(dtype=dtype), tmp_path / "q", rtn)
+    quantize(make_model(dtype=dtype), tmp_path / "q", rtn, QuantizeOptions(store_dtype=store))
     reader = CheckpointReader(tmp_path / "q")
     assert reader.info(f"{Q}.weight_scale").dtype == dtype
     assert reader.info("model.embed_tokens.weight").dtype == dtype

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmquant.errors import CheckpointError, SourceError, UsageError
+from llmquant.errors import SourceError, UnfitModelError, UsageError
 from llmquant_eval.report.statistics import Floats
 from llmquant_eval.scoring.protocols import TokenWindow, WindowProtocol, WordProtocol
 from llmquant_eval.scoring.window_layout import WindowLayout
@@ -134,7 +134,7 @@ def prefix_token(tokenizer: Any) -> int:
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )
     if prefix is None:
-        raise CheckpointError(
+        raise UnfitModelError(
             "the tokenizer has neither a BOS nor an EOS token; ppl/word needs one before each document"
         )
     return int(prefix)
