@@ -120,7 +120,7 @@ class Manifest(_Strict):
 
     def to_json(self) -> str:
         whole = self.model_dump(mode="json")
-        if self.store_dtype is None:  # the default; earlier versions do not know the key
+        if self.store_dtype is None:  # the model's own; earlier versions do not know the key
             del whole["store_dtype"]
         return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 

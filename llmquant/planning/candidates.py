@@ -56,7 +56,7 @@ class AllocateOptions:
     probe_tokens: int = 8192
     device: str = "cpu"
     dtype: str = "auto"
-    store_dtype: str = "auto"
+    store_dtype: str = "source"
     evaluation: str | None = None
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ from llmquant.kernels import choose
 from llmquant.models.architectures import ARCHITECTURES, Architecture, refuse_kind
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, select
-from llmquant.models.stored_dtype import StoredReader, as_stored
+from llmquant.models.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import AUTO, parse_dtype
@@ -103,7 +103,7 @@ class Plan:
         return sum(m.nbytes for m in self.modules) * 8 / weights
 
 
-def make_plan(model: str | os.PathLike[str], recipe: Recipe, store_dtype: str = AUTO) -> Plan:
+def make_plan(model: str | os.PathLike[str], recipe: Recipe, store_dtype: str = SOURCE) -> Plan:
     """Plan a run.
 
     Args:

@@ -33,7 +33,6 @@ from llmquant.models.stored_dtype import StoredReader
 from llmquant.quantization.plan import ModuleReport, WalkPlan
 from llmquant.quantization.reports import Outcome
 from llmquant.quantization.steps.channel_scaling import PairReport
-from llmquant.runtime.devices import AUTO
 
 
 def write_config(
@@ -63,7 +62,6 @@ def describe(
     *,
     base_model: str,
     device: str,
-    store_dtype: str,
 ) -> Manifest:
     """Write everything beside the weights: config, tokenizer, recipe, manifest, model card.
 
@@ -73,7 +71,6 @@ def describe(
         layout, selection, outcome, calibration: what was done, and with which text.
         base_model: name for manifest and card.
         device: as the user named it.
-        store_dtype: as the user named it.
     """
     reader, recipe = plan.reader, plan.recipe
     unrounded = reader.source if isinstance(reader, StoredReader) else reader
@@ -89,7 +86,9 @@ def describe(
         seed=recipe.seed,
         device=device,
         dtype=str(plan.dtype).removeprefix("torch."),
-        store_dtype=None if store_dtype == AUTO else store_dtype,
+        store_dtype=str(reader.dtype).removeprefix("torch.")
+        if isinstance(reader, StoredReader)
+        else None,
         threads=torch.get_num_threads(),
         processes=plan.world.size,
         versions=versions(),

@@ -25,7 +25,7 @@ from llmquant.models.architectures import Architecture
 from llmquant.models.from_folder import empty_model, load_tokenizer
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, Selection, linears_of, select
-from llmquant.models.stored_dtype import StoredReader, as_stored
+from llmquant.models.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.models.tensor_check import check_fit
 from llmquant.quantization.plan import WalkPlan
 from llmquant.recipe import Recipe
@@ -121,7 +121,7 @@ def prepare(
     recipe: Recipe,
     device: str = "cpu",
     dtype: str = "auto",
-    store_dtype: str = "auto",
+    store_dtype: str = SOURCE,
 ) -> Prepared:
     """Bring model and recipe together.
 

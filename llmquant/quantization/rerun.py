@@ -20,9 +20,9 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import Manifest, read_manifest, versions
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ProofError, UsageError
+from llmquant.models.stored_dtype import SOURCE
 from llmquant.quantization.run import Events, QuantizeOptions, quantize
 from llmquant.recipe import load_recipe
-from llmquant.runtime.devices import AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def rerun(
     options = QuantizeOptions(
         device=device or then.device,
         dtype=then.dtype,
-        store_dtype=then.store_dtype or AUTO,
+        store_dtype=then.store_dtype or SOURCE,
         max_shard_size=max_shard_size,
         base_model=then.base_model,
         resume=False,

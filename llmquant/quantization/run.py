@@ -60,8 +60,8 @@ class QuantizeOptions:
         overwrite: replace an existing model folder.
         max_shard_size: bytes per safetensors file.
         base_model: name for the model card; default: the model as it was given.
-        store_dtype: of scales and of what is not quantized: ``auto`` (16 bits where the model has
-            more), ``source``, or a dtype.
+        store_dtype: of scales and of what is not quantized: ``source`` (the model's), ``auto``
+            (the command line's default: 16 bits where the model has more), or a dtype.
         evaluation: text that calibration must not overlap with, as a source.
         resume: keep what is needed to continue after a kill, and continue what such a run left.
             False: keep nothing.
@@ -78,7 +78,7 @@ class QuantizeOptions:
     overwrite: bool = False
     max_shard_size: int = 5_000_000_000
     base_model: str | None = None
-    store_dtype: str = "auto"
+    store_dtype: str = "source"
     evaluation: str | None = None
     resume: bool = True
     restart: bool = False
@@ -286,7 +286,6 @@ class _Work:
         manifest = describe(
             writer, self.plan, self.prepared.layout, self.selection, run.outcome, self.calibration,
             base_model=self.options.base_model or base_name(self.model), device=self.options.device,
-            store_dtype=self.options.store_dtype,
         )  # fmt: skip
         self.events.on_phase("proving")
         log.phase("proving")
