@@ -85,10 +85,9 @@ class QuantSpec:
         common = math.gcd(in_features, *others)
         fits = [str(g) for g in range(8, min(common, 1024) + 1) if common % g == 0]
         nearest = ", ".join(fits) or "none of 8 or more"
-        every = " of every linear" if common != in_features else ""
         raise SpecError(
             f"{module}: group_size={self.group_size} does not divide its {in_features} input columns; "
-            f"sizes that do{every}: {nearest}, or -1 for one group per row. Choose one of them, or --ignore {module}"
+            f"sizes that do: {nearest}, or -1 for one group per row. Choose one of them, or --ignore {module}"
         )
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:

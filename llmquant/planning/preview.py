@@ -32,7 +32,7 @@ from llmquant.kernels import choose
 from llmquant.models.architectures import ARCHITECTURES, Architecture, refuse_kind
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, select
-from llmquant.models.stored_dtype import SOURCE, StoredReader, as_stored
+from llmquant.quantization.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import AUTO, parse_dtype

@@ -29,10 +29,10 @@ from llmquant.errors import ProofError
 from llmquant.formats import Format, Scheme
 from llmquant.models.rotated import RotatedReader
 from llmquant.models.selection import Selection
-from llmquant.models.stored_dtype import StoredReader
 from llmquant.quantization.plan import ModuleReport, WalkPlan
 from llmquant.quantization.reports import Outcome
 from llmquant.quantization.steps.channel_scaling import PairReport
+from llmquant.quantization.stored_dtype import StoredReader
 
 
 def write_config(

@@ -25,9 +25,9 @@ from llmquant.models.architectures import Architecture
 from llmquant.models.from_folder import empty_model, load_tokenizer
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, Selection, linears_of, select
-from llmquant.models.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.models.tensor_check import check_fit
 from llmquant.quantization.plan import WalkPlan
+from llmquant.quantization.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
@@ -131,7 +131,7 @@ def prepare(
         device: torch device for the blocks.
         dtype: in which they run: ``auto`` is float32.
         store_dtype: of the result's scales and of what is not quantized; see
-            :mod:`llmquant.models.stored_dtype`.
+            :mod:`llmquant.quantization.stored_dtype`.
 
     Raises:
         UsageError: the model is quantized, or there is no such format, device or dtype.

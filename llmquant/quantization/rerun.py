@@ -20,8 +20,8 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import Manifest, read_manifest, versions
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ProofError, UsageError
-from llmquant.models.stored_dtype import SOURCE
 from llmquant.quantization.run import Events, QuantizeOptions, quantize
+from llmquant.quantization.stored_dtype import SOURCE
 from llmquant.recipe import load_recipe
 
 

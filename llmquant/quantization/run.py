@@ -26,7 +26,6 @@ from llmquant.data.calibration import Calibration
 from llmquant.formats.engines import on_this_cpu
 from llmquant.models.architectures import blocks_of
 from llmquant.models.selection import Selection
-from llmquant.models.stored_dtype import StoredReader
 from llmquant.quantization.blocks.hidden_states import Placement
 from llmquant.quantization.finish import base_name, describe, prove
 from llmquant.quantization.memory import placement
@@ -38,6 +37,7 @@ from llmquant.quantization.state.log import RunLog
 from llmquant.quantization.state.resume import SavedRun, finished_before, state_of
 from llmquant.quantization.steps.channel_scaling import PairReport
 from llmquant.quantization.steps.tuning import TuneReport
+from llmquant.quantization.stored_dtype import StoredReader
 from llmquant.quantization.walk import walk
 from llmquant.quantization.workers import assist, check_together
 from llmquant.quantization.write import carry, store_block

@@ -408,7 +408,7 @@ MISTAKES = [
         2,
         "group_size=48 does not divide its 64 input columns",
     ),
-    ("default group", (*Q, "--method", "rtn"), 2, "sizes that do: 8, 16, 32, 64, or -1"),
+    ("default group", (*Q, "--method", "rtn"), 2, "sizes that do: 8, 16, 32, or -1"),
     (
         "no calibration",
         (*Q, "--group-size", "32"),
