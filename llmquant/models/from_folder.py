@@ -186,7 +186,7 @@ def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel
         del config.quantization_config
     # A reader may have untied the head from the embeddings that the folder's own config ties it to.
     config.tie_word_embeddings = reader.config.get(
-        "tie_word_embeddings", config.tie_word_embeddings
+        "tie_word_embeddings", getattr(config, "tie_word_embeddings", False)
     )
     try:
         with init_empty_weights(include_buffers=False):
