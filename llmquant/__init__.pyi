@@ -32,6 +32,9 @@ from .errors import (
     FormatError as FormatError,
 )
 from .errors import (
+    LayoutError as LayoutError,
+)
+from .errors import (
     LlmquantError as LlmquantError,
 )
 from .errors import (
@@ -51,6 +54,9 @@ from .errors import (
 )
 from .errors import (
     SpecError as SpecError,
+)
+from .errors import (
+    UnfitModelError as UnfitModelError,
 )
 from .errors import (
     UsageError as UsageError,

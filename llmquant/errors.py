@@ -5,12 +5,14 @@
         SpecError                 a number format that cannot exist (bits, group size)
         RecipeError               a recipe or override that does not parse or contradicts itself
         SourceError               a text source that cannot be read or has nothing in it
-      CheckpointError             a model folder that is missing, incomplete, unsafe or damaged
+      CheckpointError             a model folder that is incomplete, unsafe or damaged
+        UnfitModelError           exit 2: no model, or not of the kind that the command needs
         DiskError                 something could not be written: a full or failing disk
-      ArchitectureError           a model whose blocks or linears we cannot find
+      ArchitectureError           exit 2: a model whose blocks or linears we cannot find
       QuantizationError           the arithmetic failed: NaN, Inf, nothing quantized
       ParallelError               another process of the same run failed or cannot be reached
       FormatError                 numbers that a file layout cannot hold, or bytes it cannot mean
+        LayoutError               exit 2: a layout that cannot hold what was asked for
       ProofError                  what lies on disk is not what the algorithm returned
 
 A message says what went wrong, which object it was, and what to do next. Nothing here imports
@@ -46,7 +48,14 @@ class SourceError(UsageError):
 
 
 class CheckpointError(LlmquantError):
-    """A checkpoint folder that is missing, incomplete, unsafe or damaged."""
+    """A checkpoint folder that is incomplete, unsafe or damaged."""
+
+
+class UnfitModelError(CheckpointError):
+    """What was named is no model, or none of the kind that the command needs: nothing is damaged,
+    another request is right."""
+
+    exit_code = UsageError.exit_code
 
 
 class DiskError(CheckpointError):
@@ -60,6 +69,8 @@ class DiskError(CheckpointError):
 class ArchitectureError(LlmquantError):
     """The model's decoder blocks or linears could not be located."""
 
+    exit_code = UsageError.exit_code
+
 
 class QuantizationError(LlmquantError):
     """Quantization produced, or was given, numbers that cannot be right."""
@@ -71,6 +82,13 @@ class ParallelError(LlmquantError):
 
 class FormatError(LlmquantError):
     """A file layout cannot hold these numbers, or these bytes cannot be read as one."""
+
+
+class LayoutError(FormatError):
+    """A file layout that cannot hold what was asked for, or is not one that llmquant reads: another
+    layout is right."""
+
+    exit_code = UsageError.exit_code
 
 
 class ProofError(LlmquantError):

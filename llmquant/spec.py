@@ -12,6 +12,8 @@ multiplied.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llmquant.errors import SpecError
@@ -65,16 +67,23 @@ class QuantSpec:
         """Columns that share one scale."""
         return in_features if self.group_size is None else self.group_size
 
-    def check(self, in_features: int, module: str) -> None:
+    def check(self, in_features: int, module: str, others: Iterable[int] = ()) -> None:
         """Refuse a group size that does not divide ``in_features``; name the module and the sizes
         that do.
+
+        Args:
+            in_features: columns of the module's weight.
+            module: to be named.
+            others: columns of the linears that get the same group size; the sizes that are named
+                divide these too.
 
         Raises:
             SpecError: naming ``module`` and the divisors that would work.
         """
         if self.group_size is None or in_features % self.group_size == 0:
             return
-        fits = [str(g) for g in range(8, in_features + 1) if in_features % g == 0 and g <= 1024]
+        common = math.gcd(in_features, *others)
+        fits = [str(g) for g in range(8, min(common, 1024) + 1) if common % g == 0]
         nearest = ", ".join(fits) or "none of 8 or more"
         raise SpecError(
             f"{module}: group_size={self.group_size} does not divide its {in_features} input columns; "

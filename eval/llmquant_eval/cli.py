@@ -9,7 +9,7 @@ stdout holds the Report and nothing else.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -41,6 +41,7 @@ def eval_command(
     reference: options.ReferenceOption = None,
     protocol: options.ProtocolOption = None,
     window: options.WindowOption = None,
+    bos: options.BosOption = options.Bos.default,
     max_windows: options.MaxWindowsOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -54,6 +55,7 @@ def eval_command(
     include_path: options.IncludePathOption = None,
     limit: options.LimitOption = None,
     log_samples: options.LogSamplesOption = None,
+    retry_for: options.RetryForOption = None,
     output: options.OutputOption = None,
     card: options.CardOption = False,
     as_json: options.JsonOption = False,
@@ -77,8 +79,10 @@ def eval_command(
         _check_card_folders(request.candidates)
     if output is not None:
         _check_parent(output)
-    report = _evaluate(request, hidden=quiet or as_json)
+    report, failure = _evaluate(request, hidden=quiet or as_json)
     _write(report, output, card)
+    if report.text is not None and report.text.rows is not None and report.text.rows.dropped:
+        sys.stderr.write(f"warning: {report.text.source}: {report.text.rows.lost()}\n")
     if plots is not None:
         from llmquant_eval.leaderboard.plots import write_report_plots
 
@@ -88,6 +92,8 @@ def eval_command(
         sys.stdout.write(report.to_json())
     else:
         _show(report)
+    if failure is not None:
+        raise failure
 
 
 def _request(given: Mapping[str, Any]) -> Request:
@@ -95,19 +101,25 @@ def _request(given: Mapping[str, Any]) -> Request:
     from llmquant_eval.run.request import Request
 
     values = {field.name: given[field.name] for field in fields(Request) if field.name in given}
+    values["bos"] = values["bos"].value
     lists = {name: _joined(given[name]) for name in ("protocol", "tasks")}
     return Request(candidates=tuple(given["model"] or ()), **values | lists)
 
 
-def _evaluate(request: Request, hidden: bool) -> Report:
+def _evaluate(request: Request, hidden: bool) -> tuple[Report, LlmquantError | None]:
+    """The report, and the error of one that a server left unfinished."""
     from transformers.utils import logging as transformers_logging
 
     from llmquant_eval.run.evaluate import evaluate
+    from llmquant_eval.run.unfinished import UnfinishedError
 
     # transformers' own bars would be drawn across ours, and in spite of --quiet.
     transformers_logging.disable_progress_bar()
-    with _progress(hidden) as progress:
-        return evaluate(request, progress)
+    with _progress(hidden) as (progress, tell):
+        try:
+            return evaluate(request, progress, tell), None
+        except UnfinishedError as e:
+            return e.report, e
 
 
 def _joined(values: list[str] | None) -> str | None:
@@ -152,8 +164,8 @@ def _show(report: Report) -> None:
 
 
 @contextmanager
-def _progress(hidden: bool) -> Iterator[Progress]:
-    """A bar with the time left per stage, on stderr."""
+def _progress(hidden: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+    """A bar with the time left per stage, and what is said meanwhile, on stderr."""
     from rich.console import Console
     from rich.progress import Progress as Bars
 
@@ -167,4 +179,8 @@ def _progress(hidden: bool) -> Iterator[Progress]:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
 
-        yield advance
+        def tell(note: str) -> None:
+            if not hidden:
+                bars.console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+        yield advance, tell

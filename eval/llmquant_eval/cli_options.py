@@ -6,10 +6,19 @@ costs no torch.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Bos(StrEnum):
+    """Where BOS tokens stand in an evaluation text."""
+
+    default = "default"
+    each_window = "each-window"
+
 
 ModelsArgument = Annotated[
     list[str] | None,
@@ -45,6 +54,14 @@ WindowOption = Annotated[
         help="Tokens per window [default: 2048, or the model's context where that is shorter].",
     ),
 ]
+BosOption = Annotated[
+    Bos,
+    typer.Option(
+        "--bos",
+        help="default: a BOS token where the tokenizer puts one, at the start of the text; each-window: "
+        "before every window, which Gemma needs. Protocol ids then end in -bos.",
+    ),
+]
 MaxWindowsOption = Annotated[
     int | None, typer.Option("--max-windows", help="Score only the first N windows of the text.")
 ]
@@ -62,7 +79,8 @@ CacheOption = Annotated[
     str | None,
     typer.Option(
         "--cache",
-        help="Folder that keeps the reference's distributions, so that later runs need not run it again.",
+        help="Folder that keeps the reference's distributions, so that later runs need not run it again, and "
+        "what a server answered until the run is done.",
         metavar="DIR",
     ),
 ]
@@ -96,6 +114,14 @@ LogSamplesOption = Annotated[
         "--log-samples",
         help="Folder for what lm-eval logs of each item, as JSON Lines.",
         metavar="DIR",
+    ),
+]
+RetryForOption = Annotated[
+    float | None,
+    typer.Option(
+        "--retry-for",
+        help="Seconds to go on asking a server that is busy or gone [default: 120; 30 for the first contact].",
+        metavar="SECONDS",
     ),
 ]
 OutputOption = Annotated[

@@ -6,7 +6,6 @@ Options that say nothing to a suite are refused rather than ignored.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.report.files import user_cache
 
 if TYPE_CHECKING:
     from llmquant_eval.leaderboard.board import StoredReport
@@ -130,8 +130,7 @@ def changed_suite(given: Mapping[str, Any]) -> Suite:
 
 def default_cache() -> Path:
     """Where results and quantized models are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "llmquant" / "suites"
+    return user_cache("suites")
 
 
 def write_outcome(

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from llmquant.errors import CheckpointError, UsageError
+from llmquant.errors import CheckpointError, UnfitModelError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*", "NOTICE")
@@ -60,11 +60,11 @@ def _download(name: str) -> Path:
             snapshot_download(repo, revision=revision or None, allow_patterns=list(_WANTED))
         )
     except RepositoryNotFoundError as e:
-        raise CheckpointError(
+        raise UnfitModelError(
             f"{name} is neither a local folder nor a model on the hub (or it is private: log in with `hf auth login`)"
         ) from e
     except LocalEntryNotFoundError as e:
-        raise CheckpointError(
+        raise UnfitModelError(
             f"{name} is no folder here, not in the local cache, and the hub cannot be reached; "
             "check the spelling and the network, or give a folder"
         ) from e

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json, sha256_file
-from llmquant.errors import CheckpointError, FormatError, ProofError
+from llmquant.errors import CheckpointError, FormatError, ProofError, UnfitModelError
 from llmquant.records import ModuleRecord, PairRecord, Record, RotationRecord, TuneRecord
 from llmquant.runtime.finite import all_finite, some
 
@@ -52,6 +52,7 @@ class Manifest(Record):
     seed: int | None
     device: str
     dtype: str
+    store_dtype: str | None = None
     threads: int
     processes: int = 1
     versions: dict[str, str]
@@ -65,7 +66,10 @@ class Manifest(Record):
     files: dict[str, str]
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        whole = self.model_dump(mode="json")
+        if self.store_dtype is None:  # the model's own; earlier versions do not know the key
+            del whole["store_dtype"]
+        return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 
 def versions() -> dict[str, str]:
@@ -102,7 +106,7 @@ def fallback_notes(fallbacks: Mapping[str, str | None]) -> list[str]:
 def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError when the file is missing or not a manifest."""
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(
+        raise UnfitModelError(
             f"{folder} has no {MANIFEST}, so it was not written by llmquant and cannot be checked"
         )
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmquant.checkpoint.detect import quantization_config
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import CheckpointError, FormatError, QuantizationError
+from llmquant.errors import CheckpointError, FormatError, QuantizationError, UnfitModelError
 from llmquant.formats import Format, for_config
 from llmquant.formats.zero_points import check_zero_convention, doubtful, refuse_shifted
 from llmquant.weight import QuantizedWeight
@@ -45,7 +45,7 @@ class PackedCheckpoint:
     def __init__(self, reader: CheckpointReader, config: Mapping[str, Any] | None = None) -> None:
         config = config or quantization_config(reader)
         if config is None:
-            raise CheckpointError(f"{reader.path} is not quantized: it has no quantization config")
+            raise UnfitModelError(f"{reader.path} is not quantized: it has no quantization config")
         self.reader, self.config = reader, config
         self.layout: Format = for_config(config)
         self.schemes = self.layout.schemes(config, reader.tensors.keys())
@@ -88,7 +88,7 @@ class PackedCheckpoint:
         try:
             return self.layout.shape_of(shapes, self.schemes[name])
         except FormatError as e:
-            raise FormatError(f"{self.reader.path}: {name}: {e}") from e
+            raise type(e)(f"{self.reader.path}: {name}: {e}") from e
 
     def nbytes(self, name: str) -> int:
         """Of a packed module's tensors, without the two numbers that only repeat its shape."""
@@ -145,4 +145,4 @@ class PackedCheckpoint:
         try:
             refuse_shifted(verdict, label)
         except FormatError as e:
-            raise FormatError(f"{self.reader.path}: {e}") from e
+            raise type(e)(f"{self.reader.path}: {e}") from e

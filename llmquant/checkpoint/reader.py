@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmquant.errors import CheckpointError
+from llmquant.errors import CheckpointError, UnfitModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise CheckpointError(
+        raise UnfitModelError(
             f"{path} is missing; is {path.parent} a Hugging Face model folder?"
         ) from e
     except (OSError, ValueError, RecursionError) as e:
@@ -143,7 +143,7 @@ class CheckpointReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(
+            raise UnfitModelError(
                 f"{self.path} is not a folder; give a local model folder or a hub name like org/model"
             )
         self.config = read_json(self.path / "config.json")
@@ -200,11 +200,11 @@ class CheckpointReader:
             )
         pickles = [p.name for pattern in _PICKLES for p in sorted(self.path.glob(pattern))]
         if pickles:
-            raise CheckpointError(
+            raise UnfitModelError(
                 f"{self.path} holds only pickle files ({', '.join(pickles[:3])}), which can run code when loaded; "
                 "convert the model to safetensors first"
             )
-        raise CheckpointError(f"{self.path} has no safetensors weights")
+        raise UnfitModelError(f"{self.path} has no safetensors weights")
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

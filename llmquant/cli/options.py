@@ -35,6 +35,16 @@ CalibrationDtypeOption = Annotated[
 ]
 """Of activations, when a model is quantized."""
 
+StoreDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--store-dtype",
+        help="Dtype of scales and of what is not quantized: auto (bfloat16 where the model is float32, else "
+        "the model's), source (always the model's), bfloat16/bf16, float16/fp16, float32/fp32.",
+    ),
+]
+"""Of what a result stores beside codes."""
+
 KernelOption = Annotated[
     str, typer.Option("--kernel", help="Kernel of packed layers: auto, or one by name.")
 ]

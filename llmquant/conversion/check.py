@@ -14,7 +14,7 @@ import torch
 from llmquant.activations import Activations
 from llmquant.checkpoint.manifest import packed_bytes
 from llmquant.conversion.source import Source
-from llmquant.errors import FormatError, UsageError
+from llmquant.errors import FormatError, LayoutError, UsageError
 from llmquant.formats import FORMATS, Format, Scheme
 from llmquant.formats.dense import Dense
 from llmquant.weight import QuantizedWeight
@@ -80,7 +80,7 @@ def check(
     together = target.why_not_together(schemes, source.skipped)
     if refused or together:
         reasons = _reasons(refused, together, len(schemes))
-        raise FormatError(
+        raise LayoutError(
             f"{source.reader.path} cannot become {target.name} without loss:{reasons}"
         )
     return Checked(schemes, digests, shapes, nbytes)

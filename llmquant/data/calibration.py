@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -58,6 +58,8 @@ class Overlap:
     windows: int
     shingle: int = SHINGLE
     threshold: float = OVERLAP_THRESHOLD
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Rows of the evaluation text that were not looked at, by reason; empty ones do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +101,17 @@ class CalibrationSummary:
                 f"overlap  {o.fraction:.2%} of {o.shingle}-token shingles stand in {o.evaluation}; "
                 f"{o.windows:,} windows have more than {o.threshold:.0%}"
             )
+            if o.dropped:
+                lost = ", ".join(f"{count:,} {reason}" for reason, count in o.dropped.items())
+                lines.append(f"         rows of {o.evaluation} that were left out: {lost}")
         return lines
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for the manifest."""
-        return asdict(self)
+        plain = asdict(self)
+        if self.overlap is not None and not self.overlap.dropped:
+            del plain["overlap"]["dropped"]
+        return plain
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ def calibrate(
     pick = (_concat if packing == "concat" else _sample)(rows, nsamples, seqlen, seed)
     if pick.available < nsamples:
         raise SourceError(
-            _too_little(documents.source, rows, pick.available, nsamples, seqlen, packing)
+            _too_little(documents, dropped, rows, pick.available, nsamples, seqlen, packing)
         )
     _check_ids(pick.windows, vocab_size, documents.source)
     summary = CalibrationSummary(
@@ -227,9 +235,20 @@ def _sample(rows: list[Ids], nsamples: int, seqlen: int, seed: int) -> _Pick:
 
 
 def _too_little(
-    source: str, rows: list[Ids], available: int, nsamples: int, seqlen: int, packing: Packing
+    documents: Documents,
+    dropped: Mapping[str, int],
+    rows: list[Ids],
+    available: int,
+    nsamples: int,
+    seqlen: int,
+    packing: Packing,
 ) -> str:
     """Why the text is too little, and the numbers that would work."""
+    source, read = documents.source, documents.rows_read
+    lost = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count)
+    if not rows:
+        return f"{source}: none of its {read:,} rows can be used ({lost}); name another field or source"
+    lost = f" ({lost} of {read:,} rows were left out)" if lost else ""
     fits = [f"--nsamples {available}"] if available else []
     if packing == "sample":
         has = f"{len(rows):,} rows of {MIN_TOKENS} tokens or more"
@@ -240,7 +259,8 @@ def _too_little(
         wanted = f"{nsamples:,} windows of {seqlen:,} tokens"
         fits += [f"--seqlen {total // nsamples}"] if total // nsamples >= MIN_TOKENS else []
     return (
-        f"{source} gives {has}, too little for {wanted}; give {' or '.join([*fits, 'more text'])}"
+        f"{source} gives {has}{lost}, too little for {wanted}; "
+        f"give {' or '.join([*fits, 'more text'])}"
     )
 
 
@@ -276,13 +296,15 @@ def measure_overlap(
 ) -> Overlap:
     """The share of the windows' shingles that occur in the evaluation text, over all and by
     window."""
-    known = [shingles(row) for row in tokenize(evaluation, tokenizer, Counter(), specials=False)]
+    dropped = Counter(evaluation.dropped)
+    known = [shingles(row) for row in tokenize(evaluation, tokenizer, dropped, specials=False)]
+    lost = {reason: n for reason, n in sorted(dropped.items()) if n and reason != "empty"}
     table = np.unique(np.concatenate(known)) if known else np.zeros(0, np.uint64)
     hits = [_found(shingles(window), table) for window in windows]
     count = sum(map(len, hits))
     over = sum(bool(len(hit)) and float(hit.mean()) > OVERLAP_THRESHOLD for hit in hits)
     fraction = sum(int(hit.sum()) for hit in hits) / count if count else 0.0
-    return Overlap(evaluation.source, fraction, over)
+    return Overlap(evaluation.source, fraction, over, dropped=lost)
 
 
 def _found(values: NDArray[np.uint64], table: NDArray[np.uint64]) -> NDArray[np.bool_]:

@@ -36,13 +36,14 @@ _FAILURES = (
 
 
 def hf_records(
-    name: str, config: str | None, split: str, fields: Sequence[str]
+    name: str, config: str | None, split: str, fields: Sequence[str], beside: str
 ) -> Iterator[object]:
     """The records of a dataset's split, one dict a row.
 
     Args:
         fields: the first of these that the dataset has is read; the others are left out where that
             saves decoding.
+        beside: is read too where there is one.
 
     Raises:
         SourceError: unknown name, config, split or field, no network, a file that does not parse;
@@ -58,7 +59,7 @@ def hf_records(
                 raise SourceError(
                     f"{source} has no field {_either(fields)}; its fields: {', '.join(columns)}"
                 )
-            table = table.select_columns([wanted])
+            table = table.select_columns([c for c in columns if c in (wanted, beside)])
         yield from table
     except _FAILURES as e:
         raise SourceError(

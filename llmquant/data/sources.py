@@ -10,7 +10,8 @@ A source is one string:
     PATH                             an existing file; .jsonl, .json, others as ``file:``
 
 FIELD, where it is left out, is ``text`` if the records have it, else ``messages``. A value is a
-text, or a chat: a list of ``{"role", "content"}``. SPLIT may be sliced: ``train[:1000]``.
+text, or a chat: a list of ``{"role", "content"}``, with a column ``tools`` beside it where tools
+were offered (:mod:`llmquant.data.chats`). SPLIT may be sliced: ``train[:1000]``.
 
 An ``hf:`` source with three parts is read by its split, for which a part is taken that starts with
 train, test, validation, valid, val, dev or eval: ``hf:D:train:body`` is split and field,
@@ -30,16 +31,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from llmquant.data.chats import Chat, NotAChatError, parse_chat
 from llmquant.data.local_files import MAX_BYTES, file_records, json_records, jsonl_records
 from llmquant.errors import SourceError
 
 GRAMMAR = "hf:NAME[:CONFIG]:SPLIT[:FIELD], file:PATH, jsonl:PATH#FIELD or json:PATH#FIELD"
 DEFAULT_FIELDS = ("text", "messages")
+TOOLS = "tools"
+"""The column with the tools that a chat was offered."""
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)([._-][\w.-]*)?(\[.*\])?(\+.*)?")
 _COLON = re.compile(r":(?![^\[]*\])")  # a colon inside train[:10] is not a separator
 _SUFFIXES: Mapping[str, Literal["jsonl", "json"]] = {
@@ -49,15 +53,7 @@ _SUFFIXES: Mapping[str, Literal["jsonl", "json"]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat."""
-
-    role: str
-    content: str
-
-
-Row: TypeAlias = str | tuple[Message, ...]
+Row: TypeAlias = str | Chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +86,7 @@ class Documents:
     ``dropped`` counts by reason the records that could not be rows; ``len(rows) + sum(dropped) ==
     rows_read``. ``duplicates`` counts the non-empty rows that equal an earlier one. ``sha256`` is
     that of the rows written as JSON Lines: each row's ``json.dumps(row, ensure_ascii=False)`` (a
-        chat as a list of objects) and a newline.
+        chat as a list of objects, or with its tools as one object) and a newline.
     """
 
     rows: tuple[Row, ...]
@@ -108,7 +104,7 @@ class Documents:
         rows, dropped = tuple(rows), dict(dropped or {})
         digest = hashlib.sha256()
         for row in rows:
-            plain = row if isinstance(row, str) else [asdict(message) for message in row]
+            plain = row if isinstance(row, str) else row.as_json()
             digest.update(json.dumps(plain, ensure_ascii=False).encode() + b"\n")
         full = [row for row in rows if not is_empty(row)]
         duplicates = len(full) - len(set(full))
@@ -139,9 +135,7 @@ class Documents:
 
 def is_empty(row: Row) -> bool:
     """Whether a row holds nothing but white space."""
-    return not (
-        row.strip() if isinstance(row, str) else any(message.content.strip() for message in row)
-    )
+    return not row.strip() if isinstance(row, str) else row.empty
 
 
 def parse_source(source: str) -> Source:
@@ -222,7 +216,7 @@ def _records(source: Source) -> Iterator[object]:
         )  # here, because datasets takes a second to import
 
         fields = (source.field,) if source.field else DEFAULT_FIELDS
-        return hf_records(source.name, source.config, source.split, fields)
+        return hf_records(source.name, source.config, source.split, fields, TOOLS)
     readers = {"file": file_records, "jsonl": jsonl_records, "json": json_records}
     return readers[source.kind](Path(source.name))
 
@@ -243,7 +237,7 @@ def _collect(records: Iterable[object], source: Source) -> Documents:
             dropped[row.reason] += 1
             continue
         rows.append(row)
-        size += len(row) if isinstance(row, str) else sum(len(message.content) for message in row)
+        size += len(row)
         if size > MAX_BYTES:
             rows_of_it = (
                 f"{source.split.partition('[')[0]}[:10000]"
@@ -283,37 +277,24 @@ class _Dropped:
 def _row(record: object, column: str | None, *, by_name: bool) -> Row | _Dropped:
     """The row in a record, or why there is none. ``by_name``: the user chose the field, so a bare
     string is none."""
-    value = record
+    value, tools = record, None
     if isinstance(record, dict):
         if column is None or column not in record:
             return _Dropped("missing field")
         value = record[column]
+        tools = record.get(TOOLS) if column != TOOLS else None
     elif by_name or not isinstance(record, str):
         return _Dropped("not an object")
     if value is None:
         return _Dropped("null")
     if isinstance(value, str):
         return value if _is_unicode(value) else _Dropped("not Unicode")
-    return _chat(value) if isinstance(value, list) else _Dropped("neither text nor chat")
-
-
-def _chat(turns: list[object]) -> Row | _Dropped:
-    if not turns:
-        return _Dropped("no messages")
-    messages = []
-    for turn in turns:
-        if (
-            not isinstance(turn, dict)
-            or not isinstance(turn.get("role"), str)
-            or "content" not in turn
-        ):
-            return _Dropped("neither text nor chat")
-        if turn.get("tool_calls") or not isinstance(turn["content"], str):
-            return _Dropped("a turn that is not plain text")
-        if not _is_unicode(turn["content"]):
-            return _Dropped("not Unicode")
-        messages.append(Message(turn["role"], turn["content"]))
-    return tuple(messages)
+    if not isinstance(value, list):
+        return _Dropped("neither text nor chat")
+    try:
+        return parse_chat(value, tools)
+    except NotAChatError as e:
+        return _Dropped(str(e))
 
 
 def _is_unicode(text: str) -> bool:

@@ -12,15 +12,14 @@ belongs in ``jsonl:``, not in one ``file:``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmquant.data.sources import Documents, Message, is_empty
-from llmquant.errors import SourceError
+from llmquant.data.sources import Documents, is_empty
+from llmquant.data.template import NotRenderedError, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,8 +57,10 @@ def tokenize(
         if is_empty(row):
             dropped["empty"] += 1
             continue
-        text = row if isinstance(row, str) else _render(row, tokenizer, documents.source, dropped)
-        if text is None:
+        try:
+            text = row if isinstance(row, str) else render(row, tokenizer, documents.source)
+        except NotRenderedError as e:
+            dropped[str(e)] += 1
             continue
         batch.append((text, specials and isinstance(row, str)))
         size += len(text)
@@ -67,29 +68,6 @@ def tokenize(
             yield from _encode(batch, tokenizer, dropped)
             batch, size = [], 0
     yield from _encode(batch, tokenizer, dropped)
-
-
-def _render(
-    chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, source: str, dropped: Counter[str]
-) -> str | None:
-    """A chat as its template writes it; ``None``, and counted, if the template refuses it (odd
-    roles, say)."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise SourceError(
-            f"{source} holds chats, but the tokenizer has no chat template; name a field of plain text"
-        )
-    try:
-        text = tokenizer.apply_chat_template([asdict(message) for message in chat], tokenize=False)
-    except TemplateError as e:
-        dropped[f"refused by the chat template: {e}"] += 1
-        return None
-    except ValueError as e:
-        raise SourceError(
-            f"{source} holds chats, but the tokenizer's chat template cannot be used: {e}"
-        ) from e
-    return str(text)
 
 
 def _encode(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmquant.activations import Activations
-from llmquant.errors import FormatError, UsageError
+from llmquant.errors import LayoutError, UsageError
 from llmquant.formats.autoround import AutoRound
 from llmquant.formats.awq import Awq
 from llmquant.formats.base import Format, Scheme
@@ -52,7 +52,7 @@ def for_config(quantization_config: Mapping[str, Any]) -> Format:
             ]
         case "auto-round" | "auto_round" | "intel/auto-round":
             return AutoRound(quantization_config.get("packing_format"))
-    raise FormatError(
+    raise LayoutError(
         f"quant_method {method!r} is not one llmquant reads; it reads {', '.join(_READS)}"
     )
 

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, LayoutError
 from llmquant.formats.base import HEADS, Scheme
 from llmquant.spec import QuantSpec
 
@@ -146,16 +146,16 @@ def _override(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | Non
 def _refuse_others(config: Mapping[str, Any]) -> None:
     """Layouts that travel under ``quant_method: gptq`` and hold other bytes."""
     if config.get("is_marlin_format"):
-        raise FormatError(
+        raise LayoutError(
             "weights in Marlin's layout are tied to one GPU kernel; llmquant reads the plain GPTQ layout"
         )
     label = checkpoint_format(config)
     if label not in _KNOWN_FORMATS:
-        raise FormatError(
+        raise LayoutError(
             f"checkpoint_format {label!r} is not one llmquant reads; it reads {', '.join(_KNOWN_FORMATS)}"
         )
     if config.get("pack_dtype", "int32") != "int32":
-        raise FormatError(
+        raise LayoutError(
             f"pack_dtype {config['pack_dtype']!r} is not one llmquant reads; it reads int32"
         )
 

@@ -25,6 +25,12 @@ from torch import nn
 from llmquant.errors import ArchitectureError
 
 _SENSES = ("vision_config", "audio_config")
+# Keys that only configs of recurrent mixers have (Mamba, RWKV, RecurrentGemma, Falcon-H1, LFM2 …).
+_STATES = (
+    "state_size", "ssm_cfg", "mamba_d_state", "ssm_state_size", "attention_hidden_size",
+    "lru_width", "linear_conv_kernel_dim", "conv_L_cache",
+)  # fmt: skip
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED_MLP = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -170,7 +176,8 @@ def find(model: nn.Module, model_type: str) -> Architecture:
                 of it would stay as it is.
     """
     config = getattr(model, "config", None)
-    refuse_multimodal(config.to_dict() if config is not None else {}, model_type)
+    described = config.to_dict() if config is not None else {}
+    refuse_kind(described, model_type)
     _refuse_experts(model, model_type)
     known = ARCHITECTURES.get(model_type)
     if known is not None:
@@ -204,17 +211,30 @@ def find(model: nn.Module, model_type: str) -> Architecture:
     return Architecture(outer[0], f"{parent}.{norms[-1]}".lstrip(".") if norms else "", ())
 
 
-def refuse_multimodal(config: Mapping[str, Any], model_type: str) -> None:
-    """Refuse what also reads images or sound.
+def refuse_kind(config: Mapping[str, Any], model_type: str) -> None:
+    """Refuse what is no decoder of attention blocks with plain linears.
 
     Raises:
-        ArchitectureError: the config describes such a part.
+        ArchitectureError: it also reads images or sound, carries a state from token to token, or
+            keeps its weights transposed.
     """
     parts = [part for part in _SENSES if config.get(part)]
     if parts:
         raise ArchitectureError(
             f"model type {model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
             "not reach the rest; quantize a text-only checkpoint of the family"
+        )
+    kinds = {str(kind) for kind in config.get("layer_types") or () if "attention" not in str(kind)}
+    states = [key for key in _STATES if config.get(key)] + sorted(kinds)
+    if states:
+        raise ArchitectureError(
+            f"model type {model_type!r} is recurrent (its config has {', '.join(states)}): its blocks carry a state that "
+            "calibration does not follow; quantize a model of attention blocks"
+        )
+    if model_type in _TRANSPOSED:
+        raise ArchitectureError(
+            f"model type {model_type!r} keeps its weights in Conv1D layers, transposed, which layouts for quantized linears do "
+            "not hold; quantize a model with plain linears"
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from transformers import (
 
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import ArchitectureError, CheckpointError
+from llmquant.errors import ArchitectureError, CheckpointError, UnfitModelError
 from llmquant.models.names import as_in_checkpoint
 
 CONFUSED = (
@@ -44,12 +45,22 @@ CONFUSED = (
     TypeError,
     ValueError,
 )
+_LONGEST = 400
+_TOKENIZER_PACKAGES = {
+    "tokenizer.model": "sentencepiece",
+    "spiece.model": "sentencepiece",
+    "sentencepiece.bpe.model": "sentencepiece",
+    "tiktoken.model": "tiktoken",
+    "tekken.json": "mistral_common",
+}
 _OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its kind where it says nothing or only a key."""
     said = " ".join(line.strip() for line in str(error).splitlines()[:2]) or "no reason given"
+    said = said.partition(" Model type should be one of ")[0]  # 3 KB of class names
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} …"
     plain = isinstance(error, (ImportError, OSError, StrictDataclassError, ValueError))
     return said if plain else f"{said} ({type(error).__name__})"
 
@@ -63,7 +74,7 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     """
     path = resolve(model)
     if not (path / "config.json").is_file():
-        raise CheckpointError(
+        raise UnfitModelError(
             f"{path / 'config.json'} is missing; is {path} a Hugging Face model folder?"
         )
     try:
@@ -83,9 +94,23 @@ def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         CheckpointError: no such model, or it has no tokenizer that can be read.
     """
     path = resolve(model)
+    _check_packages(path)
     with _Reading(path):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_OFFLINE)
     return tokenizer
+
+
+def _check_packages(path: Path) -> None:
+    """Raises UnfitModelError where the only tokenizer file needs a package that is not
+    installed."""
+    if (path / "tokenizer.json").is_file():
+        return
+    for file, package in _TOKENIZER_PACKAGES.items():
+        if (path / file).is_file() and find_spec(package) is None:
+            raise UnfitModelError(
+                f"{path}: its tokenizer is {file} alone, and reading that needs {package}, which is not installed; "
+                f"pip install {package}"
+            )
 
 
 class _Reading:
@@ -107,7 +132,7 @@ class _Reading:
         files = (self._path / "tokenizer_config.json", self._path / "config.json")
         own = next(filter(None, map(_own_code, files)), None)
         plain = f"{self._path} has no tokenizer that transformers can read: {first_line(error)}"
-        raise CheckpointError(own or plain) from error
+        raise UnfitModelError(own or plain) from error
 
 
 def read_generation_config(model: str | os.PathLike[str]) -> GenerationConfig | None:
@@ -161,7 +186,7 @@ def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel
         del config.quantization_config
     # A reader may have untied the head from the embeddings that the folder's own config ties it to.
     config.tie_word_embeddings = reader.config.get(
-        "tie_word_embeddings", config.tie_word_embeddings
+        "tie_word_embeddings", getattr(config, "tie_word_embeddings", False)
     )
     try:
         with init_empty_weights(include_buffers=False):

@@ -8,13 +8,13 @@ tied head, a recipe that selects nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from llmquant.errors import ArchitectureError, FormatError, UsageError
+from llmquant.errors import ArchitectureError, LayoutError, UsageError
 from llmquant.formats.base import Format, Scheme
 from llmquant.models.architectures import Architecture
 from llmquant.models.experts import ExpertList
@@ -109,10 +109,10 @@ def select(
                 f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore"
             )
         scheme = _scheme(recipe, linears.names(name))
-        scheme.spec.check(shape[1], name)
+        scheme.spec.check(shape[1], name, _columns(linears, recipe, architecture))
         reason = layout.why_not(scheme, shape)
         if reason:
-            raise FormatError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
+            raise LayoutError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
         schemes[name] = scheme
     if not schemes:
         raise UsageError(
@@ -122,8 +122,17 @@ def select(
     _check_fused(schemes, skipped, architecture)
     mixed = layout.why_not_together(schemes, skipped)
     if mixed:
-        raise FormatError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
+        raise LayoutError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
     return Selection(schemes, skipped, head if head in schemes else None)
+
+
+def _columns(linears: Linears, recipe: Recipe, architecture: Architecture) -> Iterator[int]:
+    """Input columns of the linears whose group size is the recipe's own."""
+    for name, (_, columns) in linears.shapes.items():
+        names = linears.names(name)
+        chosen = recipe.selects(*names) and name not in architecture.outside
+        if chosen and recipe.weights_of(*names) == recipe.weights:
+            yield columns
 
 
 def _scheme(recipe: Recipe, names: tuple[str, ...]) -> Scheme:

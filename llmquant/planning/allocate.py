@@ -124,7 +124,7 @@ def allocate(
         raise SourceError(
             "an allocation measures on text: give --calibration file:PATH, jsonl:PATH#FIELD or hf:…"
         )
-    plan = prepare(model, recipe, options.device, options.dtype)
+    plan = prepare(model, recipe, options.device, options.dtype, options.store_dtype)
     choices = choices_of(plan, options)
     _check_layout(choices, plan)
     budget = _budget(choices, options.target_bpw)

@@ -44,7 +44,7 @@ class AllocateOptions:
         sensitivity: ``kl`` or ``block``; see :mod:`llmquant.planning.sensitivity`.
         probe_tokens: calibration tokens on which damage is measured and that rounding does not see:
             the last windows, whole ones, at most half of them.
-        device, dtype, evaluation: as for a quantization run.
+        device, dtype, store_dtype, evaluation: as for a quantization run.
     """
 
     target_bpw: float
@@ -56,6 +56,7 @@ class AllocateOptions:
     probe_tokens: int = 8192
     device: str = "cpu"
     dtype: str = "auto"
+    store_dtype: str = "source"
     evaluation: str | None = None
 
     def __post_init__(self) -> None:

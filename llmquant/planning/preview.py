@@ -29,9 +29,10 @@ from llmquant.errors import ArchitectureError
 from llmquant.formats import Scheme, layout_of
 from llmquant.formats.engines import cautions, refusals
 from llmquant.kernels import choose
-from llmquant.models.architectures import ARCHITECTURES, Architecture, refuse_multimodal
+from llmquant.models.architectures import ARCHITECTURES, Architecture, refuse_kind
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, select
+from llmquant.quantization.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import AUTO, parse_dtype
@@ -67,6 +68,7 @@ class Plan:
         architecture: where its decoder blocks and experts are.
         hidden: width of the hidden states.
         source: the original's tensors, as quantization reads them.
+        stored: what is stored in another dtype than the original has, in words.
     """
 
     model_type: str
@@ -84,6 +86,7 @@ class Plan:
     architecture: Architecture
     hidden: int
     source: Mapping[str, TensorInfo]
+    stored: str | None = None
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -100,19 +103,20 @@ class Plan:
         return sum(m.nbytes for m in self.modules) * 8 / weights
 
 
-def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
+def make_plan(model: str | os.PathLike[str], recipe: Recipe, store_dtype: str = SOURCE) -> Plan:
     """Plan a run.
 
     Args:
         model: folder or hub name.
         recipe: what would be done; needs no calibration source.
+        store_dtype: as the run's.
 
     Raises:
         UsageError: already quantized, or whatever :func:`llmquant.models.selection.select` refuses.
         ArchitectureError: a model type outside the table, whose blocks headers alone do not tell.
     """
     original = unquantized(model)
-    reader, layout = rotated(original, recipe), layout_of(recipe.format)
+    reader, layout = as_stored(rotated(original, recipe), store_dtype), layout_of(recipe.format)
     if "auto_map" in reader.config:
         from llmquant.models.from_folder import refuse_own_code  # costs transformers
 
@@ -154,6 +158,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         architecture=architecture,
         hidden=_hidden_size(reader.config),
         source=dict(reader.tensors),
+        stored=reader.note() if isinstance(reader, StoredReader) else None,
     )
 
 
@@ -164,7 +169,7 @@ def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
         ArchitectureError: a model type outside the table.
     """
     model_type = str(reader.config.get("model_type"))
-    refuse_multimodal(reader.config, model_type)
+    refuse_kind(reader.config, model_type)
     if model_type not in ARCHITECTURES:
         raise ArchitectureError(
             f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}), so a plan "

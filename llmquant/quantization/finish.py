@@ -3,6 +3,7 @@ beside the weights, and the proof that the folder holds what was computed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from llmquant.errors import ProofError, QuantizationError
 from llmquant.formats import Scheme
 from llmquant.models.rotated import RotatedReader
 from llmquant.quantization.plan import BlockResult, WalkPlan
-from llmquant.quantization.reports import Outcome
+from llmquant.quantization.state.outcome import Outcome
+from llmquant.quantization.stored_dtype import StoredReader
 from llmquant.runtime.finite import all_finite
 from llmquant.weight import QuantizedWeight
 
@@ -119,6 +121,7 @@ def describe(
         device: as the user named it.
     """
     reader, recipe, layout, selection = plan.reader, plan.recipe, plan.layout, plan.selection
+    unrounded = reader.source if isinstance(reader, StoredReader) else reader
     writer.copy_side_files(reader.path)
     write_config(writer, plan, outcome.schemes)
     writer.write_text("recipe.yaml", recipe.to_yaml())
@@ -130,11 +133,14 @@ def describe(
         seed=recipe.seed,
         device=device,
         dtype=str(plan.dtype).removeprefix("torch."),
+        store_dtype=str(reader.dtype).removeprefix("torch.")
+        if isinstance(reader, StoredReader)
+        else None,
         threads=torch.get_num_threads(),
         processes=plan.world.size,
         versions=versions(),
         bits_per_weight=outcome.bits_per_weight,
-        rotation=reader.report if isinstance(reader, RotatedReader) else None,
+        rotation=unrounded.report if isinstance(unrounded, RotatedReader) else None,
         modules=outcome.modules,
         tuned=outcome.tuned,
         scaled=outcome.scaled,
@@ -151,10 +157,19 @@ def describe(
 
 
 def base_name(model: str) -> str:
-    """A hub name without its revision; of a folder only its own name, since a path means nothing on
-    another machine."""
+    """A hub name without its revision, of a folder of the hub's cache too; of another folder only
+    its own name, since a path means nothing on another machine."""
     folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model.partition("@")[0]
+    if not folder.is_dir():
+        return model.partition("@")[0]
+    # A snapshot's own name is a commit: …/models--ORG--NAME/snapshots/COMMIT
+    for path in (Path(os.path.abspath(folder)), folder.resolve()):
+        kind, _, name = (
+            path.parents[1].name.partition("--") if len(path.parents) > 1 else ("", "", "")
+        )
+        if path.parent.name == "snapshots" and kind == "models" and name:
+            return name.replace("--", "/")
+    return folder.resolve().name
 
 
 def _calibration_entry(calibration: Calibration) -> dict[str, object]:

@@ -27,6 +27,8 @@ class QuantizeOptions:
         overwrite: replace an existing model folder.
         max_shard_size: bytes per safetensors file.
         base_model: name for the model card; default: the model as it was given.
+        store_dtype: of scales and of what is not quantized: ``source`` (the model's), ``auto``
+            (the command line's default: 16 bits where the model has more), or a dtype.
         evaluation: text that calibration must not overlap with, as a source.
         resume: keep what is needed to continue after a kill, and continue what such a run left.
             False: keep nothing.
@@ -43,6 +45,7 @@ class QuantizeOptions:
     overwrite: bool = False
     max_shard_size: int = 5_000_000_000
     base_model: str | None = None
+    store_dtype: str = "source"
     evaluation: str | None = None
     resume: bool = True
     restart: bool = False

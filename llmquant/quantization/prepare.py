@@ -24,6 +24,7 @@ from llmquant.models.rotated import rotated
 from llmquant.models.selection import linears_of, select
 from llmquant.models.tensor_check import check_fit
 from llmquant.quantization.plan import SourceModel, WalkPlan
+from llmquant.quantization.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.recipe import Recipe
 from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
 from llmquant.runtime.distributed import ALONE, World
@@ -34,6 +35,7 @@ def prepare(
     recipe: Recipe,
     device: str = "cpu",
     dtype: str = "auto",
+    store_dtype: str = SOURCE,
     world: World = ALONE,
 ) -> WalkPlan:
     """Bring model and recipe together; what is to be quantized is not selected yet.
@@ -43,6 +45,8 @@ def prepare(
         recipe: what is to be done.
         device: torch device for the blocks.
         dtype: in which they run: ``auto`` is float32.
+        store_dtype: of the result's scales and of what is not quantized; see
+            :mod:`llmquant.quantization.stored_dtype`.
         world: the processes that do it together.
 
     Raises:
@@ -51,7 +55,7 @@ def prepare(
     """
     original = unquantized(model)
     layout_of(recipe.format)
-    reader = rotated(original, recipe)
+    reader = as_stored(rotated(original, recipe), store_dtype)
     on, precision = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     skeleton = empty_model(reader, precision.dtype)
     architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
@@ -63,9 +67,13 @@ def prepare(
 def selected(plan: WalkPlan) -> WalkPlan:
     """The plan with what its recipe quantizes, and how; raises what
     :func:`llmquant.models.selection.select` does."""
-    return replace(
-        plan, selection=select(plan.source.linears, plan.architecture, plan.recipe, plan.layout)
-    )
+    source = plan.source
+    selection = select(source.linears, plan.architecture, plan.recipe, plan.layout)
+    if isinstance(source.reader, StoredReader):
+        # Codes are chosen from what the checkpoint has.
+        full = source.reader.in_full([f"{name}.weight" for name in selection.schemes])
+        source = replace(source, reader=full)
+    return replace(plan, source=source, selection=selection)
 
 
 def calibration_of(plan: WalkPlan, evaluation: str | None = None) -> Calibration | None:

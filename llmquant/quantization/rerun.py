@@ -22,6 +22,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ProofError, UsageError
 from llmquant.quantization.options import Events, QuantizeOptions
 from llmquant.quantization.run import quantize
+from llmquant.quantization.stored_dtype import SOURCE
 from llmquant.recipe import load_recipe
 
 
@@ -88,6 +89,7 @@ def rerun(
     options = QuantizeOptions(
         device=device or then.device,
         dtype=then.dtype,
+        store_dtype=then.store_dtype or SOURCE,
         max_shard_size=max_shard_size,
         base_model=then.base_model,
         resume=False,

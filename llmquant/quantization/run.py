@@ -30,10 +30,11 @@ from llmquant.quantization.memory import placement
 from llmquant.quantization.options import Events, QuantizeOptions, QuantizeResult
 from llmquant.quantization.plan import WalkPlan
 from llmquant.quantization.prepare import calibration_of, deterministic, prepare, selected
-from llmquant.quantization.reports import Outcome
 from llmquant.quantization.state.fingerprint import Facts, fingerprint
 from llmquant.quantization.state.log import RunLog
+from llmquant.quantization.state.outcome import Outcome
 from llmquant.quantization.state.resume import SavedRun, finished_before, state_of
+from llmquant.quantization.stored_dtype import StoredReader
 from llmquant.quantization.walk import walk
 from llmquant.quantization.workers import assist, check_together
 from llmquant.recipe import Recipe
@@ -96,10 +97,12 @@ def _checked(
 ) -> tuple[_Run, Sequence[str]]:
     """Everything that can be refused is refused here; what is worth a note comes with the run."""
     device = options.world.device(options.device)
-    plan = prepare(model, recipe, device, options.dtype, options.world)
+    plan = prepare(model, recipe, device, options.dtype, options.store_dtype, options.world)
     refuse_source(Path(os.path.abspath(output)), plan.reader.path)
     plan = selected(plan)
     warnings, notes = on_this_cpu(plan.layout.name, plan.selection.schemes)
+    if isinstance(plan.reader, StoredReader):
+        notes = [plan.reader.note(), *notes]
     for warning in warnings:
         events.on_warning(warning)
     calibration = calibration_of(plan, options.evaluation)

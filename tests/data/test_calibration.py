@@ -17,7 +17,8 @@ import torch
 from transformers import AutoTokenizer
 
 from llmquant.data.calibration import MIN_TOKENS, SHINGLE, Calibration, calibrate, shingles
-from llmquant.data.sources import Documents, Message, read_documents
+from llmquant.data.chats import Chat, Message
+from llmquant.data.sources import Documents, read_documents
 from llmquant.data.tokenize import encode_text
 from llmquant.errors import SourceError, UsageError
 
@@ -42,7 +43,12 @@ WORDS = (
     "wind",
 )
 CHATS = tuple(
-    (Message("user", f"What is {i} and {i}?"), Message("assistant", f"It is {2 * i}, I believe."))
+    Chat(
+        (
+            Message("user", f"What is {i} and {i}?"),
+            Message("assistant", f"It is {2 * i}, I believe."),
+        )
+    )
     for i in range(12)
 )
 
@@ -70,7 +76,7 @@ def token_lists(rows: Any, tokenizer: Any) -> list[list[int]]:
         tokenizer(row, verbose=False)["input_ids"]
         if isinstance(row, str)
         else tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in row], tokenize=True
+            [{"role": m.role, "content": m.content} for m in row.messages], tokenize=True
         )["input_ids"]
         for row in rows
     ]
@@ -230,7 +236,7 @@ def test_rows_the_template_refuses_are_counted(tokenizer: Any) -> None:
         "{{ bos_token }}{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
         "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     )
-    rows = [*CHATS, (Message("system", "Be kind."),)]
+    rows = [*CHATS, Chat((Message("system", "Be kind."),))]
     s = calibrate(documents(*rows), strict, nsamples=4, seqlen=64, seed=0, packing="sample").summary
     assert s.dropped == {"refused by the chat template: user first": 1}
 
@@ -296,7 +302,7 @@ ENOUGH = {"nsamples": 2, "seqlen": 16, "seed": 0}
             ["", " "],
             {},
             SourceError,
-            r"memory gives 0 tokens in 0 rows.*; give more text$",
+            r"memory: none of its 2 rows can be used \(2 empty\); name another field or source$",
             id="nothing",
         ),
         pytest.param(

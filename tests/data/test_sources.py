@@ -16,12 +16,13 @@ import pytest
 from llmquant.data import hub_datasets as hub_text
 from llmquant.data import local_files as local_text
 from llmquant.data import sources
-from llmquant.data.sources import Documents, Message, Source, parse_source, read_documents
+from llmquant.data.chats import Chat, Message
+from llmquant.data.sources import Documents, Source, parse_source, read_documents
 from llmquant.errors import SourceError
 
 WIKITEXT_ROWS = Path(__file__).parents[1] / "data" / "wikitext2_test_rows_0_200.json"
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-CHAT = (Message("user", "hi"), Message("assistant", "hello"))
+CHAT = Chat((Message("user", "hi"), Message("assistant", "hello")))
 
 
 # ---------------------------------------------------------------- the grammar
@@ -246,8 +247,8 @@ def lines(*records: object) -> bytes:
                 {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]},
             ),
             [CHAT],
-            {"a turn that is not plain text": 2},
-            id="pictures and tool calls",
+            {"a turn that is not plain text": 1, "a tool call without a name": 1},
+            id="a picture and a broken tool call",
         ),
         pytest.param(
             "jsonl:F",

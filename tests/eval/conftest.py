@@ -27,6 +27,12 @@ def base_model() -> Path:
     return BASE
 
 
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server answers is kept in the user's cache: not in that of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def altered(tmp_path: Path) -> Callable[..., Path]:
     """``altered(name, change)``: a copy of the base model whose every projection went through

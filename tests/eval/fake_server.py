@@ -7,9 +7,11 @@ answers ``echo`` with ``logprobs`` as OpenAI did, ``none`` ignores both, as llam
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,18 +19,68 @@ from typing import Any
 
 import torch
 
+Fault = Callable[[BaseHTTPRequestHandler], None]
+"""Takes the place of an answer."""
+
+
+def status(code: int, **headers: str) -> Fault:
+    """Another status, with headers as ``retry_after="1"``."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        data = json.dumps({"error": {"message": f"no, {code}"}}).encode()
+        handler.send_response(code)
+        handler.send_header("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-").title(), value)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return answer
+
+
+def hang_up(handler: BaseHTTPRequestHandler) -> None:
+    """The connection ends without an answer."""
+    handler.connection.close()
+
+
+def cut(handler: BaseHTTPRequestHandler) -> None:
+    """The connection ends in the middle of an answer."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"object": "text_comp')
+
+
+def cut_without_length(handler: BaseHTTPRequestHandler) -> None:
+    """The same where only the end of the connection ends an answer."""
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(b'{"object": "text_comp')
+
+
+@functools.cache
+def _loaded(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
 
 class FakeServer:
-    """Answers of one model; ``spoil`` may change an answer before it is sent."""
+    """Answers of one model; ``spoil`` may change an answer before it is sent.
+
+    ``faults`` are taken one by one in place of answers to prompts, beginning with prompt number
+    ``good``; ``dies`` repeats the last one for good.
+    """
 
     def __init__(self, folder: Path, dialect: str, context: int | None) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model, self.tokenizer = _loaded(folder)
         self.name, self.dialect, self.context = folder.name, dialect, context
         self.requests: list[dict[str, Any]] = []
         self.spoil: Any = lambda answer: answer
+        self.faults: list[Fault] = []
+        self.good, self.dies = 0, False
+        self.asked: list[float] = []  # when, prompts only
         self.lock = threading.Lock()
         self.url = ""
 
@@ -40,6 +92,14 @@ class FakeServer:
             "max_model_len": self.context,
         }
         return {"object": "list", "data": [entry]}
+
+    def fault(self) -> Fault | None:
+        """What to do instead of answering the prompt that has come."""
+        with self.lock:
+            self.asked.append(time.monotonic())
+            if len(self.asked) <= self.good or not self.faults:
+                return None
+            return self.faults[0] if self.dies and len(self.faults) == 1 else self.faults.pop(0)
 
     def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status and answer of one completion."""
@@ -105,8 +165,10 @@ class FakeServer:
 
 
 @contextmanager
-def serving(folder: Path, dialect: str = "ids", context: int | None = None) -> Iterator[FakeServer]:
-    """A running server; its ``url`` ends in ``/v1``."""
+def serving(
+    folder: Path, dialect: str = "ids", context: int | None = None, port: int = 0
+) -> Iterator[FakeServer]:
+    """A running server; its ``url`` ends in ``/v1``. Port 0 is a free one."""
     fake = FakeServer(folder, dialect, context)
 
     class Handler(BaseHTTPRequestHandler):
@@ -114,9 +176,12 @@ def serving(folder: Path, dialect: str = "ids", context: int | None = None) -> I
             self._answer(200, fake.models())
 
         def do_POST(self) -> None:
-            self._answer(
-                *fake.complete(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            )
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            fault = fake.fault()
+            if fault is not None:
+                fault(self)
+            else:
+                self._answer(*fake.complete(body))
 
         def _answer(self, status: int, answer: Any) -> None:
             data = json.dumps(answer).encode()
@@ -128,7 +193,7 @@ def serving(folder: Path, dialect: str = "ids", context: int | None = None) -> I
         def log_message(self, *_: Any) -> None:
             """Nothing on stderr."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     fake.url = f"http://127.0.0.1:{server.server_port}/v1"

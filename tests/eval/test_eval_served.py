@@ -210,7 +210,7 @@ def test_a_server_that_is_not_there(words: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(LlmquantError, match=r"cannot be reached: .*is the server running"):
-        make_plan(Request((f"http://127.0.0.1:{port}/v1",), str(words)))
+        make_plan(Request((f"http://127.0.0.1:{port}/v1",), str(words), retry_for=0.0))
 
 
 def test_what_lists_no_models(

@@ -78,6 +78,7 @@ def make_boards(reports: Iterable[StoredReport]) -> list[Board]:
 
 def _text_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]:
     report = stored.report
+    unanswered = {(gap.label, gap.protocol) for gap in report.missing}
     for part in report.passes:
         assert report.text is not None  # there is no pass without a text
         base = _reference_sha(report)
@@ -96,9 +97,10 @@ def _text_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]
                 tokenizer,
                 "",
             )
-            row = Row(
-                printable(result.label), result, report, stored.path, _metrics_of(result, part)
-            )
+            metrics = _metrics_of(result, part)
+            if (result.label, part.perplexity) in unanswered:
+                continue  # a server that gave out before the end
+            row = Row(printable(result.label), result, report, stored.path, metrics)
             yield key, row, printable(report.text.source), part.windows_available
 
 

@@ -7,30 +7,31 @@ named by id where the server can, since two tokens may have one text. A server t
 is refused with its own words. One token is generated and thrown away with every prompt, because not
 every server takes zero; a prompt must therefore be shorter than the context.
 
-A server shows a few log-probabilities of 10^5, so it has perplexity and tasks but no KL. Standard
-library only; a key is taken from ``OPENAI_API_KEY``, as every client of this protocol does.
+A server shows a few log-probabilities of 10^5, so it has perplexity and tasks but no KL.
+
+A server that is busy or gone is asked again (:mod:`llmquant_eval.models.retrying`), and what it
+answered is kept until the evaluation is done (:mod:`llmquant_eval.models.kept_answers`).
 """
 
 from __future__ import annotations
 
-import http.client
 import json
-import math
-import os
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.models.answers import QUOTED, choice_of, read_scores
+from llmquant_eval.models.kept_answers import KeptAnswers, PromptScores, key_of
+from llmquant_eval.models.retrying import FIRST_PATIENCE, PATIENCE, Retrying
+from llmquant_eval.models.server import RefusedError, Server
 
-TIMEOUT_SECONDS = 600.0
 PARALLEL = 8  # prompts under way at a time: the server batches them
-_LOWEST = -9999.0  # JSON has no infinity; servers write this for a probability of zero
-_QUOTED = 300
+
+Answer = TypeVar("Answer", PromptScores, str)
 
 
 def is_url(source: str) -> bool:
@@ -38,13 +39,19 @@ def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-@dataclass(frozen=True, slots=True)
-class PromptScores:
-    """Of one prompt of P tokens: log-probability of tokens 1 … P-1 in nats, and whether each was
-    the most likely one."""
+def _silent(_: str) -> None:
+    """The default: nothing is told."""
 
-    logprobs: list[float]
-    greedy: list[bool]
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """How a server is dealt with: ``patience`` in seconds (None: the defaults of
+    :mod:`llmquant_eval.models.retrying`), the folder that keeps its answers (None: nowhere), and
+    who is told what happens."""
+
+    patience: float | None = None
+    keep: Path | None = None
+    tell: Callable[[str], None] = _silent
 
 
 class Endpoint:
@@ -61,45 +68,110 @@ class Endpoint:
             models.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, contact: Contact | None = None) -> None:
+        contact = contact or Contact()
         url, _, name = source.partition("#")
-        _check_address(url, source)
-        self.url = url.rstrip("/")
-        listed = self._request("/models", None).get("data")
-        if not isinstance(listed, list) or not all(
-            isinstance(m, dict) and "id" in m for m in listed
-        ):
-            raise LlmquantError(
-                f"{self.url}/models does not list models; give the address up to and with /v1"
-            )
-        matching = [m for m in listed if m["id"] == name or (not name and len(listed) == 1)]
-        if not matching:
-            names = ", ".join(str(m["id"]) for m in listed) or "none"
-            raise UsageError(
-                f"{self.url} has no model {name!r}; it serves: {names}. Write {self.url}#MODEL"
-            )
-        self.model = str(matching[0]["id"])
-        length = matching[0].get("max_model_len")
+        first = FIRST_PATIENCE if contact.patience is None else contact.patience
+        self._retrying = Retrying(first, contact.tell)
+        self._server = Server(url, source, self._retrying)
+        self.url = self._server.url
+        found = self._find(name)
+        self._retrying.patience = PATIENCE if contact.patience is None else contact.patience
+        self._retrying.reconnected = False
+        self.model = str(found["id"])
+        length = found.get("max_model_len")
         self.context = int(length) if isinstance(length, int) else None
+        self.kept = KeptAnswers(contact.keep, f"{self.url}#{self.model}")
+        self._tell, self._lock = contact.tell, threading.Lock()
+        self._sample: tuple[Sequence[int], PromptScores] | None = None
+        self._trusted = self.kept.found == 0  # the kept answers are of the model served now
         self._dialects: list[Mapping[str, object]] = [
             {"prompt_logprobs": 1},
             {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True},
             {"echo": True, "logprobs": 1},
         ]
 
+    def _find(self, name: str) -> Mapping[str, Any]:
+        listed = self._server.request("/models", None).get("data")
+        if not isinstance(listed, list) or not all(
+            isinstance(m, dict) and "id" in m for m in listed
+        ):
+            raise LlmquantError(
+                f"{self.url}/models does not list models; give the address up to and with /v1"
+            )
+        matching: list[dict[str, Any]] = [
+            m for m in listed if m["id"] == name or (not name and len(listed) == 1)
+        ]
+        if not matching:
+            names = ", ".join(str(m["id"]) for m in listed) or "none"
+            raise UsageError(
+                f"{self.url} has no model {name!r}; it serves: {names}. Write {self.url}#MODEL"
+            )
+        return matching[0]
+
     def score(self, ids: Sequence[int]) -> PromptScores:
-        """Score a prompt.
+        """Score a prompt, or take what an earlier run was answered.
 
         Raises:
             LlmquantError: the server failed, gives no prompt log-probabilities, or scored other
-                tokens.
+                tokens; or it came back with another model.
         """
+        key = key_of(ids)
+        kept = self.kept.scores(key)
+        scores = None if kept is None else self._trust(kept, lambda: self._score(ids))
+        if scores is None:
+            scores = self._score(ids)
+        self._sample = self._sample or (ids, scores)
+        self._check_model()
+        if scores is not kept:
+            self.kept.add_scores(key, scores)
+        return scores
+
+    def _trust(self, kept: Answer, ask: Callable[[], Answer]) -> Answer:
+        """``kept`` if the server would say so still; the first of a run is asked again."""
+        with self._lock:
+            if self._trusted:
+                return kept
+            answer = ask()
+            same = kept == answer or (
+                isinstance(kept, PromptScores)
+                and isinstance(answer, PromptScores)
+                and kept.agrees(answer)
+            )
+            self._trusted = True
+            if same:
+                self._tell(
+                    f"{self.url}: resumes; {self.kept.found:,} answers of an earlier run are kept"
+                )
+                return kept
+            self._tell(
+                f"{self.url}: answers otherwise than in an earlier run, whose answers are not used"
+            )
+            self.kept.discard()
+            return answer
+
+    def _check_model(self) -> None:
+        """After a lost connection: does what answers now score the run's first prompt as before?"""
+        with self._lock:
+            if not self._retrying.reconnected or self._sample is None:
+                return
+            ids, before = self._sample
+            now = self._score(ids)
+            if not now.agrees(before):
+                self.kept.discard()
+                raise LlmquantError(
+                    f"{self.url} came back with another model: it scores a prompt otherwise than before. "
+                    "What it answered is not used; run the command again"
+                )
+            self._retrying.reconnected = False
+
+    def _score(self, ids: Sequence[int]) -> PromptScores:
         base = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0}
         refusals = []
         for dialect in list(self._dialects):
             try:
-                answer = self._request("/completions", base | dict(dialect))
-            except _RefusedError as e:
+                answer = self._server.request("/completions", base | dict(dialect))
+            except RefusedError as e:
                 refusals.append(str(e))
                 continue
             scores = self._read(answer, ids)
@@ -111,16 +183,16 @@ class Endpoint:
             )
         raise LlmquantError(
             f"{self.url} does not give log-probabilities of a prompt, which perplexity and tasks are made of "
-            f"({'; '.join(refusals)}). Serve the model with one that does, vLLM for example, or evaluate its folder"
+            f"({'; '.join(dict.fromkeys(refusals))}). Serve the model with one that does, vLLM for example, or evaluate its folder"
         )
 
     def _read(self, answer: Mapping[str, Any], ids: Sequence[int]) -> PromptScores | None:
         try:
-            return _read(answer, ids)
+            return read_scores(answer, ids)
         except (TypeError, KeyError, AttributeError, ValueError) as e:
             raise LlmquantError(
                 f"{self.url}/completions answered log-probabilities in a form that is not known "
-                f"({type(e).__name__}: {e}): {json.dumps(answer)[:_QUOTED]}"
+                f"({type(e).__name__}: {e}): {json.dumps(answer)[:QUOTED]}"
             ) from e
 
     def score_all(self, prompts: Sequence[Sequence[int]]) -> Iterator[PromptScores]:
@@ -129,110 +201,40 @@ class Endpoint:
             return
         yield self.score(prompts[0])  # settles the dialect before there is a crowd
         with ThreadPoolExecutor(PARALLEL) as pool:
-            yield from pool.map(self.score, prompts[1:])
+            try:
+                yield from pool.map(self.score, prompts[1:])
+            except BaseException:
+                self._retrying.stop()  # the others would each wait for as long
+                pool.shutdown(cancel_futures=True)
+                self._retrying.resume()
+                raise
+
+    def scored(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many of these prompts have been answered."""
+        return sum(self.kept.scores(key_of(ids)) is not None for ids in prompts)
 
     def complete(
         self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str], temperature: float
     ) -> str:
-        """The text that the server writes after a prompt."""
+        """The text that the server writes after a prompt, or wrote in an earlier run."""
         options = {"max_tokens": max_tokens, "temperature": temperature, "stop": list(stop)}
-        answer = self._request(
-            "/completions", {"model": self.model, "prompt": list(prompt)} | options
+        key = key_of(prompt, **options)
+        kept = self.kept.text(key) if temperature == 0.0 else None
+        text = (
+            self._complete(prompt, options)
+            if kept is None
+            else self._trust(kept, lambda: self._complete(prompt, options))
         )
-        text = _choice(answer).get("text")
-        if not isinstance(text, str):
-            raise LlmquantError(
-                f"{self.url}/completions answered without a text: {json.dumps(answer)[:_QUOTED]}"
-            )
+        if text is not kept:
+            self.kept.add_text(key, text)
         return text
 
-    def _request(self, path: str, body: Mapping[str, object] | None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            request = urllib.request.Request(self.url + path, data, headers)
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                answer = json.loads(response.read())
-        except urllib.error.HTTPError as e:
-            said = e.read().decode(errors="replace")[:_QUOTED]
-            kind = _RefusedError if e.code in (400, 422) else LlmquantError
-            raise kind(f"{self.url}{path} answered {e.code}: {said}") from e
-        except (OSError, http.client.HTTPException) as e:  # a cut answer is no OSError
+    def _complete(self, prompt: Sequence[int], options: Mapping[str, object]) -> str:
+        body = {"model": self.model, "prompt": list(prompt)} | dict(options)
+        answer = self._server.request("/completions", body)
+        text = choice_of(answer).get("text")
+        if not isinstance(text, str):
             raise LlmquantError(
-                f"{self.url} cannot be reached: {getattr(e, 'reason', e)}; is the server running?"
-            ) from e
-        except ValueError as e:
-            raise LlmquantError(f"{self.url}{path} did not answer JSON: {e}") from e
-        if not isinstance(answer, dict):
-            raise LlmquantError(
-                f"{self.url}{path} answered {json.dumps(answer)[:_QUOTED]}, not an object"
+                f"{self.url}/completions answered without a text: {json.dumps(answer)[:QUOTED]}"
             )
-        return answer
-
-
-def _check_address(url: str, source: str) -> None:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        valid = bool(parts.hostname) and parts.port != 0 and url.isprintable() and " " not in url
-    except ValueError:  # a port that is no number, half an IPv6 address
-        valid = False
-    if not valid:
-        raise UsageError(f"{source} is not a server's address; write http://HOST:PORT/v1#MODEL")
-
-
-class _RefusedError(LlmquantError):
-    """The server does not take a request as it was written (400, 422)."""
-
-
-def _choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise LlmquantError(f"the server answered without choices: {json.dumps(answer)[:_QUOTED]}")
-    return choices[0]
-
-
-def _read(answer: Mapping[str, Any], ids: Sequence[int]) -> PromptScores | None:
-    """Prompt scores in either dialect, or None where the answer has none."""
-    choice = _choice(answer)
-    by_id = choice.get("prompt_logprobs") or answer.get("prompt_logprobs")
-    if by_id:
-        return _by_id(by_id, ids)
-    logprobs = choice.get("logprobs")
-    echoed = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    if not isinstance(logprobs, dict) or not isinstance(echoed, list) or len(echoed) < len(ids):
-        return None
-    if any(value is None for value in echoed[1 : len(ids)]):
-        return None
-    values = [_nats(value) for value in echoed[1 : len(ids)]]
-    tops = (logprobs.get("top_logprobs") or [None] * len(ids))[1 : len(ids)]
-    best = [max(map(_nats, top.values())) if top else math.nan for top in tops]
-    return PromptScores(values, [value >= top for value, top in zip(values, best, strict=True)])
-
-
-def _by_id(
-    entries: Sequence[Mapping[str, Mapping[str, Any]] | None], ids: Sequence[int]
-) -> PromptScores:
-    """vLLM's form: per token a mapping from ids to log-probabilities, the prompt's own among
-    them."""
-    if len(entries) != len(ids):
-        raise LlmquantError(
-            f"the server scored {len(entries)} tokens of a prompt of {len(ids)}; its tokenizer differs"
-        )
-    values, greedy = [], []
-    for position, (entry, token) in enumerate(zip(entries, ids, strict=True)):
-        if position == 0:
-            continue
-        own = (entry or {}).get(str(token))
-        if entry is None or own is None:
-            raise LlmquantError(
-                f"the server's scores of a prompt lack its token {token} at position {position}"
-            )
-        values.append(_nats(own["logprob"]))
-        greedy.append(values[-1] >= max(_nats(other["logprob"]) for other in entry.values()))
-    return PromptScores(values, greedy)
-
-
-def _nats(value: float) -> float:
-    return -math.inf if value <= _LOWEST else float(value)
+        return text

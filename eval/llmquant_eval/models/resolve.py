@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.errors import UsageError
-from llmquant_eval.models.endpoint import Endpoint, is_url
+from llmquant_eval.models.endpoint import Contact, Endpoint, is_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,13 @@ class ServedModel:
 AnyModel = ModelFolder | ServedModel
 
 
-def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
+def resolve_models(sources: Sequence[str], contact: Contact | None = None) -> list[AnyModel]:
     """Find every model and give each a short name: the folder's, or the whole source where two
     would be the same.
+
+    Args:
+        sources: as the user named them.
+        contact: how servers are dealt with.
 
     Raises:
         UsageError: the same model twice, or one that a server does not have.
@@ -53,7 +57,7 @@ def resolve_models(sources: Sequence[str]) -> list[AnyModel]:
     import llmquant
 
     models: list[Path | Endpoint] = [
-        Endpoint(s) if is_url(s) else llmquant.resolve(s) for s in sources
+        Endpoint(s, contact) if is_url(s) else llmquant.resolve(s) for s in sources
     ]
     places = [m.resolve() if isinstance(m, Path) else (m.url, m.model) for m in models]
     twice = [s for i, s in enumerate(sources) if places[i] in places[:i]]

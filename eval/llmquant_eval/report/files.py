@@ -1,10 +1,16 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and where results are kept."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+
+def user_cache(name: str) -> Path:
+    """The folder ``name`` of the user's cache, where results are kept between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "llmquant" / name
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -45,10 +45,29 @@ class ProtocolPass(Strict):
     windows_available: int
 
 
+class TextRows(Strict):
+    """The rows of the evaluation text: ``used + sum(dropped) == read``.
+
+    ``empty`` of the used ones hold nothing but white space. ``dropped`` counts by reason.
+    """
+
+    read: int
+    used: int
+    empty: int
+    dropped: dict[str, int]
+
+    def lost(self) -> str | None:
+        """What was dropped, in words; None if nothing was."""
+        if not self.dropped:
+            return None
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        return f"{self.used:,} of {self.read:,} rows used; dropped: {reasons}"
+
+
 class ReportText(Strict):
     """The evaluation text, and how much of it the run's first protocol scored.
 
-    :class:`ProtocolPass` has every protocol.
+    :class:`ProtocolPass` has every protocol. Older reports do not have ``rows``.
     """
 
     source: str
@@ -57,6 +76,26 @@ class ReportText(Strict):
     windows: int
     windows_available: int
     window: int
+    rows: TextRows | None = None
+
+
+class Missing(Strict):
+    """What a server did not answer: ``windows`` of ``windows_wanted`` of a protocol, or all
+    ``tasks``."""
+
+    label: str
+    protocol: str
+    windows: int | None = None
+    windows_wanted: int | None = None
+    reason: str
+
+    def text(self) -> str:
+        """In words, without the reason."""
+        if self.windows is None:
+            return f"{self.label}: {self.protocol}"
+        return (
+            f"{self.label}: {self.windows:,} of {self.windows_wanted:,} windows of {self.protocol}"
+        )
 
 
 class Settings(Strict):
@@ -90,7 +129,11 @@ class Hardware(Strict):
 
 
 class Report(Strict):
-    """One run of ``llmquant eval``: its command, settings and the results of its models."""
+    """One run of ``llmquant eval``: its command, settings and the results of its models.
+
+    ``missing`` is what a server that failed did not answer; without that it is empty. A metric is
+    there only if all of its protocol was scored.
+    """
 
     schema_version: Literal[1] = 1
     created: AwareDatetime
@@ -102,6 +145,7 @@ class Report(Strict):
     reference: str | None
     noise_floor: NoiseFloor | None
     models: list[ModelResult]
+    missing: list[Missing] = Field(default_factory=list)
     versions: dict[str, str]
     hardware: Hardware
 

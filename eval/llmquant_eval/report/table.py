@@ -122,8 +122,8 @@ def side_tables(report: Report) -> list[SideTable]:
             if metric.protocol in (part.perplexity, part.divergence)
             and not name.startswith(_DETAILS)
         )
-        if number == 0 and "perplexity" in names:
-            continue  # the main table has all of it
+        if not names or (number == 0 and "perplexity" in names):
+            continue  # a server answered none of it; or the main table has all of it
         rows = [
             (m.label, *(" ".join(metric_cell(m.metrics, name)).strip() for name in names))
             for m in report.models
@@ -174,10 +174,13 @@ def footnotes(report: Report) -> list[str]:
             f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}, {report.hardware.threads} threads; "
             f"± standard error {_methods(report)}, ratios paired."
         )
+        if text.rows is not None and (lost := text.rows.lost()) is not None:
+            lines.append(f"Not all of the text: {lost}.")
     lines += [
         f"{p.perplexity}: {_share(p.windows, p.windows_available)} windows, {p.scored} tokens scored."
         for p in report.passes[1:]
     ]
+    lines += [f"NOT MEASURED: {gap.text()}. {gap.reason}" for gap in report.missing]
     if report.settings.dtype_reason is not None:
         lines.append(f"{report.settings.dtype} was chosen because {report.settings.dtype_reason}.")
     if report.noise_floor is not None:

@@ -20,7 +20,14 @@ from llmquant_eval.report.results import (
     Role,
     TaskResult,
 )
-from llmquant_eval.report.schema import NoiseFloor, ProtocolPass, Report, ReportText, Settings
+from llmquant_eval.report.schema import (
+    Missing,
+    NoiseFloor,
+    ProtocolPass,
+    Report,
+    ReportText,
+    Settings,
+)
 from llmquant_eval.report.statistics import Estimate, exponential, scaled
 from llmquant_eval.scoring.breakdowns import breakdowns
 from llmquant_eval.scoring.reference_cache import compact_kl_shift
@@ -38,9 +45,10 @@ Units = dict[str, tuple[Estimate, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """All that was measured of one model. ``scores`` in the order of the plan's streams."""
+    """All that was measured of one model. ``scores`` in the order of the plan's streams, None for
+    what a server did not answer."""
 
-    scores: Sequence[Scores]
+    scores: Sequence[Scores | None]
     kernels: Mapping[str, int] = field(default_factory=dict)
     cost: Cost | None = None
     tasks: Sequence[TaskResult] = ()
@@ -121,15 +129,20 @@ def model_result(
     where: list[Breakdown] = []
     shifts: list[CompactKlShift] = []
     for i, stream in enumerate(plan.streams):
+        own = measured.scores[i]
+        if own is None:
+            continue
         base = None if reference is None else reference.scores[i]
-        of_pass, parts, shift = _pass_results(measured.scores[i], base, stream)
+        of_pass, parts, shift = _pass_results(own, base, stream)
         metrics |= {
             name if name not in metrics else f"{name}@{m.protocol}": m
             for name, m in of_pass.items()
         }
         where += parts
         shifts += [shift] if shift is not None else []
-    excluded = sum(s.divergence.excluded for s in measured.scores if s.divergence is not None)
+    excluded = sum(
+        s.divergence.excluded for s in measured.scores if s is not None and s.divergence is not None
+    )
     return ModelResult(
         label=model.label,
         role=role,
@@ -173,14 +186,18 @@ def _identity(model: AnyModel) -> dict[str, Any]:
 
 
 def make_report(
-    request: Request, plan: EvaluationPlan, floor: NoiseFloor | None, results: list[ModelResult]
+    request: Request,
+    plan: EvaluationPlan,
+    floor: NoiseFloor | None,
+    results: list[ModelResult],
+    missing: list[Missing],
 ) -> Report:
     """The Report of a finished run, stamped with the time, versions and hardware of now."""
     passes = [
         ProtocolPass(
             perplexity=s.protocol.perplexity_id,
             divergence=s.protocol.divergence_id if plan.reference else None,
-            tokens=len(s.ids),
+            tokens=s.tokens,
             scored=s.layout.tokens,
             windows=len(s.windows),
             windows_available=s.available,
@@ -205,6 +222,7 @@ def make_report(
         reference=None if plan.reference is None else plan.reference.label,
         noise_floor=floor,
         models=results,
+        missing=missing,
         versions=machine.versions(),
         hardware=machine.hardware(plan.device),
     )
@@ -217,8 +235,9 @@ def _text(plan: EvaluationPlan) -> ReportText | None:
     return ReportText(
         source=plan.text_source,
         sha256=plan.text_sha256,
-        tokens=len(first.ids),
+        tokens=first.tokens,
         windows=len(first.windows),
         windows_available=first.available,
         window=first.protocol.window,
+        rows=plan.text_rows,
     )

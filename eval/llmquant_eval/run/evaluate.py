@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from llmquant.errors import LlmquantError, QuantizationError
 from llmquant_eval.models.resolve import (
     AnyModel,
     ModelFolder,
@@ -28,11 +29,12 @@ from llmquant_eval.models.resolve import (
     vocabulary_size,
 )
 from llmquant_eval.report.results import Cost, TaskResult
-from llmquant_eval.report.schema import NoiseFloor, Report
+from llmquant_eval.report.schema import Missing, NoiseFloor, Report
 from llmquant_eval.run.build_report import Measured, divergence_metrics, make_report, model_result
 from llmquant_eval.run.cost import CostRun, measure_apart
-from llmquant_eval.run.plan import EvaluationPlan, make_plan
+from llmquant_eval.run.plan import EvaluationPlan, make_plan, print_nothing
 from llmquant_eval.run.request import Request
+from llmquant_eval.run.unfinished import missing_tasks, missing_windows, unfinished
 from llmquant_eval.scoring.reference_cache import (
     INDEX,
     CachedReference,
@@ -56,8 +58,12 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     """The default: progress is not shown."""
 
 
-def evaluate(request: Request, progress: Progress = _no_progress) -> Report:
-    """Run an evaluation.
+def evaluate(
+    request: Request,
+    progress: Progress = _no_progress,
+    tell: Callable[[str], None] = print_nothing,
+) -> Report:
+    """Run an evaluation; ``tell`` gets what is said while a server is waited for.
 
     Raises:
         UsageError: the request cannot be right (models, window, dtype, tasks, tokenizers that
@@ -65,9 +71,10 @@ def evaluate(request: Request, progress: Progress = _no_progress) -> Report:
         SourceError: the text is missing, empty or shorter than a window.
         CheckpointError: a folder that is not a model, or a damaged cache.
         QuantizationError: a model's output is NaN or infinite.
+        UnfinishedError: a server failed for good; has the report of what is there.
         LlmquantError: measuring a model's cost, a task or a server failed.
     """
-    plan = make_plan(request)
+    plan = make_plan(request, tell)
     costs = _costs(plan, request, progress) if request.cost else {}
     # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken
     # without it.
@@ -98,6 +105,8 @@ class _Run:
         self.request, self.plan, self.costs, self.progress = request, plan, costs, progress
         self.loaded: dict[str, Any] = {}
         self.kernels: dict[str, dict[str, int]] = {}
+        self.missing: list[Missing] = []
+        self.failed: dict[str, LlmquantError] = {}  # servers, by label
 
     def report(self) -> Report:
         """Measures everything, in the order that the module text gives."""
@@ -112,7 +121,7 @@ class _Run:
             tasks = _paired(tasks, plan.reference.label)
         measured = {
             m.label: Measured(
-                [s[m.label] for s in scores],
+                [s.get(m.label) for s in scores],
                 self.kernels.get(m.label, {}),
                 self.costs.get(m.label),
                 tasks.get(m.label, ()),
@@ -124,7 +133,13 @@ class _Run:
             model_result(plan, m, measured[m.label], None if m is plan.reference else base)
             for m in plan.models
         ]
-        return make_report(self.request, plan, floor, results)
+        report = make_report(self.request, plan, floor, results, self.missing)
+        served = [m for m in plan.models if isinstance(m, ServedModel)]
+        if self.missing:
+            raise unfinished([m for m in served if m.label in self.failed], report)
+        for model in served:
+            model.endpoint.kept.discard()
+        return report
 
     def _load(self, model: ModelFolder) -> Any:
         if model.label not in self.loaded:
@@ -154,13 +169,25 @@ class _Run:
             scores[reference.label] = cached_scores(cached, stream, reference.label)
         for served in self.plan.models:
             if isinstance(served, ServedModel):
-                scores[served.label] = score_served(
-                    served.endpoint,
-                    stream,
-                    served.label,
-                    self._advance(f"{name} of {served.label}"),
-                )
+                self._score_served(served, stream, scores)
         return scores
+
+    def _score_served(
+        self, model: ServedModel, stream: TokenStream, scores: dict[str, Scores]
+    ) -> None:
+        """Adds to ``scores``, or to what is missing: the other models' figures are not lost."""
+        stage = f"{stream.protocol.perplexity_id} of {model.label}"
+        if model.label not in self.failed:
+            try:
+                scores[model.label] = score_served(
+                    model.endpoint, stream, model.label, self._advance(stage)
+                )
+                return
+            except QuantizationError:
+                raise  # the server answered; its model is broken
+            except LlmquantError as e:
+                self.failed[model.label] = e
+        self.missing.append(missing_windows(model, stream, self.failed[model.label]))
 
     def _caches(self) -> list[CachedReference | None]:
         """One per stream: opened where it exists, made where not; the reference is let go
@@ -260,7 +287,16 @@ class _Run:
             adapter: Any = ServedLM(model.endpoint, tokenizer)
         else:
             adapter = LocalModel(self._load(model), tokenizer, self.request.batch_size)
-        results = run_tasks(self.plan.tasks, adapter, model.label)
+        results: list[TaskResult] = []
+        try:
+            if model.label not in self.failed:
+                results = run_tasks(self.plan.tasks, adapter, model.label)
+        except LlmquantError as e:
+            if not isinstance(model, ServedModel):
+                raise
+            self.failed[model.label] = e
+        if isinstance(model, ServedModel) and model.label in self.failed:
+            self.missing.append(missing_tasks(model, self.failed[model.label]))
         self.progress("tasks", done + 1, len(self.plan.models))
         return results
 

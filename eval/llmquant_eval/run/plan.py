@@ -7,12 +7,14 @@ paths: every model must cut the text into the same tokens and take windows of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmquant.errors import UsageError
+from llmquant_eval.models.endpoint import Contact
 from llmquant_eval.models.resolve import (
     AnyModel,
     ModelFolder,
@@ -20,6 +22,8 @@ from llmquant_eval.models.resolve import (
     max_positions,
     resolve_models,
 )
+from llmquant_eval.report.files import user_cache
+from llmquant_eval.report.schema import TextRows
 from llmquant_eval.run.request import Request
 from llmquant_eval.scoring.protocols import (
     WindowProtocol,
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
     from llmquant_eval.tasks.harness import TaskPlan
 
 
+def print_nothing(_: str) -> None:
+    """The default: what happens is not told."""
+
+
 @dataclass(frozen=True, eq=False)
 class EvaluationPlan:
     """What a request means. ``streams`` has one per protocol, none without a text; ``tasks`` None
@@ -46,6 +54,7 @@ class EvaluationPlan:
     tokenizers: dict[str, Any]
     text_source: str | None
     text_sha256: str | None
+    text_rows: TextRows | None
     streams: tuple[TokenStream, ...]
     tasks: TaskPlan | None
     dtype: str
@@ -62,8 +71,8 @@ class EvaluationPlan:
         return {label: tokenizer_sha256(tokenizer) for label, tokenizer in self.tokenizers.items()}
 
 
-def make_plan(request: Request) -> EvaluationPlan:
-    """Look everything up.
+def make_plan(request: Request, tell: Callable[[str], None] = print_nothing) -> EvaluationPlan:
+    """Look everything up; ``tell`` gets what is said while a server is waited for.
 
     Raises:
         UsageError: a window, dtype, device or task that cannot be, a model given twice, tokenizers
@@ -81,7 +90,7 @@ def make_plan(request: Request) -> EvaluationPlan:
     llmquant.parse_dtype(
         request.dtype, device
     )  # a word that is none is refused before models are looked for
-    models, reference = _find(request)
+    models, reference = _find(request, tell)
     chosen = _dtype(request, device, models, reference)
     protocols = _protocols(request, models)
     tokenizers = _tokenizers(models, reference, request.tokenizer)
@@ -108,6 +117,7 @@ def make_plan(request: Request) -> EvaluationPlan:
         tokenizers,
         request.text,
         None if documents is None else documents.sha256,
+        None if documents is None else _rows(documents),
         streams,
         tasks,
         chosen.name,
@@ -134,13 +144,16 @@ def _dtype(
     return llmquant.compute_dtype(first.path, request.dtype, device)
 
 
-def _find(request: Request) -> tuple[list[AnyModel], ModelFolder | None]:
+def _find(
+    request: Request, tell: Callable[[str], None]
+) -> tuple[list[AnyModel], ModelFolder | None]:
     """All models, the reference first unless it was named among the candidates, and the
     reference."""
     sources = list(request.candidates)
     if request.reference is not None and request.reference not in sources:
         sources.insert(0, request.reference)
-    models = resolve_models(sources)
+    cache = user_cache("eval") if request.cache is None else Path(request.cache)
+    models = resolve_models(sources, Contact(request.retry_for, cache / "served", tell))
     reference = next((m for m in models if m.source == request.reference), None)
     if reference is not None and len(models) == 1:
         raise UsageError(
@@ -158,7 +171,7 @@ def _protocols(request: Request, models: Sequence[AnyModel]) -> list[WindowProto
     limits = {m.label: n for m in models if (n := _longest_input(m)) is not None}
     smallest = min(limits.values(), default=None)
     window = default_window(smallest) if request.window is None else request.window
-    protocols = [parse_protocol(name, window) for name in request.protocols]
+    protocols = [parse_protocol(name, window, request.bos_each) for name in request.protocols]
     ids = [p.perplexity_id for p in protocols]
     if len(set(ids)) < len(ids):
         raise UsageError(
@@ -212,6 +225,15 @@ def _tokenizers(
             f"{served[0].source} does not say how it tokenizes; give the folder of its model with --tokenizer"
         )
     return tokenizers | {m.label: shared for m in served}
+
+
+def _rows(documents: Documents) -> TextRows:
+    return TextRows(
+        read=documents.rows_read,
+        used=len(documents.rows),
+        empty=documents.empty,
+        dropped=dict(sorted(documents.dropped.items())),
+    )
 
 
 def _stream(

@@ -4,13 +4,17 @@ one, so that a Report carries the line that repeats it.
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass, fields
 
 from llmquant.errors import UsageError
+from llmquant_eval.models.endpoint import is_url
 from llmquant_eval.scoring.protocols import has_window
 
 DEFAULT_PROTOCOL = "ppl/gptq"
+BOS = ("default", "each-window")
+"""Where a BOS token stands: where the tokenizer puts one in the text, or before every window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class Request:
     reference: str | None = None
     protocol: str | None = None
     window: int | None = None
+    bos: str = "default"
     max_windows: int | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -36,6 +41,7 @@ class Request:
     include_path: str | None = None
     limit: int | None = None
     log_samples: str | None = None
+    retry_for: float | None = None
     cost: bool = True
     noise_floor: bool = True
 
@@ -46,6 +52,10 @@ class Request:
             raise UsageError("there is nothing to measure; give --text, --tasks or both")
         if self.text is None and self.protocol is not None:
             raise UsageError(f"--protocol {self.protocol} needs a text; give --text")
+        if self.bos not in BOS:
+            raise UsageError(f"--bos {self.bos} is not known; give {' or '.join(BOS)}")
+        if self.bos != BOS[0] and self.text is None:
+            raise UsageError(f"--bos {self.bos} needs a text; give --text")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size} is too small; give 1 or more")
         if (
@@ -56,10 +66,16 @@ class Request:
             raise UsageError("--protocol and --window both set the window; give one of them")
         if self.cache_form is not None and self.cache is None:
             raise UsageError("--cache-form says how a cache is written; give --cache DIR with it")
-        if self.cache is not None and self.reference is None:
+        if self.cache is not None and self.reference is None and not self.served:
             raise UsageError(
                 "--cache keeps the reference's distributions; name the reference with --reference"
             )
+        if self.retry_for is not None and not 0 <= self.retry_for < math.inf:
+            raise UsageError(
+                f"--retry-for {self.retry_for} is no time; give seconds, 0 to ask a server only once"
+            )
+        if self.retry_for is not None and not self.served:
+            raise UsageError("--retry-for is for served models; leave it out")
         if self.tasks is None and (self.limit, self.include_path, self.log_samples) != (
             None,
             None,
@@ -68,6 +84,15 @@ class Request:
             raise UsageError(
                 "--limit, --include-path and --log-samples belong to --tasks; give --tasks with them"
             )
+
+    @property
+    def served(self) -> bool:
+        """Whether a model is a server."""
+        return any(map(is_url, self.candidates))
+
+    @property
+    def bos_each(self) -> bool:
+        return self.bos == "each-window"
 
     @property
     def protocols(self) -> tuple[str, ...]:

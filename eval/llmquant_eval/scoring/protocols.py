@@ -21,6 +21,12 @@ only.
   (BOS, else EOS), all its tokens are scored, N predictions at a time; the last window is filled up
   with context from before. ``ppl/word-wikitext-N`` is the same over text put through lm-eval's
   WikiText detokenizer, words and bytes counted before it.
+
+``-bos`` after any of them (``ppl/gptq-512-bos``) puts a BOS token in front of *every* window, for
+models that lose their bearings without one (Gemma). The windows and the scored tokens are those of
+the id without ``-bos`` over a stream without special tokens; only what is fed differs. A window of
+``ppl/word`` that continues a document gives up its oldest token of context for it, so no window
+feeds more than N tokens.
 """
 
 from __future__ import annotations
@@ -32,8 +38,13 @@ from typing import Protocol
 
 from llmquant.errors import UsageError
 
-_ID = re.compile(r"ppl/(gptq|strided|word-wikitext|word)(?:-([1-9][0-9]*))?(?:-([1-9][0-9]*))?")
-KNOWN = "ppl/gptq-N, ppl/strided-N[-STRIDE], ppl/word-N or ppl/word-wikitext-N with N the window in tokens"
+_ID = re.compile(
+    r"ppl/(gptq|strided|word-wikitext|word)(?:-([1-9][0-9]*))?(?:-([1-9][0-9]*))?(-bos)?"
+)
+KNOWN = (
+    "ppl/gptq-N, ppl/strided-N[-STRIDE], ppl/word-N or ppl/word-wikitext-N with N the window in tokens, "
+    "and -bos after it for a BOS token in every window"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,11 @@ class WindowProtocol(Protocol):
     def window(self) -> int: ...
 
     @property
+    def bos(self) -> bool:
+        """Whether a BOS token is fed in front of every window."""
+        ...
+
+    @property
     def perplexity_id(self) -> str: ...
 
     @property
@@ -89,6 +105,7 @@ class GptqProtocol:
     """
 
     window: int
+    bos: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -98,12 +115,12 @@ class GptqProtocol:
 
     @property
     def perplexity_id(self) -> str:
-        return f"ppl/gptq-{self.window}"
+        return f"ppl/gptq-{self.window}{_suffix(self.bos)}"
 
     @property
     def divergence_id(self) -> str:
         """KL is taken at the same positions as the perplexity, so its id carries the window too."""
-        return f"kl/top-{self.window}"
+        return f"kl/top-{self.window}{_suffix(self.bos)}"
 
     @property
     def overlapping(self) -> bool:
@@ -127,6 +144,7 @@ class StridedProtocol:
 
     window: int
     stride: int
+    bos: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -141,11 +159,11 @@ class StridedProtocol:
 
     @property
     def perplexity_id(self) -> str:
-        return f"ppl/strided-{self.window}-{self.stride}"
+        return f"ppl/strided-{self.window}-{self.stride}{_suffix(self.bos)}"
 
     @property
     def divergence_id(self) -> str:
-        return f"kl/top-strided-{self.window}-{self.stride}"
+        return f"kl/top-strided-{self.window}-{self.stride}{_suffix(self.bos)}"
 
     @property
     def overlapping(self) -> bool:
@@ -176,6 +194,7 @@ class WordProtocol:
 
     window: int
     detokenized: bool = False
+    bos: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -185,7 +204,8 @@ class WordProtocol:
 
     @property
     def _name(self) -> str:
-        return f"{'word-wikitext' if self.detokenized else 'word'}-{self.window}"
+        name = "word-wikitext" if self.detokenized else "word"
+        return f"{name}-{self.window}{_suffix(self.bos)}"
 
     @property
     def perplexity_id(self) -> str:
@@ -211,9 +231,13 @@ class WordProtocol:
         return windows
 
 
-def parse_protocol(text: str, window: int) -> WindowProtocol:
+def _suffix(bos: bool) -> str:
+    return "-bos" if bos else ""
+
+
+def parse_protocol(text: str, window: int, bos: bool = False) -> WindowProtocol:
     """``ppl/strided-512-128`` → its protocol; ``window`` stands in where the id has no N. A stride
-    is N/2 by default.
+    is N/2 by default. ``bos`` asks for what ``-bos`` in the id does.
 
     Raises:
         UsageError: an id that this version does not know, or numbers that cannot be.
@@ -222,11 +246,12 @@ def parse_protocol(text: str, window: int) -> WindowProtocol:
     if match is None or (match.group(3) and match.group(1) != "strided"):
         raise UsageError(f"protocol {text!r} is not known; give {KNOWN}")
     family, length = match.group(1), int(match.group(2) or window)
+    bos = bos or match.group(4) is not None
     if family == "gptq":
-        return GptqProtocol(length)
+        return GptqProtocol(length, bos)
     if family == "strided":
-        return StridedProtocol(length, int(match.group(3) or max(1, length // 2)))
-    return WordProtocol(length, detokenized=family == "word-wikitext")
+        return StridedProtocol(length, int(match.group(3) or max(1, length // 2)), bos)
+    return WordProtocol(length, family == "word-wikitext", bos)
 
 
 def has_window(text: str) -> bool:

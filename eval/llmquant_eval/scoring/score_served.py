@@ -11,6 +11,11 @@ from llmquant_eval.scoring.score_models import Advance, Scores
 from llmquant_eval.scoring.token_stream import TokenStream
 
 
+def prompts_of(stream: TokenStream) -> list[list[int]]:
+    """The windows as prompts: what is scored last is part of one, since a prompt is scored."""
+    return [stream.ids[w.begin : w.end].tolist() for w in stream.windows]
+
+
 def score_served(
     endpoint: Endpoint, stream: TokenStream, label: str, advance: Advance | None = None
 ) -> Scores:
@@ -22,8 +27,8 @@ def score_served(
     """
     layout = stream.layout
     losses = np.empty(layout.tokens)
-    prompts = [stream.ids[w.begin : w.end].tolist() for w in stream.windows]
-    parts = zip(stream.windows, layout.slices(), endpoint.score_all(prompts), strict=True)
+    answers = endpoint.score_all(prompts_of(stream))
+    parts = zip(stream.windows, layout.slices(), answers, strict=True)
     for number, (window, where, scores) in enumerate(parts):
         losses[where] = -np.array(scores.logprobs[-window.predictions :])
         check_finite(losses[where], label, [number])

@@ -10,18 +10,21 @@ Words are runs between white space, ``len(re.split(r"\\s+", document))``, bytes 
 counted in the document as it was before any detokenizer. A document's words and bytes are shared
 out evenly over its scored tokens: sums over whole documents are exact, and windows of one document
 can still be distinguished for the standard error.
+
+A protocol with a BOS in every window tokenizes without special tokens, and its stream has the
+windows one after another, each with its BOS: what windows share is in it more than once.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmquant.errors import CheckpointError, SourceError, UsageError
+from llmquant.errors import SourceError, UnfitModelError, UsageError
 from llmquant_eval.report.statistics import Floats
 from llmquant_eval.scoring.protocols import TokenWindow, WindowProtocol, WordProtocol
 from llmquant_eval.scoring.window_layout import WindowLayout
@@ -39,7 +42,8 @@ class TokenStream:
     """``ids`` int64 ``[tokens]``; the ``windows`` to score of ``available``; ``words`` and
     ``bytes_`` per scored token.
 
-    ``words`` and ``bytes_`` are None where the protocol does not count them.
+    ``words`` and ``bytes_`` are None where the protocol does not count them. ``tokens`` are those
+    of the text; ``ids`` may repeat some.
     """
 
     protocol: WindowProtocol
@@ -48,6 +52,11 @@ class TokenStream:
     available: int
     words: Floats | None = None
     bytes_: Floats | None = None
+    text_tokens: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) if self.text_tokens is None else self.text_tokens
 
     @property
     def layout(self) -> WindowLayout:
@@ -58,7 +67,7 @@ class TokenStream:
         kept = self.windows[:windows]
         scored = sum(w.predictions for w in kept)
         words, bytes_ = (None if a is None else a[:scored] for a in (self.words, self.bytes_))
-        return TokenStream(self.protocol, self.ids, kept, self.available, words, bytes_)
+        return replace(self, windows=kept, words=words, bytes_=bytes_)
 
 
 def make_stream(
@@ -68,7 +77,7 @@ def make_stream(
 
     Raises:
         SourceError: the text is empty or shorter than one window.
-        UsageError: a limit below 1.
+        UsageError: a limit below 1, or a BOS in every window of a tokenizer that has none.
         CheckpointError: the protocol wants a prefix token and the tokenizer has none.
     """
     if limit is not None and limit < 1:
@@ -76,7 +85,7 @@ def make_stream(
     if isinstance(protocol, WordProtocol):
         whole = _by_document(protocol, tokenizer, documents, source)
     else:
-        ids = encode(tokenizer, documents.text(), source)
+        ids = encode(tokenizer, documents.text(), source, specials=not protocol.bos)
         windows = protocol.windows(len(ids))
         whole = TokenStream(protocol, ids, windows, len(windows))
     if not whole.windows:
@@ -84,7 +93,35 @@ def make_stream(
             f"{source} has {len(whole.ids)} tokens, less than one window of {protocol.window}; "
             f"give a longer text or --window {max(2, len(whole.ids))} or less"
         )
-    return whole if limit is None else whole.first(limit)
+    wanted = whole if limit is None else whole.first(limit)
+    return _with_bos(wanted, tokenizer) if protocol.bos else wanted
+
+
+def _with_bos(stream: TokenStream, tokenizer: Any) -> TokenStream:
+    """The stream with a BOS in front of each window that does not begin with one, and without the
+    oldest token of a window that would be too long with it."""
+    import torch
+
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        raise UsageError(
+            f"{stream.protocol.perplexity_id}: the tokenizer has no BOS token; leave out --bos each-window"
+        )
+    parts: list[Tensor] = []
+    windows: list[TokenWindow] = []
+    start = 0
+    for window in stream.windows:
+        begin, prefix = window.begin, [bos]
+        if int(stream.ids[begin]) == bos:
+            prefix = []
+        elif window.fed + 1 > stream.protocol.window:
+            begin += 1
+        parts += [torch.tensor(prefix, dtype=torch.int64), stream.ids[begin : window.end]]
+        moved = window.moved(start + len(prefix) - begin)
+        end = moved.end
+        windows.append(TokenWindow(start, end, moved.scored))
+        start = end
+    return replace(stream, ids=torch.cat(parts), windows=windows, text_tokens=stream.tokens)
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -97,7 +134,7 @@ def prefix_token(tokenizer: Any) -> int:
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )
     if prefix is None:
-        raise CheckpointError(
+        raise UnfitModelError(
             "the tokenizer has neither a BOS nor an EOS token; ppl/word needs one before each document"
         )
     return int(prefix)
@@ -119,7 +156,10 @@ def _by_document(
     for row in documents.rows:
         assert isinstance(row, str)
         tokens = _document_tokens(
-            tokenizer, wikitext_detokenize(row) if protocol.detokenized else row, prefix
+            tokenizer,
+            wikitext_detokenize(row) if protocol.detokenized else row,
+            prefix,
+            specials=not protocol.bos,
         )
         count, size = len(re.split(r"\s+", row)), len(row.encode("utf-8"))
         if (
@@ -138,9 +178,9 @@ def _by_document(
     )  # fmt: skip
 
 
-def _document_tokens(tokenizer: Any, text: str, prefix: int) -> list[int]:
+def _document_tokens(tokenizer: Any, text: str, prefix: int, *, specials: bool) -> list[int]:
     """Tokens as lm-eval's Hugging Face model takes them: default special tokens, none if the text
-    has its own prefix."""
-    if text.startswith(tokenizer.decode(prefix)):
+    has its own prefix or ``specials`` is False."""
+    if not specials or text.startswith(tokenizer.decode(prefix)):
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return list(tokenizer(text, verbose=False)["input_ids"])

@@ -24,9 +24,9 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=True).encode()).hexdigest()
 
 
-def encode(tokenizer: Any, text: str, source: str) -> Tensor:
+def encode(tokenizer: Any, text: str, source: str, *, specials: bool = True) -> Tensor:
     """int64 ``[tokens]``: the whole text tokenized once, with the tokenizer's default special
-    tokens.
+    tokens or with none.
 
     Raises:
         SourceError: the text is empty or only white space.
@@ -37,7 +37,10 @@ def encode(tokenizer: Any, text: str, source: str) -> Tensor:
         raise SourceError(f"{source} has no text in it; give a source with some")
     # verbose=False: the stream is longer than the model's context on purpose; windows are cut from
     # it.
-    ids: Tensor = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    options = {} if specials else {"add_special_tokens": False}
+    ids: Tensor = torch.tensor(
+        tokenizer(text, verbose=False, **options)["input_ids"], dtype=torch.int64
+    )
     return ids
 
 

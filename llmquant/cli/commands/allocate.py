@@ -123,6 +123,7 @@ def _options(given: Mapping[str, Any]) -> AllocateOptions:
         symmetric=given["sym"],
         engine=given["engine"].value,
         sensitivity=given["sensitivity"].value,
+        store_dtype="auto",
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmquant.cli.options import DeviceOption, DtypeOption, JsonOption, KernelOption, ThreadsOption
-from llmquant.errors import CheckpointError, UsageError
+from llmquant.errors import UnfitModelError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,7 +128,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tenso
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except (TemplateError, ValueError) as e:
-        raise CheckpointError(
+        raise UnfitModelError(
             f"the model's chat template cannot be used: {e}; use --raw to skip the template"
         ) from e
     ids: Tensor = encoded["input_ids"]

@@ -26,6 +26,7 @@ from llmquant.cli.options import (
     RecipeOption,
     RotateOption,
     SamplesOption,
+    StoreDtypeOption,
     SymOption,
     ThreadsOption,
 )
@@ -62,6 +63,7 @@ def plan_command(
     calibration: CalibrationOption = None,
     device: DeviceOption = "auto",
     dtype: CalibrationDtypeOption = "auto",
+    store_dtype: StoreDtypeOption = "auto",
     threads: ThreadsOption = None,
     modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
     as_json: JsonOption = False,
@@ -78,7 +80,7 @@ def plan_command(
 
     chosen = recipe_of(given)
     on, passes = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
-    plan = make_plan(model, chosen)
+    plan = make_plan(model, chosen, store_dtype)
     needs = forecast(plan, chosen, passes.itemsize)
     computing = Computing.of(on, passes)
     timing = None
@@ -110,6 +112,7 @@ def _as_dict(
         ],
         "skipped": dict(plan.skipped),
         "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
+        "stored": plan.stored,
         "cautions": {engine: list(reasons) for engine, reasons in plan.cautions.items()},
         "kernels": {
             name: {"linears": count, "not": why} for name, (count, why) in plan.kernels.items()
@@ -224,6 +227,8 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
     for name, (_, why) in plan.kernels.items():
         if why:
             facts.add_row(f"kernel {name}", why)
+    if plan.stored is not None:
+        facts.add_row("stored", plan.stored)
     for row in answers(plan.engines, plan.cautions):
         facts.add_row(*row)
     facts.add_row(

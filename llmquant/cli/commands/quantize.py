@@ -44,6 +44,7 @@ from llmquant.cli.options import (
     SamplesOption,
     SeedOption,
     ShardSizeOption,
+    StoreDtypeOption,
     SymOption,
     ThreadsOption,
 )
@@ -83,6 +84,7 @@ def quantize_command(
     ignore: IgnoreOption = None,
     device: DeviceOption = "auto",
     dtype: CalibrationDtypeOption = "auto",
+    store_dtype: StoreDtypeOption = "auto",
     threads: ThreadsOption = None,
     base_model: BaseModelOption = None,
     max_shard_size: ShardSizeOption = 5_000_000_000,
@@ -124,7 +126,16 @@ def _options(given: Mapping[str, Any]) -> QuantizeOptions:
 
     set_threads(given["threads"])
     limit, output = given["max_memory"], given["output"].absolute()
-    same = ("device", "dtype", "overwrite", "max_shard_size", "base_model", "resume", "restart")
+    same = (
+        "device",
+        "dtype",
+        "store_dtype",
+        "overwrite",
+        "max_shard_size",
+        "base_model",
+        "resume",
+        "restart",
+    )
     return QuantizeOptions(
         **{name: given[name] for name in same},
         evaluation=given["eval_text"],
@@ -159,6 +170,7 @@ def _allocated(
         engine=engine.value,
         device=options.device,
         dtype=options.dtype,
+        store_dtype=options.store_dtype,
         evaluation=options.evaluation,
     )
     return allocated(model, recipe, wanted, hidden=hidden).recipe

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.reader import CheckpointReader, read_json
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, LayoutError
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -78,7 +78,7 @@ def describe(reader: CheckpointReader) -> GgufModel:
     config, where = reader.config, reader.path / "config.json"
     kind = config.get("model_type")
     if kind not in ("llama", "mistral") or config.get("sliding_window"):
-        raise FormatError(
+        raise LayoutError(
             f"{where}: {kind} models cannot be written as GGUF here; llama and mistral (no sliding window) can"
         )
     try:
@@ -121,7 +121,7 @@ def rope_factors(rope: Mapping[str, Any], theta: float, head_dim: int) -> Tensor
     if kind == "default":
         return None
     if kind != "llama3":
-        raise FormatError(
+        raise LayoutError(
             f"rotary scaling {kind!r} is not written as GGUF here; default and llama3 are"
         )
     factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -145,12 +145,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     data = read_json(path)
     model = data.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback") or data.get("normalizer"):
-        raise FormatError(
+        raise LayoutError(
             f"{path}: only byte-level BPE tokenizers without a normalizer are written as GGUF here"
         )
     key = (_expression(data.get("pre_tokenizer") or {}), bool(model.get("ignore_merges")))
     if key not in _PRE:
-        raise FormatError(
+        raise LayoutError(
             f"{path} splits text by rules that llama.cpp does not have under any name known here"
         )
     settings = (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmquant.activations import Activations
-from llmquant.errors import FormatError
+from llmquant.errors import LayoutError
 from llmquant.formats.base import Plain, Scheme
 from llmquant.formats.compressed_tensors.config_groups import groups_of
 from llmquant.formats.compressed_tensors.int_quantized import IntQuantized, config_group
@@ -82,11 +82,11 @@ class CompressedFamily(Plain):
         others = sorted(stated.difference(_READABLE))
         if others:
             readable = ", ".join(_READABLE)
-            raise FormatError(
+            raise LayoutError(
                 f"compressed-tensors format {others[0]!r} is not one llmquant reads; it reads {readable}"
             )
         if config.get("transform_config"):
-            raise FormatError(
+            raise LayoutError(
                 "the config's transform_config rotates activations as the model runs, which llmquant does not do"
             )
         found = self.packed.schemes(config, tensor_names)

@@ -22,6 +22,7 @@ import torch
 from llmquant.checkpoint.manifest import versions
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, sha256_file
 from llmquant.data.calibration import Calibration
+from llmquant.quantization.stored_dtype import StoredReader
 from llmquant.recipe import Recipe
 
 Facts = dict[str, str]
@@ -50,6 +51,7 @@ def fingerprint(
     facts |= {
         "--device": str(device),
         "--dtype": str(dtype).removeprefix("torch."),
+        "--store-dtype": str(reader.dtype) if isinstance(reader, StoredReader) else "the model's",
         "--max-shard-size": str(max_shard_size),
     }
     facts["threads"] = str(torch.get_num_threads())

@@ -21,7 +21,7 @@ import torch
 from llmquant.checkpoint.atomic import disk
 from llmquant.checkpoint.manifest import versions
 from llmquant.errors import DiskError
-from llmquant.quantization.reports import Outcome
+from llmquant.quantization.state.outcome import Outcome
 from llmquant.quantization.state.resume import SavedRun
 from llmquant.recipe import Recipe
 from llmquant.runtime import signals as interruption

@@ -30,9 +30,9 @@ from llmquant.checkpoint.reader import sha256_file
 from llmquant.checkpoint.writer import CheckpointWriter, Mark
 from llmquant.errors import DiskError, LlmquantError, ProofError, QuantizationError, UsageError
 from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement, SavedStream, StateStore
-from llmquant.quantization.reports import Outcome
 from llmquant.quantization.state.fingerprint import Facts, differences
 from llmquant.quantization.state.journal import Journal, read_journal
+from llmquant.quantization.state.outcome import Outcome
 from llmquant.runtime import signals as interruption
 
 _JOURNAL = "journal.jsonl"

@@ -1,0 +1,107 @@
+"""A chat as the tokenizer's template writes it, with nothing of it lost.
+
+A template may read a turn's text as a string, or only as a list of parts; the other form it drops
+or prints as Python. The string is tried first, and parts where the string's text does not come out.
+A chat of which no text comes out, or whose calls of tools do not, is refused: what it would teach
+is the template's frame alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmquant.data.chats import Chat
+from llmquant.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LONGEST_REASON = 200
+_PARTS_PRINTED = ("'type': 'text'", '"type": "text"')
+
+
+class NotRenderedError(ValueError):
+    """Why a template does not write a chat, in words that rows are counted by."""
+
+
+def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    """The chat as text, special tokens included.
+
+    Raises:
+        SourceError: the tokenizer has no template that can be used.
+        NotRenderedError: the template refuses this chat, or leaves out its text or its tool calls.
+    """
+    tools = json.loads(chat.tools) if chat.tools else None
+    _check_template(tokenizer, tools, source)
+    text = _write(tokenizer, chat.plain(), tools)
+    said = [m.content.strip() for m in chat.messages if m.content.strip()]
+    if _shown(said, text) < len(said):
+        text = _by_parts(tokenizer, chat, tools, said, text)
+    if said and not _shown(said, text):
+        raise NotRenderedError("chats whose text the chat template leaves out")
+    if any(name not in text for m in chat.messages for name in m.called):
+        raise NotRenderedError("chats whose tool calls the chat template leaves out")
+    return text
+
+
+def _check_template(
+    tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, source: str
+) -> None:
+    if not tokenizer.chat_template:
+        raise SourceError(
+            f"{source} holds chats, but the tokenizer has no chat template; name a field of plain text"
+        )
+    try:
+        tokenizer.get_chat_template(tools=tools)
+    except ValueError as e:
+        raise SourceError(
+            f"{source} holds chats, but the tokenizer's chat template cannot be used: {e}"
+        ) from e
+
+
+def _write(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, Any]],
+    tools: list[Any] | None,
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False))
+    # What a template's expressions raise on turns that it does not expect.
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+    ) as e:
+        why = " ".join(str(e).split())[:_LONGEST_REASON]
+        raise NotRenderedError(f"refused by the chat template: {why}") from e
+
+
+def _by_parts(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    tools: list[Any] | None,
+    said: Sequence[str],
+    text: str,
+) -> str:
+    """The chat written from parts, where more of it comes out than of ``text``."""
+    turns = [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in chat.plain()
+    ]
+    try:
+        other = _write(tokenizer, turns, tools)
+    except NotRenderedError:
+        return text
+    printed = any(mark in other for mark in _PARTS_PRINTED)
+    return other if not printed and _shown(said, other) > _shown(said, text) else text
+
+
+def _shown(said: Sequence[str], text: str) -> int:
+    return sum(words in text for words in said)

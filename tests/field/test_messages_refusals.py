@@ -1,0 +1,154 @@
+"""Refusals name the cause, not its last symptom, in a few lines, and exit with 2 where another
+request would be right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from eval_kit import llmquant_command
+from tiny_models import EXAMPLE, TOKENIZER
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, T5Config, ViTConfig
+
+SMALL = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1}
+CONFIGS: dict[str, Any] = {
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=64, **SMALL),
+    "mamba": MambaConfig(hidden_size=64, num_hidden_layers=2, state_size=8, **SMALL),
+    "t5": T5Config(d_model=64, num_layers=2, num_heads=4, d_ff=96, **SMALL),
+    "vit": ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2),
+}
+RTN = ("--method", "rtn", "--group-size", "32")
+WRONG_GROUP = re.compile(r"sizes that do: ([0-9, ]+), or -1")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> dict[str, Path]:
+    made = {"llama": make_model()}
+    for name in ("gpt2", "mamba"):
+        made[name] = tmp_path_factory.mktemp(name)
+        AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(made[name])
+    for name in ("t5", "vit"):
+        made[name] = Path(shutil.copytree(made["llama"], tmp_path_factory.mktemp(name) / name))
+        CONFIGS[name].save_pretrained(made[name])
+    for folder in made.values():
+        for file in TOKENIZER:
+            shutil.copyfile(EXAMPLE / file, folder / file)
+    return made
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param("gpt2", "'gpt2' keeps its weights in Conv1D layers", id="Conv1D"),
+        pytest.param("mamba", "'mamba' is recurrent (its config has state_size)", id="recurrent"),
+    ],
+)
+def test_kinds_of_models(
+    name: str, words: str, command: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    output = ("-o", tmp_path / "out") if command == "quantize" else ()
+    ran = llmquant_command(command, folders[name], *output, *RTN)
+    assert ran.code == 2
+    assert words in ran.said
+
+
+@pytest.mark.parametrize("name", ["t5", "vit"])
+def test_the_classes_of_transformers_are_not_listed(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    ran = llmquant_command("quantize", folders[name], "-o", tmp_path / "out", *RTN)
+    assert ran.code == 2
+    assert len(ran.err[ran.err.index("error:") :]) < 800
+    assert "LlamaConfig" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("file", "package"),
+    [
+        ("tokenizer.model", "sentencepiece"),
+        ("spiece.model", "sentencepiece"),
+        ("tiktoken.model", "tiktoken"),
+        ("tekken.json", "mistral_common"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_a_tokenizer_whose_package_is_missing(
+    file: str, package: str, command: str, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model()
+    for name in TOKENIZER:
+        (folder / name).unlink()
+    (folder / file).write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setattr("llmquant.models.from_folder.find_spec", lambda _: None)
+    more = ("hello",) if command == "generate" else ("--text", EXAMPLE / "heldout.txt", "--no-cost")
+    ran = llmquant_command(command, folder, *more)
+    assert ran.code == 2
+    assert f"its tokenizer is {file} alone" in ran.said
+    assert f"pip install {package}" in ran.said
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_group_sizes_that_are_named_fit_every_linear(
+    command: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    output = ("-o", tmp_path / "out") if command == "quantize" else ()
+    arguments = (command, folders["llama"], *output, "--method", "rtn")
+    ran = llmquant_command(*arguments, "--group-size", 64)
+    assert ran.code == 2
+    found = WRONG_GROUP.search(ran.said)
+    assert found is not None
+    assert found[1] == "8, 16, 32"
+    for size in found[1].split(", "):
+        assert (
+            llmquant_command("plan", folders["llama"], "--method", "rtn", "--group-size", size).code
+            == 0
+        )
+
+
+MISUSE: list[tuple[str, tuple[str, ...], str]] = [
+    ("quantize: not there", ("quantize", "acme/nope", "-o", "{out}", *RTN), "acme/nope"),
+    ("quantize: no model", ("quantize", "{empty}", "-o", "{out}", *RTN), "config.json is missing"),
+    ("quantize: pickles", ("quantize", "{pickle}", "-o", "{out}", *RTN), "only pickle files"),
+    ("quantize: layout", ("quantize", "{llama}", "-o", "{out}", *RTN, "--format", "awq", "--bits", "3"), "awq cannot hold"),
+    ("plan: no model", ("plan", "{empty}"), "config.json is missing"),
+    ("allocate: no model", ("allocate", "{empty}", "-o", "{out}.yaml", "--target-bpw", "4", "--calibration", "file:{text}"), "config.json is missing"),
+    ("inspect: no model", ("inspect", "{empty}"), "config.json is missing"),
+    ("inspect: no record", ("inspect", "{llama}", "--verify"), "has no manifest.json"),
+    ("verify: no record", ("verify", "{llama}"), "has no manifest.json"),
+    ("convert: no model", ("convert", "{empty}", "--to", "gptq", "-o", "{out}"), "config.json is missing"),
+    ("convert: dense", ("convert", "{llama}", "--to", "gptq", "-o", "{out}"), "is not quantized"),
+    ("convert: gguf of a strange type", ("convert", "{strange}", "--to", "gguf", "-o", "{out}"), "strange-zip"),
+    ("generate: no model", ("generate", "{empty}", "hello"), "config.json is missing"),
+    ("eval: no model", ("eval", "{empty}", "--text", "file:{text}"), "config.json is missing"),
+    ("eval: no text", ("eval", "{llama}", "--text", "file:{text}.no"), "cannot be read"),
+    ("eval: not a list of models", ("eval", "ftp://host/v1", "--text", "file:{text}"), "ftp://host/v1"),
+    ("leaderboard: nothing", ("leaderboard", "{empty}"), "no *.json report"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [pytest.param(*row[1:], id=row[0]) for row in MISUSE]
+)
+def test_another_request_is_right(
+    arguments: tuple[str, ...], words: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    pickle = Path(shutil.copytree(folders["llama"], tmp_path / "pickle"))
+    (pickle / "model.safetensors").rename(pickle / "pytorch_model.bin")
+    strange = Path(shutil.copytree(folders["llama"], tmp_path / "strange"))
+    config = json.loads((strange / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "strange-zip"}
+    (strange / "config.json").write_text(json.dumps(config))
+    places = {
+        "llama": folders["llama"], "empty": tmp_path / "empty", "pickle": pickle,
+        "strange": strange, "out": tmp_path / "out", "text": EXAMPLE / "heldout.txt",
+    }  # fmt: skip
+    ran = llmquant_command(*(a.format(**places) for a in arguments))
+    assert ran.code == 2, ran.err
+    assert words in ran.said
+    assert not (tmp_path / "out").exists()
