@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
@@ -80,7 +80,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         ArchitectureError: no causal language model that transformers knows.
     """
     reader = CheckpointReader(resolve(model))
-    config = quantization_config(reader)
+    config = quantization_of(reader)
     if config is None:
         raise UsageError(
             f"{reader.path} is not quantized, so there is nothing to convert; use llmquant quantize"

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmquant.checkpoint.detect import unquantized
 from llmquant.checkpoint.reader import CheckpointReader
@@ -23,9 +23,10 @@ from llmquant.formats import Format, layout_of
 from llmquant.models import architectures
 from llmquant.models.architectures import Architecture
 from llmquant.models.from_folder import empty_model, load_tokenizer
+from llmquant.models.reading.fit import Fitted, fitted
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, Selection, linears_of, select
-from llmquant.models.tensor_check import check_fit
+from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import WalkPlan
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
@@ -38,13 +39,15 @@ class Prepared:
     """A model and a recipe that go together.
 
     Attributes:
-        original: the checkpoint as it is.
+        original: the checkpoint, its tensors named by their places in the model.
         reader: as the run reads it: rotated where the recipe wants that.
         skeleton: the model on the meta device.
         linears: that could be quantized.
         layout: the recipe's format.
         device, dtype: that blocks run on and in.
         computing: the same with its reason, threads and processor.
+        leftovers: tensors that the model has no place for; carried over as they are.
+        notes: what people should know of the folder.
     """
 
     original: CheckpointReader
@@ -57,6 +60,8 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     computing: Computing
+    leftovers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def selection(self) -> Selection:
         """Which linears the recipe quantizes, and how; raises what
@@ -85,7 +90,7 @@ class Prepared:
         positions = getattr(self.skeleton.config, "max_position_embeddings", None)
         return calibrate(
             documents,
-            load_tokenizer(self.reader.path),
+            self.tokenizer(),
             nsamples=wanted.nsamples,
             seqlen=wanted.seqlen,
             seed=self.recipe.seed,
@@ -94,6 +99,10 @@ class Prepared:
             vocab_size=int(self.skeleton.config.vocab_size),
             max_positions=positions if isinstance(positions, int) else None,
         )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer; raises CheckpointError where it has none that can be read."""
+        return load_tokenizer(self.reader.path)
 
     def plan(self, selection: Selection | None, world: World = ALONE) -> WalkPlan:
         """The walk that quantizes the selection; None: a walk for something else."""
@@ -126,25 +135,36 @@ def prepare(
         UsageError: the model is quantized, or there is no such format, device or dtype.
         CheckpointError, ArchitectureError: the model cannot be read or walked.
     """
-    original = unquantized(model)
+    stored = unquantized(model)
     layout = layout_of(recipe.format)
-    reader = rotated(original, recipe)
     on, chosen = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
-    skeleton = empty_model(reader, chosen.dtype)
-    architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
-    check_fit(reader, skeleton)
+    fit = fitted(stored, chosen.dtype)
+    architecture = architectures.find(fit.model, str(stored.config.get("model_type")))
+    check_side_files(stored.path)
+    reader = rotated(fit.reader, recipe)
+    # A rotated model has a head of its own.
+    skeleton = fit.model if reader is fit.reader else empty_model(reader, chosen.dtype)
     return Prepared(
-        original,
+        fit.reader,
         reader,
         skeleton,
         architecture,
-        linears_of(skeleton),
+        linears_of(skeleton, _matrices(fit)),
         layout,
         recipe,
         on,
         chosen.dtype,
         Computing.of(on, chosen),
+        fit.leftovers,
+        fit.notes,
     )
+
+
+def _matrices(fit: Fitted) -> tuple[str, ...]:
+    """Modules whose weights have no place in the model: engines that read them must know that they
+    are not quantized."""
+    shapes = {n: fit.reader.info(n).shape for n in fit.leftovers if n.endswith(".weight")}
+    return tuple(n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) == 2)
 
 
 class deterministic:  # noqa: N801 - used as a with-statement verb

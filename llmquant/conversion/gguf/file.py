@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import fsync_path
-from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
@@ -77,7 +77,7 @@ def export_gguf(
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder; make it first")
     reader = CheckpointReader(model)
-    packed = None if quantization_config(reader) is None else PackedCheckpoint(reader)
+    packed = None if quantization_of(reader) is None else PackedCheckpoint(reader)
     described = describe(reader)
     sources = _sources(gguf, reader, described, packed)
     read = _Reader(reader, packed, described)
