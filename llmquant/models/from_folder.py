@@ -133,13 +133,6 @@ def read_generation_config(model: str | os.PathLike[str]) -> GenerationConfig | 
     return config
 
 
-def refuse_own_code(path: Path) -> None:
-    """Raises ArchitectureError for a folder that brings code for a model type that transformers
-    does not have; nothing is said of others."""
-    if _foreign(path):
-        read_config(path)
-
-
 def _foreign(path: Path) -> str | None:
     """Why a folder whose model type exists only in its own code cannot be read, else None."""
     file = path / "config.json"

@@ -7,6 +7,7 @@ refused before work starts. One with a tensor too many has the model and somethi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json
 from llmquant.errors import CheckpointError
 from llmquant.models.reading.leftovers import computed
 from llmquant.runtime.finite import some
+
+log = logging.getLogger(__name__)
 
 
 def check_side_files(path: Path) -> None:
@@ -37,7 +40,10 @@ def refuse_mismatch(
     Raises:
         CheckpointError: naming some of them, and what is there instead.
     """
-    lacking, extra = sorted(missing), sorted(n for n in unexpected if not computed(n))
+    lacking, left = sorted(missing), sorted(unexpected)
+    ignored, extra = [n for n in left if computed(n)], [n for n in left if not computed(n)]
+    if ignored:
+        log.info("%s: %s are computed by the model, not read", reader.path, some(ignored))
     if not lacking:
         return
     named = [n for n in lacking if n in reader.weight_map]

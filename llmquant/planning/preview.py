@@ -1,37 +1,32 @@
-"""plan: what a run would make and need, from config.json and the safetensors headers alone. No
-weight is read.
+"""plan: what a run would make and need, from config.json and the safetensors headers. Of the
+weights only tied tensors that are stored twice are read.
 
 Sizes are not estimated: every distinct (scheme, shape) is packed once by the real format on two
 thin slices (64 and 128 rows of zeros), and since each tensor of every layout grows linearly with
 the rows, two sizes give all others. The file's own header is composed and measured too.
 
-Linears are recognized by name: two-dimensional ``.weight`` tensors inside the decoder blocks, and
-the head. The run itself asks the model; a test holds the two equal for every architecture in the
-table.
+What refuses a run refuses its plan: both begin with the same preparation, which builds the model
+without weights.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from llmquant.checkpoint.detect import unquantized
-from llmquant.checkpoint.reader import CheckpointReader, TensorInfo
+from llmquant.checkpoint.reader import TensorInfo
 from llmquant.checkpoint.shards import Stored, header
 from llmquant.checkpoint.sizes import Sizes
-from llmquant.errors import ArchitectureError
-from llmquant.formats import Scheme, layout_of
+from llmquant.formats import Scheme
 from llmquant.formats.engines import cautions, refusals
 from llmquant.kernels import choose
-from llmquant.models.architectures import ARCHITECTURES, Architecture, refuse_multimodal
-from llmquant.models.rotated import rotated
-from llmquant.models.selection import Linears, select
+from llmquant.models.architectures import Architecture
+from llmquant.quantization.prepare import prepare
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import AUTO, parse_dtype
@@ -67,6 +62,7 @@ class Plan:
         architecture: where its decoder blocks and experts are.
         hidden: width of the hidden states.
         source: the original's tensors, as quantization reads them.
+        notes: what people should know of the folder.
     """
 
     model_type: str
@@ -84,6 +80,7 @@ class Plan:
     architecture: Architecture
     hidden: int
     source: Mapping[str, TensorInfo]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -108,17 +105,14 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         recipe: what would be done; needs no calibration source.
 
     Raises:
-        UsageError: already quantized, or whatever :func:`llmquant.models.selection.select` refuses.
-        ArchitectureError: a model type outside the table, whose blocks headers alone do not tell.
+        what :func:`llmquant.quantize` raises for the same request before it reads a text: one
+            function (:func:`llmquant.quantization.prepare.prepare`) answers for both.
     """
-    original = unquantized(model)
-    reader, layout = rotated(original, recipe), layout_of(recipe.format)
-    if "auto_map" in reader.config:
-        from llmquant.models.from_folder import refuse_own_code  # costs transformers
-
-        refuse_own_code(reader.path)
-    linears, architecture = linears_by_name(reader)
-    selection = select(linears, architecture, recipe, layout)
+    prepared = prepare(model, recipe)
+    reader, layout, linears = prepared.reader, prepared.layout, prepared.linears
+    selection = prepared.selection()
+    if recipe.needs_text:
+        prepared.tokenizer()
     sizes = Sizes(layout)
     tensors: dict[str, Stored] = {}
     modules = []
@@ -140,7 +134,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         modules=tuple(modules),
         skipped=selection.skipped,
         tensors=tensors,
-        source_bytes=sum(i.nbytes for i in original.tensors.values()),
+        source_bytes=sum(i.nbytes for i in prepared.original.tensors.values()),
         tensor_parallel=_tensor_parallel(modules, reader.config),
         suggestions=_group_sizes(modules),
         engines={
@@ -151,48 +145,11 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
         },
         kernels=_kernels(modules, running.dtype),
         kernels_for=Computing.of("cpu", running),
-        architecture=architecture,
+        architecture=prepared.architecture,
         hidden=_hidden_size(reader.config),
         source=dict(reader.tensors),
+        notes=prepared.notes,
     )
-
-
-def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
-    """The linears that headers show, and where the blocks are.
-
-    Raises:
-        ArchitectureError: a model type outside the table.
-    """
-    model_type = str(reader.config.get("model_type"))
-    refuse_multimodal(reader.config, model_type)
-    if model_type not in ARCHITECTURES:
-        raise ArchitectureError(
-            f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}), so a plan "
-            "cannot be made from headers alone; llmquant quantize may still find its blocks by running it"
-        )
-    architecture = ARCHITECTURES[model_type]
-    inside = re.compile(rf"{re.escape(architecture.blocks)}\.\d+\..+\.weight")
-    shapes: dict[str, tuple[int, int]] = {}
-    routers: list[str] = []
-    head = architecture.head
-    for name, info in reader.tensors.items():
-        module = name.removesuffix(".weight")
-        if len(info.shape) != 2 or not (
-            inside.fullmatch(name) or module in (head, *architecture.outside)
-        ):
-            continue
-        if architecture.is_router(module.removeprefix(f"{architecture.blocks}.").partition(".")[2]):
-            routers.append(module)
-        else:
-            shapes[module] = (info.shape[0], info.shape[1])
-    # Absent from config.json means the class's default, which is untied for every type in the
-    # table.
-    tied = bool(reader.config.get("tie_word_embeddings", False))
-    if head not in shapes and tied:
-        hidden, vocabulary = reader.config.get("hidden_size"), reader.config.get("vocab_size")
-        if isinstance(hidden, int) and isinstance(vocabulary, int):
-            shapes[head] = (vocabulary, hidden)
-    return Linears(shapes, head if head in shapes else None, tied, tuple(routers)), architecture
 
 
 def _tensor_parallel(modules: list[PlannedModule], config: Mapping[str, object]) -> tuple[int, ...]:

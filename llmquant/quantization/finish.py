@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llmquant.checkpoint.card import front_matter, model_card
+from llmquant.checkpoint.detect import without_quantization
 from llmquant.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -28,6 +29,7 @@ from llmquant.errors import ProofError
 from llmquant.formats import Format, Scheme
 from llmquant.models.rotated import RotatedReader
 from llmquant.models.selection import Selection
+from llmquant.quantization.loading import prove_loading
 from llmquant.quantization.plan import ModuleReport, WalkPlan
 from llmquant.quantization.reports import Outcome
 from llmquant.quantization.steps.channel_scaling import PairReport
@@ -45,7 +47,8 @@ def write_config(
     # Sorted, so that the order in which a config is written says nothing of the run: a conversion
     # there and back is equal.
     quantization = layout.config(dict(sorted(schemes.items())), selection.skipped)
-    writer.write_json("config.json", {**reader.config, "quantization_config": quantization})
+    config = {**without_quantization(reader.config), "quantization_config": quantization}
+    writer.write_json("config.json", config)
     for name, text in layout.side_files(quantization).items():
         writer.write_text(name, text)
 
@@ -160,17 +163,18 @@ def _module_entry(report: ModuleReport, shape: tuple[int, int]) -> ModuleEntry:
 
 def prove(
     writer: CheckpointWriter,
-    source: CheckpointReader,
+    plan: WalkPlan,
     layout: Format,
     outcome: Outcome,
     manifest: Manifest,
 ) -> None:
-    """Open the written folder as a stranger would and compare it with the run, tensor by tensor.
+    """Open the written folder as a stranger would, compare it with the run, tensor by tensor, and
+    load it as far as one block.
 
     Raises:
         ProofError: naming what differs.
     """
-    written = CheckpointReader(writer.partial)
+    source, written = plan.reader, CheckpointReader(writer.partial)
     prove_modules(written, {n: r.digest for n, r in outcome.modules.items()})
     for name, expected in outcome.copied.items():
         if name not in written or sha256_tensor(written.read(name)) != expected:
@@ -192,3 +196,4 @@ def prove(
     for name, expected in manifest.files.items():
         if sha256_file(writer.partial / name) != expected:
             raise ProofError(f"{writer.partial / name} changed while it was being written")
+    prove_loading(written, plan)

@@ -23,7 +23,7 @@ from llmquant.formats import Format, layout_of
 from llmquant.models import architectures
 from llmquant.models.architectures import Architecture
 from llmquant.models.from_folder import empty_model, load_tokenizer
-from llmquant.models.reading.fit import Fitted, fitted
+from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, Selection, linears_of, select
 from llmquant.models.tensor_check import check_side_files
@@ -149,7 +149,7 @@ def prepare(
         reader,
         skeleton,
         architecture,
-        linears_of(skeleton, _matrices(fit)),
+        linears_of(skeleton, placeless(fit)),
         layout,
         recipe,
         on,
@@ -158,13 +158,6 @@ def prepare(
         fit.leftovers,
         fit.notes,
     )
-
-
-def _matrices(fit: Fitted) -> tuple[str, ...]:
-    """Modules whose weights have no place in the model: engines that read them must know that they
-    are not quantized."""
-    shapes = {n: fit.reader.info(n).shape for n in fit.leftovers if n.endswith(".weight")}
-    return tuple(n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) == 2)
 
 
 class deterministic:  # noqa: N801 - used as a with-statement verb

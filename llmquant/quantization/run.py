@@ -181,7 +181,8 @@ def _checked(
     if calibration is not None:
         events.on_calibration(calibration)
     plan = prepared.plan(selection, options.world)
-    return _Work(output, model, prepared, plan, selection, calibration, options, events), notes
+    work = _Work(output, model, prepared, plan, selection, calibration, options, events)
+    return work, [*prepared.notes, *notes]
 
 
 def _ran(work: _Work, destination: Path, facts: Facts) -> QuantizeResult:
@@ -271,7 +272,9 @@ class _Work:
         self.events.on_phase("writing")
         log.phase("writing")
         if not run.weights_done:
-            rest = carry(self._left(run.outcome), self.plan.reader, writer)
+            rest = carry(
+                self._left(run.outcome), self.plan.reader, writer, unread=self.prepared.leftovers
+            )
             writer.next_shard()
             run.all_written(Outcome(copied=rest))
         writer.finish_weights()
@@ -282,7 +285,7 @@ class _Work:
         self.events.on_phase("proving")
         log.phase("proving")
         run.proving = True
-        prove(writer, self.plan.reader, self.prepared.layout, run.outcome, manifest)
+        prove(writer, self.plan, self.prepared.layout, run.outcome, manifest)
         run.proving = False
         run.whole(manifest.to_json())
         writer.publish()
@@ -307,9 +310,7 @@ class _Work:
             min(run.blocks, self.blocks),
         ):
             prefix = f"{self.plan.architecture.blocks}.{block.index}"
-            done = store_block(
-                block, prefix, self.plan.reader, writer, self.prepared.layout, self.selection
-            )
+            done = store_block(block, prefix, self.prepared, writer, self.selection)
             run.block_done(done)
             log.block(run, done)
 

@@ -3,7 +3,7 @@ carried over byte for byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from llmquant.errors import QuantizationError
 from llmquant.formats import Activations, Format, Scheme
 from llmquant.models.selection import Selection
 from llmquant.quantization.plan import BlockResult
+from llmquant.quantization.prepare import Prepared
 from llmquant.quantization.reports import Outcome
 from llmquant.runtime.finite import all_finite
 from llmquant.weight import QuantizedWeight
@@ -22,9 +23,8 @@ from llmquant.weight import QuantizedWeight
 def store_block(
     block: BlockResult,
     prefix: str,
-    reader: CheckpointReader,
+    prepared: Prepared,
     writer: CheckpointWriter,
-    layout: Format,
     selection: Selection,
 ) -> Outcome:
     """Pack a block's linears and carry its other tensors over.
@@ -32,12 +32,11 @@ def store_block(
     Args:
         block: of the walk; the head's holds nothing to carry.
         prefix: the block's path in the checkpoint.
-        reader: of the original.
+        prepared: of the original and the layout.
         writer: that gets the tensors.
-        layout: how linears are stored.
         selection: which scheme each has.
     """
-    outcome = Outcome()
+    outcome, reader, layout = Outcome(), prepared.reader, prepared.layout
     for name, (weight, report) in block.weights.items():
         activations = selection.schemes[name].activations
         outcome.packed_bytes += packed_bytes(
@@ -53,7 +52,7 @@ def store_block(
     if block.index is not None:
         packed = {f"{name}.weight" for name in block.weights}
         names = (n for n in reader.tensors if n.startswith(f"{prefix}.") and n not in packed)
-        outcome.copied = carry(names, reader, writer, block.changed)
+        outcome.copied = carry(names, reader, writer, block.changed, prepared.leftovers)
     return outcome
 
 
@@ -76,8 +75,12 @@ def carry(
     reader: CheckpointReader,
     writer: CheckpointWriter,
     changed: Mapping[str, Tensor] | None = None,
+    unread: Collection[str] = (),
 ) -> dict[str, str]:
     """Write tensors as they are, or as ``changed`` has them; returns the digest of each.
+
+    Args:
+        unread: those that the model has no place for, whose numbers nobody looks at.
 
     Raises:
         QuantizationError: NaN or Inf in one.
@@ -85,7 +88,7 @@ def carry(
     digests = {}
     for name in names:
         tensor = changed[name] if changed and name in changed else reader.read(name)
-        if not all_finite(tensor):
+        if name not in unread and not all_finite(tensor):
             raise QuantizationError(
                 f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?"
             )

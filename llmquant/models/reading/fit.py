@@ -75,6 +75,13 @@ def fitted(
     return Fitted(reader, model, packed, found.leftovers, notes)
 
 
+def placeless(fit: Fitted) -> tuple[str, ...]:
+    """Modules of matrices that the model has no place for: engines that do read them must know that
+    they are not quantized."""
+    shapes = {n: fit.reader.info(n).shape for n in fit.leftovers if n.endswith(".weight")}
+    return tuple(n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) == 2)
+
+
 def linear_at(model: nn.Module, name: str, reader: CheckpointReader) -> nn.Linear:
     """The linear that a folder has packed weights for.
 
@@ -136,8 +143,9 @@ def _check_tensors(
             continue
         info = reader.info(name)
         if info.shape != tuple(like.shape):
+            wants = ", the config wants" if packed else " in the checkpoint, config.json makes it"
             raise CheckpointError(
-                f"{reader.path}: {name} is {list(info.shape)} in the checkpoint, config.json makes it {list(like.shape)}"
+                f"{reader.path}: {name} is {list(info.shape)}{wants} {list(like.shape)}"
             )
         if name in parameters and not info.dtype.is_floating_point:
             raise CheckpointError(
