@@ -63,10 +63,7 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
         ArchitectureError: an unknown model type or impossible values.
     """
     path = resolve(model)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path / 'config.json'} is missing; is {path} a Hugging Face model folder?"
-        )
+    read_json(path / "config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, **_OFFLINE)
     except CONFUSED as e:

@@ -16,7 +16,7 @@ from torch import nn
 
 from llmquant.errors import ArchitectureError, FormatError, UsageError
 from llmquant.formats.base import Format, Scheme
-from llmquant.models.architectures import Architecture
+from llmquant.models.architectures import Architecture, has_matrix
 from llmquant.models.experts import ExpertList
 from llmquant.recipe import Recipe, matches
 from llmquant.spec import QuantSpec
@@ -88,17 +88,10 @@ def linears_of(model: PreTrainedModel, placeless: tuple[str, ...] = ()) -> Linea
         for child, m in module.named_children()
         if not isinstance(m, nn.Linear) and any(p.ndim == 2 for p in m.parameters(recurse=False))
     )
-    strange = {n: type(m).__name__ for n, m in model.named_modules() if _has_matrix(m)}
+    strange = {n: type(m).__name__ for n, m in model.named_modules() if has_matrix(m)}
     strange = {n: kind for n, kind in strange.items() if n not in (*found, *routers)}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     return Linears(shapes, head, tied, routers, strange, placeless)
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix of its own, as GPT-2's Conv1D and Falcon's linears
-    do."""
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
 def select(

@@ -74,12 +74,17 @@ def _loaded(
             state_dict=dict(tensors),
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             **options,
         )
     except CONFUSED as e:
         raise CheckpointError(f"{reader.path} cannot be loaded: {first_line(e)}") from e
     model, info = result
     refuse_mismatch(reader, model, info["missing_keys"], info["unexpected_keys"])
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{reader.path}: {name} is {list(stored)} in the checkpoint, config.json makes it {list(wanted)}"
+        )
     return model, [*reader.notes, *leftover_notes(reader, model, info["unexpected_keys"])]
 
 

@@ -23,6 +23,8 @@ from llmquant.models.reading.places import Naming, naming
 from llmquant.models.tensor_check import refuse_mismatch
 from llmquant.runtime.finite import some
 
+_CODES = frozenset({"qweight", "weight_packed"})  # beside which a plain weight has no meaning
+
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
@@ -118,7 +120,7 @@ def _packed_linears(model: PreTrainedModel, packed: PackedCheckpoint) -> dict[st
             raise CheckpointError(
                 f"{packed.reader.path}: {name} is {list(packed.weight(name).shape)}, the config wants {list(wanted)}"
             )
-        if f"{name}.weight" in packed.reader and "weight" not in packed.tensors[name]:
+        if f"{name}.weight" in packed.reader and packed.tensors[name].keys() & _CODES:
             raise CheckpointError(
                 f"{packed.reader.path}: {name} is packed and has an unquantized weight too; remove one"
             )
