@@ -40,7 +40,8 @@ def load_dense(
         CheckpointError: a folder that does not fit the model its config describes.
         ArchitectureError: not a causal language model that transformers knows.
     """
-    model, notes = _loaded(reader, reader.read_all(), dtype)
+    with _silence(bars=True):
+        model, notes = _loaded(reader, reader.read_all(), dtype)
     model.config._name_or_path = str(reader.path)
     generation = read_generation_config(reader.path)
     if generation is not None:
@@ -59,7 +60,7 @@ def check_dense(reader: CheckpointReader) -> list[str]:
     empty = {
         n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in reader.tensors.items()
     }
-    with _silence():
+    with _silence(bars=False):
         return _loaded(reader, empty, torch.float32, device_map="meta")[1]
 
 
@@ -89,17 +90,18 @@ def _loaded(
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """No progress bar and no table of keys from transformers."""
-    level, bars = (
+def _silence(*, bars: bool) -> Iterator[None]:
+    """No table of keys from transformers, since what it says is said here; progress bars or not."""
+    level, shown = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
     )
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not bars:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        if bars:
+        if shown:
             transformers_logging.enable_progress_bar()
