@@ -1,9 +1,11 @@
-"""What a folder says of its quantization, wherever its tool has put it.
+"""What a folder says of its quantization, wherever its tool has put it, held against its tensors.
 
-``quantization_config`` is the one door: config.json's key of that name, its older name
-``compression_config``, the text part of a multimodal config, or the file beside config.json that
-GPTQ and AWQ tools write (``quantize_config.json``, ``quant_config.json``), which counts only where
-there are packed tensors for it to describe.
+``quantization_of`` is the one door. The label is config.json's ``quantization_config``, its older
+name ``compression_config``, that of a multimodal config's text part, or the file beside config.json
+that GPTQ and AWQ tools write (``quantize_config.json``, ``quant_config.json``), which counts only
+where there are packed tensors for it to describe. An empty label says nothing. A label over plain
+floating-point tensors (left over by a tool that dequantized), packed tensors without a label, and
+FP8, which llmquant does not read, are refused here, for every command alike.
 """
 
 from __future__ import annotations
@@ -12,18 +14,30 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from llmquant.checkpoint.hub import resolve
-from llmquant.checkpoint.reader import CheckpointReader, read_json
-from llmquant.errors import FormatError, UsageError
+from llmquant.checkpoint.reader import CheckpointReader, TensorInfo, read_json
+from llmquant.checkpoint.weights.files import CHOSEN, SINGLE
+from llmquant.errors import CheckpointError, FormatError, UsageError
 
 _KEYS = ("quantization_config", "compression_config")
 _SIDE_FILES = ("quantize_config.json", "quant_config.json")
+# The last parts of names that only quantized modules have.
+_PARTS = frozenset(
+    {
+        *("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv"),
+        *("weight_zero_point", "weight_g_idx", "SCB", "absmax", "quant_map", "W_q"),
+    }
+)
+_BYTES = (torch.int8, torch.uint8)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def unquantized(model: str | os.PathLike[str]) -> CheckpointReader:
     """A folder's or hub model's checkpoint; raises UsageError if it is quantized."""
     reader = CheckpointReader(resolve(model))
-    config = quantization_config(reader)
+    config = quantization_of(reader)
     if config is not None:
         raise UsageError(
             f"{reader.path} is already quantized ({config.get('quant_method')}); give the original FP16 or BF16 model"
@@ -31,8 +45,60 @@ def unquantized(model: str | os.PathLike[str]) -> CheckpointReader:
     return reader
 
 
-def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
+def quantization_of(reader: CheckpointReader) -> dict[str, Any] | None:
     """The folder's quantization, with ``quant_method`` filled in, or None for an unquantized model.
+
+    Raises:
+        UsageError: it is in FP8, which llmquant does not read.
+        FormatError: something that is no mapping.
+        CheckpointError: a side file that is no JSON; packed tensors without a label or a label
+            without packed tensors; an unquantized model in a file that transformers does not look
+            for.
+    """
+    for name, info in reader.tensors.items():
+        if info.dtype in _FP8 and "scale" not in name.rpartition(".")[2]:
+            raise UsageError(
+                f"{reader.path} is already quantized (fp8: {name}), and llmquant does not read FP8 weights; "
+                "give the original FP16 or BF16 model"
+            )
+    label = quantization_config(reader)
+    if label is not None and any(_packed(n, i, True) for n, i in reader.tensors.items()):
+        return label
+    if label is not None and not _says_nothing(label):
+        raise CheckpointError(
+            f"{reader.path}: config.json announces {label['quant_method']} weights but no tensor is packed; "
+            "if the weights are unquantized, remove quantization_config from config.json"
+        )
+    packed = next((n for n, i in reader.tensors.items() if _packed(n, i, False)), None)
+    if packed is not None:
+        raise CheckpointError(
+            f"{reader.path} has tensors of a quantization ({packed}) and no quantization_config that says which; "
+            "take config.json from where the weights came from"
+        )
+    if reader.unnamed:
+        file = reader.files()[0].name
+        raise CheckpointError(
+            f"{reader.path} has its weights in {file}, which transformers does not read; rename it to {SINGLE}"
+        )
+    return None
+
+
+def _says_nothing(label: Mapping[str, Any]) -> bool:
+    """Whether a label announces no weights: compressed-tensors' without groups, as for a KV cache
+    alone."""
+    return label["quant_method"] == "compressed-tensors" and not label.get("config_groups")
+
+
+def _packed(name: str, info: TensorInfo, labelled: bool) -> bool:
+    """Whether a tensor is part of a quantized module; where a label announces some, any bytes
+    are."""
+    if name.rpartition(".")[2] in _PARTS or ".quant_state." in name:
+        return True
+    return info.dtype in _BYTES and (labelled or name.endswith(".weight"))
+
+
+def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
+    """The label alone, whatever the tensors say.
 
     Raises:
         FormatError: something that is no mapping.
@@ -59,8 +125,9 @@ def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as that of an unquantized model, in the same order."""
-    plain = {k: v for k, v in config.items() if k not in _KEYS}
+    """config.json as that of an unquantized model with weight files of the usual names, in the same
+    order."""
+    plain = {k: v for k, v in config.items() if k not in (*_KEYS, CHOSEN)}
     if isinstance(plain.get("text_config"), dict):
         plain["text_config"] = {k: v for k, v in plain["text_config"].items() if k not in _KEYS}
     return plain

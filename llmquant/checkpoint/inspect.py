@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import MANIFEST, fallback_notes, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
@@ -91,7 +91,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     engines: dict[str, tuple[str, ...]] = {}
     cautioned: dict[str, tuple[str, ...]] = {}
     others = dict(reader.tensors)
-    if quantization_config(reader) is not None:
+    if quantization_of(reader) is not None:
         packed = PackedCheckpoint(reader)
         layout, schemes = packed.layout.name, packed.schemes
         modules = tuple(

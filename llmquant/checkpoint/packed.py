@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, QuantizationError, UnfitModelError
-from llmquant.formats import Format, for_config
+from llmquant.formats import Format, Scheme, for_config
 from llmquant.formats.zero_points import check_zero_convention, doubtful, refuse_shifted
 from llmquant.weight import QuantizedWeight
 
@@ -31,6 +31,7 @@ class PackedCheckpoint:
     Args:
         reader: of the folder.
         config: its quantization config, if another than the one that the folder has.
+        schemes: packed module → scheme, if known; the config is not asked then.
 
     Attributes:
         layout: how its modules are packed.
@@ -42,13 +43,29 @@ class PackedCheckpoint:
             each other.
     """
 
-    def __init__(self, reader: CheckpointReader, config: Mapping[str, Any] | None = None) -> None:
-        config = config or quantization_config(reader)
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        config: Mapping[str, Any] | None = None,
+        schemes: Mapping[str, Scheme] | None = None,
+    ) -> None:
+        config = config or quantization_of(reader)
         if config is None:
             raise UnfitModelError(f"{reader.path} is not quantized: it has no quantization config")
         self.reader, self.config = reader, config
         self.layout: Format = for_config(config)
-        self.schemes = self.layout.schemes(config, reader.tensors.keys())
+        self.schemes: dict[str, Scheme] = (
+            self.layout.schemes(config, reader.tensors.keys()) if schemes is None else dict(schemes)
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> PackedCheckpoint:
+        """The same folder with some tensors under other names, those of whole modules among
+        them."""
+        schemes = {}
+        for module, scheme in self.schemes.items():
+            suffix, stored = next(iter(self.tensors[module].items()))
+            schemes[names.get(stored, stored).removesuffix(f".{suffix}")] = scheme
+        return PackedCheckpoint(self.reader.renamed(names), self.config, schemes)
 
     def require_modules(self) -> None:
         """Raises CheckpointError if the config announces packed modules and there are none."""

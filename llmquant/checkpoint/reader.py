@@ -7,23 +7,22 @@ Its counterpart is :class:`llmquant.checkpoint.writer.CheckpointWriter`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
 import os
-import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmquant.checkpoint.weights.files import INDEX, SINGLE, refuse_adapter, weight_files
+from llmquant.checkpoint.weights.headers import TensorInfo, read_header
+from llmquant.checkpoint.weights.json_files import read_json
 from llmquant.errors import CheckpointError, UnfitModelError
+from llmquant.runtime.finite import some
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Everything beside the weights that a served model needs; copied when present.
 SIDE_FILES = (
     "generation_config.json",
@@ -41,28 +40,6 @@ SIDE_FILES = (
     "LICENSE.txt",
     "NOTICE",
 )
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 def sha256_file(path: Path) -> str:
@@ -80,60 +57,18 @@ def sha256_tensor(tensor: Tensor) -> str:
     return h.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: missing, unreadable or not an object; names the file.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UnfitModelError(
-            f"{path} is missing; is {path.parent} a Hugging Face model folder?"
-        ) from e
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} cannot be read as JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not a JSON object")
-    return value
-
-
-def _header(path: Path) -> dict[str, TensorInfo]:
-    """Parse one shard's header and check it against the file, without reading weights."""
-    try:
-        with safe_open(path, framework="pt"):
-            # the library's own reading refuses every header that is malformed or does not cover the
-            # file exactly
-            pass
-        with path.open("rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(length))
-    except (SafetensorError, OSError, struct.error, ValueError) as e:
-        raise CheckpointError(
-            f"{path} is truncated, damaged or not safetensors: {e}; fetch it again"
-        ) from e
-    header.pop("__metadata__", None)
-    infos: dict[str, TensorInfo] = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}, which llmquant does not read"
-            )
-        infos[name] = TensorInfo(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), stop - start)
-    return infos
-
-
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and bool(name) and name == Path(name).name
-
-
 class CheckpointReader:
     """Lazy tensors by name over one or many safetensors shards.
 
     Args:
         path: a model folder.
+
+    Attributes:
+        config: config.json.
+        tensors: name → what its header says. Of a tensor that several shards hold, the last one's.
+        weight_map: tensor → file as the index says; empty without one.
+        unnamed: the weights are in a file that transformers does not look for.
+        notes: what was found and left aside, for people.
 
     Raises:
         CheckpointError: no folder, no config.json, no safetensors, only pickle files, a damaged
@@ -146,65 +81,38 @@ class CheckpointReader:
             raise UnfitModelError(
                 f"{self.path} is not a folder; give a local model folder or a hub name like org/model"
             )
+        refuse_adapter(self.path)
         self.config = read_json(self.path / "config.json")
+        found = weight_files(self.path, self.config)
+        self.weight_map, self.unnamed = found.weight_map, found.unnamed
         self.tensors: dict[str, TensorInfo] = {}
-        for shard in self._shards():
-            infos = _header(shard)
-            twice = sorted(self.tensors.keys() & infos.keys())
-            if twice:
-                raise CheckpointError(
-                    f"{shard}: tensor {twice[0]} is also in {self.tensors[twice[0]].file.name}"
-                )
+        repeated: set[str] = set()
+        for file in found.files:
+            infos = read_header(file)
+            repeated |= self.tensors.keys() & infos.keys()
             self.tensors.update(infos)
-        absent = sorted(self._weight_map().keys() - self.tensors.keys())
-        if absent:
-            raise CheckpointError(
-                f"{self.path / INDEX} names {absent[0]}, which is in no shard; fetch the folder again"
-            )
         if not self.tensors:
             raise CheckpointError(f"{self.path} has weight files without a single tensor")
+        self.notes = (*found.notes, *self._of_index(repeated))
 
-    def _weight_map(self) -> dict[str, str]:
-        """Tensor name → shard, from the index; empty without one."""
-        index = self.path / INDEX
-        if not index.is_file():
-            return {}
-        weight_map = read_json(index).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(_is_file_name(n) for n in weight_map.values())
-        ):
-            raise CheckpointError(
-                f"{index} holds no weight_map from tensor names to files of this folder"
+    def _of_index(self, repeated: set[str]) -> list[str]:
+        """Where index and shards do not say the same."""
+        notes = []
+        if repeated:
+            notes.append(
+                f"{some(sorted(repeated))}: in more than one shard; the last shard's numbers count, as in transformers"
             )
-        return weight_map
+        absent = sorted(self.weight_map.keys() - self.tensors.keys())
+        if absent:
+            notes.append(f"the index names {some(absent)}, in no shard")
+        return notes
 
-    def _shards(self) -> list[Path]:
-        names = sorted(set(self._weight_map().values()))
-        missing = [n for n in names if not (self.path / n).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{self.path / INDEX} names shards that are not there: {', '.join(missing)}"
-            )
-        if names:
-            return [self.path / n for n in names]
-        if (self.path / SINGLE).is_file():
-            return [self.path / SINGLE]
-        others = sorted(self.path.glob("*.safetensors"))
-        if len(others) == 1:
-            return others
-        if others:
-            raise CheckpointError(
-                f"{self.path} has {len(others)} safetensors files but no {INDEX}; fetch the index too"
-            )
-        pickles = [p.name for pattern in _PICKLES for p in sorted(self.path.glob(pattern))]
-        if pickles:
-            raise UnfitModelError(
-                f"{self.path} holds only pickle files ({', '.join(pickles[:3])}), which can run code when loaded; "
-                "convert the model to safetensors first"
-            )
-        raise UnfitModelError(f"{self.path} has no safetensors weights")
+    def renamed(self, names: Mapping[str, str]) -> CheckpointReader:
+        """The same tensors, some of them under other names; no two may get one name."""
+        other = copy.copy(self)
+        other.tensors = {names.get(name, name): info for name, info in self.tensors.items()}
+        assert len(other.tensors) == len(self.tensors)
+        return other
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -224,10 +132,27 @@ class CheckpointReader:
         info = self.info(name)
         try:
             with safe_open(info.file, framework="pt") as f:
-                tensor: Tensor = f.get_tensor(name)
+                tensor: Tensor = f.get_tensor(info.stored)
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {e}") from e
         return tensor
+
+    def read_all(self) -> dict[str, Tensor]:
+        """Every tensor, mapped from its file, which is opened once.
+
+        Raises:
+            CheckpointError: a damaged file.
+        """
+        found: dict[str, Tensor] = {}
+        for file in self.files():
+            try:
+                with safe_open(file, framework="pt") as f:
+                    found |= {
+                        n: f.get_tensor(i.stored) for n, i in self.tensors.items() if i.file == file
+                    }
+            except (SafetensorError, OSError) as e:
+                raise CheckpointError(f"{file} cannot be read: {e}") from e
+        return found
 
     def files(self) -> list[Path]:
         """Shards in name order."""
@@ -239,3 +164,15 @@ class CheckpointReader:
         for path in [self.path / "config.json", *self.files()]:
             h.update(f"{path.name}:{sha256_file(path)}\n".encode())
         return h.hexdigest()
+
+
+__all__ = [
+    "INDEX",
+    "SIDE_FILES",
+    "SINGLE",
+    "CheckpointReader",
+    "TensorInfo",
+    "read_json",
+    "sha256_file",
+    "sha256_tensor",
+]

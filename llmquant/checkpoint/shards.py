@@ -23,22 +23,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from llmquant.checkpoint.weights.headers import DTYPES
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # safetensors' own order of types, largest alignment first.
 _RANK = {
     name: i
-    for i, name in enumerate(("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL"))
+    for i, name in enumerate(
+        (
+            *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+            *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+        )
+    )
 }
 _METADATA = {"format": "pt"}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from functools import cache
 from importlib.metadata import entry_points, version
 from typing import Annotated
 
@@ -69,6 +70,13 @@ app.command("recipes")(recipes_command)
 app.command("doctor")(doctor_command)
 
 
+@cache
+def _add_commands() -> None:
+    """The commands of other packages; once, however often ``main`` is called in a process."""
+    for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
+        entry.load()(app)
+
+
 def main() -> None:
     """Entry point: run the app, turn our errors into a message and an exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -76,8 +84,7 @@ def main() -> None:
             stream.reconfigure(
                 errors="replace"
             )  # a terminal that cannot show a character shows a question mark
-    for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
-        entry.load()(app)
+    _add_commands()
     try:
         app()
     except LlmquantError as e:

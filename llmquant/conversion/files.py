@@ -19,7 +19,7 @@ from llmquant.checkpoint.manifest import (
 )
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, Checked
-from llmquant.conversion.source import Source
+from llmquant.conversion.source import KV_CACHE, Source
 from llmquant.formats import Format
 from llmquant.records import ModuleRecord
 
@@ -33,6 +33,8 @@ def write_files(
     folder = source.reader.path
     writer.copy_side_files(folder)
     quantization = target.config(dict(sorted(checked.schemes.items())), source.skipped)
+    if source.packed.config.get(KV_CACHE):  # the layout can say it, or the source was refused
+        quantization = {**quantization, KV_CACHE: source.packed.config[KV_CACHE]}
     writer.write_json("config.json", _config(source, target, dtype, quantization))
     for name, text in target.side_files(quantization).items():
         writer.write_text(name, text)

@@ -9,8 +9,9 @@ from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.conversion.check import DENSE, Checked, OnProgress
 from llmquant.conversion.source import Source
-from llmquant.errors import FormatError, ProofError
+from llmquant.errors import FormatError, LlmquantError, ProofError
 from llmquant.formats import Format
+from llmquant.models.reading.check import check_loading
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
 
@@ -48,6 +49,10 @@ def prove(
                 f"{written.path}: {name} does not hold the numbers of {source.reader.path}"
             )
     _prove_others(source, target, checked, written)
+    try:
+        check_loading(written.path)
+    except LlmquantError as e:
+        raise ProofError(f"what was written cannot be loaded: {e}") from e
 
 
 def _prove_others(

@@ -15,7 +15,12 @@ from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
 from llmquant.conversion.files import write_files
 from llmquant.conversion.proof import prove
-from llmquant.conversion.source import Source, model_dtype, open_source
+from llmquant.conversion.source import (
+    Source,
+    model_dtype,
+    open_source,
+    refuse_beyond_weights,
+)
 from llmquant.errors import UsageError
 from llmquant.formats import FORMATS, Format
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
@@ -87,6 +92,7 @@ def convert(
     check_destination(destination, options.overwrite)
     target = _target(to)
     source = open_source(model, options.base)
+    refuse_beyond_weights(source, target.name)
     if destination.resolve() == source.reader.path.resolve():
         raise UsageError(f"-o {output} is the source itself; choose another folder")
     if destination.resolve() in source.reader.path.resolve().parents:
@@ -110,7 +116,7 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=_warnings(target, checked),
+        warnings=(*source.notes, *_warnings(target, checked)),
     )
 
 

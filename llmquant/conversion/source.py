@@ -7,24 +7,25 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
-from llmquant.models.from_folder import empty_model
-from llmquant.models.selection import ROUTER, linears_of
+from llmquant.models.reading.fit import fitted, placeless
+from llmquant.models.selection import PLACELESS, ROUTER, linears_of
 from llmquant.runtime.devices import DTYPES
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
-# Parts of a compressed-tensors config that change what an engine computes and that no other layout
-# can say.
-_BEYOND_WEIGHTS = ("kv_cache_scheme", "sparsity_config")
+# Parts of a compressed-tensors config that change what an engine computes. The first can be said by
+# the layouts of that family, the second by none that is written here.
+KV_CACHE = "kv_cache_scheme"
+_BEYOND_WEIGHTS = (KV_CACHE, "sparsity_config")
+_FAMILY = ("compressed-tensors", "int-quantized")
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Source:
         skipped: linears of the model that are not quantized → why.
         head: name of the output head, or None.
         manifest: the record of the run that made it, if llmquant did.
+        notes: what people should know of the folder.
     """
 
     packed: PackedCheckpoint
     skipped: Mapping[str, str]
     head: str | None
     manifest: Manifest | None
+    notes: tuple[str, ...] = ()
 
     @property
     def reader(self) -> CheckpointReader:
@@ -80,14 +83,16 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         ArchitectureError: no causal language model that transformers knows.
     """
     reader = CheckpointReader(resolve(model))
-    config = quantization_config(reader)
+    config = quantization_of(reader)
     if config is None:
         raise UsageError(
             f"{reader.path} is not quantized, so there is nothing to convert; use llmquant quantize"
         )
     packed = PackedCheckpoint(reader, config)
     packed.require_modules()
-    _refuse_beyond_weights(reader, config)
+    fit = fitted(packed, torch.bfloat16)
+    assert fit.packed is not None  # it was given
+    reader, packed = fit.reader, fit.packed
     packed.refuse_shifted_zeros(None if base is None else CheckpointReader(resolve(base)))
     schemes = packed.schemes
     manifest = read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
@@ -96,13 +101,14 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         raise CheckpointError(
             f"{reader.path}: {MANIFEST} and the tensors disagree on which modules are quantized: {odd[0]}"
         )
-    linears = linears_of(empty_model(reader, torch.bfloat16))
+    linears = linears_of(fit.model, placeless(fit))
     known = manifest.skipped if manifest else {}
     routers = dict.fromkeys(linears.routers, ROUTER)
-    skipped = routers | {
+    skipped = routers | dict.fromkeys(linears.placeless, PLACELESS)
+    skipped |= {
         n: known.get(n, "unquantized in the source") for n in linears.shapes if n not in schemes
     }
-    return Source(packed, skipped, linears.head, manifest)
+    return Source(packed, skipped, linears.head, manifest, fit.notes)
 
 
 def model_dtype(reader: CheckpointReader) -> torch.dtype:
@@ -117,10 +123,18 @@ def model_dtype(reader: CheckpointReader) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.bfloat16
 
 
-def _refuse_beyond_weights(reader: CheckpointReader, config: Mapping[str, Any]) -> None:
+def refuse_beyond_weights(source: Source, target: str) -> None:
+    """Refuse what the config says beside the weights and the target layout cannot say.
+
+    Raises:
+        FormatError: naming it.
+    """
+    reader = source.reader
     for key in _BEYOND_WEIGHTS:
-        section = config.get(key)
+        section = source.packed.config.get(key)
+        if key == KV_CACHE and target in _FAMILY:
+            continue
         if section and not (isinstance(section, dict) and section.get("format") == "dense"):
             raise FormatError(
-                f"{reader.path}: the config's {key} changes what engines compute and cannot be converted"
+                f"{reader.path}: the config's {key} changes what engines compute and cannot be converted to {target}"
             )

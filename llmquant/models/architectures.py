@@ -201,6 +201,12 @@ def find(model: nn.Module, model_type: str) -> Architecture:
         and len(blocks) > 1
         and len({type(m) for m in blocks}) == 1
     ]
+    strange = sorted({type(m).__name__ for m in model.modules() if has_matrix(m)} - {"Linear"})
+    if not outer and strange:
+        raise ArchitectureError(
+            f"the matrices of model type {model_type!r} are in {', '.join(strange)} modules; "
+            "only models of plain Linear layers can be quantized"
+        )
     if len(outer) != 1:
         raise ArchitectureError(
             f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}) and has "
@@ -209,6 +215,13 @@ def find(model: nn.Module, model_type: str) -> Architecture:
     parent = outer[0].rpartition(".")[0]
     norms = [n for n, _ in (_get(model, parent) or model).named_children() if "norm" in n]
     return Architecture(outer[0], f"{parent}.{norms[-1]}".lstrip(".") if norms else "", ())
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies by a matrix of its own, as GPT-2's Conv1D and Falcon's linears
+    do."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
 def refuse_kind(config: Mapping[str, Any], model_type: str) -> None:

@@ -10,7 +10,6 @@ errors that name the folder.
 
 from __future__ import annotations
 
-import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from llmquant.checkpoint.hub import resolve
-from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json
+from llmquant.checkpoint.weights.headers import stranger
 from llmquant.errors import ArchitectureError, CheckpointError, UnfitModelError
 from llmquant.models.names import as_in_checkpoint
 
@@ -73,17 +74,12 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
         ArchitectureError: an unknown model type or impossible values.
     """
     path = resolve(model)
-    if not (path / "config.json").is_file():
-        raise UnfitModelError(
-            f"{path / 'config.json'} is missing; is {path} a Hugging Face model folder?"
-        )
+    read_json(path / "config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, **_OFFLINE)
     except CONFUSED as e:
-        own = _own_code(path / "config.json")
-        raise ArchitectureError(
-            own or f"transformers cannot read {path / 'config.json'}: {first_line(e)}"
-        ) from e
+        plain = f"transformers cannot read {path / 'config.json'}: {first_line(e)}"
+        raise ArchitectureError(_foreign(path) or plain) from e
     return config
 
 
@@ -129,10 +125,16 @@ class _Reading:
     def __exit__(self, kind: type[BaseException] | None, error: Any, _trace: object) -> None:
         if kind is None or not (kind is Exception or issubclass(kind, CONFUSED)):
             return
-        files = (self._path / "tokenizer_config.json", self._path / "config.json")
-        own = next(filter(None, map(_own_code, files)), None)
-        plain = f"{self._path} has no tokenizer that transformers can read: {first_line(error)}"
-        raise UnfitModelError(own or plain) from error
+        strange = next(
+            (f"{f} is {w}" for f in map(self._path.joinpath, SIDE_FILES) if (w := _stranger(f))),
+            None,
+        )
+        plain = f"{self._path} has no tokenizer that transformers can read: {strange or first_line(error)}"
+        raise UnfitModelError(f"{plain}{_own_tokenizer(self._path)}") from error
+
+
+def _stranger(file: Path) -> str | None:
+    return stranger(file, but=(b"{", b"[")) if file.is_file() else None
 
 
 def read_generation_config(model: str | os.PathLike[str]) -> GenerationConfig | None:
@@ -153,20 +155,10 @@ def read_generation_config(model: str | os.PathLike[str]) -> GenerationConfig | 
     return config
 
 
-def refuse_own_code(path: Path) -> None:
-    """Raises ArchitectureError for a folder that brings code for a model type that transformers
-    does not have; nothing is said of others."""
-    if _own_code(path / "config.json"):
-        read_config(path)
-
-
-def _own_code(file: Path) -> str | None:
-    """Why a folder cannot be read if it brings code of its own, else None."""
-    try:
-        brings = "auto_map" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return None
-    if not brings:
+def _foreign(path: Path) -> str | None:
+    """Why a folder whose model type exists only in its own code cannot be read, else None."""
+    file = path / "config.json"
+    if not _auto_map(file) or read_json(file).get("model_type") in CONFIG_MAPPING:
         return None
     return (
         f"{file} names code in its own folder (auto_map) for a model or tokenizer that transformers does not have; llmquant "
@@ -174,9 +166,26 @@ def _own_code(file: Path) -> str | None:
     )
 
 
-def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model that the folder's config describes, without weights, its modules
-    named as in the folder.
+def _own_tokenizer(path: Path) -> str:
+    """What is added where a tokenizer cannot be read and the folder brings code for one."""
+    file = path / "tokenizer_config.json"
+    if "AutoTokenizer" not in (_auto_map(file) or _auto_map(path / "config.json")):
+        return ""
+    return "; the folder brings code of its own for its tokenizer (auto_map), which llmquant never runs"
+
+
+def _auto_map(file: Path) -> dict[str, Any]:
+    """The classes that a config file takes from code in its folder; empty where there are none."""
+    try:
+        found = read_json(file).get("auto_map")
+    except CheckpointError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def causal_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' causal language model for a folder's config, on the meta device, under
+    transformers' own names.
 
     Raises:
         ArchitectureError: not a causal language model that transformers knows.
@@ -197,6 +206,17 @@ def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel
         raise ArchitectureError(
             f"{reader.path} is not a causal language model that can be built: {first_line(e)}"
         ) from e
+    return model
+
+
+def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model that the folder's config describes, without weights, its modules
+    named as in the folder.
+
+    Raises:
+        ArchitectureError: not a causal language model that transformers knows.
+    """
+    model = causal_model(reader, dtype)
     model.config._name_or_path = str(reader.path)
     as_in_checkpoint(model, str(reader.config.get("model_type")))
     model.eval()

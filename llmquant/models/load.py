@@ -5,20 +5,22 @@ A quantized folder is built on the meta device, so nothing dense is ever allocat
 linear: the tensors of one module are read from the mapped shard, turned into a QuantizedWeight and
 from there into a kernel's buffers, one module at a time; everything else is assigned straight from
 the mapped file, cast only if its dtype differs. transformers' own quantizers are not involved. An
-unquantized folder goes through ``from_pretrained``, which knows every historical renaming.
+unquantized folder goes through transformers' own loading, which knows every historical renaming.
 
 ``dtype="auto"`` means on a CPU the faster of bfloat16 and float32, for both kinds of folder, so
 that two models compared are rounded alike; on other devices it is the checkpoint's own dtype
 (:mod:`llmquant.runtime.devices`). A dtype that is given is obeyed.
 
-What is in the folder and what is in the model must match tensor by tensor; a difference is an error
-that names it. Code from a model folder is never run.
+What the model wants must be in the folder; a tensor that is missing or of another shape is an error
+that names it. What the folder has beside it is left out, as transformers leaves it out, and named
+in a warning. Code from a model folder is never run.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,28 +28,25 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import ArchitectureError, CheckpointError, UsageError
+from llmquant.errors import CheckpointError, UsageError
 from llmquant.kernels import AUTO, check_name
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
-from llmquant.models.from_folder import (
-    CONFUSED,
-    empty_model,
-    first_line,
-    read_config,
-    read_generation_config,
-)
-from llmquant.models.tensor_check import check_tied, refuse_mismatch
+from llmquant.models.from_folder import read_generation_config
+from llmquant.models.reading.dense import load_dense
+from llmquant.models.reading.fit import fitted, linear_at
 from llmquant.runtime.devices import AUTO as AUTO_DTYPE
 from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
 from llmquant.runtime.finite import some
 from llmquant.weight import QuantizedWeight
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -79,11 +78,13 @@ def load(
     reader = CheckpointReader(resolve(model))
     where = parse_device(device)
     torch_dtype = parse_dtype(dtype, where, stored=_stored_dtype(reader)).dtype
-    quantization = quantization_config(reader)
+    quantization = quantization_of(reader)
     if quantization:
         loaded = _load_packed(reader, quantization, torch_dtype, where, kernel)
     else:
-        loaded = _load_dense(reader, torch_dtype, where)
+        loaded, notes = load_dense(reader, torch_dtype, where)
+        for note in notes:
+            log.warning("%s: %s", reader.path, note)
     loaded.train(False)
     loaded.requires_grad_(False)
     speed_up(loaded)
@@ -111,27 +112,6 @@ def _stored_dtype(reader: CheckpointReader) -> str | None:
     return declared if isinstance(declared, str) else None
 
 
-def _load_dense(
-    reader: CheckpointReader, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    config = read_config(reader.path)
-    try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            reader.path,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except CONFUSED as e:
-        raise CheckpointError(f"{reader.path} cannot be loaded: {first_line(e)}") from e
-    model, info = result
-    refuse_mismatch(reader.path, info["missing_keys"], info["unexpected_keys"])
-    loaded: PreTrainedModel = model.to(device)
-    return loaded
-
-
 def _load_packed(
     reader: CheckpointReader,
     quantization: Mapping[str, Any],
@@ -142,13 +122,17 @@ def _load_packed(
     packed = PackedCheckpoint(reader, quantization)
     packed.require_modules()
     packed.refuse_shifted_zeros()
-    model = _skeleton(reader, dtype)
-    head = model.get_output_embeddings()
-    if any(m is head for n, m in model.named_modules() if n in packed.schemes):
-        model.config.tie_word_embeddings = False  # a packed head has no weight to share
+    fit = fitted(packed, dtype)
+    assert fit.packed is not None  # it was given
+    model, packed = fit.model, fit.packed
+    for note in fit.notes:
+        log.warning("%s: %s", reader.path, note)
+    generation = read_generation_config(reader.path)
+    if generation is not None:
+        model.generation_config = generation
     for name in packed.schemes:
         _replace(model, name, packed, PackedOptions(dtype, device, kernel))
-    _assign(model, reader, packed.others, set(packed.schemes), dtype, device)
+    _assign(model, packed, dtype, device)
     refuse_saving(model, reader.path)
     return model
 
@@ -162,21 +146,12 @@ class PackedOptions:
     kernel: str
 
 
-def _skeleton(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:
-    """The empty model with the folder's generation config."""
-    model = empty_model(reader, dtype)
-    generation = read_generation_config(reader.path)
-    if generation is not None:
-        model.generation_config = generation
-    return model
-
-
 def _replace(
     model: PreTrainedModel, name: str, packed: PackedCheckpoint, options: PackedOptions
 ) -> None:
     """Put a PackedLinear where the model has the linear ``name``."""
     reader = packed.reader
-    linear = linear_at(model, name, reader.path)
+    linear = linear_at(model, name, reader)
     weight = packed.weight(name)
     check_shape(weight, (linear.out_features, linear.in_features), f"{reader.path}: {name}")
     bias = None if linear.bias is None else _checked(reader, f"{name}.bias", linear.bias)
@@ -192,26 +167,6 @@ def _replace(
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from e
     put_module(model, name, replacement)
-
-
-def linear_at(model: nn.Module, name: str, path: Path) -> nn.Linear:
-    """The linear that a folder has packed weights for.
-
-    Raises:
-        CheckpointError: the model has no such module.
-        ArchitectureError: it is something other than a plain Linear.
-    """
-    try:
-        linear = model.get_submodule(name)
-    except AttributeError as e:
-        raise CheckpointError(
-            f"{path} has packed weights for {name}, which {type(model).__name__} does not have"
-        ) from e
-    if type(linear) is not nn.Linear:
-        raise ArchitectureError(
-            f"{name} is packed but is a {type(linear).__name__}, not a plain Linear"
-        )
-    return linear
 
 
 def check_shape(weight: QuantizedWeight, shape: tuple[int, int], where: str) -> None:
@@ -240,30 +195,17 @@ def _checked(reader: CheckpointReader, name: str, like: Tensor) -> Tensor:
 
 
 def _assign(
-    model: PreTrainedModel,
-    reader: CheckpointReader,
-    names: Iterable[str],
-    packed: set[str],
-    dtype: torch.dtype,
-    device: torch.device,
+    model: PreTrainedModel, packed: PackedCheckpoint, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give every remaining parameter its tensor, tie what is tied, move computed buffers; nothing
-    may be left over."""
+    """Give every remaining parameter its tensor, tie what is tied, move computed buffers."""
+    reader = packed.reader
     wanted: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     wanted |= {n: b for n, b in model.named_buffers() if n in reader}
-    wanted = {n: t for n, t in wanted.items() if n.rpartition(".")[0] not in packed}
     tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
-    biases = {f"{n}.bias" for n in packed if model.get_submodule(n).bias is not None}
-    leftover = [n for n in names if n not in wanted and n not in biases]
-    missing = [n for n in wanted if n not in reader and n not in tied]
-    refuse_mismatch(reader.path, missing, leftover)
     for name, like in wanted.items():
-        if name not in reader:
+        if name not in reader or name in tied or name.rpartition(".")[0] in packed.schemes:
             continue
         tensor = _checked(reader, name, like)
-        if name in tied:
-            check_tied(reader, name, tied[name])
-            continue
         value = tensor.to(device, like.dtype if not like.is_floating_point() else dtype)
         _set(
             model,

@@ -38,7 +38,6 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, SpecError
 from llmquant.models.architectures import ARCHITECTURES
 from llmquant.models.roles import ROLES
-from llmquant.models.tensor_check import check_tied
 from llmquant.recipe import Recipe
 from llmquant.recipe import Rotation as Wanted
 from llmquant.records import RotationRecord
@@ -80,7 +79,7 @@ class RotatedReader(CheckpointReader):
     """
 
     def __init__(self, reader: CheckpointReader, wanted: Wanted) -> None:
-        self.path = reader.path
+        vars(self).update(vars(reader))
         self.tensors = dict(reader.tensors)
         self.config = dict(reader.config)
         self._kind = str(self.config.get("model_type"))
@@ -159,8 +158,6 @@ class RotatedReader(CheckpointReader):
         head, embeddings = f"{_HEAD}.weight", f"{self._roles.embeddings[0]}.weight"
         if head in self.tensors and not self.config.get("tie_word_embeddings"):
             return False
-        if head in self.tensors:
-            check_tied(self, head, embeddings)
         self.tensors[head] = self.info(embeddings)
         self._source[head] = embeddings
         self.config["tie_word_embeddings"] = False

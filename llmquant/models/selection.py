@@ -9,14 +9,14 @@ tied head, a recipe that selects nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from llmquant.errors import ArchitectureError, LayoutError, UsageError
 from llmquant.formats.base import Format, Scheme
-from llmquant.models.architectures import Architecture
+from llmquant.models.architectures import Architecture, has_matrix
 from llmquant.models.experts import ExpertList
 from llmquant.recipe import Recipe, matches
 from llmquant.spec import QuantSpec
@@ -42,6 +42,7 @@ class Selection:
 HEAD = "lm_head"
 ROUTER = "router of experts"
 OUTSIDE = "outside the decoder blocks"
+PLACELESS = "no place in the model of config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,16 @@ class Linears:
         tied: whether the head shares the embeddings' weights.
         routers: what chooses experts; never quantized, since a wrong choice costs more than these
             few weights.
+        strange: modules with a matrix that is no plain Linear's → their class.
+        placeless: modules of the folder that the model has no place for.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     head: str | None
     tied: bool
     routers: tuple[str, ...] = ()
+    strange: Mapping[str, str] = field(default_factory=dict)
+    placeless: tuple[str, ...] = ()
 
     def names(self, linear: str) -> tuple[str, ...]:
         """What patterns may call a linear: a head is also ``lm_head``, whatever the checkpoint
@@ -67,9 +72,13 @@ class Linears:
         return (linear,) if linear != self.head else tuple(dict.fromkeys((linear, HEAD)))
 
 
-def linears_of(model: PreTrainedModel) -> Linears:
-    """The linears of a (meta) model."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+def linears_of(model: PreTrainedModel, placeless: tuple[str, ...] = ()) -> Linears:
+    """The linears of a (meta) model.
+
+    Only plain ones: whoever reads a packed folder puts a packed layer in the place of an
+    ``nn.Linear``, and leaves its subclasses, which may compute something else, as they are.
+    """
+    found = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
     head = next((n for n, m in found.items() if m is model.get_output_embeddings()), None)
     shapes = {n: (m.out_features, m.in_features) for n, m in found.items()}
     routers = tuple(
@@ -79,7 +88,10 @@ def linears_of(model: PreTrainedModel) -> Linears:
         for child, m in module.named_children()
         if not isinstance(m, nn.Linear) and any(p.ndim == 2 for p in m.parameters(recurse=False))
     )
-    return Linears(shapes, head, bool(getattr(model.config, "tie_word_embeddings", False)), routers)
+    strange = {n: type(m).__name__ for n, m in model.named_modules() if has_matrix(m)}
+    strange = {n: kind for n, kind in strange.items() if n not in (*found, *routers)}
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return Linears(shapes, head, tied, routers, strange, placeless)
 
 
 def select(
@@ -97,6 +109,8 @@ def select(
     head = linears.head
     schemes: dict[str, Scheme] = {}
     skipped: dict[str, str] = dict.fromkeys(linears.routers, ROUTER)
+    skipped |= {n: f"a {kind}, not a plain Linear" for n, kind in linears.strange.items()}
+    skipped |= dict.fromkeys(linears.placeless, PLACELESS)
     for name, shape in linears.shapes.items():
         if not recipe.selects(*linears.names(name)):
             skipped[name] = _why_skipped(recipe, linears.names(name))
@@ -114,6 +128,12 @@ def select(
         if reason:
             raise LayoutError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
         schemes[name] = scheme
+    inside = [n for n in linears.strange if _block_of(n, architecture)]
+    if inside and not any(_block_of(n, architecture) for n in linears.shapes):
+        raise ArchitectureError(
+            f"the blocks' matrices are in {linears.strange[inside[0]]} modules (such as {inside[0]}), which llmquant and "
+            "engines do not read packed; only models of plain Linear layers can be quantized"
+        )
     if not schemes:
         raise UsageError(
             f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
@@ -160,8 +180,9 @@ def _check_patterns(recipe: Recipe, linears: Linears) -> None:
         *(o.match for o in recipe.overrides),
     )
     for pattern in written:
-        # Routers stay as they are, so a pattern that ignores them has its way; any other would not.
-        known = [*names, *linears.routers] if pattern in recipe.ignore else names
+        # What stays as it is may be ignored by a pattern; any other pattern would not have its way.
+        others = (*linears.routers, *linears.strange, *linears.placeless)
+        known = [*names, *others] if pattern in recipe.ignore else names
         if not any(matches(pattern, name) for name in known):
             some = ", ".join(list(linears.shapes)[:3])
             raise UsageError(

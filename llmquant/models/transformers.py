@@ -43,8 +43,9 @@ from llmquant.formats import for_config
 from llmquant.kernels import AUTO, KERNELS
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
-from llmquant.models.load import check_shape, linear_at, put_module, refuse_saving
+from llmquant.models.load import check_shape, put_module, refuse_saving
 from llmquant.models.names import as_in_checkpoint
+from llmquant.models.reading.fit import linear_at
 
 METHOD = "llmquant"
 TAKEN_OVER = ("compressed-tensors", "gptq", "awq", "auto-round")
@@ -132,7 +133,7 @@ class PackedQuantizer(HfQuantizer):
             empty = {
                 s: torch.empty(i.shape, dtype=i.dtype, device="meta") for s, i in headers.items()
             }
-            put_module(model, name, _Stored(linear_at(model, name, reader.path), empty))
+            put_module(model, name, _Stored(linear_at(model, name, reader), empty))
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel

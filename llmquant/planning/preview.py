@@ -1,38 +1,34 @@
-"""plan: what a run would make and need, from config.json and the safetensors headers alone. No
-weight is read.
+"""plan: what a run would make and need, from config.json and the safetensors headers. Of the
+weights only tied tensors that are stored twice are read.
 
 Sizes are not estimated: every distinct (scheme, shape) is packed once by the real format on two
 thin slices (64 and 128 rows of zeros), and since each tensor of every layout grows linearly with
 the rows, two sizes give all others. The file's own header is composed and measured too.
 
-Linears are recognized by name: two-dimensional ``.weight`` tensors inside the decoder blocks, and
-the head. The run itself asks the model; a test holds the two equal for every architecture in the
-table.
+What refuses a run refuses its plan: both begin with the same preparation, which builds the model
+without weights.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from llmquant.checkpoint.detect import unquantized
-from llmquant.checkpoint.reader import CheckpointReader, TensorInfo
+from llmquant.checkpoint.reader import TensorInfo
 from llmquant.checkpoint.shards import Stored, header
 from llmquant.checkpoint.sizes import Sizes
-from llmquant.errors import ArchitectureError
-from llmquant.formats import Scheme, layout_of
+from llmquant.formats import Scheme
 from llmquant.formats.engines import cautions, refusals
 from llmquant.kernels import choose
-from llmquant.models.architectures import ARCHITECTURES, Architecture, refuse_kind
-from llmquant.models.rotated import rotated
-from llmquant.models.selection import Linears, select
-from llmquant.quantization.stored_dtype import SOURCE, StoredReader, as_stored
+from llmquant.models.architectures import Architecture
+from llmquant.models.from_folder import load_tokenizer
+from llmquant.models.reading.stored_dtype import SOURCE, StoredReader
+from llmquant.quantization.prepare import prepare, selected
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import AUTO, parse_dtype
@@ -68,6 +64,7 @@ class Plan:
         architecture: where its decoder blocks and experts are.
         hidden: width of the hidden states.
         source: the original's tensors, as quantization reads them.
+        notes: what people should know of the folder.
         stored: what is stored in another dtype than the original has, in words.
     """
 
@@ -86,6 +83,7 @@ class Plan:
     architecture: Architecture
     hidden: int
     source: Mapping[str, TensorInfo]
+    notes: tuple[str, ...] = ()
     stored: str | None = None
 
     @cached_property
@@ -112,17 +110,14 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe, store_dtype: str = 
         store_dtype: as the run's.
 
     Raises:
-        UsageError: already quantized, or whatever :func:`llmquant.models.selection.select` refuses.
-        ArchitectureError: a model type outside the table, whose blocks headers alone do not tell.
+        what :func:`llmquant.quantize` raises for the same request before it reads a text: one
+            function (:func:`llmquant.quantization.prepare.prepare`) answers for both.
     """
-    original = unquantized(model)
-    reader, layout = as_stored(rotated(original, recipe), store_dtype), layout_of(recipe.format)
-    if "auto_map" in reader.config:
-        from llmquant.models.from_folder import refuse_own_code  # costs transformers
-
-        refuse_own_code(reader.path)
-    linears, architecture = linears_by_name(reader)
-    selection = select(linears, architecture, recipe, layout)
+    plan = selected(prepare(model, recipe, store_dtype=store_dtype))
+    reader, layout, linears = plan.reader, plan.layout, plan.source.linears
+    selection = plan.selection
+    if recipe.needs_text:
+        load_tokenizer(reader.path)
     sizes = Sizes(layout)
     tensors: dict[str, Stored] = {}
     modules = []
@@ -144,7 +139,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe, store_dtype: str = 
         modules=tuple(modules),
         skipped=selection.skipped,
         tensors=tensors,
-        source_bytes=sum(i.nbytes for i in original.tensors.values()),
+        source_bytes=sum(i.nbytes for i in plan.source.original.tensors.values()),
         tensor_parallel=_tensor_parallel(modules, reader.config),
         suggestions=_group_sizes(modules),
         engines={
@@ -155,49 +150,12 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe, store_dtype: str = 
         },
         kernels=_kernels(modules, running.dtype),
         kernels_for=Computing.of("cpu", running),
-        architecture=architecture,
+        architecture=plan.architecture,
         hidden=_hidden_size(reader.config),
         source=dict(reader.tensors),
+        notes=plan.source.notes,
         stored=reader.note() if isinstance(reader, StoredReader) else None,
     )
-
-
-def linears_by_name(reader: CheckpointReader) -> tuple[Linears, Architecture]:
-    """The linears that headers show, and where the blocks are.
-
-    Raises:
-        ArchitectureError: a model type outside the table.
-    """
-    model_type = str(reader.config.get("model_type"))
-    refuse_kind(reader.config, model_type)
-    if model_type not in ARCHITECTURES:
-        raise ArchitectureError(
-            f"model type {model_type!r} is not in llmquant's table ({', '.join(sorted(ARCHITECTURES))}), so a plan "
-            "cannot be made from headers alone; llmquant quantize may still find its blocks by running it"
-        )
-    architecture = ARCHITECTURES[model_type]
-    inside = re.compile(rf"{re.escape(architecture.blocks)}\.\d+\..+\.weight")
-    shapes: dict[str, tuple[int, int]] = {}
-    routers: list[str] = []
-    head = architecture.head
-    for name, info in reader.tensors.items():
-        module = name.removesuffix(".weight")
-        if len(info.shape) != 2 or not (
-            inside.fullmatch(name) or module in (head, *architecture.outside)
-        ):
-            continue
-        if architecture.is_router(module.removeprefix(f"{architecture.blocks}.").partition(".")[2]):
-            routers.append(module)
-        else:
-            shapes[module] = (info.shape[0], info.shape[1])
-    # Absent from config.json means the class's default, which is untied for every type in the
-    # table.
-    tied = bool(reader.config.get("tie_word_embeddings", False))
-    if head not in shapes and tied:
-        hidden, vocabulary = reader.config.get("hidden_size"), reader.config.get("vocab_size")
-        if isinstance(hidden, int) and isinstance(vocabulary, int):
-            shapes[head] = (vocabulary, hidden)
-    return Linears(shapes, head if head in shapes else None, tied, tuple(routers)), architecture
 
 
 def _tensor_parallel(modules: list[PlannedModule], config: Mapping[str, object]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.card import front_matter, model_card
+from llmquant.checkpoint.detect import without_quantization
 from llmquant.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -24,10 +25,11 @@ from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
 from llmquant.errors import ProofError, QuantizationError
 from llmquant.formats import Scheme
+from llmquant.models.reading.stored_dtype import StoredReader
 from llmquant.models.rotated import RotatedReader
+from llmquant.quantization.loading import prove_loading
 from llmquant.quantization.plan import BlockResult, WalkPlan
 from llmquant.quantization.state.outcome import Outcome
-from llmquant.quantization.stored_dtype import StoredReader
 from llmquant.runtime.finite import all_finite
 from llmquant.weight import QuantizedWeight
 
@@ -54,7 +56,7 @@ def store_block(block: BlockResult, plan: WalkPlan, writer: CheckpointWriter) ->
     if block.index is not None:
         packed = {f"{name}.weight" for name in block.weights}
         names = (n for n in plan.reader.tensors if n.startswith(f"{prefix}.") and n not in packed)
-        outcome.copied = carry(names, plan.reader, writer, block.changed)
+        outcome.copied = carry(names, plan, writer, block.changed)
     return outcome
 
 
@@ -70,19 +72,19 @@ def store(
 
 def carry(
     names: Iterable[str],
-    reader: CheckpointReader,
+    plan: WalkPlan,
     writer: CheckpointWriter,
     changed: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
     """Write tensors as they are, or as ``changed`` has them; returns the digest of each.
 
     Raises:
-        QuantizationError: NaN or Inf in one.
+        QuantizationError: NaN or Inf in one that the model has a place for.
     """
-    digests = {}
+    digests, reader = {}, plan.reader
     for name in names:
         tensor = changed[name] if changed and name in changed else reader.read(name)
-        if not all_finite(tensor):
+        if name not in plan.source.leftovers and not all_finite(tensor):
             raise QuantizationError(
                 f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?"
             )
@@ -97,7 +99,8 @@ def write_config(writer: CheckpointWriter, plan: WalkPlan, schemes: Mapping[str,
     # Sorted, so that the order in which a config is written says nothing of the run: a conversion
     # there and back is equal.
     quantization = plan.layout.config(dict(sorted(schemes.items())), plan.selection.skipped)
-    writer.write_json("config.json", {**plan.reader.config, "quantization_config": quantization})
+    config = {**without_quantization(plan.reader.config), "quantization_config": quantization}
+    writer.write_json("config.json", config)
     for name, text in plan.layout.side_files(quantization).items():
         writer.write_text(name, text)
 
@@ -196,7 +199,8 @@ def _portable_source(source: str) -> str:
 
 
 def prove(writer: CheckpointWriter, plan: WalkPlan, outcome: Outcome, manifest: Manifest) -> None:
-    """Open the written folder as a stranger would and compare it with the run, tensor by tensor.
+    """Open the written folder as a stranger would, compare it with the run, tensor by tensor, and
+    load it as far as one block.
 
     Raises:
         ProofError: naming what differs.
@@ -223,3 +227,4 @@ def prove(writer: CheckpointWriter, plan: WalkPlan, outcome: Outcome, manifest: 
     for name, expected in manifest.files.items():
         if sha256_file(writer.partial / name) != expected:
             raise ProofError(f"{writer.partial / name} changed while it was being written")
+    prove_loading(written, plan)

@@ -59,11 +59,13 @@ class SourceModel:
     """An unquantized model and where its tensors are.
 
     Attributes:
-        original: the checkpoint as it is.
-        reader: as a run reads it: rotated where the recipe wants that.
+        original: the checkpoint, its tensors named by their places in the model.
+        reader: as a run reads it: rotated where the recipe wants that, in the dtype that is stored.
         model: on the meta device.
         architecture: where its blocks are.
         linears: that could be quantized.
+        leftovers: tensors that the model has no place for; carried over as they are.
+        notes: what people should know of the folder.
     """
 
     original: CheckpointReader
@@ -71,6 +73,8 @@ class SourceModel:
     model: PreTrainedModel
     architecture: Architecture
     linears: Linears
+    leftovers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

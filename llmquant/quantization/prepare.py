@@ -20,11 +20,12 @@ from llmquant.errors import SourceError, UsageError
 from llmquant.formats import layout_of
 from llmquant.models import architectures
 from llmquant.models.from_folder import empty_model, load_tokenizer
+from llmquant.models.reading.fit import fitted, placeless
+from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import linears_of, select
-from llmquant.models.tensor_check import check_fit
+from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
-from llmquant.quantization.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.recipe import Recipe
 from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
 from llmquant.runtime.distributed import ALONE, World
@@ -46,21 +47,31 @@ def prepare(
         device: torch device for the blocks.
         dtype: in which they run: ``auto`` is float32.
         store_dtype: of the result's scales and of what is not quantized; see
-            :mod:`llmquant.quantization.stored_dtype`.
+            :mod:`llmquant.models.reading.stored_dtype`.
         world: the processes that do it together.
 
     Raises:
         UsageError: the model is quantized, or there is no such format, device or dtype.
         CheckpointError, ArchitectureError: the model cannot be read or walked.
     """
-    original = unquantized(model)
+    stored = unquantized(model)
     layout_of(recipe.format)
-    reader = as_stored(rotated(original, recipe), store_dtype)
     on, precision = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
-    skeleton = empty_model(reader, precision.dtype)
-    architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
-    check_fit(reader, skeleton)
-    source = SourceModel(original, reader, skeleton, architecture, linears_of(skeleton))
+    fit = fitted(stored, precision.dtype)
+    architecture = architectures.find(fit.model, str(stored.config.get("model_type")))
+    check_side_files(stored.path)
+    reader = rotated(fit.reader, recipe)
+    # A rotated model has a head of its own.
+    skeleton = fit.model if reader is fit.reader else empty_model(reader, precision.dtype)
+    source = SourceModel(
+        fit.reader,
+        as_stored(reader, store_dtype),
+        skeleton,
+        architecture,
+        linears_of(skeleton, placeless(fit)),
+        fit.leftovers,
+        fit.notes,
+    )
     return WalkPlan(source, recipe, on, precision, world=world)
 
 

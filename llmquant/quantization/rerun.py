@@ -20,9 +20,9 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import Manifest, read_manifest, versions
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ProofError, UsageError
+from llmquant.models.reading.stored_dtype import SOURCE
 from llmquant.quantization.options import Events, QuantizeOptions
 from llmquant.quantization.run import quantize
-from llmquant.quantization.stored_dtype import SOURCE
 from llmquant.recipe import load_recipe
 
 

@@ -24,6 +24,7 @@ from llmquant.checkpoint.sizes import Sizes
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
 from llmquant.formats.engines import on_this_cpu
+from llmquant.models.reading.stored_dtype import StoredReader
 from llmquant.quantization.blocks.hidden_states import Placement
 from llmquant.quantization.finish import base_name, carry, describe, prove, store_block
 from llmquant.quantization.memory import placement
@@ -34,7 +35,6 @@ from llmquant.quantization.state.fingerprint import Facts, fingerprint
 from llmquant.quantization.state.log import RunLog
 from llmquant.quantization.state.outcome import Outcome
 from llmquant.quantization.state.resume import SavedRun, finished_before, state_of
-from llmquant.quantization.stored_dtype import StoredReader
 from llmquant.quantization.walk import walk
 from llmquant.quantization.workers import assist, check_together
 from llmquant.recipe import Recipe
@@ -108,7 +108,7 @@ def _checked(
     calibration = calibration_of(plan, options.evaluation)
     if calibration is not None:
         events.on_calibration(calibration)
-    return _Run(output, model, plan, calibration, options, events), notes
+    return _Run(output, model, plan, calibration, options, events), [*plan.source.notes, *notes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class _Run:
         self.events.on_phase("writing")
         log.phase("writing")
         if not saved.weights_done:
-            rest = carry(self._left(saved.outcome), self.plan.reader, writer)
+            rest = carry(self._left(saved.outcome), self.plan, writer)
             writer.next_shard()
             saved.all_written(Outcome(copied=rest))
         writer.finish_weights()

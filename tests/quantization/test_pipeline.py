@@ -525,11 +525,6 @@ MISFITS = [
     pytest.param(lambda t: t.pop(f"{Q}.weight"), f"lacks {Q}.weight", id="a linear lost"),
     pytest.param(lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight", id="a norm lost"),
     pytest.param(
-        lambda t: t.update({"what.weight": torch.zeros(2, 2)}),
-        "no place for: what.weight",
-        id="one too many",
-    ),
-    pytest.param(
         lambda t: t.update({f"{Q}.weight": torch.zeros(32, 64)}),
         "[32, 64] in the checkpoint, config.json makes it [64, 64]",
         id="another shape",
@@ -554,16 +549,7 @@ def test_a_folder_that_does_not_fit_its_config_is_refused(
 
 CONFIGS = [
     pytest.param(
-        {"num_hidden_layers": 1}, CheckpointError, "no place for: model.layers.1", id="layers cut"
-    ),
-    pytest.param(
         {"num_hidden_layers": 3}, CheckpointError, "lacks model.layers.2", id="layers invented"
-    ),
-    pytest.param(
-        {"tie_word_embeddings": True},
-        CheckpointError,
-        "but the two differ",
-        id="tied, but two tensors",
     ),
     pytest.param(
         {"model_type": "nope"}, LlmquantError, "transformers cannot read", id="unknown type"
@@ -580,9 +566,9 @@ CONFIGS = [
     pytest.param({"dtype": "zzz"}, LlmquantError, "has no attribute 'zzz'", id="unknown dtype"),
     pytest.param(
         {"quantization_config": {"quant_method": "awq"}},
-        UsageError,
-        "already quantized (awq)",
-        id="quantized",
+        CheckpointError,
+        "announces awq weights but no tensor is packed",
+        id="a label without packed tensors",
     ),
 ]
 

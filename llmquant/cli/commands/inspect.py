@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmquant.cli.screen import screen
+from llmquant.errors import LlmquantError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from llmquant.checkpoint.inspect import Inspection
@@ -36,25 +38,27 @@ def inspect_command(
         from llmquant.checkpoint.manifest import verify as check
 
         check(found.path)
+    notes, refusal = _loads(found.path)
     if as_json:
-        sys.stdout.write(json.dumps(_as_dict(found, verify)) + "\n")
+        sys.stdout.write(json.dumps(_as_dict(found, verify, notes)) + "\n")
     else:
-        _show(found, verify, modules)
-    _refuse_own_code(found.path)
+        _show(found, verify, modules, notes)
+    # What stands in the headers was shown; that nothing here can load it is an error all the same.
+    if refusal is not None:
+        raise refusal
 
 
-def _refuse_own_code(path: Path) -> None:
-    """What stands in the headers was shown; that nothing here can load it is an error all the
-    same."""
-    from llmquant.checkpoint.reader import read_json
+def _loads(path: Path) -> tuple[Sequence[str], LlmquantError | None]:
+    """What loading the folder would say of it, and why it would refuse it."""
+    from llmquant.models.reading.check import check_loading
 
-    if "auto_map" in read_json(path / "config.json"):
-        from llmquant.models.from_folder import refuse_own_code
+    try:
+        return check_loading(path), None
+    except LlmquantError as e:
+        return (), e
 
-        refuse_own_code(path)
 
-
-def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
+def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[str, Any]:
     return {
         "path": str(found.path),
         "model_type": found.model_type,
@@ -72,6 +76,7 @@ def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
         "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
         "cautions": {engine: list(reasons) for engine, reasons in found.cautions.items()},
         "fallbacks": list(found.fallbacks),
+        "notes": list(notes),
         "modules": [
             {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes}
             for m in found.modules
@@ -79,7 +84,7 @@ def _as_dict(found: Inspection, verified: bool) -> dict[str, Any]:
     }
 
 
-def _show(found: Inspection, verified: bool, modules: bool) -> None:
+def _show(found: Inspection, verified: bool, modules: bool, notes: Sequence[str]) -> None:
     from rich.table import Table
 
     from llmquant.formats.engines import answers
@@ -101,6 +106,8 @@ def _show(found: Inspection, verified: bool, modules: bool) -> None:
         facts.add_row(*row)
     for note in found.fallbacks:
         facts.add_row("fallback", note)
+    for note in notes:
+        facts.add_row("note", note)
     if verified:
         facts.add_row("verified", "every file and every packed weight is what was written")
     console.print(facts)

@@ -126,6 +126,7 @@ def _as_dict(
         "device_bytes": needs.accelerator,
         "disk_bytes": needs.disk,
         "seconds": None if timing is None else timing.total,
+        "notes": list(plan.notes),
     }
 
 
@@ -235,5 +236,7 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
         "group sizes",
         f"{', '.join(map(str, plan.suggestions)) or 'none of 16 … 256'} fit every linear; -1 always",
     )
+    for note in plan.notes:
+        facts.add_row("note", note)
     console.print()
     console.print(facts)

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import fsync_path
-from llmquant.checkpoint.detect import quantization_config
+from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
 from llmquant.errors import FormatError, ProofError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats import gguf as blocks
+from llmquant.models.reading.fit import fitted
 from llmquant.weight import QuantizedWeight
 
 _ROPE = "rope_freqs.weight"
@@ -76,8 +77,9 @@ def export_gguf(
         raise UsageError(f"{path} exists; choose another name or pass overwrite")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder; make it first")
-    reader = CheckpointReader(model)
-    packed = None if quantization_config(reader) is None else PackedCheckpoint(reader)
+    stored = CheckpointReader(model)
+    fit = fitted(stored if quantization_of(stored) is None else PackedCheckpoint(stored))
+    reader, packed = fit.reader, fit.packed
     described = describe(reader)
     sources = _sources(gguf, reader, described, packed)
     read = _Reader(reader, packed, described)

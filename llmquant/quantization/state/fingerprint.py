@@ -22,7 +22,7 @@ import torch
 from llmquant.checkpoint.manifest import versions
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, sha256_file
 from llmquant.data.calibration import Calibration
-from llmquant.quantization.stored_dtype import StoredReader
+from llmquant.models.reading.stored_dtype import StoredReader
 from llmquant.recipe import Recipe
 
 Facts = dict[str, str]

@@ -1,0 +1,1 @@
+"""A folder's tensors and the places of the model that its config describes, brought together."""

@@ -1,0 +1,174 @@
+"""A folder as a run reads it: every tensor under the name of its place in the model, what has no
+place set apart, and everything refused that no reader could make sense of.
+
+``fitted`` is the one answer for plan, quantize, load (of packed folders), convert, inspect and the
+proof of a run, so that none accepts what another refuses. transformers' own reading of a folder is
+the measure: what it loads fits, what it would fill with random numbers does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmquant.checkpoint.packed import PackedCheckpoint
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.errors import ArchitectureError, CheckpointError
+from llmquant.models.from_folder import empty_model
+from llmquant.models.reading.leftovers import leftover_notes
+from llmquant.models.reading.places import Naming, naming
+from llmquant.models.tensor_check import refuse_mismatch
+from llmquant.runtime.finite import some
+
+_CODES = frozenset({"qweight", "weight_packed"})  # beside which a plain weight has no meaning
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A folder and its model.
+
+    Attributes:
+        reader: the folder's tensors by the names of their places; leftovers by their own.
+        model: on the meta device, its modules named as in the folder.
+        packed: the same folder's packed modules; None for an unquantized one.
+        leftovers: tensors without a place.
+        notes: what people should know of it.
+    """
+
+    reader: CheckpointReader
+    model: PreTrainedModel
+    packed: PackedCheckpoint | None
+    leftovers: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def fitted(
+    source: CheckpointReader | PackedCheckpoint, dtype: torch.dtype = torch.float32
+) -> Fitted:
+    """Bring a folder and the model of its config together, from names, shapes and dtypes; of the
+    weights only tied tensors that are stored twice are read.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape or not floating-point; two
+            contradict each other; packed weights for what the model lacks.
+        ArchitectureError: not a causal language model that transformers knows, or packed weights
+            for something other than a plain Linear.
+        FormatError: packed tensors that are not of their layout.
+    """
+    packed = source if isinstance(source, PackedCheckpoint) else None
+    reader = source.reader if isinstance(source, PackedCheckpoint) else source
+    model = empty_model(reader, dtype)
+    found = naming(
+        reader, model, {} if packed is None else {m: t.values() for m, t in packed.tensors.items()}
+    )
+    packed = None if packed is None else packed.renamed(found.names)
+    reader = reader.renamed(found.names) if packed is None else packed.reader
+    if found.untied:
+        reader.config = {**reader.config, "tie_word_embeddings": False}
+        model = empty_model(reader, dtype)
+    elif packed is not None and _packed_head(model, packed):
+        model.config.tie_word_embeddings = False  # a packed head has no weight to share
+    linears = _packed_linears(model, packed) if packed is not None else {}
+    _check_tensors(reader, model, found, linears)
+    notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, found.leftovers))
+    return Fitted(reader, model, packed, found.leftovers, notes)
+
+
+def placeless(fit: Fitted) -> tuple[str, ...]:
+    """Modules of matrices that the model has no place for: engines that do read them must know that
+    they are not quantized."""
+    shapes = {n: fit.reader.info(n).shape for n in fit.leftovers if n.endswith(".weight")}
+    return tuple(n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) == 2)
+
+
+def linear_at(model: nn.Module, name: str, reader: CheckpointReader) -> nn.Linear:
+    """The linear that a folder has packed weights for.
+
+    Raises:
+        CheckpointError: the model has no such module.
+        ArchitectureError: it is something other than a plain Linear.
+    """
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError as e:
+        raise CheckpointError(
+            f"{reader.path} has packed weights for {name}, which {type(model).__name__} does not have"
+        ) from e
+    if type(linear) is not nn.Linear:
+        raise ArchitectureError(
+            f"{name} is packed but is a {type(linear).__name__}, not a plain Linear"
+        )
+    return linear
+
+
+def _packed_head(model: PreTrainedModel, packed: PackedCheckpoint) -> bool:
+    head = model.get_output_embeddings()
+    return any(m is head for n, m in model.named_modules() if n in packed.schemes)
+
+
+def _packed_linears(model: PreTrainedModel, packed: PackedCheckpoint) -> dict[str, nn.Linear]:
+    """The places of packed modules, each of the shape that the config wants."""
+    linears = {}
+    for name in packed.schemes:
+        linear = linears[name] = linear_at(model, name, packed.reader)
+        wanted = (linear.out_features, linear.in_features)
+        # Headers tell a width only to the next full word, so the numbers have the last say.
+        if packed.shape(name) != wanted and packed.weight(name).shape != wanted:
+            raise CheckpointError(
+                f"{packed.reader.path}: {name} is {list(packed.weight(name).shape)}, the config wants {list(wanted)}"
+            )
+        if f"{name}.weight" in packed.reader and packed.tensors[name].keys() & _CODES:
+            raise CheckpointError(
+                f"{packed.reader.path}: {name} is packed and has an unquantized weight too; remove one"
+            )
+    return linears
+
+
+def _check_tensors(
+    reader: CheckpointReader,
+    model: PreTrainedModel,
+    found: Naming,
+    packed: dict[str, nn.Linear],
+) -> None:
+    """Everything that the model reads, but packed weights, is there, of its shape and dtype."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {**model.state_dict(), **parameters}
+    wanted = {n: t for n, t in wanted.items() if n.removesuffix(".weight") not in packed}
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    missing = [n for n in wanted if n not in reader and n not in tied]
+    refuse_mismatch(reader, model, missing, found.leftovers)
+    for name, like in wanted.items():
+        if name not in reader:
+            continue
+        info = reader.info(name)
+        if info.shape != tuple(like.shape):
+            wants = ", the config wants" if packed else " in the checkpoint, config.json makes it"
+            raise CheckpointError(
+                f"{reader.path}: {name} is {list(info.shape)}{wants} {list(like.shape)}"
+            )
+        if name in parameters and not info.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{reader.path}: {name} is {info.dtype}; an unquantized model's weights are floating-point"
+            )
+
+
+def _naming_notes(found: Naming) -> list[str]:
+    notes = []
+    plain = sorted(s for s, p in found.names.items() if p not in found.swapped)
+    if plain:
+        notes.append(
+            f"{some(plain)}: read as {some([found.names[n] for n in plain])}, as transformers does; the result has these names"
+        )
+    notes += [
+        f"{other} is stored in place of {place}, to which config.json ties it; the result has it under that name"
+        for place, other in found.swapped.items()
+    ]
+    if found.untied:
+        notes.append(
+            f"config.json ties {some(list(found.untied))} to the embeddings, but the two differ, so they are "
+            "read as two, as transformers does"
+        )
+    return notes

@@ -1,0 +1,104 @@
+"""The last part of a run's proof: the folder loads, and what loads computes what was quantized.
+
+That every tensor is on the disk says nothing of a reader that has no place for it. So the folder is
+opened as ``load`` opens it, and the first block that has packed linears is run twice on a few
+tokens: with packed layers, and with plain ones that hold the dequantized weights. What comes out
+must be the same. Every linear goes through one kernel, ``reference``, whose arithmetic is that of
+the plain layer; engines' rounding of activations is left out on both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from llmquant.checkpoint.packed import PackedCheckpoint
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.errors import LlmquantError, ProofError
+from llmquant.kernels.packed_linear import PackedLinear
+from llmquant.models.architectures import blocks_of
+from llmquant.models.block_inputs import BlockInput, first_inputs, run_block
+from llmquant.models.load import put_module
+from llmquant.models.reading.fit import fitted, linear_at
+from llmquant.quantization.blocks.materialize import materialized, outer_names
+from llmquant.quantization.plan import WalkPlan
+from llmquant.runtime.devices import ChosenDtype
+from llmquant.weight import QuantizedWeight
+
+_TOKENS = 4
+_DTYPE = torch.float32
+
+
+def prove_loading(written: CheckpointReader, plan: WalkPlan) -> None:
+    """Load the folder's first block of packed linears and run it.
+
+    Raises:
+        ProofError: the folder does not load, or the block computes something else.
+    """
+    try:
+        fit = fitted(PackedCheckpoint(written), _DTYPE)
+    except LlmquantError as e:
+        raise ProofError(f"what was written cannot be loaded: {e}") from e
+    assert fit.packed is not None  # a packed folder was given
+    here = replace(
+        plan,
+        source=replace(plan.source, model=fit.model, reader=fit.reader),
+        precision=ChosenDtype(_DTYPE),
+        device=torch.device("cpu"),
+    )
+    blocks = blocks_of(here.model, plan.architecture)
+    names = {
+        i: [n for n in fit.packed.schemes if n.startswith(f"{plan.architecture.blocks}.{i}.")]
+        for i in range(len(blocks))
+    }
+    index = next((i for i, inside in names.items() if inside), None)
+    if index is None:
+        return  # the head alone is quantized
+    prefix = f"{plan.architecture.blocks}.{index}."
+    weights = {n.removeprefix(prefix): fit.packed.weight(n) for n in names[index]}
+    inputs = _inputs(here, blocks, index)
+    plain, packed = (_run(here, blocks[index], prefix, weights, inputs, k) for k in (False, True))
+    if not torch.allclose(plain, packed, rtol=1e-4, atol=1e-5 * float(plain.abs().max())):
+        raise ProofError(f"{written.path}: block {index} does not compute what was quantized")
+
+
+def _inputs(plan: WalkPlan, blocks: nn.ModuleList, index: int) -> BlockInput:
+    """What the block is called with for a few tokens, whose embeddings stand in for its hidden
+    states."""
+    ids = torch.arange(min(_TOKENS, int(plan.model.config.vocab_size))).unsqueeze(0)
+    with materialized(plan, plan.model, "", outer_names(plan)):
+        (first,) = first_inputs(plan.model, blocks, [ids])
+    return BlockInput(first.hidden, first.calls[index:])
+
+
+def _run(
+    plan: WalkPlan,
+    block: nn.Module,
+    prefix: str,
+    weights: dict[str, QuantizedWeight],
+    inputs: BlockInput,
+    packed: bool,
+) -> Tensor:
+    """The block's output with its quantized linears packed or plain."""
+    linears = {name: linear_at(block, name, plan.reader) for name in weights}
+    rest = [n for n, _ in block.named_parameters() if n.removesuffix(".weight") not in linears]
+    with materialized(plan, block, prefix, rest):
+        try:
+            for name, weight in weights.items():
+                put_module(block, name, _layer(weight, linears[name].bias, packed))
+            return run_block(block, inputs)
+        finally:
+            for name, linear in linears.items():
+                put_module(block, name, linear)
+
+
+def _layer(weight: QuantizedWeight, bias: Tensor | None, packed: bool) -> nn.Module:
+    if packed:
+        return PackedLinear(weight, bias, dtype=_DTYPE, kernel="reference")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.dequantize(_DTYPE), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear

@@ -1,0 +1,264 @@
+"""Quantized folders with something beside the packed weights, or a label that does not fit: load,
+convert, inspect and quantize say the same of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folder_kit import (
+    EMBEDDINGS,
+    HEAD,
+    NORM,
+    RTN,
+    SINGLE,
+    Case,
+    Q,
+    Run,
+    configure,
+    put,
+    run,
+    unprefixed,
+    write_case,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config
+
+from llmquant import load
+from llmquant.errors import LlmquantError
+
+__all__ = ["run"]
+
+ATTENTION = "model.layers.0.self_attn"
+ONES = torch.ones(1)
+Tensors = dict[str, torch.Tensor]
+KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+def logits(folder: Path) -> torch.Tensor | None:
+    try:
+        model = load(folder, dtype="float32", kernel="reference")
+    except LlmquantError:
+        return None
+    with torch.no_grad():
+        result: torch.Tensor = model(torch.arange(8).unsqueeze(0)).logits
+    return result
+
+
+@pytest.fixture
+def packed(tmp_path: Path, run: Run) -> Callable[..., tuple[Path, Tensors]]:
+    """A quantized folder in some layout, and its tensors."""
+
+    def make(layout: str = "compressed-tensors", **config: Any) -> tuple[Path, Tensors]:
+        source = write_case(Case("", lambda f, t: None, config=config), tmp_path / "m")
+        out = tmp_path / "q"
+        assert run("quantize", source, "-o", out, *RTN, "--format", layout).code == 0
+        for name in ("manifest.json", "README.md", "recipe.yaml"):  # as of another tool
+            (out / name).unlink()
+        return out, load_file(out / SINGLE)
+
+    return make
+
+
+def biases(tensors: Tensors, value: float) -> Tensors:
+    """A bias for every packed linear, as AutoGPTQ writes it."""
+    return {
+        n.replace("qweight", "bias"): torch.full((t.shape[1],), value)
+        for n, t in tensors.items()
+        if n.endswith("qweight")
+    }
+
+
+BESIDE = {
+    "zero biases": ("gptq", lambda t: biases(t, 0.0), "all zero"),
+    "biases": ("gptq", lambda t: biases(t, 1.0), "not zero"),
+    "KV-cache scales": ("compressed-tensors", lambda t: {f"{ATTENTION}.k_scale": ONES, f"{ATTENTION}.v_scale": ONES}, "KV cache"),
+    "mtp": ("compressed-tensors", lambda t: {"mtp.fc.weight": torch.ones(32, 64)}, "mtp.fc.weight"),
+    "an extra layer": ("awq", lambda t: {"model.layers.2.mlp.up_proj.weight": torch.ones(48, 32)}, "layers.2"),
+    "value head": ("gptq_v2", lambda t: {"v_head.weight": torch.ones(1, 32)}, "v_head.weight"),
+    "rotary tables": ("gptq", lambda t: {f"{ATTENTION}.rotary_emb.inv_freq": ONES}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "more", "says"), BESIDE.values(), ids=list(BESIDE))
+def test_what_lies_beside_packed_weights_is_kept_and_named(
+    layout: str,
+    more: Callable[[Tensors], Tensors],
+    says: str,
+    packed: Callable[..., tuple[Path, Tensors]],
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    folder, tensors = packed(layout)
+    before, beside = logits(folder), more(tensors)
+    put(folder, {**tensors, **beside})
+    after = logits(folder)
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before, after)
+    inspected = run("inspect", folder)
+    assert (inspected.code, says in " ".join(inspected.out.split())) == (0, True)
+    for target in ("compressed-tensors", "dense"):
+        out = tmp_path / target
+        converted = run("convert", folder, "--to", target, "-o", out)
+        assert (converted.code, says in converted.err + converted.out) == (0, True), converted
+        kept = load_file(out / SINGLE)
+        assert all(torch.equal(kept[n], t) for n, t in beside.items())
+        assert run("inspect", out, "--verify").code == 0
+        made = logits(out)
+        assert made is not None
+        assert torch.allclose(made, before, atol=1e-4)
+
+
+def test_a_kv_cache_scheme_is_kept_where_the_layout_can_say_it(
+    packed: Callable[..., tuple[Path, Tensors]], tmp_path: Path, run: Run
+) -> None:
+    folder, tensors = packed()
+    put(folder, {**tensors, f"{ATTENTION}.k_scale": ONES, f"{ATTENTION}.v_scale": ONES})
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    configure(folder, quantization_config={**config, "kv_cache_scheme": KV})
+    assert run("inspect", folder).code == 0
+    assert logits(folder) is not None
+    out = tmp_path / "ct"
+    assert run("convert", folder, "--to", "compressed-tensors", "-o", out).code == 0
+    assert (
+        json.loads((out / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+        == KV
+    )
+    assert f"{ATTENTION}.k_scale" in load_file(out / SINGLE)
+    for target in ("gptq", "awq", "dense"):
+        ran = run("convert", folder, "--to", target, "-o", tmp_path / target)
+        assert (ran.code, "kv_cache_scheme" in ran.err, (tmp_path / target).exists()) == (
+            1,
+            True,
+            False,
+        )
+
+
+REFUSED = {
+    "a norm lost": (lambda t: t.pop(NORM), {}, f"lacks {NORM}"),
+    "a scale lost": (lambda t: t.pop(f"{Q}.weight_scale"), {}, "weight_scale"),
+    "a linear lost": (lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{Q}.")], {}, f"lacks {Q}.weight"),
+    "packed and dense": (lambda t: t.update({f"{Q}.weight": torch.ones(32, 32)}), {}, "remove one"),
+    "another width": (lambda t: None, {"intermediate_size": 64}, "the config wants [32, 64]"),
+    "fewer layers, packed": (lambda t: None, {"num_hidden_layers": 1}, "does not have"),
+    "more layers": (lambda t: None, {"num_hidden_layers": 3}, "lacks model.layers.2"),
+    "no label": (lambda t: None, {"quantization_config": None}, "no quantization_config that says which"),
+    "an empty label": (lambda t: None, {"quantization_config": {}}, "no quantization_config that says which"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "config", "words"), REFUSED.values(), ids=list(REFUSED))
+def test_what_does_not_load_is_not_inspected_or_converted(
+    change: Callable[[Tensors], object],
+    config: Mapping[str, object],
+    words: str,
+    packed: Callable[..., tuple[Path, Tensors]],
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    folder, tensors = packed()
+    change(tensors)
+    put(folder, tensors)
+    configure(folder, **config)
+    assert logits(folder) is None
+    for command in (("inspect", folder), ("convert", folder, "--to", "gptq", "-o", tmp_path / "o")):
+        ran = run(*command)
+        assert (ran.code, words in ran.err) == (1, True), ran
+    assert not (tmp_path / "o").exists()
+
+
+def test_packed_weights_without_the_prefix(
+    packed: Callable[..., tuple[Path, Tensors]], tmp_path: Path, run: Run
+) -> None:
+    folder, tensors = packed("gptq")
+    before = logits(folder)
+    put(folder, unprefixed(tensors))
+    after = logits(folder)
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before, after)
+    out = tmp_path / "c"
+    assert run("convert", folder, "--to", "compressed-tensors", "-o", out).code == 0
+    made = logits(out)
+    assert made is not None
+    assert torch.allclose(made, before, atol=1e-4)
+
+
+def test_a_packed_folder_of_a_tied_model_that_stores_the_head_alone(
+    packed: Callable[..., tuple[Path, Tensors]], run: Run
+) -> None:
+    folder, tensors = packed(tie_word_embeddings=True)
+    before = logits(folder)
+    put(folder, {n.replace(EMBEDDINGS, HEAD): t for n, t in tensors.items()})
+    after = logits(folder)
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before, after)
+    assert run("inspect", folder).code == 0
+
+
+FP8: dict[str, tuple[Mapping[str, object] | None, str]] = {
+    "fp8": ({"quant_method": "fp8"}, "weight_scale_inv"),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        "weight_scale",
+    ),
+    "no label": (None, "weight_scale"),
+    "no label, no scales": (None, ""),
+}
+
+
+@pytest.mark.parametrize(("label", "scale"), FP8.values(), ids=list(FP8))
+def test_fp8_is_already_quantized_whoever_asks(
+    label: Mapping[str, object] | None, scale: str, tmp_path: Path, run: Run
+) -> None:
+    def edit(folder: Path, tensors: Tensors) -> None:
+        scales = {f"{Q}.{scale}": ONES} if scale else {}
+        put(
+            folder,
+            {**tensors, f"{Q}.weight": tensors[f"{Q}.weight"].to(torch.float8_e4m3fn), **scales},
+        )
+        configure(folder, quantization_config=label)
+
+    folder, out = write_case(Case("", edit, tokenizer=True), tmp_path / "m"), tmp_path / "q"
+    for command in (
+        ("quantize", folder, "-o", out, *RTN),
+        ("plan", folder, *RTN),
+        ("inspect", folder),
+        ("convert", folder, "--to", "gptq", "-o", out),
+        ("generate", folder, "Hello"),
+    ):
+        ran = run(*command)
+        assert (ran.code, "is already quantized (fp8" in ran.err) == (2, True), ran
+    assert not out.exists()
+
+
+STRANGE: dict[str, tuple[Any, str]] = {
+    "linears of a class of their own": (
+        FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+        "FalconLinear",
+    ),
+    "Conv1D": (GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), "Conv1D"),
+}
+
+
+@pytest.mark.parametrize(("config", "kind"), STRANGE.values(), ids=list(STRANGE))
+def test_what_no_reader_takes_is_not_written(
+    config: Any, kind: str, tmp_path: Path, run: Run
+) -> None:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "m")
+    for command in (
+        ("quantize", tmp_path / "m", "-o", tmp_path / "q", *RTN),
+        ("plan", tmp_path / "m", *RTN),
+    ):
+        ran = run(*command)
+        assert (ran.code, kind in ran.err) == (1, True), ran
+    assert not (tmp_path / "q").exists()
+    assert logits(tmp_path / "m") is not None
+    assert run("inspect", tmp_path / "m").code == 0
