@@ -58,6 +58,7 @@ def mount(
         folder: of the model, whose card may have a measured table.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # the oldest Gradio has no such argument
 
     def is_key(_: str, password: str) -> bool:
         matches = [hmac.compare_digest(password.encode(), key.encode()) for key in keys]
@@ -73,7 +74,6 @@ def mount(
         footer_links=[],
         ssr_mode=False,
         css=comparison.CSS + conversation.CSS,
-        run_history=False,
     )
 
 
