@@ -97,12 +97,13 @@ class Plan:
         return sum(m.nbytes for m in self.modules) * 8 / weights
 
 
-def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
+def make_plan(model: str | os.PathLike[str], recipe: Recipe, *, tokenizer: bool = False) -> Plan:
     """Plan a run.
 
     Args:
         model: folder or hub name.
         recipe: what would be done; needs no calibration source.
+        tokenizer: refuse a folder whose tokenizer cannot be read, if the recipe needs text.
 
     Raises:
         what :func:`llmquant.quantize` raises for the same request before it reads a text: one
@@ -111,7 +112,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe) -> Plan:
     prepared = prepare(model, recipe)
     reader, layout, linears = prepared.reader, prepared.layout, prepared.linears
     selection = prepared.selection()
-    if recipe.needs_text:
+    if tokenizer and recipe.needs_text:
         prepared.tokenizer()
     sizes = Sizes(layout)
     tensors: dict[str, Stored] = {}
