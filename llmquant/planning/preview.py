@@ -101,13 +101,20 @@ class Plan:
         return sum(m.nbytes for m in self.modules) * 8 / weights
 
 
-def make_plan(model: str | os.PathLike[str], recipe: Recipe, store_dtype: str = SOURCE) -> Plan:
+def make_plan(
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    store_dtype: str = SOURCE,
+    *,
+    tokenizer: bool = False,
+) -> Plan:
     """Plan a run.
 
     Args:
         model: folder or hub name.
         recipe: what would be done; needs no calibration source.
         store_dtype: as the run's.
+        tokenizer: refuse a folder whose tokenizer cannot be read, if the recipe needs text.
 
     Raises:
         what :func:`llmquant.quantize` raises for the same request before it reads a text: one
@@ -116,7 +123,7 @@ def make_plan(model: str | os.PathLike[str], recipe: Recipe, store_dtype: str = 
     plan = selected(prepare(model, recipe, store_dtype=store_dtype))
     reader, layout, linears = plan.reader, plan.layout, plan.source.linears
     selection = plan.selection
-    if recipe.needs_text:
+    if tokenizer and recipe.needs_text:
         load_tokenizer(reader.path)
     sizes = Sizes(layout)
     tensors: dict[str, Stored] = {}

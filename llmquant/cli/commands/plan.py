@@ -80,7 +80,7 @@ def plan_command(
 
     chosen = recipe_of(given)
     on, passes = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
-    plan = make_plan(model, chosen, store_dtype)
+    plan = make_plan(model, chosen, store_dtype, tokenizer=True)
     needs = forecast(plan, chosen, passes.itemsize)
     computing = Computing.of(on, passes)
     timing = None
