@@ -16,7 +16,7 @@ scaled.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -105,9 +105,7 @@ def search_scale(
     own = torch.arange(mean_abs.numel(), device=mean_abs.device) if channel is None else channel
     weights = [w.to(hessian.dtype) for w in weights]
     signal = sum(float(((w @ hessian) * w).sum()) for w in weights)
-    cheap = ScaleSearch(
-        min(options.steps, search.steps), search.smallest, search.norm, search.weighted
-    )
+    cheap = replace(search, steps=min(options.steps, search.steps))
     importance = hessian.diagonal()
     best, found = float("inf"), None
     for ratio, duo, scale in candidates(weights, specs, mean_abs, own, options):
