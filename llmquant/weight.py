@@ -71,12 +71,29 @@ def portable(scale: Tensor) -> Tensor:
     return torch.where(rounded < 0, -magnitude, magnitude)
 
 
+def times_power_of_two(values: Tensor, exponent: Tensor) -> Tensor:
+    """``values * 2**exponent`` (integers; shapes broadcast), in two steps: one factor alone may be
+    more than the dtype holds."""
+    half = exponent // 2
+    return torch.ldexp(torch.ldexp(values, half), exponent - half)
+
+
+def unportable_scales(scale: Tensor) -> int:
+    """How many scales are not the same number in float32, fp16 and bf16."""
+    same = torch.ones_like(scale, dtype=torch.bool)
+    for dtype in (torch.float16, torch.bfloat16):
+        same &= scale.to(dtype).to(torch.float32) == scale
+    return int((~same).sum())
+
+
 def is_portable(scale: Tensor) -> bool:
     """Whether every scale is the same number in float32, fp16 and bf16."""
-    return all(
-        bool(torch.equal(scale.to(d).to(torch.float32), scale))
-        for d in (torch.float16, torch.bfloat16)
-    )
+    return unportable_scales(scale) == 0
+
+
+def coarse_scales(scale: Tensor) -> int:
+    """How many portable scales are so small that fp16 has fewer than five bits for them."""
+    return int((scale.abs() < FP16_COARSE).sum()) if is_portable(scale) else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,7 +32,13 @@ from torch import Tensor
 from llmquant.algorithms import native
 from llmquant.errors import SpecError
 from llmquant.spec import QuantSpec
-from llmquant.weight import FP16_COARSE, FP16_EXACT, eight_bits, portable
+from llmquant.weight import (
+    FP16_COARSE,
+    FP16_EXACT,
+    eight_bits,
+    portable,
+    times_power_of_two,
+)
 
 # Rows are searched in slices whose temporaries stay in a CPU's cache (measured up to three times
 # faster than 1 << 21); an accelerator wants few, large launches instead. The result does not depend
@@ -95,21 +101,21 @@ def fit(
         importance: ``[in]`` non-negative weights of the columns' errors, or None for equal ones.
 
     Returns:
-        scales ``[out, groups]`` in ``weight``'s dtype, and zeros uint8 ``[out, groups]``. The scales
-        are portable unless fp16 has no room for them.
+        scales ``[out, groups]`` in ``weight``'s dtype, portable unless fp16 has no room for them,
+        and zeros uint8 ``[out, groups]``.
     """
     width = spec.width(weight.shape[1])
     groups = weight.contiguous().reshape(weight.shape[0], -1, width)
     cost = None if importance is None else importance.to(weight.dtype).reshape(1, -1, width)
     reach = _reach(groups, spec)
     shift = _shifts(reach, spec, search)
-    moved = groups if shift is None else _times_power(groups, shift.unsqueeze(-1))
+    moved = groups if shift is None else times_power_of_two(groups, shift.unsqueeze(-1))
     scales, zeros = _fit_groups(moved, spec, search, cost)
     if not spec.symmetric and search.lowest_zero:
         scales, zeros = _raised(moved, scales, zeros, spec, search, cost)
     if shift is None:
         return scales, zeros
-    scales = eight_bits(_times_power(scales, -shift)).to(scales.dtype)
+    scales = eight_bits(times_power_of_two(scales, -shift)).to(scales.dtype)
     return _held(groups, reach, scales, zeros, spec, search)
 
 
@@ -139,8 +145,8 @@ def _reach(groups: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _shifts(reach: Tensor, spec: QuantSpec, search: ScaleSearch) -> Tensor | None:
-    """Exponents ``[out, groups]`` that bring the reach of a group near 1 where a scale of its search
-    would leave fp16's normal range, else 0; None where no group needs one."""
+    """Exponents ``[out, groups]`` that bring the reach of a group near 1 where a scale of its
+    search would leave fp16's normal range, else 0; None where no group needs one."""
     factors, _ = _ranges(spec, search)
     outside = (reach * min(factors) < _LOWEST) | (reach * max(factors) > _HIGHEST)
     outside &= reach > 0
@@ -148,12 +154,6 @@ def _shifts(reach: Tensor, spec: QuantSpec, search: ScaleSearch) -> Tensor | Non
         return None
     finite = reach.clamp(max=torch.finfo(reach.dtype).max)
     return torch.where(outside, 1 - torch.frexp(finite).exponent, 0)
-
-
-def _times_power(values: Tensor, exponent: Tensor) -> Tensor:
-    """``values * 2**exponent``, in two steps: one factor alone may be more than the dtype holds."""
-    half = exponent // 2
-    return torch.ldexp(torch.ldexp(values, half), exponent - half)
 
 
 def _raised(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llmquant.checkpoint.atomic import check_destination
+from llmquant.checkpoint.companions import companions, left_behind, own_code
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
@@ -101,6 +102,8 @@ def convert(
         write_files(source, target, checked, dtype, writer)
         prove(source, target, checked, dtype, CheckpointReader(writer.partial), on_progress)
         writer.publish()
+    folder = source.reader.path
+    found = companions(folder, source.reader.files())
     return ConvertResult(
         path=Path(output),
         source_format=source.packed.layout.name,
@@ -110,7 +113,7 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=_warnings(target, checked),
+        warnings=(*_warnings(target, checked), *left_behind(found), *own_code(folder, found)),
     )
 
 

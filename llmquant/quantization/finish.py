@@ -87,8 +87,8 @@ def describe(
         processes=plan.world.size,
         versions=versions(),
         bits_per_weight=outcome.packed_bytes * 8 / weights,
-        rotation=RotationEntry(**asdict(reader.report))
-        if isinstance(reader, RotatedReader)
+        rotation=RotationEntry(**asdict(reader.inner.report))
+        if isinstance(reader.inner, RotatedReader)
         else None,
         modules={n: _module_entry(r, outcome.shapes[n]) for n, r in outcome.modules.items()},
         tuned={

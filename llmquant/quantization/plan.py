@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmquant.algorithms import AWQOptions, GPTQOptions, ScaleSearch, TuneOptions
-from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.formats import layout_of
 from llmquant.models.architectures import Architecture
 from llmquant.quantization.steps.channel_scaling import PairReport
+from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.quantization.steps.smoothquant import SmoothOptions
 from llmquant.quantization.steps.tuning import TuneReport
 from llmquant.recipe import Recipe
@@ -40,6 +41,9 @@ class ModuleReport:
         peak: the most bytes that this process had in RAM up to then; likewise.
         fallback: why the recipe's method was not used and the weight rounded to nearest instead,
             else None.
+        coarse: scales so small that fp16 has fewer than five bits for them; not part of the
+            manifest.
+        wide: scales that only a wider dtype than fp16 holds; likewise.
     """
 
     name: str
@@ -54,6 +58,8 @@ class ModuleReport:
     seconds: float = 0.0
     peak: int = 0
     fallback: str | None = None
+    coarse: int = 0
+    wide: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ class WalkPlan:
 
     model: PreTrainedModel
     architecture: Architecture
-    reader: CheckpointReader
+    reader: RescaledReader
     specs: Mapping[str, QuantSpec]
     recipe: Recipe
     device: torch.device
@@ -104,7 +110,8 @@ class WalkPlan:
     @property
     def search(self) -> ScaleSearch:
         s = self.recipe.scales
-        return ScaleSearch(s.steps, s.smallest, s.norm, s.weighted)
+        lowest = layout_of(self.recipe.format).lowest_zero
+        return ScaleSearch(s.steps, s.smallest, s.norm, s.weighted, lowest)
 
     @property
     def tune_options(self) -> TuneOptions | None:

@@ -27,6 +27,7 @@ from llmquant.models.rotated import rotated
 from llmquant.models.selection import Linears, Selection, linears_of, select
 from llmquant.models.tensor_check import check_fit
 from llmquant.quantization.plan import WalkPlan
+from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
@@ -39,7 +40,8 @@ class Prepared:
 
     Attributes:
         original: the checkpoint as it is.
-        reader: as the run reads it: rotated where the recipe wants that.
+        reader: as the run reads it: rotated where the recipe wants that, and with powers of two
+            moved between layers where scales need it.
         skeleton: the model on the meta device.
         linears: that could be quantized.
         layout: the recipe's format.
@@ -48,7 +50,7 @@ class Prepared:
     """
 
     original: CheckpointReader
-    reader: CheckpointReader
+    reader: RescaledReader
     skeleton: PreTrainedModel
     architecture: Architecture
     linears: Linears
@@ -128,14 +130,14 @@ def prepare(
     """
     original = unquantized(model)
     layout = layout_of(recipe.format)
-    reader = rotated(original, recipe)
+    seen = rotated(original, recipe)
     on, chosen = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
-    skeleton = empty_model(reader, chosen.dtype)
-    architecture = architectures.find(skeleton, str(reader.config.get("model_type")))
-    check_fit(reader, skeleton)
+    skeleton = empty_model(seen, chosen.dtype)
+    architecture = architectures.find(skeleton, str(seen.config.get("model_type")))
+    check_fit(seen, skeleton)
     return Prepared(
         original,
-        reader,
+        RescaledReader(seen, architecture, recipe),
         skeleton,
         architecture,
         linears_of(skeleton),

@@ -10,7 +10,7 @@ get its name. What a killed run had finished is continued
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import check_destination, refuse_source
-from llmquant.checkpoint.manifest import fallback_notes
+from llmquant.checkpoint.companions import companions, left_behind, own_code
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.checkpoint.writer import CheckpointWriter
@@ -31,7 +31,7 @@ from llmquant.quantization.finish import base_name, describe, prove
 from llmquant.quantization.memory import placement
 from llmquant.quantization.plan import ModuleReport, Progress, WalkPlan
 from llmquant.quantization.prepare import Prepared, deterministic, prepare
-from llmquant.quantization.reports import Outcome
+from llmquant.quantization.reports import Outcome, warnings_of
 from llmquant.quantization.state.fingerprint import Facts, fingerprint
 from llmquant.quantization.state.log import RunLog
 from llmquant.quantization.state.resume import SavedRun, finished_before, state_of
@@ -329,6 +329,12 @@ class _Work:
                 total += sum(t.nbytes for t in stored.values())
         return total
 
+    def _beside(self) -> list[str]:
+        """What became of the files beside the weights, where that is worth a word."""
+        original = self.prepared.original
+        found = companions(original.path, original.files())
+        return [*left_behind(found), *own_code(original.path, found)]
+
     def result(self, outcome: Outcome, resumed: int, bytes_written: int) -> QuantizeResult:
         weights = sum(o * i for o, i in outcome.shapes.values())
         return QuantizeResult(
@@ -342,23 +348,7 @@ class _Work:
             source_bytes=sum(i.nbytes for i in self.prepared.original.tensors.values()),
             bytes_written=bytes_written,
             calibration=self.calibration,
-            warnings=tuple(_warnings(outcome, self.plan.recipe)),
+            warnings=(*warnings_of(outcome, self.plan.recipe), *self._beside()),
             computing=self.prepared.computing,
             resumed=resumed,
         )
-
-
-def _warnings(outcome: Outcome, recipe: Recipe) -> Iterator[str]:
-    """What a user should know though the run succeeded."""
-    for note in fallback_notes({n: r.fallback for n, r in outcome.modules.items()}):
-        yield f"{note}; give more calibration text, or show every token to every expert (--all-experts)"
-    for report in outcome.modules.values():
-        if report.damping is not None and report.damping > recipe.gptq.damping:
-            yield (
-                f"{report.name}: Cholesky failed at damping {recipe.gptq.damping:g}, {report.damping:g} was used; "
-                "more calibration tokens make this rarer"
-            )
-        if report.dropped:
-            yield f"{report.name}: {report.dropped} of {report.dropped + report.tokens} calibration tokens were NaN or Inf"
-        if report.dead:
-            yield f"{report.name}: {report.dead} input channels were zero on all calibration tokens; rounded to nearest"

@@ -10,11 +10,12 @@ from torch import Tensor
 from llmquant.checkpoint.manifest import packed_bytes
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.checkpoint.writer import CheckpointWriter
-from llmquant.errors import QuantizationError
+from llmquant.errors import FormatError, QuantizationError
 from llmquant.formats import Activations, Format, Scheme
 from llmquant.models.selection import Selection
 from llmquant.quantization.plan import BlockResult
 from llmquant.quantization.reports import Outcome
+from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.runtime.finite import all_finite
 from llmquant.weight import QuantizedWeight
 
@@ -22,7 +23,7 @@ from llmquant.weight import QuantizedWeight
 def store_block(
     block: BlockResult,
     prefix: str,
-    reader: CheckpointReader,
+    reader: RescaledReader,
     writer: CheckpointWriter,
     layout: Format,
     selection: Selection,
@@ -36,6 +37,9 @@ def store_block(
         writer: that gets the tensors.
         layout: how linears are stored.
         selection: which scheme each has.
+
+    Raises:
+        FormatError: the layout cannot hold a linear's numbers; names it.
     """
     outcome = Outcome()
     for name, (weight, report) in block.weights.items():
@@ -48,8 +52,10 @@ def store_block(
         outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
     if block.tuned is not None:
         outcome.tuned[prefix] = block.tuned
-    if block.scaled:
-        outcome.scaled[prefix] = block.scaled
+    moved = reader.moved(None if block.index is None else prefix)
+    if moved or block.scaled:
+        place = prefix if block.index is not None else next(iter(block.weights))
+        outcome.scaled[place] = (*moved, *block.scaled)
     if block.index is not None:
         packed = {f"{name}.weight" for name in block.weights}
         names = (n for n in reader.tensors if n.startswith(f"{prefix}.") and n not in packed)
@@ -65,8 +71,15 @@ def store(
     writer: CheckpointWriter,
     layout: Format,
 ) -> dict[str, Tensor]:
-    """Pack one linear; returns its tensors by suffix."""
-    packed = layout.pack(weight, reader.info(f"{name}.weight").dtype, activations)
+    """Pack one linear; returns its tensors by suffix.
+
+    Raises:
+        FormatError: the layout cannot hold its numbers; names the linear.
+    """
+    try:
+        packed = layout.pack(weight, reader.info(f"{name}.weight").dtype, activations)
+    except FormatError as e:
+        raise FormatError(f"{name}: {e}") from e
     writer.add_together({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
     return packed
 

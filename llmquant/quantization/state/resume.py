@@ -26,7 +26,15 @@ from pydantic import TypeAdapter
 from llmquant.checkpoint.atomic import disk, fsync_path, remove
 from llmquant.checkpoint.reader import sha256_file
 from llmquant.checkpoint.writer import CheckpointWriter, Mark
-from llmquant.errors import DiskError, LlmquantError, ProofError, QuantizationError, UsageError
+from llmquant.errors import (
+    ArchitectureError,
+    DiskError,
+    FormatError,
+    LlmquantError,
+    ProofError,
+    QuantizationError,
+    UsageError,
+)
 from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement, SavedStream, StateStore
 from llmquant.quantization.reports import Outcome
 from llmquant.quantization.state.fingerprint import Facts, differences
@@ -34,6 +42,10 @@ from llmquant.quantization.state.journal import Journal, read_journal
 from llmquant.runtime import signals as interruption
 
 _JOURNAL = "journal.jsonl"
+# What the same command would meet again, so that nothing is kept: numbers that are impossible or
+# that a layout cannot hold, a request that cannot be right. A disk or a source that could not be
+# read may be better next time.
+_REPEATED = (QuantizationError, FormatError, ProofError, ArchitectureError, UsageError)
 _MARK, _STREAMS = TypeAdapter(Mark), TypeAdapter(dict[str, SavedStream])
 
 
@@ -92,7 +104,7 @@ class SavedRun:
 
     Leaving it normally removes the state. Leaving it by an exception keeps it if the same command
     could do better next time (an interrupt, a full disk, any surprise), and removes it if it could
-    not (impossible numbers, a failed proof).
+    not (impossible numbers, numbers that the layout cannot hold, a failed proof).
 
     Args:
         writer: entered, with ``keep`` set.
@@ -244,9 +256,7 @@ class SavedRun:
         if self._journal is not None:
             self._journal.close()
         stopped = interruption.stops(error)
-        failed = isinstance(error, QuantizationError | ProofError) or (
-            self.proving and isinstance(error, LlmquantError)
-        )
+        failed = isinstance(error, _REPEATED) or (self.proving and isinstance(error, LlmquantError))
         if error is None:
             _remove_at_end(self.folder)
         elif (failed and not stopped) or not self._writer.keep:

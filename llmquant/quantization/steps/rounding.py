@@ -12,7 +12,7 @@ from llmquant.quantization.plan import ModuleReport, WalkPlan
 from llmquant.runtime.memory import peak_resident_bytes
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats, PairStats
-from llmquant.weight import QuantizedWeight
+from llmquant.weight import QuantizedWeight, coarse_scales, unportable_scales
 
 Rounded = tuple[QuantizedWeight, ModuleReport]
 
@@ -36,6 +36,8 @@ def to_nearest(plan: WalkPlan, name: str, weight: Tensor, fallback: str | None =
         seconds=time.perf_counter() - start,
         peak=peak_resident_bytes(),
         fallback=fallback,
+        coarse=coarse_scales(quantized.scales),
+        wide=unportable_scales(quantized.scales),
     )
     return quantized, report
 
@@ -67,6 +69,8 @@ def with_statistics(
         dropped=stats.dropped,
         seconds=time.perf_counter() - start,
         peak=peak_resident_bytes(),
+        coarse=coarse_scales(quantized.scales),
+        wide=unportable_scales(quantized.scales),
     )
     return quantized, report
 
