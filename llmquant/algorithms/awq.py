@@ -30,7 +30,7 @@ from llmquant.weight import times_power_of_two
 
 DuoScaling = Literal["both", "on", "off"]
 _SMALLEST = 1e-4
-_UNEVEN = 2  # powers of two between the sizes of readers
+_UNEVEN = 3  # powers of two between the sizes of readers
 _FAR = (-5, 10)  # exponents of the largest activity between which it is taken as it is
 
 
@@ -155,7 +155,7 @@ def candidates(
 
 def evened(weights: Sequence[Tensor]) -> list[Tensor]:
     """Weights of readers of one input at powers of two that make their sizes alike, where the
-    largest is four times the smallest or more: their losses are added up, and what a reader's size
+    largest is several times the smallest: their losses are added up, and what a reader's size
     is says nothing of what it counts for."""
     sizes = torch.stack([w.abs().amax() for w in weights])
     exponents = torch.where(sizes > 0, sizes, sizes.max()).clamp(min=1e-38).log2()

@@ -3,8 +3,8 @@ name.
 
 Of a repository its list of files is read first, then the index of its weights, and then the weights
 that transformers would load and everything beside them that a new folder takes along
-(:mod:`llmquant.checkpoint.companions`): no second copy of the weights, no pickle. Python files are
-fetched as text, like the others, and never run.
+(:mod:`llmquant.checkpoint.companions.files`): no second copy of the weights, no pickle. Python
+files are fetched as text, like the others, and never run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from llmquant.checkpoint.companions import is_weights, sort_files
+from llmquant.checkpoint.companions.files import is_weights, sort_files
 from llmquant.checkpoint.reader import INDEX, SINGLE, read_json
 from llmquant.errors import CheckpointError, UsageError
 

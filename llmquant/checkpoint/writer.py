@@ -30,7 +30,7 @@ from llmquant.checkpoint.atomic import (
     put_in_place,
     remove,
 )
-from llmquant.checkpoint.companions import companions
+from llmquant.checkpoint.companions.files import companions
 from llmquant.checkpoint.reader import INDEX, SINGLE, sha256_file
 from llmquant.checkpoint.shards import ShardWriter, Stored, side_of
 from llmquant.errors import CheckpointError, ProofError
@@ -289,7 +289,7 @@ class CheckpointWriter:
 
     def copy_side_files(self, source: Path) -> list[str]:
         """Carry along everything beside the weights
-        (:func:`llmquant.checkpoint.companions.companions`); returns the names copied."""
+        (:func:`llmquant.checkpoint.companions.files.companions`); returns the names copied."""
         names = companions(source).carried
         for name in names:
             target = self.partial / name

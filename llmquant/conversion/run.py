@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from llmquant.checkpoint.atomic import check_destination
-from llmquant.checkpoint.companions import companions, left_behind, own_code
+from llmquant.checkpoint.companions.code import own_code
+from llmquant.checkpoint.companions.files import companions, left_behind
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check

@@ -18,7 +18,8 @@ from pathlib import Path
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import check_destination, refuse_source
-from llmquant.checkpoint.companions import companions, left_behind, own_code
+from llmquant.checkpoint.companions.code import own_code
+from llmquant.checkpoint.companions.files import companions, left_behind
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.checkpoint.writer import CheckpointWriter

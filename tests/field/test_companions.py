@@ -127,7 +127,7 @@ def test_everything_that_is_not_weights_goes_along(model: Path, tmp_path: Path, 
     assert again.code == 0, again.err
     for name in CARRIED:
         assert (tmp_path / "c" / name).read_bytes() == (source / name).read_bytes(), name
-    assert "left behind (other weights): " in again.err
+    assert "left behind in the model folder (other weights): " in again.err
     assert run("verify", tmp_path / "c").code == 0
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llmquant.checkpoint.companions import companions
+from llmquant.checkpoint.companions.files import companions
 from llmquant.checkpoint.manifest import versions
 from llmquant.checkpoint.reader import CheckpointReader, sha256_file
 from llmquant.data.calibration import Calibration

@@ -11,7 +11,7 @@ columns what the others are to theirs.
 
 Every product is exact in the checkpoint's dtype, or the move is not made: what is read is the same
 function, bit for bit, and whoever reads through :class:`RescaledReader` (calibration, rounding,
-copying, proof) sees one model. Where nothing is out of range nothing is touched.
+copying, proof) sees one model. Where nothing is out of range or far off nothing is touched.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ from llmquant.quantization.steps.exchanges import (
     norms_of,
 )
 from llmquant.recipe import Recipe
-from llmquant.weight import FP16_EXACT, times_power_of_two
+from llmquant.weight import times_power_of_two
 
 METHOD = "power-of-two"
 # A linear whose middle row gets a scale outside these is out of range.
 _LOW, _HIGH = 2.0**-14, 2.0**15
-# A row counts if it and its columns weigh more together than this share of the others.
+# A row counts if it and its columns weigh more together than this share of what most do.
 _COUNTS = 2.0**-6
+# Powers of two by which a row has to be off, and its columns the other way, to be moved.
+_FAR = 4
 
 
 @dataclass(slots=True)
@@ -210,9 +212,11 @@ class _Moves:
         self._make(changes, norm, readers)
 
     def between(self, exchange: Exchange) -> None:
-        """Make the sizes of a producer and its reader equal where one of them is out of range, then
-        those of single rows that still are what the others are."""
+        """Bring single rows of a producer to their columns of its reader as the others are to
+        theirs, then make the sizes of both equal where one of them is out of range."""
         producer, reader = exchange.producer, exchange.reader
+        if exchange.channel is not None:
+            self._single_rows(exchange, exchange.channel)
         rows = producer.of(self._rows(producer.module))
         others = reader.of(self._rows(reader.module))
         small, large = _middle(rows), _middle(others)
@@ -221,28 +225,24 @@ class _Moves:
         if self._outside(producer.module, rows) or self._outside(reader.module, others):
             power = round((math.log2(large) - math.log2(small)) / 2)
             self._exchange(exchange, torch.full_like(rows, power, dtype=torch.int64))
-            rows = producer.of(self._rows(producer.module))
-        if exchange.channel is not None:
-            self._single_rows(exchange, rows)
 
-    def _single_rows(self, exchange: Exchange, rows: Tensor) -> None:
-        assert exchange.channel is not None
-        scales = self._scales(exchange.producer.module, rows)
-        out = (scales > 0) & (scales < FP16_EXACT)
-        if not bool(out.any()) or bool(out.all()):
+    def _single_rows(self, exchange: Exchange, channel: Tensor) -> None:
+        modules = (exchange.producer.module, exchange.reader.module)
+        if not any(self._codes(self._name(m)) for m in modules):
             return
-        reader = f"{self._name(exchange.reader.module)}.weight"
+        rows = exchange.producer.of(self._rows(modules[0]))
         columns = torch.zeros_like(rows).scatter_reduce_(
-            0, exchange.channel, _largest(self._now(reader), 0), "amax"
+            0, channel, _largest(self._now(f"{self._name(modules[1])}.weight"), 0), "amax"
         )
         together = rows * columns
-        usual = ~out & (together > 0)
-        if not bool(usual.any()):
+        counts = together > _COUNTS * _middle(together)
+        if not bool(counts.any()):
             return
-        out &= together > _COUNTS * together[usual].median()
-        ratio = torch.where(together > 0, columns.log2() - rows.log2(), 0.0)
-        power = ((ratio - ratio[usual].median()) / 2).round()
-        self._exchange(exchange, torch.where(out & (power > 0), power, 0.0).to(torch.int64))
+        ratio = torch.where(counts, columns.log2() - rows.log2(), 0.0)
+        power = ((ratio - ratio[counts].median()) / 2).round()
+        power = torch.where(counts, power, 0.0).to(torch.int64)
+        if int(power.abs().max()) >= _FAR:
+            self._exchange(exchange, power)
 
     def _exchange(self, exchange: Exchange, power: Tensor) -> None:
         """Multiply the producer's rows by ``2**power`` and divide what reads them."""

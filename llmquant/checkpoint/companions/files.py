@@ -12,12 +12,10 @@ other runs) is not taken from the old one. The same rule says what is fetched fr
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 # Weights, in whatever form, and archives, which may hold some.
 WEIGHTS = (
@@ -68,7 +66,7 @@ _ANEW = frozenset(
 # Beside a whole model these make transformers load an adapter, whose weights are not carried.
 _ADAPTER = frozenset({"adapter_config.json", "adapter_model.json"})
 _LARGEST = 1 << 30
-_SHOWN = 6
+SHOWN = 6
 
 
 @dataclass(slots=True)
@@ -141,52 +139,10 @@ def left_behind(found: Companions) -> list[str]:
     for name, reason in found.left.items():
         reasons.setdefault(reason, []).append(name)
     return [
-        f"left behind ({reason}): {', '.join(names[:_SHOWN])}"
-        + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        f"left behind in the model folder ({reason}): {', '.join(names[:SHOWN])}"
+        + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         for reason, names in reasons.items()
     ]
-
-
-def own_code(folder: Path, found: Companions) -> list[str]:
-    """Sentences on a folder's own code: what is copied, and what ``auto_map`` names in vain."""
-    code = [n for n in found.carried if n.endswith(".py")]
-    said = []
-    if code:
-        said.append(
-            f"copied, but not run: {', '.join(code[:_SHOWN])}; engines run such code only where they are told to trust it"
-        )
-    for name in (
-        "config.json",
-        "tokenizer_config.json",
-        "processor_config.json",
-        "preprocessor_config.json",
-    ):
-        missing = sorted(m for m in _modules(folder / name) if f"{m}.py" not in code)
-        if missing:
-            said.append(
-                f"auto_map in {name} names {missing[0]}.py, which the model folder does not have"
-            )
-    return said
-
-
-def _modules(config: Path) -> set[str]:
-    """Modules of its own folder that a config's ``auto_map`` names; those of other repositories
-    have ``--`` in their names."""
-    try:
-        value = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return set()  # who needs the file says what is wrong with it
-    places: list[Any] = [value.get("auto_map")] if isinstance(value, dict) else []
-    names: set[str] = set()
-    while places:
-        place = places.pop()
-        if isinstance(place, dict):
-            places += place.values()
-        elif isinstance(place, list):
-            places += place
-        elif isinstance(place, str) and "--" not in place and "." in place:
-            names.add(place.rpartition(".")[0].replace(".", "/"))
-    return names
 
 
 def _hidden(name: PurePosixPath) -> bool:
