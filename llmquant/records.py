@@ -53,12 +53,16 @@ class ModuleReport(ModuleRecord):
         name: full module name.
         seconds: time spent rounding.
         peak: the most bytes that this process had in RAM up to then.
+        coarse: scales so small that fp16 has fewer than five bits for them.
+        wide: scales that only a wider dtype than fp16 holds.
     """
 
     name: str
     weight_error: float
     seconds: float = 0.0
     peak: int = 0
+    coarse: int = 0
+    wide: int = 0
 
 
 class TuneRecord(Record):

@@ -11,7 +11,9 @@ For a weight ``[out, in]`` with ``G`` groups per row::
 ``dequantize()`` is the definition of truth: ``(code - zero) * scale`` in float32. The difference
 has at most 9 bits with sign and a portable scale 8 significant bits, so the float32 product is
 exact; an engine that computes it in fp16 or bf16 therefore rounds once, from the same number,
-whatever its dtype (see :func:`portable`).
+whatever its dtype (see :func:`portable`). Scales that fp16 cannot hold are not clamped into it:
+they keep their 8 bits, and only a layout that stores scales in a wider dtype takes them
+(:func:`eight_bits`).
 """
 
 from __future__ import annotations
@@ -25,35 +27,73 @@ from torch import Tensor
 from llmquant.errors import QuantizationError
 from llmquant.spec import QuantSpec
 
-# fp16's normal range; a portable scale stays inside it, with the 8 significant bits of bf16.
-_FP16_MIN_NORMAL = 2.0**-14
+_FP16_STEP = 2.0**-24  # fp16's subnormals are its multiples
 _FP16_MAX_8_BITS = 65280.0
+_ALL_ZERO = 2.0**-14  # the scale of a group without a number in it
+# From here down, a multiple of fp16's step that has 8 significant bits no longer exists.
+FP16_EXACT = 2.0**-17
+# From here down, fp16 has fewer than 5 significant bits left for a scale.
+FP16_COARSE = 2.0**-20
+_SMALLEST, _LARGEST = 2.0**-126, 255 * 2.0**120  # bf16's normal range
+
+
+def eight_bits(scale: Tensor) -> Tensor:
+    """Round scales to bf16's 8 significant bits, of any size that bf16 holds.
+
+    Args:
+        scale: float tensor of any shape, finite. 0 counts as positive and becomes 2**-14.
+
+    Returns:
+        float32, same shape and sign.
+    """
+    magnitude = scale.abs().to(torch.float32)
+    rounded = magnitude.clamp(_SMALLEST, _LARGEST).to(torch.bfloat16).to(torch.float32)
+    rounded = torch.where(magnitude == 0, _ALL_ZERO, rounded)
+    return torch.where(scale < 0, -rounded, rounded)
 
 
 def portable(scale: Tensor) -> Tensor:
     """Round scales to values exact in both fp16 and bf16.
 
+    Below 2**-17 these are the multiples of 2**-24 and have fewer bits the smaller they are; there
+    rounding goes up, so that no weight of a group falls off the end of its codes.
+
     Args:
-        scale: float tensor of any shape, finite. 0 counts as positive.
+        scale: float tensor of any shape, finite. 0 counts as positive and becomes 2**-14.
 
     Returns:
-        float32, same shape and sign: 8 significant bits (bf16's), the magnitude inside fp16's
-            normal range
-        2**-14 … 65280.
+        float32, same shape and sign: 8 significant bits (bf16's), the magnitude in 2**-24 … 65280.
     """
-    magnitude = (
-        scale.abs().to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS).to(torch.bfloat16)
-    )
-    magnitude = magnitude.to(torch.float32).clamp(_FP16_MIN_NORMAL, _FP16_MAX_8_BITS)
-    return torch.where(scale < 0, -magnitude, magnitude)
+    rounded = eight_bits(scale)
+    magnitude = rounded.abs().clamp(max=_FP16_MAX_8_BITS)
+    up = (magnitude / _FP16_STEP).ceil() * _FP16_STEP
+    magnitude = torch.where(magnitude < FP16_EXACT, up, magnitude)
+    return torch.where(rounded < 0, -magnitude, magnitude)
+
+
+def times_power_of_two(values: Tensor, exponent: Tensor) -> Tensor:
+    """``values * 2**exponent`` (integers; shapes broadcast), in two steps: one factor alone may be
+    more than the dtype holds."""
+    half = exponent // 2
+    return torch.ldexp(torch.ldexp(values, half), exponent - half)
+
+
+def unportable_scales(scale: Tensor) -> int:
+    """How many scales are not the same number in float32, fp16 and bf16."""
+    same = torch.ones_like(scale, dtype=torch.bool)
+    for dtype in (torch.float16, torch.bfloat16):
+        same &= scale.to(dtype).to(torch.float32) == scale
+    return int((~same).sum())
 
 
 def is_portable(scale: Tensor) -> bool:
     """Whether every scale is the same number in float32, fp16 and bf16."""
-    return all(
-        bool(torch.equal(scale.to(d).to(torch.float32), scale))
-        for d in (torch.float16, torch.bfloat16)
-    )
+    return unportable_scales(scale) == 0
+
+
+def coarse_scales(scale: Tensor) -> int:
+    """How many portable scales are so small that fp16 has fewer than five bits for them."""
+    return int((scale.abs() < FP16_COARSE).sum()) if is_portable(scale) else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from packing import random_weight, shuffled_groups
 
 from llmquant.errors import QuantizationError
 from llmquant.spec import QuantSpec
-from llmquant.weight import QuantizedWeight, is_portable, portable
+from llmquant.weight import QuantizedWeight, eight_bits, is_portable, portable
 
 SYM = QuantSpec(4, 8, True)
 ASYM = QuantSpec(4, 8, False)
@@ -197,12 +197,12 @@ NUMBERS = st.floats(allow_nan=False, allow_infinity=False, width=32)
 def test_a_portable_scale_is_exact_in_both_half_precisions(values):
     scale = portable(torch.tensor(values, dtype=torch.float32))
     assert is_portable(scale)
-    assert bool((scale.abs() >= 2.0**-14).all())
+    assert bool((scale.abs() >= 2.0**-24).all())
     assert bool((scale.abs() <= 65280).all())
     assert torch.equal(portable(scale), scale)
 
 
-@given(st.floats(2.0**-14, 65280, width=32), st.sampled_from([1.0, -1.0]))
+@given(st.floats(2.0**-17, 65280, width=32), st.sampled_from([1.0, -1.0]))
 def test_a_portable_scale_is_the_nearest_and_keeps_its_sign(value, sign):
     got = float(portable(torch.tensor(sign * value)))
     assert got * sign > 0
@@ -212,9 +212,11 @@ def test_a_portable_scale_is_the_nearest_and_keeps_its_sign(value, sign):
 @pytest.mark.parametrize(
     ("value", "nearest"),
     [
-        pytest.param(0.0, 2.0**-14, id="zero is the smallest"),
-        pytest.param(1e-9, 2.0**-14, id="below fp16's normals"),
-        pytest.param(-1e-9, -(2.0**-14), id="negative and tiny"),
+        pytest.param(0.0, 2.0**-14, id="zero"),
+        pytest.param(2.0**-15 * 1.25, 2.0**-15 * 1.25, id="below fp16's normals"),
+        pytest.param(129.4 * 2.0**-24, 129 * 2.0**-24, id="the last with eight bits"),
+        pytest.param(17.1 * 2.0**-24, 18 * 2.0**-24, id="up to a multiple of fp16's step"),
+        pytest.param(-1e-9, -(2.0**-24), id="negative and tiny"),
         pytest.param(1e9, 65280.0, id="beyond fp16"),
         pytest.param(65400.0, 65280.0, id="would round up beyond fp16"),
         pytest.param(1 + 2.0**-8, 1.0, id="tie to even"),
@@ -223,6 +225,15 @@ def test_a_portable_scale_is_the_nearest_and_keeps_its_sign(value, sign):
 )
 def test_portable_at_the_edges(value, nearest):
     assert float(portable(torch.tensor(value))) == nearest
+
+
+@given(st.floats(2.0**-126, 2.0**126, width=32), st.integers(-60, 60))
+def test_eight_bits_know_no_range(value, power):
+    scale = torch.tensor(value)
+    assert torch.equal(eight_bits(scale), scale.to(torch.bfloat16).to(torch.float32))
+    moved = scale * 2.0**power
+    if 2.0**-126 <= float(moved) <= 2.0**126:
+        assert float(eight_bits(moved)) == float(eight_bits(scale)) * 2.0**power
 
 
 def test_an_fp16_scale_need_not_be_portable():

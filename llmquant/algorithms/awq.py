@@ -16,7 +16,7 @@ scaled.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,9 +26,12 @@ from llmquant.algorithms.rtn import rtn
 from llmquant.algorithms.scale_search import ScaleSearch
 from llmquant.errors import QuantizationError, SpecError
 from llmquant.spec import QuantSpec
+from llmquant.weight import times_power_of_two
 
 DuoScaling = Literal["both", "on", "off"]
 _SMALLEST = 1e-4
+_UNEVEN = 3  # powers of two between the sizes of readers
+_FAR = (-5, 10)  # exponents of the largest activity between which it is taken as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +106,9 @@ def search_scale(
             f"{module}: its calibration statistics overflowed; use a wider --dtype"
         )
     own = torch.arange(mean_abs.numel(), device=mean_abs.device) if channel is None else channel
-    weights = [w.to(hessian.dtype) for w in weights]
+    weights = evened([w.to(hessian.dtype) for w in weights])
     signal = sum(float(((w @ hessian) * w).sum()) for w in weights)
-    cheap = ScaleSearch(
-        min(options.steps, search.steps), search.smallest, search.norm, search.weighted
-    )
+    cheap = replace(search, steps=min(options.steps, search.steps))
     importance = hessian.diagonal()
     best, found = float("inf"), None
     for ratio, duo, scale in candidates(weights, specs, mean_abs, own, options):
@@ -136,7 +137,7 @@ def candidates(
     options: AWQOptions,
 ) -> Iterator[tuple[float, bool, Tensor]]:
     """(exponent, duo, scales ``[channels]``), the geometric mean of each one's extremes 1."""
-    activity = pooled(mean_abs, channel)
+    activity = _near_one(pooled(mean_abs, channel))
     magnitude = pooled(_magnitude(weights, specs), channel)
     for duo in {"both": (False, True), "on": (True,), "off": (False,)}[options.duo_scaling]:
         for step in range(0 if duo else 1, options.grid + 1):
@@ -150,6 +151,27 @@ def candidates(
             scale = scale / (scale.max() * scale.min()).sqrt()
             if bool(torch.isfinite(scale).all()):
                 yield ratio, duo, scale
+
+
+def evened(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of readers of one input at powers of two that make their sizes alike, where the
+    largest is several times the smallest: their losses are added up, and what a reader's size
+    is says nothing of what it counts for."""
+    sizes = torch.stack([w.abs().amax() for w in weights])
+    exponents = torch.where(sizes > 0, sizes, sizes.max()).clamp(min=1e-38).log2()
+    moves = (exponents.max() - exponents).round().to(torch.int32)
+    if int(moves.max()) < _UNEVEN:
+        return list(weights)
+    return [times_power_of_two(w, move) for w, move in zip(weights, moves, strict=True)]
+
+
+def _near_one(activity: Tensor) -> Tensor:
+    """Activations that are all small, or large, at another power of two: it falls out of the
+    candidates, but their floor is absolute."""
+    largest = activity.max()
+    exponent = torch.frexp(largest).exponent
+    far = (exponent < _FAR[0]) | (exponent > _FAR[1])
+    return times_power_of_two(activity, torch.where(far, -exponent, 0))
 
 
 def pooled(values: Tensor, channel: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import QuantizationError, SpecError
-from llmquant.weight import QuantizedWeight, portable
+from llmquant.weight import QuantizedWeight, eight_bits, is_portable, portable
 
 Forward = Callable[[Mapping[str, Tensor], int], Tensor]
 _INSIDE = 0.49  # how far from its code a latent may start; at 0.5 it would round to the neighbour
@@ -90,6 +90,7 @@ class _Latent:
     def __init__(self, original: Tensor, start: QuantizedWeight) -> None:
         group, codes = start.column_groups(), start.codes.to(torch.float32)
         self.start, self.zeros = start, start.zeros.to(torch.float32)
+        self._round = portable if is_portable(start.scales) else eight_bits
         place = original.to(torch.float32) / start.scales[:, group] + self.zeros[:, group]
         self.u = torch.clamp(place, codes - _INSIDE, codes + _INSIDE).requires_grad_()
         self.factor = torch.ones_like(start.scales).requires_grad_()
@@ -98,7 +99,7 @@ class _Latent:
         return self.u.detach().round().clamp_(0, self.start.spec.max_code)
 
     def _scales(self) -> Tensor:
-        return portable(self.start.scales * self.factor.detach())
+        return self._round(self.start.scales * self.factor.detach())
 
     def weight(self) -> Tensor:
         """``[out, in]`` exactly as it would be dequantized; gradients flow to ``u`` and

@@ -12,6 +12,13 @@ min-max by its own measure. All of it is element-wise per group, so rows are pro
 bounded size. A group's errors are summed in one order everywhere (:func:`_folded`), so the result
 does not depend on the processor, the device or the number of threads. In float32 on the CPU
 compiled code does the same, bit for bit (``native.py``).
+
+A group whose scales would leave fp16's normal range is fitted at another power of two, which moves
+no bit of the result, and gets its own back. Scales that fp16 then holds to fewer than five bits are
+rounded to what it has (:func:`llmquant.weight.portable`) where next to nothing of the weight is in
+their groups; otherwise the weight keeps scales that only a wider dtype holds, and a layout without
+one refuses them. A zero-point below the layout's lowest is fitted once more, on a range that
+reaches as far below 0 as that zero-point needs.
 """
 
 from __future__ import annotations
@@ -25,13 +32,25 @@ from torch import Tensor
 from llmquant.algorithms import native
 from llmquant.errors import SpecError
 from llmquant.spec import QuantSpec
-from llmquant.weight import portable
+from llmquant.weight import (
+    FP16_COARSE,
+    FP16_EXACT,
+    eight_bits,
+    portable,
+    times_power_of_two,
+)
 
 # Rows are searched in slices whose temporaries stay in a CPU's cache (measured up to three times
 # faster than 1 << 21); an accelerator wants few, large launches instead. The result does not depend
 # on it.
 _SLICE_ELEMENTS = 1 << 17
 _SLICE_ELEMENTS_ACCELERATOR = 1 << 24
+# Scales outside these are searched at another power of two.
+_LOWEST, _HIGHEST = 2.0**-14, 65280.0
+# The share of a weight's squares that may lie in groups whose scales lose bits to fp16.
+_NEGLIGIBLE = 1e-6
+# Half of fp16's smallest step: a group inside it rounds to nothing.
+_NOTHING = 2.0**-25
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +63,15 @@ class ScaleSearch:
         norm: exponent of the error.
         weighted: weigh errors by input-channel importance where statistics are at hand. Off by
             default: under GPTQ the unweighted search measures better (docs/decisions.md).
+        lowest_zero: the smallest zero-point of an asymmetric group; 1 where the layout stores
+            zero-points less one.
     """
 
     steps: int = 48
     smallest: float = 0.35
     norm: float = 2.0
     weighted: bool = False
+    lowest_zero: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or not 0 < self.smallest <= 1 or self.norm <= 0:
@@ -79,29 +101,106 @@ def fit(
         importance: ``[in]`` non-negative weights of the columns' errors, or None for equal ones.
 
     Returns:
-        scales ``[out, groups]`` in ``weight``'s dtype, portable, and zeros uint8 ``[out, groups]``.
+        scales ``[out, groups]`` in ``weight``'s dtype, portable unless fp16 has no room for them,
+        and zeros uint8 ``[out, groups]``.
     """
-    out_features, in_features = weight.shape
-    width = spec.width(in_features)
-    groups = weight.contiguous().reshape(out_features, -1, width)
+    width = spec.width(weight.shape[1])
+    groups = weight.contiguous().reshape(weight.shape[0], -1, width)
     cost = None if importance is None else importance.to(weight.dtype).reshape(1, -1, width)
+    reach = _reach(groups, spec)
+    shift = _shifts(reach, spec, search)
+    moved = groups if shift is None else times_power_of_two(groups, shift.unsqueeze(-1))
+    scales, zeros = _fit_groups(moved, spec, search, cost)
+    if not spec.symmetric and search.lowest_zero:
+        scales, zeros = _raised(moved, scales, zeros, spec, search, cost)
+    if shift is None:
+        return scales, zeros
+    scales = eight_bits(times_power_of_two(scales, -shift)).to(scales.dtype)
+    return _held(groups, reach, scales, zeros, spec, search)
+
+
+def _fit_groups(
+    groups: Tensor, spec: QuantSpec, search: ScaleSearch, cost: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The search over ``[out, groups, width]`` whose scales lie in fp16's normal range."""
     if search.norm == 2.0 and native.why_not(groups) is None:
         factors, fractions = _ranges(spec, search)
         lines = None if cost is None else cost[0]
         return native.fit(
             groups, lines, spec.max_code, spec.symmetric, search.steps, factors, fractions
         )
-    elements = _SLICE_ELEMENTS if weight.device.type == "cpu" else _SLICE_ELEMENTS_ACCELERATOR
-    rows = max(1, elements // in_features)
+    elements = _SLICE_ELEMENTS if groups.device.type == "cpu" else _SLICE_ELEMENTS_ACCELERATOR
+    rows = max(1, elements // (groups.shape[1] * groups.shape[2]))
     parts = [_fit_slice(part, spec, search, cost) for part in groups.split(rows)]
     scales, zeros = (torch.cat(p) for p in zip(*parts, strict=True))
     return scales, zeros.to(torch.uint8)
 
 
-def _fit_slice(
-    w: Tensor, spec: QuantSpec, search: ScaleSearch, cost: Tensor | None
+def _reach(groups: Tensor, spec: QuantSpec) -> Tensor:
+    """``[out, groups]``: what a range's factor is multiplied with."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    if spec.symmetric:
+        return torch.maximum(high, -low)
+    return high.clamp(min=0) - low.clamp(max=0)
+
+
+def _shifts(reach: Tensor, spec: QuantSpec, search: ScaleSearch) -> Tensor | None:
+    """Exponents ``[out, groups]`` that bring the reach of a group near 1 where a scale of its
+    search would leave fp16's normal range, else 0; None where no group needs one."""
+    factors, _ = _ranges(spec, search)
+    outside = (reach * min(factors) < _LOWEST) | (reach * max(factors) > _HIGHEST)
+    outside &= reach > 0
+    if not bool(outside.any()):
+        return None
+    finite = reach.clamp(max=torch.finfo(reach.dtype).max)
+    return torch.where(outside, 1 - torch.frexp(finite).exponent, 0)
+
+
+def _raised(
+    groups: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    spec: QuantSpec,
+    search: ScaleSearch,
+    cost: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    candidates = _candidates(w, spec, search)
+    """The parameters with those of groups whose zero-point is below the lowest fitted once more."""
+    low = zeros < search.lowest_zero
+    if not bool(low.any()):
+        return scales, zeros
+    costs = None if cost is None else cost.expand_as(groups)[low].unsqueeze(1)
+    scale, zero = _fit_slice(groups[low].unsqueeze(1), spec, search, costs, search.lowest_zero)
+    scales, zeros = scales.clone(), zeros.clone()
+    scales[low], zeros[low] = scale[:, 0], zero[:, 0].to(torch.uint8)
+    return scales, zeros
+
+
+def _held(
+    groups: Tensor,
+    reach: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    spec: QuantSpec,
+    search: ScaleSearch,
+) -> tuple[Tensor, Tensor]:
+    """Scales as fp16 has them, unless that would cost more than next to nothing of the weight."""
+    size = scales.abs()
+    lost = (size < FP16_COARSE) | (size > _HIGHEST)
+    if bool(lost.any()):
+        largest = groups.abs().amax()
+        squares = (groups / largest).square().sum(-1, dtype=torch.float64)
+        if float(squares[lost].sum()) > _NEGLIGIBLE * float(squares.sum()):
+            return scales, zeros
+    scales = torch.where(size < FP16_EXACT, portable(scales).to(scales.dtype), scales)
+    nothing = reach < _NOTHING
+    scales = torch.where(nothing, portable(torch.zeros_like(scales)).to(scales.dtype), scales)
+    return scales, zeros if spec.symmetric else torch.where(nothing, search.lowest_zero, zeros)
+
+
+def _fit_slice(
+    w: Tensor, spec: QuantSpec, search: ScaleSearch, cost: Tensor | None, lowest_zero: int = 0
+) -> tuple[Tensor, Tensor]:
+    candidates = _candidates(w, spec, search, lowest_zero)
     scale, zero = next(candidates)
     if search.steps == 0:
         return scale, zero
@@ -131,26 +230,30 @@ def _ranges(spec: QuantSpec, search: ScaleSearch) -> tuple[list[float], list[flo
     ]
 
 
-def _candidates(w: Tensor, spec: QuantSpec, search: ScaleSearch) -> Iterator[tuple[Tensor, Tensor]]:
+def _candidates(
+    w: Tensor, spec: QuantSpec, search: ScaleSearch, lowest_zero: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(scale, zero) pairs ``[rows, groups]``; the first is min-max."""
     factors, fractions = _ranges(spec, search)
     if spec.symmetric:
         reach = w.abs().amax(-1)
         middle = torch.full_like(reach, spec.middle)
-        yield portable(reach * factors[0]).to(w.dtype), middle
+        yield eight_bits(reach * factors[0]).to(w.dtype), middle
         for factor in factors[1:]:
-            scale = portable(reach * factor).to(w.dtype)
+            scale = eight_bits(reach * factor).to(w.dtype)
             yield scale, middle
             yield -scale, middle
         return
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+    if lowest_zero:
+        low = torch.minimum(low, high * (-lowest_zero / (spec.max_code - lowest_zero)))
     for factor, fraction in zip(factors, fractions, strict=True):
-        scale = portable((high - low) * factor).to(w.dtype)
-        zero = torch.round(-low * fraction / scale).clamp(0, spec.max_code)
+        scale = eight_bits((high - low) * factor).to(w.dtype)
+        zero = torch.round(-low * fraction / scale).clamp(lowest_zero, spec.max_code)
         yield scale, zero
         if search.steps:
             yield scale, (zero + 1).clamp(max=spec.max_code)
-            yield scale, (zero - 1).clamp(min=0)
+            yield scale, (zero - 1).clamp(min=lowest_zero)
 
 
 def _error(

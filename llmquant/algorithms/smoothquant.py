@@ -16,13 +16,13 @@ of the candidates and no scaling at all wins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llmquant.activations import int8_per_token
-from llmquant.algorithms.awq import Scaled
+from llmquant.algorithms.awq import Scaled, evened
 from llmquant.algorithms.rtn import rtn
 from llmquant.algorithms.scale_search import ScaleSearch
 from llmquant.errors import SpecError
@@ -97,7 +97,8 @@ def search_smoothing(
         SpecError: an ``alpha`` outside 0 … 1.
     """
     own = torch.arange(largest.numel(), device=largest.device) if channel is None else channel
-    weights = [r.weight for r in readers]
+    weights = evened([r.weight for r in readers])
+    readers = [replace(r, weight=w) for r, w in zip(readers, weights, strict=True)]
     signal = sum(float((rows @ w.to(rows.dtype).T).square().sum()) for w in weights)
     relative = 1 / signal if signal > 0 else 0.0
     ones = torch.ones_like(_pooled_max(largest, own))

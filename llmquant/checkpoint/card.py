@@ -19,6 +19,7 @@ from llmquant.checkpoint.manifest import Manifest
 MEASURED_START = "<!-- llmquant:measured:start -->"
 MEASURED_END = "<!-- llmquant:measured:end -->"
 _NOTHING = "Nothing was measured yet. Run `llmquant eval THIS_FOLDER --reference BASE_MODEL --text SOURCE --card`."
+_METHODS = {"awq": "AWQ", "smooth": "SmoothQuant"}
 _BEFORE = "Measured before the conversion"
 # Front matter that stays true of a quantized copy.
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
@@ -145,14 +146,26 @@ model = llmquant.load("THIS_FOLDER"){comment}
 
 def _scaled(manifest: Manifest) -> str:
     """What AWQ or SmoothQuant changed beside the linears; nothing for a run without them."""
-    pairs = [pair for block in manifest.scaled.values() for pair in block]
+    every = [pair for block in manifest.scaled.values() for pair in block]
+    pairs = [pair for pair in every if pair.method in _METHODS]
+    moved = _moved(len(every) - len(pairs))
     if not pairs:
-        return ""
+        return moved
     done = sum(pair.reason is None for pair in pairs)
-    method = {"awq": "AWQ", "smooth": "SmoothQuant"}[pairs[0].method]
-    return (
+    method = _METHODS[pairs[0].method]
+    return moved + (
         f"\nInput channels were scaled before rounding ({method}) in {done} of {len(pairs)} places, the inverse folded into the "
         "norm or linear before:\nthose norms and biases differ from the original's on purpose.\n"
+    )
+
+
+def _moved(places: int) -> str:
+    """That powers of two were moved between layers, if any were."""
+    if not places:
+        return ""
+    return (
+        f"\nPowers of two were moved between layers in {places} places, so that 16 bits hold the scales: the function is the "
+        "same, bit for\nbit, and norms and biases there differ from the original's on purpose.\n"
     )
 
 

@@ -79,9 +79,9 @@ def versions() -> dict[str, str]:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file that the manifest answers for, by name."""
-    found = (p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in UNHASHED)
-    return {p.name: sha256_file(p) for p in found}
+    """sha256 of every file that the manifest answers for, by its name in the folder."""
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {n: sha256_file(p) for n, p in sorted(found.items()) if n not in UNHASHED}
 
 
 def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -143,9 +143,15 @@ def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
             )
 
 
+_LOADED = (
+    *(".safetensors", ".safetensors.index.json", ".py", ".jinja", ".model", ".tiktoken"),
+    *("vocab.txt", "tekken.json", "processor_config.json"),
+)
+
+
 def _loaded(name: str) -> bool:
     """Whether engines load a file of this name as part of a model."""
-    return name.endswith((".safetensors", ".safetensors.index.json", ".py")) or name in SIDE_FILES
+    return name.endswith(_LOADED) or name in SIDE_FILES
 
 
 def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Manifest:
@@ -163,9 +169,8 @@ def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Man
             raise ProofError(
                 f"{folder / name} is not the file that was written: its sha256 differs from the manifest's"
             )
-    extra = sorted(
-        p.name for p in folder.iterdir() if p.name not in manifest.files and _loaded(p.name)
-    )
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    extra = sorted(n for n in names if n not in manifest.files and _loaded(n))
     if extra:
         raise ProofError(
             f"{folder} holds files that engines load and that are not in the manifest: {', '.join(extra)}"

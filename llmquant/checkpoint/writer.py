@@ -30,7 +30,8 @@ from llmquant.checkpoint.atomic import (
     put_in_place,
     remove,
 )
-from llmquant.checkpoint.reader import INDEX, SIDE_FILES, SINGLE, sha256_file
+from llmquant.checkpoint.companions.files import companions
+from llmquant.checkpoint.reader import INDEX, SINGLE, sha256_file
 from llmquant.checkpoint.shards import ShardWriter, Stored, side_of
 from llmquant.errors import CheckpointError, ProofError
 
@@ -287,13 +288,16 @@ class CheckpointWriter:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def copy_side_files(self, source: Path) -> list[str]:
-        """Carry the tokenizer, chat template and generation config along; returns the names
-        copied."""
-        names = [n for n in SIDE_FILES if (source / n).is_file()]
+        """Carry along everything beside the weights
+        (:func:`llmquant.checkpoint.companions.files.companions`); returns the names copied."""
+        names = companions(source).carried
         for name in names:
+            target = self.partial / name
             with self._disk():
-                shutil.copyfile(source / name, self.partial / name)
-                fsync_path(self.partial / name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, target)
+                fsync_path(target)
+                fsync_path(target.parent)
                 self._meant[name] = sha256_file(source / name)
         return names
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from llmquant.checkpoint.atomic import check_destination
+from llmquant.checkpoint.companions.code import own_code
+from llmquant.checkpoint.companions.files import companions, left_behind
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
@@ -107,6 +109,8 @@ def convert(
         write_files(source, target, checked, dtype, writer)
         prove(source, target, checked, dtype, CheckpointReader(writer.partial), on_progress)
         writer.publish()
+    folder = source.reader.path
+    found = companions(folder, source.reader.files())
     return ConvertResult(
         path=Path(output),
         source_format=source.packed.layout.name,
@@ -116,7 +120,12 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=(*source.notes, *_warnings(target, checked)),
+        warnings=(
+            *source.notes,
+            *_warnings(target, checked),
+            *left_behind(found),
+            *own_code(folder, found),
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from llmquant.activations import Activations
 from llmquant.errors import FormatError
 from llmquant.spec import QuantSpec
-from llmquant.weight import QuantizedWeight
+from llmquant.weight import FP16_EXACT, QuantizedWeight
 
 # What checkpoints call the output head. In vLLM it is no Linear, so configs that say which of those
 # are quantized must name it.
@@ -55,10 +55,12 @@ class Format(Protocol):
         name: what a user writes to ask for it.
         activations: what engines do to the inputs of modules stored this way; goes into their
             :class:`Scheme`.
+        lowest_zero: the smallest zero-point that asymmetric weights may have.
     """
 
     name: str
     activations: Activations
+    lowest_zero: int
 
     def why_not(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Why a weight ``[out, in]`` of this scheme cannot be stored, or None."""
@@ -119,9 +121,10 @@ class Format(Protocol):
 
 class Plain:
     """What most layouts answer to the optional questions: any mix is fine, no further files,
-    activations untouched."""
+    activations untouched, every zero-point held."""
 
     activations: Activations = "none"
+    lowest_zero: int = 0
 
     def why_not_together(
         self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()
@@ -142,10 +145,18 @@ def exact(scales: Tensor, dtype: torch.dtype) -> Tensor:
     stored = scales.to(dtype)
     wrong = stored.to(torch.float32) != scales
     if bool(wrong.any()):
-        first = float(scales[wrong][0])
+        first, name = float(scales[wrong][0]), str(dtype).removeprefix("torch.")
+        sizes = scales[wrong].abs()
+        if float(sizes.max()) < FP16_EXACT or float(sizes.min()) > torch.finfo(dtype).max:
+            remedy = (
+                f"weights of this size need scales wider than {name}: use --format compressed-tensors with a "
+                "bfloat16 model, or leave the linear as it is (--ignore)"
+            )
+        else:
+            remedy = "quantize with portable scales"
         raise FormatError(
-            f"{int(wrong.sum())} of {scales.numel()} scales are not exact in {str(dtype).removeprefix('torch.')} "
-            f"(the first is {first!r}), so engines would not use the evaluated numbers; quantize with portable scales"
+            f"{int(wrong.sum())} of {scales.numel()} scales are not exact in {name} "
+            f"(the first is {first!r}), so engines would not use the evaluated numbers; {remedy}"
         )
     return stored
 

@@ -12,9 +12,9 @@ transposed::
 subtract one from the whole 32-bit word, so a field of 0 borrows from its neighbour, and a reader
 that adds one field by field gets both wrong. Adding to the whole word gives every z back; at 3
 bits, where fields cross words, GPTQModel adds by fields modulo 8. We read both so, and refuse to
-*write* a zero of 0 in v1, because other readers would misread it. ``gptq_v2`` has no such hole and
-is the better home of asymmetric weights: GPTQModel 7.6 refuses asymmetric v1 files of any maker but
-itself.
+*write* a zero of 0 in v1, because other readers would misread it; what is quantized for v1 gets a
+grid without it (``lowest_zero``). ``gptq_v2`` has no such hole and is the better home of asymmetric
+weights: GPTQModel 7.6 refuses asymmetric v1 files of any maker but itself.
 
 In a symmetric file z is ``2**(b-1)`` by definition and engines do not look at ``qzeros``: we accept
 either convention's bytes there, and nothing else.
@@ -47,6 +47,7 @@ class Gptq(Plain):
     def __init__(self, *, v2: bool) -> None:
         self.v2 = v2
         self.name = "gptq_v2" if v2 else "gptq"
+        self.lowest_zero = 0 if v2 else 1
 
     def tensor_suffixes(self) -> frozenset[str]:
         return frozenset({"qweight", "qzeros", "scales", "g_idx"})

@@ -23,7 +23,7 @@ from llmquant.checkpoint.manifest import (
 from llmquant.checkpoint.reader import CheckpointReader, sha256_file, sha256_tensor
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
-from llmquant.errors import ProofError, QuantizationError
+from llmquant.errors import FormatError, ProofError, QuantizationError
 from llmquant.formats import Scheme
 from llmquant.models.reading.stored_dtype import StoredReader
 from llmquant.models.rotated import RotatedReader
@@ -41,6 +41,9 @@ def store_block(block: BlockResult, plan: WalkPlan, writer: CheckpointWriter) ->
         block: of the walk; the head's holds nothing to carry.
         plan: of the walk.
         writer: that gets the tensors.
+
+    Raises:
+        FormatError: the layout cannot hold a linear's numbers; names it.
     """
     outcome = Outcome()
     prefix = f"{plan.architecture.blocks}.{block.index}"
@@ -51,8 +54,10 @@ def store_block(block: BlockResult, plan: WalkPlan, writer: CheckpointWriter) ->
         outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
     if block.tuned is not None:
         outcome.tuned[prefix] = block.tuned
-    if block.scaled:
-        outcome.scaled[prefix] = block.scaled
+    moved = plan.source.rescaled.moved(None if block.index is None else prefix)
+    if moved or block.scaled:
+        place = prefix if block.index is not None else next(iter(block.weights))
+        outcome.scaled[place] = (*moved, *block.scaled)
     if block.index is not None:
         packed = {f"{name}.weight" for name in block.weights}
         names = (n for n in plan.reader.tensors if n.startswith(f"{prefix}.") and n not in packed)
@@ -63,9 +68,16 @@ def store_block(block: BlockResult, plan: WalkPlan, writer: CheckpointWriter) ->
 def store(
     name: str, weight: QuantizedWeight, plan: WalkPlan, writer: CheckpointWriter
 ) -> dict[str, Tensor]:
-    """Pack one linear; returns its tensors by suffix."""
+    """Pack one linear; returns its tensors by suffix.
+
+    Raises:
+        FormatError: the layout cannot hold its numbers; names the linear.
+    """
     activations = plan.selection.schemes[name].activations
-    packed = plan.layout.pack(weight, plan.reader.info(f"{name}.weight").dtype, activations)
+    try:
+        packed = plan.layout.pack(weight, plan.reader.info(f"{name}.weight").dtype, activations)
+    except FormatError as e:
+        raise FormatError(f"{name}: {e}") from e
     writer.add_together({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
     return packed
 
@@ -124,7 +136,7 @@ def describe(
         device: as the user named it.
     """
     reader, recipe, layout, selection = plan.reader, plan.recipe, plan.layout, plan.selection
-    unrounded = reader.source if isinstance(reader, StoredReader) else reader
+    rotation = plan.source.rescaled.inner
     writer.copy_side_files(reader.path)
     write_config(writer, plan, outcome.schemes)
     writer.write_text("recipe.yaml", recipe.to_yaml())
@@ -143,7 +155,7 @@ def describe(
         processes=plan.world.size,
         versions=versions(),
         bits_per_weight=outcome.bits_per_weight,
-        rotation=unrounded.report if isinstance(unrounded, RotatedReader) else None,
+        rotation=rotation.report if isinstance(rotation, RotatedReader) else None,
         modules=outcome.modules,
         tuned=outcome.tuned,
         scaled=outcome.scaled,

@@ -15,6 +15,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.formats import Format, layout_of
 from llmquant.models.architectures import Architecture, blocks_of
 from llmquant.models.selection import Linears, Selection
+from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.quantization.steps.smoothquant import SmoothOptions
 from llmquant.recipe import Recipe
 from llmquant.records import ModuleReport, PairReport, TuneReport
@@ -60,7 +61,9 @@ class SourceModel:
 
     Attributes:
         original: the checkpoint, its tensors named by their places in the model.
-        reader: as a run reads it: rotated where the recipe wants that, in the dtype that is stored.
+        rescaled: rotated where the recipe wants that, and with powers of two moved between layers
+            where scales need it.
+        reader: the same in the dtype that is stored: what a run reads.
         model: on the meta device.
         architecture: where its blocks are.
         linears: that could be quantized.
@@ -69,6 +72,7 @@ class SourceModel:
     """
 
     original: CheckpointReader
+    rescaled: RescaledReader
     reader: CheckpointReader
     model: PreTrainedModel
     architecture: Architecture
@@ -147,7 +151,7 @@ class WalkPlan:
     @property
     def search(self) -> ScaleSearch:
         s = self.recipe.scales
-        return ScaleSearch(s.steps, s.smallest, s.norm, s.weighted)
+        return ScaleSearch(s.steps, s.smallest, s.norm, s.weighted, self.layout.lowest_zero)
 
     @property
     def tune_options(self) -> TuneOptions | None:

@@ -26,6 +26,7 @@ from llmquant.models.rotated import rotated
 from llmquant.models.selection import linears_of, select
 from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
+from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.recipe import Recipe
 from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
 from llmquant.runtime.distributed import ALONE, World
@@ -60,12 +61,14 @@ def prepare(
     fit = fitted(stored, precision.dtype)
     architecture = architectures.find(fit.model, str(stored.config.get("model_type")))
     check_side_files(stored.path)
-    reader = rotated(fit.reader, recipe)
+    seen = rotated(fit.reader, recipe)
     # A rotated model has a head of its own.
-    skeleton = fit.model if reader is fit.reader else empty_model(reader, precision.dtype)
+    skeleton = fit.model if seen is fit.reader else empty_model(seen, precision.dtype)
+    rescaled = RescaledReader(seen, architecture, recipe)
     source = SourceModel(
         fit.reader,
-        as_stored(reader, store_dtype),
+        rescaled,
+        as_stored(rescaled, store_dtype),
         skeleton,
         architecture,
         linears_of(skeleton, placeless(fit)),

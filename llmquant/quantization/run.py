@@ -10,7 +10,7 @@ get its name. What a killed run had finished is continued
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from pathlib import Path
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import check_destination, refuse_source
-from llmquant.checkpoint.manifest import fallback_notes
+from llmquant.checkpoint.companions.code import own_code
+from llmquant.checkpoint.companions.files import companions, left_behind
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.checkpoint.writer import CheckpointWriter
@@ -33,7 +34,7 @@ from llmquant.quantization.plan import WalkPlan
 from llmquant.quantization.prepare import calibration_of, deterministic, prepare, selected
 from llmquant.quantization.state.fingerprint import Facts, fingerprint
 from llmquant.quantization.state.log import RunLog
-from llmquant.quantization.state.outcome import Outcome
+from llmquant.quantization.state.outcome import Outcome, warnings_of
 from llmquant.quantization.state.resume import SavedRun, finished_before, state_of
 from llmquant.quantization.walk import walk
 from llmquant.quantization.workers import assist, check_together
@@ -236,6 +237,12 @@ class _Run:
                 total += sum(t.nbytes for t in stored.values())
         return total
 
+    def _beside(self) -> list[str]:
+        """What became of the files beside the weights, where that is worth a word."""
+        original = self.plan.source.original
+        files = companions(original.path, original.files())
+        return [*left_behind(files), *own_code(original.path, files)]
+
     def shared(self, result: QuantizeResult | None) -> QuantizeResult:
         """The result, which every process of a run has at the end; the others pass None."""
         everywhere = self.plan.world.broadcast(
@@ -263,23 +270,7 @@ class _Run:
             source_bytes=sum(i.nbytes for i in self.plan.source.original.tensors.values()),
             bytes_written=bytes_written,
             calibration=self.calibration,
-            warnings=tuple(_warnings(outcome, self.plan.recipe)),
+            warnings=(*warnings_of(outcome, self.plan.recipe), *self._beside()),
             computing=self.plan.computing,
             resumed=resumed,
         )
-
-
-def _warnings(outcome: Outcome, recipe: Recipe) -> Iterator[str]:
-    """What a user should know though the run succeeded."""
-    for note in fallback_notes({n: r.fallback for n, r in outcome.modules.items()}):
-        yield f"{note}; give more calibration text, or show every token to every expert (--all-experts)"
-    for report in outcome.modules.values():
-        if report.damping is not None and report.damping > recipe.gptq.damping:
-            yield (
-                f"{report.name}: Cholesky failed at damping {recipe.gptq.damping:g}, {report.damping:g} was used; "
-                "more calibration tokens make this rarer"
-            )
-        if report.dropped:
-            yield f"{report.name}: {report.dropped} of {report.dropped + report.tokens} calibration tokens were NaN or Inf"
-        if report.dead:
-            yield f"{report.name}: {report.dead} input channels were zero on all calibration tokens; rounded to nearest"

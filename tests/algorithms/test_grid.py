@@ -15,7 +15,7 @@ from twin import candidates, error_of, minmax_twin
 from llmquant.algorithms import MINMAX, ScaleSearch, fit, round_to_codes
 from llmquant.errors import SpecError
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
-from llmquant.weight import is_portable
+from llmquant.weight import eight_bits, is_portable
 
 SPECS = pytest.mark.parametrize(
     "spec",
@@ -176,12 +176,14 @@ def groups_of_weights(draw: st.DrawFn) -> torch.Tensor:
     st.sampled_from([None, 4]),
     st.sampled_from([1.0, 2.0]),
 )
-def test_search_is_never_worse_than_min_max_and_always_portable(
+def test_search_is_never_worse_than_min_max_and_portable_where_fp16_has_room(
     w, bits, symmetric, group_size, norm
 ):
     spec, search = QuantSpec(bits, group_size, symmetric), ScaleSearch(steps=6, norm=norm)
     scales, zeros = fit(w, spec, search)
-    assert is_portable(scales)
+    assert torch.equal(eight_bits(scales), scales)
+    roomy = bool((scales.abs() >= 2.0**-17).all())
+    assert not roomy or is_portable(scales)
     assert zeros.dtype == torch.uint8
     assert int(zeros.max()) <= spec.max_code
     assert not symmetric or bool((zeros == spec.middle).all())
@@ -189,7 +191,8 @@ def test_search_is_never_worse_than_min_max_and_always_portable(
     # additions.
     searched = errors(w, spec, search)
     minmax = errors(w, spec, ScaleSearch(steps=0, norm=norm))
-    assert bool((searched <= minmax * (1 + 1e-5) + 1e-30).all())
+    # Below fp16's eight bits, what either finds is rounded to what fp16 has.
+    assert not roomy or bool((searched <= minmax * (1 + 1e-5) + 1e-30).all())
 
 
 @SPECS

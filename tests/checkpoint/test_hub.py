@@ -54,24 +54,6 @@ def test_a_file_is_not_its_folder(model: Path) -> None:
         resolve(model / "config.json")
 
 
-def test_a_name_is_fetched_at_its_revision_and_without_code(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def snapshot_download(repo: str, **options: Any) -> str:
-        asked.update(repo=repo, **options)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert resolve("org/model@v1.0") == tmp_path
-    assert (asked["repo"], asked["revision"]) == ("org/model", "v1.0")
-    assert "*.safetensors" in asked["allow_patterns"]
-    assert not any(pattern.endswith((".py", ".bin", ".pt")) for pattern in asked["allow_patterns"])
-    resolve("org/model")
-    assert asked["revision"] is None
-
-
 FAILURES = [
     (LocalEntryNotFoundError("x"), "not in the local cache, and the hub cannot be reached"),
     (OSError("the cable is cut\nand more"), "cannot be fetched from the hub: the cable is cut$"),

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from llmquant.checkpoint.companions.files import companions
 from llmquant.checkpoint.manifest import versions
-from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, sha256_file
+from llmquant.checkpoint.reader import CheckpointReader, sha256_file
 from llmquant.data.calibration import Calibration
 from llmquant.models.reading.stored_dtype import StoredReader
 from llmquant.recipe import Recipe
@@ -40,11 +41,8 @@ def fingerprint(
 ) -> Facts:
     """The facts of a run, named as a user would name them."""
     facts = {f"recipe {name}": value for name, value in _flat(recipe.model_dump(mode="json"))}
-    for path in [
-        reader.path / "config.json",
-        *(reader.path / n for n in SIDE_FILES if (reader.path / n).is_file()),
-    ]:
-        facts[f"{path.name} of the model"] = sha256_file(path)
+    for name in ("config.json", *companions(reader.path).carried):
+        facts[f"{name} of the model"] = sha256_file(reader.path / name)
     for path in reader.files():
         facts |= {f"{path.name} of the model, {what}": value for what, value in _weight_file(path)}
     facts["calibration token ids"] = "none" if calibration is None else calibration.sha256

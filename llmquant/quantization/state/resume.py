@@ -28,7 +28,15 @@ from pydantic import TypeAdapter
 from llmquant.checkpoint.atomic import disk, fsync_path, remove
 from llmquant.checkpoint.reader import sha256_file
 from llmquant.checkpoint.writer import CheckpointWriter, Mark
-from llmquant.errors import DiskError, LlmquantError, ProofError, QuantizationError, UsageError
+from llmquant.errors import (
+    ArchitectureError,
+    DiskError,
+    FormatError,
+    LlmquantError,
+    ProofError,
+    QuantizationError,
+    UsageError,
+)
 from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement, SavedStream, StateStore
 from llmquant.quantization.state.fingerprint import Facts, differences
 from llmquant.quantization.state.journal import Journal, read_journal
@@ -36,6 +44,10 @@ from llmquant.quantization.state.outcome import Outcome
 from llmquant.runtime import signals as interruption
 
 _JOURNAL = "journal.jsonl"
+# What the same command would meet again, so that nothing is kept: numbers that are impossible or
+# that a layout cannot hold, a request that cannot be right. A disk or a source that could not be
+# read may be better next time.
+_REPEATED = (QuantizationError, FormatError, ProofError, ArchitectureError, UsageError)
 _MARK, _STREAMS = TypeAdapter(Mark), TypeAdapter(dict[str, SavedStream])
 
 
@@ -94,7 +106,7 @@ class SavedRun:
 
     Leaving it normally removes the state. Leaving it by an exception keeps it if the same command
     could do better next time (an interrupt, a full disk, any surprise), and removes it if it could
-    not (impossible numbers, a failed proof).
+    not (impossible numbers, numbers that the layout cannot hold, a failed proof).
 
     Args:
         writer: entered, with ``keep`` set.
@@ -252,7 +264,7 @@ class SavedRun:
         if self._journal is not None:
             self._journal.close()
         stopped = interruption.stops(error)
-        failed = isinstance(error, QuantizationError | ProofError) or (
+        failed = isinstance(error, _REPEATED) or (
             self._proving and isinstance(error, LlmquantError)
         )
         if error is None:

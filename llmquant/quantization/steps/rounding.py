@@ -25,7 +25,7 @@ from llmquant.records import ModuleReport
 from llmquant.runtime.memory import peak_resident_bytes
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats, PairStats
-from llmquant.weight import QuantizedWeight
+from llmquant.weight import QuantizedWeight, coarse_scales, unportable_scales
 
 Rounded = tuple[QuantizedWeight, ModuleReport]
 
@@ -130,6 +130,8 @@ def to_nearest(plan: WalkPlan, name: str, weight: Tensor, fallback: str | None =
         seconds=time.perf_counter() - start,
         peak=peak_resident_bytes(),
         fallback=fallback,
+        coarse=coarse_scales(quantized.scales),
+        wide=unportable_scales(quantized.scales),
     )
     return quantized, report
 
@@ -162,6 +164,8 @@ def with_statistics(
         dropped=stats.dropped,
         seconds=time.perf_counter() - start,
         peak=peak_resident_bytes(),
+        coarse=coarse_scales(quantized.scales),
+        wide=unportable_scales(quantized.scales),
     )
     return quantized, report
 
