@@ -50,7 +50,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What came out."""
+    """What came out; ``warnings`` are about the result, ``notes`` about the source."""
 
     path: Path
     source_format: str
@@ -61,6 +61,7 @@ class ConvertResult:
     source_bytes: int
     bytes_written: int
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -116,7 +117,8 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=(*source.notes, *_warnings(target, checked)),
+        warnings=_warnings(target, checked),
+        notes=source.notes,
     )
 
 
