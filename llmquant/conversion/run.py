@@ -52,7 +52,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What came out."""
+    """What came out; ``warnings`` are about the result, ``notes`` about the source."""
 
     path: Path
     source_format: str
@@ -63,6 +63,7 @@ class ConvertResult:
     source_bytes: int
     bytes_written: int
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -120,12 +121,8 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=(
-            *source.notes,
-            *_warnings(target, checked),
-            *left_behind(found),
-            *own_code(folder, found),
-        ),
+        warnings=(*_warnings(target, checked), *left_behind(found), *own_code(folder, found)),
+        notes=source.notes,
     )
 
 

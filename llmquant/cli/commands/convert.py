@@ -97,6 +97,7 @@ def _facts(result: ConvertResult) -> dict[str, Any]:
         "source_bytes": result.source_bytes,
         "bytes_written": result.bytes_written,
         "warnings": list(result.warnings),
+        "notes": list(result.notes),
     }
 
 
@@ -118,6 +119,9 @@ def _tell(facts: dict[str, Any], warnings: tuple[str, ...], quiet: bool, as_json
             said += f" (was {facts['source_format']}, {facts['source_bytes'] / 1e6:,.2f} MB); {facts['scheme']}"
             said += f"\nproved: the numbers of {facts['modules']} linears, re-read from disk, equal the source's"
         sys.stdout.write(said + "\n")
+    if not quiet and not as_json:
+        for note in facts.get("notes", ()):
+            sys.stderr.write(f"note: {note}\n")
     for warning in warnings:
         sys.stderr.write(f"warning: {warning}\n")
 
