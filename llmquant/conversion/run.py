@@ -47,7 +47,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What came out."""
+    """What came out. ``notes``: what became of the files beside the weights."""
 
     path: Path
     source_format: str
@@ -58,6 +58,7 @@ class ConvertResult:
     source_bytes: int
     bytes_written: int
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -114,7 +115,8 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=(*_warnings(target, checked), *left_behind(found), *own_code(folder, found)),
+        warnings=_warnings(target, checked),
+        notes=(*left_behind(found), *own_code(folder, found)),
     )
 
 
