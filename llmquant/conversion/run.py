@@ -52,7 +52,8 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What came out; ``warnings`` are about the result, ``notes`` about the source."""
+    """What came out. ``warnings`` are about the result, ``notes`` about the source and what
+    became of the files beside its weights."""
 
     path: Path
     source_format: str
@@ -121,8 +122,8 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=(*_warnings(target, checked), *left_behind(found), *own_code(folder, found)),
-        notes=source.notes,
+        warnings=_warnings(target, checked),
+        notes=(*source.notes, *left_behind(found), *own_code(folder, found)),
     )
 
 
