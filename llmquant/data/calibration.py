@@ -164,7 +164,7 @@ def calibrate(
         SourceError: too little text, chats without a chat template, or ids that the model does not
             have.
     """
-    _check_numbers(nsamples, seqlen, seed, packing, max_positions)
+    check_numbers(nsamples, seqlen, seed, packing, max_positions)
     dropped = Counter(documents.dropped)
     rows = list(tokenize(documents, tokenizer, dropped))
     total = sum(map(len, rows))
@@ -191,9 +191,10 @@ def calibrate(
     )
 
 
-def _check_numbers(
+def check_numbers(
     nsamples: int, seqlen: int, seed: int, packing: str, max_positions: int | None
 ) -> None:
+    """Raises UsageError for numbers that no text can make right; see :func:`calibrate`."""
     if nsamples < 1 or seqlen < MIN_TOKENS or seed < 0:
         raise UsageError(
             f"nsamples={nsamples}, seqlen={seqlen}, seed={seed} are not possible; give at least 1, {MIN_TOKENS} and 0"

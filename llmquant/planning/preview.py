@@ -28,7 +28,7 @@ from llmquant.kernels import choose
 from llmquant.models.architectures import Architecture
 from llmquant.models.from_folder import load_tokenizer
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader
-from llmquant.quantization.prepare import prepare, selected
+from llmquant.quantization.prepare import check_calibration, prepare, selected
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import AUTO, parse_dtype
@@ -114,7 +114,8 @@ def make_plan(
         model: folder or hub name.
         recipe: what would be done; needs no calibration source.
         store_dtype: as the run's.
-        tokenizer: refuse a folder whose tokenizer cannot be read, if the recipe needs text.
+        tokenizer: if the recipe needs text, refuse a folder whose tokenizer cannot be read, and of
+            a recipe that names its text the numbers that cannot be right.
 
     Raises:
         what :func:`llmquant.quantize` raises for the same request before it reads a text: one
@@ -125,6 +126,8 @@ def make_plan(
     selection = plan.selection
     if tokenizer and recipe.needs_text:
         load_tokenizer(reader.path)
+        if recipe.calibration.source is not None:
+            check_calibration(plan)
     sizes = Sizes(layout)
     tensors: dict[str, Stored] = {}
     modules = []

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from llmquant.checkpoint.detect import unquantized
-from llmquant.data.calibration import Calibration, calibrate
+from llmquant.data.calibration import Calibration, calibrate, check_numbers
 from llmquant.data.sources import read_documents
 from llmquant.errors import SourceError, UsageError
 from llmquant.formats import layout_of
@@ -56,10 +56,13 @@ def prepare(
         CheckpointError, ArchitectureError: the model cannot be read or walked.
     """
     stored = unquantized(model)
+    model_type = str(stored.config.get("model_type"))
+    # Of such a model tensors have other names too; that would be the symptom.
+    architectures.refuse_kind(stored.config, model_type)
     layout_of(recipe.format)
     on, precision = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     fit = fitted(stored, precision.dtype)
-    architecture = architectures.find(fit.model, str(stored.config.get("model_type")))
+    architecture = architectures.find(fit.model, model_type)
     check_side_files(stored.path)
     seen = rotated(fit.reader, recipe)
     # A rotated model has a head of its own.
@@ -90,6 +93,24 @@ def selected(plan: WalkPlan) -> WalkPlan:
     return replace(plan, source=source, selection=selection)
 
 
+def check_calibration(plan: WalkPlan) -> None:
+    """Refuse what :func:`calibration_of` refuses before it reads a text.
+
+    Raises:
+        UsageError: numbers that cannot be right for this model.
+    """
+    wanted = plan.recipe.calibration
+    check_numbers(
+        wanted.nsamples, wanted.seqlen, plan.recipe.seed, wanted.packing, _positions(plan)
+    )
+
+
+def _positions(plan: WalkPlan) -> int | None:
+    """The model's context in tokens, where its config says."""
+    positions = getattr(plan.model.config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
 def calibration_of(plan: WalkPlan, evaluation: str | None = None) -> Calibration | None:
     """The recipe's calibration windows; None where it names no text and needs none.
 
@@ -111,7 +132,6 @@ def calibration_of(plan: WalkPlan, evaluation: str | None = None) -> Calibration
             "jsonl:PATH#FIELD or hf:NAME[:CONFIG]:SPLIT[:FIELD] (or --method rtn, which needs none)"
         )
     documents = read_documents(wanted.source)
-    positions = getattr(config, "max_position_embeddings", None)
     return calibrate(
         documents,
         load_tokenizer(plan.reader.path),
@@ -121,7 +141,7 @@ def calibration_of(plan: WalkPlan, evaluation: str | None = None) -> Calibration
         packing=wanted.packing,
         evaluation=read_documents(evaluation) if evaluation else None,
         vocab_size=int(config.vocab_size),
-        max_positions=positions if isinstance(positions, int) else None,
+        max_positions=_positions(plan),
     )
 
 

@@ -83,7 +83,7 @@ def convert_command(
     options = ConvertOptions(dtype, scale_dtype, base, overwrite, max_shard_size)
     with stoppable(), _progress(hidden=quiet or as_json) as on_progress:
         result = convert(model, to, output, options, on_progress)
-    _tell(_facts(result), (*result.warnings, *result.notes), quiet, as_json)
+    _tell(_facts(result), result.warnings, quiet, as_json)
 
 
 def _facts(result: ConvertResult) -> dict[str, Any]:
