@@ -33,6 +33,7 @@ from llmquant.cli.options import (
     SeedOption,
     Sensitivity,
     SensitivityOption,
+    StoreDtypeOption,
     ThreadsOption,
 )
 from llmquant.cli.overrides import recipe_of
@@ -84,6 +85,7 @@ def allocate_command(
     ignore: IgnoreOption = None,
     device: DeviceOption = "auto",
     dtype: CalibrationDtypeOption = "auto",
+    store_dtype: StoreDtypeOption = "auto",
     threads: ThreadsOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing file.")
@@ -105,7 +107,8 @@ def allocate_command(
         facts = {"path": str(output), **as_dict(result), "seconds": seconds}
         sys.stdout.write(json.dumps(facts) + "\n")
     elif not quiet:
-        run = f"llmquant quantize {model} --recipe {output} -o …"
+        stored = "" if store_dtype == "auto" else f" --store-dtype {store_dtype}"
+        run = f"llmquant quantize {model} --recipe {output}{stored} -o …"
         screen().print(f"recipe       {output}; {seconds:.1f} s. Run it: {run}")
 
 
@@ -115,7 +118,7 @@ def _options(given: Mapping[str, Any]) -> AllocateOptions:
     from llmquant.runtime.threads import set_threads
 
     set_threads(given["threads"])
-    same = ("target_bpw", "probe_tokens", "device", "dtype")
+    same = ("target_bpw", "probe_tokens", "device", "dtype", "store_dtype")
     return AllocateOptions(
         **{name: given[name] for name in same},
         widths=widths_of(given["widths"], given["engine"]),
@@ -123,7 +126,6 @@ def _options(given: Mapping[str, Any]) -> AllocateOptions:
         symmetric=given["sym"],
         engine=given["engine"].value,
         sensitivity=given["sensitivity"].value,
-        store_dtype="auto",
     )
 
 
