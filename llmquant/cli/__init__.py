@@ -17,6 +17,7 @@ import os
 import sys
 from functools import cache
 from importlib.metadata import entry_points, version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -77,8 +78,18 @@ def _add_commands() -> None:
         entry.load()(app)
 
 
+def _open_streams() -> None:
+    """Of a process that was started with closed streams Python has None for them: nothing can be
+    read there, and what is written is lost."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - until the end
+            setattr(sys, name, stream)
+
+
 def main() -> None:
     """Entry point: run the app, turn our errors into a message and an exit code."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(

@@ -22,7 +22,7 @@ from llmquant.recipe import Recipe
 from llmquant.runtime.memory import available_bytes, resident_bytes
 
 if TYPE_CHECKING:
-    from llmquant.quantization.plan import WalkPlan  # costs transformers, and a plan needs none
+    from llmquant.quantization.plan import WalkPlan
 
 _FLOAT32 = 4
 # Float32 copies of a linear beside its mapping: rounding and its error without statistics, and with

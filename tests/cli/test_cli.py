@@ -725,11 +725,11 @@ def test_help_does_not_pay_for_torch() -> None:
     assert "--group-size" in ran.stdout
 
 
-def test_a_plan_waits_for_torch_only(model: Path) -> None:
+def test_a_plan_does_not_wait_for_the_library_of_datasets(model: Path) -> None:
     code = (
         f"import sys\nfrom llmquant.cli import main\nsys.argv = ['llmquant', 'plan', {str(model)!r}, '--group-size', '32']\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "print(sorted({'transformers', 'datasets', 'accelerate'} & sys.modules.keys()))"
+        "print(sorted({'datasets', 'pandas', 'pyarrow'} & sys.modules.keys()))"
     )
     ran = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
@@ -749,6 +749,29 @@ def test_a_closed_pipe_and_a_full_stdout_are_no_tracebacks() -> None:
         stdout=write, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     os.close(write)
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("closed", "words"),
+    [
+        ("<&-", "chat {model}"),
+        (">&-", "inspect {model}"),
+        ("2>&-", "plan /nowhere"),
+        ("<&- >&- 2>&-", "recipes"),
+    ],
+    ids=["stdin", "stdout", "stderr", "all"],
+)
+def test_closed_streams_are_no_tracebacks(model: Path, closed: str, words: str) -> None:
+    command = f'exec "$0" -m llmquant {words.format(model=model)} {closed}'
+    ran = subprocess.run(
+        ["sh", "-c", command, sys.executable],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == (2 if "nowhere" in words else 0), ran.stderr
     assert "Traceback" not in ran.stderr
 
 

@@ -68,7 +68,7 @@ def plan_command(
     modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what quantizing MODEL would give, from its headers alone."""
+    """Show what quantizing MODEL would give, without reading its weights."""
     given = dict(locals())
     from llmquant.planning.forecast import forecast
     from llmquant.planning.preview import make_plan
