@@ -25,7 +25,8 @@ from llmquant.cli import main
 
 Tensors = dict[str, Tensor]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-RTN = ("--method", "rtn", "--group-size", "16")
+# Tensors beside the codes stay what they are, so that they can be compared.
+RTN = ("--method", "rtn", "--group-size", "16", "--store-dtype", "source")
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj"
 

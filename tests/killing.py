@@ -33,15 +33,20 @@ class Instants:
     """Counts them from the lock on the unfinished folder on, and kills this process at one."""
 
     def __init__(self, kill: int | None, behind: bool) -> None:
-        self.count, self._kill, self._event = 0, kill, "c_return" if behind else "c_call"
+        self.count, self._kill = 0, kill
+        # A call that fails (a folder that is there already) has an end too.
+        self._events = ("c_return", "c_exception") if behind else ("c_call",)
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
-        if event not in ("c_call", "c_return") or getattr(arg, "__name__", "") not in CALLS:
+        if (
+            event not in ("c_call", "c_return", "c_exception")
+            or getattr(arg, "__name__", "") not in CALLS
+        ):
             return
         if (self.count == 0 and arg.__name__ != "flock") or isinstance(arg.__self__, io.StringIO):
             return
         self.count += event == "c_call"
-        if self.count == self._kill and event == self._event:
+        if self.count == self._kill and event in self._events:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

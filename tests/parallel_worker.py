@@ -14,7 +14,7 @@ from typing import Any
 
 from llmquant.checkpoint.manifest import read_manifest
 from llmquant.errors import LlmquantError, QuantizationError
-from llmquant.quantization import walk
+from llmquant.quantization import calibrated
 from llmquant.quantization.options import QuantizeOptions
 from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
@@ -37,7 +37,7 @@ def work(world: World, request: dict[str, Any]) -> None:
         )
     failing = request["failing"]
     if world.rank == 1:
-        walk.observe = _fail
+        calibrated.observe = _fail
     try:
         quantize(
             request["model"],

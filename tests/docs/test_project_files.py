@@ -40,7 +40,7 @@ def test_an_issue_form_has_a_name_and_fields_with_labels(form):
 
 def test_ci_runs_the_script_that_everybody_can_run():
     steps = parsed(".github/workflows/ci.yml")["jobs"]["ci"]["steps"]
-    assert steps[-1]["run"] == ".ci/run"
+    assert [s["run"] for s in steps if "run" in s and "if" not in s] == [".ci/run"]
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 

@@ -155,7 +155,7 @@ def test_every_reader_finds_the_same_or_refuses(case: Case, tmp_path: Path, run:
     codes = [quantized.code, planned.code, inspected.code]
     if theirs is None:
         assert loaded is None
-        assert codes == [1, 1, 1], quantized
+        assert codes in ([1, 1, 1], [2, 2, 2]), quantized
         assert all(case.says in r.err for r in (quantized, planned, inspected))
         assert not out.exists()
         return

@@ -258,7 +258,7 @@ def test_what_no_reader_takes_is_not_written(
         ("plan", tmp_path / "m", *RTN),
     ):
         ran = run(*command)
-        assert (ran.code, kind in ran.err) == (1, True), ran
+        assert (ran.code, kind in ran.err) == (2, True), ran
     assert not (tmp_path / "q").exists()
     assert logits(tmp_path / "m") is not None
     assert run("inspect", tmp_path / "m").code == 0

@@ -173,7 +173,7 @@ def divergence(original: Path, quantized: Path) -> float:
 
 
 KINDS = [k for k in tiny_models.CONFIGS if "mixed" not in k]
-RTN = ("--method", "rtn", "--group-size", "16")
+RTN = ("--method", "rtn", "--group-size", "16", "--store-dtype", "source")
 GPTQ = ("--method", "gptq", "--group-size", "16", *CALIBRATED)
 WAYS = {
     "rtn w8": (*RTN, "--bits", "8"),

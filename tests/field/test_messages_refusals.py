@@ -3,7 +3,6 @@ request would be right."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -122,7 +121,6 @@ MISUSE: list[tuple[str, tuple[str, ...], str]] = [
     ("verify: no record", ("verify", "{llama}"), "has no manifest.json"),
     ("convert: no model", ("convert", "{empty}", "--to", "gptq", "-o", "{out}"), "config.json is missing"),
     ("convert: dense", ("convert", "{llama}", "--to", "gptq", "-o", "{out}"), "is not quantized"),
-    ("convert: gguf of a strange type", ("convert", "{strange}", "--to", "gguf", "-o", "{out}"), "strange-zip"),
     ("generate: no model", ("generate", "{empty}", "hello"), "config.json is missing"),
     ("eval: no model", ("eval", "{empty}", "--text", "file:{text}"), "config.json is missing"),
     ("eval: no text", ("eval", "{llama}", "--text", "file:{text}.no"), "cannot be read"),
@@ -140,13 +138,9 @@ def test_another_request_is_right(
     (tmp_path / "empty").mkdir()
     pickle = Path(shutil.copytree(folders["llama"], tmp_path / "pickle"))
     (pickle / "model.safetensors").rename(pickle / "pytorch_model.bin")
-    strange = Path(shutil.copytree(folders["llama"], tmp_path / "strange"))
-    config = json.loads((strange / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "strange-zip"}
-    (strange / "config.json").write_text(json.dumps(config))
     places = {
         "llama": folders["llama"], "empty": tmp_path / "empty", "pickle": pickle,
-        "strange": strange, "out": tmp_path / "out", "text": EXAMPLE / "heldout.txt",
+        "out": tmp_path / "out", "text": EXAMPLE / "heldout.txt",
     }  # fmt: skip
     ran = llmquant_command(*(a.format(**places) for a in arguments))
     assert ran.code == 2, ran.err

@@ -125,7 +125,6 @@ def twins(model):
 
 def test_the_clients_agree_with_the_model_on_what_is_most_likely(server, folder):
     """lm-eval's client, and our own evaluation of a server."""
-    endpoint = Endpoint(f"{server.url}/v1")
     lm_eval = LocalCompletionsAPI(
         base_url=f"{server.url}/v1/completions", model="tiny", tokenizer=str(folder),
         tokenizer_backend="huggingface", max_length=64, num_concurrent=1, batch_size=1,
@@ -138,6 +137,8 @@ def test_the_clients_agree_with_the_model_on_what_is_most_likely(server, folder)
             before = head[[ids[2], twin]].clone()
             head[ids[2]], head[twin] = state * 2, state * 2.2
         try:
+            # A new one each time: it keeps what a model answered, and the model changes here.
+            endpoint = Endpoint(f"{server.url}/v1")
             assert endpoint.score(ids).greedy[-1] is False
             assert endpoint.score([*ids[:2], twin]).greedy[-1] is True
             answers = lm_eval._loglikelihood_tokens(

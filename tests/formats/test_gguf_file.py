@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import llmquant
 from llmquant.conversion.gguf.file import export_gguf, read_weights
 from llmquant.conversion.gguf.metadata import read_tokenizer, rope_factors
-from llmquant.errors import FormatError, UsageError
+from llmquant.errors import FormatError, LlmquantError, UsageError
 from llmquant.recipe import Recipe
 
 gguf = pytest.importorskip("gguf")
@@ -182,11 +182,11 @@ def test_rotary_factors_are_written(packed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3"}, "qwen3 models cannot"),
+        ({"model_type": "qwen3"}, "lacks model.layers.0.self_attn.k_norm.weight"),
         ({"sliding_window": 4096}, "sliding window"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
-        ({"num_hidden_layers": None}, "lacks what a GGUF"),
-        ({"vocab_size": 100}, "4096 tokens, the model embeds 100"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"vocab_size": 100}, r"is \[4096, 256\], the config wants \[100, 256\]"),
     ],
     ids=["architecture", "window", "rotary", "layers", "vocabulary"],
 )
@@ -197,7 +197,7 @@ def test_models_that_are_refused(
     (tmp_path / "m" / "config.json").write_text(
         json.dumps({**json.loads((packed / "config.json").read_text()), **change})
     )
-    with pytest.raises(FormatError, match=message):
+    with pytest.raises(LlmquantError, match=message):
         export_gguf(tmp_path / "m", tmp_path / "m.gguf")
 
 

@@ -98,7 +98,7 @@ RUNS = [
         6,
         id="gptq+tune, spilled",
     ),
-    pytest.param({"method": "rtn"}, MANY, None, 6, id="rtn, many shards"),
+    pytest.param({"method": "rtn"}, MANY, None, 10, id="rtn, many shards"),
 ]
 
 

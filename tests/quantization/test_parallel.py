@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from llmquant.checkpoint.manifest import Manifest, file_hashes, read_manifest, verify
 from llmquant.errors import UsageError
 from llmquant.models.block_inputs import BlockInput
-from llmquant.quantization import walk
+from llmquant.quantization import calibrated
 from llmquant.quantization.blocks import original as reference
 from llmquant.quantization.blocks.capture import observe, observe_pairs
 from llmquant.quantization.options import Events, QuantizeOptions
+from llmquant.quantization.plan import Progress
 from llmquant.quantization.run import quantize
 from llmquant.quantization.steps import channel_scaling as scaling
 from llmquant.recipe import Recipe
@@ -159,7 +160,7 @@ def summed_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return by_shares(batches, observed)
 
-    monkeypatch.setattr(walk, "observe", shares)
+    monkeypatch.setattr(calibrated, "observe", shares)
     monkeypatch.setattr(scaling, "observe", shares)
     monkeypatch.setattr(reference, "observe_pairs", pairs)
 
@@ -322,7 +323,7 @@ def test_what_processes_cannot_share_is_refused(
 def test_an_interrupted_run_of_one_process_is_not_continued_by_two(
     model: Path, batched: Recipe, tmp_path: Path
 ) -> None:
-    def interrupt(where: walk.Progress) -> None:
+    def interrupt(where: Progress) -> None:
         if where.block == 1:
             raise KeyboardInterrupt
 

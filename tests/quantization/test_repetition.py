@@ -89,7 +89,7 @@ def test_a_recipe_that_was_edited_afterwards_shows(tampered: Path, model: Path) 
         ),
         pytest.param(("{q}", "--model", "{m}"), 2, "belong to --rerun", id="model without rerun"),
         pytest.param(("{m}/nothing",), 2, "is not a folder", id="no folder"),
-        pytest.param(("{m}",), 1, "has no manifest.json", id="not ours"),
+        pytest.param(("{m}",), 2, "has no manifest.json", id="not ours"),
     ],
 )
 def test_the_command(
