@@ -37,7 +37,11 @@ def test_factors_make_a_hadamard_matrix(order):
 
 
 @pytest.mark.parametrize(
-    "width", [896, 1024, 1536, 2048, 2560, 2880, 3072, 3584, 4096, 5120, 6144, 8192, 11008, 14336]
+    "width",
+    [
+        *(896, 1024, 1536, 2048, 2560, 2880, 3072, 3584, 4096, 5120, 6144, 8192),
+        *(pytest.param(n, marks=pytest.mark.long) for n in (11008, 14336)),
+    ],
 )
 def test_the_widths_of_models_have_one(width):
     assert math.prod(f.shape[0] for f in hadamard_factors(width)) == width

@@ -71,6 +71,7 @@ def wide(make_model: Callable[..., Path]) -> Path:
                 ),
             },
             id="mixed",
+            marks=pytest.mark.long,
         ),
     ],
 )

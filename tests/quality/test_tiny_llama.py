@@ -75,7 +75,12 @@ def values(report: Report, metric: str) -> list[float]:
         ),
         pytest.param({"weights.group_size": 32}, 0.01057, id="W4 g32 sym", marks=pytest.mark.long),
         pytest.param({"weights.bits": 3}, 0.0706, id="W3 g128 sym", marks=pytest.mark.long),
-        pytest.param({"weights.bits": 2, "weights.group_size": 32}, 0.366, id="W2 g32 sym"),
+        pytest.param(
+            {"weights.bits": 2, "weights.group_size": 32},
+            0.366,
+            id="W2 g32 sym",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_gptq_kl_is_at_most_llm_compressors(
@@ -130,6 +135,7 @@ def test_rtn_costs_no_more_than_min_max(tmp_path: Path) -> None:
     assert searched <= 1.0702
 
 
+@pytest.mark.long
 def test_int8_costs_at_most_a_fifth_of_a_percent(tmp_path: Path) -> None:
     recipe = load_recipe("gptq-w8").updated(CALIBRATION)
     (ratio,) = values(measured(made(tmp_path, int8=recipe)), "perplexity_ratio")
