@@ -9,6 +9,8 @@ the plain layer; engines' rounding of activations is left out on both sides.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -23,6 +25,7 @@ from llmquant.models.block_inputs import BlockInput, first_inputs, run_block
 from llmquant.models.load import put_module
 from llmquant.models.reading.fit import fitted, linear_at
 from llmquant.quantization.blocks.materialize import materialized, outer_names
+from llmquant.quantization.blocks.whole_model import set_parameter
 from llmquant.quantization.plan import WalkPlan
 from llmquant.runtime.devices import ChosenDtype
 from llmquant.weight import QuantizedWeight
@@ -65,12 +68,27 @@ def prove_loading(written: CheckpointReader, plan: WalkPlan) -> None:
 
 
 def _inputs(plan: WalkPlan, blocks: nn.ModuleList, index: int) -> BlockInput:
-    """What the block is called with for a few tokens, whose embeddings stand in for its hidden
-    states."""
+    """What the block is called with for a few tokens, with random hidden states."""
     ids = torch.arange(min(_TOKENS, int(plan.model.config.vocab_size))).unsqueeze(0)
-    with materialized(plan, plan.model, "", outer_names(plan)):
+    with _blank(plan.model, outer_names(plan)):
         (first,) = first_inputs(plan.model, blocks, [ids])
-    return BlockInput(first.hidden, first.calls[index:])
+    hidden = torch.randn(first.hidden.shape, generator=torch.Generator().manual_seed(0))
+    return BlockInput(hidden, first.calls[index:])
+
+
+@contextmanager
+def _blank(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Parameters as zeros that take no memory: how blocks are called does not depend on them, and
+    the embeddings of a large vocabulary would be the largest part of a run."""
+    meta = {name: model.get_parameter(name) for name in names}
+    try:
+        for name, parameter in meta.items():
+            zeros = torch.zeros((), dtype=_DTYPE).expand(parameter.shape)
+            set_parameter(model, name, nn.Parameter(zeros, requires_grad=False))
+        yield
+    finally:
+        for name, parameter in meta.items():
+            set_parameter(model, name, parameter)
 
 
 def _run(

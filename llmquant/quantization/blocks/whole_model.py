@@ -75,16 +75,17 @@ def whole(plan: WalkPlan) -> Iterator[None]:
     with materialized(plan, model, "", names):
         try:
             for name, source in tied.items():
-                _set_parameter(model, name, model.get_parameter(source))
+                set_parameter(model, name, model.get_parameter(source))
             yield
         finally:
             for name, parameter in meta.items():
-                _set_parameter(model, name, parameter)
+                set_parameter(model, name, parameter)
 
 
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one called ``name``."""
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, parameter)
 
 
-__all__ = ["already_run", "swapped", "whole"]
+__all__ = ["already_run", "set_parameter", "swapped", "whole"]
