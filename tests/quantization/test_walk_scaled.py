@@ -17,8 +17,9 @@ from llmquant.models.architectures import blocks_of
 from llmquant.models.block_inputs import run_block
 from llmquant.quantization import run as pipeline
 from llmquant.quantization.blocks.materialize import materialized
+from llmquant.quantization.calibrated import Calibrated, _Block
 from llmquant.quantization.run import quantize
-from llmquant.quantization.walk import _Calibrated
+from llmquant.quantization.steps.rounding import Rounding
 from llmquant.recipe import Recipe
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
@@ -82,16 +83,16 @@ def test_the_folder_holds_the_scaled_norms(tmp_path, recipe, name):
 @pytest.mark.parametrize("pairs", ["norms", "all"])
 def test_a_smoothed_block_computes_the_same(tmp_path, pairs):
     plan = plan_of(save("llama", tmp_path / "model"), **INT8, smooth={"alpha": 0.7, "pairs": pairs})
-    walker = _Calibrated(plan, lambda _: None, WINDOWS)
+    walker = Calibrated(Rounding(plan, lambda _: None), WINDOWS)
     block, prefix = blocks_of(plan.model, plan.architecture)[0], "model.layers.0"
     with materialized(plan, block, f"{prefix}."):
-        before = run_block(block, walker.inputs[0])
+        before = run_block(block, walker._inputs[0])
         weights = {n: p.clone() for n, p in block.named_parameters()}
-        walker._scale(0, block, prefix, STAGES["llama"])
+        scaling = walker._scale(_Block(0, block, prefix, {}), STAGES["llama"])
         changed = {n for n, p in block.named_parameters() if not torch.equal(p, weights[n])}
-        after = run_block(block, walker.inputs[0])
-    assert len(walker.scaling.reports) == {"norms": 2, "all": 4}[pairs]
-    done = [r for r in walker.scaling.reports if r.reason is None]
+        after = run_block(block, walker._inputs[0])
+    assert len(scaling.reports) == {"norms": 2, "all": 4}[pairs]
+    done = [r for r in scaling.reports if r.reason is None]
     touched = {f"{n}.weight" for r in done for n in (r.producer, *r.readers)}
     assert {f"{prefix}.{n}" for n in changed} == touched
     assert done
