@@ -33,7 +33,7 @@ inline T nearest(T x) { return (x + kNoFractions) - kNoFractions; }
 
 inline float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
-// weight.py's portable() of a number >= 0: eight significant bits inside fp16's normal range.
+// weight.py's eight_bits() of a number >= 0 inside fp16's normal range, where the caller has moved every group.
 inline float portable(float scale) {
   const float inside = clamped(scale, 0x1p-14f, 65280.0f);
   uint32_t bits;

@@ -12,17 +12,16 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from llmquant.checkpoint.companions.files import is_weights, sort_files
-from llmquant.checkpoint.reader import INDEX, SINGLE, read_json
+from llmquant.checkpoint.companions.files import sort_files
+from llmquant.checkpoint.weights.files import weight_names
+from llmquant.checkpoint.weights.json_files import read_json
 from llmquant.errors import CheckpointError, UnfitModelError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
-# Weights of something else than the model in the folder itself: of an adapter, of Mistral's own
-# layout, of a variant in another precision.
-_OTHER = re.compile(r"adapter_model|consolidated|\.(fp16|fp32|bf16|int8|int4|fp8)\.")
 # What a folder's quantization is read from, and its record.
 _RECORDS = ("quantize_config.json", "quant_config.json", "manifest.json", "recipe.yaml")
 
@@ -55,52 +54,33 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def wanted_files(
-    name: str, files: Sequence[str], shards_of: Callable[[str], Iterable[str]]
+    name: str, files: Sequence[str], read: Callable[[str], Mapping[str, Any]]
 ) -> list[str]:
     """What is fetched of a repository.
 
     Args:
         name: the repository, for messages.
         files: all its files.
-        shards_of: reads an index and gives the weight files that it names.
+        read: fetches and reads one of its JSON files.
 
     Raises:
         CheckpointError: no safetensors weights that transformers would load, or an index that names
             shards which are not there.
     """
-    there = set(files)
-    beside = ["config.json", "README.md", *sort_files(files).carried]
-    weights = _weights(name, there, shards_of)
-    return sorted({*(n for n in (*beside, *_RECORDS) if n in there), *weights})
-
-
-def _weights(
-    name: str, there: set[str], shards_of: Callable[[str], Iterable[str]]
-) -> Iterable[str]:
-    """In transformers' order: one file, or else the shards of the index."""
-    if SINGLE in there:
-        return [SINGLE]
-    if INDEX in there:
-        shards = sorted(set(shards_of(INDEX)))
-        missing = [s for s in shards if s not in there]
-        if missing:
-            raise CheckpointError(
-                f"{name}: {INDEX} names shards that are not there: {', '.join(missing[:3])}"
-            )
-        return [INDEX, *shards]
-    alone = [
-        n for n in there if n.endswith(".safetensors") and "/" not in n and not _OTHER.search(n)
-    ]
-    if len(alone) == 1:
-        return alone
-    others = sorted(n for n in there if "/" not in n and is_weights(n))
-    if "config.json" in there:
-        raise CheckpointError(
-            f"{name} has no {SINGLE} and no {INDEX} on the hub"
-            + (f", only {', '.join(others[:3])}" if others else "")
-            + "; llmquant reads safetensors only: look for another branch (NAME@refs/pr/1) or repository of the model"
+    beside = ["config.json", "README.md", *_RECORDS]
+    wanted = {*(n for n in beside if n in files), *sort_files(files).carried}
+    if "config.json" not in files:
+        return sorted(wanted)  # no model: the reader says so
+    here = [n for n in files if "/" not in n]
+    try:
+        weights = weight_names(
+            name, read("config.json"), here, exists=set(files).__contains__, read_index=read
         )
-    return []
+    except UnfitModelError as e:
+        raise UnfitModelError(
+            f"{e}; llmquant reads safetensors only: look for another branch (NAME@refs/pr/1) or repository of the model"
+        ) from e
+    return sorted({*wanted, *weights.files, *filter(None, [weights.index])})
 
 
 def _download(name: str) -> Path:
@@ -118,9 +98,8 @@ def _download(name: str) -> Path:
     repo, _, revision = name.partition("@")
     at = revision or None
 
-    def shards_of(index: str) -> list[str]:
-        found = read_json(Path(hf_hub_download(repo, index, revision=at))).get("weight_map")
-        return [s for s in found.values() if isinstance(s, str)] if isinstance(found, dict) else []
+    def read(file: str) -> Mapping[str, Any]:
+        return read_json(Path(hf_hub_download(repo, file, revision=at)))
 
     try:
         try:
@@ -134,7 +113,7 @@ def _download(name: str) -> Path:
                 if isinstance(unreachable, HfHubHTTPError):
                     raise unreachable from None  # the hub was there, and says why
                 raise
-        wanted = wanted_files(name, files, shards_of)
+        wanted = wanted_files(name, files, read)
         return Path(
             snapshot_download(repo, revision=at, allow_patterns=[glob.escape(n) for n in wanted])
         )

@@ -28,6 +28,7 @@ from llmquant.kernels import choose
 from llmquant.models.architectures import Architecture
 from llmquant.models.from_folder import load_tokenizer
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader
+from llmquant.quantization.plan import WalkPlan
 from llmquant.quantization.prepare import check_calibration, prepare, selected
 from llmquant.recipe import Recipe
 from llmquant.runtime.computing import Computing
@@ -101,6 +102,26 @@ class Plan:
         return sum(m.nbytes for m in self.modules) * 8 / weights
 
 
+def _result(plan: WalkPlan) -> tuple[list[PlannedModule], dict[str, Stored]]:
+    """What would be written: the quantized linears, and every tensor by name."""
+    sizes = Sizes(plan.layout)
+    modules: list[PlannedModule] = []
+    tensors: dict[str, Stored] = {}
+    for name, info in plan.reader.tensors.items():
+        module = name.removesuffix(".weight")
+        scheme = plan.selection.schemes.get(module) if name.endswith(".weight") else None
+        if scheme is None:
+            tensors[name] = Stored(info.dtype, info.shape)
+            continue
+        shape = plan.source.linears.shapes[module]
+        stored = sizes.tensors(scheme, shape, info.dtype)
+        tensors.update({f"{module}.{suffix}": t for suffix, t in stored.items()})
+        modules.append(
+            PlannedModule(module, scheme, shape, sizes.nbytes(scheme, shape, info.dtype))
+        )
+    return modules, tensors
+
+
 def make_plan(
     model: str | os.PathLike[str],
     recipe: Recipe,
@@ -122,26 +143,12 @@ def make_plan(
             function (:func:`llmquant.quantization.prepare.prepare`) answers for both.
     """
     plan = selected(prepare(model, recipe, store_dtype=store_dtype))
-    reader, layout, linears = plan.reader, plan.layout, plan.source.linears
-    selection = plan.selection
+    reader, layout, selection = plan.reader, plan.layout, plan.selection
     if tokenizer and recipe.needs_text:
         load_tokenizer(reader.path)
         if recipe.calibration.source is not None:
             check_calibration(plan)
-    sizes = Sizes(layout)
-    tensors: dict[str, Stored] = {}
-    modules = []
-    for name, info in reader.tensors.items():
-        module = name.removesuffix(".weight")
-        if module not in selection.schemes or not name.endswith(".weight"):
-            tensors[name] = Stored(info.dtype, info.shape)
-            continue
-        scheme, shape = selection.schemes[module], linears.shapes[module]
-        stored = sizes.tensors(scheme, shape, info.dtype)
-        tensors.update({f"{module}.{suffix}": t for suffix, t in stored.items()})
-        modules.append(
-            PlannedModule(module, scheme, shape, sizes.nbytes(scheme, shape, info.dtype))
-        )
+    modules, tensors = _result(plan)
     running = parse_dtype(AUTO, "cpu")
     return Plan(
         model_type=str(reader.config.get("model_type")),

@@ -22,15 +22,13 @@ from llmquant.quantization.blocks.materialize import materialized, outer_names
 from llmquant.quantization.blocks.original import Reference
 from llmquant.quantization.blocks.replay import Replay, Tail, Tails
 from llmquant.quantization.plan import BlockResult, WalkPlan, batched
-from llmquant.quantization.steps.channel_scaling import AWQFinder, BlockScaling, Finder, scale_block
+from llmquant.quantization.steps.channel_scaling import BlockScaling
+from llmquant.quantization.steps.finders import scaled
 from llmquant.quantization.steps.rounding import Rounded, Rounding, weight_error
-from llmquant.quantization.steps.smoothquant import SmoothFinder
 from llmquant.quantization.steps.tuning import tune_block
 from llmquant.records import TuneReport
 from llmquant.runtime.finite import all_finite
 from llmquant.stats import InputStats
-
-_UNSCALED = BlockScaling({}, {}, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,76 +135,7 @@ class Calibrated:
     def _scale(self, at: _Block, sets: Sequence[tuple[str, ...]]) -> BlockScaling:
         if self.plan.recipe.awq is not None or self.plan.recipe.smooth is not None:
             self._rounding.announce(at.index, f"{at.prefix} (scaling)")
-        find = self._finder(at, sets)
-        if find is None:
-            return _UNSCALED
-        config = self.plan.model.config.get_text_config()
-        heads: int = (
-            getattr(config, "num_key_value_heads", None)
-            or getattr(config, "num_attention_heads", 1)
-            or 1
-        )
-        scaling = _UNSCALED
-        if self.plan.world.first:
-            scaling = scale_block(
-                at.module,
-                at.prefix,
-                sets,
-                self._inputs,
-                self.plan.reader,
-                self.plan.architecture,
-                heads,
-                find,
-            )
-        return self._share_scaling(at, scaling)
-
-    def _share_scaling(self, at: _Block, scaling: BlockScaling) -> BlockScaling:
-        """What the first process found, given to every one, in the block too."""
-        if self.plan.world.size == 1:
-            return scaling
-        names = [
-            name.removeprefix(f"{at.prefix}.") for name in (*scaling.weights, *scaling.changed)
-        ]
-        scaling, values = self.plan.world.broadcast(
-            (scaling, {name: at.module.get_parameter(name).data for name in names})
-        )
-        for name, value in values.items():
-            at.module.get_parameter(name).data.copy_(value)
-        return scaling
-
-    def _finder(self, at: _Block, sets: Sequence[tuple[str, ...]]) -> Finder | None:
-        """The recipe's search for channel scales; None where it wants none or has nothing to scale
-        for."""
-        plan, awq, smooth = self.plan, self.plan.awq_options, self.plan.smooth_options
-        if not sets:
-            return None
-        if smooth is not None:
-            names = (name for members in sets for name in at.full(members))
-            int8 = frozenset(
-                n for n in names if plan.recipe.weights_of(n).activations == "int8-dynamic"
-            )
-            return SmoothFinder(
-                at.module,
-                sets,
-                self._inputs,
-                plan.specs,
-                int8,
-                plan.search,
-                smooth,
-                plan.all_experts,
-            )
-        if awq is None:
-            return None
-        return AWQFinder(
-            at.module,
-            sets,
-            self._inputs,
-            plan.specs,
-            plan.search,
-            awq,
-            plan.all_experts,
-            plan.world,
-        )
+        return scaled(self.plan, at.module, at.prefix, sets, self._inputs)
 
     def _rounded(
         self, at: _Block, sets: list[tuple[str, ...]], replay: Replay, scaling: BlockScaling

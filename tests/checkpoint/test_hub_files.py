@@ -124,6 +124,7 @@ class Hub:
     def __init__(self, files: list[str], folder: Path) -> None:
         self.files, self.folder = files, folder
         self.fetched: list[str] = []
+        self.config: dict[str, Any] = {"model_type": "llama"}
         self.asked: dict[str, Any] = {}
 
     def list_repo_files(self, repo: str, *, revision: str | None = None) -> list[str]:
@@ -133,6 +134,9 @@ class Hub:
         if name not in self.files:
             raise EntryNotFoundError(name)
         path = self.folder / name
+        if name == "config.json":
+            path.write_text(json.dumps(self.config), encoding="utf-8")
+            return str(path)
         shards = {"a.weight": SHARDS[0], "b.weight": SHARDS[1], "c.weight": SHARDS[1]}
         path.write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
         return str(path)
@@ -167,11 +171,17 @@ def test_the_weights_are_fetched_once_and_everything_beside_them(
 REFUSED = {
     "pickles only": (
         [*BASE, "pytorch_model.bin"],
-        "has no model.safetensors and no .*, only pytorch_model.bin; llmquant",
+        r"holds only pickle files \(pytorch_model.bin\).*look for another branch",
     ),
-    "GGUF only": (["config.json", "m.Q4.gguf"], "only m.Q4.gguf; llmquant reads safetensors only"),
-    "no weights": (BASE, "on the hub; llmquant reads safetensors only"),
-    "variants only": ([*BASE, "model.fp16.safetensors"], "only model.fp16.safetensors; llmquant"),
+    "GGUF only": (
+        ["config.json", "m.Q4.gguf"],
+        "has no safetensors weights; llmquant reads safetensors only",
+    ),
+    "no weights": (BASE, "has no safetensors weights; llmquant reads safetensors only"),
+    "variants only": (
+        [*BASE, "model.fp16.safetensors"],
+        "only model.fp16.safetensors, which transformers does not load; llmquant",
+    ),
     "a shard too few": (
         [*BASE, INDEX, SHARDS[0]],
         "names shards that are not there: model-00002-of",
@@ -187,6 +197,15 @@ def test_what_cannot_be_read_is_refused_before_it_is_fetched(
     with pytest.raises(CheckpointError, match=words):
         resolve("org/model")
     assert not hub.fetched
+
+
+def test_the_file_that_the_config_names_is_the_one_that_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub = hub_with(monkeypatch, [*BASE, "model.safetensors", "other.safetensors"], tmp_path)
+    hub.config["transformers_weights"] = "other.safetensors"
+    resolve("org/model")
+    assert sorted(hub.fetched) == sorted([*BASE, "other.safetensors"])
 
 
 def test_without_the_hub_the_cache_is_as_good(

@@ -66,6 +66,7 @@ _ANEW = frozenset(
 # Beside a whole model these make transformers load an adapter, whose weights are not carried.
 _ADAPTER = frozenset({"adapter_config.json", "adapter_model.json"})
 _LARGEST = 1 << 30
+_READER_NAMES = (".safetensors", ".safetensors.index.json")
 SHOWN = 6
 
 
@@ -113,7 +114,8 @@ def companions(folder: Path, read: Iterable[Path] = ()) -> Companions:
 
     Args:
         folder: on this machine.
-        read: its weight files that are read; any other is named as left behind.
+        read: its weight files that are read; any other is named as left behind, except safetensors
+            files, which the reader names itself.
     """
     sizes: dict[str, int] = {}
     for parent, folders, files in os.walk(folder):
@@ -127,7 +129,7 @@ def companions(folder: Path, read: Iterable[Path] = ()) -> Companions:
     for name in sorted(
         n for n in sizes if "/" not in n and is_weights(n) and not _hidden(PurePosixPath(n))
     ):
-        if known and name not in known and not name.endswith(".safetensors.index.json"):
+        if known and name not in known and not name.endswith(_READER_NAMES):
             found.left[name] = "other weights"
     found.left = dict(sorted(found.left.items()))
     return found

@@ -9,7 +9,8 @@ name the later one's counts, whatever the index says: so does ``from_pretrained`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,60 +23,113 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHOSEN = "transformers_weights"  # config.json's key for a file of another name
 _ADAPTER = "adapter_config.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Weights of something else than the model in the folder itself: of an adapter, of Mistral's own
+# layout, of a variant in another precision.
+_OTHER = re.compile(r"adapter_model|consolidated|\.(fp16|fp32|bf16|int8|int4|fp8)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNames:
+    """What holds the weights, by name relative to the folder.
+
+    Attributes:
+        files: in reading order.
+        index: the index that names them, if one does.
+        weight_map: tensor → file, as the index says; empty without one.
+        unnamed: the only file is one that transformers does not look for.
+    """
+
+    files: tuple[str, ...]
+    index: str | None = None
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+    unnamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """What holds the weights.
+    """The same in a folder of this machine.
 
     Attributes:
         files: in reading order.
-        weight_map: tensor → file, as the index says; empty without an index.
-        unnamed: the only file is one that transformers does not look for.
-        notes: what lies beside them and is not read.
+        weight_map, unnamed: see :class:`WeightNames`.
+        notes: what is beside them and is not read.
     """
 
     files: tuple[Path, ...]
-    weight_map: Mapping[str, str] = field(default_factory=dict)
-    unnamed: bool = False
-    notes: tuple[str, ...] = ()
+    weight_map: Mapping[str, str]
+    unnamed: bool
+    notes: tuple[str, ...]
 
 
 def weight_files(folder: Path, config: Mapping[str, Any]) -> WeightFiles:
     """The files to read.
 
     Raises:
+        what :func:`weight_names` raises.
+    """
+    here = [path.name for path in folder.iterdir() if path.is_file()]
+    names = weight_names(
+        str(folder),
+        config,
+        here,
+        exists=lambda name: (folder / name).is_file(),
+        read_index=lambda name: read_json(folder / name),
+    )
+    files = tuple(folder / name for name in names.files)
+    return WeightFiles(files, names.weight_map, names.unnamed, _beside(here, names))
+
+
+def weight_names(
+    where: str,
+    config: Mapping[str, Any],
+    here: Collection[str],
+    *,
+    exists: Callable[[str], bool],
+    read_index: Callable[[str], Mapping[str, Any]],
+) -> WeightNames:
+    """Which files transformers would load, of a folder or of a repository on the hub.
+
+    Args:
+        where: it is, for messages.
+        config: its config.json.
+        here: names of the files in the folder itself.
+        exists: whether there is a file of this relative name, in a subfolder too.
+        read_index: reads an index.
+
+    Raises:
         CheckpointError: there are none, only pickles or an adapter, or an index that makes no
             sense.
     """
     chosen = config.get(CHOSEN)
-    name = chosen if isinstance(chosen, str) else _usual(folder)
+    usual = next((name for name in (SINGLE, INDEX) if name in here), None)
+    name = chosen if isinstance(chosen, str) else usual
     if name is None:
-        return WeightFiles((_only(folder),), unnamed=True)
+        return WeightNames((_only(where, here),), unnamed=True)
     if not _inside(name):
         raise CheckpointError(
-            f"{folder / 'config.json'}: {CHOSEN} is {name!r}, which is no file of this folder"
+            f"{where}/config.json: {CHOSEN} is {name!r}, which is no file of this folder"
         )
-    path = folder / name
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder / 'config.json'}: {CHOSEN} names {name}, which is not there"
-        )
+    if not exists(name):
+        raise CheckpointError(f"{where}/config.json: {CHOSEN} names {name}, which is not there")
     if not name.endswith(".index.json"):
-        return WeightFiles((path,), notes=_beside(folder, {path}))
-    weight_map = _weight_map(path)
-    shards = [folder / n for n in sorted(set(weight_map.values()))]
-    missing = [str(p.relative_to(folder)) for p in shards if not p.is_file()]
+        return WeightNames((name,))
+    weight_map = read_index(name).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(map(_inside, weight_map.values()))
+    ):
+        raise CheckpointError(
+            f"{where}/{name} holds no weight_map from tensor names to files of this folder"
+        )
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not exists(shard)]
     if missing:
         raise CheckpointError(
-            f"{path} names shards that are not there: {some(missing)}; fetch them too"
+            f"{where}/{name} names shards that are not there: {some(missing)}; fetch them too"
         )
-    return WeightFiles(tuple(shards), weight_map, notes=_beside(folder, {path, *shards}))
-
-
-def _usual(folder: Path) -> str | None:
-    return next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
+    return WeightNames(tuple(shards), name, weight_map)
 
 
 def _inside(name: object) -> bool:
@@ -86,56 +140,55 @@ def _inside(name: object) -> bool:
     return not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(map(_inside, weight_map.values()))
-    ):
-        raise CheckpointError(
-            f"{index} holds no weight_map from tensor names to files of this folder"
-        )
-    return weight_map
-
-
-def _only(folder: Path) -> Path:
+def _only(where: str, here: Collection[str]) -> str:
     """The one safetensors file of a folder that has none of the usual names."""
-    found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
-    pickles = [p.name for pattern in _PICKLES for p in sorted(folder.glob(pattern))]
-    if (folder / _ADAPTER).is_file() and all(p.name.startswith("adapter_model") for p in found):
-        raise UnfitModelError(_adapter(folder))
-    if len(found) == 1:
-        return found[0]
-    if found:
+    there = sorted(name for name in here if name.endswith(".safetensors"))
+    alone = [name for name in there if not _OTHER.search(name)]
+    if _ADAPTER in here and not alone:
+        raise UnfitModelError(_adapter(where))
+    if len(alone) == 1:
+        return alone[0]
+    if alone:
         raise CheckpointError(
-            f"{folder} has {len(found)} safetensors files but no {INDEX}; fetch the index too"
+            f"{where} has {len(alone)} safetensors files but no {INDEX}; fetch the index too"
         )
+    if there:
+        raise UnfitModelError(
+            f"{where} has no {SINGLE} and no {INDEX}, only {some(there)}, which transformers does not load"
+        )
+    pickles = sorted(name for name in here if name.endswith(_PICKLES))
     if pickles:
         raise UnfitModelError(
-            f"{folder} holds only pickle files ({', '.join(pickles[:3])}), which can run code when loaded; "
+            f"{where} holds only pickle files ({some(pickles)}), which can run code when loaded; "
             "convert the model to safetensors first"
         )
-    raise UnfitModelError(f"{folder} has no safetensors weights")
+    raise UnfitModelError(f"{where} has no safetensors weights")
 
 
 def refuse_adapter(folder: Path) -> None:
     """Raises CheckpointError for a folder with an adapter and no model."""
     if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
-        raise UnfitModelError(_adapter(folder))
+        raise UnfitModelError(_adapter(str(folder)))
 
 
-def _adapter(folder: Path) -> str:
+def _adapter(where: str) -> str:
     return (
-        f"{folder} holds an adapter (LoRA), not a model; merge it into its base model first "
+        f"{where} holds an adapter (LoRA), not a model; merge it into its base model first "
         "(peft: merge_and_unload, then save_pretrained)"
     )
 
 
-def _beside(folder: Path, read: set[Path]) -> tuple[str, ...]:
-    there = {*folder.glob("*.safetensors"), folder / INDEX}
-    left = sorted(p.name for p in there - read if p.is_file())
-    if not left:
-        return ()
-    source = min(p.name for p in read if p.parent == folder) if len(read) == 1 else INDEX
-    return (f"weights are read from {source}, as transformers does; not read: {some(left)}",)
+def _beside(here: Collection[str], names: WeightNames) -> tuple[str, ...]:
+    """What looks like the model's weights and is not read."""
+    left = sorted(
+        name
+        for name in here
+        if (name.endswith(".safetensors") or name == INDEX)
+        and name not in (*names.files, names.index)
+    )
+    source = names.index or names.files[0]
+    return (
+        (f"weights are read from {source}, as transformers does; not read: {some(left)}",)
+        if left
+        else ()
+    )

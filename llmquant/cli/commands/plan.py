@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -181,8 +182,6 @@ def _spoken(seconds: float) -> str:
 def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
     from rich.table import Table
 
-    from llmquant.formats.engines import answers
-
     table = Table(box=None, pad_edge=False)
     for column in ("linear", "shape (out, in)", "scheme"):
         table.add_column(column, overflow="fold")
@@ -202,41 +201,46 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
             f"{sum(sizes) / 1e6:,.2f}",
             f"{sum(sizes) * 8 / weights:.3f}",
         )
-    console = screen()
-    console.print(table)
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    facts.add_row("format", plan.format)
-    facts.add_row(
+    for row in _facts(plan, needs):
+        facts.add_row(*row)
+    console = screen()
+    console.print(table)
+    console.print()
+    console.print(facts)
+
+
+def _facts(plan: Plan, needs: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """What is said of a plan below its linears, line by line."""
+    from llmquant.formats.engines import answers
+
+    yield "format", plan.format
+    yield (
         "size",
         f"{plan.source_bytes / 1e6:,.2f} MB → {plan.bytes_on_disk / 1e6:,.2f} MB of weight files; "
         f"{plan.bits_per_weight:.3f} bits per quantized weight",
     )
-    for row in needs:
-        facts.add_row(*row)
-    facts.add_row(
-        "left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none"
+    yield from needs
+    yield ("left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none")
+    yield (
+        "tensor parallel",
+        ", ".join(map(str, plan.tensor_parallel)) or "no size splits it evenly",
     )
-    facts.add_row(
-        "tensor parallel", ", ".join(map(str, plan.tensor_parallel)) or "no size splits it evenly"
-    )
-    facts.add_row(
+    yield (
         "running",
         plan.kernels_for.as_text({name: count for name, (count, _) in plan.kernels.items()}),
     )
     for name, (_, why) in plan.kernels.items():
         if why:
-            facts.add_row(f"kernel {name}", why)
+            yield f"kernel {name}", why
     if plan.stored is not None:
-        facts.add_row("stored", plan.stored)
-    for row in answers(plan.engines, plan.cautions):
-        facts.add_row(*row)
-    facts.add_row(
+        yield "stored", plan.stored
+    yield from answers(plan.engines, plan.cautions)
+    yield (
         "group sizes",
         f"{', '.join(map(str, plan.suggestions)) or 'none of 16 … 256'} fit every linear; -1 always",
     )
     for note in plan.notes:
-        facts.add_row("note", note)
-    console.print()
-    console.print(facts)
+        yield "note", note

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from llmquant.checkpoint.manifest import fallback_notes
 from llmquant.formats import Scheme
-from llmquant.quantization.steps.rescaling import METHOD
+from llmquant.quantization.steps.moves import METHOD
 from llmquant.recipe import Recipe
 from llmquant.records import ModuleReport, PairReport, TuneReport
 from llmquant.runtime.finite import some

@@ -162,33 +162,23 @@ def scale_block(
     wanted = architecture if find.linears else None
     for pair, reason in _pairs(block, sets, wanted, kv_heads, inputs[0]):
         start = time.perf_counter()
-        names = f"{prefix}.{pair.producer}", tuple(f"{prefix}.{r}" for r in pair.readers)
+        producer, readers = (
+            f"{prefix}.{pair.producer}",
+            tuple(f"{prefix}.{r}" for r in pair.readers),
+        )
         if reason is None:
             tensors.read(names_of(pair, block))
             if place_of(block, pair.readers[0]) and find.unseen(pair):
                 reason = UNSEEN
+        report = PairReport(producer=producer, readers=readers, reason=reason, method=find.method)
         if reason is not None:
-            skipped = PairReport(
-                producer=names[0], readers=names[1], reason=reason, method=find.method
-            )
-            reports.append(skipped)
+            reports.append(report)
             continue
-        best = find(pair, names[1], [tensors.values[f"{r}.weight"] for r in pair.readers])
+        best = find(pair, readers, [tensors.values[f"{r}.weight"] for r in pair.readers])
         seconds = time.perf_counter() - start
         why = None if best.ratio is not None else "no scale made the error smaller"
-        reports.append(
-            PairReport(
-                producer=names[0],
-                readers=names[1],
-                ratio=best.ratio,
-                duo=best.duo,
-                before=best.before,
-                after=best.after,
-                reason=why,
-                method=find.method,
-                seconds=seconds,
-            )
-        )
+        result = {"ratio": best.ratio, "duo": best.duo, "before": best.before, "after": best.after}
+        reports.append(report.model_copy(update={**result, "reason": why, "seconds": seconds}))
         if best.ratio is not None:
             changed = fold(pair, best.scale, tensors.values, tensors.stored)
             tensors.values |= changed
