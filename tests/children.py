@@ -7,17 +7,21 @@ does must therefore say that it is heeded, wherever the tests run.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from signal import Handlers
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from llmquant.cli import main
 
 _START = """
 import os, signal, sys
@@ -51,6 +55,30 @@ class Ended(NamedTuple):
     code: int
     out: str
     err: str
+
+    @property
+    def said(self) -> str:
+        """stderr as one line, however wide the terminal is."""
+        return " ".join(self.err.split())
+
+
+Run = Callable[..., Ended]
+
+
+def run_here(*arguments: object) -> Ended:
+    """Run an llmquant command in this process; an exception that is no error in words comes
+    through."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["llmquant", *map(str, arguments)]
+    code: Any = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = argv
+    return Ended(code or 0, out.getvalue(), err.getvalue())
 
 
 # Several commands in one process: torch is imported once.

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import Run, run_here
 from tiny_models import EXAMPLE, TOKENIZER
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,6 +54,13 @@ def write_model(
         shutil.copyfile(EXAMPLE / name, folder / name)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run an llmquant command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return run_here
 
 
 @pytest.fixture(scope="session")

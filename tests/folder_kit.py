@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import EXAMPLE, TOKENIZER, save
@@ -21,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from llmquant.checkpoint.reader import INDEX, SINGLE
-from llmquant.cli import main
 
 Tensors = dict[str, Tensor]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -29,33 +26,6 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 RTN = ("--method", "rtn", "--group-size", "16", "--store-dtype", "source")
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj"
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command of llmquant in this process; an exception that is no error in words fails the
-    test."""
-
-    def run_(*args: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["llmquant", *map(str, args)])
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as e:
-            code = e.code
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return run_
 
 
 def put(folder: Path, tensors: Mapping[str, Tensor], name: str = SINGLE) -> None:

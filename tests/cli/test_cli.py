@@ -16,50 +16,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
-from children import heeding_interrupts, interrupts
+from children import Ended, Run, heeding_interrupts, interrupts
 
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
-from llmquant.cli import main
 from llmquant.cli.method import parse_method
 from llmquant.cli.sizes import parse_size
 from llmquant.errors import CheckpointError, ProofError
 from llmquant.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run a command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_(*args: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["llmquant", *map(str, args)])
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as e:
-            code = e.code
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return run_
 
 
 RTN = ("--method", "rtn", "--group-size", "32")
@@ -190,7 +161,7 @@ def test_awq_tells_what_was_scaled_and_what_was_left_alone(
 def test_quiet_says_nothing(run: Run, model: Path, text: Path) -> None:
     assert run(
         "quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}", "--quiet"
-    ) == Ran(0, "", "")
+    ) == Ended(0, "", "")
     assert (Path("out") / SINGLE).is_file()
 
 

@@ -5,37 +5,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-
-from llmquant.cli import main
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def run_(*args: object) -> Ran:
-        monkeypatch.setattr("sys.argv", ["llmquant", *map(str, args)])
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as e:
-            code = e.code
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, " ".join(captured.err.split()))
-
-    return run_
+from children import Ended, Run
 
 
 def with_files(folder: Path, model: Path, *names: str) -> Path:
@@ -94,8 +68,8 @@ UNSAID = [
 ]
 
 
-def check(source: Path, result: Path, ran: Ran) -> None:
-    assert ran.code == 0, ran.err
+def check(source: Path, result: Path, ran: Ended) -> None:
+    assert ran.code == 0, ran.said
     for name in CARRIED:
         assert (result / name).read_bytes() == (source / name).read_bytes(), name
     for name, reason in LEFT.items():
@@ -103,13 +77,13 @@ def check(source: Path, result: Path, ran: Ran) -> None:
         shown = f"{name.split('/')[0]}/" if "/" in name else name
         # Safetensors files are named by who reads the weights, and by nobody else.
         mark = "not read: " if reason == "not read" else f"({reason})"
-        (sentence,) = (s for s in ran.err.split("warning: ") if mark in s)
+        (sentence,) = (s for s in ran.said.split("warning: ") if mark in s)
         # A list names the first six.
         assert shown in sentence or "more" in sentence, (name, sentence)
     for name in UNSAID:
         assert not (result / name).exists()
-        assert name.split("/")[0] not in ran.err
-    assert "copied, but not run: configuration_mine.py, tokenization_mine.py" in ran.err
+        assert name.split("/")[0] not in ran.said
+    assert "copied, but not run: configuration_mine.py, tokenization_mine.py" in ran.said
 
 
 def test_everything_that_is_not_weights_goes_along(model: Path, tmp_path: Path, run: Run) -> None:
@@ -126,10 +100,10 @@ def test_everything_that_is_not_weights_goes_along(model: Path, tmp_path: Path, 
         if not name.startswith("checkpoint") and not name.endswith(".safetensors"):
             path.write_bytes(b"{}")
     again = run("convert", tmp_path / "q", "-o", tmp_path / "c", "--to", "gptq")
-    assert again.code == 0, again.err
+    assert again.code == 0, again.said
     for name in CARRIED:
         assert (tmp_path / "c" / name).read_bytes() == (source / name).read_bytes(), name
-    assert "left behind in the model folder (other weights): " in again.err
+    assert "left behind in the model folder (other weights): " in again.said
     assert run("verify", tmp_path / "c").code == 0
 
 
@@ -142,7 +116,7 @@ def test_a_file_that_goes_along_is_proved_like_the_others(
     template.write_bytes(template.read_bytes() + b" ")
     ran = run("verify", tmp_path / "q")
     assert ran.code == 1
-    assert "additional_chat_templates/tool_use.jinja is not the file that was written" in ran.err
+    assert "additional_chat_templates/tool_use.jinja is not the file that was written" in ran.said
     template.unlink()
     assert "is in the manifest but not in the folder" in run("verify", tmp_path / "q").err
 
@@ -156,7 +130,7 @@ def test_a_file_that_engines_load_and_nobody_wrote_is_found(
     folder = with_files(tmp_path / "q", quantized, name)
     ran = run("verify", folder)
     assert ran.code == 1
-    assert name in ran.err
+    assert name in ran.said
 
 
 CONFIGS = {
@@ -185,14 +159,14 @@ def test_auto_map_is_kept_with_the_code_that_it_names(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     (source / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}), "utf-8")
     ran = run("quantize", source, "-o", tmp_path / "q", *RTN)
-    assert ran.code == 0, ran.err
+    assert ran.code == 0, ran.said
     written = json.loads((tmp_path / "q" / "config.json").read_text(encoding="utf-8"))
     assert written["auto_map"] == auto_map
     assert all((tmp_path / "q" / name).is_file() for name in files)
     if said is None:
-        assert "auto_map" not in ran.err
+        assert "auto_map" not in ran.said
     else:
-        assert said in ran.err
+        assert said in ran.said
 
 
 def test_a_changed_template_is_another_run(
@@ -225,4 +199,4 @@ def test_a_changed_template_is_another_run(
     (source / name).write_text("another", encoding="utf-8")
     ran = run("quantize", source, "-o", tmp_path / "q", *options)
     assert ran.code == 2
-    assert f"{name} of the model was" in ran.err
+    assert f"{name} of the model was" in ran.said

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import Run
 from folder_kit import (
     EMBEDDINGS,
     HEAD,
@@ -18,14 +19,12 @@ from folder_kit import (
     SINGLE,
     Case,
     Q,
-    Run,
     as_transformers_reads,
     configure,
     index,
     move,
     other,
     put,
-    run,
     shards,
     twice,
     unprefixed,
@@ -38,8 +37,6 @@ from llmquant import load
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import LlmquantError
-
-__all__ = ["run"]
 
 TIED = {"tie_word_embeddings": True}
 ONES = torch.ones(2)

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from folder_kit import INDEX, RTN, SHARDS, SINGLE, Case, Run, run, shards, write_case
-
-__all__ = ["run"]
+from children import Run
+from folder_kit import INDEX, RTN, SHARDS, SINGLE, Case, shards, write_case
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"

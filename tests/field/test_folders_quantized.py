@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import Run
 from folder_kit import (
     EMBEDDINGS,
     HEAD,
@@ -18,10 +19,8 @@ from folder_kit import (
     SINGLE,
     Case,
     Q,
-    Run,
     configure,
     put,
-    run,
     unprefixed,
     write_case,
 )
@@ -30,8 +29,6 @@ from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config
 
 from llmquant import load
 from llmquant.errors import LlmquantError
-
-__all__ = ["run"]
 
 ATTENTION = "model.layers.0.self_attn"
 ONES = torch.ones(1)

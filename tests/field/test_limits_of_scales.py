@@ -11,11 +11,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from children import Run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -27,33 +28,6 @@ from llmquant.models.load import load
 Tensors = dict[str, Tensor]
 IDS = torch.randint(6, 4000, (4, 24), generator=torch.Generator().manual_seed(1))
 CALIBRATED = ("--nsamples", "6", "--seqlen", "32")
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., Ran]:
-    from llmquant.cli import main
-
-    monkeypatch.chdir(tmp_path)
-
-    def run_(*args: object) -> Ran:
-        monkeypatch.setattr("sys.argv", ["llmquant", *map(str, args)])
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as e:
-            code = e.code
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return run_
 
 
 def write(kind: str, folder: Path, **changes: Any) -> Path:
@@ -211,7 +185,7 @@ def arguments(way: str, text: Path) -> list[str]:
 
 
 def check_equal(
-    run: Callable[..., Ran], kind: str, way: str, model: Path, text: Path, tmp_path: Path, most: int
+    run: Run, kind: str, way: str, model: Path, text: Path, tmp_path: Path, most: int
 ) -> None:
     other = copied(model, tmp_path / "other", rescaled(kind, most))
     with torch.no_grad():
