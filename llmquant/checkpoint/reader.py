@@ -23,7 +23,7 @@ from llmquant.checkpoint.weights.json_files import read_json
 from llmquant.errors import CheckpointError, UnfitModelError
 from llmquant.runtime.finite import some
 
-# Everything beside the weights that a served model needs; copied when present.
+# Files beside the weights that transformers or engines read.
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -36,9 +36,6 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
 )
 
 
@@ -166,11 +163,30 @@ class CheckpointReader:
         return h.hexdigest()
 
 
+class ReaderView(CheckpointReader):
+    """A checkpoint of which some tensors are read otherwise than they are stored.
+
+    Args:
+        inner: the reader beneath; the view starts with all that it knows.
+    """
+
+    def __init__(self, inner: CheckpointReader) -> None:
+        vars(self).update(vars(inner))
+        self.inner = inner
+
+    def read(self, name: str) -> Tensor:
+        return self.inner.read(name)
+
+    def read_all(self) -> dict[str, Tensor]:
+        return {name: self.read(name) for name in self.tensors}
+
+
 __all__ = [
     "INDEX",
     "SIDE_FILES",
     "SINGLE",
     "CheckpointReader",
+    "ReaderView",
     "TensorInfo",
     "read_json",
     "sha256_file",

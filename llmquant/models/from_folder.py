@@ -130,7 +130,9 @@ class _Reading:
             None,
         )
         plain = f"{self._path} has no tokenizer that transformers can read: {strange or first_line(error)}"
-        raise UnfitModelError(f"{plain}{_own_tokenizer(self._path)}") from error
+        # A damaged file is to be fetched again; one of another kind asks for another request.
+        problem = CheckpointError if strange else UnfitModelError
+        raise problem(f"{plain}{_own_tokenizer(self._path)}") from error
 
 
 def _stranger(file: Path) -> str | None:

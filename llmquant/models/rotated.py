@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms.hadamard import Rotation, hadamard_rotation, random_rotation
-from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.reader import CheckpointReader, ReaderView
 from llmquant.errors import ArchitectureError, SpecError
 from llmquant.models.architectures import ARCHITECTURES
 from llmquant.models.roles import ROLES
@@ -63,7 +63,7 @@ def rotated(reader: CheckpointReader, recipe: Recipe) -> CheckpointReader:
     return reader if recipe.rotation is None else RotatedReader(reader, recipe.rotation)
 
 
-class RotatedReader(CheckpointReader):
+class RotatedReader(ReaderView):
     """A :class:`CheckpointReader` that gives rotated tensors, and a head of its own where it was
     tied.
 
@@ -79,7 +79,7 @@ class RotatedReader(CheckpointReader):
     """
 
     def __init__(self, reader: CheckpointReader, wanted: Wanted) -> None:
-        vars(self).update(vars(reader))
+        super().__init__(reader)
         self.tensors = dict(reader.tensors)
         self.config = dict(reader.config)
         self._kind = str(self.config.get("model_type"))

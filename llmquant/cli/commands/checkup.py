@@ -320,7 +320,7 @@ def _vllm(environment: Mapping[str, str]) -> dict[str, Any]:
         last = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
         return {**facts, "reason": f"vllm cannot be imported there: {last}", "install": install}
     takes: dict[str, Any] = {}
-    with suppress(*_BROKEN):  # a broken torch is match as a problem
+    with suppress(*_BROKEN):  # a broken torch is reported as a problem
         takes = _takes("vllm")
     return {**facts, "ready": True, "version": match[1], **takes}
 

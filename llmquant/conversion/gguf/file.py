@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,10 @@ def export_gguf(
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder; make it first")
     stored = CheckpointReader(model)
+    described = describe(stored)  # what GGUF cannot say is the cause, whatever else is wrong
     fit = fitted(stored if quantization_of(stored) is None else PackedCheckpoint(stored))
     reader, packed = fit.reader, fit.packed
-    described = describe(reader)
+    described = replace(described, tied=bool(reader.config.get("tie_word_embeddings", False)))
     sources = _sources(gguf, reader, described, packed)
     read = _Reader(reader, packed, described)
     # Which type a tensor gets depends on its numbers, and the header comes first: hence two passes,

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.reader import CheckpointReader, ReaderView
 from llmquant.errors import QuantizationError
 from llmquant.runtime.devices import AUTO, parse_dtype
 
@@ -65,40 +65,40 @@ def _is_wide(reader: CheckpointReader) -> bool:
     return 2 * wide > sum(math.prod(i.shape) for i in floats)
 
 
-class StoredReader(CheckpointReader):
+class StoredReader(ReaderView):
     """A :class:`CheckpointReader` whose tensors ``names`` have another dtype.
 
     Attributes:
-        source: the reader beneath.
+        inner: the reader beneath.
         dtype: that they have.
         names: those tensors; ``info`` gives their new dtype, ``read`` rounds once to it.
     """
 
     def __init__(
         self,
-        source: CheckpointReader,
+        inner: CheckpointReader,
         dtype: torch.dtype,
         names: Collection[str],
         full: Collection[str] = (),
     ) -> None:
-        vars(self).update(vars(source))
-        self.source, self.dtype, self.names = source, dtype, names
+        super().__init__(inner)
+        self.dtype, self.names = dtype, names
         self._full = frozenset(full)
         size = dtype.itemsize
-        self.tensors = dict(source.tensors) | {
+        self.tensors = dict(inner.tensors) | {
             n: replace(i, dtype=dtype, nbytes=math.prod(i.shape) * size)
             for n in names
-            for i in (source.info(n),)
+            for i in (inner.info(n),)
         }
         self._rounded = frozenset(names) - self._full
-        keys = [k for k in ("dtype", "torch_dtype") if k in source.config] or ["dtype"]
+        keys = [k for k in ("dtype", "torch_dtype") if k in inner.config] or ["dtype"]
         name = str(dtype).removeprefix("torch.")
-        self.config = {**source.config, **dict.fromkeys(keys, name)}
+        self.config = {**inner.config, **dict.fromkeys(keys, name)}
 
     def in_full(self, names: Collection[str]) -> StoredReader:
         """The same, but ``read`` gives these as the checkpoint has them: scales and codes are made
         of them, and ``info`` says in which dtype those are stored."""
-        return StoredReader(self.source, self.dtype, self.names, names)
+        return StoredReader(self.inner, self.dtype, self.names, names)
 
     def read(self, name: str) -> Tensor:
         """One tensor, rounded once.
@@ -106,7 +106,7 @@ class StoredReader(CheckpointReader):
         Raises:
             QuantizationError: a number is too large for the dtype.
         """
-        tensor = self.source.read(name)
+        tensor = self.inner.read(name)
         if name not in self._rounded:
             return tensor
         rounded = tensor.to(self.dtype)
@@ -119,7 +119,7 @@ class StoredReader(CheckpointReader):
 
     def note(self) -> str:
         """For people: what is stored in another dtype than it had."""
-        before = sorted({str(self.source.info(n).dtype).removeprefix("torch.") for n in self.names})
+        before = sorted({str(self.inner.info(n).dtype).removeprefix("torch.") for n in self.names})
         return (
             f"{self.path} is in {', '.join(before)}; scales and what is not quantized are stored in "
             f"{str(self.dtype).removeprefix('torch.')} (--store-dtype source keeps {'it' if len(before) == 1 else 'them'})"

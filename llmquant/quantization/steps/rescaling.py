@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.reader import CheckpointReader, ReaderView
 from llmquant.models.architectures import Architecture
 from llmquant.quantization.steps.exchanges import block_of, exchanges_of, last_norm, norms_of
 from llmquant.quantization.steps.moves import Moved, Moves
@@ -26,7 +26,7 @@ from llmquant.recipe import Recipe
 from llmquant.records import PairReport
 
 
-class RescaledReader(CheckpointReader):
+class RescaledReader(ReaderView):
     """A :class:`CheckpointReader` whose tensors give scales that fp16 holds, where powers of two
     can be moved to get there.
 
@@ -42,8 +42,7 @@ class RescaledReader(CheckpointReader):
     def __init__(
         self, reader: CheckpointReader, architecture: Architecture, recipe: Recipe
     ) -> None:
-        vars(self).update(vars(reader))
-        self.inner = reader
+        super().__init__(reader)
         self._kind = str(self.config.get("model_type"))
         self._architecture, self._recipe = architecture, recipe
         self._blocks: dict[str, Moved] = {}
