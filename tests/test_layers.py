@@ -25,7 +25,7 @@ ROWS = {
     "llmquant": (
         ("errors",),
         ("spec", "bitpack", "activations", "stats"),
-        ("weight", "runtime", "records"),
+        ("weight", "runtime", "records", "recipe_sections"),
         ("recipe",),
         ("algorithms", "formats", "kernels"),
         ("checkpoint",),

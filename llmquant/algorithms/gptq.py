@@ -242,7 +242,7 @@ def _visit(w: Tensor, grid: _Grid, factor: Factor, spec: QuantSpec, options: GPT
     """
     codes = torch.empty_like(w)
     width = spec.width(w.shape[0])
-    visit = _visit_block if native.why_not(w) is not None else _visit_block_native
+    visit = _visit_block if native.why_not(w) is not None else native.visit
     for start, stop in _blocks(w.shape[0], options.block_size, 1 if grid.fitted_ahead else width):
         errors = torch.empty(stop - start, w.shape[1], dtype=w.dtype, device=w.device)
         square = factor.upper[start:stop, start:stop]
@@ -250,7 +250,16 @@ def _visit(w: Tensor, grid: _Grid, factor: Factor, spec: QuantSpec, options: GPT
             if not grid.fitted_ahead and first % width == 0:
                 _fit_group(w, first, grid, factor, spec, options)
             last = stop if grid.fitted_ahead else min(first + width, stop)
-            visit(w, codes, errors, square, grid, start, range(first, last), spec.max_code)
+            visit(
+                w,
+                codes,
+                errors,
+                square,
+                (grid.scales, grid.zeros, grid.group_of),
+                start,
+                range(first, last),
+                spec.max_code,
+            )
         w[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
     return codes
 
@@ -260,7 +269,7 @@ def _visit_block(
     codes: Tensor,
     errors: Tensor,
     square: Tensor,
-    grid: _Grid,
+    grid: tuple[Tensor, Tensor, Tensor],
     start: int,
     columns: range,
     max_code: int,
@@ -270,34 +279,15 @@ def _visit_block(
     Their codes and errors are written, and ``w`` behind each, up to the block's end, is rid of its
     error.
     """
-    stop = start + len(errors)
-    for column, group in zip(
-        columns, grid.group_of[columns.start : columns.stop].tolist(), strict=True
-    ):
+    stop, (scales, zeros, group_of) = start + len(errors), grid
+    for column, group in zip(columns, group_of[columns.start : columns.stop].tolist(), strict=True):
         row = square[column - start]
-        scale, zero = grid.scales[group], grid.zeros[group]
+        scale, zero = scales[group], zeros[group]
         code = round_to_codes(w[column], scale, zero, max_code)
         error = (w[column] - (code - zero) * scale) / row[column - start]
         codes[column] = code
         errors[column - start] = error
         w[column + 1 : stop].addr_(row[column + 1 - start :], error, alpha=-1)
-
-
-def _visit_block_native(
-    w: Tensor,
-    codes: Tensor,
-    errors: Tensor,
-    square: Tensor,
-    grid: _Grid,
-    start: int,
-    columns: range,
-    max_code: int,
-) -> None:
-    """The same in compiled code."""
-    upper = square.T.contiguous()
-    native.visit(
-        w, codes, errors, upper, grid.scales, grid.zeros, grid.group_of, start, columns, max_code
-    )
 
 
 def layer_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

@@ -87,10 +87,8 @@ def visit(
     weight: Tensor,
     codes: Tensor,
     errors: Tensor,
-    upper: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    group_of: Tensor,
+    square: Tensor,
+    grid: tuple[Tensor, Tensor, Tensor],
     start: int,
     columns: range,
     max_code: int,
@@ -102,11 +100,11 @@ def visit(
         weight: ``[in, out]`` in visiting order, its later columns updated in place; so are
             ``codes``, of the same shape.
         errors: ``[block, out]``; those of ``columns`` are written.
-        upper: ``[block, block]``, the transposed square of ``U``.
-        scales: ``[groups, out]``; ``zeros`` likewise, in the same dtype.
-        group_of: int64 ``[in]``.
+        square: ``[block, block]``, the block's part of ``U``.
+        grid: scales ``[groups, out]``, zeros likewise in the same dtype, and the group of each
+            column, int64 ``[in]``.
     """
-    tensors = (weight, codes, errors, upper, scales, zeros, group_of)
+    tensors = (weight, codes, errors, square.T.contiguous(), *grid)
     assert all(t.is_contiguous() for t in tensors)
     task = _Visit(
         *(t.data_ptr() for t in tensors),

@@ -150,3 +150,8 @@ def lock_folder(folder: Path) -> int:
             if folder.exists() and folder.stat().st_ino == os.fstat(fd).st_ino:
                 opened.pop_all()
                 return fd
+
+
+def partial_of(path: Path) -> Path:
+    """Where a folder is built before it gets its name."""
+    return path.with_name(f".{path.name}.partial")

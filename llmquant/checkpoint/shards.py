@@ -40,6 +40,29 @@ _METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A shard that is whole: its size, and length and sha256 of its header."""
+
+    nbytes: int
+    head_bytes: int
+    head_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a writer made durable since its last mark.
+
+    Attributes:
+        tensors: name, shard, dtype and shape of each tensor, in the order in which they were
+            written.
+        finished: shards that became whole.
+    """
+
+    tensors: tuple[tuple[str, int, str, tuple[int, ...]], ...]
+    finished: tuple[FinishedShard, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor of a shard: dtype and shape."""
 

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +26,14 @@ from llmquant.checkpoint.atomic import (
     disk,
     fsync_path,
     lock_folder,
+    partial_of,
     put_in_place,
     remove,
 )
 from llmquant.checkpoint.companions.files import companions
 from llmquant.checkpoint.reader import INDEX, SINGLE, sha256_file
-from llmquant.checkpoint.shards import ShardWriter, Stored, side_of
+from llmquant.checkpoint.shards import FinishedShard, Mark, ShardWriter, Stored, side_of
 from llmquant.errors import CheckpointError, ProofError
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedShard:
-    """A shard that is whole: its size, and length and sha256 of its header."""
-
-    nbytes: int
-    head_bytes: int
-    head_sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """What a writer made durable since its last mark.
-
-    Attributes:
-        tensors: name, shard, dtype and shape of each tensor, in the order in which they were
-            written.
-        finished: shards that became whole.
-    """
-
-    tensors: tuple[tuple[str, int, str, tuple[int, ...]], ...]
-    finished: tuple[FinishedShard, ...]
 
 
 class CheckpointWriter:
@@ -321,8 +298,3 @@ class CheckpointWriter:
                         )
             fsync_path(self.partial)
             put_in_place(self.partial, self.path)
-
-
-def partial_of(path: Path) -> Path:
-    """Where a folder is built before it gets its name."""
-    return path.with_name(f".{path.name}.partial")

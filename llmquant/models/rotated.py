@@ -39,7 +39,7 @@ from llmquant.errors import ArchitectureError, SpecError
 from llmquant.models.architectures import ARCHITECTURES
 from llmquant.models.roles import ROLES
 from llmquant.recipe import Recipe
-from llmquant.recipe import Rotation as Wanted
+from llmquant.recipe_sections import Rotation as Wanted
 from llmquant.records import RotationRecord
 from llmquant.runtime.finite import some
 

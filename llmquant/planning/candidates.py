@@ -20,7 +20,8 @@ from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why
 from llmquant.models.architectures import Architecture
 from llmquant.planning.sensitivity import Kind
 from llmquant.quantization.plan import WalkPlan
-from llmquant.recipe import Recipe, Weights, matches
+from llmquant.recipe import Recipe, matches
+from llmquant.recipe_sections import Weights
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 
 UNQUANTIZED = 16

@@ -15,7 +15,6 @@ before Python starts.
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import subprocess
@@ -23,9 +22,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import psutil
+
+from llmquant.runtime import host
 
 INSTRUCTION_SETS = (
     "amx_bf16",
@@ -144,7 +144,7 @@ def this_processor() -> Processor:
     name, has = _macos(_sysctl()) if sys.platform == "darwin" else _linux()
     return processor_of(
         architecture, name or platform.processor() or architecture, has, os.environ,
-        cores=psutil.cpu_count(logical=False), threads=_threads(), memory_bytes=_memory(),
+        cores=psutil.cpu_count(logical=False), threads=host.threads(), memory_bytes=host.memory_bytes(),
     )  # fmt: skip
 
 
@@ -204,8 +204,7 @@ def _ceilings(environment: Mapping[str, str]) -> list[tuple[str, frozenset[str]]
     """The variables that hold torch down, as ``NAME=value``, and the most that each lets it use.
 
     A value that is not known holds nothing: torch and oneDNN ignore such ones too. None holds ARM's
-        sets: there torch's
-    own ``default`` is NEON, and oneDNN heeds the variable on x86 only.
+    sets: there torch's own ``default`` is NEON, and oneDNN heeds the variable on x86 only.
     """
     arm = frozenset(_LINUX_ARM.values())
     ceilings = []
@@ -230,7 +229,7 @@ def _architecture(machine: str) -> str:
 
 
 def _linux() -> tuple[str, frozenset[str] | None]:
-    return read_cpuinfo(_text("/proc/cpuinfo"))
+    return read_cpuinfo(host.text("/proc/cpuinfo"))
 
 
 def _sysctl() -> str:
@@ -259,48 +258,3 @@ def _macos(text: str) -> tuple[str, frozenset[str] | None]:
     sets = {_MACOS_X86[word] for word in words if word in _MACOS_X86}
     sets |= {name for key, name in _MACOS_ARM.items() if facts.get(key) == "1"}
     return facts.get("machdep.cpu.brand_string", ""), frozenset(sets) if facts else None
-
-
-def _threads() -> int:
-    """Processors this process may run on, less by a container's limit, which is in shares of
-    time."""
-    own = psutil.Process()
-    allowed = len(own.cpu_affinity()) if hasattr(own, "cpu_affinity") else psutil.cpu_count() or 1
-    quota = _cpu_quota()
-    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
-
-
-def _cpu_quota() -> float | None:
-    """Processors' worth of time that the control group gives; None without a limit."""
-    quota, _, period = _control("cpu.max").partition(" ")
-    if not quota:
-        quota, period = _control("cpu.cfs_quota_us", "cpu"), _control("cpu.cfs_period_us", "cpu")
-    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
-        return None  # "max", or -1
-    return int(quota) / int(period)
-
-
-def _memory() -> int:
-    total = int(psutil.virtual_memory().total)
-    limit = _control("memory.max") or _control("memory.limit_in_bytes", "memory")
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
-def _control(name: str, version_1: str = "") -> str:
-    """A file of the control group this process is in; of version 1's when ``version_1`` names the
-    controller."""
-    root = Path("/sys/fs/cgroup") / version_1
-    for line in _text("/proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if version_1 in controllers.split(","):
-            # Inside a container its own group is mounted as the root, whatever the path says.
-            return _text(root / path.lstrip("/") / name) or _text(root / name)
-    return _text(root / name)
-
-
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmquant.cli import app
-from llmquant.cli.commands import checkup
+from llmquant.cli.commands import checkup, checkup_engines
 from llmquant.cli.commands.checkup import look
 from llmquant.kernels import KERNELS
 from llmquant.runtime.devices import parse_dtype
@@ -98,7 +98,7 @@ def test_vllm_is_asked_in_its_own_environment(
     if script is not None:
         python.write_text(script)
         python.chmod(0o755)
-    found = checkup._vllm({"LLMQUANT_VLLM_PYTHON": str(python)})
+    found = checkup_engines.vllm({"LLMQUANT_VLLM_PYTHON": str(python)})
     assert found["ready"] is ready
     assert told in str(found)
     assert ready or "make vllm-env" in found["install"]
@@ -109,8 +109,8 @@ def test_vllm_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexec sleep 30\n")
     python.chmod(0o755)
-    monkeypatch.setattr(checkup, "_VLLM_SECONDS", 0.2)
-    assert "took more than" in checkup._vllm({"LLMQUANT_VLLM_PYTHON": str(python)})["reason"]
+    monkeypatch.setattr(checkup_engines, "_VLLM_SECONDS", 0.2)
+    assert "took more than" in checkup_engines.vllm({"LLMQUANT_VLLM_PYTHON": str(python)})["reason"]
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llmquant.runtime import processor
+from llmquant.runtime import host, processor
 from llmquant.runtime.processor import (
     INSTRUCTION_SETS,
     Processor,
@@ -247,8 +247,8 @@ def test_has_refuses_a_name_that_is_none():
     ],
 )
 def test_a_containers_limit(files, processors, monkeypatch):
-    monkeypatch.setattr(processor, "_text", lambda path: files.get(str(path), ""))
-    assert processor._cpu_quota() == processors
+    monkeypatch.setattr(host, "text", lambda path: files.get(str(path), ""))
+    assert host.cpu_quota() == processors
 
 
 def test_this_processor():

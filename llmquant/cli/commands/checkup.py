@@ -12,9 +12,7 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from llmquant.cli.commands.checkup_engines import BITS, BROKEN, GROUP, llama_cpp, takes, vllm
 from llmquant.errors import LlmquantError
 from llmquant.runtime.processor import Processor, this_processor
 
@@ -41,19 +40,7 @@ _NEEDED = (
     "safetensors",
     "tokenizers",
 )  # imported, not only looked up: a broken wheel shows then
-_BROKEN = (
-    ImportError,
-    OSError,
-    RuntimeError,
-    AttributeError,
-    ValueError,
-)  # what importing a broken package raises
-_BITS = (2, 3, 4, 8)
 _SHAPE = (4096, 4096)
-_GROUP = 128
-_VLLM_SECONDS = 120  # importing it takes a while where the disk is cold
-_VLLM_CODE = "import vllm; print('llmquant-vllm', vllm.__version__)"
-_LLAMA_CPP = ("llama-cli", "llama-server", "llama-perplexity")
 
 
 @dataclass(slots=True)
@@ -107,8 +94,8 @@ def look(environment: Mapping[str, str] = os.environ) -> Checkup:
     checkup.problems += broken
     if not broken:
         _look_with_torch(checkup)
-    checkup.engines["vllm"] = _vllm(environment)
-    checkup.extras["llama.cpp"] = _llama_cpp()
+    checkup.engines["vllm"] = vllm(environment)
+    checkup.extras["llama.cpp"] = llama_cpp()
     return checkup
 
 
@@ -133,7 +120,7 @@ def _imports() -> list[str]:
     for name in _NEEDED:
         try:
             importlib.import_module(name)
-        except _BROKEN as e:
+        except BROKEN as e:
             first = next(iter(str(e).splitlines()), type(e).__name__)
             problems.append(
                 f"{name} cannot be imported: {first}; reinstall it: pip install --force-reinstall {name}"
@@ -226,7 +213,7 @@ def _look_with_torch(checkup: Checkup) -> None:
     try:
         checkup.kernels = _kernels(device, chosen.dtype)
         checkup.compiled = _compiled(checkup.hints)
-    except (LlmquantError, *_BROKEN) as e:
+    except (LlmquantError, *BROKEN) as e:
         checkup.problems.append(f"kernels cannot be chosen: {e}")
     if checkup.versions["compressed-tensors"] is None:
         checkup.engines["transformers"] = {
@@ -235,7 +222,7 @@ def _look_with_torch(checkup: Checkup) -> None:
             "install": "pip install compressed-tensors",
         }
     else:
-        checkup.engines["transformers"] = {"ready": True, **_takes("transformers")}
+        checkup.engines["transformers"] = {"ready": True, **takes("transformers")}
 
 
 def _kernels(device: Any, dtype: Any) -> dict[str, dict[str, Any]]:
@@ -244,9 +231,9 @@ def _kernels(device: Any, dtype: Any) -> dict[str, dict[str, Any]]:
     from llmquant.spec import QuantSpec
 
     found = {}
-    for bits in _BITS:
-        kernel, refusals = choose(QuantSpec(bits, _GROUP), _SHAPE, device, dtype)
-        found[f"W{bits} g{_GROUP}"] = {
+    for bits in BITS:
+        kernel, refusals = choose(QuantSpec(bits, GROUP), _SHAPE, device, dtype)
+        found[f"W{bits} g{GROUP}"] = {
             "kernel": kernel.name,
             "dtype": str(dtype).removeprefix("torch."),
             "not": dict(refusals),
@@ -268,66 +255,3 @@ def _compiled(hints: list[str]) -> dict[str, Any]:
             "kernel cpu runs on one thread: torch brought no OpenMP runtime that it could share"
         )
     return facts
-
-
-def _takes(name: str) -> dict[str, Any]:
-    """What an engine of llmquant's table takes and refuses: of symmetric compressed-tensors weights
-    in groups."""
-    from llmquant.formats import Scheme
-    from llmquant.formats.engines import ENGINES, why_not
-    from llmquant.spec import QuantSpec
-
-    takes, refuses = [], {}
-    for known in (e for e in ENGINES if e.lower().startswith(name)):
-        for bits in _BITS:
-            reason = why_not(known, "compressed-tensors", Scheme(QuantSpec(bits, _GROUP)))
-            if reason is None:
-                takes.append(f"W{bits}")
-            else:
-                refuses[f"W{bits}"] = reason
-    return {"takes": takes, "refuses": refuses}
-
-
-def _vllm(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Whether vLLM can be imported in its environment; asked in another process, because it is
-    never imported into this one."""
-    asked = environment.get("LLMQUANT_VLLM_PYTHON", "")
-    python = Path(asked) if asked else Path(".venv-vllm") / "bin" / "python"
-    facts: dict[str, Any] = {"ready": False, "python": str(python)}
-    install = "make vllm-env (in llmquant's sources), or pip install vllm in an environment of its own; name its Python in "
-    install += "LLMQUANT_VLLM_PYTHON"
-    if not python.is_file():
-        return {**facts, "reason": f"{python} is not there", "install": install}
-    try:
-        done = subprocess.run(
-            [str(python), "-I", "-c", _VLLM_CODE],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_VLLM_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        return {
-            **facts,
-            "reason": f"importing vllm took more than {_VLLM_SECONDS} s",
-            "install": install,
-        }
-    except OSError as e:
-        return {**facts, "reason": f"{python} cannot be started: {e}", "install": install}
-    match = re.search(r"^llmquant-vllm (\S+)$", done.stdout, re.MULTILINE)
-    if done.returncode != 0 or match is None:
-        last = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-        return {**facts, "reason": f"vllm cannot be imported there: {last}", "install": install}
-    takes: dict[str, Any] = {}
-    with suppress(*_BROKEN):  # a broken torch is reported as a problem
-        takes = _takes("vllm")
-    return {**facts, "ready": True, "version": match[1], **takes}
-
-
-def _llama_cpp() -> dict[str, Any]:
-    there = [name for name in _LLAMA_CPP if shutil.which(name)]
-    return {
-        "missing": [] if there else [" or ".join(_LLAMA_CPP)],
-        "install": "brew install llama.cpp, or build https://github.com/ggml-org/llama.cpp",
-    }

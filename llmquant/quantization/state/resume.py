@@ -27,7 +27,8 @@ from pydantic import TypeAdapter
 
 from llmquant.checkpoint.atomic import disk, fsync_path, remove
 from llmquant.checkpoint.reader import sha256_file
-from llmquant.checkpoint.writer import CheckpointWriter, Mark
+from llmquant.checkpoint.shards import Mark
+from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.errors import (
     ArchitectureError,
     DiskError,

@@ -1,0 +1,162 @@
+"""The sections of a recipe, each with its defaults and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from llmquant.spec import QuantSpec
+
+
+class Strict(BaseModel):
+    """Immutable; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Weights(Strict):
+    """The grid. ``group_size: -1`` is one group per row; ``activations: int8-dynamic`` tells
+    engines to quantize inputs too."""
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    activations: Literal["none", "int8-dynamic"] = "none"
+
+    @property
+    def spec(self) -> QuantSpec:
+        return QuantSpec(
+            self.bits, None if self.group_size == -1 else self.group_size, self.symmetric
+        )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Weights:
+        _ = self.spec  # raises SpecError, a ValueError, which pydantic reports with its place
+        return self
+
+
+class Override(Strict):
+    """Other weights for the linears that ``match``; what is not given is as in ``Recipe.weights``.
+    The first match counts."""
+
+    match: str = Field(min_length=1)
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    activations: Literal["none", "int8-dynamic"] | None = None
+
+    def applied_to(self, weights: Weights) -> Weights:
+        changes = self.model_dump(exclude={"match"}, exclude_none=True)
+        return Weights.model_validate({**weights.model_dump(), **changes})
+
+
+class Scales(Strict):
+    """Scale search; see :class:`llmquant.algorithms.scale_search.ScaleSearch`. ``steps: 0`` is
+    plain min-max."""
+
+    steps: int = Field(48, ge=0, le=1000)
+    smallest: float = Field(0.35, gt=0, le=1)
+    norm: float = Field(2.0, gt=0, allow_inf_nan=False)
+    weighted: bool = False
+
+
+class GPTQ(Strict):
+    """See :class:`llmquant.algorithms.gptq.GPTQOptions`."""
+
+    block_size: int = Field(128, ge=1)
+    damping: float = Field(0.01, gt=0, le=1)
+    act_order: Literal["static", "off", "group"] = "static"
+    true_sequential: bool = True
+    asymmetric: float = Field(0.0, ge=0, le=1)
+    passes: int = Field(0, ge=0, le=100)
+
+    @field_validator("act_order", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # what YAML makes of a bare word off
+
+
+class Tune(Strict):
+    """Moves codes and scales of a whole block together; see
+    :class:`llmquant.algorithms.block_tuning.TuneOptions`.
+
+    ``batch_size`` is in calibration windows, and replaces ``calibration.batch_size`` for the whole
+    run.
+    """
+
+    steps: int = Field(200, ge=1)
+    lr: float = Field(0.002, gt=0, le=1)
+    scale_lr: float = Field(0.001, ge=0, le=1)
+    batch_size: int = Field(4, ge=1)
+    checks: int = Field(4, ge=1)
+    patience: int = Field(2, ge=1)
+    target: Literal["original", "block"] = "original"
+
+
+class AWQ(Strict):
+    """Scales input channels before rounding and folds the inverse into what comes before; see
+    :mod:`llmquant.algorithms.awq`."""
+
+    grid: int = Field(20, ge=1, le=1000)
+    duo_scaling: Literal["both", "on", "off"] = "both"
+    steps: int = Field(16, ge=0, le=1000)
+
+    @field_validator("duo_scaling", mode="before")
+    @classmethod
+    def _word(cls, value: object) -> object:
+        return (
+            {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        )  # YAML's bare on and off
+
+
+class Smooth(Strict):
+    """SmoothQuant: moves large activations into the weights before 8-bit rounding of both; see
+    :mod:`llmquant.quantization.steps.smoothquant`.
+
+    ``alpha: auto`` tries 0.1 … 0.9 at each place. ``pairs: norms`` folds into norms only, ``all``
+    also from linear to linear.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.5
+    pairs: Literal["norms", "all"] = "norms"
+
+
+class Rotation(Strict):
+    """Rotates the model before anything else, without changing what it computes; see
+    :mod:`llmquant.models.rotated`."""
+
+    residual: Literal["hadamard", "random", "off"] = "hadamard"
+    heads: bool = True
+    seed: int = Field(0, ge=0, le=2**63 - 2)
+
+    @field_validator("residual", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # what YAML makes of a bare word off
+
+    @model_validator(mode="after")
+    def _something(self) -> Rotation:
+        if self.residual == "off" and not self.heads:
+            raise ValueError("residual: off and heads: false rotate nothing; leave the section out")
+        return self
+
+
+class CalibrationOptions(Strict):
+    """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``.
+
+    ``all_experts`` shows every token to every expert of a mixture while statistics are taken, not
+    only the routed ones.
+    """
+
+    source: str | None = None
+    nsamples: int = Field(128, ge=1)
+    seqlen: int = Field(2048, ge=8)
+    packing: Literal["concat", "sample"] = "concat"
+    batch_size: int = Field(8, ge=1)
+    all_experts: bool | None = None
+
+    @field_validator("all_experts")
+    @classmethod
+    def _off_is_unset(cls, value: bool | None) -> bool | None:
+        return value or None  # a recipe that says no is one that says nothing, also in its hash
