@@ -42,7 +42,7 @@ test: setup  ## all tests but those of the real vLLM and those that take minutes
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not long"
 
 test-long: setup  ## the measurements that take minutes each: run them after a change of an algorithm
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m long
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m long --timeout 3600
 
 vllm-env: .venv-vllm/.installed  ## the real vLLM (CPU build) in an environment of its own, 2 GB
 
