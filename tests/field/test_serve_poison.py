@@ -4,18 +4,14 @@ answers, and the next request gets one. An engine that is really dead ends the p
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from serving import TEXTS, TINY, greedy
+from serving import TEXTS, TINY, greedy, serving_process
 from transformers import AutoTokenizer
 
 from llmquant_serve.api import logprobs
@@ -27,7 +23,6 @@ COMPLETION = "/v1/completions"
 GOOD = {"prompt": TEXTS[0], "max_tokens": 24, "temperature": 0, "return_token_ids": True}
 POISON = "In 1983 the team represented"
 LONG = GOOD | {"max_tokens": 200, "ignore_eos": True}
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -261,37 +256,21 @@ def test_a_cache_that_was_half_moved_is_not_read(server, client, expected, monke
 
 
 DEAD = """
-import sys
 from llmquant_serve.engines import batcher
 real = batcher.Batcher._prefill_chunk
 def broken(self, job, budget):
     self._model = None  # nothing can be computed any more
     return real(self, job, budget)
 batcher.Batcher._prefill_chunk = broken
-from llmquant.cli import main
-main()
 """
 
 
-def test_a_dead_engine_ends_the_process(tmp_path):
+def test_a_dead_engine_ends_the_process():
     """Whatever started it can then start it again; a server that only answers 503 cannot be
     told from one that is slow."""
-    script = tmp_path / "dead.py"
-    script.write_text(DEAD, encoding="utf-8")
-    command = [sys.executable, str(script), "serve", str(TINY), "--port", "0", "--device", "cpu"]
-    paths = os.pathsep.join(str(ROOT / p) for p in ("", "eval", "serve"))
-    with subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            line = ""
-            while "/v1, engine local" not in line:
-                line = process.stderr.readline()
-                assert line
-            answer = httpx.post(line.split(" at ")[1].split("/v1")[0] + COMPLETION, json=GOOD)
-            rest = process.stderr.read()
-            assert answer.status_code in (500, 503)
-            assert process.wait(30) == 1, rest
-            assert "the engine stopped, and the server must be restarted" in rest
-        finally:
-            process.kill()
+    with serving_process(before=DEAD) as (process, url):
+        answer = httpx.post(f"{url}{COMPLETION}", json=GOOD)
+        log = process.stderr.read()
+        assert answer.status_code in (500, 503)
+        assert process.wait(30) == 1, log
+        assert "the engine stopped, and the server must be restarted" in log
