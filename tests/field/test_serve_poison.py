@@ -3,6 +3,7 @@ answers, and the next request gets one. An engine that is really dead ends the p
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from llmquant_serve.api import logprobs
 from llmquant_serve.engines import batcher, job, row_cache
+from llmquant_serve.engines.isolation import isolated
 from llmquant_serve.engines.sampling import Chooser
 from llmquant_serve.generation import detokenize, pieces
 
@@ -253,6 +255,12 @@ def test_a_cache_that_was_half_moved_is_not_read(server, client, expected, monke
         joining = client.post(COMPLETION, json=GOOD | {"prompt": [5] * 300})
     assert [a.status_code for a in (joining, running.result())] == [500, 500]
     assert tokens(client.post(COMPLETION, json=GOOD)) == expected
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, asyncio.CancelledError])
+def test_what_ends_more_than_a_request_is_let_through(end):
+    with pytest.raises(end), isolated("this request failed"):
+        raise end
 
 
 DEAD = """

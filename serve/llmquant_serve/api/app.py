@@ -181,7 +181,7 @@ async def _events(
     there is no final [DONE]."""
     async with aclosing(parts):
         try:
-            with isolated("this request", "being answered"):
+            with isolated("this request failed while being answered"):
                 async for part in parts:
                     yield b"data: " + part.model_dump_json(exclude_unset=True).encode() + b"\n\n"
         except EngineError as e:

@@ -102,7 +102,7 @@ class Batcher:
 
     def _run(self) -> None:
         try:
-            with isolated("the engine", "running"), torch.inference_mode():
+            with isolated("the engine's thread failed"), torch.inference_mode():
                 while self._wait_for_work():
                     self._iterate()
         except LlmquantError as e:
@@ -150,7 +150,7 @@ class Batcher:
         while self._prefilling and budget > 0:
             job = self._prefilling[0]
             try:
-                with isolated("this request", "reading its prompt"):
+                with isolated("this request failed while reading its prompt"):
                     budget -= self._prefill_chunk(job, budget)
                     if job.prefilled < len(job.prompt):
                         continue
@@ -206,7 +206,7 @@ class Batcher:
         assert job.cache is not None
         self._rows.append(job)
         try:
-            with isolated("this request", "joining those that were running"):
+            with isolated("this request failed while one was added to the cache that it shares"):
                 self._cache.join(job.cache, len(job.prompt))
         except LlmquantError as e:
             self._end_rows(e)
@@ -214,7 +214,7 @@ class Batcher:
     def _decode(self) -> None:
         """One token for every row."""
         try:
-            with isolated("this request", "decoding together with all that were running"):
+            with isolated("this request failed while decoding together with all that were running"):
                 logits = self._step()
         except LlmquantError as e:
             self._end_rows(e)

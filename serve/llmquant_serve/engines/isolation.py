@@ -20,12 +20,11 @@ _LOG = logging.getLogger(__name__)
 
 
 @contextmanager
-def isolated(what: str, doing: str) -> Iterator[None]:
+def isolated(failed: str) -> Iterator[None]:
     """Run a part of one request's work, or the engine.
 
     Args:
-        what: whose work it is, for the log and the message: ``this request``.
-        doing: the part: ``choosing a token``.
+        failed: what to say of a failure: ``this request failed while choosing a token``.
 
     Raises:
         EngineError: something of ours failed; it is in the log with its traceback. What is an
@@ -36,5 +35,5 @@ def isolated(what: str, doing: str) -> Iterator[None]:
     except LlmquantError:
         raise
     except Exception as e:
-        _LOG.error("%s failed while %s", what, doing, exc_info=e)
-        raise EngineError(f"{what} failed while {doing}: {type(e).__name__}: {e}") from e
+        _LOG.error(failed, exc_info=e)
+        raise EngineError(f"{failed}: {type(e).__name__}: {e}") from e

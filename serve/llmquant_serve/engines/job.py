@@ -57,7 +57,7 @@ class Job:
             best: the token of the largest of ``logits``, float32 ``[vocab]``.
         """
         try:
-            with isolated("this request", "choosing a token"):
+            with isolated("this request failed while choosing a token"):
                 if not math.isfinite(float(logits[best])):
                     raise EngineError(
                         f"the model computed the logit {float(logits[best])} after "

@@ -64,7 +64,7 @@ async def write(
             if step.prompt is not None:
                 yield Piece(prompt=step.prompt)
             certain = ""
-            with isolated("this request", "turning its tokens into text"):
+            with isolated("this request failed while turning its tokens into text"):
                 for token in step.tokens:
                     generated += 1
                     pending.append(token)

@@ -81,7 +81,7 @@ class Guard:
                 if scope["method"] == "HEAD":  # the server leaves the body out by itself
                     scope = {**scope, "method": "GET"}
             limited_receive = self._limited(scope, receive)
-            with isolated("this request", "being answered"):
+            with isolated("this request failed while being answered"):
                 await self._app(scope, limited_receive, answer.send)
         except ApiError as e:
             await answer.refuse(e, scope, receive)
