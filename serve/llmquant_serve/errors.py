@@ -26,8 +26,10 @@ class ApiError(LlmquantError):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = _encodable(message)
         super().__init__(message)
-        self.status, self.message, self.parameter, self.code = status, message, parameter, code
+        self.status, self.message, self.code = status, message, code
+        self.parameter = None if parameter is None else _encodable(parameter)
         self.headers = dict(headers or {})
 
     def response(self) -> JSONResponse:
@@ -43,6 +45,12 @@ class ApiError(LlmquantError):
 def bad_request(message: str, parameter: str | None = None, code: str | None = None) -> ApiError:
     """A 400: the request cannot be right as it is."""
     return ApiError(400, message, parameter=parameter, code=code)
+
+
+def _encodable(text: str) -> str:
+    """A text that an answer can hold: half of a surrogate pair, which a request may have, is
+    escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _error_type(status: int) -> str:

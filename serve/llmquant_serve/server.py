@@ -21,7 +21,7 @@ import uvicorn
 
 from llmquant.errors import UsageError
 from llmquant_serve.api.app import UI_PATH, create_app
-from llmquant_serve.api.transport.addresses import THIS_MACHINE, believing, is_prefix
+from llmquant_serve.api.transport.addresses import THIS_MACHINE, believing, is_origin, is_prefix
 from llmquant_serve.engines.base import EngineError
 from llmquant_serve.service import Service
 
@@ -56,6 +56,11 @@ class Binding:
             raise UsageError(
                 f"--root-path is {self.root_path!r}; it must begin with a slash and end without one, like /llm"
             )
+        for origin in self.cors_origins:
+            if not is_origin(origin):
+                raise UsageError(
+                    f"--cors-origin is {origin!r}; it must be an origin as browsers write it, like https://host:8080, or *"
+                )
         for proxy in self.trusted_proxies:
             try:
                 ipaddress.ip_network(proxy if proxy != "*" else "0.0.0.0/0", strict=False)

@@ -3,43 +3,39 @@ answers, and the next request gets one. An engine that is really dead ends the p
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import asyncio
+import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import httpx
 import pytest
 import torch
-from serving import NAME, TEXTS, TINY, greedy, served
+from serving import TEXTS, TINY, greedy, serving_process
+from transformers import AutoTokenizer
 
-import llmquant
-from llmquant_serve.engines import batcher
+from llmquant_serve.api import logprobs
+from llmquant_serve.engines import batcher, job, row_cache
+from llmquant_serve.engines.isolation import isolated
 from llmquant_serve.engines.sampling import Chooser
 from llmquant_serve.generation import detokenize, pieces
 
 COMPLETION = "/v1/completions"
-GOOD = {"prompt": TEXTS[0], "max_tokens": 24, "temperature": 0}
+GOOD = {"prompt": TEXTS[0], "max_tokens": 24, "temperature": 0, "return_token_ids": True}
 POISON = "In 1983 the team represented"
-ROOT = Path(__file__).parents[2]
+LONG = GOOD | {"max_tokens": 200, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return llmquant.load(TINY, dtype="float32")
+def expected(llama):
+    """The model's own tokens for ``GOOD``."""
+    ids = AutoTokenizer.from_pretrained(TINY).encode(TEXTS[0])
+    return greedy(llama, ids, GOOD["max_tokens"])
 
 
-@pytest.fixture(scope="module")
-def server(model):
-    with served(model) as live:
-        yield live
-
-
-@pytest.fixture
-def client(server):
-    with server.client as http:
-        yield http
+def tokens(answer):
+    return answer.json()["choices"][0]["token_ids"]
 
 
 SMALL = [0.0, 5e-324, 1.4e-45, 1.2e-38, 1.2e-7, 9.9e-6]
@@ -47,14 +43,13 @@ SMALL = [0.0, 5e-324, 1.4e-45, 1.2e-38, 1.2e-7, 9.9e-6]
 
 @pytest.mark.parametrize("temperature", SMALL, ids=str)
 @pytest.mark.parametrize("bias", [0, -100], ids=["logits of both signs", "all logits negative"])
-def test_a_tiny_temperature_is_greedy(client, model, tokenizer, temperature, bias):
-    body = GOOD | {"temperature": temperature, "return_token_ids": True}
+def test_a_tiny_temperature_is_greedy(client, expected, temperature, bias):
+    body = GOOD | {"temperature": temperature}
     if bias:
         body["logit_bias"] = {str(i): bias for i in range(4096)}
     answer = client.post(COMPLETION, json=body)
     assert answer.status_code == 200, answer.text
-    expected = greedy(model, tokenizer.encode(TEXTS[0]), 24)
-    assert answer.json()["choices"][0]["token_ids"] == expected
+    assert tokens(answer) == expected
     assert client.get("/health").status_code == 200
 
 
@@ -129,7 +124,7 @@ def test_what_is_no_number_is_a_400(client, spelled, name):
     assert "param" in answer.json()["error"]
 
 
-def poisoned(kind, monkeypatch, model):
+def poisoned(kind, monkeypatch):
     """Make one prompt, or its seed, break a part of the work for it."""
 
     def broken(original, is_poison):
@@ -140,8 +135,11 @@ def poisoned(kind, monkeypatch, model):
 
         return call
 
-    def of_job(chooser, *_):
-        return chooser.sampling.seed == 666
+    def of_job(part, *_):
+        return part.sampling.seed == 666
+
+    def always(*_):  # only the poisoned request asks for log-probabilities
+        return True
 
     match kind:
         case "sampling":
@@ -151,14 +149,16 @@ def poisoned(kind, monkeypatch, model):
         case "counting":
             monkeypatch.setattr(Chooser, "update", broken(Chooser.update, of_job))
         case "log-probabilities":
-            real = batcher.described
+            real = job.described
 
             def described(token, logits, count):
                 if count == 7:
                     raise IndexError("poison")
                 return real(token, logits, count)
 
-            monkeypatch.setattr(batcher, "described", described)
+            monkeypatch.setattr(job, "described", described)
+        case "names of tokens":
+            monkeypatch.setattr(logprobs, "_alternatives", broken(logprobs._alternatives, always))
         case "detokenization":
             real_add = detokenize.Detokenizer.add
 
@@ -174,17 +174,17 @@ def poisoned(kind, monkeypatch, model):
             monkeypatch.setattr(
                 batcher.Batcher,
                 "_prefill_chunk",
-                broken(real_chunk, lambda _, job, *__: job.sampling.seed == 666),
+                broken(real_chunk, lambda _, job, *__: of_job(job)),
             )
         case "not a number":
-            real_append = batcher.Batcher._advance
+            real_advance = job.Job.advance
 
-            def advance(self, job, best, logits):
-                if job.sampling.seed == 666:
+            def advance(self, best, logits):
+                if of_job(self):
                     logits = torch.full_like(logits, torch.nan)
-                return real_append(self, job, best, logits)
+                return real_advance(self, best, logits)
 
-            monkeypatch.setattr(batcher.Batcher, "_advance", advance)
+            monkeypatch.setattr(job.Job, "advance", advance)
     return GOOD | {
         "prompt": POISON, "seed": 666, "temperature": 1, "logprobs": 7, "skip_special_tokens": False,
         "logit_bias": {"5": 1}, "frequency_penalty": 1,
@@ -192,38 +192,34 @@ def poisoned(kind, monkeypatch, model):
 
 
 KINDS = [
-    "sampling", "penalties and bias", "counting", "log-probabilities", "detokenization",
-    "the prompt", "not a number",
+    "sampling", "penalties and bias", "counting", "log-probabilities", "names of tokens",
+    "detokenization", "the prompt", "not a number",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_poisoned_request_fails_alone(model, tokenizer, monkeypatch, caplog, kind, stream):
-    bad = poisoned(kind, monkeypatch, model) | {"stream": stream}
-    expected = greedy(model, tokenizer.encode(TEXTS[0]), 24)
-    with served(model) as server, server.client as client, ThreadPoolExecutor(5) as pool:
-        asked = (
-            [GOOD | {"return_token_ids": True}] * 2 + [bad] + [GOOD | {"return_token_ids": True}]
-        )
-        answers = list(pool.map(lambda body: client.post(COMPLETION, json=body), asked))
-        after = client.post(COMPLETION, json=GOOD | {"return_token_ids": True})
-        for good in (*answers[:2], answers[3], after):
-            assert good.status_code == 200
-            assert len(good.json()["choices"][0]["token_ids"]) == len(expected)
-        assert after.json()["choices"][0]["token_ids"] == expected
-        text = answers[2].text
-        assert answers[2].status_code == (200 if stream else 500)
-        assert '"type":"server_error"' in text.replace(": ", ":")
-        assert "[DONE]" not in text
-        assert client.get("/health").status_code == 200
-        server.until_idle()
+def test_a_poisoned_request_fails_alone(
+    server, client, expected, monkeypatch, caplog, kind, stream
+):
+    bad = poisoned(kind, monkeypatch) | {"stream": stream}
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda b: client.post(COMPLETION, json=b), [GOOD, bad, GOOD]))
+    failed = answers.pop(1)
+    for good in (*answers, client.post(COMPLETION, json=GOOD)):
+        assert good.status_code == 200
+        assert tokens(good) == expected
+    assert failed.status_code == (200 if stream else 500)
+    assert '"type":"server_error"' in failed.text.replace(": ", ":")
+    assert "[DONE]" not in failed.text
+    assert client.get("/health").status_code == 200
+    server.until_idle()
     if kind != "not a number":
-        assert "a request failed while" in caplog.text
+        assert "this request failed while" in caplog.text
 
 
-def test_a_failed_step_ends_those_in_it_and_the_engine_goes_on(model, monkeypatch):
-    """Decoding is the work of all rows; the model itself is checked after it and found well."""
+def test_a_failed_step_ends_those_in_it_and_the_engine_goes_on(client, expected, monkeypatch):
+    """Decoding is the work of all rows. The model itself is checked after it and can go on."""
     real, broken = batcher.Batcher._step, threading.Event()
 
     def step(self):
@@ -233,58 +229,56 @@ def test_a_failed_step_ends_those_in_it_and_the_engine_goes_on(model, monkeypatc
         return real(self)
 
     monkeypatch.setattr(batcher.Batcher, "_step", step)
-    with served(model) as server, server.client as client, ThreadPoolExecutor(2) as pool:
-        long = GOOD | {"max_tokens": 200, "ignore_eos": True}
-        answers = list(pool.map(lambda _: client.post(COMPLETION, json=long), range(2)))
-        assert [a.status_code for a in answers] == [500, 500]
-        assert client.post(COMPLETION, json=GOOD).status_code == 200
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: client.post(COMPLETION, json=LONG), range(2)))
+    assert [a.status_code for a in answers] == [500, 500]
+    assert tokens(client.post(COMPLETION, json=GOOD)) == expected
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_cache_that_was_half_moved_is_not_read(server, client, expected, monkeypatch, after):
+    """There is no memory to make room for a long prompt, after a part of the layers was moved. What
+    was running would go on with the wrong keys, and a 200."""
+    real, moves = row_cache._moved, itertools.count()
+
+    def moved(*args):
+        if next(moves) == after:
+            raise MemoryError("poison")
+        return real(*args)
+
+    monkeypatch.setattr(row_cache, "_moved", moved)
+    with ThreadPoolExecutor(1) as pool:
+        begun = server.steps
+        running = pool.submit(client.post, COMPLETION, json=LONG)
+        while server.steps < begun + 3:
+            time.sleep(0.01)
+        joining = client.post(COMPLETION, json=GOOD | {"prompt": [5] * 300})
+    assert [a.status_code for a in (joining, running.result())] == [500, 500]
+    assert tokens(client.post(COMPLETION, json=GOOD)) == expected
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, asyncio.CancelledError])
+def test_what_ends_more_than_a_request_is_let_through(end):
+    with pytest.raises(end), isolated("this request failed"):
+        raise end
 
 
 DEAD = """
-import sys
 from llmquant_serve.engines import batcher
 real = batcher.Batcher._prefill_chunk
 def broken(self, job, budget):
     self._model = None  # nothing can be computed any more
     return real(self, job, budget)
 batcher.Batcher._prefill_chunk = broken
-from llmquant.cli import main
-main()
 """
 
 
-def test_a_dead_engine_ends_the_process(tmp_path):
+def test_a_dead_engine_ends_the_process():
     """Whatever started it can then start it again; a server that only answers 503 cannot be
     told from one that is slow."""
-    script = tmp_path / "dead.py"
-    script.write_text(DEAD, encoding="utf-8")
-    command = [sys.executable, str(script), "serve", str(TINY), "--port", "0", "--device", "cpu"]
-    paths = os.pathsep.join(str(ROOT / p) for p in ("", "eval", "serve"))
-    with subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            line = ""
-            while "/v1, engine local" not in line:
-                line = process.stderr.readline()
-                assert line
-            import httpx
-
-            answer = httpx.post(line.split(" at ")[1].split("/v1")[0] + COMPLETION, json=GOOD)
-            rest = process.stderr.read()
-            assert answer.status_code in (500, 503)
-            assert process.wait(30) == 1, rest
-            assert "the engine stopped, and the server must be restarted" in rest
-        finally:
-            process.kill()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(TINY)
-
-
-def test_the_name_is_the_model(client):
-    assert client.get("/v1/models").json()["data"][0]["id"] == NAME
+    with serving_process(before=DEAD) as (process, url):
+        answer = httpx.post(f"{url}{COMPLETION}", json=GOOD)
+        log = process.stderr.read()
+        assert answer.status_code in (500, 503)
+        assert process.wait(30) == 1, log
+        assert "the engine stopped, and the server must be restarted" in log

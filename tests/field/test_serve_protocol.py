@@ -5,29 +5,18 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import typer
-from serving import NAME, TEXTS, TINY, served
-from typer.testing import CliRunner
+from serving import NAME, TEXTS, served, serving_process
 
-import llmquant
-from llmquant.errors import UsageError
-from llmquant_serve.cli import register
 from llmquant_serve.service import Limits
 
-ROOT = Path(__file__).parents[2]
 COMPLETION, CHATS = "/v1/completions", "/v1/chat/completions"
 LONG = {"prompt": TEXTS[0], "max_tokens": 1900, "temperature": 0, "ignore_eos": True}
 SHORT = {"prompt": TEXTS[1], "max_tokens": 2}
@@ -35,13 +24,8 @@ PAGE = "http://page.example"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return llmquant.load(TINY, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with served(model, keys=("k",), cors_origins=(PAGE,), limits=Limits(max_body=20_000)) as live:
+def server(llama):
+    with served(llama, keys=("k",), cors_origins=(PAGE,), limits=Limits(max_body=20_000)) as live:
         yield live
 
 
@@ -76,9 +60,9 @@ def test_a_page_can_read_why_it_was_refused(client, headers, body, status):
     assert answer.json()["error"]["message"]
 
 
-def test_a_full_server_is_readable_too(model):
+def test_a_full_server_is_readable_too(llama):
     with (
-        served(model, cors_origins=(PAGE,), limits=Limits(max_streams=1, max_queue=0)) as full,
+        served(llama, cors_origins=(PAGE,), limits=Limits(max_streams=1, max_queue=0)) as full,
         full.client as client,
         client.stream("POST", COMPLETION, json=LONG | {"stream": True}) as first,
     ):
@@ -121,6 +105,7 @@ VALUES = [
      "messages.0.content.1.type", ["input_audio", '"text"']),
     (CHATS, chat("a") | {"top_logprobs": 3}, "top_logprobs", ["3", "logprobs: true"]),
     (CHATS, chat("a") | {"response_format": {"type": "yaml"}}, "response_format.type", ["yaml", "json_object"]),
+    (COMPLETION, SHORT | {"suffix": "b"}, "suffix", ['"b"', "infilling"]),
     (CHATS, {"messages": "a"}, "messages", ['"a"', "a list"]),
     (CHATS, {"messages": ["a"]}, "messages.0", ['"a"', "an object"]),
     ("/tokenize", {"prompt": 5}, "prompt", ["5", "a text"]),
@@ -152,6 +137,71 @@ def test_a_refusal_says_what_it_was_and_what_is_allowed(client, path, body, para
     check(client.post(path, json=body), parameter, words)
 
 
+HALF = [
+    rb'{"prompt": "a", "stop": "\ud800"}', rb'{"prompt": "a", "stop": ["\udfff"]}',
+    rb'{"prompt": "a", "model": "\ud800"}', rb'{"prompt": "a", "stream": "\ud800"}',
+    rb'{"prompt": "a", "\ud800": 1}', rb'{"prompt": {"\ud800": "\ud800"}}',
+    rb'{"prompt": "a", "logit_bias": {"\ud800": 1}}', rb'{"prompt": ["a", "\ud800"]}',
+    rb'{"prompt": "a", "response_format": {"type": "\ud800"}}',
+    rb'{"prompt": "a", "stream_options": {"\ud800": 1}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", HALF, ids=bytes.decode)
+def test_half_of_a_character_is_refused_wherever_it_is(client, body):
+    """JSON can spell it, and UTF-8 cannot: an answer that quotes it was an error of the server."""
+    answer = client.post(COMPLETION, content=body, headers=JSON)
+    assert answer.status_code == 400, answer.text
+    message = answer.json()["error"]["message"]
+    assert "\\ud" in message or "not valid Unicode" in message
+
+
+def test_half_of_a_character_in_a_path_or_a_role(client):
+    role = rb'{"messages": [{"role": "\ud800", "content": "a"}]}'
+    answer = client.post(CHATS, content=role, headers=JSON)
+    check(answer, "messages.0.role", ["\\ud800"])
+    assert client.get("/v1/models/%ed%a0%80").status_code == 404
+
+
+UNREADABLE = [
+    (b'{"n": ' + b"9" * 5000 + b"}", "4300 digits"), (b"[" * 9000, "recursion"),
+    (b'{"prompt": "\xff"}', "can't decode byte 0xff"), (b"", "the body is empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "words"), UNREADABLE, ids=[words for _, words in UNREADABLE])
+def test_a_body_that_cannot_be_read_says_why(client, body, words):
+    answer = client.post(COMPLETION, content=body, headers=JSON)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "invalid_json")
+    assert words in error["message"]
+
+
+ADDRESSES = [
+    ("PUT", COMPLETION, 405, "/v1/completions takes POST, not PUT"),
+    ("GET", COMPLETION, 405, "/v1/completions takes POST, not GET"),
+    ("POST", "/health", 405, "/health takes GET, not POST"),
+    ("POST", "/v1/embeddings", 404, "this server has no /v1/embeddings"),
+    ("GET", "/nowhere", 404, "this server has no /nowhere"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path", "status", "words"), ADDRESSES)
+def test_a_wrong_address_says_what_there_is(client, method, path, status, words):
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
+def test_tokenize_takes_an_empty_list_for_absent(client):
+    both = {"prompt": "a", "messages": []}
+    assert (
+        client.post("/tokenize", json=both).json()
+        == client.post("/tokenize", json={"prompt": "a"}).json()
+    )
+    assert client.post("/tokenize", json={"messages": []}).status_code == 400
+
+
 @pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null", b"[[1]]"], ids=str)
 def test_a_body_that_is_no_object(client, body):
     answer = client.post(COMPLETION, content=body, headers=JSON)
@@ -179,9 +229,9 @@ def test_slashes_that_mean_nothing(client, path):
     assert client.post("/v1//chat/completions", json=chat("a")).status_code == 200
 
 
-def test_a_waiting_stream_says_that_it_waits(model):
+def test_a_waiting_stream_says_that_it_waits(llama):
     limits = Limits(max_streams=1, keep_alive_seconds=0.1)
-    with served(model, limits=limits) as server, server.client as client:
+    with served(llama, limits=limits) as server, server.client as client:
         with client.stream("POST", COMPLETION, json=LONG | {"stream": True}) as first:
             lines = first.iter_lines()
             next(lines)
@@ -199,39 +249,13 @@ def test_a_waiting_stream_says_that_it_waits(model):
         assert parts[-1].choices[0].finish_reason
 
 
-def test_without_keep_alive_a_stream_waits_silently(model):
+def test_without_keep_alive_a_stream_waits_silently(llama):
     with (
-        served(model, limits=Limits(keep_alive_seconds=0)) as server,
+        served(llama, limits=Limits(keep_alive_seconds=0)) as server,
         server.client as client,
         client.stream("POST", COMPLETION, json=SHORT | {"stream": True}) as answer,
     ):
         assert not [line for line in answer.iter_lines() if line.startswith(":")]
-
-
-COMMAND = [
-    sys.executable, "-c", "from llmquant.cli import main; main()", "serve", str(TINY), "--port", "0",
-    "--device", "cpu", "--dtype", "float32",
-]  # fmt: skip
-
-
-def environment(**changes):
-    paths = os.pathsep.join(str(ROOT / p) for p in ("", "eval", "serve"))
-    return os.environ | {"PYTHONPATH": paths} | changes
-
-
-@contextmanager
-def process(*arguments):
-    with subprocess.Popen(
-        [*COMMAND, *arguments], env=environment(), stderr=subprocess.PIPE, text=True
-    ) as running:
-        try:
-            line = ""
-            while not (address := re.search(r"at (http://\S+)/v1, engine", line)):
-                line = running.stderr.readline()
-                assert line
-            yield running, address[1]
-        finally:
-            running.kill()
 
 
 def test_after_the_drain_limit_answers_are_503_and_one_line_is_logged():
@@ -241,7 +265,7 @@ def test_after_the_drain_limit_answers_are_503_and_one_line_is_logged():
         body = LONG | {"stream": stream}
         answers[name] = httpx.post(f"{url}{COMPLETION}", json=body, timeout=60)
 
-    with process("--drain-timeout", "1") as (running, url):
+    with serving_process("--drain-timeout", "1") as (running, url):
         threads = [
             threading.Thread(target=ask, args=(url, name, name == "stream"))
             for name in ("whole", "other", "stream")
@@ -263,62 +287,3 @@ def test_after_the_drain_limit_answers_are_503_and_one_line_is_logged():
     assert "Traceback" not in log
     assert log.count("cut off after --drain-timeout 1 s") == 1
     assert "ERROR" not in log
-
-
-MISUSE = [
-    pytest.param({"LLMQUANT_API_KEY": ""}, [], "LLMQUANT_API_KEY is set but empty", id="empty key"),
-    pytest.param(
-        {"LLMQUANT_API_KEY": "\t "}, [], "LLMQUANT_API_KEY is set but empty", id="blank key"
-    ),
-    pytest.param(
-        {}, ["--api-key", ""], "an API key must be ASCII, not empty", id="empty --api-key"
-    ),
-    pytest.param({}, ["--root-path", "llm"], "--root-path is 'llm'", id="no slash"),
-    pytest.param({}, ["--root-path", "/a b"], "--root-path is '/a b'", id="a space"),
-    pytest.param({}, ["--root-path", "//x"], "--root-path is '//x'", id="another host"),
-    pytest.param({}, ["--trusted-proxy", "not an address"], "--trusted-proxy", id="no address"),
-]
-
-
-@pytest.mark.parametrize(("variables", "arguments", "words"), MISUSE)
-def test_misuse_starts_no_server(monkeypatch, variables, arguments, words):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, ["serve", str(TINY), "--port", "0", *arguments])
-    assert isinstance(result.exception, UsageError)
-    assert words in str(result.exception)
-
-
-CONVERSATION = [
-    ("First.", True), ("word " * 3000, False), (b"bad \xff\xfe bytes", False), ("Second.", True),
-    (b"/system \xff", None), ("/retry", True), (b"\xc3", False), ("Third.", True),
-]  # fmt: skip
-
-
-def test_a_terminal_chat_survives_what_it_refuses():
-    """Bad bytes and a message that is too long are refused, and what follows is answered."""
-    lines = [line if isinstance(line, bytes) else line.encode() for line, _ in CONVERSATION]
-    command = [*COMMAND[:3], "chat", str(TINY), "--max-new-tokens", "4", "--temperature", "0"]
-    ran = subprocess.run(
-        command, env=environment(), input=b"\n".join(lines) + b"\n", capture_output=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    said = ran.stderr.decode()
-    assert ran.returncode == 0, said
-    assert "Traceback" not in said
-    answered = [int(n) for n in re.findall(r"· (\d+) tokens ·", said)]
-    assert [n > 0 for n in answered] == [ok for _, ok in CONVERSATION if ok is not None]
-    assert said.count("not valid Unicode") == 3
-    assert said.count("the conversation is as it was before") == 3
-    first, *_, third = [int(n) for n in re.findall(r"(\d+) prompt tokens", said) if int(n)]
-    assert first < third < 200
-
-
-def test_a_system_prompt_that_is_no_text_is_misuse():
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, ["chat", str(TINY), "--system", "\udcff"])
-    assert isinstance(result.exception, UsageError)
-    assert "--system is not valid Unicode" in str(result.exception)

@@ -4,7 +4,11 @@ thread."""
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,6 +178,36 @@ def served(
     text = text or TextModel(TINY, engine.info.vocab)
     with running(Service(engine, text, NAME, limits), **options) as server:
         yield server
+
+
+@contextmanager
+def serving_process(
+    *arguments: str, before: str = ""
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``llmquant serve`` of tiny-llama in a process of its own, and its address.
+
+    Args:
+        before: Python to run first in that process.
+    """
+    paths = os.pathsep.join(str(TINY.parents[1] / p) for p in ("", "eval", "serve"))
+    script = f"{before}\nfrom llmquant.cli import main; main()"
+    options = ["serve", str(TINY), "--port", "0", "--device", "cpu", "--dtype", "float32"]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *options, *arguments],
+        env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            yield process, next(filter(None, map(_address, lines)))
+        finally:
+            process.kill()
+
+
+def _address(line: str) -> str | None:
+    """The address in the line that says that the server listens."""
+    match = re.search(r"at (http://\S+)/v1, engine", line)
+    return match and match[1]
 
 
 def with_template(template: str, vocab: int = 4096) -> TextModel:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -35,7 +35,8 @@ from llmquant_serve.api.responses import (
 from llmquant_serve.api.transport.addresses import THIS_MACHINE, Addresses
 from llmquant_serve.api.transport.guards import Guard
 from llmquant_serve.api.transport.streaming import EventStream, while_connected
-from llmquant_serve.engines.base import EngineError
+from llmquant_serve.engines.base import Engine, EngineError
+from llmquant_serve.engines.isolation import isolated
 from llmquant_serve.errors import ApiError, bad_request
 from llmquant_serve.service import Service
 
@@ -75,22 +76,10 @@ def create_app(
         root_path: the prefix under which a reverse proxy serves all paths.
         trusted_proxies: whose X-Forwarded headers are believed.
     """
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engines = [s.engine for s in (service, reference) if s is not None]
-        for engine in engines:
-            await engine.start()
-        try:
-            yield
-        finally:
-            for engine in engines:
-                await engine.close()
-
     app = FastAPI(
         title="llmquant",
         version="1",
-        lifespan=lifespan,
+        lifespan=_lifespan([s.engine for s in (service, reference) if s is not None]),
         docs_url=None,
         redoc_url=None,
         responses=_ERRORS,
@@ -119,6 +108,22 @@ def create_app(
             expose_headers=["Retry-After"],
         )
     return app
+
+
+def _lifespan(engines: Sequence[Engine]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """What starts the engines with the application, and closes them with it."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        for engine in engines:
+            await engine.start()
+        try:
+            yield
+        finally:
+            for engine in engines:
+                await engine.close()
+
+    return lifespan
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -172,12 +177,13 @@ async def _answer(
 async def _events(
     parts: AsyncGenerator[Completion, None] | AsyncGenerator[ChatChunk, None],
 ) -> AsyncGenerator[bytes, None]:
-    """Parts as server-sent events. If the engine fails midway, the last event is the error, and
+    """Parts as server-sent events. If the request fails midway, the last event is the error, and
     there is no final [DONE]."""
     async with aclosing(parts):
         try:
-            async for part in parts:
-                yield b"data: " + part.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+            with isolated("this request failed while being answered"):
+                async for part in parts:
+                    yield b"data: " + part.model_dump_json(exclude_unset=True).encode() + b"\n\n"
         except EngineError as e:
             yield b"data: " + bytes(engine_error(e).response().body) + b"\n\n"
             return

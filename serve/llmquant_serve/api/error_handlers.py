@@ -28,9 +28,9 @@ def add_error_handlers(app: FastAPI) -> None:
         model = BODIES.get(request.scope["route"].path, BaseModel)
         return refusal(e.errors(), e.body, model).response()
 
-    async def http(_: Request, e: Exception) -> Response:
+    async def http(request: Request, e: Exception) -> Response:
         assert isinstance(e, HTTPException)
-        return ApiError(e.status_code, str(e.detail), headers=e.headers).response()
+        return _http_error(request, e).response()
 
     async def text(_: Request, e: Exception) -> Response:
         assert isinstance(e, TextError)
@@ -53,6 +53,22 @@ def add_error_handlers(app: FastAPI) -> None:
     )
     for kind, handler in handlers:
         app.add_exception_handler(kind, handler)
+
+
+def _http_error(request: Request, e: HTTPException) -> ApiError:
+    """An error of the framework, in words that say what it was about."""
+    message, code, path = str(e.detail), None, request.scope["path"]
+    if e.status_code == 400:  # FastAPI's only one: the body, for another reason than its syntax
+        message, code = (
+            f"the body cannot be read as JSON: {e.__cause__ or e.detail}",
+            "invalid_json",
+        )
+    elif e.status_code == 404:
+        message, code = f"this server has no {path}; /openapi.json lists what it has", "not_found"
+    elif e.status_code == 405:
+        allowed = (e.headers or {}).get("Allow", "")
+        message = f"{path} takes {allowed}, not {request.method}"
+    return ApiError(e.status_code, message, code=code, headers=e.headers)
 
 
 def engine_error(e: EngineError) -> ApiError:

@@ -1,4 +1,4 @@
-"""What a request that does not fit is told: which parameter, what it was, what is allowed.
+"""Why a request is refused: which parameter, what it was, what is allowed.
 
 pydantic finds what is wrong; its words are those of Python's types. What is allowed is read from
 the JSON schema of the request instead, which ``/openapi.json`` shows too.
@@ -23,18 +23,19 @@ _BRANCHES = {"string_type": "string", "int_type": "integer", "list_type": "array
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseModel]) -> ApiError:
-    """A 400 for what pydantic found wrong in ``body``, the most precise of it."""
+    """A 400 for what pydantic reports of ``body``, the most precise of it."""
     first = errors[0]
     if first["type"] == "json_invalid":
         why = first.get("ctx", {}).get("error", first["msg"])
         return bad_request(f"the body is not JSON: {why}", code="invalid_json")
     if not isinstance(body, dict):
         return bad_request(
-            f"the body is {_shown(body)}; it must be a JSON object", code="invalid_json"
+            f"the body is {'empty' if body is None else _shown(body)}; it must be a JSON object",
+            code="invalid_json",
         )
     path, error = _meant(errors, body)
     where = ".".join(map(str, path)) or None
-    name, value = str(path[-1]) if path else "body", _found(body, path)
+    name, value = str(path[-1]) if path else "body", _value(body, path)
     if error["type"] == "extra_forbidden":
         if name in UNSUPPORTED:
             lacks = f"this server does not have {UNSUPPORTED[name]}, so it must be left out"
@@ -43,6 +44,9 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseMode
             )
         message = f"unrecognized parameter: {where} is {_shown(value)}; it must be left out"
         return bad_request(message, where, "unknown_parameter")
+    if error["type"] == "string_unicode":
+        message = f"{where or 'the body'} is {_shown(value)}, which is not valid Unicode"
+        return bad_request(message, where, "invalid_value")
     schema = model.model_json_schema()
     allowed = _words(_fragment(schema, path), schema.get("$defs", {}), error["type"])
     if name == "type" and value in UNSUPPORTED:
@@ -54,15 +58,16 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseMode
 
 
 def _meant(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[Place, Mapping[str, Any]]:
-    """The error to tell, and its place. Of a union every branch complains; the branch whose first
-    complaint comes last is the one that was meant, or the one that only has too many entries."""
+    """The error that matters, and its place. Of a union every branch complains; the branch whose
+    first complaint comes last is the one that was meant, or the one that only has too many
+    entries."""
     first: dict[Place, tuple[Place, Mapping[str, Any]]] = {}
     for error in errors:
         path, branch = _place(error, body)
         first.setdefault(branch, (path, error))
 
-    def rank(found: tuple[Place, Mapping[str, Any]]) -> tuple[bool, int, list[int]]:
-        path, error = found
+    def rank(placed: tuple[Place, Mapping[str, Any]]) -> tuple[bool, int, list[int]]:
+        path, error = placed
         entries = [part if isinstance(part, int) else 0 for part in path]
         return error["type"] == "too_long", len(path), entries
 
@@ -88,7 +93,8 @@ def _place(error: Mapping[str, Any], body: Any) -> tuple[Place, Place]:
     return tuple(path), tuple(branch)
 
 
-def _found(body: Any, path: Sequence[str | int]) -> Any:
+def _value(body: Any, path: Sequence[str | int]) -> Any:
+    """What the body has in a place; ``_MISSING`` where it has nothing."""
     for part in path:
         if isinstance(body, dict) and part not in body:
             return _MISSING
@@ -116,14 +122,13 @@ def _fragment(schema: Mapping[str, Any], path: Sequence[str | int]) -> Mapping[s
     defs, here = schema.get("$defs", {}), [schema]
     for part in path:
         options = [o for s in here for o in _options(s, defs)]
-        found = [o["items"] for o in options if "items" in o and isinstance(part, int)]
-        found += [o["properties"][part] for o in options if part in o.get("properties", {})]
-        found += [
+        here = [o["items"] for o in options if "items" in o and isinstance(part, int)]
+        here += [o["properties"][part] for o in options if part in o.get("properties", {})]
+        here += [
             o["additionalProperties"]
             for o in options
             if isinstance(o.get("additionalProperties"), dict) and isinstance(part, str)
         ]
-        here = found
     return {"anyOf": here}
 
 

@@ -2,8 +2,8 @@
 ignored.
 
 The names and meanings are OpenAI's; ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``,
-``ignore_eos``, ``stop_token_ids``, ``skip_special_tokens`` and ``return_token_ids`` are vLLM's
-extensions, spelled as there; so is ``return_tokens_as_token_ids``. Null and empty values are
+``ignore_eos``, ``stop_token_ids``, ``skip_special_tokens``, ``return_token_ids`` and
+``return_tokens_as_token_ids`` are vLLM's extensions, spelled as there. Null and empty values are
 absent, known or not. What is listed for the sake of clients that send it with its neutral value
 (``best_of: 1``, ``store: false``, ``tool_choice: "auto"`` …) is refused with any other.
 """
@@ -19,7 +19,6 @@ from llmquant_serve.generation.messages import Message, Strict
 MAX_STOPS = 16
 MAX_PROMPTS = 128
 _INT64 = 2**63
-
 _STOP_LENGTH = 1000
 
 Stop = Annotated[str, Field(max_length=_STOP_LENGTH)]
@@ -40,6 +39,7 @@ UNSUPPORTED = {
     "moderation": "moderation",
     "prediction": "predicted outputs",
     "reasoning_effort": "a switch for reasoning",
+    "suffix": "infilling",
     "tools": "tools",
     "tool_calls": "tools",
     "function_call": "tools",
@@ -157,8 +157,8 @@ class ChatRequest(_Common):
 class TokenizeRequest(Strict):
     """``POST /tokenize``: of a text, or of messages through the chat template."""
 
-    required = frozenset({"prompt", "messages"})
-    neutral: ClassVar = {"prompt": (None,), "messages": (None,)}
+    required = frozenset({"prompt"})
+    neutral: ClassVar = {"prompt": (None,)}
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None

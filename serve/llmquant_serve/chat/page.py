@@ -24,11 +24,11 @@ from fastapi import FastAPI
 import llmquant
 from llmquant.errors import LlmquantError
 from llmquant_serve.api.app import UI_PATH
-from llmquant_serve.chat import compare as comparison
-from llmquant_serve.chat import transcript as conversation
+from llmquant_serve.chat.compare import CSS as COMPARE_CSS
 from llmquant_serve.chat.compare import divergence, marked
 from llmquant_serve.chat.replies import Reply, reply
 from llmquant_serve.chat.settings import sampling_of, settings_panel, with_system
+from llmquant_serve.chat.transcript import CSS as CHAT_CSS
 from llmquant_serve.chat.transcript import transcript
 from llmquant_serve.chat.visitors import Runs, together
 from llmquant_serve.service import Service
@@ -73,7 +73,7 @@ def mount(
         auth_message="Log in with any name; the password is an API key of this server.",
         footer_links=[],
         ssr_mode=False,
-        css=comparison.CSS + conversation.CSS,
+        css=COMPARE_CSS + CHAT_CSS,
     )
 
 

@@ -90,6 +90,7 @@ ReferenceOption = Annotated[
 ]
 
 # Bounds.
+DAY = 86400.0  # of seconds
 MaxStreamsOption = Annotated[
     int,
     typer.Option("--max-streams", min=1, max=256, help="Sequences that are decoded together."),
@@ -120,6 +121,7 @@ StallTimeoutOption = Annotated[
     typer.Option(
         "--stall-timeout",
         min=0.1,
+        max=DAY,
         help="Seconds after which a client that reads nothing is disconnected.",
     ),
 ]
@@ -128,13 +130,17 @@ SseKeepAliveOption = Annotated[
     typer.Option(
         "--sse-keep-alive",
         min=0.0,
+        max=DAY,
         help="Seconds after which a stream with nothing to send sends a comment; 0: never.",
     ),
 ]
 DrainTimeoutOption = Annotated[
     float,
     typer.Option(
-        "--drain-timeout", min=0.0, help="Seconds that a shutdown waits for running answers."
+        "--drain-timeout",
+        min=0.0,
+        max=DAY,
+        help="Seconds that a shutdown waits for running answers.",
     ),
 ]
 

@@ -13,18 +13,16 @@ In a batch the matrix products have other shapes and round differently. A greedy
 differ, but only where the two best logits lie within that rounding. Measured against transformers'
 own ContinuousBatchingManager: see docs/decisions.md.
 
-What fails in the work of one job ends that job alone. A decoding step is the work of all rows, so
-its failure ends them. After a failure of the model itself one token is put through it: only if that
-fails too is the engine dead.
+What fails in the work of one job ends that job alone. A decoding step and a move of the cache are
+the work of all rows, so their failure ends all of them. After such a failure, or one while a prompt
+was read, one token is put through the model: only if that fails too is the engine dead.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,56 +31,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from llmquant.errors import LlmquantError
-from llmquant_serve.engines.base import (
-    EngineError,
-    Finish,
-    Load,
-    Sampling,
-    Step,
-    StoppedError,
-    Token,
-)
-from llmquant_serve.engines.isolation import one_request
+from llmquant_serve.engines.base import Load, Step, StoppedError, Token
+from llmquant_serve.engines.isolation import isolated
+from llmquant_serve.engines.job import Job
 from llmquant_serve.engines.row_cache import RowCache
-from llmquant_serve.engines.sampling import Chooser, described, described_all
+from llmquant_serve.engines.sampling import described_all
 
 PROMPT_CHUNK = 256
 PROMPT_AT_ONCE = 4096  # bounds the memory of one pass, and the delay until a cancellation
 SCORED_CHUNK = 512  # where logits of every position are needed
-Deliver = Callable[[Step | EngineError], None]
-
-
-@dataclass(eq=False)
-class Job:
-    """One request inside the engine.
-
-    Attributes:
-        deliver: hands a step, or the error that ends the request, to the one who waits for it.
-        cancelled: may be set from any thread.
-        generated: tokens so far.
-        last: the newest token.
-        prefilled: tokens of the prompt that are in a cache.
-        cache: of the prompt, until the sequence joins the rows.
-        scores: log-probabilities of the prompt so far.
-        logits: after the last token that is prefilled, float32 ``[vocab]``.
-    """
-
-    prompt: Sequence[int]
-    sampling: Sampling
-    deliver: Deliver
-    chooser: Chooser
-    cancelled: bool = False
-    generated: int = 0
-    last: int = 0
-    prefilled: int = 0
-    cache: Cache | None = None
-    scores: list[Token] = field(default_factory=list)
-    logits: Tensor | None = None
-
-
-def _fail(job: Job, error: LlmquantError) -> None:
-    """End a job by an error of its own; one object per job, since raising it fills it in."""
-    job.deliver(EngineError(str(error)))
 
 
 class Batcher:
@@ -90,16 +47,14 @@ class Batcher:
 
     Args:
         model: in eval mode; nothing else may use it from now on.
-        eos: the model's end tokens.
         max_rows: sequences decoded together.
 
     Attributes:
         error: what ended the thread; None while it runs, and after a regular end.
     """
 
-    def __init__(self, model: PreTrainedModel, eos: frozenset[int], max_rows: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_rows: int) -> None:
         self._model: Any = model
-        self._eos = eos
         self._max_rows = max_rows
         self._cache = self._empty_cache()
         self._waiting: deque[Job] = deque()
@@ -108,7 +63,6 @@ class Batcher:
         self._wake = threading.Condition()
         self._closing = False
         self.error: str | None = None
-
         self._thread = threading.Thread(target=self._run, name="llmquant-batcher", daemon=True)
 
     def start(self) -> None:
@@ -148,7 +102,7 @@ class Batcher:
 
     def _run(self) -> None:
         try:
-            with one_request("running the engine"), torch.inference_mode():
+            with isolated("the engine's thread failed"), torch.inference_mode():
                 while self._wait_for_work():
                     self._iterate()
         except LlmquantError as e:
@@ -196,15 +150,19 @@ class Batcher:
         while self._prefilling and budget > 0:
             job = self._prefilling[0]
             try:
-                with one_request("reading its prompt"):
+                with isolated("this request failed while reading its prompt"):
                     budget -= self._prefill_chunk(job, budget)
                     if job.prefilled < len(job.prompt):
                         continue
-                    self._start_decoding(job)
+                    goes_on = self._begin(job)
             except LlmquantError as e:
-                _fail(job, e)
+                job.fail(e)
                 self._check_model()
+                goes_on = False
             self._prefilling.pop(0)
+            if goes_on:
+                self._join(job)
+            job.cache = job.logits = None
 
     def _prefill_chunk(self, job: Job, budget: int) -> int:
         """Prefill a part of a prompt, and keep the logits at its end. Returns the number of
@@ -231,37 +189,46 @@ class Batcher:
         job.logits = logits[-1].float()
         return size
 
-    def _start_decoding(self, job: Job) -> None:
-        """Deliver the prompt's log-probabilities and the first token, and join the rows if more are
+    def _begin(self, job: Job) -> bool:
+        """Deliver the prompt's log-probabilities and the first token; returns whether more are
         wanted."""
-        assert job.cache is not None
         assert job.logits is not None
         if job.sampling.prompt_logprobs is not None:
             job.deliver(Step(prompt=(Token(job.prompt[0]), *job.scores)))
             job.scores = []
         if job.sampling.max_tokens == 0:
             job.deliver(Step(finish="length"))
-        elif not self._advance(job, int(job.logits.argmax()), job.logits):
-            self._cache.join(job.cache, len(job.prompt))
-            self._rows.append(job)
-        job.cache = job.logits = None
+            return False
+        return not job.advance(int(job.logits.argmax()), job.logits)
+
+    def _join(self, job: Job) -> None:
+        """Make a prompt that was read a row; the cache of all rows may have to move for it."""
+        assert job.cache is not None
+        self._rows.append(job)
+        try:
+            with isolated("this request failed while one was added to the cache that it shares"):
+                self._cache.join(job.cache, len(job.prompt))
+        except LlmquantError as e:
+            self._end_rows(e)
 
     def _decode(self) -> None:
         """One token for every row."""
         try:
-            with one_request("decoding together with all that were running"):
+            with isolated("this request failed while decoding together with all that were running"):
                 logits = self._step()
         except LlmquantError as e:
-            for job in self._rows:
-                _fail(job, e)
-            self._rows, self._cache = [], self._empty_cache()
-            self._check_model()
+            self._end_rows(e)
             return
         best = logits.argmax(-1).tolist()
-        ended = [
-            row for row, job in enumerate(self._rows) if self._advance(job, best[row], logits[row])
-        ]
-        self._remove(ended)
+        rows = enumerate(self._rows)
+        self._remove([row for row, job in rows if job.advance(best[row], logits[row])])
+
+    def _end_rows(self, error: LlmquantError) -> None:
+        """Fail all rows: what they share, the cache, may be half written."""
+        for job in self._rows:
+            job.fail(error)
+        self._rows, self._cache = [], self._empty_cache()
+        self._check_model()
 
     def _step(self) -> Tensor:
         """Float32 logits ``[rows, vocab]`` after the newest token of every row."""
@@ -276,46 +243,12 @@ class Batcher:
         logits: Tensor = out.logits[:, -1].float()
         return logits
 
-    def _advance(self, job: Job, best: int, logits: Tensor) -> bool:
-        """Choose, append and deliver a job's next token; returns whether the job has ended: by its
-        last token, or because this failed.
-
-        Args:
-            best: the token of the largest of ``logits``, float32 ``[vocab]``.
-        """
-        try:
-            with one_request("choosing a token"):
-                if not math.isfinite(float(logits[best])):
-                    raise EngineError(
-                        f"the model computed the logit {float(logits[best])} after "
-                        f"{len(job.prompt) + job.generated} tokens; another --dtype may avoid that"
-                    )
-                token = best if job.chooser.greedy else job.chooser.choose(logits)
-                return self._append(job, token, logits)
-        except LlmquantError as e:
-            _fail(job, e)
-            return True
-
     def _check_model(self) -> None:
         """Put one token through the model, after a failure. What this raises ends the engine."""
         self._model(input_ids=self._tensor([[0]]), use_cache=False)
 
     def _empty_cache(self) -> RowCache:
         return RowCache(self._model.config.get_text_config().num_hidden_layers, self._max_rows)
-
-    def _append(self, job: Job, token: int, logits: Tensor) -> bool:
-        """Append a token to a job and deliver it; returns whether it is the last."""
-        s = job.sampling
-        job.generated += 1
-        job.last = token
-        job.chooser.update(token)
-        finish: Finish | None = None
-        if token in s.stop_ids or (token in self._eos and not s.ignore_eos):
-            finish = "stop"
-        elif job.generated >= s.max_tokens:
-            finish = "length"
-        job.deliver(Step((described(token, logits, s.logprobs),), finish))
-        return finish is not None
 
     def _remove(self, rows: Iterable[int]) -> None:
         """Free rows; the last row takes the place of each."""

@@ -1,8 +1,10 @@
 """One request's failure stays its own: whatever its work raises becomes an error of that request.
 
-This is the only place of the package that catches every exception. Everything that runs for one
-request stands inside it: choosing a token, turning it into text, the route. The engine, the
-connection and the other requests never see what went wrong there.
+This is the only place of the package that catches every ``Exception``. A fault that nobody foresaw
+in one request must not end the requests beside it, and which exceptions a stranger's tokenizer,
+template or model raises cannot be listed. Everything that runs for one request runs inside it:
+choosing a token, turning it into text, the route. What is meant to end more than a request is no
+``Exception`` and passes through: KeyboardInterrupt, SystemExit, asyncio's CancelledError.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ _LOG = logging.getLogger(__name__)
 
 
 @contextmanager
-def one_request(doing: str) -> Iterator[None]:
-    """Run a part of one request's work.
+def isolated(failed: str) -> Iterator[None]:
+    """Run a part of one request's work, or the engine.
 
     Args:
-        doing: what the work is, for the log and the message: ``choosing a token``.
+        failed: what to say of a failure: ``this request failed while choosing a token``.
 
     Raises:
         EngineError: something of ours failed; it is in the log with its traceback. What is an
@@ -33,5 +35,5 @@ def one_request(doing: str) -> Iterator[None]:
     except LlmquantError:
         raise
     except Exception as e:
-        _LOG.error("a request failed while %s", doing, exc_info=e)
-        raise EngineError(f"this request failed while {doing}: {type(e).__name__}: {e}") from e
+        _LOG.error(failed, exc_info=e)
+        raise EngineError(f"{failed}: {type(e).__name__}: {e}") from e

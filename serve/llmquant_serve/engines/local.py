@@ -23,8 +23,8 @@ from llmquant_serve.engines.base import (
     Sampling,
     Step,
 )
-from llmquant_serve.engines.batcher import Batcher, Job
-from llmquant_serve.engines.sampling import Chooser
+from llmquant_serve.engines.batcher import Batcher
+from llmquant_serve.engines.job import Job
 
 
 class LocalEngine:
@@ -46,7 +46,7 @@ class LocalEngine:
     ) -> None:
         _check_states(model)
         self.info = ModelInfo.of(model.config, model.generation_config, context)
-        self._batcher = Batcher(model, self.info.eos, max_streams)
+        self._batcher = Batcher(model, max_streams)
         self._closed = False
 
     def why_not(self, sampling: Sampling) -> Refusal | None:
@@ -72,7 +72,7 @@ class LocalEngine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(steps.put_nowait, step)
 
-        job = Job(tuple(prompt), sampling, deliver, Chooser(sampling, prompt, self.info.eos))
+        job = Job(tuple(prompt), sampling, deliver, self.info.eos)
         self._batcher.submit(job)
         try:
             while True:

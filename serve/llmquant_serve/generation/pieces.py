@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from llmquant_serve.engines.base import Engine, Finish, Sampling, Token
-from llmquant_serve.engines.isolation import one_request
+from llmquant_serve.engines.isolation import isolated
 from llmquant_serve.generation.detokenize import Detokenizer, StopStrings
 
 
@@ -64,7 +64,7 @@ async def write(
             if step.prompt is not None:
                 yield Piece(prompt=step.prompt)
             certain = ""
-            with one_request("turning its tokens into text"):
+            with isolated("this request failed while turning its tokens into text"):
                 for token in step.tokens:
                     generated += 1
                     pending.append(token)

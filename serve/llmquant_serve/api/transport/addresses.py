@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~%-]+)+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 THIS_MACHINE = ("127.0.0.1", "::1")
 PEER = "llmquant.peer"  # in a scope: who is connected, where ``client`` is what a proxy said
 
@@ -30,6 +31,11 @@ PEER = "llmquant.peer"  # in a scope: who is connected, where ``client`` is what
 def is_prefix(path: str) -> bool:
     """Whether a text can stand before all paths: ``/llm``, ``/team/llm``."""
     return _PREFIX.fullmatch(path) is not None
+
+
+def is_origin(text: str) -> bool:
+    """Whether a browser can send a text as an origin (``https://host:port``); ``*`` is all."""
+    return text in ("*", "null") or _ORIGIN.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from llmquant_serve.api.error_handlers import engine_error
 from llmquant_serve.api.requests import BODIES
 from llmquant_serve.api.transport.addresses import Addresses
 from llmquant_serve.engines.base import EngineError
-from llmquant_serve.engines.isolation import one_request
+from llmquant_serve.engines.isolation import isolated
 from llmquant_serve.errors import ApiError, bad_request
 from llmquant_serve.metrics import Metrics
 
@@ -81,7 +81,7 @@ class Guard:
                 if scope["method"] == "HEAD":  # the server leaves the body out by itself
                     scope = {**scope, "method": "GET"}
             limited_receive = self._limited(scope, receive)
-            with one_request("being answered"):
+            with isolated("this request failed while being answered"):
                 await self._app(scope, limited_receive, answer.send)
         except ApiError as e:
             await answer.refuse(e, scope, receive)
@@ -158,7 +158,7 @@ def _check_kind(scope: Scope) -> None:
     A browser sends other kinds to any server without asking it first; so a body of another kind is
     not read as JSON, even if it is.
     """
-    if scope["method"] in _SAFE:
+    if scope["method"] != "POST":
         return
     headers = Headers(scope=scope)
     encoding = headers.get("content-encoding", "identity").strip().lower()
