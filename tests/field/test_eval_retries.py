@@ -18,6 +18,7 @@ from typing import Any
 import fake_server
 import pytest
 import torch
+import yaml
 from eval_kit import Ran, llmquant_command
 from fake_server import Fault, cut, cut_without_length, hang_up, serving, status
 from safetensors.torch import load_file, save_file
@@ -302,6 +303,24 @@ def test_what_the_others_scored_is_not_lost(words: Path, tmp_path: Path) -> None
     assert [m["protocol"] for m in report["missing"]] == ["ppl/strided-32-16"]
     shown = llmquant_command("leaderboard", tmp_path)
     assert shown.code == 0, shown.err
+
+
+def test_a_suite_says_that_it_waits(words: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    with serving(BASE) as fake:
+        fake.faults = [status(429)]
+        keys = {
+            "reference": str(BASE),
+            "models": [{"label": "served", "model": fake.url}],
+            "texts": [{"name": "words", "source": str(words)}],
+            "protocols": ["ppl/gptq-32"],
+            "cost": False,
+        }
+        suite.write_text(yaml.safe_dump(keys), encoding="utf-8")
+        ran = llmquant_command("eval", "--suite", suite)
+    assert ran.code == 0, ran.err
+    assert "answered 429" in ran.err
+    assert "asking again" in ran.err
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own

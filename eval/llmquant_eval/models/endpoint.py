@@ -38,8 +38,8 @@ def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-def _silent(_: str) -> None:
-    """The default: nothing is told."""
+def tell_nobody(_: str) -> None:
+    """The default: what happens is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Contact:
 
     patience: float | None = None
     keep: Path | None = None
-    tell: Callable[[str], None] = _silent
+    tell: Callable[[str], None] = tell_nobody
 
 
 class Endpoint:
