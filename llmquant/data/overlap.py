@@ -70,14 +70,14 @@ def measure_overlap(
     known = [shingles(row) for row in tokenize(evaluation, tokenizer, dropped, specials=False)]
     lost = {reason: n for reason, n in sorted(dropped.items()) if n and reason != "empty"}
     table = np.unique(np.concatenate(known)) if known else np.zeros(0, np.uint64)
-    hits = [_found(shingles(window), table) for window in windows]
+    hits = [_in_table(shingles(window), table) for window in windows]
     count = sum(map(len, hits))
     over = sum(bool(len(hit)) and float(hit.mean()) > OVERLAP_THRESHOLD for hit in hits)
     fraction = sum(int(hit.sum()) for hit in hits) / count if count else 0.0
     return Overlap(evaluation.source, fraction, over, dropped=lost)
 
 
-def _found(values: NDArray[np.uint64], table: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def _in_table(values: NDArray[np.uint64], table: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Which values are in a sorted table (``np.isin`` would sort the table again for every
     window)."""
     places = np.searchsorted(table, values)
