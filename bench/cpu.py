@@ -15,7 +15,8 @@ folder, the dense one in float32 and bfloat16, and llama.cpp on a GGUF of the sa
 environment that has llama-cpp-python; rounds in turn, the best of each.
 
 Times are the best of many, ratios are within one run; the instruction sets are in the JSON. Hold
-the run to fewer with ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``.
+the run to fewer with ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``. One file, though longer
+than others, so that it can be copied to the machine that is measured.
 """
 
 from __future__ import annotations

@@ -212,10 +212,10 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"unknown: {', '.join(unknown)}; cases: {', '.join(CASES)}")
     for name in args.cases.split(","):
-        room = shutil.disk_usage(args.work_dir).free
-        if CASES[name].shape == "8b" and room < 45e9:
+        free = shutil.disk_usage(args.work_dir).free
+        if CASES[name].shape == "8b" and free < 45e9:
             raise SystemExit(
-                f"{args.work_dir} has {room / 1e9:.0f} GB free; {name} needs 45 (checkpoint, its making, result)"
+                f"{args.work_dir} has {free / 1e9:.0f} GB free; {name} needs 45 (checkpoint, its making, result)"
             )
         cost = measure(name, args.work_dir)
         report = json.loads(args.out.read_text()) if args.out.exists() else {"cases": []}

@@ -24,7 +24,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from quality_table import render
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.json"
@@ -101,36 +102,21 @@ class Setting:
 def ours(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> list[str]:
     """The command line of one of our methods."""
     scheme = [
-        "--bits",
-        str(grid.bits),
-        "--group-size",
-        str(grid.group_size),
+        "--bits", str(grid.bits), "--group-size", str(grid.group_size),
         "--sym" if grid.symmetric else "--asym",
-    ]
+    ]  # fmt: skip
     if tool == MIXED:
         scheme = ["--target-bpw", str(grid.bits + 16 / grid.group_size)]
     text = [
-        "--calibration",
-        setting.calibration,
-        "--nsamples",
-        str(setting.nsamples),
-        "--seqlen",
+        "--calibration", setting.calibration, "--nsamples", str(setting.nsamples), "--seqlen",
         str(setting.seqlen),
-    ]
+    ]  # fmt: skip
     text = [] if tool == "llmquant rtn" else text
     main = "from llmquant.cli import main; main()"
     run = [
-        sys.executable,
-        "-c",
-        main,
-        "quantize",
-        setting.model,
-        "-o",
-        str(output),
-        "--quiet",
-        "--seed",
-        str(seed),
-    ]
+        sys.executable, "-c", main, "quantize", setting.model, "-o", str(output), "--quiet",
+        "--seed", str(seed), "--store-dtype", "source",  # as the peers, and as was measured
+    ]  # fmt: skip
     return [*run, *OURS[tool], *scheme, *text]
 
 
@@ -141,39 +127,21 @@ def peer(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> li
     peers = str(ROOT / "bench" / "peers.py")
     if not windows.exists():
         draw = [
-            sys.executable,
-            peers,
-            "windows",
-            setting.model,
-            "--calibration",
-            setting.calibration,
-            "--seed",
-            str(seed),
-        ]
+            sys.executable, peers, "windows", setting.model, "--calibration",
+            setting.calibration, "--seed", str(seed),
+        ]  # fmt: skip
         sizes = [
-            "--nsamples",
-            str(setting.nsamples),
-            "--seqlen",
-            str(setting.seqlen),
-            "-o",
+            "--nsamples", str(setting.nsamples), "--seqlen", str(setting.seqlen), "-o",
             str(windows),
-        ]
+        ]  # fmt: skip
         subprocess.run([*draw, *sizes], check=True, stdout=subprocess.DEVNULL)
     scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size), "--seed", str(seed)]
     scheme += [] if grid.symmetric else ["--asymmetric"]
     python = setting.environments[environment]
     return [
-        python,
-        peers,
-        "quantize",
-        name,
-        setting.model,
-        "-o",
-        str(output),
-        "--windows",
-        str(windows),
-        *scheme,
-    ]
+        python, peers, "quantize", name, setting.model, "-o", str(output), "--windows",
+        str(windows), *scheme,
+    ]  # fmt: skip
 
 
 def quantized(command: Sequence[str], log: Path) -> dict[str, float]:
@@ -195,22 +163,10 @@ def quantized(command: Sequence[str], log: Path) -> dict[str, float]:
 def evaluated(folder: Path, setting: Setting) -> dict[str, float]:
     """Metrics of a quantized folder against the original."""
     options = [
-        "--reference",
-        setting.model,
-        "--text",
-        setting.text,
-        "--window",
-        str(setting.seqlen),
-        "--max-windows",
-        str(setting.windows),
-        "--dtype",
-        "float32",
-        "--kernel",
-        "dense",
-        "--no-cost",
-        "--no-noise-floor",
-        "--json",
-    ]
+        "--reference", setting.model, "--text", setting.text, "--window", str(setting.seqlen),
+        "--max-windows", str(setting.windows), "--dtype", "float32", "--kernel", "dense",
+        "--no-cost", "--no-noise-floor", "--json",
+    ]  # fmt: skip
     main = "from llmquant.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", main, "eval", str(folder), *options],
@@ -312,63 +268,6 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     return result
 
 
-def table(args: argparse.Namespace) -> None:
-    """Markdown: one section per model and grid, best KL first."""
-    report = json.loads(args.out.read_text())
-    lines = [_HEAD]
-    cells = report["cells"]
-    for model in dict.fromkeys(c["model"] for c in cells):
-        setting = report["settings"][model]
-        lines.append(
-            f"\n## {model}\n\nCalibration: {setting['nsamples']} windows of {setting['seqlen']} tokens of "
-            f"`{setting['calibration']}`; evaluation: {setting['windows']} windows of `{setting['text']}`.\n"
-        )
-        for grid in (
-            g for g in GRIDS if any(c["grid"] == g and c["model"] == model for c in cells)
-        ):
-            rows: dict[str, list[dict[str, Any]]] = {}
-            for c in cells:
-                if (c["model"], c["grid"]) == (model, grid):
-                    rows.setdefault(c["tool"], []).append(c)
-            lines += [f"\n### {grid}\n", _COLUMNS]
-            lines += [
-                _row(t, rows[t])
-                for t in sorted(rows, key=lambda t: statistics.fmean(c["kl_mean"] for c in rows[t]))
-            ]
-    print("\n".join(lines))
-
-
-def _row(tool: str, cells: Sequence[dict[str, Any]]) -> str:
-    def mean(name: str) -> float:
-        return statistics.fmean(c[name] for c in cells)
-
-    def cost(name: str, unit: float, digits: int) -> str:
-        measured = [c[name] for c in cells if name in c]
-        return f"{statistics.fmean(measured) / unit:.{digits}f}" if measured else "–"
-
-    kls = [c["kl_mean"] for c in cells]
-    spread = f" ({min(kls):.5f} – {max(kls):.5f})" if len(kls) > 1 else ""
-    return (
-        f"| {tool} | {mean('kl_mean'):.5f}{spread} | {mean('kl_p99'):.3f} | {mean('perplexity_ratio'):.4f} "
-        f"| {mean('top1_agreement'):.3f} | {mean('bits_per_weight'):.3f} | {' | '.join(cost(*c) for c in _COST)} | {len(kls)} |"
-    )
-
-
-_COST = (("cpu_seconds", 1, 0), ("peak_bytes", 1e9, 2))
-_HEAD = """# Quality beside other tools
-
-Rendered by `python bench/quality.py table` from `bench/results/quality.json`; how it is measured: `bench/quality.py`.
-KL is the mean over tokens of KL(original ‖ quantized) in nats, averaged over calibration seeds, with the range over seeds in
-brackets. "CPU s" is the processor time of the quantizing process on one thread, with start and imports; "GB" is its peak
-resident memory.
-
-The small models are calibrated on 160 TinyStories and evaluated on 157 others. Both models are float32, and most tools store
-float32 scales for them. stories260K has linears with 172 rows or columns, which no usual group size divides. AutoRound leaves
-these unquantized, so it has no row there."""
-_COLUMNS = """| tool | KL | KL p99 | perplexity ratio | top-1 | bits per weight | CPU s | GB | seeds |
-|---|---|---|---|---|---|---|---|---|"""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -385,7 +284,9 @@ def main() -> None:
     first.add_argument("--seeds", default="0,1,2")
     first.set_defaults(run=run)
     second = commands.add_parser("table", help="render the results")
-    second.set_defaults(run=table)
+    second.set_defaults(
+        run=lambda args: print(render(json.loads(args.out.read_text()), list(GRIDS)))
+    )
     for command in (first, second):
         command.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

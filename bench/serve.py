@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,15 @@ async def stream(client: httpx.AsyncClient, tokens: int) -> int:
 
 async def throughput(url: str, tokens: int, repeats: int) -> dict[str, Any]:
     """Medians of tokens per second, one stream and STREAMS, taken alternately."""
-    found: dict[int, list[float]] = {1: [], STREAMS: []}
+    rates_of: dict[int, list[float]] = {1: [], STREAMS: []}
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
         await stream(client, 8)
         for _ in range(repeats):
-            for count, rates in found.items():
+            for count, rates in rates_of.items():
                 began = time.perf_counter()
                 made = sum(await asyncio.gather(*(stream(client, tokens) for _ in range(count))))
                 rates.append(made / (time.perf_counter() - began))
-    one, many = (statistics.median(r) for r in found.values())
+    one, many = (statistics.median(r) for r in rates_of.values())
     return {
         "tokens": tokens,
         "repeats": repeats,
@@ -163,84 +164,96 @@ def worst_gap(model: Any, answers: set[tuple[int, ...]]) -> float:
     return worst
 
 
+ASKED: dict[str, Any] = {
+    "prompt": PROMPT,
+    "max_tokens": 24,
+    "temperature": 0,
+    "ignore_eos": True,
+    "return_token_ids": True,
+}
+MALFORMED = (b"{", b'{"prompt": 3}', b'{"prompt": "a", "n": -1}', b'{"prompt": [[]]}')
+LEFT = 0  # the status of a request that did not wait for its answer
+
+
+class Abuser:
+    """Requests of every kind; counts statuses and short answers, collects the finished ones."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client, self.rng = client, random.Random(0)
+        self.statuses: Counter[int] = Counter()
+        self.short = 0
+        self.answers: set[tuple[int, ...]] = set()
+
+    async def round_of(self, number: int) -> None:
+        """So many requests, 24 at a time."""
+        kinds = [self.rng.choice(["leave", "malformed", "slow", "proper"]) for _ in range(number)]
+        await asyncio.gather(*(self._in_turn(kinds[i::24]) for i in range(24)))
+
+    async def _in_turn(self, kinds: list[str]) -> None:
+        for kind in kinds:
+            if kind == "malformed":
+                status = await self._malformed()
+            elif kind == "leave":
+                status = await self._leave()
+            else:
+                status = await self._read(pause=0.02 if kind == "slow" else 0.0)
+            self.statuses[status] += 1
+
+    async def _malformed(self) -> int:
+        body = self.rng.choice([*MALFORMED, self.rng.randbytes(200)])
+        headers = {"content-type": "application/json"}
+        answer = await self.client.post("/v1/completions", content=body, headers=headers)
+        return answer.status_code
+
+    async def _leave(self) -> int:
+        long, patience = ASKED | {"max_tokens": 1500}, self.rng.uniform(0.01, 1.0)
+        try:
+            answer = await self.client.post("/v1/completions", json=long, timeout=patience)
+        except httpx.TimeoutException:
+            return LEFT
+        return answer.status_code
+
+    async def _read(self, pause: float) -> int:
+        body, ids = ASKED | {"stream": True}, []
+        async with self.client.stream("POST", "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if answer.status_code == 200 and line.startswith("data: {"):
+                    ids += json.loads(line[6:])["choices"][0]["token_ids"]
+                await asyncio.sleep(pause)
+        if answer.status_code == 200:
+            self.short += len(ids) != ASKED["max_tokens"]
+            self.answers.add(tuple(ids))
+        return answer.status_code
+
+
+def resident_mb() -> float:
+    gc.collect()
+    return round(psutil.Process().memory_info().rss / 2**20, 1)
+
+
 async def abuse(live: Live, count: int) -> dict[str, Any]:
     """``count`` requests of every kind; counts of statuses, what is left open, and resident memory
     before and after."""
-    rng, statuses, short, answers = random.Random(0), {}, 0, set()
     async with httpx.AsyncClient(
         base_url=live.url, timeout=120, limits=httpx.Limits(max_connections=None)
     ) as client:
-        asked = {
-            "prompt": PROMPT,
-            "max_tokens": 24,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
-
-        async def one(kind: str) -> None:
-            nonlocal short
-            if kind == "malformed":
-                body = rng.choice(
-                    [
-                        b"{",
-                        b'{"prompt": 3}',
-                        b'{"prompt": "a", "n": -1}',
-                        rng.randbytes(200),
-                        b'{"prompt": [[]]}',
-                    ]
-                )
-                answer = await client.post(
-                    "/v1/completions", content=body, headers={"content-type": "application/json"}
-                )
-                status = answer.status_code
-            elif kind == "leave":
-                try:
-                    long, patience = asked | {"max_tokens": 1500}, rng.uniform(0.01, 1.0)
-                    answer = await client.post("/v1/completions", json=long, timeout=patience)
-                    status = answer.status_code
-                except httpx.TimeoutException:
-                    status = 0
-            else:
-                async with client.stream(
-                    "POST", "/v1/completions", json=asked | {"stream": True}
-                ) as answer:
-                    status, ids = answer.status_code, []
-                    async for line in answer.aiter_lines():
-                        if status == 200 and line.startswith("data: {"):
-                            ids += json.loads(line[6:])["choices"][0]["token_ids"]
-                        if kind == "slow":
-                            await asyncio.sleep(0.02)
-                if status == 200:
-                    short += len(ids) != asked["max_tokens"]
-                    answers.add(tuple(ids))
-            statuses[status] = statuses.get(status, 0) + 1
-
-        async def worker(kinds: list[str]) -> None:
-            for kind in kinds:
-                await one(kind)
-
-        async def round_of(number: int) -> None:
-            kinds = [rng.choice(["leave", "malformed", "slow", "proper"]) for _ in range(number)]
-            await asyncio.gather(*(worker(kinds[i::24]) for i in range(24)))
-
-        await round_of(100)  # what is allocated once
-        gc.collect()
-        before = psutil.Process().memory_info().rss
-        statuses.clear()
-        await round_of(count)
+        abuser = Abuser(client)
+        await abuser.round_of(100)  # what is allocated once
+        before = resident_mb()
+        abuser.statuses.clear()
+        await abuser.round_of(count)
     while live.service.engine.load().running or live.service.gate.open:
         await asyncio.sleep(0.05)
-    gc.collect()
-    after = psutil.Process().memory_info().rss
+    after = resident_mb()
+    statuses = sorted(abuser.statuses.items())
     return {
         "requests": count,
-        "statuses": {("left" if s == 0 else str(s)): n for s, n in sorted(statuses.items())},
-        "short": short,
-        "different_answers": len(answers),
-        "worst_gap": round(worst_gap(live.model, answers), 4),
-        "rss_before_mb": round(before / 2**20, 1),
-        "rss_after_mb": round(after / 2**20, 1),
+        "statuses": {("left" if s == LEFT else str(s)): n for s, n in statuses},
+        "short": abuser.short,
+        "different_answers": len(abuser.answers),
+        "worst_gap": round(worst_gap(live.model, abuser.answers), 4),
+        "rss_before_mb": before,
+        "rss_after_mb": after,
         "open": live.service.gate.open,
     }
 

@@ -9,8 +9,9 @@ agreement: a test that tampers copies first.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ SMALL: dict[str, Any] = {
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [mine]\n---\n# A small random model\n"
 
 MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache folder without what llmquant keeps there (a server's answers, a suite's
+    results): tests neither read nor write that. Browsers and models stay where they were."""
+    folder = tmp_path_factory.mktemp("cache")
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for path in users.iterdir() if users.is_dir() else ():
+        if path.name != "llmquant":
+            (folder / path.name).symlink_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
 
 
 def write_model(

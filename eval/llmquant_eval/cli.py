@@ -41,7 +41,7 @@ def eval_command(
     reference: options.ReferenceOption = None,
     protocol: options.ProtocolOption = None,
     window: options.WindowOption = None,
-    bos: options.BosOption = options.Bos.default,
+    bos: options.BosOption = "default",
     max_windows: options.MaxWindowsOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -81,8 +81,8 @@ def eval_command(
         _check_parent(output)
     report, failure = _evaluate(request, hidden=quiet or as_json)
     _write(report, output, card)
-    if report.text is not None and report.text.rows is not None and report.text.rows.dropped:
-        sys.stderr.write(f"warning: {report.text.source}: {report.text.rows.lost()}\n")
+    if report.text is not None and (lost := report.text.lost()):
+        sys.stderr.write(f"warning: {lost}\n")
     if plots is not None:
         from llmquant_eval.leaderboard.plots import write_report_plots
 
@@ -101,7 +101,6 @@ def _request(given: Mapping[str, Any]) -> Request:
     from llmquant_eval.run.request import Request
 
     values = {field.name: given[field.name] for field in fields(Request) if field.name in given}
-    values["bos"] = values["bos"].value
     lists = {name: _joined(given[name]) for name in ("protocol", "tasks")}
     return Request(candidates=tuple(given["model"] or ()), **values | lists)
 

@@ -6,19 +6,10 @@ costs no torch.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-
-class Bos(StrEnum):
-    """Where BOS tokens stand in an evaluation text."""
-
-    default = "default"
-    each_window = "each-window"
-
 
 ModelsArgument = Annotated[
     list[str] | None,
@@ -55,9 +46,10 @@ WindowOption = Annotated[
     ),
 ]
 BosOption = Annotated[
-    Bos,
+    str,
     typer.Option(
         "--bos",
+        metavar="default|each-window",
         help="default: a BOS token where the tokenizer puts one, at the start of the text; each-window: "
         "before every window, which Gemma needs. Protocol ids then end in -bos.",
     ),

@@ -177,6 +177,9 @@ def write_outcome(
         sys.stderr.write(
             f"{results} also has files of no model of this suite: {', '.join(others)}\n"
         )
+    texts = [report.text for report in outcome.reports.values() if report.text is not None]
+    for lost in dict.fromkeys(filter(None, (text.lost() for text in texts))):
+        sys.stderr.write(f"warning: {lost}\n")
     if outcome.failures:
         listed = "; ".join(f"{what}: {why}" for what, why in outcome.failures.items())
         raise LlmquantError(
@@ -220,4 +223,8 @@ def _progress(hidden: bool) -> Iterator[SuiteProgress]:
         def stage(name: str, done: int, total: int) -> None:
             bars.update(step, description=f"  {name}", completed=done, total=total, visible=True)
 
-        yield SuiteProgress(overall, stage)
+        def tell(note: str) -> None:
+            if not hidden:
+                console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+        yield SuiteProgress(overall, stage, tell)

@@ -13,11 +13,6 @@ Nothing is silent: ``rows_read == rows_used + rows_not_drawn + sum(dropped)``, t
 that fell outside the windows are counted, and fewer windows than asked for is an error that says
 what would work. The draw orders the candidates by the raw 64-bit stream of PCG64, which numpy keeps
 the same across versions and machines.
-
-Overlap with the evaluation text is the share of the windows' 13-token shingles (13 consecutive
-tokens, as long as the word shingles of the GPT-3 paper's appendix C) that also occur within a row
-of the evaluation text, by the same tokenizer. Shingles are compared by a 64-bit hash: between two
-million-shingle texts some false match has odds of 1e-7.
 """
 
 from __future__ import annotations
@@ -25,15 +20,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from llmquant.data.sources import Documents
+from llmquant.data.overlap import Overlap, measure_overlap
+from llmquant.data.sources import Documents, counted
 from llmquant.data.tokenize import Ids, tokenize
 from llmquant.errors import SourceError, UsageError
 
@@ -43,23 +38,6 @@ if TYPE_CHECKING:
 Packing = Literal["concat", "sample"]
 MIN_TOKENS = 8
 """A row of fewer tokens is no sample."""
-SHINGLE = 13
-OVERLAP_THRESHOLD = 0.1
-"""A window with more than this share of its shingles in the evaluation text is counted."""
-_HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
-
-
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """How much of the calibration windows stands in the evaluation text (definition above)."""
-
-    evaluation: str
-    fraction: float
-    windows: int
-    shingle: int = SHINGLE
-    threshold: float = OVERLAP_THRESHOLD
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    """Rows of the evaluation text that were not looked at, by reason; empty ones do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +62,7 @@ class CalibrationSummary:
 
     def lines(self) -> list[str]:
         """The summary for people, one fact a line."""
-        dropped = (
-            ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "none"
-        )
+        dropped = counted(self.dropped) or "none"
         lines = [
             f"windows  {self.windows:,} of {self.windows_available:,} available, "
             f"{'exactly' if self.packing == 'concat' else 'at most'} {self.seqlen:,} tokens each ({self.packing})",
@@ -96,14 +72,7 @@ class CalibrationSummary:
             f"cut      {self.rows_truncated:,} of the used rows, {self.tokens_truncated:,} tokens",
         ]
         if self.overlap is not None:
-            o = self.overlap
-            lines.append(
-                f"overlap  {o.fraction:.2%} of {o.shingle}-token shingles stand in {o.evaluation}; "
-                f"{o.windows:,} windows have more than {o.threshold:.0%}"
-            )
-            if o.dropped:
-                lost = ", ".join(f"{count:,} {reason}" for reason, count in o.dropped.items())
-                lines.append(f"         rows of {o.evaluation} that were left out: {lost}")
+            lines += self.overlap.lines()
         return lines
 
     def as_dict(self) -> dict[str, Any]:
@@ -246,10 +215,10 @@ def _too_little(
 ) -> str:
     """Why the text is too little, and the numbers that would work."""
     source, read = documents.source, documents.rows_read
-    lost = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count)
+    lost = counted(dict(sorted(dropped.items())))
     if not rows:
         return f"{source}: none of its {read:,} rows can be used ({lost}); name another field or source"
-    lost = f" ({lost} of {read:,} rows were left out)" if lost else ""
+    lost = f" (left out of its {read:,} rows: {lost})" if lost else ""
     fits = [f"--nsamples {available}"] if available else []
     if packing == "sample":
         has = f"{len(rows):,} rows of {MIN_TOKENS} tokens or more"
@@ -280,38 +249,3 @@ def _sha256(windows: Sequence[Ids]) -> str:
     for window in windows:
         digest.update(len(window).to_bytes(8, "little") + window.astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def shingles(ids: Ids) -> NDArray[np.uint64]:
-    """A hash of every ``SHINGLE`` consecutive ids: their polynomial modulo 2**64. Empty for fewer
-    ids."""
-    count = max(0, len(ids) - SHINGLE + 1)
-    values = np.zeros(count, np.uint64)
-    for i in range(SHINGLE):
-        values = values * _HASH_BASE + ids[i : i + count].astype(np.uint64) + np.uint64(1)
-    return values
-
-
-def measure_overlap(
-    windows: Sequence[Ids], evaluation: Documents, tokenizer: PreTrainedTokenizerBase
-) -> Overlap:
-    """The share of the windows' shingles that occur in the evaluation text, over all and by
-    window."""
-    dropped = Counter(evaluation.dropped)
-    known = [shingles(row) for row in tokenize(evaluation, tokenizer, dropped, specials=False)]
-    lost = {reason: n for reason, n in sorted(dropped.items()) if n and reason != "empty"}
-    table = np.unique(np.concatenate(known)) if known else np.zeros(0, np.uint64)
-    hits = [_found(shingles(window), table) for window in windows]
-    count = sum(map(len, hits))
-    over = sum(bool(len(hit)) and float(hit.mean()) > OVERLAP_THRESHOLD for hit in hits)
-    fraction = sum(int(hit.sum()) for hit in hits) / count if count else 0.0
-    return Overlap(evaluation.source, fraction, over, dropped=lost)
-
-
-def _found(values: NDArray[np.uint64], table: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which values are in a sorted table (``np.isin`` would sort the table again for every
-    window)."""
-    places = np.searchsorted(table, values)
-    inside = places < len(table)
-    inside[inside] = table[places[inside]] == values[inside]
-    return inside

@@ -85,11 +85,18 @@ def parse_chat(turns: Sequence[object], tools: object = None) -> Chat:
     messages = tuple(map(_message, turns))
     offered = _json_list(tools, "tools that are not a list of objects")
     chat = Chat(messages, _dumped(offered) if offered else "")
-    try:
-        json.dumps(chat.as_json(), ensure_ascii=False).encode()
-    except UnicodeEncodeError as e:
-        raise NotAChatError("not Unicode") from e
+    if not is_unicode(json.dumps(chat.as_json(), ensure_ascii=False)):
+        raise NotAChatError("not Unicode")
     return chat
+
+
+def is_unicode(text: str) -> bool:
+    """False for a lone surrogate, which JSON can escape but no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _message(turn: object) -> Message:
@@ -119,7 +126,7 @@ def _text(content: object) -> str:
 
 def _part(part: object) -> str:
     text = part.get("text") if isinstance(part, dict) else part
-    kind = part.get("type", "text") if isinstance(part, dict) else "text"
+    kind = (part.get("type") or "text") if isinstance(part, dict) else "text"
     if kind not in _TEXT_PARTS or not isinstance(text, str):
         raise NotAChatError("a turn that is not plain text")
     return text
@@ -128,9 +135,8 @@ def _part(part: object) -> str:
 def _calls(turn: Mapping[str, object]) -> list[dict[str, Any]]:
     calls = _json_list(turn.get("tool_calls"), "tool calls that are not a list of objects")
     older = turn.get("function_call")
-    if not calls and isinstance(older, dict):
-        calls = [{"type": "function", "function": older}]
-    return calls
+    older = _without_nulls(older) if isinstance(older, dict) else None
+    return [{"type": "function", "function": older}] if older and not calls else calls
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:

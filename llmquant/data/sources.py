@@ -36,7 +36,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from llmquant.data.chats import Chat, NotAChatError, parse_chat
+from llmquant.data.chats import Chat, NotAChatError, is_unicode, parse_chat
 from llmquant.data.local_files import MAX_BYTES, file_records, json_records, jsonl_records
 from llmquant.errors import SourceError
 
@@ -86,7 +86,7 @@ class Documents:
     ``dropped`` counts by reason the records that could not be rows; ``len(rows) + sum(dropped) ==
     rows_read``. ``duplicates`` counts the non-empty rows that equal an earlier one. ``sha256`` is
     that of the rows written as JSON Lines: each row's ``json.dumps(row, ensure_ascii=False)`` (a
-        chat as a list of objects, or with its tools as one object) and a newline.
+    chat as a list of objects, or with its tools as one object) and a newline.
     """
 
     rows: tuple[Row, ...]
@@ -136,6 +136,11 @@ class Documents:
 def is_empty(row: Row) -> bool:
     """Whether a row holds nothing but white space."""
     return not row.strip() if isinstance(row, str) else row.empty
+
+
+def counted(dropped: Mapping[str, int]) -> str:
+    """Counts by reason, in words; empty if nothing was dropped."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
 
 
 def parse_source(source: str) -> Source:
@@ -259,10 +264,7 @@ def _collect(records: Iterable[object], source: Source) -> Documents:
 def _nothing(
     source: Source, column: str | None, seen: list[str], dropped: Mapping[str, int]
 ) -> str:
-    reasons = (
-        ", ".join(f"{count} × {reason}" for reason, count in dropped.items() if count)
-        or "no records at all"
-    )
+    reasons = counted(dropped) or "no records at all"
     if seen and column not in seen:
         wanted = f"field {column!r}" if column else "field 'text' or 'messages'"
         return f"{source} has no {wanted}; its fields: {', '.join(seen)}"
@@ -288,19 +290,10 @@ def _row(record: object, column: str | None, *, by_name: bool) -> Row | _Dropped
     if value is None:
         return _Dropped("null")
     if isinstance(value, str):
-        return value if _is_unicode(value) else _Dropped("not Unicode")
+        return value if is_unicode(value) else _Dropped("not Unicode")
     if not isinstance(value, list):
         return _Dropped("neither text nor chat")
     try:
         return parse_chat(value, tools)
     except NotAChatError as e:
         return _Dropped(str(e))
-
-
-def _is_unicode(text: str) -> bool:
-    """False for a lone surrogate, which JSON can escape but no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

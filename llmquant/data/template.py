@@ -1,7 +1,10 @@
-"""A chat as the tokenizer's template writes it, with nothing of it lost.
+"""A chat as the tokenizer's template writes it.
 
 A template may read a turn's text as a string, or only as a list of parts; the other form it drops
 or prints as Python. The string is tried first, and parts where the string's text does not come out.
+``developer`` is OpenAI's newer word for ``system``; where the template does not name it, it reads
+``system``, as a server of the model gives it.
+
 A chat of which no text comes out, or whose calls of tools do not, is refused: what it would teach
 is the template's frame alone.
 """
@@ -9,6 +12,7 @@ is the template's frame alone.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LONGEST_REASON = 200
+_NAMES_DEVELOPER = re.compile(r"""(["'])developer\1""")
 _PARTS_PRINTED = ("'type': 'text'", '"type": "text"')
 
 
@@ -34,11 +39,14 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
         NotRenderedError: the template refuses this chat, or leaves out its text or its tool calls.
     """
     tools = json.loads(chat.tools) if chat.tools else None
-    _check_template(tokenizer, tools, source)
-    text = _write(tokenizer, chat.plain(), tools)
+    template = _template(tokenizer, tools, source)
+    turns = chat.plain()
+    if not _NAMES_DEVELOPER.search(template):
+        turns = [t | {"role": "system"} if t["role"] == "developer" else t for t in turns]
+    text = _write(tokenizer, turns, tools)
     said = [m.content.strip() for m in chat.messages if m.content.strip()]
     if _shown(said, text) < len(said):
-        text = _by_parts(tokenizer, chat, tools, said, text)
+        text = _by_parts(tokenizer, turns, tools, said, text)
     if said and not _shown(said, text):
         raise NotRenderedError("chats whose text the chat template leaves out")
     if any(name not in text for m in chat.messages for name in m.called):
@@ -46,15 +54,13 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     return text
 
 
-def _check_template(
-    tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, source: str
-) -> None:
+def _template(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, source: str) -> str:
     if not tokenizer.chat_template:
         raise SourceError(
             f"{source} holds chats, but the tokenizer has no chat template; name a field of plain text"
         )
     try:
-        tokenizer.get_chat_template(tools=tools)
+        return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as e:
         raise SourceError(
             f"{source} holds chats, but the tokenizer's chat template cannot be used: {e}"
@@ -86,17 +92,15 @@ def _write(
 
 def _by_parts(
     tokenizer: PreTrainedTokenizerBase,
-    chat: Chat,
+    turns: list[dict[str, Any]],
     tools: list[Any] | None,
     said: Sequence[str],
     text: str,
 ) -> str:
     """The chat written from parts, where more of it comes out than of ``text``."""
-    turns = [
-        {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in chat.plain()
-    ]
+    parted = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     try:
-        other = _write(tokenizer, turns, tools)
+        other = _write(tokenizer, parted, tools)
     except NotRenderedError:
         return text
     printed = any(mark in other for mark in _PARTS_PRINTED)

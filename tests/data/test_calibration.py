@@ -16,8 +16,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from llmquant.data.calibration import MIN_TOKENS, SHINGLE, Calibration, calibrate, shingles
+from llmquant.data.calibration import MIN_TOKENS, Calibration, calibrate
 from llmquant.data.chats import Chat, Message
+from llmquant.data.overlap import SHINGLE, shingles
 from llmquant.data.sources import Documents, read_documents
 from llmquant.data.tokenize import encode_text
 from llmquant.errors import SourceError, UsageError

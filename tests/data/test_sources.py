@@ -306,7 +306,7 @@ def test_local_rows(
         ),
         pytest.param("jsonl:F", b"", "no row of text: no records at all", id="empty jsonl"),
         pytest.param("json:F", b"[]", "no row of text: no records at all", id="empty list"),
-        pytest.param("file:F", b" \n", "no row of text: 1 × empty", id="white space only"),
+        pytest.param("file:F", b" \n", "no row of text: 1 empty", id="white space only"),
         pytest.param(
             "jsonl:F#body",
             lines({"text": "a", "url": "b"}),
@@ -322,7 +322,7 @@ def test_local_rows(
         pytest.param(
             "jsonl:F",
             lines({"text": 1}, {"text": None}),
-            "1 × neither text nor chat, 1 × null",
+            "1 neither text nor chat, 1 null",
             id="nothing usable",
         ),
     ],

@@ -29,7 +29,7 @@ def base_model() -> Path:
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a server answers is kept in the user's cache: not in that of whoever runs the tests."""
+    """A cache for each test: what a server answered one test is not kept for the next."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -56,6 +56,9 @@ TAKEN: dict[str, dict[str, Any]] = {
     "a function call of old": {
         "messages": [USER, {"role": "assistant", "content": None, "function_call": PARIS}]
     },
+    "an empty call of old": {
+        "messages": [USER, {**SAYS, "function_call": {"name": None, "arguments": None}}]
+    },
     "tools beside": {"messages": [USER, SAYS], "tools": [TOOL]},
     "tools as JSON": {"messages": [USER, SAYS], "tools": json.dumps([TOOL])},
     "no tools": {"messages": [USER, SAYS], "tools": []},
@@ -67,7 +70,7 @@ TAKEN: dict[str, dict[str, Any]] = {
         ]
     },
     "parts with nulls": {
-        "messages": [{"role": "user", "content": [{"type": "text", "text": "Good day, you all there", "image_url": None}]}, SAYS]
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Good day, you all there", "image_url": None}, {"type": None, "text": "!"}]}, SAYS]
     },
     "a dump of the openai package": {"messages": [USER, OPENAI_DUMP]},
     "reasoning": {"messages": [USER, {**SAYS, "reasoning_content": "Paris is in France."}]},
@@ -172,6 +175,27 @@ def test_a_turn_is_written_in_the_form_that_the_template_reads(
         assert text.endswith(f"[assistant]{SAYS['content']}|")
 
 
+ROLES = (
+    "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
+    "[{{ m.role }}]{{ m.content }}|{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        pytest.param(ROLES, "system", id="skipped otherwise"),
+        pytest.param(ROLES.replace("['sys", "['developer', 'sys"), "developer", id="known"),
+    ],
+)
+def test_a_developer_is_the_system_where_the_template_knows_none(
+    template: str, role: str, make_model: Any, tmp_path: Path
+) -> None:
+    rows = [{"messages": [{"role": "developer", "content": "Be brief."}, USER, SAYS]}]
+    (text,) = texts(chatting(make_model, template), rows, tmp_path)
+    assert text.startswith(f"[{role}]Be brief.|[user]")
+
+
 def test_a_dataset_of_the_hub_has_its_tools_too(models: dict[str, Path], tmp_path: Path) -> None:
     import datasets
 
@@ -224,4 +248,6 @@ def test_too_little_text_says_what_was_left_out(models: dict[str, Path], tmp_pat
     rows = [*[{"messages": [USER, SAYS]}] * 3, *[{"messages": [SAYS, USER]}] * 40]
     ran = quantize(models["alternate"], rows, tmp_path, "--nsamples", 40)
     assert ran.code == 2
-    assert "40 refused by the chat template: roles must alternate of 43 rows" in ran.said
+    assert (
+        "left out of its 43 rows: 40 refused by the chat template: roles must alternate" in ran.said
+    )

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 import fake_server
 import pytest
+import torch
+import yaml
 from eval_kit import Ran, llmquant_command
 from fake_server import Fault, cut, cut_without_length, hang_up, serving, status
 from safetensors.torch import load_file, save_file
@@ -23,7 +27,7 @@ from tiny_models import EXAMPLE
 from llmquant_eval.models import retrying
 
 BASE = Path(__file__).parents[1] / "golden" / "base"
-WINDOWS = 20
+WINDOWS, GOOD = 12, 4
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +47,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(source: str, words: Path, *options: object) -> Ran:
+    window = () if "--protocol" in options else ("--window", 32)
     return llmquant_command(
-        "eval", source, "--text", words, "--tokenizer", BASE, "--window", 32, "--no-cost", *options
+        "eval", source, "--text", words, "--tokenizer", BASE, *window, "--no-cost", *options
     )
 
 
@@ -79,7 +84,7 @@ FAULTS: dict[str, Fault] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "good"), [("429", 0), ("hangs up", 0), *((name, 7) for name in FAULTS)]
+    ("name", "good"), [("429", 0), ("hangs up", 0), *((name, GOOD) for name in FAULTS)]
 )
 def test_a_fault_that_passes_changes_nothing(
     name: str, good: int, words: Path, truth: float, tmp_path: Path
@@ -105,9 +110,8 @@ def busy(code: int, form: str) -> Fault:
     return answer
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-@pytest.mark.parametrize("code", [429, 503])
-def test_retry_after_is_heeded(form: str, code: int, words: Path) -> None:
+@pytest.mark.parametrize(("code", "form"), [(429, "seconds"), (503, "date")])
+def test_retry_after_is_heeded(code: int, form: str, words: Path) -> None:
     with serving(BASE) as fake:
         fake.faults = [busy(code, form)]
         ran = evaluate(fake.url, words, "--max-windows", 1)
@@ -148,7 +152,7 @@ def test_a_server_that_comes_late(port: int, words: Path, truth: float, tmp_path
     done = threading.Event()
 
     def come() -> None:
-        time.sleep(1.0)
+        time.sleep(0.3)
         with serving(BASE, port=port):
             done.wait(60)
 
@@ -163,67 +167,120 @@ def test_a_server_that_comes_late(port: int, words: Path, truth: float, tmp_path
     assert perplexity(output) == truth
 
 
-@pytest.mark.parametrize("death", ["hangs up", "502", "429", "a cut answer"])
+@pytest.mark.parametrize("death", ["hangs up", "429"])
 def test_a_server_that_dies_is_resumed(
     death: str, port: int, words: Path, truth: float, tmp_path: Path
 ) -> None:
     output = tmp_path / "report.json"
     with serving(BASE, port=port) as fake:
-        fake.faults, fake.good, fake.dies = [FAULTS[death]], 8, True
+        fake.faults, fake.good, fake.dies = [FAULTS[death]], GOOD, True
         ran = evaluate(fake.url, words, "--output", output, "--retry-for", 0.2)
     assert ran.code == 1
-    assert f"base (served): 12 of {WINDOWS} windows of ppl/gptq-32" in ran.err
+    assert f"base (served): {WINDOWS - GOOD} of {WINDOWS} windows of ppl/gptq-32" in ran.err
     assert "run the same command again to resume" in ran.err
     assert "Traceback" not in ran.err
     (gap,) = json.loads(output.read_text())["missing"]
-    assert (gap["windows"], gap["windows_wanted"]) == (12, WINDOWS)
+    assert (gap["windows"], gap["windows_wanted"]) == (WINDOWS - GOOD, WINDOWS)
     assert json.loads(output.read_text())["models"][0]["metrics"] == {}  # no figure of a part
     assert "NOT MEASURED" in ran.out
 
     with serving(BASE, port=port) as fake:
         ran = evaluate(fake.url, words, "--output", output, "--retry-for", 0.2)
     assert ran.code == 0, ran.err
-    assert len(fake.requests) == 12 + 1  # one kept answer is asked again
+    assert len(fake.requests) == WINDOWS - GOOD + 1  # one kept answer is asked again
     assert perplexity(output) == truth
     assert not kept(tmp_path)
 
 
-def changed(folder: Path) -> Path:
-    """The base model with another head under the same name."""
+def eighth_bits(t: torch.Tensor) -> torch.Tensor:
+    """Rounded to 8 bits with a scale for each row, as far as it is a matrix."""
+    scale = t.abs().amax(-1, keepdim=True) / 127
+    return (t / scale).round() * scale if t.ndim == 2 else t
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "coarse weights": lambda t: (t * 16).round() / 16,
+    "8-bit weights": eighth_bits,
+}
+
+
+def changed(folder: Path, change: str) -> Path:
+    """The base model with other weights under the same name."""
     folder = folder / "other" / BASE.name
-    folder.mkdir(parents=True)
-    for path in BASE.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(BASE, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors = {name: (t * 16).round() / 16 for name, t in tensors.items()}
+    tensors = {name: CHANGES[change](t.float()).to(t.dtype) for name, t in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
+def break_off(folder: Path, port: int, words: Path, *options: object) -> Ran:
+    """A run whose server dies after ``GOOD`` prompts."""
+    with serving(folder, port=port) as fake:
+        fake.faults, fake.good, fake.dies = [hang_up], GOOD, True
+        ran = evaluate(fake.url, words, "--retry-for", 0.2, *options)
+    assert ran.code == 1
+    return ran
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_answers_of_another_model_are_not_mixed_in(
-    port: int, words: Path, truth: float, tmp_path: Path
+    change: str, port: int, words: Path, truth: float, tmp_path: Path
 ) -> None:
-    output = tmp_path / "report.json"
-    with serving(BASE, port=port) as fake:
-        fake.faults, fake.good, fake.dies = [hang_up], 8, True
-        assert evaluate(fake.url, words, "--output", output, "--retry-for", 0.2).code == 1
-    with serving(changed(tmp_path), port=port) as fake:
+    output, other = tmp_path / "report.json", changed(tmp_path, change)
+    with serving(other) as fake:
+        assert evaluate(fake.url, words, "--output", output).code == 0
+    wanted = perplexity(output)
+    break_off(BASE, port, words)
+    with serving(other, port=port) as fake:
         ran = evaluate(fake.url, words, "--output", output)
     assert ran.code == 0
     assert "answers otherwise than in an earlier run" in ran.err
-    assert len(fake.requests) == WINDOWS
-    assert perplexity(output) != truth
+    assert len(fake.requests) == WINDOWS + 1  # one kept answer is asked again
+    assert perplexity(output) == wanted != truth
 
 
-def test_another_model_after_a_lost_connection_is_an_error(words: Path, tmp_path: Path) -> None:
+def test_answers_of_another_model_are_not_kept_beside(
+    port: int, words: Path, truth: float, tmp_path: Path
+) -> None:
+    """Two runs of two models that ask other prompts, then one that asks both."""
+    output, other = tmp_path / "report.json", changed(tmp_path, "8-bit weights")
+    break_off(other, port, words)
+    again = break_off(BASE, port, words, "--protocol", "ppl/strided-24")
+    assert "answers otherwise than in an earlier run" in again.err
+    with serving(BASE, port=port) as fake:
+        protocols = ("--protocol", "ppl/strided-24,ppl/gptq-32", "--output", output)
+        ran = evaluate(fake.url, words, *protocols)
+    assert ran.code == 0, ran.err
+    assert "resumes" in ran.err
+    metrics = json.loads(output.read_text())["models"][0]["metrics"]
+    assert metrics["perplexity@ppl/gptq-32"]["value"] == truth
+
+
+def test_a_server_with_less_context_starts_over(
+    port: int, words: Path, truth: float, tmp_path: Path
+) -> None:
+    break_off(BASE, port, words, "--protocol", "ppl/gptq-48")
+    output = tmp_path / "report.json"
+    with serving(BASE, port=port, context=40) as fake:
+        ran = evaluate(fake.url, words, "--output", output)
+    assert ran.code == 0, ran.err
+    assert "answers otherwise than in an earlier run" in ran.err
+    assert perplexity(output) == truth
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_model_after_a_lost_connection_is_an_error(
+    change: str, words: Path, tmp_path: Path
+) -> None:
     with serving(BASE) as fake:
-        other = fake_server.FakeServer(changed(tmp_path), "ids", None)
+        other = fake_server.FakeServer(changed(tmp_path, change), "ids", None)
 
         def restart(handler: Any) -> None:
             fake.model = other.model
             hang_up(handler)
 
-        fake.faults, fake.good = [restart], 8
+        fake.faults, fake.good = [restart], GOOD
         ran = evaluate(fake.url, words)
     assert ran.code == 1
     assert "came back with another model" in ran.err
@@ -246,6 +303,24 @@ def test_what_the_others_scored_is_not_lost(words: Path, tmp_path: Path) -> None
     assert [m["protocol"] for m in report["missing"]] == ["ppl/strided-32-16"]
     shown = llmquant_command("leaderboard", tmp_path)
     assert shown.code == 0, shown.err
+
+
+def test_a_suite_says_that_it_waits(words: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    with serving(BASE) as fake:
+        fake.faults = [status(429)]
+        keys = {
+            "reference": str(BASE),
+            "models": [{"label": "served", "model": fake.url}],
+            "texts": [{"name": "words", "source": str(words)}],
+            "protocols": ["ppl/gptq-32"],
+            "cost": False,
+        }
+        suite.write_text(yaml.safe_dump(keys), encoding="utf-8")
+        ran = llmquant_command("eval", "--suite", suite)
+    assert ran.code == 0, ran.err
+    assert "answered 429" in ran.err
+    assert "asking again" in ran.err
 
 
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from eval_kit import llmquant_command
 from tiny_models import EXAMPLE
 
@@ -33,9 +34,9 @@ def test_dropped_rows_are_counted(bad: str, reason: str, protocol: str, tmp_path
         "--max-windows", 2, "--no-cost", "--output", output,
     )  # fmt: skip
     assert ran.code == 0, ran.err
-    told = f"10 of 100 rows used; dropped: 90 {reason}"
-    assert told in " ".join(ran.out.split())
-    assert f"warning: jsonl:{text}#text: {told}" in ran.err
+    lost = f"jsonl:{text}#text: 10 of 100 rows used; dropped: 90 {reason}"
+    assert f"Not all of the text: {lost}." in " ".join(ran.out.split())
+    assert f"warning: {lost}" in ran.err
     assert json.loads(output.read_text())["text"]["rows"] == {
         "read": 100, "used": 10, "empty": 0, "dropped": {reason: 90},
     }  # fmt: skip
@@ -60,3 +61,24 @@ def test_nothing_is_said_where_nothing_was_lost(tmp_path: Path) -> None:
     assert json.loads(output.read_text())["text"]["rows"] == {
         "read": 10, "used": 10, "empty": 0, "dropped": {},
     }  # fmt: skip
+
+
+def test_a_suite_and_a_leaderboard_say_it_too(tmp_path: Path) -> None:
+    text, suite, board = (tmp_path / name for name in ("rows.jsonl", "suite.yaml", "BOARD.md"))
+    text.write_text("\n".join([*GOOD, '{"text": null}']), encoding="utf-8")
+    keys = {
+        "models": [{"label": "tiny", "model": str(EXAMPLE)}],
+        "texts": [{"name": "rows", "source": str(text), "max_windows": 2}],
+        "protocols": ["ppl/gptq-32"],
+        "cost": False,
+    }
+    suite.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    results = tmp_path / "results"
+    ran = llmquant_command(
+        "eval", "--suite", suite, "--cache", tmp_path / "cache", "--output", results, "--quiet"
+    )
+    assert ran.code == 0, ran.err
+    lost = "10 of 11 rows used; dropped: 1 null"
+    assert (lost in ran.said, f"warning: {text}: {lost}" in ran.err) == (True, True)
+    assert llmquant_command("leaderboard", results, "--markdown", board).code == 0
+    assert lost in board.read_text(encoding="utf-8")

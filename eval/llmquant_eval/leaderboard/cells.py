@@ -165,6 +165,9 @@ def notes(board: Board) -> list[str]:
         f"{board.scope[0].upper()}{board.scope[1:]}{tokens}, {key.dtype}. Text sha256 {key.text[:12]}…. ± is one standard "
         "error; ratios are paired with the reference, window by window."
     )
+    texts = [row.report.text for row in board.rows if row.report.text is not None]
+    lost = dict.fromkeys(filter(None, (text.lost() for text in texts)))
+    lines += [f"Not all of the text: {printable(part)}." for part in lost]
     if board.floor is not None:
         kl = metric_cell(board.floor.kl_mean).both
         lines.append(

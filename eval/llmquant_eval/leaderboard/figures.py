@@ -17,7 +17,6 @@ from llmquant_eval.report.results import Breakdown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 _SERIES_COLOURS = (
     "#0b63ce",
     "#b4530a",
@@ -31,15 +30,12 @@ _SERIES_COLOURS = (
     "#3f51b5",
 )
 
-
 _AXIS = {
     "confidence": "probability that the reference gives its first choice",
     "context": "tokens before the position",
 }
 
-
 _RESOLUTION = 150
-
 
 _LINE = 10.0  # points from one name to the next
 

@@ -19,19 +19,18 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.models.answers import QUOTED, choice_of, read_scores
-from llmquant_eval.models.kept_answers import KeptAnswers, PromptScores, key_of
+from llmquant_eval.models.kept_answers import KeptAnswers, Prompt, PromptScores, agree
 from llmquant_eval.models.retrying import FIRST_PATIENCE, PATIENCE, Retrying
 from llmquant_eval.models.server import RefusedError, Server
 
 PARALLEL = 8  # prompts under way at a time: the server batches them
-
-Answer = TypeVar("Answer", PromptScores, str)
 
 
 def is_url(source: str) -> bool:
@@ -39,8 +38,8 @@ def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-def _silent(_: str) -> None:
-    """The default: nothing is told."""
+def tell_nobody(_: str) -> None:
+    """The default: what happens is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Contact:
 
     patience: float | None = None
     keep: Path | None = None
-    tell: Callable[[str], None] = _silent
+    tell: Callable[[str], None] = tell_nobody
 
 
 class Endpoint:
@@ -75,16 +74,17 @@ class Endpoint:
         self._retrying = Retrying(first, contact.tell)
         self._server = Server(url, source, self._retrying)
         self.url = self._server.url
-        found = self._find(name)
+        served = self._find(name)
         self._retrying.patience = PATIENCE if contact.patience is None else contact.patience
         self._retrying.reconnected = False
-        self.model = str(found["id"])
-        length = found.get("max_model_len")
+        self.model = str(served["id"])
+        length = served.get("max_model_len")
         self.context = int(length) if isinstance(length, int) else None
         self.kept = KeptAnswers(contact.keep, f"{self.url}#{self.model}")
-        self._tell, self._lock = contact.tell, threading.Lock()
-        self._sample: tuple[Sequence[int], PromptScores] | None = None
-        self._trusted = self.kept.found == 0  # the kept answers are of the model served now
+        self._tell, self._checking = contact.tell, threading.Lock()
+        self._asking = threading.Semaphore(PARALLEL)
+        self._resuming = len(self.kept) > 0
+        self._replaced = False  # it came back with another model
         self._dialects: list[Mapping[str, object]] = [
             {"prompt_logprobs": 1},
             {"echo": True, "logprobs": 1, "return_tokens_as_token_ids": True},
@@ -116,54 +116,51 @@ class Endpoint:
             LlmquantError: the server failed, gives no prompt log-probabilities, or scored other
                 tokens; or it came back with another model.
         """
-        key = key_of(ids)
-        kept = self.kept.scores(key)
-        scores = None if kept is None else self._trust(kept, lambda: self._score(ids))
-        if scores is None:
-            scores = self._score(ids)
-        self._sample = self._sample or (ids, scores)
         self._check_model()
-        if scores is not kept:
-            self.kept.add_scores(key, scores)
+        scores = self.kept.scores(ids)
+        if scores is None:
+            with self._asking:
+                scores = self._score(ids)
+            self._check_model()
+            self.kept.add(Prompt(ids), scores)
         return scores
 
-    def _trust(self, kept: Answer, ask: Callable[[], Answer]) -> Answer:
-        """``kept`` if the server would say so still; the first of a run is asked again."""
-        with self._lock:
-            if self._trusted:
-                return kept
-            answer = ask()
-            same = kept == answer or (
-                isinstance(kept, PromptScores)
-                and isinstance(answer, PromptScores)
-                and kept.agrees(answer)
-            )
-            self._trusted = True
-            if same:
-                self._tell(
-                    f"{self.url}: resumes; {self.kept.found:,} answers of an earlier run are kept"
-                )
-                return kept
-            self._tell(
-                f"{self.url}: answers otherwise than in an earlier run, whose answers are not used"
-            )
-            self.kept.discard()
-            return answer
-
     def _check_model(self) -> None:
-        """After a lost connection: does what answers now score the run's first prompt as before?"""
-        with self._lock:
-            if not self._retrying.reconnected or self._sample is None:
-                return
-            ids, before = self._sample
-            now = self._score(ids)
-            if not now.agrees(before):
-                self.kept.discard()
+        """Does what answers now answer the first kept prompt as before? Asked before answers of an
+        earlier run are used, and after a lost connection."""
+        with self._checking:
+            if self.kept.first is None:  # no answer yet that could differ
+                self._resuming = self._retrying.reconnected = False
+            resuming = self._resuming
+            if not self._replaced and (resuming or self._retrying.reconnected):
+                same = self._answers_as_before()
+                self._resuming = self._retrying.reconnected = False
+                if not same:
+                    self.kept.discard()
+                if resuming:
+                    self._tell(
+                        f"{self.url}: resumes; {len(self.kept):,} answers of an earlier run are kept"
+                        if same
+                        else f"{self.url}: answers otherwise than in an earlier run, whose answers are not used"
+                    )
+                self._replaced = not same and not resuming
+            if self._replaced:
                 raise LlmquantError(
-                    f"{self.url} came back with another model: it scores a prompt otherwise than before. "
+                    f"{self.url} came back with another model: it answers a prompt otherwise than before. "
                     "What it answered is not used; run the command again"
                 )
-            self._retrying.reconnected = False
+
+    def _answers_as_before(self) -> bool:
+        assert self.kept.first is not None  # asked by the caller
+        prompt, before = self.kept.first
+        with ExitStack() as alone:  # in company it would be rounded otherwise
+            for _ in range(PARALLEL):
+                alone.enter_context(self._asking)
+            try:
+                now = self._score(prompt.ids) if prompt.options is None else self._complete(prompt)
+            except RefusedError:  # it has less context than before, for example
+                return False
+        return agree(before, now)
 
     def _score(self, ids: Sequence[int]) -> PromptScores:
         base = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0}
@@ -181,7 +178,7 @@ class Endpoint:
             refusals.append(
                 f"the answer to {next(iter(dialect))} has no log-probabilities of the prompt"
             )
-        raise LlmquantError(
+        raise RefusedError(
             f"{self.url} does not give log-probabilities of a prompt, which perplexity and tasks are made of "
             f"({'; '.join(dict.fromkeys(refusals))}). Serve the model with one that does, vLLM for example, or evaluate its folder"
         )
@@ -200,37 +197,35 @@ class Endpoint:
         if not prompts:
             return
         yield self.score(prompts[0])  # settles the dialect before there is a crowd
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            try:
-                yield from pool.map(self.score, prompts[1:])
-            except BaseException:
-                self._retrying.stop()  # the others would each wait for as long
+        pool = ThreadPoolExecutor(PARALLEL)
+        try:
+            yield from pool.map(self.score, prompts[1:])
+        finally:
+            with self._retrying.stopped():  # after a failure the others would each wait for as long
                 pool.shutdown(cancel_futures=True)
-                self._retrying.resume()
-                raise
 
     def scored(self, prompts: Sequence[Sequence[int]]) -> int:
         """How many of these prompts have been answered."""
-        return sum(self.kept.scores(key_of(ids)) is not None for ids in prompts)
+        return sum(self.kept.scores(ids) is not None for ids in prompts)
 
     def complete(
-        self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str], temperature: float
+        self, ids: Sequence[int], max_tokens: int, stop: Sequence[str], temperature: float
     ) -> str:
         """The text that the server writes after a prompt, or wrote in an earlier run."""
         options = {"max_tokens": max_tokens, "temperature": temperature, "stop": list(stop)}
-        key = key_of(prompt, **options)
-        kept = self.kept.text(key) if temperature == 0.0 else None
-        text = (
-            self._complete(prompt, options)
-            if kept is None
-            else self._trust(kept, lambda: self._complete(prompt, options))
-        )
-        if text is not kept:
-            self.kept.add_text(key, text)
+        prompt = Prompt(ids, options)
+        if temperature != 0.0:  # drawn: there is no one answer to keep
+            return self._complete(prompt)
+        self._check_model()
+        text = self.kept.text(prompt)
+        if text is None:
+            text = self._complete(prompt)
+            self._check_model()
+            self.kept.add(prompt, text)
         return text
 
-    def _complete(self, prompt: Sequence[int], options: Mapping[str, object]) -> str:
-        body = {"model": self.model, "prompt": list(prompt)} | dict(options)
+    def _complete(self, prompt: Prompt) -> str:
+        body = {"model": self.model, "prompt": list(prompt.ids)} | dict(prompt.options or {})
         answer = self._server.request("/completions", body)
         text = choice_of(answer).get("text")
         if not isinstance(text, str):

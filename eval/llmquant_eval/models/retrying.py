@@ -9,10 +9,12 @@ with the first failure and ends with any answer, of any prompt.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
@@ -110,8 +112,9 @@ class Retrying:
             tells = now - self._told >= _TOLD_EVERY
             self._told = now if tells else self._told
         if error.after is not None and error.after > self.patience:
+            seconds = math.ceil(error.after)
             raise LlmquantError(
-                f"{error}; it asks to come back in {error.after:,.0f} s. Come back then, or give --retry-for {error.after:.0f}"
+                f"{error}; it asks to come back in {seconds:,} s. Come back then, or give --retry-for {seconds}"
             ) from error
         if left <= 0:
             asked = f"{failures:,} times in {now - self._failing_since:,.0f} s"
@@ -128,10 +131,11 @@ class Retrying:
             self.tell(f"{error}; asking again in {wait:.1f} s")
         return wait
 
-    def stop(self) -> None:
-        """End all waits: what waits now fails."""
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Ends all waits: inside, what waits or would have to fails."""
         self._stopped.set()
-
-    def resume(self) -> None:
-        """Wait again after :meth:`stop`."""
-        self._stopped.clear()
+        try:
+            yield
+        finally:
+            self._stopped.clear()

@@ -10,6 +10,7 @@ more than a fair coin's would: exactly, by the binomial distribution.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from llmquant.errors import UsageError
 from llmquant_eval.report.results import PairedMetric, TaskResult
@@ -70,3 +71,11 @@ def with_pairs(candidate: TaskResult, reference: TaskResult) -> TaskResult:
         and reference.metrics[name].correct is not None
     }
     return candidate.model_copy(update={"paired": paired})
+
+
+def paired_tasks(
+    candidate: Sequence[TaskResult], reference: Sequence[TaskResult]
+) -> list[TaskResult]:
+    """:func:`with_pairs` for each task of the candidate; the reference has them all."""
+    by_task = {result.task: result for result in reference}
+    return [with_pairs(result, by_task[result.task]) for result in candidate]

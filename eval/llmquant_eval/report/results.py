@@ -13,12 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
-
 Role = Literal["reference", "candidate"]
-
 
 ErrorMethod = Literal["by window", "block bootstrap"]
 

@@ -56,13 +56,6 @@ class TextRows(Strict):
     empty: int
     dropped: dict[str, int]
 
-    def lost(self) -> str | None:
-        """What was dropped, in words; None if nothing was."""
-        if not self.dropped:
-            return None
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-        return f"{self.used:,} of {self.read:,} rows used; dropped: {reasons}"
-
 
 class ReportText(Strict):
     """The evaluation text, and how much of it the run's first protocol scored.
@@ -77,6 +70,15 @@ class ReportText(Strict):
     windows_available: int
     window: int
     rows: TextRows | None = None
+
+    def lost(self) -> str | None:
+        """The text and what of it was dropped, in words; None if nothing is known to be."""
+        if self.rows is None or not self.rows.dropped:
+            return None
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rows.dropped.items())
+        return (
+            f"{self.source}: {self.rows.used:,} of {self.rows.read:,} rows used; dropped: {reasons}"
+        )
 
 
 class Missing(Strict):

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llmquant_eval.report.results import Metric, ModelResult
 from llmquant_eval.report.schema import Report
-
-if TYPE_CHECKING:
-    pass
 
 ABSENT = "–"
 _DETAILS = (
@@ -174,7 +170,7 @@ def footnotes(report: Report) -> list[str]:
             f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}, {report.hardware.threads} threads; "
             f"± standard error {_methods(report)}, ratios paired."
         )
-        if text.rows is not None and (lost := text.rows.lost()) is not None:
+        if lost := text.lost():
             lines.append(f"Not all of the text: {lost}.")
     lines += [
         f"{p.perplexity}: {_share(p.windows, p.windows_available)} windows, {p.scored} tokens scored."

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.table import Table
 
-
 _LOG_WIDTH = 120  # columns of a table where stdout is no terminal; rich would take 80
-
 
 _SHORTEST_NAME = 12  # characters to which the model column may shrink before the table is turned
 

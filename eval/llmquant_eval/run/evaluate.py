@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
+import llmquant
 from llmquant.errors import LlmquantError, QuantizationError
+from llmquant_eval.models.endpoint import tell_nobody
 from llmquant_eval.models.resolve import (
     AnyModel,
     ModelFolder,
@@ -28,11 +30,12 @@ from llmquant_eval.models.resolve import (
     other_dtype,
     vocabulary_size,
 )
+from llmquant_eval.report.paired import paired_tasks
 from llmquant_eval.report.results import Cost, TaskResult
 from llmquant_eval.report.schema import Missing, NoiseFloor, Report
 from llmquant_eval.run.build_report import Measured, divergence_metrics, make_report, model_result
 from llmquant_eval.run.cost import CostRun, measure_apart
-from llmquant_eval.run.plan import EvaluationPlan, make_plan, print_nothing
+from llmquant_eval.run.plan import EvaluationPlan, make_plan
 from llmquant_eval.run.request import Request
 from llmquant_eval.run.unfinished import missing_tasks, missing_windows, unfinished
 from llmquant_eval.scoring.reference_cache import (
@@ -61,7 +64,7 @@ def _no_progress(stage: str, done: int, total: int) -> None:
 def evaluate(
     request: Request,
     progress: Progress = _no_progress,
-    tell: Callable[[str], None] = print_nothing,
+    tell: Callable[[str], None] = tell_nobody,
 ) -> Report:
     """Run an evaluation; ``tell`` gets what is said while a server is waited for.
 
@@ -75,7 +78,13 @@ def evaluate(
         LlmquantError: measuring a model's cost, a task or a server failed.
     """
     plan = make_plan(request, tell)
-    costs = _costs(plan, request, progress) if request.cost else {}
+    costs = {}
+    if request.cost:
+        run = CostRun(plan.dtype, plan.device, request.kernel, request.threads)
+        for done, model in enumerate(plan.local):
+            progress("speed and memory", done, len(plan.local))
+            costs[model.label] = measure_apart(model.path, run)
+        progress("speed and memory", len(plan.local), len(plan.local))
     # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken
     # without it.
     precision = torch.get_float32_matmul_precision()
@@ -84,16 +93,6 @@ def evaluate(
         return _Run(request, plan, costs, progress).report()
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-def _costs(plan: EvaluationPlan, request: Request, progress: Progress) -> dict[str, Cost]:
-    costs = {}
-    run = CostRun(plan.dtype, plan.device, request.kernel, request.threads)
-    for done, model in enumerate(plan.local):
-        progress("speed and memory", done, len(plan.local))
-        costs[model.label] = measure_apart(model.path, run)
-    progress("speed and memory", len(plan.local), len(plan.local))
-    return costs
 
 
 class _Run:
@@ -118,7 +117,12 @@ class _Run:
         ]
         tasks = {m.label: self._tasks(m) for m in plan.models} if plan.tasks is not None else {}
         if plan.reference is not None and tasks:
-            tasks = _paired(tasks, plan.reference.label)
+            base_tasks = tasks[plan.reference.label]
+            tasks |= {
+                m.label: paired_tasks(tasks[m.label], base_tasks)
+                for m in plan.models
+                if m is not plan.reference
+            }
         measured = {
             m.label: Measured(
                 [s.get(m.label) for s in scores],
@@ -190,11 +194,8 @@ class _Run:
         self.missing.append(missing_windows(model, stream, self.failed[model.label]))
 
     def _caches(self) -> list[CachedReference | None]:
-        """One per stream: opened where it exists, made where not; the reference is let go
-        afterwards.
-
-        None each without ``--cache``.
-        """
+        """One per stream, None each without ``--cache``: opened where it exists, made where not.
+        The reference is let go afterwards."""
         reference, caches = self.plan.reference, list[CachedReference | None]()
         if self.request.cache is None or reference is None:
             return [None] * len(self.plan.streams)
@@ -222,8 +223,6 @@ class _Run:
         return caches
 
     def _key(self, reference: ModelFolder, stream: TokenStream) -> CacheKey:
-        import llmquant
-
         form = choose_form(
             self.request.cache_form, stream.layout.tokens, vocabulary_size(reference.path)
         )
@@ -241,8 +240,6 @@ class _Run:
     def _noise_floor(self, cached: list[CachedReference | None]) -> NoiseFloor | None:
         """The reference against itself at the other dtype, on the first few windows of the first
         protocol."""
-        import llmquant
-
         reference = self.plan.reference
         if reference is None or len(self.plan.local) < 2:
             return None  # nothing will have a divergence to read by it
@@ -299,14 +296,3 @@ class _Run:
             self.missing.append(missing_tasks(model, self.failed[model.label]))
         self.progress("tasks", done + 1, len(self.plan.models))
         return results
-
-
-def _paired(tasks: dict[str, list[TaskResult]], reference: str) -> dict[str, list[TaskResult]]:
-    """Every candidate's results with the comparison, item by item, with the reference's."""
-    from llmquant_eval.report.paired import with_pairs
-
-    base = {t.task: t for t in tasks[reference]}
-    return {
-        label: [t if label == reference else with_pairs(t, base[t.task]) for t in results]
-        for label, results in tasks.items()
-    }

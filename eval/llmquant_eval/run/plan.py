@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmquant.errors import UsageError
-from llmquant_eval.models.endpoint import Contact
+from llmquant_eval.models.endpoint import Contact, tell_nobody
 from llmquant_eval.models.resolve import (
     AnyModel,
     ModelFolder,
@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 
     from llmquant import ChosenDtype, Computing, Documents
     from llmquant_eval.tasks.harness import TaskPlan
-
-
-def print_nothing(_: str) -> None:
-    """The default: what happens is not told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +67,7 @@ class EvaluationPlan:
         return {label: tokenizer_sha256(tokenizer) for label, tokenizer in self.tokenizers.items()}
 
 
-def make_plan(request: Request, tell: Callable[[str], None] = print_nothing) -> EvaluationPlan:
+def make_plan(request: Request, tell: Callable[[str], None] = tell_nobody) -> EvaluationPlan:
     """Look everything up; ``tell`` gets what is said while a server is waited for.
 
     Raises:

@@ -1,11 +1,9 @@
 """Running a suite: one Report per model and protocol, each kept by the hash of what it depends on,
 so a run can go on.
 
-A result's key covers the weights and tokenizers of the model and its reference, the text, the
-protocol, how much of the text, dtype, device, kernel, versions and processor. Killed at any
-instant, the same suite measures only what is missing; changed, only what the change touches. Labels
-and paths are not in the key: they are written into the Report when it leaves the cache. A server
-tells no weights, so its results are measured every time.
+What that is, is in :mod:`llmquant_eval.suites.measurements`. Killed at any instant, the same suite
+measures only what is missing; changed, only what the change touches. Labels and paths are written
+into the Report when it leaves the cache. Results of a server are measured every time.
 
 Tasks run once for each model, the reference included, and are paired item by item afterwards. Speed
 and memory are measured once for each model, first of all. The noise floor belongs to the reference
@@ -17,55 +15,35 @@ succeeded.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 import llmquant
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.report import machine
 from llmquant_eval.report.files import replace_file
-from llmquant_eval.report.paired import with_pairs
+from llmquant_eval.report.paired import paired_tasks
 from llmquant_eval.report.results import Cost, ModelResult
 from llmquant_eval.report.schema import Report, read_report
 from llmquant_eval.run.cost import CostRun, measure_apart
 from llmquant_eval.run.evaluate import evaluate
-from llmquant_eval.run.request import Request
-from llmquant_eval.suites.models import PreparedModel, digest, prepare_models
+from llmquant_eval.suites.measurements import Measurement, Measurements
+from llmquant_eval.suites.models import PreparedModel, prepare_models
 from llmquant_eval.suites.outdated import suite_dtype
-from llmquant_eval.suites.schema import Suite, SuiteText, file_name
+from llmquant_eval.suites.schema import Suite
 
 
 @dataclass(slots=True)
 class SuiteProgress:
     """Callbacks of a run: ``overall(what, done, to do)`` counts work that was not cached, ``stage``
-    is inside one step."""
+    is inside one step; ``tell`` gets what is said while a server is waited for."""
 
     overall: Callable[[str, int, int], None] = lambda what, done, total: None
     stage: Callable[[str, int, int], None] = lambda stage, done, total: None
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One model under one protocol on one text, or (``text`` None) on the suite's tasks. ``key``
-    None: never cached."""
-
-    model: PreparedModel
-    request: Request
-    text: SuiteText | None
-    protocol: str
-    key: str | None
-
-    @property
-    def name(self) -> str:
-        """File name of its report."""
-        return file_name(self.model.label, self.text.name if self.text else None, self.protocol)
+    tell: Callable[[str], None] = lambda note: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +71,8 @@ def run_suite(suite: Suite, cache: Path, progress: SuiteProgress | None = None) 
     reference, models = prepare_models(
         suite, cache, lambda what, done, total: progress.overall(f"quantizing {what}", done, total)
     )
-    return _Run(suite, cache, progress, reference, models, texts).finish()
+    wanted = Measurements(suite, cache, reference, models, texts)
+    return _Run(suite, cache, progress, reference, models, wanted).finish()
 
 
 @dataclass(slots=True)
@@ -103,13 +82,13 @@ class _Run:
     progress: SuiteProgress
     reference: PreparedModel | None
     models: Sequence[PreparedModel]
-    texts: dict[str, str]
+    wanted: Measurements
     raw: dict[str, Report] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
     failures: dict[str, LlmquantError] = field(default_factory=dict)
 
     def finish(self) -> SuiteOutcome:
-        measurements = [*self._text_measurements(), *self._task_measurements()]
+        measurements = self.wanted.all()
         for measurement in measurements:
             if (stored := self._stored(measurement)) is not None:
                 self.raw[measurement.name] = stored
@@ -148,91 +127,6 @@ class _Run:
         everyone = [*self.models] if self.reference is None else [self.reference, *self.models]
         return [model for model in everyone if model.weights is not None]
 
-    def _text_measurements(self) -> Iterator[Measurement]:
-        suite = self.suite
-        for text in suite.texts:
-            for protocol in suite.protocols:
-                for model in self.models:
-                    request = Request(
-                        (model.source,),
-                        text.source,
-                        protocol=protocol,
-                        max_windows=text.max_windows,
-                        noise_floor=False,
-                        reference=None if self.reference is None else self.reference.source,
-                        **self._common(),
-                    )
-                    if suite.cache_form is not None:
-                        request = replace(
-                            request,
-                            cache=str(self.cache / "reference"),
-                            cache_form=suite.cache_form,
-                        )
-                    key = self._key(
-                        model,
-                        self.reference,
-                        [self.texts[text.name], protocol, text.max_windows, suite.cache_form],
-                    )
-                    yield Measurement(model, request, text, protocol, key)
-
-    def _task_measurements(self) -> Iterator[Measurement]:
-        tasks = self.suite.tasks
-        if tasks is None:
-            return
-        everyone = self.models if self.reference is None else [self.reference, *self.models]
-        for model in everyone:
-            request = Request(
-                (model.source,),
-                tasks=",".join(tasks.names),
-                include_path=tasks.include_path,
-                limit=tasks.limit,
-                tokenizer=self.reference.source
-                if model.weights is None and self.reference is not None
-                else None,
-                **self._common(),
-            )
-            key = self._key(
-                model,
-                None,
-                [*tasks.names, tasks.limit, _files_of(tasks.names, tasks.include_path), _lm_eval()],
-            )
-            yield Measurement(
-                model, request, None, ", ".join(n.partition("=")[0] for n in tasks.names), key
-            )
-
-    def _common(self) -> dict[str, Any]:
-        """Options of every request. Speed and memory are measured apart."""
-        suite = self.suite
-        return {
-            "dtype": suite.dtype,
-            "device": suite.device,
-            "kernel": suite.kernel,
-            "batch_size": suite.batch_size,
-            "threads": suite.threads,
-            "cost": False,
-        }
-
-    def _key(
-        self, model: PreparedModel, reference: PreparedModel | None, measured: list[Any]
-    ) -> str | None:
-        if model.weights is None:
-            return None
-        base = None if reference is None else [reference.weights, reference.tokenizer]
-        return digest([model.weights, model.tokenizer, base, *measured, *self._place()])
-
-    def _place(self) -> list[Any]:
-        suite = self.suite
-        return [
-            suite_dtype(suite),
-            str(llmquant.parse_device(suite.device)),
-            suite.kernel,
-            suite.batch_size,
-            machine.versions(),
-            machine.processor(),
-            llmquant.this_processor().instruction_sets,
-            suite.threads,
-        ]
-
     def _path(self, key: str) -> Path:
         return self.cache / "results" / f"{key}.json"
 
@@ -265,7 +159,7 @@ class _Run:
         return wanted
 
     def _measure(self, measurement: Measurement) -> None:
-        report = evaluate(measurement.request, self.progress.stage)
+        report = evaluate(measurement.request, self.progress.stage, self.progress.tell)
         self.raw[measurement.name] = report
         if measurement.key is not None:
             self._keep(self._path(measurement.key), report.to_json())
@@ -292,7 +186,7 @@ class _Run:
         return [m for m in self._local() if m.label not in self.costs]
 
     def _cost_path(self, model: PreparedModel) -> Path:
-        return self._path(digest(["cost", model.weights, *self._place()]))
+        return self._path(self.wanted.cost_key(model))
 
     def _measure_cost(self, model: PreparedModel) -> None:
         suite = self.suite
@@ -339,12 +233,9 @@ class _Run:
         assert self.reference is not None  # asked by the caller
         raw = self.raw[replace(measurement, model=self.reference).name].models[0]
         base = self._result(raw, self.reference).model_copy(update={"role": "reference"})
-        by_task = {task.task: task for task in base.tasks}
         return [
             base,
-            result.model_copy(
-                update={"tasks": [with_pairs(t, by_task[t.task]) for t in result.tasks]}
-            ),
+            result.model_copy(update={"tasks": paired_tasks(result.tasks, base.tasks)}),
         ]
 
     def _command(self, measurement: Measurement) -> str:
@@ -360,17 +251,3 @@ class _Run:
         if self.suite.cache_form is not None:
             request = replace(request, cache="out/reference", cache_form=self.suite.cache_form)
         return " && ".join(filter(None, (measurement.model.made_by, request.command())))
-
-
-def _files_of(names: Sequence[str], include_path: str | None) -> list[str]:
-    """sha256 of the data and task files that the tasks' results depend on and that lie here."""
-    paths = [Path(name.partition("=")[2]) for name in names if "=" in name]
-    paths += sorted(Path(include_path).rglob("*.yaml")) if include_path is not None else []
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
-
-
-def _lm_eval() -> str:
-    try:
-        return version("lm_eval")
-    except PackageNotFoundError:
-        return ""  # the run itself says how to install it
