@@ -209,15 +209,14 @@ def test_a_block_writes_its_own_columns_and_nothing_else(
     start, stop, out = 8, 40, 144
     columns = range(16, 32)
     found = []
-    for block in (GPTQ._visit_block, GPTQ._visit_block_native):
+    for block in (GPTQ._visit_block, native.visit):
         w, codes = weights(48, out), torch.full((48, out), torch.nan)
         errors = torch.full((stop - start, out), torch.nan)
         square = torch.triu(weights(stop - start, stop - start, seed=3)) + torch.eye(stop - start)
-        grid = GPTQ._Grid(
-            torch.arange(48) // 6,
+        grid = (
             weights(8, out, seed=4).abs() + 0.01,
             torch.full((8, out), 8.0),
-            True,
+            torch.arange(48) // 6,
         )
         block(w, codes, errors, square, grid, start, columns, 15)
         found.append((w, codes, errors))

@@ -26,7 +26,8 @@ _ADAPTER = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Weights of something else than the model in the folder itself: of an adapter, of Mistral's own
 # layout, of a variant in another precision.
-_OTHER = re.compile(r"adapter_model|consolidated|\.(fp16|fp32|bf16|int8|int4|fp8)\.")
+_VARIANT = re.compile(r"\.(fp16|fp32|bf16|int8|int4|fp8)\.")
+_OTHER = re.compile(rf"adapter_model|consolidated|{_VARIANT.pattern}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +154,10 @@ def _only(where: str, here: Collection[str]) -> str:
             f"{where} has {len(alone)} safetensors files but no {INDEX}; fetch the index too"
         )
     if there:
+        way_out = f"; rename it to {SINGLE}" if _VARIANT.search(there[0]) else ""
         raise UnfitModelError(
-            f"{where} has no {SINGLE} and no {INDEX}, only {some(there)}, which transformers does not load"
+            f"{where} has no {SINGLE} and no {INDEX}, only {some(there)}, which transformers does "
+            f"not load{way_out if len(there) == 1 else ''}"
         )
     pickles = sorted(name for name in here if name.endswith(_PICKLES))
     if pickles:
