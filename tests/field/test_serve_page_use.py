@@ -4,6 +4,7 @@ can be left on the server's disk or sent by another site's page."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import tempfile
@@ -22,20 +23,25 @@ from llmquant_serve.service import Limits, Service
 
 # Gradio uses what pandas has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+expect.set_options(timeout=20_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Saying(LocalEngine):
-    """Says ``words``; fails at once, or after them, when ``fails`` says so."""
+    """Says ``words``, after ``thinks`` seconds and with ``pause`` seconds behind each; fails at
+    once, or after them, when ``fails`` says so."""
 
     words, fails = "Yes.", ""
+    thinks = pause = 0.0
 
     async def generate(self, prompt, sampling):
         if self.fails == "at once":
             raise EngineError("the <engine> broke at once")
+        await asyncio.sleep(self.thinks)
         ids = self.tokenizer.encode(self.words, add_special_tokens=False)
         for i in ids[:-1]:
             yield Step((Token(i),))
+            await asyncio.sleep(self.pause)
         if self.fails == "midway":
             raise EngineError("the <engine> broke midway")
         yield Step((Token(ids[-1]),), "stop")
@@ -90,7 +96,7 @@ def one_page(browser, server):
 def page(one_page, server):
     """The page, its conversation empty."""
     engine = server.service.engine
-    engine.words, engine.fails = "Yes.", ""
+    engine.words, engine.fails, engine.thinks, engine.pause = "Yes.", "", 0.0, 0.0
     one_page.locator("#clear").click()
     expect(one_page.locator("#chat .message")).to_have_count(0)
     return one_page
@@ -178,8 +184,65 @@ def test_a_refused_message_changes_nothing(page, server, monkeypatch, kind):
     engine.fails = ""
     send(page, "Third.")
     expect(shown(page, "bot")).to_have_text([kept, kept])
-    contents = [m["content"] for m in exported(page)["messages"]]
-    assert contents == ["First.", kept, "Third.", kept]
+    assert contents(page) == ["First.", kept, "Third.", kept]
+
+
+def contents(page):
+    return [m["content"] for m in exported(page)["messages"]]
+
+
+@pytest.mark.parametrize("twice", ["double click", "two clicks", "click and Enter"])
+def test_sending_twice_asks_once(page, server, twice):
+    server.service.engine.pause = 0.3
+    page.locator("#box textarea").fill("Once.")
+    if twice == "double click":
+        page.locator("#send").dblclick()
+    else:
+        page.locator("#send").click()
+        page.wait_for_timeout(150)
+        if twice == "two clicks":
+            page.locator("#send").click()
+        else:
+            page.locator("#box textarea").press("Enter")
+    expect(shown(page, "bot")).to_have_text(["Yes."])
+    assert contents(page) == ["Once.", "Yes."]
+
+
+def test_the_next_message_ends_the_reply_before_it(page, server):
+    engine = server.service.engine
+    engine.words, engine.pause = "a b c d e f g h i j k l m n o p q r s t u v w x y z", 1.0
+    send(page, "First.")
+    for count in (1, 2, 3):
+        expect(shown(page, "bot")).to_have_count(count)
+        engine.words, engine.pause = ("Yes.", 0.0) if count == 3 else (engine.words, 1.0)
+        send(page, f"Next {count}.")
+    expect(shown(page, "bot").last).to_have_text("Yes.")
+    messages = contents(page)
+    assert messages[0::2] == ["First.", "Next 1.", "Next 2.", "Next 3."]
+    assert messages[-1] == "Yes."
+    assert all("z" not in words and words for words in messages[1::2])
+
+
+def test_a_message_stopped_before_a_word_is_in_the_box_again(page, server):
+    engine = server.service.engine
+    send(page, "First.")
+    expect(shown(page, "bot")).to_have_text(["Yes."])
+    engine.thinks = 60.0
+    send(page, "A long question.")
+    expect(shown(page, "user")).to_have_count(2)
+    page.locator("#stop").click()
+    expect(page.locator("#box textarea")).to_have_value("A long question.")
+    expect(shown(page, "user")).to_have_text(["First."])
+    server.until_idle()
+    page.locator("#regenerate").click()
+    expect(shown(page, "bot")).to_have_count(0)
+    page.locator("#stop").click()
+    expect(shown(page, "bot")).to_have_text(["Yes."])
+    expect(page.locator("#box textarea")).to_have_value("A long question.")
+    engine.thinks = 0.0
+    page.locator("#send").click()
+    expect(shown(page, "bot")).to_have_text(["Yes.", "Yes."])
+    assert contents(page) == ["First.", "Yes.", "A long question.", "Yes."]
 
 
 def left_on_disk():

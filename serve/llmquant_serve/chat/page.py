@@ -7,12 +7,13 @@ free the engine's slot.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import html
-import json
 import os
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -26,25 +27,13 @@ from llmquant.errors import LlmquantError
 from llmquant_serve.api.app import UI_PATH
 from llmquant_serve.chat.compare import CSS as COMPARE_CSS
 from llmquant_serve.chat.compare import divergence, marked
+from llmquant_serve.chat.conversation import chat_tab
+from llmquant_serve.chat.events import UNLIMITED, UNQUEUED, notice, visitor
 from llmquant_serve.chat.replies import Reply, reply
 from llmquant_serve.chat.settings import sampling_of, settings_panel, with_system
 from llmquant_serve.chat.transcript import CSS as CHAT_CSS
-from llmquant_serve.chat.transcript import transcript
 from llmquant_serve.chat.visitors import Runs, together
 from llmquant_serve.service import Service
-
-_EXPORT = """(text) => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-  link.download = "conversation.json"; link.click(); URL.revokeObjectURL(link.href);
-}"""
-Turn = dict[str, str]
-_UNQUEUED: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-_UNLIMITED: dict[str, Any] = {
-    "concurrency_limit": None,
-    "show_progress": "hidden",
-    "api_visibility": "private",
-}
 
 
 def mount(
@@ -64,17 +53,21 @@ def mount(
         matches = [hmac.compare_digest(password.encode(), key.encode()) for key in keys]
         return any(matches)
 
-    page = build_page(service, reference, measured(folder))
-    gr.mount_gradio_app(
-        app,
-        page,
-        path=UI_PATH,
-        auth=is_key if keys else None,
-        auth_message="Log in with any name; the password is an API key of this server.",
-        footer_links=[],
-        ssr_mode=False,
-        css=COMPARE_CSS + CHAT_CSS,
-    )
+    async def build() -> None:
+        gr.mount_gradio_app(
+            app,
+            build_page(service, reference, measured(folder)),
+            path=UI_PATH,
+            auth=is_key if keys else None,
+            auth_message="Log in with any name; the password is an API key of this server.",
+            footer_links=[],
+            ssr_mode=False,
+            css=COMPARE_CSS + CHAT_CSS,
+        )
+
+    # Where no event loop runs, Gradio opens four and leaves them open.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, build()).result()
 
 
 def measured(folder: Path) -> str | None:
@@ -88,7 +81,8 @@ def measured(folder: Path) -> str | None:
 
 def build_page(service: Service, reference: Service | None, table: str | None) -> gr.Blocks:
     """The page: chat, A/B if there is a reference, and ``table``, the measured one."""
-    runs: Runs[Any] = Runs()
+    chats: Runs[Any] = Runs()
+    comparisons: Runs[Any] = Runs()
     with gr.Blocks(
         title=f"{service.model} · llmquant", analytics_enabled=False, fill_height=True
     ) as page:
@@ -96,122 +90,28 @@ def build_page(service: Service, reference: Service | None, table: str | None) -
         settings = settings_panel()
         with gr.Tabs():
             with gr.Tab("Chat"):
-                _chat_tab(service, settings, runs)
+                chat_tab(service, settings, chats)
             if reference is not None:
                 with gr.Tab("A/B"):
-                    _compare_tab(service, reference, settings, runs)
+                    _compare_tab(service, reference, settings, comparisons)
             with gr.Tab("Measured"):
                 gr.Markdown(
                     table
                     or "This model has not been measured. `llmquant eval --card` measures it and writes the table into its model card."
                 )
-        page.unload(_stopper(runs))
+        for runs in (chats, comparisons):
+            page.unload(_stopper(runs))
     built: gr.Blocks = page
     return built
-
-
-def _chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
-    chat = gr.HTML(transcript([]), elem_id="chat")
-    turns, asked = gr.State([]), gr.State([])
-    exported = gr.Textbox(visible="hidden")
-    status = gr.Markdown("", elem_id="status")
-    with gr.Row():
-        box = gr.Textbox(
-            show_label=False,
-            placeholder="Type a message",
-            scale=6,
-            min_width=120,
-            elem_id="box",
-            autofocus=True,
-        )
-        send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
-        stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
-    with gr.Row():
-        regenerate = gr.Button("Regenerate", size="sm", min_width=100, elem_id="regenerate")
-        clear = gr.Button("Clear", size="sm", min_width=100, elem_id="clear")
-        export = gr.Button("Export", size="sm", min_width=100, elem_id="export")
-    answer = _answerer(service, runs)
-    stop_runs = _stopper(runs)
-    begun, outputs = [box, chat, asked], [box, chat, status, turns]
-    running: list[Any] = [
-        event(stop_runs, **_UNQUEUED)
-        .then(begin, inputs, begun, **_UNQUEUED)
-        .then(answer, [turns, asked, *settings], outputs, **_UNLIMITED)
-        for event, begin, inputs in (
-            (send.click, _with_message, [box, turns]),
-            (box.submit, _with_message, [box, turns]),
-            (regenerate.click, _without_reply, [box, turns]),
-        )
-    ]
-    stop.click(stop_runs, **_UNQUEUED)
-    clear.click(stop_runs, cancels=running, **_UNQUEUED).then(
-        lambda: (transcript([]), "", []), None, [chat, status, turns], **_UNQUEUED
-    )
-    export.click(_exported, [turns, settings[0]], exported, **_UNQUEUED).then(
-        None, [exported], None, js=_EXPORT, api_visibility="private"
-    )
 
 
 def _stopper(runs: Runs[Any]) -> Callable[[gr.Request], Coroutine[Any, Any, None]]:
     """What ends everything that a visitor has running."""
 
     async def stop_runs(request: gr.Request) -> None:
-        runs.stop(str(request.session_hash))
+        runs.stop(visitor(request))
 
     return stop_runs
-
-
-def _with_message(text: str | None, turns: list[Turn]) -> tuple[Any, str, list[Turn]]:
-    """The box emptied, and the conversation with the message that was in it."""
-    if not text or not text.strip():
-        return gr.skip(), transcript(turns), []
-    asked = [*turns, {"role": "user", "content": text}]
-    return "", transcript(asked), asked
-
-
-def _without_reply(_: str | None, turns: list[Turn]) -> tuple[Any, str, list[Turn]]:
-    """The conversation up to the last message of the visitor."""
-    while turns and turns[-1]["role"] != "user":
-        turns = turns[:-1]
-    return gr.skip(), transcript(turns), turns
-
-
-def _exported(turns: list[Turn], system: str | None) -> str:
-    """The conversation as JSON, as it was sent and received."""
-    return json.dumps({"system": system or "", "messages": turns}, ensure_ascii=False, indent=2)
-
-
-def _answerer(
-    service: Service, runs: Runs[Any]
-) -> Callable[..., AsyncGenerator[tuple[Any, str, str, list[Turn]], None]]:
-    """What streams a reply into the chat and its status line.
-
-    The conversation changes with the first words of a reply. If the request is refused or fails, it
-    is what it was before, and a new message is in the box again.
-    """
-
-    async def answer(
-        request: gr.Request, turns: list[Turn], asked: list[Turn], system: str, *numbers: float
-    ) -> AsyncGenerator[tuple[Any, str, str, list[Turn]], None]:
-        if not asked:
-            return
-        try:
-            work = reply(service, with_system(system, asked), sampling_of(numbers))
-            async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
-                async for now in growing:
-                    longer = [*asked, {"role": "assistant", "content": now.text}]
-                    yield gr.skip(), transcript(longer), now.status, longer
-        except LlmquantError as e:
-            unsent = asked[-1]["content"] if asked != turns[: len(asked)] else gr.skip()
-            yield unsent, transcript(turns), "", turns
-            raise _shown(e) from e
-
-    return answer
-
-
-def _shown(e: LlmquantError) -> gr.Error:
-    """An error as a notice of the page, which takes its text for HTML."""
-    return gr.Error(html.escape(str(e), quote=False))
 
 
 def _compare_tab(
@@ -241,8 +141,8 @@ def _compare_tab(
     outputs = [*panes, verdict]
     compare = _comparer(service, reference, runs)
     for event in (go.click, box.submit):
-        event(compare, [box, *settings], outputs, **_UNLIMITED)
-    stop.click(_stopper(runs), **_UNQUEUED)
+        event(compare, [box, *settings], outputs, **UNLIMITED)
+    stop.click(_stopper(runs), **UNQUEUED)
 
 
 def _comparer(
@@ -261,11 +161,11 @@ def _comparer(
             sampling = replace(sampling, seed=secrets.randbits(32))  # one for both
         work = together([reply(model, turns, sampling) for model in (service, reference)])
         try:
-            async with aclosing(runs.follow(str(request.session_hash), work)) as growing:
+            async with aclosing(runs.follow(visitor(request), work)) as growing:
                 async for now in growing:
                     yield _sides(service, reference, [r or Reply() for r in now])
         except LlmquantError as e:
-            raise _shown(e) from e
+            raise notice(e) from e
 
     return compare
 

@@ -27,7 +27,8 @@ class Runs(Generic[T]):
 
     async def follow(self, visitor: str, work: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """What ``work`` yields, at most ten times a second and then the latest. Ends early when
-        stopped; raises what ``work`` raises."""
+        stopped; raises what ``work`` raises. What the visitor had running before is stopped."""
+        self.stop(visitor)
         news: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
         task = asyncio.create_task(_forward(work, news))
         self._tasks[visitor].add(task)

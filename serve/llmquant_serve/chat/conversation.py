@@ -1,0 +1,165 @@
+"""The page's chat: what a visitor asks, the reply as it grows, Stop, Regenerate, Clear and Export.
+
+A message is in one of three places and never in none: in the box, on its way (``Asked``), or in the
+conversation. It enters the conversation with the first words of its reply; refused, failed or
+stopped before them, it is in the box again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from llmquant.errors import LlmquantError
+from llmquant_serve.chat.events import UNLIMITED, UNQUEUED, notice, visitor
+from llmquant_serve.chat.replies import reply
+from llmquant_serve.chat.settings import sampling_of, with_system
+from llmquant_serve.chat.transcript import transcript
+from llmquant_serve.chat.visitors import Runs
+from llmquant_serve.service import Service
+
+_EXPORT = """(text) => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+  link.download = "conversation.json"; link.click(); URL.revokeObjectURL(link.href);
+}"""
+Turn = dict[str, str]
+
+
+def chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
+    """The widgets of the tab, and what happens when they are used."""
+    chat = gr.HTML(transcript([]), elem_id="chat")
+    turns, exported = gr.State([]), gr.Textbox(visible="hidden")
+    status = gr.Markdown("", elem_id="status")
+    with gr.Row():
+        box = gr.Textbox(
+            show_label=False,
+            placeholder="Type a message",
+            scale=6,
+            min_width=120,
+            elem_id="box",
+            autofocus=True,
+        )
+        send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
+        stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
+    with gr.Row():
+        regenerate = gr.Button("Regenerate", size="sm", min_width=100, elem_id="regenerate")
+        clear = gr.Button("Clear", size="sm", min_width=100, elem_id="clear")
+        export = gr.Button("Export", size="sm", min_width=100, elem_id="export")
+    talk = Conversation(service, runs)
+    outputs = [box, chat, status, turns]
+    running: list[Any] = [
+        event(ready, [box], None, **UNQUEUED)
+        .then(ask, [box, turns], [box, chat], **UNQUEUED)
+        .then(talk.answer, [turns, *settings], outputs, **UNLIMITED)
+        for event, ready, ask in (
+            (send.click, talk.make_way, talk.ask),
+            (box.submit, talk.make_way, talk.ask),
+            (regenerate.click, talk.stop_reply, talk.ask_again),
+        )
+    ]
+    stop.click(talk.stop, [box, turns], [box, chat], **UNQUEUED)
+    clear.click(talk.stop_reply, [box], None, cancels=running, **UNQUEUED).then(
+        lambda: (transcript([]), "", []), None, [chat, status, turns], **UNQUEUED
+    )
+    export.click(_exported, [turns, settings[0]], exported, **UNQUEUED).then(
+        None, [exported], None, js=_EXPORT, api_visibility="private"
+    )
+
+
+@dataclass
+class Asked:
+    """A conversation whose last message has no reply yet; ``taken`` by the run that answers it."""
+
+    turns: list[Turn]
+    taken: bool = False
+
+
+@dataclass
+class Conversation:
+    """What the buttons do; ``turns`` are a visitor's conversation as the page keeps it."""
+
+    service: Service
+    runs: Runs[Any]
+    asked: dict[str, Asked] = field(default_factory=dict)  # by visitor
+
+    async def make_way(self, request: gr.Request, text: str | None) -> None:
+        """Stop the reply before this message; an empty box (a second click) stops nothing."""
+        if text and text.strip():
+            await self.stop_reply(request, text)
+
+    async def stop_reply(self, request: gr.Request, _: str | None) -> None:
+        """Stop the reply that is running, or about to be."""
+        self.asked.pop(visitor(request), None)
+        self.runs.stop(visitor(request))
+
+    async def stop(
+        self, request: gr.Request, text: str | None, turns: list[Turn]
+    ) -> tuple[Any, Any]:
+        """The same; a message without a single word of reply is in the box again."""
+        asked = self.asked.get(visitor(request))
+        await self.stop_reply(request, text)
+        if asked is None:
+            return gr.skip(), gr.skip()
+        return text or _unsent(asked.turns, turns), transcript(turns)
+
+    async def ask(
+        self, request: gr.Request, text: str | None, turns: list[Turn]
+    ) -> tuple[Any, Any]:
+        """The message of the box is on its way."""
+        if not text or not text.strip():
+            return gr.skip(), gr.skip()
+        self.asked[visitor(request)] = asked = Asked([*turns, {"role": "user", "content": text}])
+        return "", transcript(asked.turns)
+
+    async def ask_again(
+        self, request: gr.Request, _: str | None, turns: list[Turn]
+    ) -> tuple[Any, str]:
+        """The last message of the conversation is on its way."""
+        while turns and turns[-1]["role"] != "user":
+            turns = turns[:-1]
+        if turns:
+            self.asked[visitor(request)] = Asked(turns)
+        return gr.skip(), transcript(turns)
+
+    async def answer(
+        self, request: gr.Request, turns: list[Turn], system: str, *numbers: float
+    ) -> AsyncGenerator[tuple[Any, str, str, list[Turn]], None]:
+        """The reply into the chat and its status line, as it grows."""
+        who = visitor(request)
+        asked = self.asked.get(who)
+        if asked is None or asked.taken:
+            return
+        asked.taken = True
+        try:
+            work = reply(self.service, with_system(system, asked.turns), sampling_of(numbers))
+            async with aclosing(self.runs.follow(who, work)) as growing:
+                async for now in growing:
+                    self._arrived(who, asked)
+                    longer = [*asked.turns, {"role": "assistant", "content": now.text}]
+                    yield gr.skip(), transcript(longer), now.status, longer
+        except LlmquantError as e:
+            yield _unsent(asked.turns, turns), transcript(turns), "", turns
+            raise notice(e) from e
+        finally:
+            self._arrived(who, asked)
+
+    def _arrived(self, who: str, asked: Asked) -> None:
+        """A message is where it belongs and on its way no more."""
+        if self.asked.get(who) is asked:
+            del self.asked[who]
+
+
+def _unsent(asked: list[Turn], turns: list[Turn]) -> Any:
+    """What the box gets of a message that did not enter the conversation: itself, if it is new."""
+    return asked[-1]["content"] if asked != turns[: len(asked)] else gr.skip()
+
+
+def _exported(turns: list[Turn], system: str | None) -> str:
+    """The conversation as JSON, as it was sent and received."""
+    return json.dumps({"system": system or "", "messages": turns}, ensure_ascii=False, indent=2)

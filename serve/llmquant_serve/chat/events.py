@@ -1,0 +1,29 @@
+"""What the page's events have in common: how Gradio queues them, whose they are, how they fail."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from llmquant.errors import LlmquantError
+
+# "multiple": Gradio drops an event of its own accord while the one before it is still ending.
+_QUIET: dict[str, Any] = {
+    "show_progress": "hidden",
+    "api_visibility": "private",
+    "trigger_mode": "multiple",
+}
+UNQUEUED: dict[str, Any] = {"queue": False, **_QUIET}
+UNLIMITED: dict[str, Any] = {"concurrency_limit": None, **_QUIET}
+
+
+def visitor(request: gr.Request) -> str:
+    """Whose event it is: one page in one browser."""
+    return str(request.session_hash)
+
+
+def notice(e: LlmquantError) -> gr.Error:
+    """An error as a notice of the page, which takes its text for HTML."""
+    return gr.Error(html.escape(str(e), quote=False))
