@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import Run, run
+from children import Run
 
 from llmquant.recipe import load_recipe
 
-__all__ = ["run"]
 FEW = (
     "--group-sizes",
     "32",
