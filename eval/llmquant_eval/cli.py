@@ -20,6 +20,7 @@ import typer
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval import cli_options as options
+from llmquant_eval.decide import cli as decide_cli
 from llmquant_eval.leaderboard import cli as leaderboard_cli
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``eval`` and ``leaderboard`` to the command line."""
+    """Add ``eval``, ``leaderboard`` and ``compare`` to the command line."""
     app.command("eval")(eval_command)
     leaderboard_cli.register(app)
+    decide_cli.register(app)
 
 
 def eval_command(
