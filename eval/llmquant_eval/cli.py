@@ -68,7 +68,10 @@ def eval_command(
     suite: options.SuiteOption = None,
     missing: options.MissingOption = False,
 ) -> None:
-    """Measure perplexity, divergence from a reference, size, speed and memory."""
+    """Measure what quantization cost.
+
+    Perplexity, divergence from a reference, size, speed and memory.
+    """
     if suite is not None:
         from llmquant_eval.suite_cli import suite_command
 

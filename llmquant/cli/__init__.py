@@ -31,6 +31,7 @@ from llmquant.cli.commands.plan import plan_command
 from llmquant.cli.commands.quantize import quantize_command
 from llmquant.cli.commands.recipes import recipes_command
 from llmquant.cli.commands.verify import verify_command
+from llmquant.cli.placeholders import name_values
 from llmquant.errors import LlmquantError
 
 app = typer.Typer(
@@ -73,9 +74,11 @@ app.command("doctor")(doctor_command)
 
 @cache
 def _add_commands() -> None:
-    """The commands of other packages; once, however often ``main`` is called in a process."""
+    """The commands of other packages, and words for values in ``--help``; once, however often
+    ``main`` is called in a process."""
     for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
         entry.load()(app)
+    name_values(app)
 
 
 def _open_streams() -> None:

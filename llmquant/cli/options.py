@@ -13,7 +13,11 @@ import typer
 
 DeviceOption = Annotated[
     str,
-    typer.Option("--device", help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:0 …"),
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:0 …",
+    ),
 ]
 """Where it is computed."""
 
@@ -21,6 +25,7 @@ DtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
+        metavar="DTYPE",
         help="auto (the fastest here; see `llmquant doctor`), bfloat16/bf16, float16/fp16, float32/fp32.",
     ),
 ]
@@ -30,6 +35,7 @@ CalibrationDtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
+        metavar="DTYPE",
         help="Dtype of calibration passes: auto (float32), bfloat16/bf16, float16/fp16, float32/fp32.",
     ),
 ]
@@ -39,6 +45,7 @@ StoreDtypeOption = Annotated[
     str,
     typer.Option(
         "--store-dtype",
+        metavar="DTYPE",
         help="Dtype of scales and of what is not quantized: auto (bfloat16 where the model is float32, else "
         "the model's), source (always the model's), bfloat16/bf16, float16/fp16, float32/fp32.",
     ),
@@ -46,7 +53,8 @@ StoreDtypeOption = Annotated[
 """Of what a result stores beside codes."""
 
 KernelOption = Annotated[
-    str, typer.Option("--kernel", help="Kernel of packed layers: auto, or one by name.")
+    str,
+    typer.Option("--kernel", metavar="NAME", help="Kernel of packed layers: auto, or one by name."),
 ]
 """What multiplies packed weights."""
 
@@ -92,16 +100,20 @@ class Engine(StrEnum):
 
 
 ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub name.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to make.")
+]
 
 # What a recipe says.
 RecipeOption = Annotated[
-    str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")
+    str | None,
+    typer.Option(metavar="RECIPE", help="Recipe file, or a name from `llmquant recipes`."),
 ]
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        help="rtn or gptq. Prefix awq+ or smooth+ to scale channels first; suffix +tune to tune whole blocks."
+        metavar="METHOD",
+        help="rtn or gptq. Prefix awq+ or smooth+ to scale channels first; suffix +tune to tune whole blocks.",
     ),
 ]
 BitsOption = Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")]
@@ -117,20 +129,31 @@ RotateOption = Annotated[
 ]
 ActOrderOption = Annotated[ActOrder | None, typer.Option(help="GPTQ's column order.")]
 FormatOption = Annotated[
-    str | None, typer.Option("--format", help="Byte layout of the result; see docs/formats.md.")
+    str | None,
+    typer.Option(
+        "--format", metavar="NAME", help="Byte layout of the result; see docs/formats.md."
+    ),
 ]
 IncludeOption = Annotated[
-    list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN", help="Only linears that match, even ignored ones (repeatable)."
+    ),
 ]
 IgnoreOption = Annotated[
     list[str] | None,
-    typer.Option(help="Do not quantize these, in addition to the recipe's list (repeatable)."),
+    typer.Option(
+        metavar="PATTERN",
+        help="Do not quantize these, in addition to the recipe's list (repeatable).",
+    ),
 ]
 
 # Calibration.
 CalibrationOption = Annotated[
     str | None,
-    typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD]."),
+    typer.Option(
+        metavar="SOURCE", help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD]."
+    ),
 ]
 SamplesOption = Annotated[int | None, typer.Option("--nsamples", help="Calibration windows.")]
 LengthOption = Annotated[int | None, typer.Option("--seqlen", help="Tokens per window.")]
@@ -146,7 +169,8 @@ AllExpertsOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Seed that draws the calibration windows.")]
 EvalTextOption = Annotated[
-    str | None, typer.Option(help="Report how far calibration overlaps this text.")
+    str | None,
+    typer.Option(metavar="SOURCE", help="Report how far calibration overlaps this text."),
 ]
 
 # A run.
@@ -160,12 +184,15 @@ BudgetOption = Annotated[
 EngineOption = Annotated[
     Engine | None, typer.Option(help="With --target-bpw: only schemes that this engine supports.")
 ]
-BaseModelOption = Annotated[str | None, typer.Option(help="Name for the model card's base_model.")]
+BaseModelOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Name for the model card's base_model.")
+]
 ShardSizeOption = Annotated[int, typer.Option("--max-shard-size", help="Bytes per weight file.")]
 MemoryOption = Annotated[
     str | None,
     typer.Option(
         "--max-memory",
+        metavar="SIZE",
         help="RAM to stay under, like 8GB: hidden states go to files. Default: what is free.",
     ),
 ]

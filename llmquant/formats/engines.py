@@ -195,7 +195,7 @@ def answers(
             if reasons
             else "; ".join(("takes it", *cautioned.get(engine, ())))
         )
-        rows.append((f"{engine}, as here" if engine == vllm_here() else engine, answer))
+        rows.append((engine, f"(like this machine) {answer}" if engine == vllm_here() else answer))
     return rows
 
 

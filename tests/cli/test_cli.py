@@ -47,7 +47,7 @@ def test_quantize_tells_people_what_it_did(run: Run, model: Path, text: Path) ->
     assert re.search(r"windows  4 of \d+ available, exactly 32 tokens each", ran.err)
     for fact in (
         "down_proj  W4 g32 sym      2",
-        "left alone   lm_head",
+        "left alone  lm_head",
         "4.500 bits per quantized weight",
         "proved  ",
     ):
@@ -221,7 +221,7 @@ def test_generate_replies(run: Run, quantized: Path) -> None:
     ran = run("generate", quantized, "hello", "--max-new-tokens", "5")
     assert ran.code == 0
     assert re.fullmatch(
-        r"computed in \w+ on \w+(:\d+)?, \d+ threads?, kernel \w+ for 14 linears; \w+ because .+\n",
+        r"\d tokens? in \d+\.\d s; \w+ on \w+(:\d+)?, \d+ threads?, kernel \w+ for 14 linears; \w+ because .+\n",
         ran.err,
     )
     assert ran.out.strip()

@@ -48,8 +48,10 @@ def leaderboard_command(
     ] = 7861,
     title: Annotated[str, typer.Option(help="Title of the page and the app.")] = "Leaderboard",
 ) -> None:
-    """Rank stored evaluations; different protocols, texts or window counts are never ranked
-    together."""
+    """Rank stored evaluations.
+
+    Different protocols, texts or window counts are never ranked together.
+    """
     from llmquant_eval.leaderboard.ranking import load_reports, make_boards
 
     stored = load_reports(results)

@@ -38,7 +38,7 @@ from llmquant.cli.options import (
 )
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.progress import progress
-from llmquant.cli.screen import screen
+from llmquant.cli.screen import fact_table, screen
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
@@ -60,12 +60,18 @@ def allocate_command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.")],
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe to start from; its overrides pin their linears.")
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="Recipe to start from; its overrides pin their linears."
+        ),
     ] = None,
     widths: Annotated[
-        str | None, typer.Option(help="Allowed widths, of 2,3,4,8,16; 16 means not quantized.")
+        str | None,
+        typer.Option(metavar="LIST", help="Allowed widths, of 2,3,4,8,16; 16 means not quantized."),
     ] = None,
-    group_sizes: Annotated[str, typer.Option(help="-1: one scale per row.")] = "32,64,128,-1",
+    group_sizes: Annotated[
+        str, typer.Option(metavar="LIST", help="Allowed group sizes; -1: one scale per row.")
+    ] = "32,64,128,-1",
     sym: Annotated[
         bool | None, typer.Option("--sym/--asym", help="Only without or only with zero-points.")
     ] = None,
@@ -93,8 +99,10 @@ def allocate_command(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Spend a size budget: choose the scheme of each of MODEL's linears and write it as a
-    recipe."""
+    """Write a recipe with a scheme for each linear, for a size.
+
+    Measures how much each of MODEL's linears suffers, and spends the size where it helps most.
+    """
     given = dict(locals())
     check_output(output, overwrite)
     chosen = recipe_of(given)
@@ -206,11 +214,13 @@ def show(result: Allocation) -> None:
         if result.gap < 1e-5
         else f"within {100 * result.gap:.2g} % of the optimum"
     )
-    console.print(
-        f"size         {result.bits_per_weight:.4f} bits per selected weight of {result.target_bpw:g} allowed "
+    size = (
+        f"{result.bits_per_weight:.4f} bits per selected weight of {result.target_bpw:g} allowed "
         f"(possible: {result.smallest:.3f} to {result.largest:.3f})"
     )
-    console.print(f"predicted    {result.predicted:.3e} {result.unit} altogether; {proof}")
+    predicted = f"{result.predicted:.3e} {result.unit} altogether; {proof}"
+    console.print()
+    console.print(fact_table([("size", size), ("predicted", predicted)]))
 
 
 def _table(result: Allocation) -> Table:

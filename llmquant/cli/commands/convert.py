@@ -31,7 +31,10 @@ def convert_command(
     ],
     to: Annotated[
         str,
-        typer.Option(help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense."),
+        typer.Option(
+            metavar="LAYOUT",
+            help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense.",
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to make (for gguf: the file).")
@@ -39,19 +42,22 @@ def convert_command(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32."
+            metavar="DTYPE",
+            help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32.",
         ),
     ] = "auto",
     scale_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Store scales in this dtype instead of the model's, if the layout allows it."
+            metavar="DTYPE",
+            help="Store scales in this dtype instead of the model's, if the layout allows it.",
         ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="The unquantized model; decides if the zero-point convention is ambiguous."
+            metavar="MODEL",
+            help="The unquantized model; decides if the zero-point convention is ambiguous.",
         ),
     ] = None,
     max_shard_size: Annotated[
@@ -62,7 +68,7 @@ def convert_command(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Rewrite a quantized MODEL in another layout without changing a number."""
+    """Rewrite a quantized MODEL in another layout, without loss."""
     check_shard_size(max_shard_size)
     from llmquant.runtime.threads import set_threads
 

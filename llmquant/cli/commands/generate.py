@@ -38,7 +38,10 @@ def generate_command(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate from PROMPT with MODEL; uses the chat template when there is one."""
+    """Generate from PROMPT with MODEL.
+
+    Uses the model's chat template if it has one.
+    """
     prompt = _prompt(prompt)
     import torch
     from transformers import TextStreamer
@@ -65,7 +68,9 @@ def generate_command(
     seconds = time.perf_counter() - started
     computing, kernels = Computing.of(on, chosen), describe(loaded).kernels
     if not as_json:
-        sys.stderr.write(f"computed in {computing.as_text(kernels)}\n")
+        sys.stderr.write(
+            f"{new.numel()} token{'' if new.numel() == 1 else 's'} in {seconds:.1f} s; {computing.as_text(kernels)}\n"
+        )
         return
     text = tokenizer.decode(new, skip_special_tokens=True)
     counts = {"prompt_tokens": ids.shape[1], "new_tokens": new.numel(), "seconds": seconds}

@@ -32,7 +32,7 @@ from llmquant.cli.options import (
     ThreadsOption,
 )
 from llmquant.cli.overrides import recipe_of
-from llmquant.cli.screen import screen
+from llmquant.cli.screen import fact_table, screen
 
 if TYPE_CHECKING:
     from llmquant.planning.forecast import Forecast
@@ -69,7 +69,10 @@ def plan_command(
     modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what quantizing MODEL would give, without reading its weights."""
+    """Show what quantizing MODEL gives and needs, before a run.
+
+    Size, memory, disk, time and what refuses it. Reads the headers of the weight files only.
+    """
     given = dict(locals())
     from llmquant.planning.forecast import forecast
     from llmquant.planning.preview import make_plan
@@ -140,7 +143,7 @@ def _needs(needs: Forecast, timing: Timing | None, computing: Computing) -> list
         else ""
     )
     kept = (
-        f"; {_size(needs.replay)} save passes and are kept only where there is room"
+        f"; {_size(needs.replay)} of it spare passes through a block, and are used only where there is room"
         if needs.replay
         else ""
     )
@@ -185,7 +188,7 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("linear", "shape (out, in)", "scheme"):
         table.add_column(column, overflow="fold")
-    for column in ("count", "MB", "bits per weight"):
+    for column in (*(() if modules else ("count",)), "MB", "bits/w"):
         table.add_column(column, justify="right")
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for m in plan.modules:
@@ -197,19 +200,14 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
             name,
             shape,
             scheme,
-            str(len(sizes)),
+            *(() if modules else (str(len(sizes)),)),
             f"{sum(sizes) / 1e6:,.2f}",
             f"{sum(sizes) * 8 / weights:.3f}",
         )
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    for row in _facts(plan, needs):
-        facts.add_row(*row)
     console = screen()
     console.print(table)
     console.print()
-    console.print(facts)
+    console.print(fact_table(_facts(plan, needs)))
 
 
 def _facts(plan: Plan, needs: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:

@@ -96,7 +96,7 @@ def quantize_command(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize MODEL's linear layers and write a folder that engines load."""
+    """Quantize MODEL and write a folder that engines load."""
     given = dict(locals())
     check_shard_size(max_shard_size)
     chosen = recipe_of(given)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from llmquant.cli.screen import fact_table, screen
+
 
 def recipes_command(
     name: Annotated[str | None, typer.Argument(help="Print this recipe as YAML.")] = None,
@@ -26,6 +28,4 @@ def recipes_command(
     if as_json:
         sys.stdout.write(json.dumps(descriptions) + "\n")
         return
-    width = max(map(len, descriptions), default=0)
-    for recipe_name, description in descriptions.items():
-        sys.stdout.write(f"{recipe_name:<{width}}  {description}\n")
+    screen().print(fact_table(descriptions.items()))

@@ -22,17 +22,24 @@ def verify_command(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="With --rerun: the original model, if not found by its recorded name."),
+        typer.Option(
+            metavar="MODEL",
+            help="With --rerun: the original model, if not found by its recorded name.",
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="With --rerun: the calibration text, if it is not where the recipe says."
+            metavar="SOURCE",
+            help="With --rerun: the calibration text, if it is not where the recipe says.",
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="With --rerun: auto, cpu, cuda, cuda:0 … [default: the recorded one]."),
+        typer.Option(
+            metavar="DEVICE",
+            help="With --rerun: auto, cpu, cuda, cuda:0 … [default: the recorded one].",
+        ),
     ] = None,
     threads: ThreadsOption = None,
     max_shard_size: Annotated[
@@ -41,8 +48,10 @@ def verify_command(
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
-    """Re-hash every file of FOLDER and re-read every packed weight; --rerun repeats the run
-    itself."""
+    """Check that FOLDER is still what was written.
+
+    Hashes every file and reads every packed weight again; --rerun repeats the run itself.
+    """
     if not rerun and (model, calibration, device) != (None, None, None):
         raise UsageError(
             "--model, --calibration and --device belong to --rerun; add it or leave them out"
