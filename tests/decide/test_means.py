@@ -66,7 +66,7 @@ def test_items_of_one_document_count_once():
 def test_power_is_what_the_detectable_difference_says(monkeypatch):
     monkeypatch.setattr("llmquant_eval.decide.means._RESAMPLES", 799)
     draw, margin, runs = np.random.default_rng(5), 0.05, 300
-    distance = each(draw.normal(0, 0.2, 100_000)[:400]).detectable(ALPHA, POWER)
+    distance = each(draw.normal(0, 0.2, 100_000)[:400]).detectable(margin, ALPHA, POWER)
     shipped = sum(
         each(draw.normal(distance - margin, 0.2, 400)).p_not_worse(margin) <= ALPHA
         for _ in range(runs)

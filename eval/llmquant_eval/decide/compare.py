@@ -178,7 +178,7 @@ def _metric(metric: _Paired, bound: Bound) -> MetricVerdict:
         method, difference = "t and BCa bootstrap", statistic.mean
         method += " over groups" if metric.groups is not None else ""
     low, high = statistic.interval(1 - 2 * bound.alpha)
-    detectable = statistic.detectable(bound.alpha, bound.power)
+    detectable = statistic.detectable(margin, bound.alpha, bound.power)
     return MetricVerdict(
         metric=metric.name,
         items=len(metric.items),

@@ -68,12 +68,13 @@ class Flips:
         high = 1.0 if here >= edge else float(brentq(distance, here, edge, args=(-z,)))
         return low, high
 
-    def detectable(self, alpha: float, power: float) -> float:
-        """The smallest difference that a sample of this size and rate of flips finds with
-        probability ``power``; without a single flip, the loss that it can just rule out."""
+    def detectable(self, margin: float, alpha: float, power: float) -> float:
+        """How far from the margin the truth must be for a sample of this size, with flips as seen
+        here, to say so with probability ``power``; without a single flip, the loss that it just
+        rules out."""
         if self.rate == 0:
             return float(1 - alpha ** (1 / self.items))
-        return quantiles(alpha, power) * math.sqrt(self.rate / self.items)
+        return self._spread(margin, alpha, power) / math.sqrt(self.items)
 
     def needed(self, margin: float, alpha: float, power: float) -> int | None:
         """Items that would settle the question with probability ``power`` if the true difference
@@ -83,8 +84,17 @@ class Flips:
             return math.ceil(math.log(alpha) / math.log1p(-margin))
         if distance < 1e-12:
             return None
-        variance = self.rate - self.difference**2
-        return math.ceil(variance * (quantiles(alpha, power) / distance) ** 2)
+        return math.ceil((self._spread(margin, alpha, power) / distance) ** 2)
+
+    def _spread(self, margin: float, alpha: float, power: float) -> float:
+        """Of one item, weighed as a test at level ``alpha`` with that power does: at the margin and
+        at what was seen (Nam, Biometrics 53, 1997)."""
+        from scipy.special import ndtri
+
+        shares = np.array([self.gained / self.items, self.lost / self.items])
+        null = float(_variance(*shares, -margin))
+        seen = self.rate - self.difference**2
+        return float(ndtri(1 - alpha)) * math.sqrt(null) + float(ndtri(power)) * math.sqrt(seen)
 
 
 def quantiles(alpha: float, power: float) -> float:
@@ -96,16 +106,21 @@ def quantiles(alpha: float, power: float) -> float:
 
 def score(gained: Array, lost: Array, items: int, delta: float) -> Array:
     """Tango's statistic of "gained minus lost, as a share, is ``delta``"; elementwise."""
-    a = 2.0 * items
-    b = -gained - lost + (2 * items - gained + lost) * delta
-    c = -lost * delta * (1 - delta)
-    rate = (np.sqrt(np.maximum(b * b - 4 * a * c, 0)) - b) / (2 * a)
-    rate = np.maximum(rate, max(0.0, -delta))
-    variance = items * (2 * rate + delta * (1 - delta))
-    distance = gained - lost - items * delta
+    distance = (gained - lost) / items - delta
+    variance = _variance(gained / items, lost / items, delta)
     with np.errstate(divide="ignore", invalid="ignore"):
-        z = distance / np.sqrt(np.maximum(variance, 0))
-    return np.where(distance == 0, 0.0, z)
+        z = distance * math.sqrt(items) / np.sqrt(variance)
+    return np.where(np.abs(distance) < 1e-15, 0.0, z)
+
+
+def _variance(gained: Array, lost: Array, delta: float) -> Array:
+    """Of one item's difference if the true one is ``delta``, at the most likely rate of flips;
+    arguments are shares."""
+    b = -gained - lost + (2 - gained + lost) * delta
+    c = -lost * delta * (1 - delta)
+    rate = (np.sqrt(np.maximum(b * b - 8 * c, 0)) - b) / 4
+    rate = np.maximum(rate, max(0.0, -delta))
+    return np.maximum(2 * rate + delta * (1 - delta), 0)
 
 
 def _exact(gained: int, lost: int, items: int, delta: float) -> float:

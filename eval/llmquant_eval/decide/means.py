@@ -77,9 +77,11 @@ class Differences:
             ends.append(float(np.quantile(means, ndtr(bias + z / (1 - acceleration * z)))))
         return ends[0], ends[1]
 
-    def detectable(self, alpha: float, power: float) -> float:
-        """The smallest difference that a sample of this size and spread finds with probability
-        ``power``."""
+    def detectable(self, margin: float, alpha: float, power: float) -> float:
+        """How far from the margin the truth must be for a sample of this size and spread to say so
+        with probability ``power``; without any spread, the loss that it just rules out."""
+        if self.error == 0:
+            return self.largest * float(1 - alpha ** (1 / len(self.sums)))
         return quantiles(alpha, power) * self.error
 
     def needed(self, margin: float, alpha: float, power: float) -> int | None:

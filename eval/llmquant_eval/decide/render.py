@@ -57,7 +57,8 @@ def advice(metric: MetricVerdict, power: float) -> str:
     words = []
     if metric.detectable is not None:
         words.append(
-            f"{metric.items:,} items find a difference of {_amount(metric, metric.detectable)} with power {percent(power)}"
+            f"{metric.items:,} items tell with power {percent(power)} if the true loss is {_amount(metric, metric.detectable)} "
+            "or more away from the margin"
         )
     if metric.decision == "INCONCLUSIVE":
         words.append(

@@ -35,9 +35,10 @@ class MetricVerdict(Strict):
 
     ``difference``, its ``interval`` and ``margin`` are in the metric's own unit; a loss is
     negative, also where lower is better. ``margin_text`` is the margin as it was asked for.
-    ``detectable`` is the smallest difference that this sample finds with the wanted power,
-    ``needed`` the number of items that would settle the question if the true difference is the one
-    seen. P-values are one-sided; the adjusted ones are Holm's over all metrics.
+    ``detectable`` is how far from the margin the truth must be for this sample to say so with the
+    wanted power, ``needed`` the number of items that would settle the question if the true
+    difference is the one seen. P-values are one-sided; the adjusted ones are Holm's over all
+    metrics.
     """
 
     metric: str
