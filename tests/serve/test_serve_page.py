@@ -136,7 +136,7 @@ def test_buttons_leave_the_box_its_width(page):
 def test_a_refused_message_is_a_notice_and_no_traceback_in_the_log(page, capfd):
     page.locator("#box textarea").fill("word " * 6000)
     page.locator("#send").click()
-    expect(page.get_by_text("this server takes at most")).to_be_visible()
+    expect(page.get_by_text("this server takes at most")).to_be_visible(timeout=30_000)
     look(page, "refused")
     assert "Traceback" not in capfd.readouterr().err
 
