@@ -124,6 +124,23 @@ def bot(page):
     return page.locator("#chat .bot.message")
 
 
+def test_buttons_leave_the_box_its_width(page):
+    """A phone has the box on a line of its own, and the small buttons on one line."""
+    wide = SIZES[page.size]["width"]
+    assert page.locator("#box").bounding_box()["width"] > 0.6 * wide
+    tops = {page.locator(f"#{b}").bounding_box()["y"] for b in ("regenerate", "clear", "export")}
+    assert len(tops) == 1
+    look(page, "start")
+
+
+def test_a_refused_message_is_a_notice_and_no_traceback_in_the_log(page, capfd):
+    page.locator("#box textarea").fill("word " * 6000)
+    page.locator("#send").click()
+    expect(page.get_by_text("this server takes at most")).to_be_visible(timeout=30_000)
+    look(page, "refused")
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_first_message_on_an_untouched_page(page):
     page.locator("#box textarea").fill("Hello.")
     page.locator("#box textarea").press("Enter")

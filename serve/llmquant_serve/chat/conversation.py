@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 
 from llmquant.errors import LlmquantError
-from llmquant_serve.chat.events import UNLIMITED, UNQUEUED, notice, visitor
+from llmquant_serve.chat.events import UNLIMITED, UNQUEUED, WHOLE_LINE, notice, visitor
 from llmquant_serve.chat.replies import reply
 from llmquant_serve.chat.settings import sampling_of, with_system
 from llmquant_serve.chat.transcript import transcript
@@ -41,16 +41,16 @@ def chat_tab(service: Service, settings: list[gr.components.Component], runs: Ru
             show_label=False,
             placeholder="Type a message",
             scale=6,
-            min_width=120,
+            min_width=WHOLE_LINE,
             elem_id="box",
             autofocus=True,
         )
         send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
     with gr.Row():
-        regenerate = gr.Button("Regenerate", size="sm", min_width=100, elem_id="regenerate")
-        clear = gr.Button("Clear", size="sm", min_width=100, elem_id="clear")
-        export = gr.Button("Export", size="sm", min_width=100, elem_id="export")
+        regenerate = gr.Button("Regenerate", size="sm", min_width=90, elem_id="regenerate")
+        clear = gr.Button("Clear", size="sm", min_width=90, elem_id="clear")
+        export = gr.Button("Export", size="sm", min_width=90, elem_id="export")
     talk = Conversation(service, runs)
     outputs = [box, chat, status, turns]
     running: list[Any] = [

@@ -1,4 +1,5 @@
-"""What the page's events have in common: how Gradio queues them, whose they are, how they fail."""
+"""What the page's tabs have in common: how Gradio queues their events, whose they are, how they
+fail, how wide a box is."""
 
 from __future__ import annotations
 
@@ -18,6 +19,9 @@ _QUIET: dict[str, Any] = {
 UNQUEUED: dict[str, Any] = {"queue": False, **_QUIET}
 UNLIMITED: dict[str, Any] = {"concurrency_limit": None, **_QUIET}
 
+# Pixels at which a box for text has a line of its own on a phone, with its buttons below it.
+WHOLE_LINE = 320
+
 
 def visitor(request: gr.Request) -> str:
     """Whose event it is: one page in one browser."""
@@ -25,5 +29,6 @@ def visitor(request: gr.Request) -> str:
 
 
 def notice(e: LlmquantError) -> gr.Error:
-    """An error as a notice of the page, which takes its text for HTML."""
-    return gr.Error(html.escape(str(e), quote=False))
+    """An error as a notice of the page, which takes its text for HTML. A refused message is no
+    fault of the server, and the engine logs its own faults: no traceback here."""
+    return gr.Error(html.escape(str(e), quote=False), print_exception=False)

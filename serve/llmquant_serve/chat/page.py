@@ -28,7 +28,7 @@ from llmquant_serve.api.app import UI_PATH
 from llmquant_serve.chat.compare import CSS as COMPARE_CSS
 from llmquant_serve.chat.compare import divergence, marked
 from llmquant_serve.chat.conversation import chat_tab
-from llmquant_serve.chat.events import UNLIMITED, UNQUEUED, notice, visitor
+from llmquant_serve.chat.events import UNLIMITED, UNQUEUED, WHOLE_LINE, notice, visitor
 from llmquant_serve.chat.replies import Reply, reply
 from llmquant_serve.chat.settings import sampling_of, settings_panel, with_system
 from llmquant_serve.chat.transcript import CSS as CHAT_CSS
@@ -126,7 +126,7 @@ def _compare_tab(
             show_label=False,
             placeholder="Type a prompt for both models",
             scale=6,
-            min_width=100,
+            min_width=WHOLE_LINE,
             elem_id="ab-box",
         )
         go = gr.Button("Compare", variant="primary", scale=1, min_width=90, elem_id="ab-go")
