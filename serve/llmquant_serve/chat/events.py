@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import gradio as gr
 
 from llmquant.errors import LlmquantError
+from llmquant_serve.chat.visitors import Runs
 
 # "multiple": Gradio drops an event of its own accord while the one before it is still ending.
 _QUIET: dict[str, Any] = {
@@ -27,3 +29,12 @@ def visitor(request: gr.Request) -> str:
 def notice(e: LlmquantError) -> gr.Error:
     """An error as a notice of the page, which takes its text for HTML."""
     return gr.Error(html.escape(str(e), quote=False))
+
+
+def stopper(runs: Runs[Any]) -> Callable[[gr.Request], Coroutine[Any, Any, None]]:
+    """What ends everything that a visitor has running."""
+
+    async def stop_runs(request: gr.Request) -> None:
+        runs.stop(visitor(request))
+
+    return stop_runs
