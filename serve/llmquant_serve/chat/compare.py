@@ -80,7 +80,7 @@ def marked(
         differs = any(b is not None and _disagree(a, b) for a, b in pairs)
         kind = "first" if first is not None and first in indices else "differs" if differs else ""
         title = "\n".join(line for a, b in pairs for line in _probabilities(tokenizer, a, b))
-        text = piece.text or ("⏹" if piece.finish == "stop" else "")
+        text = piece.text or ("■" if piece.finish == "stop" else "")
         out.append(f'<span class="{kind}" title="{html.escape(title)}">{html.escape(text)}</span>')
     return f'<div class="ab">{"".join(out)}</div>'
 

@@ -30,6 +30,11 @@ from llmquant_serve.service import Service
 _HERE = Path(__file__).parent
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace")
+# Four small squares, as the weights are; browsers ask the server's root for an icon otherwise.
+_ICON = (
+    "<link rel=\"icon\" href=\"data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' "
+    "fill='%236366f1'%3E%3Cpath d='M1 1h6v6H1zM9 1h6v6H9zM1 9h6v6H1zM10 10h4v4h-4z'/%3E%3C/svg%3E\">"
+)
 _NOT_MEASURED = """### Not measured yet
 
 `llmquant eval MODEL --reference ORIGINAL --text SOURCE --card` measures this model and writes the table into its model card."""
@@ -70,7 +75,7 @@ def mount(
             ssr_mode=False,
             theme=_theme(),
             css=(_HERE / "page.css").read_text(encoding="utf-8"),
-            head=f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+            head=_ICON + f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>",
         )
 
     # Where no event loop runs, Gradio opens four and leaves them open.
