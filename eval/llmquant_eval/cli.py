@@ -24,6 +24,8 @@ from llmquant_eval.decide import cli as decide_cli
 from llmquant_eval.leaderboard import cli as leaderboard_cli
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from llmquant_eval.report.schema import Report
     from llmquant_eval.run.evaluate import Progress
     from llmquant_eval.run.request import Request
@@ -169,22 +171,30 @@ def _show(report: Report) -> None:
 
 @contextmanager
 def _progress(hidden: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
-    """A bar with the time left per stage, and what is said meanwhile, on stderr."""
+    """A bar with the time left per stage, and what is said meanwhile, on stderr. A log has no bars:
+    it gets a line per tenth of a stage."""
     from rich.console import Console
     from rich.progress import Progress as Bars
 
     from llmquant.cli.progress import bar_columns
 
-    with Bars(*bar_columns(), console=Console(stderr=True), disable=hidden) as bars:
-        tasks: dict[str, object] = {}
+    console = Console(stderr=True)
+    drawn = console.is_terminal and not hidden
+    with Bars(*bar_columns(), console=console, disable=not drawn) as bars:
+        tasks: dict[str, TaskID] = {}
+        tenths: dict[str, int] = {}
 
         def advance(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+            bars.update(tasks[stage], completed=done, total=total)
+            tenth = 10 * done // max(total, 1)
+            if not drawn and tenths.get(stage) != tenth:
+                tenths[stage] = tenth
+                tell(f"{stage}: {done}/{total}")
 
         def tell(note: str) -> None:
             if not hidden:
-                bars.console.print(note, markup=False, highlight=False, soft_wrap=True)
+                console.print(note, markup=False, highlight=False, soft_wrap=True)
 
         yield advance, tell

@@ -15,7 +15,7 @@ ModelsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         help="Model folders or hub names, dense or packed, or http://HOST:PORT/v1#MODEL.",
-        metavar="MODEL…",
+        metavar="MODEL",
     ),
 ]
 TextOption = Annotated[
@@ -112,7 +112,7 @@ RetryForOption = Annotated[
     float | None,
     typer.Option(
         "--retry-for",
-        help="Seconds to go on asking a server that is busy or gone [default: 120; 30 for the first contact].",
+        help="Seconds to keep asking a server that is busy or cannot be reached [default: 120; 30 for the first contact].",
         metavar="SECONDS",
     ),
 ]

@@ -20,8 +20,8 @@ from llmquant_eval.leaderboard.svg import draw
 
 TEMPLATE = Path(__file__).parent / "templates" / "leaderboard.html"
 _INTRODUCTION = (
-    "Results stand in one ranking only if protocol, text, scored windows, dtype and reference are the same. "
-    "The order is by loss; neighbours whose ± overlap are not told apart."
+    "Results are ranked together only if protocol, text, scored windows, dtype, reference and tokenizer are the same. "
+    "The order is by loss; where the ± of two rows overlap, their order is not certain."
 )
 _ONLY_BEST = "only what nothing beats in size and loss"
 _LOSSES = {
