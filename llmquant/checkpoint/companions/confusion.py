@@ -1,6 +1,6 @@
 """What transformers raises over files that make no sense: whatever exception the first computation
-on them happens to raise. ``CONFUSED`` lists what was met; whoever calls it makes errors of them that
-name the file.
+on them happens to raise. ``CONFUSED`` lists what was met; whoever calls it makes errors of them
+that name the file.
 """
 
 from __future__ import annotations

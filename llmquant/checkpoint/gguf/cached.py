@@ -13,7 +13,7 @@ import logging
 import os
 from pathlib import Path
 
-from llmquant.checkpoint.gguf.folder import import_gguf
+from llmquant.checkpoint.gguf.folder import write_folder
 from llmquant.checkpoint.gguf.header import read_gguf
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def cached_folder(path: Path) -> Path:
     """The folder, made if it is not there.
 
     Raises:
-        what :func:`llmquant.checkpoint.gguf.folder.import_gguf` raises.
+        what :func:`llmquant.checkpoint.gguf.folder.write_folder` raises.
     """
     model = read_gguf(path)
     first = model.files[0].resolve()
@@ -34,5 +34,5 @@ def cached_folder(path: Path) -> Path:
     folder = cache / "llmquant" / "gguf" / key / first.stem
     if not (folder / "config.json").is_file():
         log.warning("importing %s into %s; later commands find it there", path, folder)
-        import_gguf(path, folder)
+        write_folder(path, folder)
     return folder

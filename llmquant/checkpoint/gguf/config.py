@@ -3,8 +3,8 @@
 transformers' table (``GGUF_CONFIG_MAPPING``) says what llama.cpp's keys are called there. It leaves
 out much that changes what a model computes, and then the config class's default counts in silence:
 rotary scaling, Gemma's soft caps and attention scale, widths of experts and heads, biases, the ids
-of special tokens. Those are added here. Metadata of the architecture that neither knows is listed in
-a note.
+of special tokens. Those are added here. Metadata of the architecture that neither knows is listed
+in a note.
 
 Llama 3's rotary scaling is in no metadata: llama.cpp stores what each frequency is divided by
 (``rope_freqs.weight``), and :func:`_llama3` finds the four numbers that give these factors.
@@ -66,7 +66,7 @@ _SILENT = {
 _SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}
 # (factor, low, high, original context) as Llama 3.1 and 3.2 have them.
 _LLAMA3_KNOWN = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
-# Names of tokens that end a turn, from llama.cpp's vocabulary code (llama-vocab.cpp, special_eog_ids).
+# Names of tokens that end a turn, from llama.cpp (llama-vocab.cpp, special_eog_ids).
 _ENDS = frozenset(
     {
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"),
@@ -101,7 +101,7 @@ def describe(model: GgufModel) -> Described:
         CheckpointError: metadata without which there is no model.
     """
     from transformers import AutoConfig
-    from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+    from transformers.integrations import ggml
 
     name, stated = model.architecture, model.of_architecture()
     if name not in MODEL_TYPES:
@@ -109,8 +109,8 @@ def describe(model: GgufModel) -> Described:
             f"{model.path}: models of architecture {name!r} are not imported; these are: {', '.join(MODEL_TYPES)}"
         )
     kind = _MIXTRAL if name == "llama" and stated.get("expert_count") else MODEL_TYPES[name]
-    table = GGUF_CONFIG_MAPPING[_TABLES.get(name, name)]
-    defaults = GGUF_CONFIG_DEFAULTS_MAPPING.get(_TABLES.get(name, name), {})
+    table: Any = ggml.GGUF_CONFIG_MAPPING[_TABLES.get(name, name)]
+    defaults: Any = ggml.GGUF_CONFIG_DEFAULTS_MAPPING.get(_TABLES.get(name, name), {})
     _require(model, stated, table)
     config: dict[str, Any] = {**defaults}
     config |= {table[k]: _one(model, k, v) for k, v in stated.items() if table.get(k)}
@@ -168,7 +168,9 @@ def _embeddings(model: GgufModel) -> int:
 
 def _ids(model: GgufModel) -> dict[str, Any]:
     keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    return {f"{k}_token_id": model.metadata.get(f"tokenizer.ggml.{v}_token_id") for k, v in keys.items()}
+    return {
+        f"{k}_token_id": model.metadata.get(f"tokenizer.ggml.{v}_token_id") for k, v in keys.items()
+    }
 
 
 def _of_kind(model: GgufModel, stated: Mapping[str, Any], known: Any) -> dict[str, Any]:
@@ -201,9 +203,7 @@ def _of_kind(model: GgufModel, stated: Mapping[str, Any], known: Any) -> dict[st
     return more
 
 
-def _rope(
-    model: GgufModel, stated: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
+def _rope(model: GgufModel, stated: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """``rope_scaling`` where the rotary frequencies are scaled."""
     kind = stated.get("rope.scaling.type", "none")
     factor = stated.get("rope.scaling.factor")
@@ -243,11 +243,17 @@ def _llama3(model: GgufModel, config: Mapping[str, Any]) -> dict[str, Any]:
     longest = round(float(factors.max()), 4)
     tried = [k for k in _LLAMA3_KNOWN if k[0] == longest]
     inside = (factors > 1.0) & (factors < factors.max())
-    if int(inside.sum()) >= 2:
-        smooth = (1 / factors[inside] - 1 / longest) / (1 - 1 / longest)
-        slope, offset = np.polyfit(frequencies[inside] / (2 * math.pi), smooth, 1)
+    smooth = (1 / factors[inside] - 1 / longest) / (1 - 1 / longest) if longest > 1 else factors[:0]
+    turning = frequencies[inside] / (2 * math.pi)
+    if len(smooth) > 1:
+        slope, offset = np.polyfit(turning, smooth, 1)
         high = 1.0 - 1.0 / offset  # smooth = (context * f - low) / (high - low), low = 1
         tried.append((longest, 1.0, round(high, 3), round(slope * (high - 1.0))))
+    elif len(smooth) == 1:  # of a small head: as wide as Llama's own
+        tried.append((longest, 1.0, 4.0, round((1 + 3 * smooth[0]) / turning[0])))
+    elif longest > 1 and factors.min() == 1:
+        least = frequencies[factors == 1].min() / (2 * math.pi)
+        tried.append((longest, 1.0, 4.0, math.ceil(4 / least)))
     for known in tried:
         if np.allclose(llama3_factors(frequencies, *known), factors, rtol=1e-4):
             names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # fmt: skip

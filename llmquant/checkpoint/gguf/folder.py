@@ -36,7 +36,7 @@ from llmquant.errors import CheckpointError, LayoutError, ProofError, UsageError
 from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype
 
 OnProgress = Callable[[str, int, int], None]
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = frozenset({"F32", "F16", "BF16"})
 
 
 def _nothing(phase: str, done: int, total: int) -> None:
@@ -44,7 +44,7 @@ def _nothing(phase: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class ImportOptions:
+class FolderOptions:
     """How to import.
 
     Attributes:
@@ -64,6 +64,7 @@ class ImportResult:
     """What came out.
 
     Attributes:
+        scheme: of linears that were kept packed; None where none was.
         types: GGUF type → how many tensors of the file have it.
         notes: what people should know.
     """
@@ -71,6 +72,7 @@ class ImportResult:
     path: Path
     model_type: str
     dtype: str
+    scheme: str | None
     types: Mapping[str, int]
     tensors: int
     parameters: int
@@ -118,10 +120,10 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufSource:
     return GgufSource(model, placed, config, (type(empty).__name__,), described.notes)
 
 
-def import_gguf(
+def write_folder(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    options: ImportOptions | None = None,
+    options: FolderOptions | None = None,
     on_progress: OnProgress = _nothing,
 ) -> ImportResult:
     """Write a GGUF file as a model folder.
@@ -137,7 +139,7 @@ def import_gguf(
         CheckpointError: a damaged or incomplete file.
         ProofError: what was written is not what was read.
     """
-    options = options or ImportOptions()
+    options = options or FolderOptions()
     destination = Path(os.path.abspath(output))
     check_destination(destination, options.overwrite)
     found = open_gguf(source)
@@ -149,20 +151,32 @@ def import_gguf(
         digests = write_weights(found, dtype, writer, on_progress)
         writer.finish_weights()
         notes = write_beside(found, dtype, writer)
-        writer.write_text("README.md", _card(found))
+        writer.write_text("README.md", card(found))
         prove_weights(CheckpointReader(writer.partial), digests, on_progress)
         writer.publish()
-    tensors = found.model.tensors.values()
+    return told(found, Path(output), dtype, writer, (*found.notes, *notes))
+
+
+def told(
+    found: GgufSource,
+    path: Path,
+    dtype: torch.dtype,
+    writer: CheckpointWriter,
+    notes: tuple[str, ...],
+    scheme: str | None = None,
+) -> ImportResult:
+    """The result of a run that wrote a folder."""
     return ImportResult(
-        path=Path(output),
+        path=path,
         model_type=found.placed.model_type,
         dtype=str(dtype).removeprefix("torch."),
-        types=dict(Counter(t.kind for t in tensors)),
-        tensors=len(digests),
+        scheme=scheme,
+        types=dict(Counter(t.kind for t in found.model.tensors.values())),
+        tensors=len(found.model.tensors),
         parameters=sum(len(p.names) * int(np.prod(p.shape)) for p in found.placed.places),
         source_bytes=sum(f.stat().st_size for f in found.model.files),
         bytes_written=writer.total_bytes,
-        notes=(*found.notes, *notes),
+        notes=notes,
     )
 
 
@@ -225,7 +239,9 @@ def write_beside(
     config |= {"architectures": list(found.architectures)}
     config |= {"dtype": str(dtype).removeprefix("torch.")}
     # A difference to a class's defaults leaves out what is None here and a number there.
-    config |= {f"{k}_token_id": getattr(found.config, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    config |= {
+        f"{k}_token_id": getattr(found.config, f"{k}_token_id") for k in ("bos", "eos", "pad")
+    }
     config |= {"tie_word_embeddings": bool(found.config.tie_word_embeddings)}
     config |= {"quantization_config": dict(quantization)} if quantization else {}
     writer.write_json("config.json", config)
@@ -257,22 +273,27 @@ def prove_weights(
             raise ProofError(f"{written.path}: tensor {name} is not what was written")
 
 
-def _card(found: GgufSource) -> str:
+def card(found: GgufSource) -> str:
     """README.md: where the numbers come from, and the file's licence."""
     import yaml
 
     said = found.model.metadata
-    languages = said.get("general.languages")
-    head = {"license": said.get("general.license"), "language": languages}
-    head = {k: v for k, v in head.items() if v}
+    head = front_matter(found)
     front = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n" if head else ""
     counts = Counter(t.kind for t in found.model.tensors.values() if len(t.shape) > 1)
     types = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
     name = said.get("general.name") or found.model.path.stem
     text = f"# {name}\n\nImported from `{found.model.path.name}` with llmquant; its matrices are {types}.\n"
-    if counts.keys() - _FLOATS.keys():
+    if counts.keys() - FLOATS:
         text += (
             "\nThese weights were quantized before. They lie near the file's own lattice of a few bits, so what a further\n"
             "quantization costs is measured against them, and not against the model that was trained.\n"
         )
     return front + text
+
+
+def front_matter(found: GgufSource) -> dict[str, Any]:
+    """What a card says for machines, as far as the file says it."""
+    said = found.model.metadata
+    head = {"license": said.get("general.license"), "language": said.get("general.languages")}
+    return {k: v for k, v in head.items() if v}

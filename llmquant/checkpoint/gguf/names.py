@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from llmquant.checkpoint.gguf.config import ROPE_FACTORS
-from llmquant.checkpoint.gguf.header import GgufModel, GgufTensor
+from llmquant.checkpoint.gguf.cursor import GgufTensor
+from llmquant.checkpoint.gguf.header import GgufModel
 from llmquant.errors import CheckpointError, LayoutError
+from llmquant.runtime.finite import some
 
 _STACKED = re.compile(r"blk\.(?P<block>\d+)\.ffn_(?P<part>gate|up|down)_exps\.weight")
 _QWEN = "model.layers.{block}.mlp.experts.{expert}.{part}_proj.weight"
@@ -70,6 +72,13 @@ class Placed:
             return
         yield place.names[0], self.undone(place, place.tensor.values())
 
+    def rows(self, place: Place) -> np.ndarray:
+        """Indices of the file's rows in the folder's order, for a matrix that is only reordered."""
+        order = np.arange(place.tensor.shape[-2])[:, None]
+        if len(place.names) == 1:
+            order = self._processor.process(weights=order, name=place.tensor.name).weights
+        return np.asarray(order)[:, 0]
+
     def undone(self, place: Place, values: np.ndarray) -> np.ndarray:
         """Values in the folder's order and shape, for values in the file's."""
         parsed: dict[str, Any] = {"tensors": {}}
@@ -102,9 +111,8 @@ def places(model: GgufModel, empty: Any) -> Placed:
     )
 
     kind = empty.config.model_type
-    processor = TENSOR_PROCESSORS.get(model.architecture, TensorProcessor)(
-        config=empty.config.to_dict()
-    )
+    chosen: Any = TENSOR_PROCESSORS.get(model.architecture, TensorProcessor)
+    processor = chosen(config=empty.config.to_dict())
     mapping = get_gguf_hf_weights_map(empty, processor, model_type=model.architecture)
     wanted = {n: tuple(p.shape) for n, p in empty.state_dict().items()}
     if empty.config.tie_word_embeddings:
@@ -126,14 +134,14 @@ def places(model: GgufModel, empty: Any) -> Placed:
             strange.append(tensor.name)
     if strange:
         raise LayoutError(
-            f"{model.path}: {_some(strange)} {'has' if len(strange) == 1 else 'have'} no place in transformers' "
+            f"{model.path}: {some(strange)} {'has' if len(strange) == 1 else 'have'} no place in transformers' "
             f"{kind} model, which would be another model without"
         )
     # What is left of stacked experts is the second half of gate_up_proj.
     missing = [n for n in wanted if not (".experts." in n and _complete(n, found))]
     if missing:
         raise CheckpointError(
-            f"{model.path} lacks tensors of a {kind} model: {_some(missing)}; fetch it again, or another conversion"
+            f"{model.path} lacks tensors of a {kind} model: {some(missing)}; fetch it again, or another conversion"
         )
     return Placed(tuple(found), kind, processor, mapping)
 
@@ -152,7 +160,9 @@ def _experts(
     part = _MIXTRAL_PARTS[stacked["part"]] if kind == "mixtral" else stacked["part"]
     experts, rows, columns = tensor.shape if len(tensor.shape) == 3 else (0, 0, 0)
     down = stacked["part"] == "down"
-    memory = f"model.layers.{stacked['block']}.mlp.experts.{'down_proj' if down else 'gate_up_proj'}"
+    memory = (
+        f"model.layers.{stacked['block']}.mlp.experts.{'down_proj' if down else 'gate_up_proj'}"
+    )
     shape = wanted.get(memory)
     if shape != (experts, rows if down else 2 * rows, columns):
         raise CheckpointError(
@@ -178,9 +188,3 @@ def _check_size(model: GgufModel, tensor: GgufTensor, shape: tuple[int, ...]) ->
             f"{model.path}: {tensor.name} is {list(tensor.shape)}, the metadata makes it {list(shape)}; "
             "fetch it again, or another conversion"
         )
-
-
-def _some(names: list[str]) -> str:
-    from llmquant.runtime.finite import some
-
-    return some(sorted(names))

@@ -1,16 +1,18 @@
 """A GGUF file's tokenizer as the files of a model folder.
 
-transformers builds it, of the class that ``AutoTokenizer`` would choose (which itself would read the
-metadata with the slow reader first), and saves it.
+transformers builds it, of the class that ``AutoTokenizer`` would choose (which itself would read
+the metadata with the slow reader first), and saves it.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.gguf.header import GgufModel
+from llmquant.checkpoint.weights.json_files import read_json
 from llmquant.errors import CheckpointError, LayoutError
 
 _TEMPLATE = "tokenizer.chat_template"
@@ -58,7 +60,18 @@ def save_tokenizer(model: GgufModel, config: Any, folder: Path) -> tuple[str, ..
         default = {"default": said[_TEMPLATE]} if said.get(_TEMPLATE) else {}
         tokenizer.chat_template = {**default, **named}
     tokenizer.save_pretrained(folder)
+    _only_the_files(folder / "tokenizer.json", len(said["tokenizer.ggml.tokens"]))
     return _doubts(model)
+
+
+def _only_the_files(path: Path, count: int) -> None:
+    """Take out tokens that transformers' classes add on their own (GPT-2's ``<|endoftext|>``): their
+    ids lie past the file's, where a model has no embedding."""
+    data = read_json(path)
+    added = [t for t in data["added_tokens"] if t["id"] < count]
+    if len(added) < len(data["added_tokens"]):
+        text = json.dumps({**data, "added_tokens": added}, indent=2, ensure_ascii=False)
+        path.write_text(text, encoding="utf-8")
 
 
 def _doubts(model: GgufModel) -> tuple[str, ...]:

@@ -19,7 +19,9 @@ from llmquant.cli.stopping import stoppable
 def import_command(
     source: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="GGUF file; of several shards any one, the others beside it."),
+        typer.Argument(
+            metavar="FILE", help="GGUF file; of several shards any one, the others beside it."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
     dtype: Annotated[
@@ -31,7 +33,9 @@ def import_command(
     ] = "auto",
     packed: Annotated[
         bool,
-        typer.Option("--packed", help="Keep Q4_0 and Q8_0 as they are, code for code, in --format."),
+        typer.Option(
+            "--packed", help="Keep Q4_0 and Q8_0 as they are, code for code, in --format."
+        ),
     ] = False,
     layout: Annotated[
         str | None,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmquant.checkpoint.atomic import fsync_path
 from llmquant.checkpoint.detect import quantization_of
-from llmquant.checkpoint.gguf.header import package
+from llmquant.checkpoint.gguf.cursor import package
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
