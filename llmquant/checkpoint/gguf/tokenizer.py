@@ -65,8 +65,8 @@ def save_tokenizer(model: GgufModel, config: Any, folder: Path) -> tuple[str, ..
 
 
 def _only_the_files(path: Path, count: int) -> None:
-    """Take out tokens that transformers' classes add on their own (GPT-2's ``<|endoftext|>``): their
-    ids lie past the file's, where a model has no embedding."""
+    """Take out tokens that transformers' classes add on their own (GPT-2's ``<|endoftext|>``):
+    their ids lie past the file's, where a model has no embedding."""
     data = read_json(path)
     added = [t for t in data["added_tokens"] if t["id"] < count]
     if len(added) < len(data["added_tokens"]):
