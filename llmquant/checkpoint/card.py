@@ -82,12 +82,14 @@ def converted_card(
     recipe_yaml: str | None,
     before: str | None,
     inherited: Mapping[str, Any],
+    others: str = "Every other tensor was carried over byte for byte.",
 ) -> str:
     """README.md of a folder that was converted from another layout.
 
     Args:
         name: for the title.
         before: the table that was measured on the folder it was converted from.
+        others: what became of the tensors of no quantized linear.
     """
     step = manifest.conversions[-1]
     table = before or _NOTHING
@@ -100,8 +102,8 @@ def converted_card(
 # {name}, {scheme}, {step.format}
 
 Converted from `{step.source_format}` to `{step.format}` with llmquant {step.versions["llmquant"]}. The linear layers were
-read back and their dequantized weights compared with the source's: all are equal. Every other tensor was carried over byte for
-byte. `manifest.json` has the hashes of what went in and came out; `llmquant inspect --verify` checks them.
+read back and their dequantized weights compared with the source's: all are equal. {others}
+`manifest.json` has the hashes of what went in and came out; `llmquant inspect --verify` checks them.
 {_measured_and_use(table, step.format)}
 ## Left unquantized
 

@@ -26,6 +26,7 @@ from llmquant.cli.commands.allocate import allocate_command
 from llmquant.cli.commands.convert import convert_command
 from llmquant.cli.commands.doctor import doctor_command
 from llmquant.cli.commands.generate import generate_command
+from llmquant.cli.commands.import_ import import_command
 from llmquant.cli.commands.inspect import inspect_command
 from llmquant.cli.commands.plan import plan_command
 from llmquant.cli.commands.quantize import quantize_command
@@ -65,6 +66,7 @@ app.command("plan")(plan_command)
 app.command("allocate")(allocate_command)
 app.command("quantize")(quantize_command)
 app.command("convert")(convert_command)
+app.command("import")(import_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("generate")(generate_command)

@@ -7,10 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from llmquant.checkpoint.detect import quantization_of
+from llmquant.checkpoint.gguf.header import is_gguf
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
@@ -82,6 +84,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         CheckpointError: damaged, or its manifest speaks of other modules.
         ArchitectureError: no causal language model that transformers knows.
     """
+    refuse_gguf(model)
     reader = CheckpointReader(resolve(model))
     config = quantization_of(reader)
     if config is None:
@@ -109,6 +112,16 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         n: known.get(n, "unquantized in the source") for n in linears.shapes if n not in schemes
     }
     return Source(packed, skipped, linears.head, manifest, fit.notes)
+
+
+def refuse_gguf(model: str | os.PathLike[str]) -> None:
+    """Raises UsageError for a GGUF file, which is imported and not converted."""
+    path = Path(model)
+    if path.is_file() and is_gguf(path):
+        raise UsageError(
+            f"{path} is a GGUF file; llmquant import {path} -o DIR makes a folder of it, "
+            "with --packed one that keeps Q4_0 and Q8_0 as they are"
+        )
 
 
 def model_dtype(reader: CheckpointReader) -> torch.dtype:

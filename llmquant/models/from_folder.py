@@ -3,9 +3,9 @@ without weights.
 
 The one door to them in all three packages. No code from a folder is run, and nobody is asked
 whether it should be: a folder whose model type exists only in its own code (``auto_map``) is an
-error. A file that makes no sense fails somewhere inside transformers, with whatever exception the
-first computation on it happens to raise: ``CONFUSED`` lists what was met, and here they become
-errors that name the folder.
+error. A file that makes no sense fails somewhere inside transformers
+(:mod:`llmquant.checkpoint.companions.confusion`), and here that becomes an error that names the
+folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -29,24 +28,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json
 from llmquant.checkpoint.weights.headers import stranger
 from llmquant.errors import ArchitectureError, CheckpointError, UnfitModelError
 from llmquant.models.names import as_in_checkpoint
 
-CONFUSED = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-_LONGEST = 400
 _TOKENIZER_PACKAGES = {
     "tokenizer.model": "sentencepiece",
     "spiece.model": "sentencepiece",
@@ -55,15 +43,6 @@ _TOKENIZER_PACKAGES = {
     "tekken.json": "mistral_common",
 }
 _OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; its kind where it says nothing or only a key."""
-    said = " ".join(line.strip() for line in str(error).splitlines()[:2]) or "no reason given"
-    said = said.partition(" Model type should be one of ")[0]  # 3 KB of class names
-    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} …"
-    plain = isinstance(error, (ImportError, OSError, StrictDataclassError, ValueError))
-    return said if plain else f"{said} ({type(error).__name__})"
 
 
 def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:

@@ -172,9 +172,11 @@ def describe(
 
 
 def base_name(model: str) -> str:
-    """A hub name without its revision, of a folder of the hub's cache too; of another folder only
-    its own name, since a path means nothing on another machine."""
+    """A hub name without its revision, of a folder of the hub's cache too; of another folder
+    or a GGUF file only its own name, since a path means nothing on another machine."""
     folder = Path(model).expanduser()
+    if folder.is_file():  # a GGUF file
+        return folder.stem
     if not folder.is_dir():
         return model.partition("@")[0]
     # A snapshot's own name is a commit: …/models--ORG--NAME/snapshots/COMMIT

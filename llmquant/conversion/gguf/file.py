@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmquant.checkpoint.atomic import fsync_path
 from llmquant.checkpoint.detect import quantization_of
+from llmquant.checkpoint.gguf.cursor import package
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
@@ -71,7 +72,7 @@ def export_gguf(
         FormatError: an architecture, tokenizer, scheme or number that GGUF cannot hold exactly.
         ProofError: what was written is not what was read.
     """
-    gguf = _package()
+    gguf = package()
     path = Path(output)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; choose another name or pass overwrite")
@@ -98,14 +99,6 @@ def export_gguf(
     finally:
         partial.unlink(missing_ok=True)
     return GgufResult(path, kinds, path.stat().st_size)
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as e:
-        raise UsageError("GGUF needs the gguf package: pip install gguf") from e
-    return gguf
 
 
 def _sources(
@@ -237,7 +230,7 @@ def read_weights(path: str | os.PathLike[str]) -> Iterator[tuple[str, QuantizedW
     Raises:
         FormatError: no GGUF file, or a Q4_1 tensor that is on no integer grid.
     """
-    gguf = _package()
+    gguf = package()
     try:
         tensors = gguf.GGUFReader(path).tensors
     except (ValueError, OSError, IndexError) as e:
