@@ -54,6 +54,8 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
         for option, key in KEYS.items()
         if (value := options.get(option)) is not None
     }
+    if "weights.group_size" in changes:  # asked for by itself: that size or none
+        changes["weights.strict_groups"] = True
     include, ignore = options.get("include") or (), options.get("ignore") or ()
     if include:
         changes["include"] = tuple(include)

@@ -44,6 +44,7 @@ def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
             name: [pair.model_dump() for pair in pairs] for name, pairs in result.scaled.items()
         },
         "skipped": dict(result.skipped),
+        "fitted": [change.model_dump() for change in result.fitted],
         "computing": result.computing.as_dict(),
         "resumed_blocks": result.resumed,
         "warnings": list(result.warnings),
@@ -119,6 +120,8 @@ def show_result(result: QuantizeResult, seconds: float) -> None:
         _show_tuned(result.tuned, console)
     skipped = ", ".join(f"{n} ({why})" for n, why in result.skipped.items()) or "none"
     console.print(f"left alone   {skipped}")
+    for change in result.fitted:
+        console.print(f"group size   {change}")
     console.print(
         f"size         {result.source_bytes / 1e6:,.2f} MB → {result.bytes_written / 1e6:,.2f} MB; "
         f"{result.bits_per_weight:.3f} bits per quantized weight"

@@ -9,7 +9,7 @@ from pathlib import Path
 from llmquant.data.calibration import Calibration
 from llmquant.quantization.plan import Progress
 from llmquant.recipe import Recipe
-from llmquant.records import ModuleReport, PairReport, TuneReport
+from llmquant.records import GroupSizeRecord, ModuleReport, PairReport, TuneReport
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.distributed import ALONE, World
 
@@ -56,8 +56,11 @@ class QuantizeOptions:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What came out, and how it was computed. ``resumed``: blocks that an earlier process had
-    finished."""
+    """What came out, and how it was computed.
+
+    ``recipe`` has the group sizes that were used, ``fitted`` says where they are not the wanted
+    ones. ``resumed``: blocks that an earlier process had finished.
+    """
 
     path: Path
     recipe: Recipe
@@ -72,6 +75,7 @@ class QuantizeResult:
     warnings: tuple[str, ...]
     computing: Computing
     resumed: int = 0
+    fitted: tuple[GroupSizeRecord, ...] = ()
 
 
 @dataclass(slots=True)

@@ -76,6 +76,7 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
         "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
         "cautions": {engine: list(reasons) for engine, reasons in found.cautions.items()},
         "fallbacks": list(found.fallbacks),
+        "fitted": [change.model_dump() for change in found.fitted],
         "notes": list(notes),
         "modules": [
             {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes}
@@ -104,6 +105,8 @@ def _show(found: Inspection, verified: bool, modules: bool, notes: Sequence[str]
     facts.add_row("sha256", found.weights_sha256)
     for row in answers(found.engines, found.cautions):
         facts.add_row(*row)
+    for change in found.fitted:
+        facts.add_row("group size", str(change))
     for note in found.fallbacks:
         facts.add_row("fallback", note)
     for note in notes:

@@ -112,6 +112,7 @@ def _as_dict(
             for m in plan.modules
         ],
         "skipped": dict(plan.skipped),
+        "fitted": [change.model_dump() for change in plan.fitted],
         "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
         "stored": plan.stored,
         "cautions": {engine: list(reasons) for engine, reasons in plan.cautions.items()},
@@ -222,6 +223,8 @@ def _facts(plan: Plan, needs: list[tuple[str, str]]) -> Iterator[tuple[str, str]
         f"{plan.source_bytes / 1e6:,.2f} MB → {plan.bytes_on_disk / 1e6:,.2f} MB of weight files; "
         f"{plan.bits_per_weight:.3f} bits per quantized weight",
     )
+    for change in plan.fitted:
+        yield "group size", str(change)
     yield from needs
     yield ("left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none")
     yield (
