@@ -219,8 +219,12 @@ def _first(error: ValueError) -> str:
 
 def shipped() -> dict[str, Path]:
     """Recipes that come with llmquant, by bare name."""
-    folder = next((d for d in _SHIPPED if d.is_dir()), None)
-    return {} if folder is None else {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    return {p.stem: p for p in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def recipes_folder() -> Path:
+    """Where the recipes are that come with llmquant, and what was measured of them."""
+    return next((d for d in _SHIPPED if d.is_dir()), _SHIPPED[0])
 
 
 def shipped_recipes() -> tuple[str, ...]:

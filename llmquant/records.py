@@ -145,4 +145,5 @@ class GroupSizeRecord(Record):
     def __str__(self) -> str:
         leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in self.linears))
         size = "one scale per row" if self.used == -1 else f"groups of {self.used}"
-        return f"{size} instead of {self.wanted} for {self.count} linears ({leaves}): {self.reason}"
+        linears = "1 linear" if self.count == 1 else f"{self.count} linears"
+        return f"{size} instead of {self.wanted} for {linears} ({leaves}): {self.reason}"

@@ -96,7 +96,17 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to ma
 
 # What a recipe says.
 RecipeOption = Annotated[
-    str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")
+    str | None,
+    typer.Option(
+        help="Recipe file, or a name from `llmquant recipes` [default: by the model's size; see --explain]."
+    ),
+]
+ExplainOption = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say which recipe the model gets where none is named, why, and what others cost; do nothing else.",
+    ),
 ]
 MethodOption = Annotated[
     str | None,

@@ -86,7 +86,8 @@ def fit_schemes(
 def _one_for_all(
     schemes: Mapping[str, Scheme], shapes: Mapping[str, Shape], layout: Format
 ) -> dict[str, Scheme]:
-    return {n: fit_scheme(s, list(shapes.values()), layout) for n, s in schemes.items()}
+    selected = [shapes[n] for n in schemes]
+    return {n: fit_scheme(s, selected, layout) for n, s in schemes.items()}
 
 
 def _sized(scheme: Scheme, size: int | None) -> Scheme:

@@ -36,6 +36,7 @@ class QuantizeOptions:
         max_memory: bytes of RAM to stay under by keeping hidden states in files; None: what the
             machine has left.
         log: file for one JSON line per module, block and turn of the run; None: none.
+        note: to be said with the run's own notes, once nothing refuses it.
         world: the processes that do it together, each with the same arguments; see
             :mod:`llmquant.runtime.distributed`.
     """
@@ -51,6 +52,7 @@ class QuantizeOptions:
     restart: bool = False
     max_memory: int | None = None
     log: Path | None = None
+    note: str | None = None
     world: World = ALONE
 
 

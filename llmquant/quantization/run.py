@@ -110,7 +110,9 @@ def _checked(
     calibration = calibration_of(plan, options.evaluation)
     if calibration is not None:
         events.on_calibration(calibration)
-    return _Run(output, model, plan, calibration, options, events), [*plan.source.notes, *notes]
+    first = [options.note] if options.note else []
+    notes = [*first, *plan.source.notes, *notes]
+    return _Run(output, model, plan, calibration, options, events), notes
 
 
 @dataclass(frozen=True, slots=True)
