@@ -12,7 +12,8 @@ from llmquant.cli.screen import screen
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llmquant.planning.defaults import Choice, Cost, SizeClass
+    from llmquant.planning.costs import Cost, SizeClass
+    from llmquant.planning.defaults import Choice
 
 
 def cost_line(name: str, classes: Sequence[SizeClass]) -> str:
@@ -84,6 +85,7 @@ def explain_default(choice: Choice | None, *, as_json: bool) -> None:
             "source": size_class.source,
             "alternatives": {n: None if c is None else asdict(c) for n, c in others.items()},
             "refused": dict(choice.refused),
+            "limits": dict(choice.limits),
         }
         sys.stdout.write(json.dumps(told) + "\n")
         return
@@ -117,16 +119,20 @@ def explain_default(choice: Choice | None, *, as_json: bool) -> None:
                 f"{cost.cpu_seconds:.0f}",
             )
         )
-        note = "chosen" if name == choice.name else ""
-        table.add_row(
-            name,
-            *figures,
-            f"not for {choice.format}: {why}" if (why := choice.refused.get(name)) else note,
-        )
+        table.add_row(name, *figures, _note(name, choice))
     console = screen()
     console.print(facts)
     console.print()
     console.print(table)
+
+
+def _note(name: str, choice: Choice) -> str:
+    notes = ["chosen"] if name == choice.name else []
+    if name in choice.refused:
+        notes.append(f"not for {choice.format}: {choice.refused[name]}")
+    if name in choice.limits:
+        notes.append(f"not in transformers alone: {choice.limits[name]}")
+    return "; ".join(notes)
 
 
 def _table(*, header: bool) -> Any:

@@ -38,6 +38,8 @@ class Choice:
         size_class: that it is in.
         format: of the result.
         refused: candidate → why vLLM does not take it in this format.
+        limits: candidate → why transformers alone does not; no reason against a default, since
+            :func:`llmquant.register_with_transformers` has it read everything.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Choice:
     size_class: SizeClass
     format: str
     refused: Mapping[str, str]
+    limits: Mapping[str, str]
 
     @property
     def recipe(self) -> Recipe:
@@ -93,11 +96,13 @@ def choose(parameters: int, layout: str) -> Choice:
     """The same for a model of so many parameters."""
     size_class = class_of(parameters)
     schemes = {name: Scheme(load_recipe(name).weights.spec) for name in CANDIDATES}
-    answers = {name: why_not(VLLM_AVX512, layout, scheme) for name, scheme in schemes.items()}
-    refused = {name: why for name, why in answers.items() if why is not None}
+    refused, limits = (
+        {n: why for n, scheme in schemes.items() if (why := why_not(engine, layout, scheme))}
+        for engine in (VLLM_AVX512, "transformers")
+    )
     taken = [name for name in CANDIDATES if name not in refused] or [CANDIDATES[0]]
     measured = [name for name in taken if name in size_class.costs]
     close = [name for name in measured if size_class.costs[name].kl <= CLOSE]
     closest = sorted(measured, key=lambda name: size_class.costs[name].kl)
     chosen = next(iter([*close, *closest, *taken]))
-    return Choice(chosen, parameters, size_class, layout, refused)
+    return Choice(chosen, parameters, size_class, layout, refused, limits)

@@ -117,7 +117,8 @@ def test_a_small_model_gets_what_the_table_says(
     ran = run("quantize", model, "-o", "out", *asked, "--json")
     assert (ran.code, json.loads(ran.out)["modules"][0]["scheme"]) == (0, "W4 g32 asym")
     by_hand = run("plan", model, "--bits", "8", "--json")
-    assert json.loads(by_hand.out)["modules"][0]["scheme"] == "W8 g64 sym"
+    schemes = {m["scheme"] for m in json.loads(by_hand.out)["modules"]}
+    assert schemes == {"W8 g64 sym", "W8 g32 sym"}
 
 
 def test_explain_does_nothing_else(run: Run, model: Path) -> None:
