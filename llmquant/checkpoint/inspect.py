@@ -16,6 +16,7 @@ from llmquant.checkpoint.manifest import MANIFEST, fallback_notes, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.formats.engines import cautions, refusals
+from llmquant.records import GroupSizeRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Inspection:
         engines: serving engine → why it refuses the folder; an empty tuple where it takes it.
         fallbacks: which linears the run that made it rounded to nearest for want of calibration
             tokens, and why.
+        fitted: of the run that made it: linears with another group size than the recipe wanted.
         cautions: serving engine → why its answers are not the evaluated ones though it takes the
             folder.
     """
@@ -76,6 +78,7 @@ class Inspection:
     engines: Mapping[str, tuple[str, ...]]
     fallbacks: tuple[str, ...] = ()
     cautions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fitted: tuple[GroupSizeRecord, ...] = ()
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:
@@ -130,4 +133,5 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         if manifest
         else (),
         cautions=cautioned,
+        fitted=manifest.fitted if manifest else (),
     )

@@ -107,7 +107,17 @@ OutputOption = Annotated[
 # What a recipe says.
 RecipeOption = Annotated[
     str | None,
-    typer.Option(metavar="RECIPE", help="Recipe file, or a name from `llmquant recipes`."),
+    typer.Option(
+        metavar="RECIPE",
+        help="Recipe file, or a name from `llmquant recipes` [default: by the model's size; see --explain].",
+    ),
+]
+ExplainOption = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say which recipe the model gets where none is named, why, and what others cost; do nothing else.",
+    ),
 ]
 MethodOption = Annotated[
     str | None,

@@ -8,7 +8,7 @@ tied head, a recipe that selects nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,11 @@ from torch import nn
 
 from llmquant.errors import ArchitectureError, LayoutError, UsageError
 from llmquant.formats.base import Format, Scheme
+from llmquant.formats.group_sizes import fit_schemes
 from llmquant.models.architectures import Architecture, has_matrix
 from llmquant.models.experts import ExpertList
 from llmquant.recipe import Recipe, matches
+from llmquant.records import GroupSizeRecord
 from llmquant.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -27,12 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Full module name → scheme, module name → why it stays as it is, and the head's name if it is
-    selected."""
+    """Full module name → scheme, module name → why it stays as it is, the head's name if it is
+    selected, and where the group size is not the one wanted."""
 
     schemes: Mapping[str, Scheme]
     skipped: Mapping[str, str]
     head: str | None
+    fitted: tuple[GroupSizeRecord, ...] = ()
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
@@ -92,6 +95,42 @@ def linears_of(model: PreTrainedModel, placeless: tuple[str, ...] = ()) -> Linea
     strange = {n: kind for n, kind in strange.items() if n not in (*found, *routers)}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     return Linears(shapes, head, tied, routers, strange, placeless)
+
+
+def fused_items(
+    names: Sequence[str], architecture: Architecture
+) -> list[tuple[int | None, tuple[str, ...]]]:
+    """Block index (None for the head) and names of each set of linears that must share a scheme, in
+    the order of ``names``."""
+    found: dict[tuple[int | None, object], list[str]] = {}
+    for name in names:
+        inside = name.removeprefix(f"{architecture.blocks}.")
+        index, _, leaf = inside.partition(".")
+        block = int(index) if inside != name and index.isdigit() else None
+        together = (architecture.fused_with(leaf) if block is not None else None) or name
+        found.setdefault((block, together), []).append(name)
+    return [(block, tuple(members)) for (block, _), members in found.items()]
+
+
+def fitted(
+    linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format
+) -> tuple[Recipe, tuple[GroupSizeRecord, ...]]:
+    """The recipe with group sizes that fit every linear it selects, and what that changed; see
+    :mod:`llmquant.formats.group_sizes`. It says exactly what is done, so it repeats the run."""
+    if recipe.weights.strict_groups:
+        return recipe.updated({"weights.strict_groups": False}), ()
+    names = {n: linears.names(n) for n in linears.shapes if n not in architecture.outside}
+    names = {n: known for n, known in names.items() if recipe.selects(*known)}
+    schemes = {n: _scheme(recipe, known) for n, known in names.items()}
+    together = [items for _, items in fused_items(tuple(names), architecture)]
+    fit = fit_schemes(schemes, together, linears.shapes, layout)
+    if not fit.changes:
+        return recipe, ()
+    wanted = {
+        known: recipe.weights_of(*known).with_spec(fit.schemes[n].spec)
+        for n, known in names.items()
+    }
+    return recipe.giving(wanted), fit.changes
 
 
 def select(
@@ -209,15 +248,9 @@ def _block_of(name: str, architecture: Architecture) -> str | None:
 def _check_fused(
     schemes: Mapping[str, Scheme], skipped: Mapping[str, str], architecture: Architecture
 ) -> None:
-    sets: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for name in (*schemes, *skipped):
-        block = _block_of(name, architecture)
-        together = architecture.fused_with(name.removeprefix(f"{block}.")) if block else None
-        if block and together:
-            sets.setdefault((block, together), []).append(name)
-    for names in sets.values():
+    for block, names in fused_items((*schemes, *skipped), architecture):
         firsts = {schemes.get(n): n for n in reversed(names)}
-        if len(firsts) > 1:
+        if block is not None and len(firsts) > 1:
             listed = names if len(names) < 5 else sorted(firsts.values(), key=names.index)
             kinds = ", ".join(f"{n}: {schemes.get(n, 'unquantized')}" for n in listed)
             raise UsageError(

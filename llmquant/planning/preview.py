@@ -31,6 +31,7 @@ from llmquant.models.reading.stored_dtype import SOURCE, StoredReader
 from llmquant.quantization.plan import WalkPlan
 from llmquant.quantization.prepare import check_calibration, prepare, selected
 from llmquant.recipe import Recipe
+from llmquant.records import GroupSizeRecord
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import AUTO, parse_dtype
 
@@ -66,6 +67,8 @@ class Plan:
         hidden: width of the hidden states.
         source: the original's tensors, as quantization reads them.
         notes: what people should know of the folder.
+        recipe: with the group sizes that fit.
+        fitted: where these are not the wanted ones.
         stored: what is stored in another dtype than the original has, in words.
     """
 
@@ -84,7 +87,9 @@ class Plan:
     architecture: Architecture
     hidden: int
     source: Mapping[str, TensorInfo]
+    recipe: Recipe
     notes: tuple[str, ...] = ()
+    fitted: tuple[GroupSizeRecord, ...] = ()
     stored: str | None = None
 
     @cached_property
@@ -170,6 +175,8 @@ def make_plan(
         architecture=plan.architecture,
         hidden=_hidden_size(reader.config),
         source=dict(reader.tensors),
+        recipe=plan.recipe,
+        fitted=selection.fitted,
         notes=plan.source.notes,
         stored=reader.note() if isinstance(reader, StoredReader) else None,
     )

@@ -160,6 +160,7 @@ def describe(
         tuned=outcome.tuned,
         scaled=outcome.scaled,
         skipped=dict(selection.skipped),
+        fitted=selection.fitted,
         files=file_hashes(writer.partial),
     )
     writer.write_text(MANIFEST, manifest.to_json())

@@ -77,7 +77,7 @@ def quantize(
     run, notes = _checked(os.fspath(model), Path(output), recipe, options, events)
     plan = run.plan
     facts = fingerprint(
-        plan.reader, recipe, run.calibration, plan.device, plan.dtype, options.max_shard_size
+        plan.reader, plan.recipe, run.calibration, plan.device, plan.dtype, options.max_shard_size
     )
     check_together(plan, run.windows, destination, restart=options.restart)
     if not plan.world.first:
@@ -104,12 +104,15 @@ def _checked(
     warnings, notes = on_this_cpu(plan.layout.name, plan.selection.schemes)
     if isinstance(plan.reader, StoredReader):
         notes = [plan.reader.note(), *notes]
+    notes = [*map(str, plan.selection.fitted), *notes]
     for warning in warnings:
         events.on_warning(warning)
     calibration = calibration_of(plan, options.evaluation)
     if calibration is not None:
         events.on_calibration(calibration)
-    return _Run(output, model, plan, calibration, options, events), [*plan.source.notes, *notes]
+    first = [options.note] if options.note else []
+    notes = [*first, *plan.source.notes, *notes]
+    return _Run(output, model, plan, calibration, options, events), notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +269,7 @@ class _Run:
             tuned=outcome.tuned,
             scaled=outcome.scaled,
             skipped=self.plan.selection.skipped,
+            fitted=self.plan.selection.fitted,
             bits_per_weight=outcome.bits_per_weight,
             source_bytes=sum(i.nbytes for i in self.plan.source.original.tensors.values()),
             bytes_written=bytes_written,

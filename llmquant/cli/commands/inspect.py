@@ -76,6 +76,7 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
         "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
         "cautions": {engine: list(reasons) for engine, reasons in found.cautions.items()},
         "fallbacks": list(found.fallbacks),
+        "fitted": [change.model_dump() for change in found.fitted],
         "notes": list(notes),
         "modules": [
             {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes}
@@ -125,6 +126,8 @@ def _facts(found: Inspection, verified: bool, notes: Sequence[str]) -> Iterator[
     yield "on disk", f"{found.bytes_on_disk / 1e6:,.2f} MB of weight files"
     yield "sha256", found.weights_sha256
     yield from answers(found.engines, found.cautions)
+    for change in found.fitted:
+        yield "group size", str(change)
     for note in found.fallbacks:
         yield "fallback", note
     for note in notes:

@@ -7,10 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmquant.cli.commands.allocate import allocated, widths_of
+from llmquant.cli.costs import explain_default
 from llmquant.cli.options import (
     ActOrderOption,
     AllExpertsOption,
@@ -23,6 +25,7 @@ from llmquant.cli.options import (
     Engine,
     EngineOption,
     EvalTextOption,
+    ExplainOption,
     FormatOption,
     GroupSizeOption,
     IgnoreOption,
@@ -48,7 +51,7 @@ from llmquant.cli.options import (
     SymOption,
     ThreadsOption,
 )
-from llmquant.cli.overrides import recipe_of
+from llmquant.cli.overrides import default_of, recipe_of
 from llmquant.cli.progress import progress
 from llmquant.cli.result import result_as_dict, show_result
 from llmquant.cli.sizes import check_shard_size, parse_size
@@ -93,18 +96,25 @@ def quantize_command(
     restart: RestartOption = False,
     log: LogOption = None,
     overwrite: OverwriteOption = False,
+    explain: ExplainOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Quantize MODEL and write a folder that engines load."""
     given = dict(locals())
     check_shard_size(max_shard_size)
-    chosen = recipe_of(given)
+    choice = default_of(given)
+    if explain:
+        explain_default(choice, as_json=as_json)
+        return
+    chosen = recipe_of(given, choice)
     if act_order is not None and chosen.method != "gptq":
         raise UsageError(
             f"--act-order applies only to GPTQ, but the method is {chosen.method}; leave one of them out"
         )
     options = _options(given)
+    if choice is not None:
+        options = replace(options, note=choice.sentence)
     hidden = quiet or as_json or not options.world.first
     if target_bpw is not None:
         if bits is not None or group_size is not None:
