@@ -140,6 +140,25 @@ class CpuInt4:
             weight if columns is None else torch.empty_like(weight).index_copy_(1, columns, weight)
         )
 
+    def rows(
+        self,
+        prepared: Prepared,
+        ids: Tensor,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        # Rows are packed in blocks, so the blocks that the ids are in are unpacked, each once.
+        block = _block()
+        blocks, which = torch.unique(ids // block, return_inverse=True)
+        taken = (blocks.unsqueeze(-1) * block + torch.arange(block)).flatten()
+        picked = {
+            n: t if t is None or n == "columns" else t[taken] if n == "packed" else t[:, taken]
+            for n, t in prepared.items()
+        }
+        weight = self.weight(picked, spec, (len(taken), shape[1]), dtype)
+        return weight[which * block + ids % block]
+
 
 def _block() -> int:
     block = int4pack.block_rows()

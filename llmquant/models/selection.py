@@ -18,7 +18,9 @@ from llmquant.errors import ArchitectureError, LayoutError, UsageError
 from llmquant.formats.base import Format, Scheme
 from llmquant.models.architectures import Architecture, has_matrix
 from llmquant.models.experts import ExpertList
+from llmquant.models.reading.embeddings import embedding_of, shape_of, tied_to, why_not_packed
 from llmquant.recipe import Recipe, matches
+from llmquant.recipe_sections import Weights
 from llmquant.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -27,12 +29,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Full module name → scheme, module name → why it stays as it is, and the head's name if it is
-    selected."""
+    """What is quantized.
+
+    Attributes:
+        schemes: full module name → scheme.
+        skipped: module name → why it stays as it is.
+        head: the head's name, if it is quantized as a linear of its own.
+        embedding: that of the token embeddings, if they are.
+        shared: modules whose weight is the packed embeddings': a tied head.
+    """
 
     schemes: Mapping[str, Scheme]
     skipped: Mapping[str, str]
     head: str | None
+    embedding: str | None = None
+    shared: frozenset[str] = frozenset()
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
@@ -42,6 +53,7 @@ class Selection:
 HEAD = "lm_head"
 ROUTER = "router of experts"
 OUTSIDE = "outside the decoder blocks"
+SHARED = "its weights are the packed embeddings'"
 PLACELESS = "no place in the model of config.json"
 
 
@@ -57,6 +69,9 @@ class Linears:
             few weights.
         strange: modules with a matrix that is no plain Linear's → their class.
         placeless: modules of the folder that the model has no place for.
+        embedding: the token embeddings' name and shape ``(tokens, width)``.
+        unpackable: why they cannot be packed, or None.
+        shared: modules that are tied to them.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -65,6 +80,15 @@ class Linears:
     routers: tuple[str, ...] = ()
     strange: Mapping[str, str] = field(default_factory=dict)
     placeless: tuple[str, ...] = ()
+    embedding: tuple[str, tuple[int, int]] | None = None
+    unpackable: str | None = None
+    shared: frozenset[str] = frozenset()
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """``(out, in)`` of a linear or of the embeddings."""
+        if self.embedding is not None and module == self.embedding[0]:
+            return self.embedding[1]
+        return self.shapes[module]
 
     def names(self, linear: str) -> tuple[str, ...]:
         """What patterns may call a linear: a head is also ``lm_head``, whatever the checkpoint
@@ -91,7 +115,18 @@ def linears_of(model: PreTrainedModel, placeless: tuple[str, ...] = ()) -> Linea
     strange = {n: type(m).__name__ for n, m in model.named_modules() if has_matrix(m)}
     strange = {n: kind for n, kind in strange.items() if n not in (*found, *routers)}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    return Linears(shapes, head, tied, routers, strange, placeless)
+    table = embedding_of(model)
+    return Linears(
+        shapes,
+        head,
+        tied,
+        routers,
+        strange,
+        placeless,
+        None if table is None else (table[0], shape_of(table[1])),
+        None if table is None else why_not_packed(*table),
+        frozenset() if table is None else tied_to(model, table[0]),
+    )
 
 
 def select(
@@ -100,19 +135,27 @@ def select(
     """Give every linear a scheme or a reason why it stays as it is.
 
     Raises:
-        UsageError: nothing selected, a pattern without a match, a tied head selected.
+        UsageError: nothing selected, a pattern without a match, a tied head selected without its
+            embeddings.
         SpecError: a group size that does not divide; names the module and sizes that do.
         FormatError: a scheme the layout cannot hold.
-        ArchitectureError: a selected linear outside blocks and head.
+        ArchitectureError: a selected linear outside blocks and head, or embeddings that cannot be
+            packed.
     """
     _check_patterns(recipe, linears)
     head = linears.head
+    table = _embedding(linears, recipe, layout)
+    shared = linears.shared if table else frozenset()
     schemes: dict[str, Scheme] = {}
     skipped: dict[str, str] = dict.fromkeys(linears.routers, ROUTER)
     skipped |= {n: f"a {kind}, not a plain Linear" for n, kind in linears.strange.items()}
     skipped |= dict.fromkeys(linears.placeless, PLACELESS)
     for name, shape in linears.shapes.items():
-        if not recipe.selects(*linears.names(name)):
+        if name in shared:
+            skipped[name] = SHARED
+            continue
+        weights = _weights(recipe, linears, name)
+        if weights is None:
             skipped[name] = _why_skipped(recipe, linears.names(name))
             continue
         if name in architecture.outside:
@@ -120,30 +163,58 @@ def select(
             continue
         if name == head and linears.tied:
             raise UsageError(
-                f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore"
+                f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore, or pack "
+                "both with --embeddings 8"
             )
-        scheme = _scheme(recipe, linears.names(name))
+        scheme = _scheme(recipe, weights)
         scheme.spec.check(shape[1], name, _columns(linears, recipe, architecture))
-        reason = layout.why_not(scheme, shape)
-        if reason:
-            raise LayoutError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
-        schemes[name] = scheme
+        schemes[name] = _held(name, scheme, shape, layout)
     inside = [n for n in linears.strange if _block_of(n, architecture)]
     if inside and not any(_block_of(n, architecture) for n in linears.shapes):
         raise ArchitectureError(
             f"the blocks' matrices are in {linears.strange[inside[0]]} modules (such as {inside[0]}), which llmquant and "
             "engines do not read packed; only models of plain Linear layers can be quantized"
         )
-    if not schemes:
+    if not schemes and not table:
         raise UsageError(
             f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
         )
     _check_places(schemes, architecture, head)
     _check_fused(schemes, skipped, architecture)
+    schemes = table | schemes
     mixed = layout.why_not_together(schemes, skipped)
     if mixed:
         raise LayoutError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
-    return Selection(schemes, skipped, head if head in schemes else None)
+    return Selection(schemes, skipped, head if head in schemes else None, next(iter(table), None), shared)
+
+
+def _embedding(linears: Linears, recipe: Recipe, layout: Format) -> dict[str, Scheme]:
+    """The embeddings' scheme by their name, if the recipe packs them."""
+    if recipe.embeddings is None:
+        return {}
+    if linears.embedding is None or linears.unpackable is not None:
+        why = linears.unpackable or "the model has no token embeddings that could be packed"
+        raise ArchitectureError(f"{why}; leave out --embeddings")
+    name, shape = linears.embedding
+    scheme = Scheme(recipe.embeddings.weights.spec)
+    scheme.spec.check(shape[1], name)
+    return {name: _held(name, scheme, shape, layout)}
+
+
+def _held(name: str, scheme: Scheme, shape: tuple[int, int], layout: Format) -> Scheme:
+    """The scheme; raises LayoutError where the layout cannot hold a module of it."""
+    reason = layout.why_not(scheme, shape)
+    if reason:
+        raise LayoutError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
+    return scheme
+
+
+def _weights(recipe: Recipe, linears: Linears, name: str) -> Weights | None:
+    """The grid of a linear, None where it stays as it is."""
+    names = linears.names(name)
+    if name == linears.head and not linears.tied:
+        return recipe.head_weights(*names)
+    return recipe.weights_of(*names) if recipe.selects(*names) else None
 
 
 def _columns(linears: Linears, recipe: Recipe, architecture: Architecture) -> Iterator[int]:
@@ -155,8 +226,7 @@ def _columns(linears: Linears, recipe: Recipe, architecture: Architecture) -> It
             yield columns
 
 
-def _scheme(recipe: Recipe, names: tuple[str, ...]) -> Scheme:
-    weights = recipe.weights_of(*names)
+def _scheme(recipe: Recipe, weights: Weights) -> Scheme:
     by_group = recipe.method == "gptq" and recipe.gptq.act_order == "group"
     return Scheme(weights.spec, g_idx=by_group, activations=weights.activations)
 
