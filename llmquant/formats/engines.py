@@ -177,7 +177,9 @@ def refusals(layout: str, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]
     }
     return {
         engine: list(
-            dict.fromkeys(r for k, name in kinds.items() if (r := why_not(engine, layout, k[0], name)))
+            dict.fromkeys(
+                r for k, name in kinds.items() if (r := why_not(engine, layout, k[0], name))
+            )
         )
         for engine in ENGINES
     }

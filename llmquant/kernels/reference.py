@@ -93,9 +93,7 @@ class Reference:
         shape: tuple[int, int],
         dtype: torch.dtype,
     ) -> Tensor:
-        picked = {
-            n: t[ids] if t is not None and n != "g_idx" else t for n, t in prepared.items()
-        }
+        picked = {n: t[ids] if t is not None and n != "g_idx" else t for n, t in prepared.items()}
         return self.weight(picked, spec, (len(ids), shape[1]), dtype)
 
 

@@ -36,11 +36,13 @@ from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, UsageError
 from llmquant.kernels import AUTO, check_name
+from llmquant.kernels.embedding.packed_embedding import PackedEmbedding
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
 from llmquant.models.from_folder import read_generation_config
 from llmquant.models.reading.dense import load_dense
-from llmquant.models.reading.fit import fitted, linear_at
+from llmquant.models.reading.embeddings import scale_of, shape_of
+from llmquant.models.reading.fit import fitted, matrix_at
 from llmquant.runtime.devices import AUTO as AUTO_DTYPE
 from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
 from llmquant.runtime.finite import some
@@ -132,6 +134,7 @@ def _load_packed(
         model.generation_config = generation
     for name in packed.schemes:
         _replace(model, name, packed, PackedOptions(dtype, device, kernel))
+    share_embedding(model)
     _assign(model, packed, dtype, device)
     refuse_saving(model, reader.path)
     return model
@@ -149,12 +152,13 @@ class PackedOptions:
 def _replace(
     model: PreTrainedModel, name: str, packed: PackedCheckpoint, options: PackedOptions
 ) -> None:
-    """Put a PackedLinear where the model has the linear ``name``."""
+    """Put packed weights where the model has the linear, or the embeddings, ``name``."""
     reader = packed.reader
-    linear = linear_at(model, name, reader)
+    module = matrix_at(model, name, reader)
     weight = packed.weight(name)
-    check_shape(weight, (linear.out_features, linear.in_features), f"{reader.path}: {name}")
-    bias = None if linear.bias is None else _checked(reader, f"{name}.bias", linear.bias)
+    check_shape(weight, shape_of(module), f"{reader.path}: {name}")
+    has_bias = getattr(module, "bias", None)
+    bias = None if has_bias is None else _checked(reader, f"{name}.bias", has_bias)
     try:
         replacement = PackedLinear(
             weight,
@@ -166,7 +170,38 @@ def _replace(
         )
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from e
-    put_module(model, name, replacement)
+    put_packed(model, name, replacement, module)
+
+
+def put_packed(
+    model: nn.Module, name: str, packed: PackedLinear, before: nn.Module, scale: float | None = None
+) -> None:
+    """Replace a linear by packed weights, or embeddings by a look-up in them.
+
+    Args:
+        before: what is in the place.
+        scale: of the embeddings' rows, where ``before`` cannot tell.
+    """
+    if isinstance(before, nn.Embedding):
+        found = scale_of(before) if scale is None else scale
+        assert found is not None, "refused where the folder was looked at"
+        put_module(model, name, PackedEmbedding(packed, found))
+    else:
+        put_module(model, name, packed)
+
+
+def share_embedding(model: PreTrainedModel) -> None:
+    """Make the head that is tied to packed embeddings a product with the same packed weights."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, PackedEmbedding):
+        return
+    if model.config.get_text_config().tie_word_embeddings:
+        head = model.get_output_embeddings()
+        assert head is not None, "a config that ties a head has one"
+        model.set_output_embeddings(embedding.table)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False  # what is shared is a module, no parameter
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def check_shape(weight: QuantizedWeight, shape: tuple[int, int], where: str) -> None:

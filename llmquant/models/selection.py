@@ -185,7 +185,9 @@ def select(
     mixed = layout.why_not_together(schemes, skipped)
     if mixed:
         raise LayoutError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
-    return Selection(schemes, skipped, head if head in schemes else None, next(iter(table), None), shared)
+    return Selection(
+        schemes, skipped, head if head in schemes else None, next(iter(table), None), shared
+    )
 
 
 def _embedding(linears: Linears, recipe: Recipe, layout: Format) -> dict[str, Scheme]:

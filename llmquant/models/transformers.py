@@ -43,9 +43,16 @@ from llmquant.formats import for_config
 from llmquant.kernels import AUTO, KERNELS
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
-from llmquant.models.load import check_shape, put_module, refuse_saving
+from llmquant.models.load import (
+    check_shape,
+    put_module,
+    put_packed,
+    refuse_saving,
+    share_embedding,
+)
 from llmquant.models.names import as_in_checkpoint
-from llmquant.models.reading.fit import linear_at
+from llmquant.models.reading.embeddings import Matrix, shape_of
+from llmquant.models.reading.fit import matrix_at
 
 METHOD = "llmquant"
 TAKEN_OVER = ("compressed-tensors", "gptq", "awq", "auto-round")
@@ -73,13 +80,14 @@ class _Stored(nn.Module):
     """Takes the stored tensors of one module from transformers' loader, until they are packed for a
     kernel."""
 
-    def __init__(self, linear: nn.Linear, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, replaced: Matrix, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.shape = (linear.out_features, linear.in_features)
+        self.shape = shape_of(replaced)
+        self.__dict__["replaced"] = replaced  # no submodule: nobody has its weight
         self.suffixes = tuple(tensors)
         for suffix, tensor in tensors.items():
             self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
-        self.bias = linear.bias
+        self.bias = getattr(replaced, "bias", None)
 
     def stored(self) -> dict[str, torch.Tensor]:
         return {s: self.get_parameter(s).data for s in self.suffixes}
@@ -133,7 +141,7 @@ class PackedQuantizer(HfQuantizer):
             empty = {
                 s: torch.empty(i.shape, dtype=i.dtype, device="meta") for s, i in headers.items()
             }
-            put_module(model, name, _Stored(linear_at(model, name, reader), empty))
+            put_module(model, name, _Stored(matrix_at(model, name, reader), empty))
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel
@@ -177,7 +185,8 @@ class PackedQuantizer(HfQuantizer):
                 )
             except UsageError as e:
                 raise UsageError(f"{name}: {e}") from e
-            put_module(model, name, linear)
+            put_packed(model, name, linear, place.__dict__["replaced"])
+        share_embedding(model)
         model.requires_grad_(False)
         speed_up(model)
         refuse_saving(model, path)

@@ -36,6 +36,9 @@ _WIDE_VALUES, _HIDDEN_VALUES = 3.0, 4.0
 # Of a tuned block: the original, the latent, its gradient, two moments, the rounded weight and the
 # best one so far.
 _TUNE_COPIES, _TUNE_ACTIVATIONS = 7.0, 3.0
+# Bytes for each number of packed embeddings beside the stored one: codes, their slices put together,
+# and the words that they are packed into.
+_EMBEDDING_BYTES = 7.0
 _SHARE = 0.8  # of the memory that the machine has left, where no limit was given
 _MARGIN = 1.25
 
@@ -48,6 +51,7 @@ class Work:
     outer: int  # everything outside the blocks and the head
     largest_copied: int  # bytes
     largest_linear: int
+    embedding: int  # of packed token embeddings; 0 where they stay as they are
     widest: int  # input columns of the widest linear
     hidden: int
     batch_tokens: int
@@ -71,6 +75,7 @@ class Work:
         hidden: int,
         recipe: Recipe,
         itemsize: int,
+        embedding: str | None = None,
     ) -> Work:
         """Count.
 
@@ -81,6 +86,7 @@ class Work:
             hidden: width of the hidden states.
             recipe: what is done; its calibration sizes count, its text does not.
             itemsize: bytes of the dtype in which blocks run.
+            embedding: name of the token embeddings, if they are quantized.
         """
         blocks: dict[str, int] = {}
         outer = 0
@@ -103,11 +109,16 @@ class Work:
             block=max(blocks.values(), default=0),
             outer=outer,
             largest_copied=max(
-                (i.nbytes for n, i in source.items() if n.removesuffix(".weight") not in linears),
+                (
+                    i.nbytes
+                    for n, i in source.items()
+                    if n.removesuffix(".weight") not in (*linears, embedding)
+                ),
                 default=0,
             ),
-            largest_linear=max(math.prod(shape) for shape in linears.values()),
-            widest=max(shape[1] for shape in linears.values()),
+            largest_linear=max((math.prod(shape) for shape in linears.values()), default=0),
+            embedding=0 if embedding is None else math.prod(source[f"{embedding}.weight"].shape),
+            widest=max((shape[1] for shape in linears.values()), default=0),
             hidden=hidden,
             batch_tokens=batch * text.seqlen,
             tokens=text.nsamples * text.seqlen,
@@ -160,14 +171,23 @@ class Work:
     def phases(self) -> dict[str, int]:
         """Phase → bytes at its worst moment, hidden states included, libraries not; what can be
         left out is left out."""
+        packing = (
+            {"packing": int(self.embedding * (self.source_itemsize + _EMBEDDING_BYTES))}
+            if self.embedding
+            else {}
+        )
         if not self.recipe.needs_text:
-            return {"copying": self.largest_copied, "rounding": self._data_free_rounding}
+            rounding = {"copying": self.largest_copied, "rounding": self._data_free_rounding}
+            return rounding | packing
         held = self.block * self.itemsize + self.states
         return {
             "copying": self.largest_copied + self.states,
             **{name: nbytes + held for name, nbytes in self._calibrated().items()},
-            "embedding": self.outer * self.itemsize + self.largest_copied + self.states_of_one,
-        }
+            "embedding": self.outer * self.itemsize
+            + self.embedding
+            + self.largest_copied
+            + self.states_of_one,
+        } | packing
 
     @property
     def _data_free_rounding(self) -> int:
@@ -240,11 +260,17 @@ def placement(
 
 def _work(plan: WalkPlan, windows: Sequence[Tensor]) -> Work:
     """The walk's, with the tokens that these windows really have."""
-    shapes = {n: plan.reader.info(f"{n}.weight").shape for n in plan.specs}
+    shapes = {n: plan.reader.info(f"{n}.weight").shape for n in plan.specs if n != plan.embedding}
     linears = {n: (rows, columns) for n, (rows, columns) in shapes.items()}
     hidden = int(plan.model.config.get_text_config().hidden_size)
     work = Work.of(
-        plan.reader.tensors, linears, plan.architecture, hidden, plan.recipe, plan.dtype.itemsize
+        plan.reader.tensors,
+        linears,
+        plan.architecture,
+        hidden,
+        plan.recipe,
+        plan.dtype.itemsize,
+        plan.embedding,
     )
     return replace(work, tokens=sum(w.numel() for w in windows))
 

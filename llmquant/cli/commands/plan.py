@@ -170,6 +170,7 @@ _DOING = {
     "pass": "a block runs",
     "statistics": "inputs of the widest linear are observed",
     "tuning": "a block is tuned",
+    "packing": "the embeddings are packed",
 }
 
 
