@@ -37,8 +37,8 @@ class Weights(Strict):
 
 
 class Embeddings(Strict):
-    """The token embeddings, and the head with them: symmetric, 8 bits with a scale per row or 4 bits
-    in groups of 32 where nothing else is said.
+    """The token embeddings, and the head with them; symmetric. Where no group size is given, 8 bits
+    have a scale per row and 4 bits groups of 32.
 
     A head that is tied to the embeddings shares their packed tensors. One of its own gets the same
     grid as a linear, unless ``head: false`` keeps it as it is or the recipe selects it by itself.

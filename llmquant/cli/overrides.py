@@ -37,8 +37,8 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
             - ``method``: see :func:`llmquant.cli.method.parse_method`;
             - ``rotate``: switch the recipe's rotation on (its own settings kept where it has any)
               or off;
-            - ``embeddings``: ``8`` or ``4`` bits for token embeddings and head (the recipe's section
-              kept where it has these bits already), or ``none``;
+            - ``embeddings``: ``8`` or ``4`` bits for token embeddings and head, or ``none``; the
+              recipe's own section is kept where it has these bits already;
             - ``include``: replaces the recipe's patterns. One that the recipe ignores by the same
               words is no longer ignored: asking for ``lm_head`` means it;
             - ``ignore``: adds to the recipe's patterns.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from llmquant.checkpoint.reader import TensorInfo
 from llmquant.models.architectures import Architecture
 from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement
+from llmquant.quantization.blocks.widths import expert_widths, replayed_widths, widths_of
 from llmquant.recipe import Recipe
 from llmquant.runtime.memory import available_bytes, resident_bytes
 
@@ -36,9 +36,7 @@ _WIDE_VALUES, _HIDDEN_VALUES = 3.0, 4.0
 # Of a tuned block: the original, the latent, its gradient, two moments, the rounded weight and the
 # best one so far.
 _TUNE_COPIES, _TUNE_ACTIVATIONS = 7.0, 3.0
-# Bytes for each number of packed embeddings beside the stored one: codes, their slices put together,
-# and the words that they are packed into.
-_EMBEDDING_BYTES = 7.0
+_EMBEDDING_BYTES = 7.0  # of a number while it is packed, beside the stored one
 _SHARE = 0.8  # of the memory that the machine has left, where no limit was given
 _MARGIN = 1.25
 
@@ -125,9 +123,9 @@ class Work:
             itemsize=itemsize,
             source_itemsize=max(i.dtype.itemsize for i in source.values()),
             block_linears=sum(math.prod(shape) for shape in first.values()),
-            inputs=_inputs(first),
-            replayed=_replayed(first, architecture),
-            experts=_experts(first, architecture),
+            inputs=widths_of(first),
+            replayed=replayed_widths(first, architecture),
+            experts=expert_widths(first, architecture),
             recipe=recipe,
         )
 
@@ -171,11 +169,8 @@ class Work:
     def phases(self) -> dict[str, int]:
         """Phase → bytes at its worst moment, hidden states included, libraries not; what can be
         left out is left out."""
-        packing = (
-            {"packing": int(self.embedding * (self.source_itemsize + _EMBEDDING_BYTES))}
-            if self.embedding
-            else {}
-        )
+        beside = self.source_itemsize + _EMBEDDING_BYTES
+        packing = {"packing": int(self.embedding * beside)} if self.embedding else {}
         if not self.recipe.needs_text:
             rounding = {"copying": self.largest_copied, "rounding": self._data_free_rounding}
             return rounding | packing
@@ -183,11 +178,14 @@ class Work:
         return {
             "copying": self.largest_copied + self.states,
             **{name: nbytes + held for name, nbytes in self._calibrated().items()},
-            "embedding": self.outer * self.itemsize
-            + self.embedding
-            + self.largest_copied
-            + self.states_of_one,
-        } | packing
+            "embedding": self.embedding_bytes + self.largest_copied + self.states_of_one,
+            **packing,
+        }
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Of everything before the blocks, and of the packed embeddings' codes."""
+        return self.outer * self.itemsize + self.embedding
 
     @property
     def _data_free_rounding(self) -> int:
@@ -273,40 +271,3 @@ def _work(plan: WalkPlan, windows: Sequence[Tensor]) -> Work:
         plan.embedding,
     )
     return replace(work, tokens=sum(w.numel() for w in windows))
-
-
-def _inputs(block: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
-    """Widths of a block's distinct inputs, widest first: q, k and v share one, as do gate and
-    up."""
-    widths = sorted(
-        {(name.rpartition(".")[0], shape[1]) for name, shape in block.items()}, key=lambda n: -n[1]
-    )
-    return tuple(width for _, width in widths) or (0,)
-
-
-def _replayed(block: Mapping[str, tuple[int, int]], architecture: Architecture) -> int:
-    """Columns that replay keeps of a block: for each part without experts, at most its widest
-    input."""
-    expert = set() if architecture.experts is None else set(architecture.experts.scaled())
-    widest: dict[str, int] = {}
-    for name, shape in block.items():
-        part, _, inside = name.partition(".")
-        if any(fnmatchcase(name, pattern) for pattern in expert):
-            widest[part] = -1
-        elif inside and widest.get(part) != -1:
-            widest[part] = max(widest.get(part, 0), shape[1])
-    return sum(width for width in widest.values() if width > 0)
-
-
-def _experts(
-    block: Mapping[str, tuple[int, int]], architecture: Architecture
-) -> tuple[tuple[int, ...], ...]:
-    """Of each of an expert's inputs, its width in every expert of a block."""
-    if architecture.experts is None:
-        return ()
-    up, down = architecture.experts.scaled()
-    found = (
-        tuple(shape[1] for name, shape in block.items() if fnmatchcase(name, linear))
-        for linear in (up, down)
-    )
-    return tuple(widths for widths in found if widths)

@@ -68,6 +68,7 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
         "parameters": found.parameters,
         "linears": found.linears,
         "quantized": found.quantized,
+        "embeddings": found.embeddings,
         "coverage": found.coverage,
         "bits_per_weight": found.bits_per_weight,
         "weights_sha256": found.weights_sha256,
@@ -97,6 +98,8 @@ def _show(found: Inspection, verified: bool, modules: bool, notes: Sequence[str]
     facts.add_row("format", found.format or "not quantized")
     facts.add_row("scheme", found.scheme)
     facts.add_row("linears", f"{found.quantized} of {found.linears} quantized")
+    if found.embeddings is not None:
+        facts.add_row("embeddings", found.embeddings)
     facts.add_row("coverage", f"{found.coverage:.1%} of {found.parameters:,} parameters")
     if found.bits_per_weight is not None:
         facts.add_row("size", f"{found.bits_per_weight:.3f} bits per quantized weight")
