@@ -107,6 +107,12 @@ _TRANSFORMERS = (
     Rule(
         _GPTQ | {"awq", "auto-round"}, lambda s: True, "it asks for the compiled gptqmodel package"
     ),
+    Rule(
+        _CT,
+        lambda s: True,
+        "transformers 5.23 initializes every embedding, and fails at a packed one",
+        embeddings=True,
+    ),
     Rule(_CT, lambda s: s.g_idx, "compressed-tensors 0.18 and later have dropped g_idx"),
     Rule(
         _CT,

@@ -134,7 +134,7 @@ def _load_packed(
         model.generation_config = generation
     for name in packed.schemes:
         _replace(model, name, packed, PackedOptions(dtype, device, kernel))
-    share_embedding(model)
+    share_embedding(model, tied=model.config.get_text_config().tie_word_embeddings)
     _assign(model, packed, dtype, device)
     refuse_saving(model, reader.path)
     return model
@@ -173,34 +173,30 @@ def _replace(
     put_packed(model, name, replacement, module)
 
 
-def put_packed(
-    model: nn.Module, name: str, packed: PackedLinear, before: nn.Module, scale: float | None = None
-) -> None:
-    """Replace a linear by packed weights, or embeddings by a look-up in them.
-
-    Args:
-        before: what is in the place.
-        scale: of the embeddings' rows, where ``before`` cannot tell.
-    """
+def put_packed(model: nn.Module, name: str, packed: PackedLinear, before: nn.Module) -> None:
+    """Replace the linear ``before`` by packed weights, or embeddings by a look-up in them."""
     if isinstance(before, nn.Embedding):
-        found = scale_of(before) if scale is None else scale
-        assert found is not None, "refused where the folder was looked at"
-        put_module(model, name, PackedEmbedding(packed, found))
+        scale = scale_of(before)
+        assert scale is not None, "refused where the folder was looked at"
+        put_module(model, name, PackedEmbedding(packed, scale))
     else:
         put_module(model, name, packed)
 
 
-def share_embedding(model: PreTrainedModel) -> None:
-    """Make the head that is tied to packed embeddings a product with the same packed weights."""
+def share_embedding(model: PreTrainedModel, *, tied: bool) -> None:
+    """Make a head that is tied to packed embeddings a product with the same packed weights; nothing
+    is left that transformers could tie."""
     embedding = model.get_input_embeddings()
-    if not isinstance(embedding, PackedEmbedding):
-        return
-    if model.config.get_text_config().tie_word_embeddings:
-        head = model.get_output_embeddings()
-        assert head is not None, "a config that ties a head has one"
-        model.set_output_embeddings(embedding.table)
+    if isinstance(embedding, PackedEmbedding):
+        if tied:
+            model.set_output_embeddings(embedding.table)
+        untie(model)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Tell transformers that the head shares no parameter with the embeddings."""
     for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False  # what is shared is a module, no parameter
+        config.tie_word_embeddings = False
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 

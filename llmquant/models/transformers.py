@@ -49,6 +49,7 @@ from llmquant.models.load import (
     put_packed,
     refuse_saving,
     share_embedding,
+    untie,
 )
 from llmquant.models.names import as_in_checkpoint
 from llmquant.models.reading.embeddings import Matrix, shape_of
@@ -106,6 +107,7 @@ class PackedQuantizer(HfQuantizer):
         self._kernel = quantization_config.kernel
         self._packed: PackedCheckpoint | None = None
         self._dtype = torch.bfloat16
+        self._tied = False  # whether the head is to be the packed embeddings
 
     def validate_environment(self, *args: Any, device_map: object = None, **kwargs: Any) -> None:
         """Refuse what needs hooks on modules that will be replaced."""
@@ -150,11 +152,17 @@ class PackedQuantizer(HfQuantizer):
         return []
 
     def _untie(self, model: PreTrainedModel, packed: PackedCheckpoint) -> None:
-        """A packed head has no weight to share."""
-        head = model.get_output_embeddings()
-        if any(m is head for n, m in model.named_modules() if n in packed.schemes):
-            model.config.tie_word_embeddings = False
-            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        """Neither a packed head nor packed embeddings have a weight to share. A head that is tied
+        to these waits without one."""
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        found = [m for n, m in model.named_modules() if n in packed.schemes]
+        self._tied = any(m is embeddings for m in found) and bool(
+            model.config.get_text_config().tie_word_embeddings
+        )
+        if self._tied:
+            model.set_output_embeddings(nn.Identity())
+        if self._tied or any(m is head for m in found):
+            untie(model)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -186,7 +194,7 @@ class PackedQuantizer(HfQuantizer):
             except UsageError as e:
                 raise UsageError(f"{name}: {e}") from e
             put_packed(model, name, linear, place.__dict__["replaced"])
-        share_embedding(model)
+        share_embedding(model, tied=self._tied)
         model.requires_grad_(False)
         speed_up(model)
         refuse_saving(model, path)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import llmquant
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader, sha256_file
-from llmquant.conversion import convert
+from llmquant.conversion import ConvertOptions, convert
 from llmquant.errors import ArchitectureError, LayoutError, UsageError
 from llmquant.kernels.embedding.packed_embedding import PackedEmbedding
 from llmquant.planning.preview import make_plan
@@ -91,7 +91,9 @@ def test_none_is_as_if_nothing_was_said(run: Run, model: Path, tmp_path: Path) -
 def test_what_loads_computes_what_a_dense_copy_does(
     folders: dict[str, Path], which: str, kernel: str, tmp_path: Path
 ) -> None:
-    dense = convert(folders[which], "dense", tmp_path / "dense").path
+    dense = convert(
+        folders[which], "dense", tmp_path / "dense", ConvertOptions(dtype="float32")
+    ).path
     packed = llmquant.load(folders[which], dtype="float32", kernel=kernel)
     embedding, head = packed.get_input_embeddings(), packed.get_output_embeddings()
     assert isinstance(embedding, PackedEmbedding)
@@ -115,6 +117,16 @@ def test_transformers_with_our_quantizer_loads_the_same(
         llmquant.unregister_from_transformers()
     ours = llmquant.load(folders[which], dtype="float32", kernel="reference")
     assert torch.equal(theirs(IDS).logits, ours(IDS).logits)
+
+
+@pytest.mark.parametrize("which", ["tied", "untied"])
+def test_transformers_alone_refuses_it_as_the_table_says(
+    folders: dict[str, Path], which: str
+) -> None:
+    (reason,) = llmquant.inspect(folders[which]).engines["transformers"]
+    assert "fails at a packed one" in reason
+    with pytest.raises(AttributeError, match="'Embedding' object has no attribute 'weight'"):
+        AutoModelForCausalLM.from_pretrained(folders[which], dtype=torch.float32)
 
 
 def test_a_tied_head_adds_no_tensor(folders: dict[str, Path]) -> None:
