@@ -65,8 +65,7 @@ def test_from_the_command_line(
     assert announced["bytes_on_disk"] == file.stat().st_size
     found = json.loads(run("inspect", "out", "--verify", "--json").out)
     assert found["embeddings"] == GRIDS[bits]
-    assert found["linears"] == 15
-    assert found["quantized"] == (14 if which == "tied" else 15)
+    assert found["linears"] == found["quantized"] == (14 if which == "tied" else 15)
     schemes = {m["name"]: m["scheme"] for m in announced["modules"]}
     assert schemes[EMBED] == GRIDS[bits]
     assert schemes.get("lm_head") == (None if which == "tied" else GRIDS[bits])
