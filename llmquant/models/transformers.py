@@ -43,6 +43,7 @@ from llmquant.formats import for_config
 from llmquant.kernels import AUTO, KERNELS
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
+from llmquant.models.from_folder import causal_model
 from llmquant.models.load import (
     check_shape,
     put_module,
@@ -138,6 +139,11 @@ class PackedQuantizer(HfQuantizer):
         packed.require_modules()
         as_in_checkpoint(model, str(reader.config.get("model_type")))
         self._untie(model, packed)
+        if type(model.get_input_embeddings()) is not nn.Embedding:
+            # Computed buffers are without numbers here, and a scale of the rows is one.
+            with torch.device("cpu"):
+                like = causal_model(reader, self._dtype).get_input_embeddings()
+            model.set_input_embeddings(like)
         for name, tensors in packed.tensors.items():
             headers = {suffix: reader.info(full) for suffix, full in tensors.items()}
             empty = {

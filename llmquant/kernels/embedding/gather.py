@@ -22,8 +22,8 @@ def rows(weight: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
     zeros: Tensor | int = 1 << (weight.bits - 1)
     if weight.zeros is not None:
         zeros = weight.zeros[tile, :, place].to(torch.float32).unsqueeze(-1)
-    groups = codes.unflatten(1, (scales.shape[1], -1)).to(torch.float32)
-    stored = groups.sub_(zeros).mul_(scales).flatten(1).to(dtype)
+    groups = codes.reshape(len(ids), scales.shape[1], codes.shape[1] // scales.shape[1])
+    stored = groups.to(torch.float32).sub_(zeros).mul_(scales).reshape(codes.shape).to(dtype)
     if weight.columns is None:
         return stored
     real = weight.columns >= 0
@@ -34,7 +34,7 @@ def rows(weight: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
 def _codes(words: Tensor, bits: int) -> Tensor:
     """int32 ``[n, words]`` → int32 ``[n, columns]``."""
     if bits == 3:
-        return _three_bits(words.unflatten(1, (-1, 3)))
+        return _three_bits(words.reshape(len(words), words.shape[1] // 3, 3))
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)
 

@@ -40,8 +40,9 @@ def scale_of(module: nn.Embedding) -> float | None:
     """
     if type(module) is nn.Embedding:
         return 1.0 if module.max_norm is None else None
-    row = torch.randn(1, module.embedding_dim, generator=torch.Generator().manual_seed(0))
-    ids = torch.zeros(1, dtype=torch.int64)
+    random = torch.Generator().manual_seed(0)
+    row = torch.randn(1, module.embedding_dim, generator=random, device="cpu")
+    ids = torch.zeros(1, dtype=torch.int64, device="cpu")
     one, drawn = (
         torch.func.functional_call(module, {"weight": weight}, (ids,))
         for weight in (torch.ones_like(row), row)
