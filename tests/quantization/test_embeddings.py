@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from children import Run
+from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM
 
 import llmquant
@@ -316,3 +318,28 @@ def test_gguf_holds_rows_of_8_bits_exactly(folders: dict[str, Path], tmp_path: P
     found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
     expected = PackedCheckpoint(CheckpointReader(folders["tied"])).weight(EMBED).dequantize()
     assert torch.equal(found, expected)
+
+
+def test_scaled_embeddings_keep_their_scale(rtn: Recipe, tmp_path: Path) -> None:
+    """Gemma 3 multiplies the rows that it looks up, and not the tied head."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS["gemma3_text"])
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).half().save_pretrained(tmp_path / "source")
+    recipe = rtn.updated({"weights.group_size": 16, "embeddings": {"bits": 8}})
+    folder = quantize(tmp_path / "source", tmp_path / "out", recipe).path
+    packed = llmquant.load(folder, dtype="float32", kernel="reference")
+    embedding = packed.get_input_embeddings()
+    assert isinstance(embedding, PackedEmbedding)
+    assert embedding.scale == pytest.approx(config.hidden_size**0.5)
+    assert packed.get_output_embeddings() is embedding.table
+    dense = convert(folder, "dense", tmp_path / "dense", ConvertOptions(dtype="float32")).path
+    ids = IDS % config.vocab_size
+    expected = packed(ids).logits
+    assert torch.equal(llmquant.load(dense, dtype="float32")(ids).logits, expected)
+    llmquant.register_with_transformers(kernel="reference")
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        llmquant.unregister_from_transformers()
+    assert torch.equal(theirs(ids).logits, expected)
