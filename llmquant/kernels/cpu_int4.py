@@ -132,7 +132,7 @@ class CpuInt4:
         assert packed is not None
         scales, shift = _scales(prepared).to(torch.float32), prepared.get("shift")
         codes = int4pack.unpack(packed, _block()).to(torch.float32).sub_(8.0)
-        grouped = codes.view(codes.shape[0], scales.shape[0], -1)
+        grouped = codes.view(codes.shape[0], scales.shape[0], codes.shape[1] // scales.shape[0])
         if shift is not None:
             grouped.add_(shift.T.unsqueeze(-1))
         weight = grouped.mul_(scales.T.unsqueeze(-1)).view(codes.shape)[: shape[0]].to(dtype)
