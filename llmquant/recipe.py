@@ -25,6 +25,7 @@ from llmquant.recipe_sections import (
     AWQ,
     GPTQ,
     CalibrationOptions,
+    Embeddings,
     Override,
     Rotation,
     Scales,
@@ -52,6 +53,7 @@ class Recipe(Strict):
     awq: AWQ | None = None
     smooth: Smooth | None = None
     tune: Tune | None = None
+    embeddings: Embeddings | None = None
     include: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ("lm_head",)
     calibration: CalibrationOptions = CalibrationOptions()
@@ -155,8 +157,25 @@ class Recipe(Strict):
         )
         return included and not ignored
 
+    def head_weights(self, *names: str) -> Weights | None:
+        """The grid of a head that is a linear of its own, by its names; None where it stays as it
+        is.
+
+        A head that the patterns select has the grid of any linear, another one that of
+        ``embeddings``.
+        """
+        if self.selects(*names):
+            return self.weights_of(*names)
+        wanted = self.embeddings
+        return wanted.weights if wanted is not None and wanted.head else None
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """All that the recipe says. ``embeddings`` is left out where there are none: earlier
+        versions do not know the key."""
+        content = self.model_dump(mode="json")
+        if self.embeddings is None:
+            del content["embeddings"]
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
         """Of what the recipe says. A section that is off is left out, so that a later version's new

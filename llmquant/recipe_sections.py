@@ -62,6 +62,35 @@ class Weights(Strict):
         return self
 
 
+class Embeddings(Strict):
+    """The token embeddings, and the head with them; symmetric. Where no group size is given, 8 bits
+    have a scale per row and 4 bits groups of 32.
+
+    A head that is tied to the embeddings shares their packed tensors. One of its own gets the same
+    grid as a linear, unless ``head: false`` keeps it as it is or the recipe selects it by itself.
+    """
+
+    bits: Literal[4, 8] = 8
+    group_size: int = -1
+    head: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_group(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("bits") == 4:
+            return {"group_size": 32, **data}
+        return data
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(bits=self.bits, group_size=self.group_size)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Embeddings:
+        _ = self.weights
+        return self
+
+
 class Override(Strict):
     """Other weights for the linears that ``match``; what is not given is as in ``Recipe.weights``.
     The first match counts."""

@@ -89,6 +89,14 @@ class Sensitivity(StrEnum):
     block = "block"
 
 
+class EmbeddingBits(StrEnum):
+    """Of token embeddings, and of the head."""
+
+    eight = "8"
+    four = "4"
+    none = "none"
+
+
 class Engine(StrEnum):
     """What must be able to run the result."""
 
@@ -132,6 +140,13 @@ GroupSizeOption = Annotated[
 ]
 SymOption = Annotated[
     bool | None, typer.Option("--sym/--asym", help="Symmetric, or asymmetric with zero-points.")
+]
+EmbeddingsOption = Annotated[
+    EmbeddingBits | None,
+    typer.Option(
+        "--embeddings",
+        help="Bits of the token embeddings and the head: 8 (a scale per row), 4 (groups of 32), none.",
+    ),
 ]
 RotateOption = Annotated[
     bool | None,

@@ -57,6 +57,8 @@ def recipe_of(options: Mapping[str, Any], default: Choice | None = None) -> Reci
             - ``method``: see :func:`llmquant.cli.method.parse_method`;
             - ``rotate``: switch the recipe's rotation on (its own settings kept where it has any)
               or off;
+            - ``embeddings``: ``8`` or ``4`` bits for token embeddings and head, or ``none``; the
+              recipe's own section is kept where it has these bits already;
             - ``include``: replaces the recipe's patterns. One that the recipe ignores by the same
               words is no longer ignored: asking for ``lm_head`` means it;
             - ``ignore``: adds to the recipe's patterns.
@@ -84,4 +86,7 @@ def recipe_of(options: Mapping[str, Any], default: Choice | None = None) -> Reci
     recipe = recipe.updated(changes)
     if rotate is not None:
         recipe = recipe.updated({"rotation": (recipe.rotation or {}) if rotate else None})
+    bits = options.get("embeddings")
+    if bits is not None and (recipe.embeddings is None or str(recipe.embeddings.bits) != bits):
+        recipe = recipe.updated({"embeddings": None if bits == "none" else {"bits": int(bits)}})
     return recipe if method is None else parse_method(method).applied_to(recipe)

@@ -19,7 +19,8 @@ from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
 from llmquant.models.reading.fit import fitted, placeless
-from llmquant.models.selection import PLACELESS, ROUTER, linears_of
+from llmquant.models.reading.linears import linears_of
+from llmquant.models.selection import PLACELESS, ROUTER, SHARED
 from llmquant.runtime.devices import DTYPES
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
@@ -108,8 +109,12 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
     known = manifest.skipped if manifest else {}
     routers = dict.fromkeys(linears.routers, ROUTER)
     skipped = routers | dict.fromkeys(linears.placeless, PLACELESS)
+    table = None if linears.embedding is None else linears.embedding[0]
+    tied = dict.fromkeys(linears.shared if table in schemes else (), SHARED)
     skipped |= {
-        n: known.get(n, "unquantized in the source") for n in linears.shapes if n not in schemes
+        n: tied.get(n) or known.get(n, "unquantized in the source")
+        for n in linears.shapes
+        if n not in schemes
     }
     return Source(packed, skipped, linears.head, manifest, fit.notes)
 

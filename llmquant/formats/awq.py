@@ -24,7 +24,7 @@ from torch import Tensor
 from llmquant import bitpack
 from llmquant.activations import Activations
 from llmquant.errors import FormatError
-from llmquant.formats.base import HEADS, Plain, Scheme, exact, require
+from llmquant.formats.base import HEADS, Plain, Scheme, exact, linears_only, require
 from llmquant.formats.compressed_tensors.config_groups import ignore_list
 from llmquant.formats.gptq_config import packed_modules
 from llmquant.spec import QuantSpec
@@ -57,6 +57,8 @@ class Awq(Plain):
     def why_not_together(
         self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()
     ) -> str | None:
+        if reason := linears_only(schemes):
+            return reason
         kinds = sorted({str(s.spec) for s in schemes.values()})
         if len(kinds) > 1:
             return f"AWQ has one scheme for all modules, not {' and '.join(kinds)}; use compressed-tensors or gptq"

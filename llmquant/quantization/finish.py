@@ -38,7 +38,7 @@ def store_block(block: BlockResult, plan: WalkPlan, writer: CheckpointWriter) ->
     """Pack a block's linears and carry its other tensors over.
 
     Args:
-        block: of the walk; the head's holds nothing to carry.
+        block: of the walk; the head's and the embeddings' hold nothing to carry.
         plan: of the walk.
         writer: that gets the tensors.
 
@@ -54,6 +54,8 @@ def store_block(block: BlockResult, plan: WalkPlan, writer: CheckpointWriter) ->
         outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
     if block.tuned is not None:
         outcome.tuned[prefix] = block.tuned
+    if plan.embedding is not None and plan.embedding in block.weights:
+        return outcome
     moved = plan.source.rescaled.moved(None if block.index is None else prefix)
     if moved or block.scaled:
         place = prefix if block.index is not None else next(iter(block.weights))
@@ -229,6 +231,7 @@ def prove(writer: CheckpointWriter, plan: WalkPlan, outcome: Outcome, manifest: 
         n
         for n in plan.reader.tensors
         if n not in written
+        and not plan.repeats(n)
         and not (n.endswith(".weight") and n.removesuffix(".weight") in outcome.modules)
     ]
     if lost:

@@ -21,10 +21,11 @@ from llmquant.formats import layout_of
 from llmquant.models import architectures
 from llmquant.models.from_folder import empty_model, load_tokenizer
 from llmquant.models.reading.fit import fitted, placeless
+from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.models.rotated import rotated
 from llmquant.models.selection import fitted as fitted_recipe
-from llmquant.models.selection import linears_of, select
+from llmquant.models.selection import select
 from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
 from llmquant.quantization.steps.rescaling import RescaledReader

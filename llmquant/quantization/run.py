@@ -194,7 +194,8 @@ class _Run:
         """Walk through what is not done yet."""
         if saved.blocks == saved.total:
             return
-        start = min(saved.blocks, self.plan.blocks)
+        steps = self.plan.blocks + (self.plan.embedding is not None)
+        start = min(saved.blocks, steps)
         for block in walk(self.plan, self.windows, self.events.on_progress, saved.store, start):
             done = store_block(block, self.plan, writer)
             saved.block_done(done)
@@ -226,13 +227,19 @@ class _Run:
 
     def _left(self, outcome: Outcome) -> list[str]:
         packed = {f"{name}.weight" for name in outcome.modules}
-        return [n for n in self.plan.reader.tensors if n not in outcome.copied and n not in packed]
+        return [
+            n
+            for n in self.plan.reader.tensors
+            if n not in outcome.copied and n not in packed and not self.plan.repeats(n)
+        ]
 
     def _bytes_expected(self) -> int:
         """Of all tensors of the result."""
         sizes, schemes, total = Sizes(self.plan.layout), self.plan.selection.schemes, 0
         for name, info in self.plan.reader.tensors.items():
             scheme = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if self.plan.repeats(name):
+                continue
             if scheme is None or len(info.shape) != 2:
                 total += info.nbytes
             else:

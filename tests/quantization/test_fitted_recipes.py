@@ -14,7 +14,8 @@ from tiny_models import EXAMPLE
 
 from llmquant.formats import FORMATS
 from llmquant.models.architectures import ARCHITECTURES
-from llmquant.models.selection import Linears, fitted, select
+from llmquant.models.reading.linears import Linears
+from llmquant.models.selection import fitted, select
 from llmquant.recipe import Recipe, load_recipe
 
 LLAMA = ARCHITECTURES["llama"]

@@ -123,7 +123,7 @@ def _tell(facts: dict[str, Any], warnings: tuple[str, ...], quiet: bool, as_json
         said = f"{facts['path']}: {facts['format']}, {facts['bytes_written'] / 1e6:,.2f} MB"
         if "modules" in facts:
             said += f" (was {facts['source_format']}, {facts['source_bytes'] / 1e6:,.2f} MB); {facts['scheme']}"
-            said += f"\nproved: the numbers of {facts['modules']} linears, re-read from disk, equal the source's"
+            said += f"\nproved: the numbers of {facts['modules']} packed modules, re-read from disk, equal the source's"
         sys.stdout.write(said + "\n")
     if not quiet and not as_json:
         for note in facts.get("notes", ()):

@@ -68,6 +68,7 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
         "parameters": found.parameters,
         "linears": found.linears,
         "quantized": found.quantized,
+        "embeddings": found.embeddings,
         "coverage": found.coverage,
         "bits_per_weight": found.bits_per_weight,
         "weights_sha256": found.weights_sha256,
@@ -120,6 +121,8 @@ def _facts(found: Inspection, verified: bool, notes: Sequence[str]) -> Iterator[
     yield "format", found.format or "not quantized"
     yield "scheme", found.scheme
     yield "linears", f"{found.quantized} of {found.linears} quantized"
+    if found.embeddings is not None:
+        yield "embeddings", found.embeddings
     yield "coverage", f"{found.coverage:.1%} of {found.parameters:,} parameters"
     if found.bits_per_weight is not None:
         yield "size", f"{found.bits_per_weight:.3f} bits per quantized weight"

@@ -17,6 +17,7 @@ from llmquant.cli.options import (
     CalibrationDtypeOption,
     CalibrationOption,
     DeviceOption,
+    EmbeddingsOption,
     ExplainOption,
     FormatOption,
     GroupSizeOption,
@@ -50,6 +51,7 @@ def plan_command(
     bits: BitsOption = None,
     group_size: GroupSizeOption = None,
     sym: SymOption = None,
+    embeddings: EmbeddingsOption = None,
     rotate: RotateOption = None,
     layout: FormatOption = None,
     include: IncludeOption = None,
@@ -182,6 +184,7 @@ _DOING = {
     "pass": "a block runs",
     "statistics": "inputs of the widest linear are observed",
     "tuning": "a block is tuned",
+    "packing": "the embeddings are packed",
 }
 
 

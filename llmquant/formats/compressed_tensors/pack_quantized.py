@@ -25,7 +25,7 @@ from torch import Tensor
 from llmquant import bitpack
 from llmquant.activations import Activations
 from llmquant.errors import FormatError, SpecError
-from llmquant.formats.base import HEADS, Plain, Scheme, exact, require
+from llmquant.formats.base import HEADS, Plain, Scheme, exact, is_embedding, require
 from llmquant.formats.compressed_tensors.config_groups import (
     group_of,
     groups_of,
@@ -137,11 +137,11 @@ class CompressedTensors(Plain):
         members: dict[Scheme, list[str]] = {}
         for module, scheme in schemes.items():
             members.setdefault(scheme, []).append(module)
-        uniform = len(members) == 1
+        # Embeddings are always named; the linears are, where they differ.
+        uniform = sum(not all(map(is_embedding, m)) for m in members.values()) == 1
         groups = {
             f"group_{i}": {
-                # vLLM's head is not a Linear: a quantized one must be named.
-                "targets": ["Linear", *(m for m in modules if m in HEADS)] if uniform else modules,
+                "targets": _targets(modules) if uniform else modules,
                 "weights": _weights(scheme),
                 "input_activations": None,
                 "output_activations": None,
@@ -175,6 +175,13 @@ class CompressedTensors(Plain):
                 group_of(module, groups), module, f"{module}.weight_g_idx" in names
             )
         return found
+
+
+def _targets(modules: list[str]) -> list[str]:
+    """Of a group that has all linears, or none. vLLM's head is not a Linear, and no embedding is:
+    quantized ones must be named."""
+    named = [m for m in modules if m in HEADS or is_embedding(m)]
+    return named if all(map(is_embedding, modules)) else ["Linear", *named]
 
 
 def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
