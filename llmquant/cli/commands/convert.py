@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.options import JsonOption, OverwriteOption, QuietOption, ThreadsOption
+from llmquant.cli.options import (
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    ThreadsOption,
+    from_home,
+)
 from llmquant.cli.screen import screen
 from llmquant.cli.sizes import check_shard_size
 from llmquant.cli.stopping import stoppable
@@ -34,7 +40,10 @@ def convert_command(
         typer.Option(help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to make (for gguf: the file).")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to make (for gguf: the file).", callback=from_home
+        ),
     ],
     dtype: Annotated[
         str,
