@@ -229,6 +229,8 @@ def _validate(data: object, origin: str) -> Recipe:
 def _said(problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden":
         return "there is no such key"
+    if problem["type"] in ("model_type", "dict_type"):
+        return f"it is {problem['input']!r:.60}, not a mapping of keys"
     return problem["msg"].removeprefix("Value error, ")
 
 

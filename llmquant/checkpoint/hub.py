@@ -17,13 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmquant.checkpoint.atomic import refuse_bytes
 from llmquant.checkpoint.companions.files import sort_files
 from llmquant.checkpoint.gguf.header import is_gguf
 from llmquant.checkpoint.weights.files import weight_names
-from llmquant.checkpoint.weights.json_files import read_json
+from llmquant.checkpoint.weights.json_files import lost, read_json
 from llmquant.errors import CheckpointError, UnfitModelError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+_ADDRESS = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 # What a folder's quantization is read from, and its record.
 _RECORDS = ("quantize_config.json", "quant_config.json", "manifest.json", "recipe.yaml")
 
@@ -45,6 +47,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     try:
         path = Path(name).expanduser()
         if path.is_dir():
+            refuse_bytes(path)
             return path
         is_file = path.is_file()
     except (RuntimeError, OSError) as e:  # a ~ that is nobody's home; a name longer than any file's
@@ -55,10 +58,14 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         return cached_folder(path)
     if is_file:
         raise UsageError(f"{name} is a file; give the model folder that holds it")
+    if (gone := lost(path)) is not None:
+        raise UsageError(gone)
     if path.suffix.lower() == ".gguf":
         raise UsageError(f"{name} is not there; give a GGUF file, a model folder or a hub name")
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name} is neither a folder nor a hub name like org/model")
+        address = _ADDRESS.match(name)
+        way_out = f"; give {address[1]}" if address else ""
+        raise UsageError(f"{name} is neither a folder nor a hub name like org/model{way_out}")
     return _download(name)
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from llmquant.checkpoint.atomic import utf8
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json, sha256_file
 from llmquant.errors import CheckpointError, FormatError, ProofError, UnfitModelError
@@ -79,7 +80,7 @@ class Manifest(Record):
             del whole["store_dtype"]
         if not self.fitted:
             del whole["fitted"]
-        return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+        return utf8(json.dumps(whole, indent=1, ensure_ascii=False) + "\n").decode()
 
 
 def versions() -> dict[str, str]:

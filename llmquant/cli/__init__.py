@@ -117,3 +117,9 @@ def main() -> None:
     except OSError as e:
         sys.stderr.write(f"error: the operating system refused: {e}\n")
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as e:
+        # torch has no kind of its own for this on a CPU
+        if isinstance(e, RuntimeError) and "allocate memory" not in str(e):
+            raise
+        sys.stderr.write(f"error: this machine has no more memory: {e}\n")
+        raise SystemExit(1) from None

@@ -61,7 +61,10 @@ KernelOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, help="Threads to compute with [default: torch's own, one per core]."
+        "--threads",
+        min=1,
+        max=1024,
+        help="Threads to compute with [default: torch's own, one per core].",
     ),
 ]
 """For :func:`llmquant.set_threads`."""
@@ -107,9 +110,19 @@ class Engine(StrEnum):
     transformers = "transformers"
 
 
+def from_home(path: Path | None) -> Path | None:
+    """A path with ``~`` as the home folder: in ``--output=~/x`` a shell leaves it as it is, and a
+    folder of that name is hard to remove."""
+    try:
+        return path if path is None else path.expanduser()
+    except RuntimeError:
+        return path  # nobody's home
+
+
 ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub name.")]
 OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to make.")
+    Path,
+    typer.Option("--output", "-o", metavar="FOLDER", help="Folder to make.", callback=from_home),
 ]
 
 # What a recipe says.
@@ -232,7 +245,10 @@ RestartOption = Annotated[
 ]
 LogOption = Annotated[
     Path | None,
-    typer.Option(help="JSON line per linear and block; default: OUTPUT.quantize.log.jsonl."),
+    typer.Option(
+        help="JSON line per linear and block; default: OUTPUT.quantize.log.jsonl.",
+        callback=from_home,
+    ),
 ]
 
 # The result.

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from llmquant import bitpack
 from llmquant.activations import Activations
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, LayoutError
 from llmquant.formats import gptq_config
 from llmquant.formats.base import Plain, Scheme, exact, linears_only, require
 from llmquant.spec import QuantSpec
@@ -73,7 +73,7 @@ class Gptq(Plain):
             Scheme(weight.spec, weight.g_idx is not None, activations), weight.shape
         )
         if reason:
-            raise FormatError(reason)
+            raise LayoutError(reason)
         bits = weight.spec.bits
         return {
             "qweight": bitpack.pack(weight.codes, bits).T.contiguous(),

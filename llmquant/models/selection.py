@@ -139,6 +139,10 @@ def select(
             f"the blocks' matrices are in {linears.strange[inside[0]]} modules (such as {inside[0]}), which llmquant and "
             "engines do not read packed; only models of plain Linear layers can be quantized"
         )
+    if not schemes and not any(_block_of(n, architecture) for n in linears.shapes):
+        raise ArchitectureError(
+            "the model of config.json has no decoder blocks with linears (num_hidden_layers is 0 or less?)"
+        )
     if not schemes and not table:
         raise UsageError(
             f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"

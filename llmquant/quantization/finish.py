@@ -79,7 +79,7 @@ def store(
     try:
         packed = plan.layout.pack(weight, plan.reader.info(f"{name}.weight").dtype, activations)
     except FormatError as e:
-        raise FormatError(f"{name}: {e}") from e
+        raise e.at(name) from e
     writer.add_together({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
     return packed
 

@@ -19,7 +19,7 @@ from llmquant.data.sources import read_documents
 from llmquant.errors import SourceError, UsageError
 from llmquant.formats import layout_of
 from llmquant.models import architectures
-from llmquant.models.from_folder import empty_model, load_tokenizer
+from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
@@ -59,6 +59,7 @@ def prepare(
     """
     stored = unquantized(model)
     model_type = str(stored.config.get("model_type"))
+    read_config(stored.path)  # values that cannot be are no kind of model
     # Of such a model tensors have other names too; that would be the symptom.
     architectures.refuse_kind(stored.config, model_type)
     layout_of(recipe.format)

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 CONFUSED = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     ImportError,
     LookupError,

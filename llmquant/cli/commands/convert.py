@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.options import JsonOption, OverwriteOption, QuietOption, ThreadsOption
+from llmquant.cli.options import (
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    ThreadsOption,
+    from_home,
+)
 from llmquant.cli.progress import steps
 from llmquant.cli.sizes import check_shard_size
 from llmquant.cli.stopping import stoppable
@@ -35,7 +41,10 @@ def convert_command(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to make (for gguf: the file).")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to make (for gguf: the file).", callback=from_home
+        ),
     ],
     dtype: Annotated[
         str,

@@ -137,7 +137,10 @@ def _options(given: Mapping[str, Any]) -> QuantizeOptions:
     from llmquant.runtime.threads import set_threads
 
     set_threads(given["threads"])
-    limit, output = given["max_memory"], given["output"].absolute()
+    limit, output, log = given["max_memory"], given["output"].absolute(), given["log"]
+    if log is not None and (log.is_dir() or not log.absolute().parent.is_dir()):
+        problem = "is a folder" if log.is_dir() else "is in a folder that does not exist"
+        raise UsageError(f"--log {log} {problem}; give a file in a folder that does")
     same = (
         "device",
         "dtype",
@@ -153,7 +156,7 @@ def _options(given: Mapping[str, Any]) -> QuantizeOptions:
         evaluation=given["eval_text"],
         max_memory=None if limit is None else parse_size("--max-memory", limit),
         world=World.of(),
-        log=given["log"] or output.with_name(f"{output.name}.quantize.log.jsonl"),
+        log=log or output.with_name(f"{output.name}.quantize.log.jsonl"),
     )
 
 

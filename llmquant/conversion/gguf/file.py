@@ -28,7 +28,7 @@ from llmquant.checkpoint.gguf.cursor import package
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
-from llmquant.errors import FormatError, ProofError, UsageError
+from llmquant.errors import FormatError, LayoutError, ProofError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats import gguf as blocks
 from llmquant.models.reading.fit import fitted
@@ -115,7 +115,7 @@ def _sources(
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None or target.endswith(".bias"):
-            raise FormatError(f"{reader.path}: {name} has no place in llama.cpp's llama models")
+            raise LayoutError(f"{reader.path}: {name} has no place in llama.cpp's llama models")
         found.append(_Source(name, target, schemes.get(name.removesuffix(".weight"))))
     if model.rope_factors is not None:
         found.append(_Source("config.json", _ROPE, None))
@@ -123,7 +123,7 @@ def _sources(
         assert packed is not None  # schemes came from it
         reason = blocks.why_not(scheme, packed.shape(module))
         if reason:
-            raise FormatError(f"{reader.path}: {module}: {reason}")
+            raise LayoutError(f"{reader.path}: {module}: {reason}")
     return found
 
 
@@ -158,10 +158,10 @@ class _Reader:
             try:
                 return blocks.smallest(self.weight(source))
             except FormatError as e:
-                raise FormatError(f"{self.reader.path}: {source.name}: {e}") from e
+                raise e.at(f"{self.reader.path}: {source.name}") from e
         dtype = self.dense(source).dtype
         if dtype not in _DENSE:
-            raise FormatError(
+            raise LayoutError(
                 f"{self.reader.path}: {source.name} is {dtype}, which is not a weight GGUF holds"
             )
         return _DENSE[dtype]
@@ -241,4 +241,4 @@ def read_weights(path: str | os.PathLike[str]) -> Iterator[tuple[str, QuantizedW
             try:
                 yield tensor.name, blocks.unpack(torch.from_numpy(tensor.data.copy()), kind)
             except FormatError as e:
-                raise FormatError(f"{path}: {tensor.name}: {e}") from e
+                raise e.at(f"{path}: {tensor.name}") from e

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmquant import bitpack
 from llmquant.activations import Activations
-from llmquant.errors import FormatError, SpecError
+from llmquant.errors import FormatError, LayoutError, SpecError
 from llmquant.formats.base import HEADS, Plain, Scheme, exact, is_embedding, require
 from llmquant.formats.compressed_tensors.config_groups import (
     group_of,
@@ -210,14 +210,14 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def _parse(group: Mapping[str, Any], module: str, has_g_idx: bool) -> Scheme:
     args = group.get("weights") or {}
     if group.get("input_activations"):
-        raise FormatError(f"{module}: packed weights with quantized activations are not supported")
+        raise LayoutError(f"{module}: packed weights with quantized activations are not supported")
     strategy, bits = args.get("strategy"), args.get("num_bits")
     if (
         args.get("type", "int") != "int"
         or strategy not in ("group", "channel")
         or not isinstance(bits, int)
     ):
-        raise FormatError(
+        raise LayoutError(
             f"{module}: cannot read weights of type {args.get('type')}, strategy {strategy}, {bits} bits"
         )
     group_size = None if strategy == "channel" else args.get("group_size")
