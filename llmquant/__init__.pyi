@@ -2,6 +2,7 @@
 
 from .checkpoint.card import MEASURED_END as MEASURED_END
 from .checkpoint.card import MEASURED_START as MEASURED_START
+from .checkpoint.gguf.folder import ImportResult as ImportResult
 from .checkpoint.hub import resolve as resolve
 from .checkpoint.inspect import Inspection as Inspection
 from .checkpoint.inspect import inspect as inspect
@@ -15,6 +16,8 @@ from .conversion import (
 from .conversion import (
     convert as convert,
 )
+from .conversion.gguf.importing import ImportOptions as ImportOptions
+from .conversion.gguf.importing import import_gguf as import_gguf
 from .data.calibration import Calibration as Calibration
 from .data.calibration import calibrate as calibrate
 from .data.sources import Documents as Documents

@@ -61,7 +61,10 @@ KernelOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, help="Threads to compute with [default: torch's own, one per core]."
+        "--threads",
+        min=1,
+        max=1024,
+        help="Threads to compute with [default: torch's own, one per core].",
     ),
 ]
 """For :func:`llmquant.set_threads`."""
@@ -89,6 +92,14 @@ class Sensitivity(StrEnum):
     block = "block"
 
 
+class EmbeddingBits(StrEnum):
+    """Of token embeddings, and of the head."""
+
+    eight = "8"
+    four = "4"
+    none = "none"
+
+
 class Engine(StrEnum):
     """What must be able to run the result."""
 
@@ -99,15 +110,35 @@ class Engine(StrEnum):
     transformers = "transformers"
 
 
+def from_home(path: Path | None) -> Path | None:
+    """A path with ``~`` as the home folder: in ``--output=~/x`` a shell leaves it as it is, and a
+    folder of that name is hard to remove."""
+    try:
+        return path if path is None else path.expanduser()
+    except RuntimeError:
+        return path  # nobody's home
+
+
 ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub name.")]
 OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to make.")
+    Path,
+    typer.Option("--output", "-o", metavar="FOLDER", help="Folder to make.", callback=from_home),
 ]
 
 # What a recipe says.
 RecipeOption = Annotated[
     str | None,
-    typer.Option(metavar="RECIPE", help="Recipe file, or a name from `llmquant recipes`."),
+    typer.Option(
+        metavar="RECIPE",
+        help="Recipe file, or a name from `llmquant recipes` [default: by the model's size; see --explain].",
+    ),
+]
+ExplainOption = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say which recipe the model gets where none is named, why, and what others cost; do nothing else.",
+    ),
 ]
 MethodOption = Annotated[
     str | None,
@@ -122,6 +153,13 @@ GroupSizeOption = Annotated[
 ]
 SymOption = Annotated[
     bool | None, typer.Option("--sym/--asym", help="Symmetric, or asymmetric with zero-points.")
+]
+EmbeddingsOption = Annotated[
+    EmbeddingBits | None,
+    typer.Option(
+        "--embeddings",
+        help="Bits of the token embeddings and the head: 8 (a scale per row), 4 (groups of 32), none.",
+    ),
 ]
 RotateOption = Annotated[
     bool | None,
@@ -207,7 +245,10 @@ RestartOption = Annotated[
 ]
 LogOption = Annotated[
     Path | None,
-    typer.Option(help="JSON line per linear and block; default: OUTPUT.quantize.log.jsonl."),
+    typer.Option(
+        help="JSON line per linear and block; default: OUTPUT.quantize.log.jsonl.",
+        callback=from_home,
+    ),
 ]
 
 # The result.

@@ -54,6 +54,12 @@ class Chat:
         """The turns as a template reads them."""
         return [message.plain() for message in self.messages]
 
+    @property
+    def offered(self) -> list[str]:
+        """Names of the tools."""
+        tools = json.loads(self.tools) if self.tools else []
+        return [name for tool in tools if isinstance(name := _function(tool).get("name"), str)]
+
     def as_json(self) -> object:
         """What identifies the chat: its turns, with its tools where it has any."""
         if not self.tools:

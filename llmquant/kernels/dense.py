@@ -61,3 +61,13 @@ class Dense:
                 f"kernel dense keeps the weight in {weight.dtype} only; load with kernel reference for {dtype}"
             )
         return weight
+
+    def rows(
+        self,
+        prepared: Prepared,
+        ids: Tensor,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return self.weight(prepared, spec, shape, dtype)[ids]

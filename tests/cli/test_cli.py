@@ -379,7 +379,12 @@ MISTAKES = [
         2,
         "group_size=48 does not divide its 64 input columns",
     ),
-    ("default group", (*Q, "--method", "rtn"), 2, "sizes that do: 8, 16, 32, or -1"),
+    (
+        "group of 128",
+        (*Q, "--method", "rtn", "--group-size", "128"),
+        2,
+        "sizes that do: 8, 16, 32, or -1",
+    ),
     (
         "no calibration",
         (*Q, "--group-size", "32"),
@@ -529,7 +534,7 @@ MISTAKES = [
         "config.json is missing; is",
     ),
     ("plan: quantized", ("plan", "{q}"), 2, "is already quantized (compressed-tensors)"),
-    ("plan: indivisible", ("plan", "{m}"), 2, "does not divide"),
+    ("plan: indivisible", ("plan", "{m}", "--group-size", "128"), 2, "does not divide"),
     ("inspect: no model", ("inspect", "{folder}"), 2, "config.json is missing"),
     (
         "inspect: no record",

@@ -21,6 +21,7 @@ from llmquant_eval.models.resolve import (
     ServedModel,
     max_positions,
     resolve_models,
+    vocabulary_size,
 )
 from llmquant_eval.report.files import user_cache
 from llmquant_eval.report.schema import TextRows
@@ -97,6 +98,7 @@ def make_plan(request: Request, tell: Callable[[str], None] = tell_nobody) -> Ev
         for p in protocols
         if documents is not None
     )
+    _check_ids(streams, models)
     tasks = None
     if request.tasks is not None:
         from llmquant_eval.tasks.harness import plan_tasks
@@ -221,6 +223,22 @@ def _tokenizers(
             f"{served[0].source} does not say how it tokenizes; give the folder of its model with --tokenizer"
         )
     return tokenizers | {m.label: shared for m in served}
+
+
+def _check_ids(streams: Sequence[TokenStream], models: Sequence[AnyModel]) -> None:
+    """Refuse token ids that a model's embedding has no row for.
+
+    Raises:
+        UsageError: naming the model.
+    """
+    highest = max((int(s.ids.max()) for s in streams), default=-1)
+    for model in (m for m in models if isinstance(m, ModelFolder)):
+        rows = vocabulary_size(model.path)
+        if highest >= rows:
+            raise UsageError(
+                f"{model.label}: the tokenizer gives token id {highest}, but the model's embedding has {rows} rows; "
+                "the tokenizer belongs to another model"
+            )
 
 
 def _rows(documents: Documents) -> TextRows:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmquant.checkpoint.weights.json_files import read_json
+from llmquant.checkpoint.weights.json_files import lost, read_json
 from llmquant.errors import CheckpointError, UnfitModelError
 from llmquant.runtime.finite import some
 
@@ -70,13 +70,18 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> WeightFiles:
         what :func:`weight_names` raises.
     """
     here = [path.name for path in folder.iterdir() if path.is_file()]
-    names = weight_names(
-        str(folder),
-        config,
-        here,
-        exists=lambda name: (folder / name).is_file(),
-        read_index=lambda name: read_json(folder / name),
-    )
+    try:
+        names = weight_names(
+            str(folder),
+            config,
+            here,
+            exists=lambda name: (folder / name).is_file(),
+            read_index=lambda name: read_json(folder / name),
+        )
+    except CheckpointError as e:
+        links = filter(None, map(lost, sorted(folder.iterdir())))
+        named = next((link for link in links if ".safetensors" in link), None)
+        raise (CheckpointError(named) if named else e) from e
     files = tuple(folder / name for name in names.files)
     return WeightFiles(files, names.weight_map, names.unnamed, _beside(here, names))
 

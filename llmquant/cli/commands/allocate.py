@@ -35,6 +35,7 @@ from llmquant.cli.options import (
     SensitivityOption,
     StoreDtypeOption,
     ThreadsOption,
+    from_home,
 )
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.progress import progress
@@ -58,7 +59,9 @@ def allocate_command(
             help="At most this many bits per selected weight, scales and zero-points included."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Recipe file to write.", callback=from_home)
+    ],
     recipe: Annotated[
         str | None,
         typer.Option(

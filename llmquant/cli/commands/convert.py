@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.options import JsonOption, OverwriteOption, QuietOption, ThreadsOption
-from llmquant.cli.screen import screen
+from llmquant.cli.options import (
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    ThreadsOption,
+    from_home,
+)
+from llmquant.cli.progress import steps
 from llmquant.cli.sizes import check_shard_size
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
@@ -37,7 +41,10 @@ def convert_command(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to make (for gguf: the file).")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to make (for gguf: the file).", callback=from_home
+        ),
     ],
     dtype: Annotated[
         str,
@@ -80,14 +87,16 @@ def convert_command(
             )
         from llmquant.checkpoint.hub import resolve
         from llmquant.conversion.gguf.file import export_gguf
+        from llmquant.conversion.source import refuse_gguf
 
+        refuse_gguf(model)
         exported = export_gguf(resolve(model), output, overwrite=overwrite)
         _tell(_gguf_facts(exported), (), quiet, as_json)
         return
     from llmquant.conversion import ConvertOptions, convert
 
     options = ConvertOptions(dtype, scale_dtype, base, overwrite, max_shard_size)
-    with stoppable(), _progress(hidden=quiet or as_json) as on_progress:
+    with stoppable(), steps(hidden=quiet or as_json) as on_progress:
         result = convert(model, to, output, options, on_progress)
     _tell(_facts(result), result.warnings, quiet, as_json)
 
@@ -123,25 +132,10 @@ def _tell(facts: dict[str, Any], warnings: tuple[str, ...], quiet: bool, as_json
         said = f"{facts['path']}: {facts['format']}, {facts['bytes_written'] / 1e6:,.2f} MB"
         if "modules" in facts:
             said += f" (was {facts['source_format']}, {facts['source_bytes'] / 1e6:,.2f} MB); {facts['scheme']}"
-            said += f"\nproved: the numbers of {facts['modules']} linears, re-read from disk, equal the source's"
+            said += f"\nproved: the numbers of {facts['modules']} packed modules, re-read from disk, equal the source's"
         sys.stdout.write(said + "\n")
     if not quiet and not as_json:
         for note in facts.get("notes", ()):
             sys.stderr.write(f"note: {note}\n")
     for warning in warnings:
         sys.stderr.write(f"warning: {warning}\n")
-
-
-@contextmanager
-def _progress(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over linears, on stderr."""
-    from rich.progress import Progress
-
-    console = screen(stderr=True)
-    with Progress(
-        console=console, disable=hidden or not console.is_terminal, transient=True
-    ) as progress:
-        task = progress.add_task("reading", total=None)
-        yield lambda phase, done, total: progress.update(
-            task, description=phase, completed=done, total=total
-        )

@@ -68,6 +68,7 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
         "parameters": found.parameters,
         "linears": found.linears,
         "quantized": found.quantized,
+        "embeddings": found.embeddings,
         "coverage": found.coverage,
         "bits_per_weight": found.bits_per_weight,
         "weights_sha256": found.weights_sha256,
@@ -76,6 +77,7 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
         "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
         "cautions": {engine: list(reasons) for engine, reasons in found.cautions.items()},
         "fallbacks": list(found.fallbacks),
+        "fitted": [change.model_dump() for change in found.fitted],
         "notes": list(notes),
         "modules": [
             {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes}
@@ -119,12 +121,16 @@ def _facts(found: Inspection, verified: bool, notes: Sequence[str]) -> Iterator[
     yield "format", found.format or "not quantized"
     yield "scheme", found.scheme
     yield "linears", f"{found.quantized} of {found.linears} quantized"
+    if found.embeddings is not None:
+        yield "embeddings", found.embeddings
     yield "coverage", f"{found.coverage:.1%} of {found.parameters:,} parameters"
     if found.bits_per_weight is not None:
         yield "size", f"{found.bits_per_weight:.3f} bits per quantized weight"
     yield "on disk", f"{found.bytes_on_disk / 1e6:,.2f} MB of weight files"
     yield "sha256", found.weights_sha256
     yield from answers(found.engines, found.cautions)
+    for change in found.fitted:
+        yield "group size", str(change)
     for note in found.fallbacks:
         yield "fallback", note
     for note in notes:

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.costs import explain_default
 from llmquant.cli.options import (
     BitsOption,
     CalibrationDtypeOption,
     CalibrationOption,
     DeviceOption,
+    EmbeddingsOption,
+    ExplainOption,
     FormatOption,
     GroupSizeOption,
     IgnoreOption,
@@ -31,7 +34,7 @@ from llmquant.cli.options import (
     SymOption,
     ThreadsOption,
 )
-from llmquant.cli.overrides import recipe_of
+from llmquant.cli.overrides import default_of, recipe_of
 from llmquant.cli.screen import fact_table, screen
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ def plan_command(
     bits: BitsOption = None,
     group_size: GroupSizeOption = None,
     sym: SymOption = None,
+    embeddings: EmbeddingsOption = None,
     rotate: RotateOption = None,
     layout: FormatOption = None,
     include: IncludeOption = None,
@@ -67,6 +71,7 @@ def plan_command(
     store_dtype: StoreDtypeOption = "auto",
     threads: ThreadsOption = None,
     modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
+    explain: ExplainOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what quantizing MODEL gives and needs, before a run.
@@ -82,7 +87,11 @@ def plan_command(
 
     set_threads(threads)
 
-    chosen = recipe_of(given)
+    choice = default_of(given)
+    if explain:
+        explain_default(choice, as_json=as_json)
+        return
+    chosen = recipe_of(given, choice)
     on, passes = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     plan = make_plan(model, chosen, store_dtype, tokenizer=True)
     needs = forecast(plan, chosen, passes.itemsize)
@@ -94,9 +103,12 @@ def plan_command(
 
         timing = time_blocks(model, chosen, QuantizeOptions(device=str(on), dtype=passes.name))
     if as_json:
-        sys.stdout.write(json.dumps(_as_dict(plan, needs, timing, computing)) + "\n")
+        told = {"chosen_recipe": choice.name if choice else None}
+        told |= _as_dict(plan, needs, timing, computing)
+        sys.stdout.write(json.dumps(told) + "\n")
     else:
-        _show(plan, modules, _needs(needs, timing, computing))
+        reason = [] if choice is None else [("recipe", choice.sentence)]
+        _show(plan, modules, [*reason, *_needs(needs, timing, computing)])
 
 
 def _as_dict(
@@ -115,6 +127,7 @@ def _as_dict(
             for m in plan.modules
         ],
         "skipped": dict(plan.skipped),
+        "fitted": [change.model_dump() for change in plan.fitted],
         "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
         "stored": plan.stored,
         "cautions": {engine: list(reasons) for engine, reasons in plan.cautions.items()},
@@ -171,6 +184,7 @@ _DOING = {
     "pass": "a block runs",
     "statistics": "inputs of the widest linear are observed",
     "tuning": "a block is tuned",
+    "packing": "the embeddings are packed",
 }
 
 
@@ -220,6 +234,8 @@ def _facts(plan: Plan, needs: list[tuple[str, str]]) -> Iterator[tuple[str, str]
         f"{plan.source_bytes / 1e6:,.2f} MB → {plan.bytes_on_disk / 1e6:,.2f} MB of weight files; "
         f"{plan.bits_per_weight:.3f} bits per quantized weight",
     )
+    for change in plan.fitted:
+        yield "group size", str(change)
     yield from needs
     yield ("left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none")
     yield (

@@ -1,4 +1,5 @@
-"""``llmquant recipes``: the recipes that come with llmquant, or one of them as YAML."""
+"""``llmquant recipes``: the recipes that come with llmquant and what they cost models of each size,
+or one of them as YAML."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ def recipes_command(
     name: Annotated[str | None, typer.Argument(help="Print this recipe as YAML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the shipped recipes, or show one."""
+    """List the shipped recipes with their measured cost by size of model, or show one."""
     from llmquant.recipe import load_recipe, shipped
 
     if name is not None:
@@ -24,8 +25,22 @@ def recipes_command(
             json.dumps(recipe.model_dump(mode="json")) + "\n" if as_json else recipe.to_yaml()
         )
         return
+    from llmquant.cli.costs import class_lines, cost_line, costs_as_dict
+    from llmquant.planning.costs import size_classes
+
     descriptions = {n: load_recipe(n).description for n in shipped()}
+    classes = size_classes()
     if as_json:
-        sys.stdout.write(json.dumps(descriptions) + "\n")
+        listed = {
+            n: {"description": text, "costs": costs_as_dict(n, classes)}
+            for n, text in descriptions.items()
+        }
+        sys.stdout.write(json.dumps(listed) + "\n")
         return
-    screen().print(fact_table(descriptions.items()))
+    rows = []
+    for recipe_name, description in descriptions.items():
+        rows += [(recipe_name, description), ("", cost_line(recipe_name, classes))]
+    screen().print(fact_table(rows))
+    sys.stdout.write("\nMean KL in nats and perplexity ratio to the original, by size of model:\n")
+    for line in class_lines(classes):
+        sys.stdout.write(f"  {line}\n")

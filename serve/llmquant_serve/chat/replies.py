@@ -71,7 +71,7 @@ async def reply(
     if not health.ok:
         raise ApiError(503, f"the engine is not ready: {health.detail}")
     prompt = await service.text.encode_chat(turns)
-    most = service.max_new_tokens(len(prompt), None, sampling.max_tokens, "max_tokens")
+    most = service.max_new_tokens(len(prompt), None, sampling.max_tokens, "max_tokens", "messages")
     plan = Plan(
         choices=[Choice(0, prompt, replace(sampling, max_tokens=most))],
         stops=(),

@@ -1,0 +1,141 @@
+"""What recipes are expected to cost, for ``llmquant recipes`` and ``--explain``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from llmquant.cli.screen import screen
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llmquant.planning.costs import Cost, SizeClass
+    from llmquant.planning.defaults import Choice
+
+
+def cost_line(name: str, classes: Sequence[SizeClass]) -> str:
+    """What was measured of a recipe, by class."""
+    return "; ".join(f"{c.name}: {_cost(c.costs.get(name))}" for c in classes)
+
+
+def _cost(cost: Cost | None) -> str:
+    if cost is None:
+        return "not measured"
+    return (
+        f"KL {cost.kl:#.2g}, perplexity x{cost.perplexity_ratio:.3f}, {cost.cpu_seconds:.0f} CPU s"
+    )
+
+
+def class_lines(classes: Sequence[SizeClass]) -> list[str]:
+    """What the classes are and where their numbers come from."""
+    lines, above = [], 0
+    for c in classes:
+        limit = f"from {_count(above)} parameters" if above else ""
+        if c.below is not None:
+            limit = (
+                f"{limit} to {_count(c.below)}" if above else f"below {_count(c.below)} parameters"
+            )
+            above = c.below
+        measured = f"{c.model}, {c.how} ({c.source})" if c.model else c.how
+        lines.append(f"{c.name}, {limit}: {measured}")
+    return lines
+
+
+def _count(parameters: int) -> str:
+    return (
+        f"{parameters // 10**9} billion"
+        if parameters >= 10**9
+        else f"{parameters // 10**6} million"
+    )
+
+
+def costs_as_dict(name: str, classes: Sequence[SizeClass]) -> dict[str, Any]:
+    """Class → figures, or null."""
+    return {c.name: asdict(c.costs[name]) if name in c.costs else None for c in classes}
+
+
+def explain_default(choice: Choice | None, *, as_json: bool) -> None:
+    """Print the default of a model, why it is that, and the alternatives.
+
+    Raises:
+        UsageError: None: the command line says how to quantize, so nothing was chosen.
+    """
+    from llmquant.errors import UsageError
+
+    if choice is None:
+        raise UsageError(
+            "--explain shows which recipe is chosen where the command says nothing of how to quantize; leave out "
+            "--recipe, --method, --bits, --group-size, --sym, --act-order and --target-bpw"
+        )
+    from llmquant.planning.defaults import CANDIDATES, CLOSE
+
+    size_class = choice.size_class
+    others = {n: size_class.costs.get(n) for n in (*CANDIDATES, *size_class.costs)}
+    if as_json:
+        told = {
+            "recipe": choice.name,
+            "reason": choice.reason,
+            "parameters": choice.parameters,
+            "class": size_class.name,
+            "measured_on": size_class.model,
+            "how": size_class.how,
+            "source": size_class.source,
+            "alternatives": {n: None if c is None else asdict(c) for n, c in others.items()},
+            "refused": dict(choice.refused),
+            "limits": dict(choice.limits),
+        }
+        sys.stdout.write(json.dumps(told) + "\n")
+        return
+    facts = _table(header=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("recipe", choice.name)
+    facts.add_row("because", choice.reason)
+    facts.add_row(
+        "rule",
+        f"of {', '.join(CANDIDATES)} (smallest files first) the first with a KL of at most {CLOSE:g}, else the closest; "
+        "none that vLLM's kernels refuse in this format",
+    )
+    if size_class.model is not None:
+        facts.add_row("measured", f"{size_class.model}, {size_class.how} ({size_class.source})")
+    facts.add_row(
+        "another",
+        "--recipe NAME; `llmquant recipes` lists them, `llmquant eval` measures your model",
+    )
+    table = _table(header=True)
+    for column in ("recipe", "bits per weight", "KL", "perplexity ratio", "CPU s", ""):
+        table.add_column(column, justify="left" if column in ("", "recipe") else "right")
+    for name, cost in others.items():
+        figures = (
+            ("–",) * 4
+            if cost is None
+            else (
+                f"{cost.bits_per_weight:.3f}",
+                f"{cost.kl:#.2g}",
+                f"{cost.perplexity_ratio:.3f}",
+                f"{cost.cpu_seconds:.0f}",
+            )
+        )
+        table.add_row(name, *figures, _note(name, choice))
+    console = screen()
+    console.print(facts)
+    console.print()
+    console.print(table)
+
+
+def _note(name: str, choice: Choice) -> str:
+    notes = ["chosen"] if name == choice.name else []
+    if name in choice.refused:
+        notes.append(f"not for {choice.format}: {choice.refused[name]}")
+    if name in choice.limits:
+        notes.append(f"not in transformers alone: {choice.limits[name]}")
+    return "; ".join(notes)
+
+
+def _table(*, header: bool) -> Any:
+    from rich.table import Table
+
+    return Table(box=None, show_header=header, pad_edge=False)
