@@ -13,7 +13,7 @@ import llmquant.cli.screen
 
 COMMANDS = (
     "plan", "allocate", "quantize", "convert", "inspect", "verify", "generate", "recipes", "doctor",
-    "eval", "leaderboard", "serve", "chat",
+    "eval", "leaderboard", "compare", "serve", "chat",
 )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 import numpy as np
 
 from llmquant.errors import UsageError
-from llmquant.runtime.finite import some
 from llmquant_eval.decide.flips import Flips
 from llmquant_eval.decide.means import Differences
 from llmquant_eval.decide.results import Item, ItemResults
@@ -124,7 +123,7 @@ def _paired_items(baseline: ItemResults, candidate: ItemResults) -> list[tuple[I
     ):
         if items:
             raise UsageError(
-                f"{len(items):,} of {len(left.items):,} items of {left.model} are not in {right.model}: {some(items)}; "
+                f"{len(items):,} of {len(left.items):,} items of {left.model} are not in {right.model} (such as {', '.join(items[:3])}); "
                 "compare results of the same items"
             )
     return [(item, others[item.id]) for item in baseline.items]
