@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llmquant.cli import app
-from llmquant.cli.commands import checkup, checkup_engines
+from llmquant.cli import app, checkup_engines
+from llmquant.cli.commands import checkup
 from llmquant.cli.commands.checkup import look
 from llmquant.kernels import KERNELS
 from llmquant.runtime.devices import parse_dtype

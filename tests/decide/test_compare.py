@@ -75,7 +75,7 @@ def test_margins_are_points_of_accuracy_and_a_share_of_other_scores(run: Run, tm
     verdict = json.loads(run("compare", *files, "--margin", "log_likelihood=4%", "--json").out)
     assert verdict["decision"] == "SHIP"
     margins = {m["metric"]: (round(m["margin"], 3), m["margin_text"]) for m in verdict["metrics"]}
-    assert margins["accuracy"] == (0.01, "1 points")
+    assert margins["accuracy"] == (0.01, "1 point")
     assert margins["log_likelihood"][1] == "4 % of the baseline"
     assert run("compare", *files, "--metric", "accuracy").code == 0
 

@@ -188,7 +188,7 @@ def _metric(metric: _Paired, bound: Bound) -> MetricVerdict:
         interval=(low, high) if math.isfinite(low) else None,
         method=method,
         margin=margin,
-        margin_text=f"{100 * asked:.4g} " + ("points" if share else "% of the baseline"),
+        margin_text=_margin_text(asked, share),
         flips=flips,
         p_not_worse=statistic.p_not_worse(margin),
         p_worse=statistic.p_worse(margin),
@@ -198,6 +198,13 @@ def _metric(metric: _Paired, bound: Bound) -> MetricVerdict:
         needed=statistic.needed(margin, bound.alpha, bound.power),
         decision="INCONCLUSIVE",
     )
+
+
+def _margin_text(margin: float, share: bool) -> str:
+    if not share:
+        return f"{100 * margin:.4g} % of the baseline"
+    points = f"{100 * margin:.4g}"
+    return f"{points} point" if points == "1" else f"{points} points"
 
 
 def _flips(metric: _Paired, examples: int) -> FlipCounts:

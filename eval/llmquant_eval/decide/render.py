@@ -77,23 +77,19 @@ def percent(share: float) -> str:
 def columns(metric: MetricVerdict, alpha: float) -> dict[str, str]:
     """One line of the table: column → text."""
     flips = metric.flips
-    interval = (
-        "none"
-        if metric.interval is None
-        else " … ".join(_amount(metric, end, sign=True) for end in metric.interval)
-    )
+    interval = "none" if metric.interval is None else _between(metric, *metric.interval)
     return {
         "metric": metric.metric,
+        "decision": metric.decision,
         "items": f"{metric.items:,}" + (f" in {metric.groups:,}" if metric.groups else ""),
         "baseline": _value(metric, metric.baseline),
         "candidate": _value(metric, metric.candidate),
         "lost / gained": f"{flips.lost:,} / {flips.gained:,}" if flips else "",
         "difference": _amount(metric, metric.difference, sign=True),
         f"{percent(1 - 2 * alpha)} interval": interval,
-        "margin": f"-{metric.margin_text}",
+        "margin": metric.margin_text,
         "p (not worse)": f"{metric.adjusted_not_worse:.3g}",
         "p (worse)": f"{metric.adjusted_worse:.3g}",
-        "decision": metric.decision,
     }
 
 
@@ -122,7 +118,13 @@ def _examples(what: str, count: int, examples: Sequence[Example]) -> list[str]:
 
 
 def _is_points(metric: MetricVerdict) -> bool:
-    return metric.margin_text.endswith("points")
+    return metric.margin_text.endswith(("point", "points"))
+
+
+def _between(metric: MetricVerdict, low: float, high: float) -> str:
+    """An interval, its unit once."""
+    first = _amount(metric, low, sign=True).removesuffix(" points")
+    return f"{first} … {_amount(metric, high, sign=True)}"
 
 
 def _value(metric: MetricVerdict, value: float) -> str:
