@@ -18,19 +18,18 @@ if TYPE_CHECKING:
 
 def cost_line(name: str, classes: Sequence[SizeClass]) -> str:
     """What was measured of a recipe, by class."""
-    return "; ".join(f"{c.name}: {_cost(c.costs.get(name))}" for c in classes)
+    measured = [f"{c.name}: {_cost(c.costs[name])}" for c in classes if name in c.costs]
+    return "; ".join(measured) or "not measured"
 
 
-def _cost(cost: Cost | None) -> str:
-    if cost is None:
-        return "not measured"
+def _cost(cost: Cost) -> str:
     return (
         f"KL {cost.kl:#.2g}, perplexity x{cost.perplexity_ratio:.3f}, {cost.cpu_seconds:.0f} CPU s"
     )
 
 
-def class_lines(classes: Sequence[SizeClass]) -> list[str]:
-    """What the classes are and where their numbers come from."""
+def class_lines(classes: Sequence[SizeClass]) -> list[tuple[str, str]]:
+    """What the classes are called, what they are and where their numbers come from."""
     lines, above = [], 0
     for c in classes:
         limit = f"from {_count(above)} parameters" if above else ""
@@ -40,7 +39,7 @@ def class_lines(classes: Sequence[SizeClass]) -> list[str]:
             )
             above = c.below
         measured = f"{c.model}, {c.how} ({c.source})" if c.model else c.how
-        lines.append(f"{c.name}, {limit}: {measured}")
+        lines.append((c.name, f"{limit}: {measured}"))
     return lines
 
 

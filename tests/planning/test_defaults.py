@@ -158,7 +158,8 @@ def test_explain_refuses(
 def test_recipes_say_what_they_cost(run: Run) -> None:
     listed = run("recipes").out
     assert "toy: KL 0.012, perplexity x1.012" in listed
-    assert "large: not measured" in listed
+    assert "large" not in listed.partition("Sizes of models")[0]
+    assert "from 1 billion parameters: not measured here" in listed
     told = json.loads(run("recipes", "--json").out)
     assert told["gptq-w4g128"]["costs"]["toy"]["kl"] == 0.012
     assert told["gptq-w4g128"]["costs"]["large"] is None

@@ -63,8 +63,11 @@ def compare_command(
         bool, typer.Option("--json", help="Print the verdict as JSON and nothing else.")
     ] = False,
 ) -> None:
-    """Say whether the candidate may replace the baseline: SHIP (exit code 0), DON'T SHIP (1) or
-    INCONCLUSIVE (3)."""
+    """Say whether CANDIDATE may replace BASELINE.
+
+    SHIP (exit code 0), DON'T SHIP (1) or INCONCLUSIVE (3): is the loss on these items smaller than
+    the margin?
+    """
     from llmquant_eval.decide.compare import Bound, compare
     from llmquant_eval.decide.read import read_results
     from llmquant_eval.decide.schema import EXIT_CODES

@@ -49,7 +49,10 @@ def import_command(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a model folder of a GGUF FILE: config, tokenizer, chat template and weights."""
+    """Make a model folder of a GGUF FILE.
+
+    It has config, tokenizer, chat template and weights.
+    """
     check_shard_size(max_shard_size)
     from llmquant.runtime.threads import set_threads
 

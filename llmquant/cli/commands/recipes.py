@@ -16,7 +16,7 @@ def recipes_command(
     name: Annotated[str | None, typer.Argument(help="Print this recipe as YAML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the shipped recipes with their measured cost by size of model, or show one."""
+    """List the shipped recipes with their cost, or show one."""
     from llmquant.recipe import load_recipe, shipped
 
     if name is not None:
@@ -40,7 +40,7 @@ def recipes_command(
     rows = []
     for recipe_name, description in descriptions.items():
         rows += [(recipe_name, description), ("", cost_line(recipe_name, classes))]
-    screen().print(fact_table(rows))
-    sys.stdout.write("\nMean KL in nats and perplexity ratio to the original, by size of model:\n")
-    for line in class_lines(classes):
-        sys.stdout.write(f"  {line}\n")
+    console = screen()
+    console.print(fact_table(rows))
+    console.print("\nKL is the mean in nats. Sizes of models and what was measured:\n")
+    console.print(fact_table(class_lines(classes)))
