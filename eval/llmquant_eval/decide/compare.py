@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from llmquant.errors import UsageError
-from llmquant_eval.decide.flips import Flips
+from llmquant_eval.decide.flips import Array, Flips
 from llmquant_eval.decide.means import Differences
 from llmquant_eval.decide.results import Item, ItemResults
 from llmquant_eval.decide.schema import Decision, Example, FlipCounts, MetricVerdict, Verdict
@@ -53,8 +53,8 @@ class _Paired:
 
     name: str
     items: Sequence[tuple[Item, Item]]
-    baseline: np.ndarray[tuple[int], np.dtype[np.float64]]
-    candidate: np.ndarray[tuple[int], np.dtype[np.float64]]
+    baseline: Array
+    candidate: Array
     sign: int
 
     @property
@@ -153,8 +153,11 @@ def _pairs_of(name: str, pairs: Sequence[tuple[Item, Item]], lower: bool) -> _Pa
         if name not in left.scores or name not in right.scores:
             raise UsageError(f"item {left.id!r} has a score for {name} in only one of the results")
     sign = -1 if lower else 1
-    values = (np.array([pair[side].scores[name] for pair in both]) * sign for side in (0, 1))
-    return _Paired(name, both, *values, sign)
+    baseline, candidate = (
+        np.array([pair[side].scores[name] for pair in both], dtype=np.float64) * sign
+        for side in (0, 1)
+    )
+    return _Paired(name, both, baseline, candidate, sign)
 
 
 def _metric(metric: _Paired, bound: Bound) -> MetricVerdict:
@@ -230,7 +233,7 @@ def _differences(metric: _Paired, largest: float | None, seed: int) -> Differenc
     differences = metric.candidate - metric.baseline
     both = np.concatenate([metric.baseline, metric.candidate])
     span = largest or float(both.max() - both.min()) or abs(float(both.max())) or 1.0
-    sums = np.bincount(at, weights=differences, minlength=len(place))
+    sums = np.bincount(at, weights=differences, minlength=len(place)).astype(np.float64)
     counts = np.bincount(at, minlength=len(place)).astype(np.float64)
     return Differences(sums, counts, span, seed)
 

@@ -91,8 +91,8 @@ class Flips:
         at what was seen (Nam, Biometrics 53, 1997)."""
         from scipy.special import ndtri
 
-        shares = np.array([self.gained / self.items, self.lost / self.items])
-        null = float(_variance(*shares, -margin))
+        gained, lost = (np.asarray(n / self.items) for n in (self.gained, self.lost))
+        null = float(_variance(gained, lost, -margin))
         seen = self.rate - self.difference**2
         return float(ndtri(1 - alpha)) * math.sqrt(null) + float(ndtri(power)) * math.sqrt(seen)
 
