@@ -154,7 +154,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments) if arguments.strip() else {}
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             parsed = arguments  # a model's own words may be no JSON
         function = {**function, "arguments": parsed if isinstance(parsed, dict) else arguments}
     return {**call, "function": function} if isinstance(call.get("function"), dict) else function
@@ -171,7 +171,7 @@ def _json_list(value: object, otherwise: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:
             raise NotAChatError(otherwise) from e
     if not value:
         return []

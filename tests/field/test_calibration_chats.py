@@ -49,6 +49,9 @@ TAKEN: dict[str, dict[str, Any]] = {
     "arguments as an object": {"messages": [USER, calls(name="get_weather", arguments={"city": 1})]},
     "no arguments": {"messages": [USER, calls(name="get_weather", arguments="")]},
     "arguments that are no JSON": {"messages": [USER, calls(name="get_weather", arguments="{x")]},
+    "arguments of thousands of digits": {
+        "messages": [USER, calls(name="get_weather", arguments='{"x": ' + "9" * 6000 + "}")]
+    },
     "a call without content": {
         "messages": [USER, {"role": "assistant", "tool_calls": [{"function": PARIS}]}]
     },
