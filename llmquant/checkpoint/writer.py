@@ -266,8 +266,7 @@ class CheckpointWriter:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def copy_side_files(self, source: Path) -> list[str]:
-        """Carry along everything beside the weights
-        (:func:`llmquant.checkpoint.companions.files.companions`); returns the names copied."""
+        """Carry along everything beside the weights (``companions``); returns the names copied."""
         names = companions(source).carried
         for name in names:
             target = self.partial / name

@@ -77,7 +77,7 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> WeightFiles:
             here,
             exists=lambda name: (folder / name).is_file(),
             read_index=lambda name: read_json(folder / name),
-            own=True,
+            local=True,
         )
     except CheckpointError as e:
         links = filter(None, map(lost, sorted(folder.iterdir())))
@@ -94,7 +94,7 @@ def weight_names(
     *,
     exists: Callable[[str], bool],
     read_index: Callable[[str], Mapping[str, Any]],
-    own: bool = False,
+    local: bool = False,
 ) -> WeightNames:
     """Which files transformers would load, of a folder or of a repository on the hub.
 
@@ -104,7 +104,7 @@ def weight_names(
         here: names of the files in the folder itself.
         exists: whether there is a file of this relative name, in a subfolder too.
         read_index: reads an index.
-        own: whether the files are the user's to rename.
+        local: files can be renamed there.
 
     Raises:
         CheckpointError: there are none, only pickles or an adapter, or an index that makes no
@@ -114,7 +114,7 @@ def weight_names(
     usual = next((name for name in (SINGLE, INDEX) if name in here), None)
     name = chosen if isinstance(chosen, str) else usual
     if name is None:
-        return WeightNames((_only(where, here, own),), unnamed=True)
+        return WeightNames((_only(where, here, local=local),), unnamed=True)
     if not _inside(name):
         raise CheckpointError(
             f"{where}/config.json: {CHOSEN} is {name!r}, which is no file of this folder"
@@ -149,7 +149,7 @@ def _inside(name: object) -> bool:
     return not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
-def _only(where: str, here: Collection[str], own: bool) -> str:
+def _only(where: str, here: Collection[str], *, local: bool) -> str:
     """The one safetensors file of a folder that has none of the usual names."""
     there = sorted(name for name in here if name.endswith(".safetensors"))
     alone = [name for name in there if not _OTHER.search(name)]
@@ -162,11 +162,10 @@ def _only(where: str, here: Collection[str], own: bool) -> str:
             f"{where} has {len(alone)} safetensors files but no {INDEX}; fetch the index too"
         )
     if there:
-        variant = own and len(there) == 1 and _VARIANT.search(there[0])
-        way_out = f"; rename it to {SINGLE}" if variant else ""
+        way_out = f"; rename it to {SINGLE}" if local and _VARIANT.search(there[0]) else ""
         raise UnfitModelError(
             f"{where} has no {SINGLE} and no {INDEX}, only {some(there)}, which transformers does "
-            f"not load{way_out}"
+            f"not load{way_out if len(there) == 1 else ''}"
         )
     pickles = sorted(name for name in here if name.endswith(_PICKLES))
     if pickles:
