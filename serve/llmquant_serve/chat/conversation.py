@@ -151,10 +151,12 @@ class Conversation:
 
     async def answer(
         self, request: gr.Request, turns: list[Turn], system: str, *numbers: float
-    ) -> AsyncGenerator[tuple[Any, str, str, list[Turn]], None]:
+    ) -> AsyncGenerator[tuple[Any, Any, Any, Any], None]:
         """The reply into the chat and its status line, as it grows."""
         who = visitor(request)
         asked = self.asked.get(who)
+        # Gradio empties the outputs of a generator that ends without giving anything.
+        yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
         if asked is None or asked.taken:
             return
         asked.taken = True
