@@ -246,6 +246,7 @@ def test_a_message_stopped_before_a_word_is_in_the_box_again(page, server):
     expect(shown(page, "bot")).to_have_count(1)
     page.locator("#stop").click()
     expect(shown(page, "bot")).to_have_text(["Yes.", "Yes."])
+    engine.as_before()  # tests without a page use it too
 
 
 def left_on_disk():
