@@ -68,11 +68,8 @@ class Kernel(Protocol):
         """The dequantized ``[out, in]`` weight, equal to ``QuantizedWeight.dequantize(dtype)``."""
 
     def rows(
-        self,
-        prepared: Prepared,
-        ids: Tensor,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
     ) -> Tensor:
-        """``weight(...)[ids]`` for int64 ids ``[n]``, bit for bit, without the other rows."""
+        """Rows ``ids`` (int64 ``[n]``) of the dequantized weight, without the other rows: in
+        float32, or in the one dtype that the kernel keeps. Rounded to ``dtype`` they are
+        ``weight(..., dtype)[ids]``, bit for bit."""

@@ -119,14 +119,9 @@ class Cpu:
         return weight
 
     def rows(
-        self,
-        prepared: Prepared,
-        ids: Tensor,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
     ) -> Tensor:
-        return gather.rows(Packed.of(prepared, spec, shape), ids, dtype)
+        return gather.rows(Packed.of(prepared, spec, shape), ids)
 
 
 def eager(x: Tensor) -> bool:

@@ -141,12 +141,7 @@ class CpuInt4:
         )
 
     def rows(
-        self,
-        prepared: Prepared,
-        ids: Tensor,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
     ) -> Tensor:
         # Rows are packed in blocks, so the blocks that the ids are in are unpacked, each once.
         block = _block()
@@ -156,7 +151,7 @@ class CpuInt4:
             n: t if t is None or n == "columns" else t[taken] if n == "packed" else t[:, taken]
             for n, t in prepared.items()
         }
-        weight = self.weight(picked, spec, (len(taken), shape[1]), dtype)
+        weight = self.weight(picked, spec, (len(taken), shape[1]), torch.float32)
         return weight[which * block + ids % block]
 
 

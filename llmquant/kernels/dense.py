@@ -63,11 +63,8 @@ class Dense:
         return weight
 
     def rows(
-        self,
-        prepared: Prepared,
-        ids: Tensor,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
     ) -> Tensor:
-        return self.weight(prepared, spec, shape, dtype)[ids]
+        weight = prepared["dense"]
+        assert weight is not None
+        return weight[ids]

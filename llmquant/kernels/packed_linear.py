@@ -90,7 +90,7 @@ class PackedLinear(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """int64 ``[n]`` → ``[n, in]``: rows of the weight in the dtype of the activations."""
-        return self.kernel.rows(self._buffers, ids, self.spec, self.shape, self.dtype)
+        return self.kernel.rows(self._buffers, ids, self.spec, self.shape).to(self.dtype)
 
     def packed_bytes(self) -> int:
         """Bytes that the weight occupies in memory, without the bias."""

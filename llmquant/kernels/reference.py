@@ -86,15 +86,10 @@ class Reference:
         return weight
 
     def rows(
-        self,
-        prepared: Prepared,
-        ids: Tensor,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
     ) -> Tensor:
         picked = {n: t[ids] if t is not None and n != "g_idx" else t for n, t in prepared.items()}
-        return self.weight(picked, spec, (len(ids), shape[1]), dtype)
+        return self.weight(picked, spec, (len(ids), shape[1]), torch.float32)
 
 
 def _dequantize(

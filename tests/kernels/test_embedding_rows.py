@@ -4,9 +4,11 @@ packed embedding does what ``nn.Embedding`` does."""
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
+from packing import needs_int4
 from torch import nn
 
 from llmquant.algorithms import rtn
@@ -31,18 +33,21 @@ def drawn(spec: QuantSpec, ordered: bool = False) -> QuantizedWeight:
     return QuantizedWeight(weight.codes, weight.scales, weight.zeros, spec, g_idx)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ALL = [*itertools.product([2, 3, 4, 8], GROUPS, DTYPES, [k for k in KERNELS if k != "cpu_int4"])]
+INT4 = [(4, group, torch.bfloat16, "cpu_int4") for group in ("row", "g32")]  # all that it takes
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("bits", "group", "dtype", "kernel"),
+    [*ALL, *(pytest.param(*case, marks=needs_int4) for case in INT4)],
+    ids=str,
+)
 def test_rows_are_those_of_the_dequantized_weight(
-    bits: int, group: int | None, symmetric: bool, dtype: torch.dtype, kernel: str
+    bits: int, group: str, dtype: torch.dtype, kernel: str, symmetric: bool
 ) -> None:
-    spec, cpu = QuantSpec(bits, group, symmetric), torch.device("cpu")
-    if KERNELS[kernel].why_not(spec, (TOKENS, WIDTH), cpu, dtype):
-        pytest.skip("the kernel does not take it")
-    for ordered in (False, group is not None):
+    spec = QuantSpec(bits, GROUPS[group], symmetric)
+    for ordered in (False, group != "row"):
         weight = drawn(spec, ordered)
         packed = PackedLinear(weight, dtype=dtype, kernel=kernel)
         for ids in (

@@ -2,8 +2,8 @@
 
 A row of ``words`` is ``words[row // 16, :, row % 16]``: its codes in the stored order of columns.
 Every row of a batch of tokens is taken on its own, so that the work goes with the tokens and not
-with the vocabulary. The numbers are those of the definition, ``(code - zero) * scale`` in float32,
-rounded once. The layout is drawn in csrc/cpu/packed.h.
+with the vocabulary. The numbers are those of the definition, ``(code - zero) * scale`` in float32.
+The layout is drawn in csrc/cpu/packed.h.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from llmquant.kernels.native import ROWS, Packed
 
 
-def rows(weight: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """int64 ``[n]`` → ``[n, in]``: the dequantized rows ``ids``."""
+def rows(weight: Packed, ids: Tensor) -> Tensor:
+    """int64 ``[n]`` → float32 ``[n, in]``: the dequantized rows ``ids``."""
     tile, place = ids // ROWS, ids % ROWS
     codes = _codes(weight.words[tile, :, place], weight.bits)
     scales = weight.scales[tile, :, place].to(torch.float32).unsqueeze(-1)
@@ -23,7 +23,7 @@ def rows(weight: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.zeros is not None:
         zeros = weight.zeros[tile, :, place].to(torch.float32).unsqueeze(-1)
     groups = codes.reshape(len(ids), scales.shape[1], codes.shape[1] // scales.shape[1])
-    stored = groups.to(torch.float32).sub_(zeros).mul_(scales).reshape(codes.shape).to(dtype)
+    stored = groups.to(torch.float32).sub_(zeros).mul_(scales).reshape(codes.shape)
     if weight.columns is None:
         return stored
     real = weight.columns >= 0
