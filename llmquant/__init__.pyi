@@ -108,6 +108,7 @@ from .runtime.devices import (
 from .runtime.devices import (
     parse_dtype as parse_dtype,
 )
+from .runtime.host import user_cache as user_cache
 from .runtime.memory import (
     peak_resident_bytes as peak_resident_bytes,
 )

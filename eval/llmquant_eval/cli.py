@@ -20,8 +20,8 @@ import typer
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval import cli_options as options
-from llmquant_eval.decide import cli as decide_cli
-from llmquant_eval.leaderboard import cli as leaderboard_cli
+from llmquant_eval.decide.cli import compare_command
+from llmquant_eval.leaderboard.cli import leaderboard_command
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add ``eval``, ``leaderboard`` and ``compare`` to the command line."""
     app.command("eval")(eval_command)
-    leaderboard_cli.register(app)
-    decide_cli.register(app)
+    app.command("leaderboard")(leaderboard_command)
+    app.command("compare")(compare_command)
 
 
 def eval_command(
@@ -85,16 +85,13 @@ def eval_command(
     if card:
         _check_card_folders(request.candidates)
     if output is not None:
-        _check_parent(output)
+        from llmquant_eval.report.files import check_folder
+
+        check_folder(output)
     report, failure = _evaluate(request, hidden=quiet or as_json)
-    _write(report, output, card)
+    _write(report, output, card, plots)
     if report.text is not None and (lost := report.text.lost()):
         sys.stderr.write(f"warning: {lost}\n")
-    if plots is not None:
-        from llmquant_eval.leaderboard.plots import write_report_plots
-
-        for path in write_report_plots(plots, report):
-            sys.stderr.write(f"wrote {path}\n")
     if as_json:
         sys.stdout.write(report.to_json())
     else:
@@ -133,12 +130,6 @@ def _joined(values: list[str] | None) -> str | None:
     return ",".join(values) if values else None
 
 
-def _check_parent(output: Path) -> None:
-    folder = output.resolve().parent
-    if not folder.is_dir():
-        raise UsageError(f"--output {output}: the folder {folder} does not exist; make it first")
-
-
 def _check_card_folders(candidates: tuple[str, ...]) -> None:
     """A card belongs to a folder of the user's, not to a cached download."""
     for source in candidates:
@@ -148,18 +139,20 @@ def _check_card_folders(candidates: tuple[str, ...]) -> None:
             )
 
 
-def _write(report: Report, output: Path | None, card: bool) -> None:
+def _write(report: Report, output: Path | None, card: bool, plots: Path | None) -> None:
     from llmquant_eval.report.card import write_card
-    from llmquant_eval.report.files import replace_file
+    from llmquant_eval.report.files import write_file
 
     if output is not None:
-        try:
-            replace_file(output, report.to_json())
-        except OSError as e:
-            raise LlmquantError(f"{output} cannot be written: {e}") from e
+        write_file(output, report.to_json())
     for result in report.models:
         if card and result.role == "candidate":
             write_card(Path(result.source), report, result.label)
+    if plots is not None:
+        from llmquant_eval.leaderboard.plots import write_report_plots
+
+        for path in write_report_plots(plots, report):
+            sys.stderr.write(f"wrote {path}\n")
 
 
 def _show(report: Report) -> None:

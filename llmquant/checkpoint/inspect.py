@@ -58,7 +58,7 @@ class Inspection:
         engines: serving engine → why it refuses the folder; an empty tuple where it takes it.
         fallbacks: which linears the run that made it rounded to nearest for want of calibration
             tokens, and why.
-        fitted: of the run that made it: linears with another group size than the recipe wanted.
+        regrouped: of the run that made it: linears with another group size than the recipe wanted.
         cautions: serving engine → why its answers are not the evaluated ones though it takes the
             folder.
     """
@@ -79,7 +79,7 @@ class Inspection:
     engines: Mapping[str, tuple[str, ...]]
     fallbacks: tuple[str, ...] = ()
     cautions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    fitted: tuple[GroupSizeRecord, ...] = ()
+    regrouped: tuple[GroupSizeRecord, ...] = ()
 
     @property
     def embeddings(self) -> str | None:
@@ -140,5 +140,5 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         if manifest
         else (),
         cautions=cautioned,
-        fitted=manifest.fitted if manifest else (),
+        regrouped=manifest.regrouped if manifest else (),
     )

@@ -70,7 +70,7 @@ class Manifest(Record):
     tuned: dict[str, TuneRecord] = Field(default_factory=dict)
     scaled: dict[str, tuple[PairRecord, ...]] = Field(default_factory=dict)
     skipped: dict[str, str]
-    fitted: tuple[GroupSizeRecord, ...] = ()
+    regrouped: tuple[GroupSizeRecord, ...] = ()
     conversions: tuple[Conversion, ...] = ()
     files: dict[str, str]
 
@@ -78,8 +78,8 @@ class Manifest(Record):
         whole = self.model_dump(mode="json")
         if self.store_dtype is None:  # the model's own; earlier versions do not know the key
             del whole["store_dtype"]
-        if not self.fitted:
-            del whole["fitted"]
+        if not self.regrouped:
+            del whole["regrouped"]
         return utf8(json.dumps(whole, indent=1, ensure_ascii=False) + "\n").decode()
 
 

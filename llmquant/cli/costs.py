@@ -7,13 +7,16 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from llmquant.cli.screen import screen
+from llmquant.cli.screen import fact_table, screen
+from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from rich.table import Table
 
     from llmquant.planning.costs import Cost, SizeClass
-    from llmquant.planning.defaults import Choice
+    from llmquant.planning.defaults import DefaultRecipe
 
 
 def cost_line(name: str, classes: Sequence[SizeClass]) -> str:
@@ -56,85 +59,88 @@ def costs_as_dict(name: str, classes: Sequence[SizeClass]) -> dict[str, Any]:
     return {c.name: asdict(c.costs[name]) if name in c.costs else None for c in classes}
 
 
-def explain_default(choice: Choice | None, *, as_json: bool) -> None:
+def explain_default(default: DefaultRecipe | None, *, as_json: bool) -> None:
     """Print the default of a model, why it is that, and the alternatives.
 
     Raises:
         UsageError: None: the command line says how to quantize, so nothing was chosen.
     """
-    from llmquant.errors import UsageError
-
-    if choice is None:
+    if default is None:
         raise UsageError(
             "--explain shows which recipe is chosen where the command says nothing of how to quantize; leave out "
             "--recipe, --method, --bits, --group-size, --sym, --act-order and --target-bpw"
         )
+    from llmquant.planning.defaults import CANDIDATES
+
+    measured = default.size_class.costs
+    costs = {n: measured.get(n) for n in (*CANDIDATES, *measured)}
+    if as_json:
+        sys.stdout.write(json.dumps(_default_as_dict(default, costs)) + "\n")
+        return
+    console = screen()
+    console.print(fact_table(_default_facts(default)))
+    console.print()
+    console.print(_cost_table(default, costs))
+
+
+def _default_as_dict(default: DefaultRecipe, costs: Mapping[str, Cost | None]) -> dict[str, Any]:
+    size_class = default.size_class
+    return {
+        "recipe": default.name,
+        "reason": default.reason,
+        "parameters": default.parameters,
+        "class": size_class.name,
+        "measured_on": size_class.model,
+        "how": size_class.how,
+        "source": size_class.source,
+        "alternatives": {n: None if c is None else asdict(c) for n, c in costs.items()},
+        "refused": dict(default.refused),
+        "limits": dict(default.limits),
+    }
+
+
+def _default_facts(default: DefaultRecipe) -> Iterator[tuple[str, str]]:
     from llmquant.planning.defaults import CANDIDATES, CLOSE
 
-    size_class = choice.size_class
-    others = {n: size_class.costs.get(n) for n in (*CANDIDATES, *size_class.costs)}
-    if as_json:
-        told = {
-            "recipe": choice.name,
-            "reason": choice.reason,
-            "parameters": choice.parameters,
-            "class": size_class.name,
-            "measured_on": size_class.model,
-            "how": size_class.how,
-            "source": size_class.source,
-            "alternatives": {n: None if c is None else asdict(c) for n, c in others.items()},
-            "refused": dict(choice.refused),
-            "limits": dict(choice.limits),
-        }
-        sys.stdout.write(json.dumps(told) + "\n")
-        return
-    facts = _table(header=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    facts.add_row("recipe", choice.name)
-    facts.add_row("because", choice.reason)
-    facts.add_row(
+    size_class = default.size_class
+    yield "recipe", default.name
+    yield "because", default.reason
+    yield (
         "rule",
         f"of {', '.join(CANDIDATES)} (smallest files first) the first with a KL of at most {CLOSE:g}, else the closest; "
         "none that vLLM's kernels refuse in this format",
     )
     if size_class.model is not None:
-        facts.add_row("measured", f"{size_class.model}, {size_class.how} ({size_class.source})")
-    facts.add_row(
+        yield "measured", f"{size_class.model}, {size_class.how} ({size_class.source})"
+    yield (
         "another",
         "--recipe NAME; `llmquant recipes` lists them, `llmquant eval` measures your model",
     )
-    table = _table(header=True)
+
+
+def _cost_table(default: DefaultRecipe, costs: Mapping[str, Cost | None]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
     for column in ("recipe", "bits per weight", "KL", "perplexity ratio", "CPU s", ""):
         table.add_column(column, justify="left" if column in ("", "recipe") else "right")
-    for name, cost in others.items():
-        figures = (
-            ("–",) * 4
-            if cost is None
-            else (
+    for name, cost in costs.items():
+        figures = ["–"] * 4
+        if cost is not None:
+            figures = [
                 f"{cost.bits_per_weight:.3f}",
                 f"{cost.kl:#.2g}",
                 f"{cost.perplexity_ratio:.3f}",
                 f"{cost.cpu_seconds:.0f}",
-            )
-        )
-        table.add_row(name, *figures, _note(name, choice))
-    console = screen()
-    console.print(facts)
-    console.print()
-    console.print(table)
+            ]
+        table.add_row(name, *figures, _note(name, default))
+    return table
 
 
-def _note(name: str, choice: Choice) -> str:
-    notes = ["chosen"] if name == choice.name else []
-    if name in choice.refused:
-        notes.append(f"not for {choice.format}: {choice.refused[name]}")
-    if name in choice.limits:
-        notes.append(f"not in transformers alone: {choice.limits[name]}")
+def _note(name: str, default: DefaultRecipe) -> str:
+    notes = ["chosen"] if name == default.name else []
+    if name in default.refused:
+        notes.append(f"not for {default.format}: {default.refused[name]}")
+    if name in default.limits:
+        notes.append(f"not in transformers alone: {default.limits[name]}")
     return "; ".join(notes)
-
-
-def _table(*, header: bool) -> Any:
-    from rich.table import Table
-
-    return Table(box=None, show_header=header, pad_edge=False)

@@ -5,11 +5,14 @@ Commands of the packages above use these too. Importing this costs no torch.
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+_Given = TypeVar("_Given", Path, Path | None, str | None)
 
 DeviceOption = Annotated[
     str,
@@ -110,13 +113,11 @@ class Engine(StrEnum):
     transformers = "transformers"
 
 
-def from_home(path: Path | None) -> Path | None:
+def from_home(path: _Given) -> _Given:
     """A path with ``~`` as the home folder: in ``--output=~/x`` a shell leaves it as it is, and a
     folder of that name is hard to remove."""
-    try:
-        return path if path is None else path.expanduser()
-    except RuntimeError:
-        return path  # nobody's home
+    # Path's own fails for the home of a user who does not exist.
+    return path if path is None else type(path)(os.path.expanduser(path))  # noqa: PTH111
 
 
 ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub name.")]
@@ -131,6 +132,7 @@ RecipeOption = Annotated[
     typer.Option(
         metavar="RECIPE",
         help="Recipe file, or a name from `llmquant recipes` [default: by the model's size; see --explain].",
+        callback=from_home,
     ),
 ]
 ExplainOption = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmquant.cli.method import parse_method
 
 if TYPE_CHECKING:
-    from llmquant.planning.defaults import Choice
+    from llmquant.planning.defaults import DefaultRecipe
     from llmquant.recipe import Recipe
 
 KEYS = {
@@ -32,7 +32,7 @@ BY_HAND = ("recipe", "method", "bits", "group_size", "sym", "act_order", "target
 """Parameters that say how to quantize; without any of them the recipe goes by the model's size."""
 
 
-def default_of(options: Mapping[str, Any]) -> Choice | None:
+def default_of(options: Mapping[str, Any]) -> DefaultRecipe | None:
     """The recipe for the size of ``model``; None where the options say how to quantize.
 
     Raises:
@@ -46,7 +46,7 @@ def default_of(options: Mapping[str, Any]) -> Choice | None:
     return choose_recipe(options["model"], options.get("layout") or Recipe().format)
 
 
-def recipe_of(options: Mapping[str, Any], default: Choice | None = None) -> Recipe:
+def recipe_of(options: Mapping[str, Any], default: DefaultRecipe | None = None) -> Recipe:
     """The recipe that a command's options ask for. None, or no such option, leaves what it says.
 
     Args:

@@ -44,7 +44,7 @@ def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
             name: [pair.model_dump() for pair in pairs] for name, pairs in result.scaled.items()
         },
         "skipped": dict(result.skipped),
-        "fitted": [change.model_dump() for change in result.fitted],
+        "regrouped": [change.model_dump() for change in result.regrouped],
         "computing": result.computing.as_dict(),
         "resumed_blocks": result.resumed,
         "warnings": list(result.warnings),
@@ -125,7 +125,7 @@ def show_result(result: QuantizeResult, seconds: float) -> None:
     )
     rows = [
         ("left alone", skipped),
-        *(("group size", str(change)) for change in result.fitted),
+        *(("group size", str(change)) for change in result.regrouped),
         ("size", size),
         ("computed", result.computing.as_text()),
         ("proved", "every tensor re-read from disk and equal to what was computed"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llmquant.errors import ArchitectureError, LayoutError, UsageError
 from llmquant.formats.base import Format, Scheme
@@ -22,9 +21,6 @@ from llmquant.recipe_sections import Weights
 from llmquant.records import GroupSizeRecord
 from llmquant.spec import QuantSpec
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -34,7 +30,7 @@ class Selection:
         schemes: full module name → scheme.
         skipped: module name → why it stays as it is.
         head: the head's name, if it is quantized as a linear of its own.
-        fitted: where the group size is not the one wanted.
+        regrouped: where the group size is not the one wanted.
         embedding: that of the token embeddings, if they are.
         shared: modules whose weight is the packed embeddings': a tied head.
     """
@@ -42,7 +38,7 @@ class Selection:
     schemes: Mapping[str, Scheme]
     skipped: Mapping[str, str]
     head: str | None
-    fitted: tuple[GroupSizeRecord, ...] = ()
+    regrouped: tuple[GroupSizeRecord, ...] = ()
     embedding: str | None = None
     shared: frozenset[str] = frozenset()
 
@@ -72,7 +68,7 @@ def fused_items(
     return [(block, tuple(members)) for (block, _), members in found.items()]
 
 
-def fitted(
+def fit_groups(
     linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format
 ) -> tuple[Recipe, tuple[GroupSizeRecord, ...]]:
     """The recipe with group sizes that fit every linear it selects, and what that changed; see
@@ -115,38 +111,23 @@ def select(
     skipped |= {n: f"a {kind}, not a plain Linear" for n, kind in linears.strange.items()}
     skipped |= dict.fromkeys(linears.placeless, PLACELESS)
     for name, shape in linears.shapes.items():
+        weights = _weights(recipe, linears, name)
         if name in shared:
             skipped[name] = SHARED
-            continue
-        weights = _weights(recipe, linears, name)
-        if weights is None:
+        elif weights is None:
             skipped[name] = _why_skipped(recipe, linears.names(name))
-            continue
-        if name in architecture.outside:
+        elif name in architecture.outside:
             skipped[name] = OUTSIDE
-            continue
-        if name == head and linears.tied:
+        elif name == head and linears.tied:
             raise UsageError(
                 f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore, or pack "
                 "both with --embeddings 8"
             )
-        scheme = _scheme(recipe, weights)
-        scheme.spec.check(shape[1], name, _columns(linears, recipe, architecture))
-        schemes[name] = _held(name, scheme, shape, layout)
-    inside = [n for n in linears.strange if _block_of(n, architecture)]
-    if inside and not any(_block_of(n, architecture) for n in linears.shapes):
-        raise ArchitectureError(
-            f"the blocks' matrices are in {linears.strange[inside[0]]} modules (such as {inside[0]}), which llmquant and "
-            "engines do not read packed; only models of plain Linear layers can be quantized"
-        )
-    if not schemes and not any(_block_of(n, architecture) for n in linears.shapes):
-        raise ArchitectureError(
-            "the model of config.json has no decoder blocks with linears (num_hidden_layers is 0 or less?)"
-        )
-    if not schemes and not table:
-        raise UsageError(
-            f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
-        )
+        else:
+            scheme = _scheme(recipe, weights)
+            scheme.spec.check(shape[1], name, _columns(linears, recipe, architecture))
+            schemes[name] = _held(name, scheme, shape, layout)
+    _check_any(schemes, table, linears, architecture)
     _check_places(schemes, architecture, head)
     _check_fused(schemes, skipped, architecture)
     schemes = table | schemes
@@ -232,6 +213,30 @@ def _check_patterns(recipe: Recipe, linears: Linears) -> None:
             raise UsageError(
                 f"pattern {pattern!r} matches none of the model's {len(linears.shapes)} linears (such as {some})"
             )
+
+
+def _check_any(
+    schemes: Mapping[str, Scheme],
+    table: Mapping[str, Scheme],
+    linears: Linears,
+    architecture: Architecture,
+) -> None:
+    """Raises ArchitectureError or UsageError where nothing would be quantized."""
+    inside = [n for n in linears.strange if _block_of(n, architecture)]
+    plain = any(_block_of(n, architecture) for n in linears.shapes)
+    if inside and not plain:
+        raise ArchitectureError(
+            f"the blocks' matrices are in {linears.strange[inside[0]]} modules (such as {inside[0]}), which llmquant and "
+            "engines do not read packed; only models of plain Linear layers can be quantized"
+        )
+    if not schemes and not plain:
+        raise ArchitectureError(
+            "the model of config.json has no decoder blocks with linears (num_hidden_layers is 0 or less?)"
+        )
+    if not schemes and not table:
+        raise UsageError(
+            f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
+        )
 
 
 def _check_places(

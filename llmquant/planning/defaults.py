@@ -29,7 +29,7 @@ CLOSE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DefaultRecipe:
     """The default of one model.
 
     Attributes:
@@ -80,7 +80,7 @@ def parameters_of(model: str | os.PathLike[str]) -> int:
     return sum(math.prod(info.shape) for info in unquantized(model).tensors.values())
 
 
-def choose_recipe(model: str | os.PathLike[str], layout: str) -> Choice:
+def choose_recipe(model: str | os.PathLike[str], layout: str) -> DefaultRecipe:
     """The default recipe for a model, in a format.
 
     Raises:
@@ -92,7 +92,7 @@ def choose_recipe(model: str | os.PathLike[str], layout: str) -> Choice:
     return choose(parameters, layout)
 
 
-def choose(parameters: int, layout: str) -> Choice:
+def choose(parameters: int, layout: str) -> DefaultRecipe:
     """The same for a model of so many parameters."""
     size_class = class_of(parameters)
     schemes = {name: Scheme(load_recipe(name).weights.spec) for name in CANDIDATES}
@@ -105,4 +105,4 @@ def choose(parameters: int, layout: str) -> Choice:
     close = [name for name in measured if size_class.costs[name].kl <= CLOSE]
     closest = sorted(measured, key=lambda name: size_class.costs[name].kl)
     chosen = next(iter([*close, *closest, *taken]))
-    return Choice(chosen, parameters, size_class, layout, refused, limits)
+    return DefaultRecipe(chosen, parameters, size_class, layout, refused, limits)

@@ -68,7 +68,7 @@ class Plan:
         source: the original's tensors, as quantization reads them.
         notes: what people should know of the folder.
         recipe: with the group sizes that fit.
-        fitted: where these are not the wanted ones.
+        regrouped: where these are not the wanted ones.
         stored: what is stored in another dtype than the original has, in words.
         embedding: name of the token embeddings, if they are quantized.
     """
@@ -90,7 +90,7 @@ class Plan:
     source: Mapping[str, TensorInfo]
     recipe: Recipe
     notes: tuple[str, ...] = ()
-    fitted: tuple[GroupSizeRecord, ...] = ()
+    regrouped: tuple[GroupSizeRecord, ...] = ()
     stored: str | None = None
     embedding: str | None = None
 
@@ -186,7 +186,7 @@ def make_plan(
         hidden=_hidden_size(reader.config),
         source=dict(reader.tensors),
         recipe=plan.recipe,
-        fitted=selection.fitted,
+        regrouped=selection.regrouped,
         notes=plan.source.notes,
         stored=reader.note() if isinstance(reader, StoredReader) else None,
         embedding=selection.embedding,

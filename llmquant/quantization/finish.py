@@ -162,7 +162,7 @@ def describe(
         tuned=outcome.tuned,
         scaled=outcome.scaled,
         skipped=dict(selection.skipped),
-        fitted=selection.fitted,
+        regrouped=selection.regrouped,
         files=file_hashes(writer.partial),
     )
     writer.write_text(MANIFEST, manifest.to_json())

@@ -86,15 +86,12 @@ class Work:
             itemsize: bytes of the dtype in which blocks run.
             embedding: name of the token embeddings, if they are quantized.
         """
-        blocks: dict[str, int] = {}
-        outer = 0
-        for name, info in source.items():
-            place = name.removeprefix(f"{architecture.blocks}.")
-            index = place.partition(".")[0]
-            if place != name and index.isdigit():
-                blocks[index] = blocks.get(index, 0) + math.prod(info.shape)
-            elif not name.startswith(f"{architecture.head}."):
-                outer += math.prod(info.shape)
+        blocks, outer = _blocks_and_outer(source, architecture)
+        copied = [
+            i.nbytes
+            for n, i in source.items()
+            if n.removesuffix(".weight") not in (*linears, embedding)
+        ]
         prefix = f"{architecture.blocks}.{min(blocks, key=int, default='0')}."
         first = {
             n.removeprefix(prefix): shape for n, shape in linears.items() if n.startswith(prefix)
@@ -106,14 +103,7 @@ class Work:
         return cls(
             block=max(blocks.values(), default=0),
             outer=outer,
-            largest_copied=max(
-                (
-                    i.nbytes
-                    for n, i in source.items()
-                    if n.removesuffix(".weight") not in (*linears, embedding)
-                ),
-                default=0,
-            ),
+            largest_copied=max(copied, default=0),
             largest_linear=max((math.prod(shape) for shape in linears.values()), default=0),
             embedding=0 if embedding is None else math.prod(source[f"{embedding}.weight"].shape),
             widest=max((shape[1] for shape in linears.values()), default=0),
@@ -231,6 +221,22 @@ class Work:
                 self.block_linears * _FLOAT32 * _TUNE_COPIES + _TUNE_ACTIVATIONS * self._activations
             )
         return phases
+
+
+def _blocks_and_outer(
+    source: Mapping[str, TensorInfo], architecture: Architecture
+) -> tuple[dict[str, int], int]:
+    """Numbers in each block by its index, and in what is neither in a block nor the head."""
+    blocks: dict[str, int] = {}
+    outer = 0
+    for name, info in source.items():
+        place = name.removeprefix(f"{architecture.blocks}.")
+        index = place.partition(".")[0]
+        if place != name and index.isdigit():
+            blocks[index] = blocks.get(index, 0) + math.prod(info.shape)
+        elif not name.startswith(f"{architecture.head}."):
+            outer += math.prod(info.shape)
+    return blocks, outer
 
 
 def placement(

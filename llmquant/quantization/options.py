@@ -60,7 +60,7 @@ class QuantizeOptions:
 class QuantizeResult:
     """What came out, and how it was computed.
 
-    ``recipe`` has the group sizes that were used, ``fitted`` says where they are not the wanted
+    ``recipe`` has the group sizes that were used, ``regrouped`` says where they are not the wanted
     ones. ``resumed``: blocks that an earlier process had finished.
     """
 
@@ -77,7 +77,7 @@ class QuantizeResult:
     warnings: tuple[str, ...]
     computing: Computing
     resumed: int = 0
-    fitted: tuple[GroupSizeRecord, ...] = ()
+    regrouped: tuple[GroupSizeRecord, ...] = ()
 
 
 @dataclass(slots=True)

@@ -24,8 +24,7 @@ from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.models.rotated import rotated
-from llmquant.models.selection import fitted as fitted_recipe
-from llmquant.models.selection import select
+from llmquant.models.selection import fit_groups, select
 from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
 from llmquant.quantization.steps.rescaling import RescaledReader
@@ -88,13 +87,15 @@ def selected(plan: WalkPlan) -> WalkPlan:
     """The plan with what its recipe quantizes, and how. Its recipe then has group sizes that fit;
     raises what :func:`llmquant.models.selection.select` does."""
     source = plan.source
-    recipe, changes = fitted_recipe(source.linears, plan.architecture, plan.recipe, plan.layout)
+    recipe, changes = fit_groups(source.linears, plan.architecture, plan.recipe, plan.layout)
     selection = select(source.linears, plan.architecture, recipe, plan.layout)
     if isinstance(source.reader, StoredReader):
         # Codes are chosen from what the checkpoint has.
         full = source.reader.in_full([f"{name}.weight" for name in selection.schemes])
         source = replace(source, reader=full)
-    return replace(plan, source=source, recipe=recipe, selection=replace(selection, fitted=changes))
+    return replace(
+        plan, source=source, recipe=recipe, selection=replace(selection, regrouped=changes)
+    )
 
 
 def check_calibration(plan: WalkPlan) -> None:

@@ -104,7 +104,7 @@ def _checked(
     warnings, notes = on_this_cpu(plan.layout.name, plan.selection.schemes)
     if isinstance(plan.reader, StoredReader):
         notes = [plan.reader.note(), *notes]
-    notes = [*map(str, plan.selection.fitted), *notes]
+    notes = [*map(str, plan.selection.regrouped), *notes]
     for warning in warnings:
         events.on_warning(warning)
     calibration = calibration_of(plan, options.evaluation)
@@ -276,7 +276,7 @@ class _Run:
             tuned=outcome.tuned,
             scaled=outcome.scaled,
             skipped=self.plan.selection.skipped,
-            fitted=self.plan.selection.fitted,
+            regrouped=self.plan.selection.regrouped,
             bits_per_weight=outcome.bits_per_weight,
             source_bytes=sum(i.nbytes for i in self.plan.source.original.tensors.values()),
             bytes_written=bytes_written,

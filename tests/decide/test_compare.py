@@ -11,6 +11,7 @@ import pytest
 from children import Run
 
 from llmquant_eval.decide.compare import holm
+from llmquant_eval.decide.read import read_results
 from llmquant_eval.decide.results import ItemResults
 
 
@@ -181,11 +182,13 @@ def test_what_lm_eval_logged(run: Run, tmp_path):
 BAD = [
     ("not json", "{", "is not JSON"),
     ("nothing", "", "is not JSON"),
+    ("digits", "9" * 6000, "is not JSON"),
+    ("brackets", "[" * 100_000, "is not JSON"),
     ("a list", "[]", "no results item by item"),
     ("no items", '{"kind": "items", "model": "m", "data": "d", "items": []}', "items"),
     ("NaN", '{"kind": "items", "model": "m", "data": "d", "items": [{"id": "q7", "scores": {"a": NaN}}]}', "item q7: scores.a"),
     ("text for a score", '{"kind": "items", "model": "m", "data": "d", "items": [{"id": "q7", "scores": {"a": "x"}}]}', "item q7: scores.a"),
-    ("twice", '{"kind": "items", "model": "m", "data": "d", "items": [{"id": "q", "scores": {}}, {"id": "q", "scores": {}}]}', "'q' is there twice"),
+    ("twice", '{"kind": "items", "model": "m", "data": "d", "items": [{"id": "q", "scores": {}}, {"id": "q", "scores": {}}]}', "'q' is there more than once"),
     ("no id", '{"kind": "items", "model": "m", "data": "d", "items": [{"scores": {"a": 1}}]}', "item 0: id"),
 ]  # fmt: skip
 
@@ -204,6 +207,7 @@ def test_a_bad_file_is_named(run: Run, tmp_path, text, says):
 @pytest.mark.parametrize(
     ("line", "says"),
     [("{", "line 2 is not JSON"), ("{}", "line 2 has no doc_id"), (lm_eval_line(1, acc=math.nan), "line 2: acc is nan"),
+     ("9" * 6000, "line 2 is not JSON"), (lm_eval_line(0, acc=1.0), "is there more than once"),
      (lm_eval_line(1).replace("[]", '["acc"]'), "line 2: acc is missing")],
 )  # fmt: skip
 def test_a_bad_line_is_named(run: Run, tmp_path, line, says):
@@ -212,6 +216,35 @@ def test_a_bad_line_is_named(run: Run, tmp_path, line, says):
     done = run("compare", file, file)
     assert (done.code, done.out) == (2, "")
     assert says in done.err
+
+
+def test_a_file_of_another_encoding_in_a_folder_is_named(run: Run, tmp_path):
+    (tmp_path / "samples_t.jsonl").write_bytes(lm_eval_line(0, acc=1.0).encode("utf-16"))
+    done = run("compare", tmp_path, tmp_path)
+    assert (done.code, done.out, "samples_t.jsonl cannot be read" in done.err) == (2, "", True)
+
+
+LM_EVAL_METRICS = {
+    "acc": False, "word_perplexity": True, "perplexity": True, "ter": True, "wer": True, "bits_per_byte": True,
+    "character_f1": False, "parameter_match": False, "lossless_match": False,
+}  # fmt: skip
+
+
+def test_which_metrics_of_lm_eval_are_better_when_lower(run: Run, tmp_path):
+    """Whole names count, not parts of them."""
+    values = dict.fromkeys(LM_EVAL_METRICS, 1.0)
+    line = lm_eval_line(0, **values).replace('"none"', '"strict-match"')
+    (tmp_path / "samples_t.jsonl").write_text(line)
+    lower = read_results(str(tmp_path)).lower_is_better
+    assert {n.removeprefix("t/").removesuffix(",strict-match") for n in lower} == {
+        name for name, wanted in LM_EVAL_METRICS.items() if wanted
+    }
+
+
+@pytest.mark.parametrize("option", ["--html", "--markdown", "-o"])
+def test_a_folder_that_is_not_there_is_named_first(run: Run, tmp_path, option):
+    done = run("compare", "gone.json", "gone.json", option, tmp_path / "no" / "x")
+    assert (done.code, "does not exist; make it first" in done.said) == (2, True)
 
 
 def test_other_items_are_no_comparison(run: Run, tmp_path):

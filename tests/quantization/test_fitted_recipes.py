@@ -15,7 +15,7 @@ from tiny_models import EXAMPLE
 from llmquant.formats import FORMATS
 from llmquant.models.architectures import ARCHITECTURES
 from llmquant.models.reading.linears import Linears
-from llmquant.models.selection import fitted, select
+from llmquant.models.selection import fit_groups, select
 from llmquant.recipe import Recipe, load_recipe
 
 LLAMA = ARCHITECTURES["llama"]
@@ -62,11 +62,11 @@ def test_the_fitted_recipe_says_it_all(
     """Strict, it gives the same schemes; the wanted grid is kept but for the size."""
     wanted = Recipe.model_validate({"method": "rtn", **changes})
     of = linears(**columns)
-    recipe, told = fitted(of, LLAMA, wanted, FORMATS["compressed-tensors"])
+    recipe, told = fit_groups(of, LLAMA, wanted, FORMATS["compressed-tensors"])
     assert len(told) >= count
     strict = recipe.updated({"weights.strict_groups": True})
-    assert fitted(of, LLAMA, strict, FORMATS["compressed-tensors"]) == (recipe, ())
-    assert fitted(of, LLAMA, recipe, FORMATS["compressed-tensors"]) == (recipe, ())
+    assert fit_groups(of, LLAMA, strict, FORMATS["compressed-tensors"]) == (recipe, ())
+    assert fit_groups(of, LLAMA, recipe, FORMATS["compressed-tensors"]) == (recipe, ())
     for name, (_, width) in of.shapes.items():
         before, after = (r.weights_of(*of.names(name)) for r in (wanted, recipe))
         if recipe.selects(*of.names(name)):
@@ -77,11 +77,11 @@ def test_the_fitted_recipe_says_it_all(
 
 
 def test_overrides_are_few() -> None:
-    recipe, _ = fitted(linears(), LLAMA, Recipe(method="rtn"), FORMATS["compressed-tensors"])
+    recipe, _ = fit_groups(linears(), LLAMA, Recipe(method="rtn"), FORMATS["compressed-tensors"])
     assert [o.match for o in recipe.overrides] == [
         f"model.layers.*.{leaf}" for leaf, width in LEAVES.items() if width == 192
     ]
-    whole, _ = fitted(
+    whole, _ = fit_groups(
         linears(o_proj=192, down_proj=192), LLAMA, Recipe(), FORMATS["compressed-tensors"]
     )
     assert whole == Recipe().updated({"weights.group_size": 64})
@@ -93,7 +93,7 @@ def test_where_the_size_divides_the_recipe_is_not_touched() -> None:
         Recipe(),
         Recipe.model_validate({"overrides": [{"match": "lm_head", "bits": 8}]}),
     ):
-        assert fitted(wide, LLAMA, recipe, FORMATS["awq"]) == (recipe, ())
+        assert fit_groups(wide, LLAMA, recipe, FORMATS["awq"]) == (recipe, ())
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -130,7 +130,7 @@ def test_a_shipped_recipe_on_a_narrow_model(
     }.items() >= schemes.items()
     record = json.loads(Path("out/manifest.json").read_text(encoding="utf-8"))
     seen = json.loads(run("inspect", "out", "--json").out)
-    assert told["fitted"] == record["fitted"] == seen["fitted"]
+    assert told["regrouped"] == record["regrouped"] == seen["regrouped"]
     assert {
         n.rpartition(".")[2]: m["spec"] for n, m in record["modules"].items()
     }.items() >= schemes.items()
@@ -167,4 +167,4 @@ def test_a_size_of_the_command_line_is_meant(run: Run, model: Path) -> None:
 def test_a_model_that_fits_says_nothing(run: Run) -> None:
     ran = run("quantize", EXAMPLE, "-o", "out", "--recipe", "rtn-w4g128")
     assert (ran.code, "group size" in ran.out, "instead of" in ran.err) == (0, False, False)
-    assert "fitted" not in json.loads(Path("out/manifest.json").read_text(encoding="utf-8"))
+    assert "regrouped" not in json.loads(Path("out/manifest.json").read_text(encoding="utf-8"))

@@ -1,8 +1,5 @@
-"""``llmquant compare``: a verdict from two results, with an exit code for CI.
-
-Registered through the entry-point group ``llmquant.commands``; importing this module loads typer
-and nothing heavier.
-"""
+"""``llmquant compare``: a verdict from two results, with an exit code for CI. Importing this module
+loads typer and nothing heavier."""
 
 from __future__ import annotations
 
@@ -12,56 +9,62 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmquant.cli.options import from_home
 from llmquant.errors import UsageError
+from llmquant_eval.cli_options import HtmlOption, MarkdownOption
 
 if TYPE_CHECKING:
     from llmquant_eval.decide.schema import Verdict
 
 
-def register(app: typer.Typer) -> None:
-    """Add ``compare`` to the command line."""
-    app.command("compare")(compare_command)
+_Baseline = Annotated[
+    str,
+    typer.Argument(
+        help="Results of the original: a report of `llmquant eval --tasks`, or what lm-eval logged "
+        "(a file or a folder). FILE#LABEL chooses a model of a report.",
+        metavar="BASELINE",
+    ),
+]
+_Candidate = Annotated[
+    str, typer.Argument(help="Results of the quantized model.", metavar="CANDIDATE")
+]
+_Margin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="The acceptable loss: 1% is one percentage point of an accuracy, one percent of the baseline's mean "
+        "of other scores. METRIC=2% for one metric.  [default: 1%]",
+        metavar="SHARE",
+    ),
+]
+_Alpha = Annotated[float, typer.Option(help="Acceptable probability of a wrong verdict.")]
+_Power = Annotated[
+    float, typer.Option(help="Power that sample sizes and detectable differences are for.")
+]
+_Metric = Annotated[
+    list[str] | None, typer.Option(help="Decide by this metric only; several times for several.")
+]
+_Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="Write the verdict as JSON.", callback=from_home
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the verdict as JSON and nothing else.")]
+_Examples = Annotated[int, typer.Option(help="Flipped items to show, of each kind.", min=0)]
 
 
 def compare_command(
-    baseline: Annotated[
-        str,
-        typer.Argument(
-            help="Results of the original: a report of `llmquant eval --tasks`, or what lm-eval logged "
-            "(a file or a folder). FILE#LABEL chooses a model of a report.",
-            metavar="BASELINE",
-        ),
-    ],
-    candidate: Annotated[
-        str, typer.Argument(help="Results of the quantized model.", metavar="CANDIDATE")
-    ],
-    margin: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="The acceptable loss: 1% is one percentage point of an accuracy, one percent of the baseline's mean "
-            "of other scores. METRIC=2% for one metric.  [default: 1%]",
-            metavar="SHARE",
-        ),
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="Acceptable probability of a wrong verdict.")] = 0.05,
-    power: Annotated[
-        float, typer.Option(help="Power that sample sizes and detectable differences are for.")
-    ] = 0.8,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(help="Decide by this metric only; several times for several."),
-    ] = None,
-    examples: Annotated[int, typer.Option(help="Flipped items to show, of each kind.", min=0)] = 5,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the verdict as JSON.")
-    ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write Markdown.", metavar="FILE")] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write one self-contained HTML page.", metavar="FILE")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the verdict as JSON and nothing else.")
-    ] = False,
+    baseline: _Baseline,
+    candidate: _Candidate,
+    margin: _Margin = None,
+    alpha: _Alpha = 0.05,
+    power: _Power = 0.8,
+    metric: _Metric = None,
+    examples: _Examples = 5,
+    output: _Output = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
+    as_json: _Json = False,
 ) -> None:
     """Say whether CANDIDATE may replace BASELINE.
 
@@ -71,7 +74,10 @@ def compare_command(
     from llmquant_eval.decide.compare import Bound, compare
     from llmquant_eval.decide.read import read_results
     from llmquant_eval.decide.schema import EXIT_CODES
+    from llmquant_eval.report.files import check_folder
 
+    for path in filter(None, (output, markdown, html)):
+        check_folder(path)
     general, margins = _margins(margin or [])
     bound = Bound(
         general, margins, alpha=alpha, power=power, metrics=tuple(metric or ()), examples=examples
@@ -114,7 +120,7 @@ def _share(text: str, whole: str) -> float:
 
 def _write(verdict: Verdict, output: Path | None, markdown: Path | None, html: Path | None) -> None:
     from llmquant_eval.decide import render
-    from llmquant_eval.report.files import replace_file
+    from llmquant_eval.report.files import write_file
 
     for path, text in (
         (output, verdict.to_json),
@@ -122,5 +128,5 @@ def _write(verdict: Verdict, output: Path | None, markdown: Path | None, html: P
         (html, lambda: render.html(verdict)),
     ):
         if path is not None:
-            replace_file(path, text())
+            write_file(path, text())
             sys.stderr.write(f"wrote {path}\n")

@@ -190,6 +190,7 @@ def _metric(metric: _Paired, bound: Bound) -> MetricVerdict:
         difference=difference,
         interval=(low, high) if math.isfinite(low) else None,
         method=method,
+        points=share,
         margin=margin,
         margin_text=_margin_text(asked, share),
         flips=flips,

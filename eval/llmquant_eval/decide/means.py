@@ -15,11 +15,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from llmquant_eval.decide.flips import quantiles
+from llmquant_eval.decide.flips import Array, quantiles
 
-Array = npt.NDArray[np.float64]
 _RESAMPLES = 9_999
 _AT_A_TIME = 4_000_000  # numbers drawn at a time: 32 MB
 

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.errors import UsageError
-from llmquant_eval.decide.results import Item, ItemResults, parsed
+from llmquant_eval.decide.results import Item, ItemResults, check_ids, validated
 from llmquant_eval.report.results import ModelResult
 from llmquant_eval.report.schema import Report
 
 _TASK = re.compile(r"samples_(.+?)_\d{4}-\d\d-\d\dT[\d.:-]+\.jsonl")
-_LOWER = ("perplexity", "bits_per_byte", "brier_score", "ter", "edit_distance", "loss")
+# lm-eval's metrics of which less is better: word_perplexity, but not parameter or filter.
+_LOWER = re.compile(r"(\w+_)?(perplexity|bits_per_byte|brier_score|[twc]er|edit_distance|loss)")
 _ACCEPTED = (
-    "give a result of `llmquant validate`, a report of `llmquant eval --tasks`, "
-    "or what lm-eval's --log_samples wrote"
+    "give a report of `llmquant eval --tasks`, what lm-eval's --log_samples wrote, "
+    "or scores of your own as docs/evaluation.md has them"
 )
 
 
@@ -45,21 +46,29 @@ def read_results(source: str) -> ItemResults:
         if not files:
             raise UsageError(f"{path} has no samples_TASK_DATE.jsonl of lm-eval; {_ACCEPTED}")
         return _logged(files, str(path))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} cannot be read: {e}") from e
     if path.suffix == ".jsonl":
         return _logged([path], str(path))
-    try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UsageError(f"{path} is not JSON ({e}); {_ACCEPTED}") from e
+    text = _text_of(path)
+    raw = _parsed(text, f"{path} is not JSON")
     if isinstance(raw, dict) and raw.get("kind") == "items":
-        return parsed(text, path)
+        return validated(raw, path)
     if isinstance(raw, dict) and "models" in raw:
         return _of_report(Report.from_json(text, str(path)), path, label)
     raise UsageError(f"{path} holds no results item by item; {_ACCEPTED}")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} cannot be read: {e}") from e
+
+
+def _parsed(text: str, wrong: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:  # thousands of digits, thousands of brackets
+        raise UsageError(f"{wrong} ({e}); {_ACCEPTED}") from e
 
 
 def _of_report(report: Report, path: Path, label: str | None) -> ItemResults:
@@ -104,7 +113,7 @@ def _logged(files: list[Path], source: str) -> ItemResults:
     if not items:
         raise UsageError(f"{source} is empty")
     names = {n for item in items for n in item.scores}
-    lower = sorted(n for n in names if any(word in n.split("/")[1] for word in _LOWER))
+    lower = sorted(n for n in names if _LOWER.fullmatch(_metric_of(n)))
     notes = [f"not a number per item, left out: {', '.join(sorted(ignored))}"] if ignored else []
     results = ItemResults(
         model=source,
@@ -113,21 +122,23 @@ def _logged(files: list[Path], source: str) -> ItemResults:
         items=tuple(items),
         notes=tuple(notes),
     )
-    return parsed(results.to_json(), Path(source))
+    check_ids(results, source)
+    return results
+
+
+def _metric_of(name: str) -> str:
+    """``acc`` of ``arc_easy/acc,none``."""
+    return name.rpartition("/")[2].partition(",")[0]
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise UsageError(f"{file}, line {number} is not JSON: {e}") from e
-            if not isinstance(row, dict) or "doc_id" not in row:
-                raise UsageError(f"{file}, line {number} has no doc_id; {_ACCEPTED}")
-            yield number, row
+    for number, line in enumerate(_text_of(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        row = _parsed(line, f"{file}, line {number} is not JSON")
+        if not isinstance(row, dict) or "doc_id" not in row:
+            raise UsageError(f"{file}, line {number} has no doc_id; {_ACCEPTED}")
+        yield number, row
 
 
 def _sample(task: str, row: dict[str, Any], where: str, ignored: set[str]) -> Item:

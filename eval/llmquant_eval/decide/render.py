@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from llmquant_eval.decide.schema import Decision, Example, MetricVerdict, Verdict
+from llmquant_eval.report.page import render_page
 
 _TEMPLATE = Path(__file__).parent / "templates" / "verdict.html"
 MEANS: dict[Decision, str] = {
@@ -43,13 +43,12 @@ def html(verdict: Verdict) -> str:
     body = body.replace("<table>", '<div class="scroll"><table>').replace(
         "</table>", "</table></div>"
     )
-    parts = {
-        "title": escape(f"{verdict.decision}: {verdict.candidate}"),
-        "decision": verdict.decision.lower().replace("'", "").replace(" ", "-"),
-        "body": body,
-    }
-    page = _TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
+    decision = verdict.decision.lower().replace("'", "").replace(" ", "-")
+    return render_page(
+        _TEMPLATE,
+        f"{verdict.decision}: {verdict.candidate}",
+        {"decision": decision, "body": body},
+    )
 
 
 def advice(metric: MetricVerdict, power: float) -> str:
@@ -117,10 +116,6 @@ def _examples(what: str, count: int, examples: Sequence[Example]) -> list[str]:
     return lines
 
 
-def _is_points(metric: MetricVerdict) -> bool:
-    return metric.margin_text.endswith(("point", "points"))
-
-
 def _between(metric: MetricVerdict, low: float, high: float) -> str:
     """An interval, its unit once."""
     first = _amount(metric, low, sign=True).removesuffix(" points")
@@ -128,13 +123,13 @@ def _between(metric: MetricVerdict, low: float, high: float) -> str:
 
 
 def _value(metric: MetricVerdict, value: float) -> str:
-    return percent(value) if _is_points(metric) else f"{value:.5g}"
+    return percent(value) if metric.points else f"{value:.5g}"
 
 
 def _amount(metric: MetricVerdict, value: float, *, sign: bool = False) -> str:
     """A difference: in points of 100, or in the metric's own unit."""
     plus = "+" if sign else ""
-    if _is_points(metric):
+    if metric.points:
         return f"{100 * value:{plus}.3g} points"
     return f"{value:{plus}.4g}"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field, ValidationError
 
@@ -53,29 +53,32 @@ class ItemResults(Strict):
         return self.model_dump_json(indent=1, exclude_none=True) + "\n"
 
 
-def parsed(text: str, source: Path) -> ItemResults:
-    """The inverse of :meth:`ItemResults.to_json`.
+def validated(raw: dict[str, Any], source: Path) -> ItemResults:
+    """Results from what their JSON says.
 
     Raises:
-        UsageError: something else, or a score that is no number; names the item and the field.
+        UsageError: something else, a score that is no number, an id that two items have; names the
+            item and the field.
     """
-    raw = json.loads(text)
     try:
         results = ItemResults.model_validate(raw)
     except ValidationError as e:
         first = e.errors()[0]
         raise UsageError(f"{source}: {_place(raw, first['loc'])}: {first['msg']}") from e
-    seen: set[str] = set()
-    for item in results.items:
-        if item.id in seen:
-            raise UsageError(f"{source}: item {item.id!r} is there twice; ids must be unique")
-        seen.add(item.id)
+    check_ids(results, source)
     return results
 
 
-def _place(raw: object, where: tuple[int | str, ...]) -> str:
+def check_ids(results: ItemResults, source: Path | str) -> None:
+    """Raises UsageError for an id that two items have."""
+    name, count = Counter(item.id for item in results.items).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{source}: item {name!r} is there more than once; ids must be unique")
+
+
+def _place(raw: dict[str, Any], where: tuple[int | str, ...]) -> str:
     """A place in the file as a person finds it: an item by its id."""
-    items = raw.get("items") if isinstance(raw, dict) else None
+    items = raw.get("items")
     if len(where) > 1 and where[0] == "items" and isinstance(where[1], int):
         item = items[where[1]] if isinstance(items, list) else None
         name = item.get("id") if isinstance(item, dict) else None

@@ -34,7 +34,8 @@ class MetricVerdict(Strict):
     """One metric.
 
     ``difference``, its ``interval`` and ``margin`` are in the metric's own unit; a loss is
-    negative, also where lower is better. ``margin_text`` is the margin as it was asked for.
+    negative, also where lower is better. ``points`` says that scores are between 0 and 1, so that
+    people read these as percentage points. ``margin_text`` is the margin as it was asked for.
     ``detectable`` is how far from the margin the truth must be for this sample to say so with the
     wanted power, ``needed`` the number of items that would settle the question if the true
     difference is the one seen. P-values are one-sided; the adjusted ones are Holm's over all
@@ -49,6 +50,7 @@ class MetricVerdict(Strict):
     difference: Finite
     interval: tuple[Finite, Finite] | None
     method: str
+    points: bool
     margin: Finite
     margin_text: str
     flips: FlipCounts | None

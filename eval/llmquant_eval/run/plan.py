@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import llmquant
 from llmquant.errors import UsageError
 from llmquant_eval.models.endpoint import Contact, tell_nobody
 from llmquant_eval.models.resolve import (
@@ -23,7 +24,6 @@ from llmquant_eval.models.resolve import (
     resolve_models,
     vocabulary_size,
 )
-from llmquant_eval.report.files import user_cache
 from llmquant_eval.report.schema import TextRows
 from llmquant_eval.run.request import Request
 from llmquant_eval.scoring.protocols import (
@@ -150,7 +150,7 @@ def _find(
     sources = list(request.candidates)
     if request.reference is not None and request.reference not in sources:
         sources.insert(0, request.reference)
-    cache = user_cache("eval") if request.cache is None else Path(request.cache)
+    cache = llmquant.user_cache("eval") if request.cache is None else Path(request.cache)
     models = resolve_models(sources, Contact(request.retry_for, cache / "served", tell))
     reference = next((m for m in models if m.source == request.reference), None)
     if reference is not None and len(models) == 1:

@@ -28,48 +28,58 @@ if TYPE_CHECKING:
 
 _GGUF = "gguf"
 
+_Quantized = Annotated[
+    str, typer.Argument(help="Quantized model folder or hub name, of llmquant or another tool.")
+]
+_To = Annotated[
+    str,
+    typer.Option(
+        metavar="LAYOUT",
+        help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense.",
+    ),
+]
+_Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Folder to make (for gguf: the file).",
+        callback=from_home,
+    ),
+]
+_Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32.",
+    ),
+]
+_ScaleDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Store scales in this dtype instead of the model's, if the layout allows it.",
+    ),
+]
+_Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The unquantized model; decides if the zero-point convention is ambiguous.",
+    ),
+]
+_ShardSize = Annotated[int, typer.Option(help="Bytes per file of a dense result.")]
+
 
 def convert_command(
-    model: Annotated[
-        str, typer.Argument(help="Quantized model folder or hub name, of llmquant or another tool.")
-    ],
-    to: Annotated[
-        str,
-        typer.Option(
-            metavar="LAYOUT",
-            help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense.",
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", help="Folder to make (for gguf: the file).", callback=from_home
-        ),
-    ],
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="DTYPE",
-            help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32.",
-        ),
-    ] = "auto",
-    scale_dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DTYPE",
-            help="Store scales in this dtype instead of the model's, if the layout allows it.",
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The unquantized model; decides if the zero-point convention is ambiguous.",
-        ),
-    ] = None,
-    max_shard_size: Annotated[
-        int, typer.Option(help="Bytes per file of a dense result.")
-    ] = 5_000_000_000,
+    model: _Quantized,
+    to: _To,
+    output: _Output,
+    dtype: _Dtype = "auto",
+    scale_dtype: _ScaleDtype = None,
+    base: _Base = None,
+    max_shard_size: _ShardSize = 5_000_000_000,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,

@@ -10,40 +10,53 @@ from typing import Annotated, Any
 
 import typer
 
-from llmquant.cli.options import JsonOption, OverwriteOption, QuietOption, ThreadsOption
+from llmquant.cli.options import (
+    JsonOption,
+    OutputOption,
+    OverwriteOption,
+    QuietOption,
+    ShardSizeOption,
+    ThreadsOption,
+)
 from llmquant.cli.progress import steps
 from llmquant.cli.sizes import check_shard_size
 from llmquant.cli.stopping import stoppable
 
+_File = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", help="GGUF file; of several shards any one, the others beside it."
+    ),
+]
+_Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="Of the folder's tensors: auto (float16; bfloat16 or float32 where the file's matrices are), "
+        "bfloat16/bf16, float16/fp16, float32/fp32.",
+    ),
+]
+_Packed = Annotated[
+    bool,
+    typer.Option("--packed", help="Keep Q4_0 and Q8_0 as they are, code for code, in --format."),
+]
+_Layout = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="With --packed: compressed-tensors (default), gptq or gptq_v2.",
+    ),
+]
+
 
 def import_command(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="GGUF file; of several shards any one, the others beside it."
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Of the folder's tensors: auto (float16; bfloat16 or float32 where the file's matrices are), "
-            "bfloat16/bf16, float16/fp16, float32/fp32."
-        ),
-    ] = "auto",
-    packed: Annotated[
-        bool,
-        typer.Option(
-            "--packed", help="Keep Q4_0 and Q8_0 as they are, code for code, in --format."
-        ),
-    ] = False,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            "--format", help="With --packed: compressed-tensors (default), gptq or gptq_v2."
-        ),
-    ] = None,
-    max_shard_size: Annotated[int, typer.Option(help="Bytes per file.")] = 5_000_000_000,
+    source: _File,
+    output: OutputOption,
+    dtype: _Dtype = "auto",
+    packed: _Packed = False,
+    layout: _Layout = None,
+    max_shard_size: ShardSizeOption = 5_000_000_000,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,

@@ -77,7 +77,7 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
         "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
         "cautions": {engine: list(reasons) for engine, reasons in found.cautions.items()},
         "fallbacks": list(found.fallbacks),
-        "fitted": [change.model_dump() for change in found.fitted],
+        "regrouped": [change.model_dump() for change in found.regrouped],
         "notes": list(notes),
         "modules": [
             {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes}
@@ -129,7 +129,7 @@ def _facts(found: Inspection, verified: bool, notes: Sequence[str]) -> Iterator[
     yield "on disk", f"{found.bytes_on_disk / 1e6:,.2f} MB of weight files"
     yield "sha256", found.weights_sha256
     yield from answers(found.engines, found.cautions)
-    for change in found.fitted:
+    for change in found.regrouped:
         yield "group size", str(change)
     for note in found.fallbacks:
         yield "fallback", note

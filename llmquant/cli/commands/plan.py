@@ -41,7 +41,18 @@ if TYPE_CHECKING:
     from llmquant.planning.forecast import Forecast
     from llmquant.planning.preview import Plan
     from llmquant.planning.timing import Timing
+    from llmquant.recipe import Recipe
     from llmquant.runtime.computing import Computing
+
+
+_Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Time two blocks on this machine (reads their weights; may need --calibration).",
+    ),
+]
+_Modules = Annotated[bool, typer.Option("--modules", help="One row per linear.")]
 
 
 def plan_command(
@@ -58,19 +69,13 @@ def plan_command(
     ignore: IgnoreOption = None,
     nsamples: SamplesOption = None,
     seqlen: LengthOption = None,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure",
-            help="Time two blocks on this machine (reads their weights; may need --calibration).",
-        ),
-    ] = False,
+    measure: _Measure = False,
     calibration: CalibrationOption = None,
     device: DeviceOption = "auto",
     dtype: CalibrationDtypeOption = "auto",
     store_dtype: StoreDtypeOption = "auto",
     threads: ThreadsOption = None,
-    modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
+    modules: _Modules = False,
     explain: ExplainOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -87,28 +92,31 @@ def plan_command(
 
     set_threads(threads)
 
-    choice = default_of(given)
+    default = default_of(given)
     if explain:
-        explain_default(choice, as_json=as_json)
+        explain_default(default, as_json=as_json)
         return
-    chosen = recipe_of(given, choice)
+    chosen = recipe_of(given, default)
     on, passes = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     plan = make_plan(model, chosen, store_dtype, tokenizer=True)
     needs = forecast(plan, chosen, passes.itemsize)
     computing = Computing.of(on, passes)
-    timing = None
-    if measure:
-        from llmquant.planning.timing import time_blocks
-        from llmquant.quantization.options import QuantizeOptions
-
-        timing = time_blocks(model, chosen, QuantizeOptions(device=str(on), dtype=passes.name))
+    timing = _timed(model, chosen, computing) if measure else None
     if as_json:
-        told = {"chosen_recipe": choice.name if choice else None}
-        told |= _as_dict(plan, needs, timing, computing)
-        sys.stdout.write(json.dumps(told) + "\n")
+        facts = {"chosen_recipe": default.name if default else None}
+        facts |= _as_dict(plan, needs, timing, computing)
+        sys.stdout.write(json.dumps(facts) + "\n")
     else:
-        reason = [] if choice is None else [("recipe", choice.sentence)]
+        reason = [] if default is None else [("recipe", default.sentence)]
         _show(plan, modules, [*reason, *_needs(needs, timing, computing)])
+
+
+def _timed(model: str, recipe: Recipe, computing: Computing) -> Timing:
+    from llmquant.planning.timing import time_blocks
+    from llmquant.quantization.options import QuantizeOptions
+
+    options = QuantizeOptions(device=computing.device, dtype=computing.dtype)
+    return time_blocks(model, recipe, options)
 
 
 def _as_dict(
@@ -127,7 +135,7 @@ def _as_dict(
             for m in plan.modules
         ],
         "skipped": dict(plan.skipped),
-        "fitted": [change.model_dump() for change in plan.fitted],
+        "regrouped": [change.model_dump() for change in plan.regrouped],
         "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
         "stored": plan.stored,
         "cautions": {engine: list(reasons) for engine, reasons in plan.cautions.items()},
@@ -234,7 +242,7 @@ def _facts(plan: Plan, needs: list[tuple[str, str]]) -> Iterator[tuple[str, str]
         f"{plan.source_bytes / 1e6:,.2f} MB → {plan.bytes_on_disk / 1e6:,.2f} MB of weight files; "
         f"{plan.bits_per_weight:.3f} bits per quantized weight",
     )
-    for change in plan.fitted:
+    for change in plan.regrouped:
         yield "group size", str(change)
     yield from needs
     yield ("left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none")

@@ -105,29 +105,35 @@ def quantize_command(
     """Quantize MODEL and write a folder that engines load."""
     given = dict(locals())
     check_shard_size(max_shard_size)
-    choice = default_of(given)
+    default = default_of(given)
     if explain:
-        explain_default(choice, as_json=as_json)
+        explain_default(default, as_json=as_json)
         return
-    chosen = recipe_of(given, choice)
-    if act_order is not None and chosen.method != "gptq":
-        raise UsageError(
-            f"--act-order applies only to GPTQ, but the method is {chosen.method}; leave one of them out"
-        )
+    chosen = recipe_of(given, default)
+    _check_together(given, chosen.method)
     options = _options(given)
-    if choice is not None:
-        options = replace(options, note=choice.sentence)
+    if default is not None:
+        options = replace(options, note=default.sentence)
     hidden = quiet or as_json or not options.world.first
     if target_bpw is not None:
-        if bits is not None or group_size is not None:
-            raise UsageError(
-                "--target-bpw chooses bits and group sizes itself; leave out --bits and --group-size"
-            )
         target = target_bpw, engine or Engine.any, sym
         chosen = _allocated(model, output, chosen, options, target, hidden)
-    elif engine is not None:
-        raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
     _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
+
+
+def _check_together(given: Mapping[str, Any], method: str) -> None:
+    """Raises UsageError for options that have no effect beside each other."""
+    if given["act_order"] is not None and method != "gptq":
+        raise UsageError(
+            f"--act-order applies only to GPTQ, but the method is {method}; leave one of them out"
+        )
+    if given["target_bpw"] is None:
+        if given["engine"] is not None:
+            raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
+    elif given["bits"] is not None or given["group_size"] is not None:
+        raise UsageError(
+            "--target-bpw chooses bits and group sizes itself; leave out --bits and --group-size"
+        )
 
 
 def _options(given: Mapping[str, Any]) -> QuantizeOptions:
