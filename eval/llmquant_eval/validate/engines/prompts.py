@@ -58,7 +58,7 @@ class Prompts:
         left_out: Counter[str] = Counter()
         for task in tasks:
             self.text(task, left_out)
-        return [f"{count:,} {what}" for what, count in left_out.items()]
+        return [f"{what}: {count:,}" for what, count in left_out.items()]
 
     def opens(self, task: Task) -> bool:
         """Whether the prompt ends in an open ``<think>``."""

@@ -94,14 +94,14 @@ class ServedEngine:
             pool.submit(self._measured, unit): place for place, unit in enumerate(units) if place
         }
         try:
-            for future in as_completed(asked):
-                yield asked[future], future.result()
+            for future in as_completed(list(asked)):
+                place = asked.pop(future)
+                yield place, future.result()
         except TaskError:
             with self._endpoint.waits_stopped():
                 pool.shutdown(cancel_futures=True)
-            # What was under way is done by now, and is not lost.
-            for future, place in asked.items():
-                if future.done() and not future.cancelled() and future.exception() is None:
+            for future, place in asked.items():  # what was under way is done by now
+                if not future.cancelled() and future.exception() is None:
                     yield place, future.result()
             raise
         finally:
