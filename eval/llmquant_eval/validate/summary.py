@@ -19,6 +19,8 @@ from llmquant_eval.validate.metrics.registry import NAMES
 _LENGTH = "answer_tokens"
 _LENGTH_MARGIN = "10%"  # lengths differ between good answers: one percent of them decides nothing
 
+_FAULTS, _NAMED = ("loop", "language_switch", "refusal"), 5  # whose items are named, and how many
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:
@@ -65,11 +67,22 @@ def show(results: ItemResults, output: Path, reference: tuple[str, ItemResults] 
         theirs = [_cells(mean_of(others, metric))[0]] if others is not None else []
         table.add_row(Text(metric) + Text(lower, "dim"), *cells, *theirs)
     console.print(table)
+    for line in _to_look_at(results):
+        console.print(line)
     for note in results.notes:
         console.print(f"note: {note}", style="dim")
     console.print(f"wrote {output}. Next:")
     for command in next_commands(results, output, None if reference is None else reference[0]):
         console.print(f"  {command}", soft_wrap=True)
+
+
+def _to_look_at(results: ItemResults) -> Iterator[str]:
+    """Items that misbehave, by what they do: the answers are in the file."""
+    for metric in _FAULTS:
+        names = [item.id for item in results.items if item.scores.get(metric) == 1]
+        if names:
+            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+            yield f"{metric}: {', '.join(names[:_NAMED])}{more}"
 
 
 def metrics_of(results: ItemResults) -> list[str]:
