@@ -178,3 +178,16 @@ def test_what_the_template_leaves_out_is_said(model: Path) -> None:
     assert engine_of(model).check([task], lambda _: "") == [
         "chats whose tools the chat template leaves out: 1"
     ]
+
+
+def test_special_tokens_are_left_out_but_for_those_of_thinking(model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(model, tmp_path / "thinking"))
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>", "<other>"]})
+    tokenizer.save_pretrained(copy)
+    text = "<think>so</think> yes<other>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    answer = engine_of(copy)._answer(ids, opened=False)
+    assert (answer.text, answer.marked, answer.final) == ("<think>so</think> yes", text, "yes")

@@ -266,3 +266,34 @@ def test_restart_deletes_what_an_unfinished_run_left(
     assert journal_of(Path("a.json")).exists()
     done = validate(run, model, data, "a.json", "--restart")
     assert (done.code, "resumes" in done.err) == (0, False)
+
+
+def test_an_interrupted_run_says_what_is_kept(
+    run: Run, model: Path, data: Path, scorers: Path
+) -> None:
+    scorers.write_text("def stops(item, answer):\n    raise KeyboardInterrupt")
+    done = validate(run, model, data, "a.json", f"--scorer={scorers}:stops")
+    assert done.code == 130
+    assert "interrupted; answers so far are kept, and the same command resumes" in done.err
+    assert journal_of(Path("a.json")).exists()
+
+
+def test_a_gguf_file_is_a_model_too(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    gguf = tmp_path / "small.gguf"
+    assert run("convert", model, "--to", "gguf", "-o", gguf).code == 0
+    assert validate(run, gguf, data, "a.json").code == 0
+    validate(run, model, data, "b.json")
+    ours, theirs = (json.loads(Path(f).read_text())["items"] for f in ("a.json", "b.json"))
+    assert [i["answer"] for i in ours] == [i["answer"] for i in theirs]
+
+
+def test_misbehaving_items_are_named(run: Run, tmp_path: Path) -> None:
+    from chat_server import chatting
+
+    said = {"a": "no " * 30, "b": "YEL被", "c": "Fine, thank you."}
+    rows = [{"id": k, "prompt": f"Say something, {k}"} for k in said]
+    with chatting(lambda b: {"content": said[b["messages"][-1]["content"][-1]]}) as server:
+        done = run("validate", server.url, "--data", write_rows(tmp_path / "p.jsonl", *rows), "-o", "a")  # fmt: skip
+    assert "\nloop: a\n" in done.out
+    assert "\nlanguage_switch: b\n" in done.out
+    assert "\nrefusal: " not in done.out

@@ -4,6 +4,8 @@ Importing this module loads typer and nothing heavier."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,10 +74,20 @@ def validate_command(
     computing = Computing(dtype, device, kernel, threads, batch_size, tokenizer, retry_for)
     generation = Generation(max_tokens, temperature, seed, raw)
     names = Chosen(metric or (), scorer or (), lower_is_better or ())
-    with stages(quiet or as_json) as (progress, tell):
+    with _kept_when_interrupted(), stages(quiet or as_json) as (progress, tell):
         run = plan_run(model, read, generation, computing, names, progress, tell)
         results = run.results(output, restart=restart, text=text, reference=baseline)
     _show(results, output, reference, baseline, as_json)
+
+
+@contextmanager
+def _kept_when_interrupted() -> Iterator[None]:
+    """Says at Ctrl-C what is left, and exits with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; answers so far are kept, and the same command resumes\n")
+        raise SystemExit(130) from None
 
 
 def _show(

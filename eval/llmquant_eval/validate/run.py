@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from llmquant.errors import LlmquantError
 from llmquant_eval.decide.results import Item, ItemResults
 from llmquant_eval.validate.answers import Measured, Task, Unit
@@ -214,9 +216,10 @@ class Run:
 
 def _read(kept: object) -> list[Measured] | None:
     """What the journal has for a unit."""
-    if not isinstance(kept, list):
+    try:
+        return [Measured.model_validate(m) for m in kept] if isinstance(kept, list) else None
+    except ValidationError:  # another version's
         return None
-    return [Measured.model_validate(m) for m in kept]
 
 
 def _shown(example: Example, measured: Measured) -> str | None:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from llmquant.errors import QuantizationError, UsageError
@@ -180,7 +181,7 @@ class LocalEngine:
     def _answer(self, new: list[int], opened: bool) -> Answer:
         end = next((i for i, token in enumerate(new) if token in self._ends), None)
         said = new if end is None else new[:end]
-        text = self._tokenizer.decode(said, skip_special_tokens=True)
+        text = self._decoded(said)
         marked = self._tokenizer.decode(said, skip_special_tokens=False)
         return Answer(
             text=text,
@@ -188,6 +189,16 @@ class LocalEngine:
             tokens=len(said) + (end is not None),
             ended=end is not None,
             opened=opened,
+        )
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        """Without special tokens, but for those that thinking begins and ends with."""
+        special = set(self._tokenizer.all_special_ids)
+        marks = {self._tokenizer.convert_tokens_to_ids(m): m for m in ("<think>", "</think>")}
+        pieces = groupby(ids, lambda token: marks.get(token) if token in special else None)
+        return "".join(
+            mark or self._tokenizer.decode(list(part), skip_special_tokens=True)
+            for mark, part in pieces
         )
 
     def _scored(self, task: Task) -> tuple[Scored, ...]:

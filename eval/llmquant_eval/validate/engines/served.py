@@ -10,6 +10,7 @@ and once more before answers of an earlier run are used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
@@ -143,7 +144,12 @@ class ServedEngine:
             return
         for n, ids in self._prompts.pairs(task):
             values = self._endpoint.score(ids).logprobs[n - 1 :]
-            yield Scored(logprob=sum(values), tokens=len(values))
+            if not math.isfinite(total := sum(values)):
+                raise LlmquantError(
+                    "the server gives a text of the data the probability 0, so it has no log-probability; "
+                    "choose other metrics with --metric"
+                )
+            yield Scored(logprob=total, tokens=len(values))
 
 
 def _of_completion(answer: Mapping[str, Any]) -> Answer:

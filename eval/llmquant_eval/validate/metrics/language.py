@@ -126,4 +126,4 @@ def _share(words: Sequence[str], language: str) -> float:
 def _in_dictionary(word: str, languages: tuple[str, ...]) -> bool:
     from simplemma import is_known
 
-    return bool(is_known(word, languages))
+    return bool(is_known(word, languages, low_memory=True))
