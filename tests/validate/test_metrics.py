@@ -126,18 +126,18 @@ def test_scores_of_what_is_beside_the_text(
 
 
 @pytest.mark.parametrize(
-    ("scored", "accuracy"),
+    ("scored", "right"),
     [
-        pytest.param(((-4.0, 1), (-3.9, 1), (-9.0, 1)), 1, id="the likeliest"),
-        pytest.param(((-4.0, 1), (-4.1, 1), (-9.0, 1)), 0, id="another"),
-        pytest.param(((-4.0, 1), (-4.1, 1), (-5.0, 3)), 0, id="per byte"),
+        pytest.param(((-4.0, 1), (-4.1, 1), (-9.0, 1)), "red", id="the likeliest"),
+        pytest.param(((-4.0, 1), (-3.9, 1), (-9.0, 1)), "tan", id="another"),
+        pytest.param(((-4.0, 1), (-4.1, 1), (-5.0, 3)), "yellow", id="per byte"),
     ],
 )
-def test_choices_are_compared_per_byte(
-    scored: tuple[tuple[float, int], ...], accuracy: float
-) -> None:
-    row = {"choices": ["red", "tan", "yellow"], "answer": "tan"}
-    assert score("choice_accuracy", row, "", scored=scored) == accuracy
+def test_choices_are_compared_per_byte(scored: tuple[tuple[float, int], ...], right: str) -> None:
+    choices = ["red", "tan", "yellow"]
+    for answer in choices:
+        row = {"choices": choices, "answer": answer}
+        assert score("choice_accuracy", row, "", scored=scored) == float(answer == right)
 
 
 def test_the_likeliest_of_several_answers_counts_per_token() -> None:

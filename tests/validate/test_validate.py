@@ -236,17 +236,25 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(
     assert out.read_bytes() == Path("whole.json").read_bytes()
 
 
-def test_answers_of_other_options_are_not_used(run: Run, model: Path, tmp_path: Path) -> None:
-    data, out = many(tmp_path), tmp_path / "a.json"
-    (tmp_path / "slow.py").write_text(SLOW)
-    scorer = ("--scorer", f"{tmp_path}/slow.py:slow")
-    killed(model, data, out, 3, "--batch-size", "2", *scorer)
-    done = validate(run, model, data, str(out), "--batch-size", "2", "--system", "Be brief.")
+@pytest.mark.parametrize(
+    ("other", "more"),
+    [
+        pytest.param(False, ["--system", "Be brief."], id="prompts"),
+        pytest.param(False, ["--max-tokens", "5"], id="options"),
+        pytest.param(True, [], id="model"),
+    ],
+)
+def test_answers_of_another_run_are_not_used(
+    run: Run, model: Path, quantized: Path, data: Path, scorers: Path, other: bool, more: list[str]
+) -> None:
+    assert validate(run, model, data, "a.json", f"--scorer={scorers}:fails_on_json").code == 1
+    second = quantized if other else model
+    done = validate(run, second, data, "a.json", *more)
     assert (
         "answers of another model, other options or other prompts; they are not used" in done.said
     )
-    validate(run, model, data, "whole.json", "--batch-size", "2", "--system", "Be brief.")
-    assert out.read_bytes() == Path("whole.json").read_bytes()
+    validate(run, second, data, "whole.json", *more)
+    assert Path("a.json").read_bytes() == Path("whole.json").read_bytes()
 
 
 def test_two_runs_do_not_share_an_output(run: Run, model: Path, data: Path) -> None:
