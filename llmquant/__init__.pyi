@@ -20,8 +20,13 @@ from .conversion.gguf.importing import ImportOptions as ImportOptions
 from .conversion.gguf.importing import import_gguf as import_gguf
 from .data.calibration import Calibration as Calibration
 from .data.calibration import calibrate as calibrate
+from .data.chats import Chat as Chat
+from .data.chats import NotAChatError as NotAChatError
+from .data.chats import parse_chat as parse_chat
 from .data.sources import Documents as Documents
 from .data.sources import read_documents as read_documents
+from .data.template import NotRenderedError as NotRenderedError
+from .data.template import render_chat as render_chat
 from .errors import (
     ArchitectureError as ArchitectureError,
 )

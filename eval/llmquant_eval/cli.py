@@ -9,8 +9,7 @@ stdout holds the Report and nothing else.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +19,14 @@ import typer
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval import cli_options as options
+from llmquant_eval.cli_progress import stages
 from llmquant_eval.decide.cli import compare_command
 from llmquant_eval.leaderboard.cli import leaderboard_command
 from llmquant_eval.speed.cli import bench_command
+from llmquant_eval.validate.cli import validate_command
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from llmquant_eval.report.schema import Report
-    from llmquant_eval.run.evaluate import Progress
     from llmquant_eval.run.request import Request
 
 
@@ -36,6 +34,7 @@ def register(app: typer.Typer) -> None:
     """Add this package's commands to the command line."""
     app.command("eval")(eval_command)
     app.command("leaderboard")(leaderboard_command)
+    app.command("validate")(validate_command)
     app.command("compare")(compare_command)
     app.command("bench")(bench_command)
 
@@ -120,7 +119,7 @@ def _evaluate(request: Request, hidden: bool) -> tuple[Report, LlmquantError | N
 
     # transformers' own bars would be drawn across ours, and in spite of --quiet.
     transformers_logging.disable_progress_bar()
-    with _progress(hidden) as (progress, tell):
+    with stages(hidden) as (progress, tell):
         try:
             return evaluate(request, progress, tell), None
         except UnfinishedError as e:
@@ -162,34 +161,3 @@ def _show(report: Report) -> None:
 
     console = stdout_console()
     console.print(render(report, console.width))
-
-
-@contextmanager
-def _progress(hidden: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
-    """A bar with the time left per stage, and what is said meanwhile, on stderr. A log has no bars:
-    it gets a line per tenth of a stage."""
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    from llmquant.cli.progress import bar_columns
-
-    console = Console(stderr=True)
-    drawn = console.is_terminal and not hidden
-    with Bars(*bar_columns(), console=console, disable=not drawn) as bars:
-        tasks: dict[str, TaskID] = {}
-        tenths: dict[str, int] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-            tenth = 10 * done // max(total, 1)
-            if not drawn and tenths.get(stage) != tenth:
-                tenths[stage] = tenth
-                tell(f"{stage}: {done}/{total}")
-
-        def tell(note: str) -> None:
-            if not hidden:
-                console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-        yield advance, tell

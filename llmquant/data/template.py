@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmquant.data.chats import Chat
@@ -44,16 +44,19 @@ class NotRenderedError(ValueError):
     """Why a template does not write a chat, in words that rows are counted by."""
 
 
-def render(
+def render_chat(
     chat: Chat,
     tokenizer: PreTrainedTokenizerBase,
     source: str,
     incomplete: Counter[str] | None = None,
+    *,
+    generation_prompt: bool = False,
 ) -> str:
     """The chat as text, special tokens included.
 
     Args:
         incomplete: counts chats of which a part is left out, by what.
+        generation_prompt: end with what an answer of the assistant begins with.
 
     Raises:
         SourceError: the tokenizer has no template that can be used.
@@ -64,10 +67,11 @@ def render(
     turns = chat.plain()
     if not _NAMES_DEVELOPER.search(template):
         turns = [t | {"role": "system"} if t["role"] == "developer" else t for t in turns]
-    text = _write(tokenizer, turns, tools)
+    text = _write(tokenizer, turns, tools, generation_prompt)
     said = [m.content.strip() for m in chat.messages if m.content.strip()]
     if _shown(said, text) < len(said):
-        text = _by_parts(tokenizer, turns, tools, said, text)
+        parted = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+        text = _fuller(text, said, lambda: _write(tokenizer, parted, tools, generation_prompt))
     if said and not _shown(said, text):
         raise NotRenderedError("chats whose text the chat template leaves out")
     if any(name not in text for m in chat.messages for name in m.called):
@@ -104,25 +108,23 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     turns: list[dict[str, Any]],
     tools: list[Any] | None,
+    generation_prompt: bool,
 ) -> str:
     try:
-        return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(
+                turns, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        )
     except template_faults() as e:
         why = " ".join(str(e).split())[:_LONGEST_REASON]
         raise NotRenderedError(f"refused by the chat template: {why}") from e
 
 
-def _by_parts(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: list[dict[str, Any]],
-    tools: list[Any] | None,
-    said: Sequence[str],
-    text: str,
-) -> str:
+def _fuller(text: str, said: Sequence[str], by_parts: Callable[[], str]) -> str:
     """The chat written from parts, where more of it comes out than of ``text``."""
-    parted = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     try:
-        other = _write(tokenizer, parted, tools)
+        other = by_parts()
     except NotRenderedError:
         return text
     printed = any(mark in other for mark in _PARTS_PRINTED)

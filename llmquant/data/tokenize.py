@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmquant.data.sources import Documents, is_empty
-from llmquant.data.template import NotRenderedError, render
+from llmquant.data.template import NotRenderedError, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def tokenize(
             text = (
                 row
                 if isinstance(row, str)
-                else render(row, tokenizer, documents.source, incomplete)
+                else render_chat(row, tokenizer, documents.source, incomplete)
             )
         except NotRenderedError as e:
             dropped[str(e)] += 1

@@ -90,7 +90,14 @@ def test_lower_is_better_turns_the_sign(run: Run, tmp_path):
     assert verdict["decision"] == "DON'T SHIP"
     assert (verdict["baseline"], verdict["candidate"]) == (0.02, 0.1)
     assert verdict["difference"] == pytest.approx(-0.08)
+    assert verdict["method"] == "exact score test (Tango)"
+    assert (verdict["flips"]["lost"], verdict["flips"]["gained"]) == (80, 0)
     assert run("compare", *reversed(files)).code == 0
+
+
+def test_a_mean_of_zero_has_no_sign(run: Run, tmp_path):
+    files = [results(tmp_path, n, [{"loops": 0.0}] * 400, lower_is_better=["loops"]) for n in "ab"]
+    assert "0 % → 0 %, difference +0 points" in run("compare", *files).out
 
 
 def test_items_of_one_conversation_are_not_independent(run: Run, tmp_path):

@@ -82,6 +82,10 @@ EXECUTED = [
     "llmquant verify out/tiny-rtn",
     "llmquant eval out/tiny-rtn --reference examples/tiny-llama "
     "--text file:examples/tiny-llama/heldout.txt --window 512 --max-windows 2 --no-cost",
+    "llmquant validate examples/tiny-llama --data examples/prompts.jsonl -o out/original.json "
+    "--max-tokens 16",
+    "llmquant validate out/tiny-rtn --data examples/prompts.jsonl -o out/rtn.json --max-tokens 16 "
+    "--reference out/original.json",
     "llmquant generate out/tiny-rtn Hello --max-new-tokens 10",
     "llmquant convert out/tiny-rtn --to gptq -o out/tiny-rtn-gptq",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmquant_eval.cli import _progress
+from llmquant_eval.cli_progress import stages
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from llmquant_eval.cli import _progress
 def test_a_log_gets_a_line_per_tenth(
     windows: int, lines: list[str] | int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with _progress(hidden=False) as (advance, _):
+    with stages(hidden=False) as (advance, _):
         for done in range(windows + 1):
             advance("ppl/gptq-512", done, windows)
     written = capsys.readouterr().err.splitlines()
@@ -30,7 +30,7 @@ def test_a_log_gets_a_line_per_tenth(
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with _progress(hidden=True) as (advance, tell):
+    with stages(hidden=True) as (advance, tell):
         advance("ppl/gptq-512", 0, 2)
         tell("a note")
     assert capsys.readouterr().err == ""

@@ -136,13 +136,15 @@ def test_what_is_none_is_counted(models: dict[str, Path], tmp_path: Path) -> Non
 def texts(model: Path, rows: list[dict[str, Any]], folder: Path) -> list[str]:
     """What the calibration reads, as text."""
     import llmquant
-    from llmquant.data.template import render
+    from llmquant.data.template import render_chat
 
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tokenizer = llmquant.load_tokenizer(model)
     documents = llmquant.read_documents(f"jsonl:{path}#messages")
-    return [render(row, tokenizer, "rows") for row in documents.rows if not isinstance(row, str)]
+    return [
+        render_chat(row, tokenizer, "rows") for row in documents.rows if not isinstance(row, str)
+    ]
 
 
 def test_arguments_are_written_once(models: dict[str, Path], tmp_path: Path) -> None:
@@ -203,7 +205,7 @@ def test_a_dataset_of_the_hub_has_its_tools_too(models: dict[str, Path], tmp_pat
     import datasets
 
     import llmquant
-    from llmquant.data.template import render
+    from llmquant.data.template import render_chat
 
     rows = [TAKEN["tools beside"], {"messages": [USER, calls(**PARIS)], "tools": [TOOL]}]
     folder = tmp_path / "data"
@@ -211,7 +213,9 @@ def test_a_dataset_of_the_hub_has_its_tools_too(models: dict[str, Path], tmp_pat
     datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
     documents = llmquant.read_documents(f"hf:{folder}:train:messages")
     tokenizer = llmquant.load_tokenizer(models["tools"])
-    first, second = (render(r, tokenizer, "x") for r in documents.rows if not isinstance(r, str))
+    first, second = (
+        render_chat(r, tokenizer, "x") for r in documents.rows if not isinstance(r, str)
+    )
     assert first.startswith("<tool>")
     assert '"arguments": {"city": "Paris", "days": 2}' in second
     assert "null" not in first + second

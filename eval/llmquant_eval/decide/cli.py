@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _Baseline = Annotated[
     str,
     typer.Argument(
-        help="Results of the original: a report of `llmquant eval --tasks`, or what lm-eval logged "
-        "(a file or a folder). FILE#LABEL chooses a model of a report.",
+        help="Results of the original: of `llmquant validate`, a report of `llmquant eval --tasks`, or what "
+        "lm-eval logged (a file or a folder). FILE#LABEL chooses a model of a report.",
         metavar="BASELINE",
     ),
 ]

@@ -66,7 +66,7 @@ class _Paired:
 
     @property
     def binary(self) -> bool:
-        return all(set(np.unique(a)) <= {0.0, 1.0} for a in (self.baseline, self.candidate))
+        return all(set(np.unique(np.abs(a))) <= {0.0, 1.0} for a in (self.baseline, self.candidate))
 
     @property
     def share(self) -> bool:
@@ -185,8 +185,8 @@ def _metric(metric: _Paired, bound: Bound) -> MetricVerdict:
         metric=metric.name,
         items=len(metric.items),
         groups=metric.groups,
-        baseline=float(metric.baseline.mean()) * metric.sign,
-        candidate=float(metric.candidate.mean()) * metric.sign,
+        baseline=float(metric.baseline.mean()) * metric.sign + 0.0,  # a mean of 0 has no sign
+        candidate=float(metric.candidate.mean()) * metric.sign + 0.0,
         difference=difference,
         interval=(low, high) if math.isfinite(low) else None,
         method=method,

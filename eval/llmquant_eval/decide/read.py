@@ -21,7 +21,8 @@ _TASK = re.compile(r"samples_(.+?)_\d{4}-\d\d-\d\dT[\d.:-]+\.jsonl")
 # lm-eval's metrics of which less is better: word_perplexity, but not parameter or filter.
 _LOWER = re.compile(r"(\w+_)?(perplexity|bits_per_byte|brier_score|[twc]er|edit_distance|loss)")
 _ACCEPTED = (
-    "give a report of `llmquant eval --tasks`, what lm-eval's --log_samples wrote, "
+    "give results of `llmquant validate`, a report of `llmquant eval --tasks`, what lm-eval's "
+    "--log_samples wrote, "
     "or scores of your own as docs/evaluation.md has them"
 )
 

@@ -19,7 +19,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,22 @@ class Endpoint:
             self._check_model()
             self.kept.add(prompt, text)
         return text
+
+    def ask(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
+        """What ``path`` answers to ``body``, with the model's name in it; nothing is kept.
+
+        Raises:
+            RefusedError: the server does not take it as it is.
+            LlmquantError: the server failed.
+        """
+        with self._asking:
+            return self._server.request(path, {"model": self.model} | dict(body))
+
+    @contextmanager
+    def waits_stopped(self) -> Iterator[None]:
+        """Inside, requests that wait for a busy server fail at once."""
+        with self._retrying.stopped():
+            yield
 
     def _complete(self, prompt: Prompt) -> str:
         body = {"model": self.model, "prompt": list(prompt.ids)} | dict(prompt.options or {})

@@ -1,0 +1,1 @@
+"""What answers prompts: a model that is loaded here, or a server."""
