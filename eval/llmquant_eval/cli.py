@@ -20,6 +20,7 @@ import typer
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval import cli_options as options
+from llmquant_eval.auto.cli import auto_command
 from llmquant_eval.decide.cli import compare_command
 from llmquant_eval.leaderboard.cli import leaderboard_command
 
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``eval``, ``leaderboard`` and ``compare`` to the command line."""
+    """Add ``eval``, ``leaderboard``, ``compare`` and ``auto`` to the command line."""
     app.command("eval")(eval_command)
     app.command("leaderboard")(leaderboard_command)
     app.command("compare")(compare_command)
+    app.command("auto")(auto_command)
 
 
 def eval_command(
