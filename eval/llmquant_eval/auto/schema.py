@@ -144,6 +144,7 @@ class AutoReport(Strict):
     calibration_windows: int
     calibration_window: int
     heldout_windows: int
+    heldout_windows_available: int
     heldout_window: int
     baseline: ModelResult
     baseline_spent: Spent

@@ -93,6 +93,7 @@ def _locked(request: AutoRequest, work: Work, screen: Screen) -> AutoReport:
     standing = _standing(request, work, wanted)
     screen.begin([step.name for step in steps])
     baseline = trial.baseline()
+    screen.original(baseline.report.models[0], baseline.spent)
     climb = Climb(trial, baseline, steps, expected(request, steps), request.alpha / max(looks, 1))
     climb.run()
     if climb.best is not None and not standing:
@@ -153,13 +154,17 @@ def _texts(request: AutoRequest, work: Work) -> Texts:
     return Texts(split, nsamples, seqlen, plan)
 
 
-def _available(model: Path, split: Split, seqlen: int, longest: int | None) -> int:
-    """Calibration windows that the text has."""
+def _available(model: Path, split: Split, wanted: int, seqlen: int, longest: int | None) -> int:
+    """Calibration windows that the text has.
+
+    Raises:
+        UsageError, SourceError: fewer than wanted, or numbers that cannot be.
+    """
     try:
         calibration = llmquant.calibrate(
             llmquant.read_documents(split.calibration.source),
             llmquant.load_tokenizer(model),
-            nsamples=1,
+            nsamples=wanted,
             seqlen=seqlen,
             seed=0,
             max_positions=longest,

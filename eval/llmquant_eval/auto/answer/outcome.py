@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from llmquant_eval.auto.answer.render import check_text, checks_text
+from llmquant_eval.auto.answer.render import check_text, checks_text, sentence
 from llmquant_eval.auto.climb import Climb
 from llmquant_eval.auto.request import AutoRequest
 from llmquant_eval.auto.schema import AutoReport, Rung
@@ -40,6 +40,7 @@ def make_report(
         calibration_windows=nsamples,
         calibration_window=seqlen,
         heldout_windows=len(stream.windows),
+        heldout_windows_available=stream.available,
         heldout_window=stream.protocol.window,
         baseline=climb.baseline.report.models[0],
         baseline_spent=climb.baseline.spent,
@@ -83,17 +84,15 @@ def _why(climb: Climb) -> str:
     best = next(r for r in met if r.name == climb.best[0].name)
     model = climb.best[1].model
     assert model is not None
-    many = f"of {len(met)} candidates that meet" if len(met) > 1 else "candidate that meets"
-    if climb.trial.request.fastest:
-        pace = 0.0 if model.cost is None else model.cost.decode_tokens_per_second
-        kind = f"the fastest {many} the bound ({speed(pace)} tokens/s)"
-    else:
-        kind = f"the smallest {many} the bound ({size(model.bytes_on_disk)})"
-    if len(met) == 1:
-        kind = kind.replace("smallest candidate", "only candidate").replace(
-            "fastest candidate", "only candidate"
-        )
-    return f"{kind}: {checks_text(best.checks)}"
+    fastest = climb.trial.request.fastest
+    figure = size(model.bytes_on_disk)
+    if fastest and model.cost is not None:
+        figure = f"{speed(model.cost.decode_tokens_per_second)} tokens/s"
+    kind = "the only measured candidate that meets the bound"
+    if len(met) > 1:
+        word = "fastest" if fastest else "smallest"
+        kind = f"the {word} of {len(met)} measured candidates that meet the bound"
+    return f"{kind}, {figure}. {sentence(checks_text(best.checks))}"
 
 
 def _why_none(climb: Climb) -> str:
@@ -103,10 +102,10 @@ def _why_none(climb: Climb) -> str:
         reason = (
             "every rung was excluded or failed" if climb.stopped is None else "no time was left"
         )
-        return f"no candidate was measured: {reason}"
+        return f"no candidate was measured: {reason}."
     closest = min(tried, key=_distance)
     missed = "; ".join(check_text(c) for c in closest.checks if not c.met)
-    return f"none of {len(tried)} measured candidates meets the bound. The closest is {closest.name}: {missed}"
+    return f"none of {len(tried)} measured candidates meets the bound. The closest is {closest.name}: {missed}."
 
 
 def _distance(rung: Rung) -> float:
@@ -115,25 +114,31 @@ def _distance(rung: Rung) -> float:
 
 
 def _next(climb: Climb) -> str:
-    """Of the first rung that was not measured but could be; else of the nearest that was."""
-    left = [r for r in climb.rungs if r.outcome in ("not reached", "skipped")]
-    open_ = next((r for r in left if r.outcome == "not reached"), None) or _smallest(left)
-    if open_ is not None:
-        return f"Not measured: {open_.name} ({_forecast(open_)}). {open_.why}."
-    if climb.best is None:
-        return "Nothing is left on the ladder: keep the original, allow a larger loss, or give recipes of your own with --rung."
-    return "Nothing is left on the ladder: every rung that could be chosen was measured."
-
-
-def _smallest(rungs: list[Rung]) -> Rung | None:
-    known = [r for r in rungs if r.forecast_bytes is not None]
-    return min(known, key=lambda r: r.forecast_bytes or 0, default=None)
+    """Of the rung that was not reached; else of the one after the chosen; else what else helps."""
+    rungs = [r for r in climb.rungs if r.outcome not in ("excluded", "failed")]
+    after = next((r for r in rungs if r.outcome == "not reached"), None)
+    if after is None and climb.best is None:
+        return (
+            "Nothing is left on the ladder. Keep the original, allow a larger loss, "
+            "or name recipes of your own with --rung."
+        )
+    if after is None:
+        names = [r.name for r in rungs]
+        place = names.index(climb.best[0].name) if climb.best is not None else 0
+        after = next(iter(rungs[place + 1 :]), None)
+    if after is None:
+        return "The chosen one is the last rung that is possible; after it comes the original."
+    if after.checks:
+        return f"{after.name}, the next rung, was measured: {checks_text(after.checks)}."
+    return (
+        f"{after.name}, the next rung, was not measured: {_forecast(after)}. {sentence(after.why)}"
+    )
 
 
 def _forecast(rung: Rung) -> str:
     words = [f"about {size(rung.forecast_bytes)}", f"{rung.forecast_bits:.4g} bits per weight"]
     if rung.expected_kl is not None and rung.expected_ratio is not None:
         words.append(
-            f"on a measured model of this size KL {rung.expected_kl:.2g} and perplexity × {rung.expected_ratio:.3f}"
+            f"KL {rung.expected_kl:.2g} and perplexity × {rung.expected_ratio:.3f} on a measured model of this size"
         )
     return ", ".join(words)

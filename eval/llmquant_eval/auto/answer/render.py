@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llmquant_eval.auto.schema import AutoReport, Check, Rung, Spent
+from llmquant_eval.auto.schema import AutoReport, Check, Part, Rung, Spent
 from llmquant_eval.report.page import markdown_body, plain, render_page
 from llmquant_eval.report.results import ModelResult
 from llmquant_eval.report.table import ABSENT, metric_cell, size, speed
 
 _TEMPLATE = Path(__file__).parent / "templates" / "auto.html"
+ORIGINAL = "original"
 COLUMNS = ("rung", "outcome", "bytes", "bits/w", "ratio", "KL nats", "decode tok/s", "time")
 
 
@@ -32,6 +33,14 @@ def cells(rung: Rung) -> list[str]:
         *numbers,
         time,
     ]
+
+
+def original_cells(model: ModelResult, spent: Spent) -> list[str]:
+    """The line of the original, under :data:`COLUMNS`."""
+    perplexity = " ".join(filter(None, metric_cell(model.metrics, "perplexity")))
+    decode = ABSENT if model.cost is None else speed(model.cost.decode_tokens_per_second)
+    shape = [size(model.bytes_on_disk), ABSENT, "1", "0", decode]
+    return [ORIGINAL, f"perplexity {perplexity}", *shape, duration(spent.wall)]
 
 
 def _numbers(model: ModelResult | None) -> list[str]:
@@ -59,6 +68,11 @@ def _amount(check: Check, value: float) -> str:
     return f"{value:#.3g}" if check.name == "KL" else f"{100 * value:#.3g} %"
 
 
+def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
+
+
 def duration(seconds: float) -> str:
     """For people: the two largest units."""
     if seconds < 100:
@@ -72,7 +86,7 @@ def duration(seconds: float) -> str:
 def markdown(report: AutoReport) -> str:
     """The whole report."""
     title = report.chosen or "Keep the original"
-    lines = [f"# {plain(title)}", "", plain(report.why), ""]
+    lines = [f"# {plain(title)}", "", plain(sentence(report.why)), ""]
     lines += [f"- {plain(line)}" for line in _facts(report)]
     lines += ["", "## What was tried", "", *_tried(report), "", *_reasons(report)]
     lines += ["", "## What the next rung would give", "", plain(report.next)]
@@ -105,11 +119,7 @@ def _facts(report: AutoReport) -> Iterator[str]:
 
 def _tried(report: AutoReport) -> list[str]:
     """A row for the original and for every rung."""
-    base = report.baseline
-    perplexity = " ".join(filter(None, metric_cell(base.metrics, "perplexity")))
-    decode = ABSENT if base.cost is None else speed(base.cost.decode_tokens_per_second)
-    first = ["original", f"perplexity {perplexity}", size(base.bytes_on_disk), ABSENT, "1", "0"]
-    rows = [[*first, decode, duration(report.baseline_spent.wall)]]
+    rows = [original_cells(report.baseline, report.baseline_spent)]
     rows += [cells(rung) for rung in report.rungs]
     return _rows(COLUMNS, rows, [f"**{plain(report.chosen)}**" if report.chosen else "", ""])
 
@@ -128,21 +138,19 @@ def _rows(
 
 def _reasons(report: AutoReport) -> list[str]:
     return [
-        f"- **{plain(r.name)}** ({plain(r.stage)}), {r.outcome}: {plain(r.why)}."
+        f"- **{plain(r.name)}** ({plain(r.stage)}), {r.outcome}: {plain(r.why.removesuffix('.'))}."
         for r in report.rungs
     ]
 
 
 def _cost(report: AutoReport) -> list[str]:
-    rows = [["original", *_spent(Spent()), *_spent(report.baseline_spent)]]
-    rows += [
-        [r.name, *_spent(r.measured.quantizing), *_spent(r.measured.measuring)]
-        for r in report.rungs
-        if r.measured is not None
-    ]
-    rows.append(["all", "", "", duration(report.spent.wall), f"{report.spent.cpu:,.1f}"])
-    columns = ("rung", "quantizing", "CPU s", "measuring", "CPU s")
-    return _rows(columns, rows)
+    made = [(r.name, r.measured) for r in report.rungs if r.measured is not None]
+    rows = [[ORIGINAL, *_spent(Spent()), *_spent(report.baseline_spent)]]
+    rows += [[name, *_spent(m.quantizing), *_spent(m.measuring)] for name, m in made]
+    quantizing = sum((m.quantizing for _, m in made), Spent())
+    measuring = sum((m.measuring for _, m in made), report.baseline_spent)
+    rows.append(["all", *_spent(quantizing), *_spent(measuring)])
+    return _rows(("rung", "quantizing", "CPU s", "measuring", "CPU s"), rows)
 
 
 def _spent(spent: Spent) -> tuple[str, str]:
@@ -156,11 +164,11 @@ def _method(report: AutoReport) -> Iterator[str]:
         yield f"{split.shared:,} documents were left out of the held-out part, because the calibration text has them too."
     yield (
         f"Calibration: {report.calibration_windows:,} windows of {report.calibration_window:,} tokens of "
-        f"{split.calibration.documents:,} documents (rows sha256 {split.calibration.rows_sha256[:16]}…)."
+        f"{_documents(split.calibration)} (rows sha256 {split.calibration.rows_sha256[:16]}…)."
     )
     yield (
-        f"Held out: {report.heldout_windows:,} windows of {report.heldout_window:,} tokens of "
-        f"{split.heldout.documents:,} documents (rows sha256 {split.heldout.rows_sha256[:16]}…); nothing else was done with them."
+        f"Held out: the first {report.heldout_windows:,} of {report.heldout_windows_available:,} windows of "
+        f"{report.heldout_window:,} tokens of {_documents(split.heldout)} (rows sha256 {split.heldout.rows_sha256[:16]}…); nothing else was done with them."
     )
     overlaps = [m.overlap for r in report.rungs if (m := r.measured) and m.overlap is not None]
     if overlaps:
@@ -173,6 +181,10 @@ def _method(report: AutoReport) -> Iterator[str]:
     yield f"{report.hardware.processor}, {report.hardware.threads} threads; " + ", ".join(
         f"{name} {version}" for name, version in report.versions.items()
     )
+
+
+def _documents(part: Part) -> str:
+    return "1 document" if part.documents == 1 else f"{part.documents:,} documents"
 
 
 def _commands(report: AutoReport) -> list[str]:

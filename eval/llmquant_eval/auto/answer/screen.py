@@ -7,8 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llmquant_eval.auto.answer.render import COLUMNS, cells, duration
-from llmquant_eval.auto.schema import AutoReport, Rung
+from llmquant_eval.auto.answer.render import (
+    COLUMNS,
+    ORIGINAL,
+    cells,
+    duration,
+    original_cells,
+)
+from llmquant_eval.auto.schema import AutoReport, Rung, Spent
+from llmquant_eval.report.results import ModelResult
 from llmquant_eval.report.terminal import plain_table, stdout_console
 
 if TYPE_CHECKING:
@@ -37,7 +44,7 @@ class Screen:
     def begin(self, names: Sequence[str]) -> None:
         """The ladder is known."""
         blank = [""] * (len(COLUMNS) - 2)
-        self._lines = {name: (name, "waiting", *blank) for name in names}
+        self._lines = {name: (name, "waiting", *blank) for name in (ORIGINAL, *names)}
         self._draw()
 
     def doing(self, name: str, what: str, done: int = 0, total: int = 0) -> None:
@@ -58,6 +65,13 @@ class Screen:
         self._styles[rung.name] = _STYLES.get(rung.outcome, "dim")
         if self._live is None:
             self.note(f"{rung.name}: {rung.outcome}{', cached' if rung.cached else ''}; {rung.why}")
+        self._draw()
+
+    def original(self, model: ModelResult, spent: Spent) -> None:
+        """The original was measured."""
+        self._lines[ORIGINAL] = tuple(original_cells(model, spent))
+        if self._live is None:
+            self.note(f"{ORIGINAL}: {self._lines[ORIGINAL][1]}")
         self._draw()
 
     def _draw(self) -> None:
@@ -83,7 +97,8 @@ def show(report: AutoReport) -> None:
     """Print the answer to stdout."""
     console = stdout_console(markup=False)
     styles = {r.name: _STYLES.get(r.outcome, "dim") for r in report.rungs}
-    console.print(_table([tuple(cells(r)) for r in report.rungs], styles))
+    original = original_cells(report.baseline, report.baseline_spent)
+    console.print(_table([original, *map(cells, report.rungs)], styles))
     console.print()
     colour = "green" if report.decision == "chosen" else "yellow"
     title = report.chosen or report.decision

@@ -18,6 +18,7 @@ import yaml
 import llmquant
 from llmquant import AllocateOptions, Events, QuantizeOptions, Recipe
 from llmquant.errors import FormatError, LlmquantError, ProofError, QuantizationError, UsageError
+from llmquant_eval.auto.answer.render import ORIGINAL
 from llmquant_eval.auto.answer.screen import Screen
 from llmquant_eval.auto.ladder import Step
 from llmquant_eval.auto.request import AutoRequest
@@ -32,7 +33,6 @@ from llmquant_eval.run.request import Request
 
 _BROKEN = (QuantizationError, FormatError, ProofError)
 """What says of a rung that it cannot be made; the search continues with the next."""
-BASELINE = "original"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Trial:
         model = self.request.model
         request = replace(self.evaluation, candidates=(model,), tasks=self.request.tasks)
         report = evaluate(
-            request, lambda stage, done, total: self.screen.doing(BASELINE, stage, done, total)
+            request, lambda stage, done, total: self.screen.doing(ORIGINAL, stage, done, total)
         )
         baseline = Baseline(key=key, spent=meter.spent(), report=report)
         self.work.keep_baseline(baseline)
@@ -229,6 +229,7 @@ def common_facts(
         "heldout": split.heldout.rows_sha256,
         "evaluation": asked | {"dtype": dtype},
         "tasks": [_task_fact(task) for task in (request.tasks or "").split(",") if task],
+        "items": [request.limit, request.include_path],
         "versions": dict(versions),
     }
 
