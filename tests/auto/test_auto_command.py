@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import run_here
+from children import heeding_interrupts, run_here
 
 import llmquant
 from llmquant_eval.auto.schema import AutoReport
@@ -225,10 +225,19 @@ def test_a_killed_search_resumes_and_chooses_the_same(model, text, chosen, tmp_p
         assert (output / name).read_bytes() == (chosen / name).read_bytes()
 
 
-def killed_at(said: str, command: list[str]) -> None:
-    """Run a search in a process of its own, and kill it when it says something."""
+def test_an_interrupt_says_what_is_kept(model, text, tmp_path):
+    command = search(model, text, tmp_path / "out", "--max-kl", "100")
+    said = killed_at("rtn-w4g128: quantizing", command, signal.SIGINT, 130)
+    assert "interrupted; finished rungs are kept in" in said
+    assert "run the same command to resume" in said
+
+
+def killed_at(
+    said: str, command: list[str], number: signal.Signals = signal.SIGKILL, code: int | None = None
+) -> str:
+    """Run a search in a process of its own, and kill it when it says something; what it said."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmquant", *command],
+        heeding_interrupts([sys.executable, "-m", "llmquant", *command]),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -239,10 +248,12 @@ def killed_at(said: str, command: list[str]) -> None:
     for line in process.stderr:
         lines.append(line)
         if line.startswith(said):
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(number)
             break
+    lines += process.stderr.readlines()
     process.stderr.close()
-    assert process.wait() == -signal.SIGKILL, "".join(lines)
+    assert process.wait() == (-number if code is None else code), "".join(lines)
+    return "".join(lines)
 
 
 def test_a_kill_between_the_note_and_the_rename_publishes_at_the_next_run(model, text, again):
@@ -404,4 +415,4 @@ def test_data_without_windows_is_refused(model, tmp_path):
     short.write_text("One line.\n\nAnother line.", encoding="utf-8")
     ended = run_here("auto", model, "-o", tmp_path / "out", "--max-kl", "1", "--data", short)
     assert ended.code == 2
-    assert "part of --data is too short" in ended.said
+    assert "the calibration text is too short" in ended.said

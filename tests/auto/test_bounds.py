@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,7 @@ def test_no_time_names_the_option(text):
         pytest.param({"alpha": 0.5}, "--alpha 0.5", id="alpha"),
         pytest.param({"tasks": "arc_easy"}, "give both or neither", id="tasks without a bound"),
         pytest.param({"limit": 3}, "belong to --tasks", id="limit without tasks"),
+        pytest.param({"output": Path()}, "no name for a new folder", id="no name"),
         pytest.param({"max_windows": 0}, "--max-windows 0", id="no windows"),
     ],
 )

@@ -183,6 +183,6 @@ def _request(given: Mapping[str, Any]) -> AutoRequest:
         engine=given["engine"].value,
         time_budget=None if budget is None else parse_duration("--time-budget", budget),
         tasks=",".join(given["tasks"]) if given["tasks"] else None,
-        max_windows=given["max_windows"] or DEFAULT_WINDOWS,
+        max_windows=DEFAULT_WINDOWS if given["max_windows"] is None else given["max_windows"],
         command=shlex.join(["llmquant", *sys.argv[1:]]),
     )

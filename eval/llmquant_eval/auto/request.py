@@ -66,6 +66,8 @@ class AutoRequest:
     def __post_init__(self) -> None:
         if not self.data:
             raise UsageError("give a text of yours with --data FILE; several with several --data")
+        if self.output.name in ("", ".."):
+            raise UsageError(f"-o {self.output} is no name for a new folder; give one, such as out")
         if self.max_bytes is not None and self.fit is not None:
             raise UsageError("--max-bytes and --fit both limit the size; give one of them")
         if not 0 < self.alpha < 0.5:

@@ -69,6 +69,10 @@ def search(request: AutoRequest, screen: Screen) -> AutoReport:
     try:
         with without_bars():
             return _locked(request, work, screen)
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt(
+            f"finished rungs are kept in {work.folder}; run the same command to resume"
+        ) from e
     finally:
         os.close(lock)
 
@@ -143,7 +147,8 @@ def _texts(request: AutoRequest, work: Work) -> Texts:
     default = llmquant.Recipe().calibration
     longest = max_positions(model)
     seqlen = request.seqlen or min(default.seqlen, longest or default.seqlen)
-    nsamples = request.nsamples or min(default.nsamples, _available(model, split, seqlen, longest))
+    available = _available(model, split, request.nsamples or 1, seqlen, longest)
+    nsamples = request.nsamples or min(default.nsamples, available)
     plan = _plan(request, work, split)
     windows = len(plan.streams[0].windows)
     if windows < FEWEST_WINDOWS:
@@ -170,7 +175,7 @@ def _available(model: Path, split: Split, wanted: int, seqlen: int, longest: int
             max_positions=longest,
         )
     except SourceError as e:
-        raise SourceError(f"the calibration part of --data is too short: {e}") from e
+        raise SourceError(f"the calibration text is too short: {e}") from e
     return calibration.summary.windows_available
 
 
