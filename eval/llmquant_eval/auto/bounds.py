@@ -124,8 +124,8 @@ def _drops(tasks: Sequence[TaskResult], bound: float, alpha: float) -> Iterator[
         met = flips.p_not_worse(bound) <= alpha
         yield Check(
             name=f"drop of {task.task}/{name}",
-            value=-flips.difference,
-            upper=-low,
+            value=0.0 - flips.difference,
+            upper=0.0 - low,
             bound=bound,
             met=met,
         )

@@ -34,6 +34,10 @@ LADDER = (
 )
 STRENGTH = {"rtn": 0, "awq": 1, "gptq": 1, "mixed": 2, "tune": 3}
 """Of stages: the higher, the less is lost at the same bits. Equal ones are not compared."""
+SUPPORTED, UNQUANTIZED = (2, 3, 4, 8), 16
+"""Widths that an allocation chooses from."""
+VLLM_WIDTHS = (4, 8)
+"""What vLLM's GPU kernels take; the engine table of a plan has its CPU builds and transformers."""
 _MIXED = re.compile(r"mixed:(\d+(?:\.\d+)?)")
 _MIXED_FROM = "gptq-w4g128"
 
@@ -153,9 +157,16 @@ def _why_not(step: Step, plan: Plan, request: AutoRequest) -> str | None:
         )
     if request.fit is not None and step.running > request.fit:
         return f"{step.running:,} bytes to run with a whole context are more than --fit {request.fit:,}"
-    if step.target is None and (reasons := plan.engines.get(request.engine)):
-        return f"{request.engine} refuses it: {'; '.join(reasons)}"
-    return None
+    if step.target is not None:
+        return None  # allocation leaves out what the engine refuses
+    reasons = list(plan.engines.get(request.engine, ()))
+    if request.engine == "vllm" and (other := _widths(plan) - set(VLLM_WIDTHS)):
+        reasons.append(f"its GPU kernels take 4 and 8 bits, not {', '.join(map(str, other))}")
+    return f"{request.engine} refuses it: {'; '.join(reasons)}" if reasons else None
+
+
+def _widths(plan: Plan) -> set[int]:
+    return {module.scheme.spec.bits for module in plan.modules}
 
 
 def expected(request: AutoRequest, steps: Sequence[Step]) -> dict[str, tuple[float, float]]:

@@ -89,7 +89,7 @@ def shown(hidden: bool) -> Iterator[Screen]:
     if hidden or not console.is_terminal:
         yield Screen(console, None, hidden)
         return
-    with Live(console=console, refresh_per_second=4) as live:
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
         yield Screen(console, live, hidden)
 
 

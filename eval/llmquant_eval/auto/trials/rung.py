@@ -20,7 +20,7 @@ from llmquant import AllocateOptions, Events, QuantizeOptions, Recipe
 from llmquant.errors import FormatError, LlmquantError, ProofError, QuantizationError, UsageError
 from llmquant_eval.auto.answer.render import ORIGINAL
 from llmquant_eval.auto.answer.screen import Screen
-from llmquant_eval.auto.ladder import Step
+from llmquant_eval.auto.ladder import SUPPORTED, UNQUANTIZED, VLLM_WIDTHS, Step
 from llmquant_eval.auto.request import AutoRequest
 from llmquant_eval.auto.schema import Baseline, Made, Measured, Spent, Split
 from llmquant_eval.auto.split import check_disjoint
@@ -159,7 +159,7 @@ class Trial:
         if kept.is_file():
             return llmquant.load_recipe(kept)
         engine = self.request.engine
-        widths = (4, 8, 16) if engine == "vllm" else (2, 3, 4, 8, 16)
+        widths = (*(VLLM_WIDTHS if engine == "vllm" else SUPPORTED), UNQUANTIZED)
         options = AllocateOptions(
             step.target, widths, engine=engine, device=self.request.device, store_dtype="auto"
         )
