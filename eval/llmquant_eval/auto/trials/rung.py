@@ -28,6 +28,7 @@ from llmquant_eval.auto.trials.watch import Limit, Watch
 from llmquant_eval.auto.trials.work import Meter, Work, key_of
 from llmquant_eval.report.paired import paired_tasks
 from llmquant_eval.report.results import ModelResult
+from llmquant_eval.run.cost import CostRun, measure_apart
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.request import Request
 
@@ -192,8 +193,14 @@ class Trial:
     def _score(self, step: Step, baseline: Baseline, watch: Watch) -> ModelResult:
         """The candidate's result, its tasks paired with the original's."""
         folder = str(self.work.candidate(step.folder))
-        report = evaluate(replace(self.evaluation, candidates=(folder,)), watch.stage)
+        asked = replace(self.evaluation, candidates=(folder,), cost=False)
+        report = evaluate(asked, watch.stage)
         result = next(m for m in report.models if m.role == "candidate")
+        if self.request.fastest:  # of the candidate alone: the original's is known
+            settings = report.settings
+            run = CostRun(settings.dtype, settings.device, settings.kernel, self.request.threads)
+            cost = measure_apart(self.work.candidate(step.folder), run)
+            result = result.model_copy(update={"cost": cost})
         if self.request.tasks is None:
             return result
         only = Request(
