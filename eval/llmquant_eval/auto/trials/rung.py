@@ -28,7 +28,7 @@ from llmquant_eval.auto.trials.watch import Limit, Watch
 from llmquant_eval.auto.trials.work import Meter, Work, key_of
 from llmquant_eval.report.paired import paired_tasks
 from llmquant_eval.report.results import ModelResult
-from llmquant_eval.run.cost import CostRun, measure_apart
+from llmquant_eval.run.cost import CostRun, measure_cost
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.request import Request
 
@@ -199,7 +199,7 @@ class Trial:
         if self.request.fastest:  # of the candidate alone: the original's is known
             settings = report.settings
             run = CostRun(settings.dtype, settings.device, settings.kernel, self.request.threads)
-            cost = measure_apart(self.work.candidate(step.folder), run)
+            cost = measure_cost(self.work.candidate(step.folder), run)
             result = result.model_copy(update={"cost": cost})
         if self.request.tasks is None:
             return result
