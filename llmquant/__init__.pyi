@@ -1,5 +1,9 @@
 """The public names and where they live: the one list, for type checkers and at run time."""
 
+from .checkpoint.atomic import check_destination as check_destination
+from .checkpoint.atomic import lock_folder as lock_folder
+from .checkpoint.atomic import put_in_place as put_in_place
+from .checkpoint.atomic import refuse_source as refuse_source
 from .checkpoint.card import MEASURED_END as MEASURED_END
 from .checkpoint.card import MEASURED_START as MEASURED_START
 from .checkpoint.gguf.folder import ImportResult as ImportResult
@@ -90,6 +94,9 @@ from .models.transformers import (
 from .planning.allocate import Allocation as Allocation
 from .planning.allocate import allocate as allocate
 from .planning.candidates import AllocateOptions as AllocateOptions
+from .planning.defaults import DefaultRecipe as DefaultRecipe
+from .planning.defaults import choose_recipe as choose_recipe
+from .planning.forecast import running_bytes as running_bytes
 from .planning.preview import Plan as Plan
 from .planning.preview import make_plan as make_plan
 from .quantization.options import Events as Events

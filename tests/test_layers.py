@@ -44,7 +44,7 @@ ROWS = {
         ("run",),
         ("suites",),
         ("leaderboard", "decide"),
-        ("validate",),
+        ("auto", "validate"),
         ("suite_cli",),
         ("cli",),
     ),
@@ -62,7 +62,13 @@ ROWS = {
 MOST_MODULES = 12  # of a folder
 # What the packages above may import beside the names of ``llmquant`` itself: the exceptions, which
 # cost no torch.
-PUBLIC_MODULES = {"llmquant.errors", "llmquant.cli.options", "llmquant.cli.progress"}
+PUBLIC_MODULES = {
+    "llmquant.errors",
+    "llmquant.cli.options",
+    "llmquant.cli.progress",
+    "llmquant.cli.sizes",
+    "llmquant.cli.stopping",
+}
 PACKAGES = {
     "llmquant": ROOT / "llmquant",
     "llmquant_eval": ROOT / "eval" / "llmquant_eval",
@@ -263,6 +269,7 @@ print("HEAVY", heavy, "CODE", code)
         pytest.param(["quantize", "--help"], 0, "--group-size", id="quantize --help"),
         pytest.param(["inspect", "--help"], 0, "--verify", id="inspect --help"),
         pytest.param(["eval", "--help"], 0, "--text", id="eval --help"),
+        pytest.param(["auto", "--help"], 0, "--max-kl", id="auto --help"),
         pytest.param(["serve", "--help"], 0, "--engine", id="serve --help"),
         pytest.param(["chat", "--help"], 0, "--web", id="chat --help"),
         pytest.param(["quantize", "--bitz", "4"], 2, "--bitz", id="a mistyped option"),

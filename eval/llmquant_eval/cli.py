@@ -19,6 +19,7 @@ import typer
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval import cli_options as options
+from llmquant_eval.auto.cli import auto_command
 from llmquant_eval.cli_progress import stages
 from llmquant_eval.decide.cli import compare_command
 from llmquant_eval.leaderboard.cli import leaderboard_command
@@ -37,6 +38,7 @@ def register(app: typer.Typer) -> None:
     app.command("validate")(validate_command)
     app.command("compare")(compare_command)
     app.command("bench")(bench_command)
+    app.command("auto")(auto_command)
 
 
 def eval_command(

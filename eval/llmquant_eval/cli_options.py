@@ -176,3 +176,12 @@ MissingOption = Annotated[
         help="With --suite: measure only models whose report is missing from the results or outdated.",
     ),
 ]
+
+
+def share_of(text: str) -> float | None:
+    """``1%``, ``1 %`` or ``0.01`` as a number; None for anything else."""
+    number = text.strip()
+    try:
+        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        return None

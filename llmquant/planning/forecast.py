@@ -24,9 +24,11 @@ phase's copies were counted in the code and checked against the kernel's count o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llmquant.models.from_folder import read_config
 from llmquant.planning.preview import Plan
 from llmquant.quantization.memory import Work
 from llmquant.recipe import Recipe
@@ -91,3 +93,20 @@ def forecast(
         scratch=shard + 2 * work.states,
         accelerator=max(work.phases.values()) - work.states,
     )
+
+
+def running_bytes(model: str | os.PathLike[str], weights: int, tokens: int | None = None) -> int:
+    """Bytes of RAM that a model needs to answer one request: libraries, its weights, and keys and
+    values of a whole context at 16 bits.
+
+    Args:
+        model: folder or hub name, for its shape.
+        weights: bytes of its weight files, or of a quantized copy's.
+        tokens: of the context; default: as long as the config allows.
+    """
+    config = read_config(model).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    length = tokens or getattr(config, "max_position_embeddings", None) or 0
+    cache = 2 * config.num_hidden_layers * heads * width * length * 2
+    return LIBRARIES + weights + int(cache)

@@ -292,3 +292,16 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
     with pytest.raises(UsageError, match="--cache"):
         evaluate(request_with_cache(noise_floor=False))
+
+
+def test_the_reference_alone_fills_a_cache(base_model: Path, words: Path, tmp_path: Path) -> None:
+    """What ``llmquant auto`` measures the original with; a candidate then does not run it again."""
+    given = {"text": f"file:{words}", "reference": str(base_model), "window": 64, "cost": False}
+    cache = str(tmp_path / "cache")
+    alone = evaluate(Request((str(base_model),), cache=cache, noise_floor=False, **given))
+    plain = evaluate(Request((str(base_model),), **(given | {"reference": None})))
+    assert [m.role for m in alone.models] == ["reference"]
+    assert alone.models[0].metrics["perplexity"].value == pytest.approx(
+        plain.models[0].metrics["perplexity"].value, rel=1e-6
+    )
+    assert len(list((tmp_path / "cache").rglob(INDEX))) == 1

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import EXAMPLE, save
 
 from llmquant.models.experts import passes_of
-from llmquant.planning.forecast import LIBRARIES, Forecast, forecast
+from llmquant.planning.forecast import LIBRARIES, Forecast, forecast, running_bytes
 from llmquant.planning.preview import make_plan
 from llmquant.planning.timing import Timing, time_blocks
 from llmquant.quantization import memory as spilling
@@ -110,6 +110,16 @@ def test_the_parts_grow_with_what_they_depend_on(wide: Path) -> None:
     assert of(wide, GPTQ, tune={"steps": 1}).peak > base.peak
     chosen = GPTQ.updated({})
     assert forecast(make_plan(wide, chosen), chosen, itemsize=2).states == base.states // 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length"), [(None, 128), (40, 40)], ids=["a whole context", "40 tokens"]
+)
+def test_running_takes_libraries_weights_and_a_context(
+    model: Path, tokens: int | None, length: int
+) -> None:
+    # two layers, two heads of 16, keys and values, two bytes each
+    assert running_bytes(model, 1000, tokens) == LIBRARIES + 1000 + 2 * 2 * 2 * 16 * length * 2
 
 
 @pytest.mark.parametrize("inner", [16, 160], ids=["wide in", "wide out"])

@@ -11,7 +11,7 @@ import typer
 
 from llmquant.cli.options import from_home
 from llmquant.errors import UsageError
-from llmquant_eval.cli_options import HtmlOption, MarkdownOption
+from llmquant_eval.cli_options import HtmlOption, MarkdownOption, share_of
 
 if TYPE_CHECKING:
     from llmquant_eval.decide.schema import Verdict
@@ -106,16 +106,10 @@ def _margins(given: list[str]) -> tuple[float, dict[str, float]]:
 
 
 def _share(text: str, whole: str) -> float:
-    """``1%``, ``1 %`` or ``0.01``."""
-    number = text.strip()
-    try:
-        if number.endswith("%"):
-            return float(number[:-1]) / 100
-        return float(number)
-    except ValueError as e:
-        raise UsageError(
-            f"--margin {whole}: {text!r} is no share; write 1% or 0.01, or METRIC=1%"
-        ) from e
+    share = share_of(text)
+    if share is None:
+        raise UsageError(f"--margin {whole}: {text!r} is no share; write 1% or 0.01, or METRIC=1%")
+    return share
 
 
 def _write(verdict: Verdict, output: Path | None, markdown: Path | None, html: Path | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmquant_eval.decide.schema import Decision, Example, MetricVerdict, Verdict
-from llmquant_eval.report.page import render_page
+from llmquant_eval.report.page import markdown_body, plain, render_page
 
 _TEMPLATE = Path(__file__).parent / "templates" / "verdict.html"
 MEANS: dict[Decision, str] = {
@@ -23,13 +23,13 @@ def markdown(verdict: Verdict) -> str:
     lines = [f"# {verdict.decision}", "", f"{_sentence(MEANS[verdict.decision])}", ""]
     lines += [f"- baseline: `{verdict.baseline}`", f"- candidate: `{verdict.candidate}`"]
     lines += [f"- wrong verdicts: at most {percent(verdict.alpha)}; power {percent(verdict.power)}"]
-    lines += [f"- note: {_plain(note)}" for note in verdict.notes]
+    lines += [f"- note: {plain(note)}" for note in verdict.notes]
     lines += ["", *_table(verdict.metrics, verdict.alpha), ""]
     for metric in verdict.metrics:
-        lines += [f"- **{_plain(metric.metric)}**: {advice(metric, verdict.power)}"]
+        lines += [f"- **{plain(metric.metric)}**: {advice(metric, verdict.power)}"]
     for metric in verdict.metrics:
         if metric.flips is not None and (metric.flips.lost or metric.flips.gained):
-            lines += ["", f"## What changed: {_plain(metric.metric)}"]
+            lines += ["", f"## What changed: {plain(metric.metric)}"]
             lines += _examples("lost", metric.flips.lost, metric.flips.lost_examples)
             lines += _examples("gained", metric.flips.gained, metric.flips.gained_examples)
     return "\n".join(lines) + "\n"
@@ -37,12 +37,7 @@ def markdown(verdict: Verdict) -> str:
 
 def html(verdict: Verdict) -> str:
     """The same as one page."""
-    from markdown_it import MarkdownIt
-
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown(verdict))
-    body = body.replace("<table>", '<div class="scroll"><table>').replace(
-        "</table>", "</table></div>"
-    )
+    body = markdown_body(markdown(verdict))
     decision = verdict.decision.lower().replace("'", "").replace(" ", "-")
     return render_page(
         _TEMPLATE,
@@ -98,7 +93,7 @@ def _table(metrics: Sequence[MetricVerdict], alpha: float) -> list[str]:
     return [
         "| " + " | ".join(names) + " |",
         "|" + "---|" * len(names),
-        *("| " + " | ".join(_plain(row[n]) for n in names) + " |" for row in rows),
+        *("| " + " | ".join(plain(row[n]) for n in names) + " |" for row in rows),
     ]
 
 
@@ -136,11 +131,6 @@ def _amount(metric: MetricVerdict, value: float, *, sign: bool = False) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is, in a cell too."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str) -> str:

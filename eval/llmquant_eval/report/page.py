@@ -26,6 +26,23 @@ def render_page(
     return _filled(template, {"head": _filled(HEAD, own), **parts})
 
 
+def plain(text: str) -> str:
+    """Text that Markdown leaves as it is, in a cell too."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(text.split()))
+
+
+def markdown_body(markdown: str) -> str:
+    """Markdown as HTML for the body of a page; HTML in it stays text, wide tables scroll."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    return (
+        str(body)
+        .replace("<table>", '<div class="scroll"><table>')
+        .replace("</table>", "</table></div>")
+    )
+
+
 def _filled(template: Path, parts: Mapping[str, str]) -> str:
     """In one pass: what a text says is never taken for a place to fill."""
     page = template.read_text(encoding="utf-8")

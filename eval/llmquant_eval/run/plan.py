@@ -153,9 +153,10 @@ def _find(
     cache = llmquant.user_cache("eval") if request.cache is None else Path(request.cache)
     models = resolve_models(sources, Contact(request.retry_for, cache / "served", tell))
     reference = next((m for m in models if m.source == request.reference), None)
-    if reference is not None and len(models) == 1:
+    if reference is not None and len(models) == 1 and request.cache is None:
         raise UsageError(
-            f"{reference.source} is the reference and the only model; name a model to compare with it"
+            f"{reference.source} is the reference and the only model; name a model to compare with it, "
+            "or give --cache DIR to keep its distributions for later"
         )
     if isinstance(reference, ServedModel):
         raise UsageError(

@@ -1,0 +1,1 @@
+"""What a search tells: while it runs, and at its end."""

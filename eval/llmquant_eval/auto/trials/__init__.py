@@ -1,0 +1,1 @@
+"""A rung: made, measured and kept on disk."""
