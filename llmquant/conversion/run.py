@@ -122,7 +122,7 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=_warnings(target, checked),
+        warnings=_warnings(target, checked, str(source.reader.config.get("model_type"))),
         notes=(*source.notes, *left_behind(found), *own_code(folder, found)),
     )
 
@@ -178,10 +178,10 @@ def _write_weights(
     writer.finish_weights()
 
 
-def _warnings(target: Format, checked: Checked) -> tuple[str, ...]:
+def _warnings(target: Format, checked: Checked, model_type: str) -> tuple[str, ...]:
     """What a user should know though nothing was lost: who will not take the result, and why."""
     if target is not DENSE:
-        refused = refusals(target.name, checked.schemes)
+        refused = refusals(target.name, checked.schemes, model_type)
         everywhere, without = refused.pop(VLLM_AVX512), refused.pop(VLLM_NO_AVX512)
         here = [r for r in without if r not in everywhere] if vllm_here() == VLLM_NO_AVX512 else []
         named = {"vllm (CPU)": everywhere, VLLM_NO_AVX512: here, **refused}

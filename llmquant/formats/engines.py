@@ -35,6 +35,7 @@ class Rule:
         experts: only of experts' linears.
         lacking: only on a processor without this instruction set, one of
             :data:`llmquant.runtime.processor.INSTRUCTION_SETS`.
+        models: only of these model types; of every type where it is empty.
     """
 
     layouts: frozenset[str]
@@ -42,6 +43,7 @@ class Rule:
     reason: str
     experts: bool = False
     lacking: str | None = None
+    models: frozenset[str] = frozenset()
 
 
 _GPTQ = frozenset({"gptq", "gptq_v2"})
@@ -94,7 +96,20 @@ _VLLM_CPU = (
     ),
 )
 
+_STACKED = frozenset({"granitemoe", "gpt_oss", "aria_text"})
 _TRANSFORMERS = (
+    Rule(
+        _ALL,
+        lambda s: True,
+        "it reads the experts of this model type only stacked and unquantized, and would put random numbers in their place",
+        models=_STACKED,
+    ),
+    Rule(
+        _ALL,
+        lambda s: True,
+        "its own code for this model type does not find the weights of packed linears",
+        models=frozenset({"gpt_bigcode", "nanochat"}),
+    ),
     Rule(
         _GPTQ | {"awq", "auto-round"}, lambda s: True, "it asks for the compiled gptqmodel package"
     ),
@@ -147,22 +162,34 @@ def vllm_here(processor: Processor | None = None) -> str | None:
     )
 
 
-def why_not(engine: str, layout: str, scheme: Scheme, module: str = "") -> str | None:
+def why_not(
+    engine: str, layout: str, scheme: Scheme, module: str = "", model_type: str = ""
+) -> str | None:
     """Why an engine refuses a module of this scheme in this layout, or None; what it is called
     tells an expert's linear."""
     expert = _EXPERT.search(module) is not None
-    rules = (r for r in ENGINES[engine] if layout in r.layouts and (expert or not r.experts))
+    rules = (
+        r
+        for r in ENGINES[engine]
+        if layout in r.layouts
+        and (expert or not r.experts)
+        and (not r.models or model_type in r.models)
+    )
     return next((r.reason for r in rules if r.refuses(scheme)), None)
 
 
-def refusals(layout: str, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
+def refusals(
+    layout: str, schemes: Mapping[str, Scheme], model_type: str = ""
+) -> dict[str, list[str]]:
     """Engine → the distinct reasons why it would refuse a model of these modules; an empty list
     means that it takes it."""
     kinds = {(scheme, _EXPERT.search(name) is not None): name for name, scheme in schemes.items()}
     return {
         engine: list(
             dict.fromkeys(
-                r for (s, _), name in kinds.items() if (r := why_not(engine, layout, s, name))
+                r
+                for (s, _), name in kinds.items()
+                if (r := why_not(engine, layout, s, name, model_type))
             )
         )
         for engine in ENGINES

@@ -150,8 +150,9 @@ def make_plan(
             check_calibration(plan)
     modules, tensors = _result(plan)
     running = parse_dtype(AUTO, "cpu")
+    model_type = str(reader.config.get("model_type"))
     return Plan(
-        model_type=str(reader.config.get("model_type")),
+        model_type=model_type,
         format=layout.name,
         modules=tuple(modules),
         skipped=selection.skipped,
@@ -160,7 +161,8 @@ def make_plan(
         tensor_parallel=_tensor_parallel(modules, reader.config),
         suggestions=_group_sizes(modules),
         engines={
-            e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()
+            e: tuple(reasons)
+            for e, reasons in refusals(layout.name, selection.schemes, model_type).items()
         },
         cautions={
             e: tuple(reasons) for e, reasons in cautions(layout.name, selection.schemes).items()

@@ -110,7 +110,10 @@ def write_config(writer: CheckpointWriter, plan: WalkPlan, schemes: Mapping[str,
     it."""
     # Sorted, so that the order in which a config is written says nothing of the run: a conversion
     # there and back is equal.
-    quantization = plan.layout.config(dict(sorted(schemes.items())), plan.selection.skipped)
+    # transformers goes by its own names when it looks for what is not quantized.
+    skipped = plan.selection.skipped
+    ignored = [*skipped, *plan.architecture.in_memory(skipped)]
+    quantization = plan.layout.config(dict(sorted(schemes.items())), ignored)
     config = {**without_quantization(plan.reader.config), "quantization_config": quantization}
     writer.write_json("config.json", config)
     for name, text in plan.layout.side_files(quantization).items():

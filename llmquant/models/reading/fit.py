@@ -20,6 +20,7 @@ from llmquant.errors import ArchitectureError, CheckpointError
 from llmquant.models.from_folder import empty_model
 from llmquant.models.reading.leftovers import leftover_notes
 from llmquant.models.reading.places import Naming, naming
+from llmquant.models.reading.unstacked import unstacked
 from llmquant.models.tensor_check import refuse_mismatch
 from llmquant.runtime.finite import some
 
@@ -60,6 +61,8 @@ def fitted(
     """
     packed = source if isinstance(source, PackedCheckpoint) else None
     reader = source.reader if isinstance(source, PackedCheckpoint) else source
+    if packed is None:
+        reader = unstacked(reader, str(reader.config.get("model_type")))
     model = empty_model(reader, dtype)
     found = naming(
         reader, model, {} if packed is None else {m: t.values() for m, t in packed.tensors.items()}

@@ -1,0 +1,224 @@
+"""The sweep: a small random model of every causal decoder that transformers has, quantized three
+ways, and what came of it.
+
+``python tests/models/sweep.py`` runs all kinds and writes docs/models.md; with kinds as arguments
+it runs those and keeps what it found of the others. A kind works where every method's model is the
+original but for rounding (KL below ``LIMIT``), what is packed computes exactly what its
+dequantized weights do, and transformers loads the folder to the same numbers, or is said not to.
+Everything else must be an error that says why.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_kinds import KINDS, small
+from tiny_models import EXAMPLE, TOKENIZER
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmquant import inspect, load
+from llmquant.errors import LlmquantError
+from llmquant.kernels.packed_linear import PackedLinear
+from llmquant.models.load import put_module
+from llmquant.quantization.run import quantize
+from llmquant.recipe import Recipe
+
+LIMIT = 1e-3
+LARGEST = 20_000_000  # weights of a model that counts as small
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "8-bit RTN": {"method": "rtn"},
+    "GPTQ": {"method": "gptq"},
+    "AWQ + GPTQ": {"method": "gptq", "awq": {"grid": 3}},
+}
+IDS = torch.randint(6, 4096, (2, 12), generator=torch.Generator().manual_seed(1))
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one kind.
+
+    Attributes:
+        kind: the model type.
+        works: methods whose result is right.
+        why_not: why the others do not work, in the command's own words; or why it was not tried.
+        linears: quantized ones of all.
+        transformers: why transformers does not load the result; "" where it does.
+        wrong: what is silently wrong; must be empty.
+        tried: whether there was a small model.
+    """
+
+    kind: str
+    works: tuple[str, ...] = ()
+    why_not: str = ""
+    linears: str = ""
+    transformers: str = ""
+    wrong: tuple[str, ...] = ()
+    tried: bool = True
+    kl: Mapping[str, float] = field(default_factory=dict)
+
+
+def kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean divergence in nats per token."""
+    p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(IDS, use_cache=False).logits
+    return result
+
+
+def recipe(changes: Mapping[str, Any]) -> Recipe:
+    text = {"source": f"file:{EXAMPLE / 'calibration.txt'}", "nsamples": 4, "seqlen": 24}
+    weights = {"bits": 8, "group_size": 16}
+    calibration = {} if changes["method"] == "rtn" else text
+    return Recipe.model_validate({"weights": weights, "calibration": calibration, **changes})
+
+
+def built(kind: str, folder: Path, **changes: Any) -> str | None:
+    """Write a small model of the kind; why there is none."""
+    try:
+        config = small(kind, **changes)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if size > LARGEST:
+            return "no small model of this type can be built from its config alone"
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.eval().save_pretrained(folder)
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        before, after = logits(model), logits(again)
+    except Exception as e:  # noqa: BLE001 - a hundred models' own code; what it raises is theirs
+        return f"transformers cannot build and run a small one here ({type(e).__name__})"
+    if not torch.equal(before, after):
+        return "transformers does not read back what it saved"
+    other = IDS.clone()
+    other[:, -1] = (other[:, -1] + 7) % 4000 + 6
+    with torch.no_grad():
+        changed = again(other, use_cache=False).logits
+    if not torch.allclose(changed[:, :-1], after[:, :-1], atol=1e-4):
+        return "not a causal decoder: later tokens change what is said of earlier ones"
+    for name in TOKENIZER:
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    return None
+
+
+def outcome_of(kind: str, methods: Mapping[str, Mapping[str, Any]] = METHODS) -> Outcome:
+    """Quantize a small model of the kind with each method."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        missing = built(kind, folder / "source")
+        if missing:
+            return Outcome(kind, why_not=missing, tried=False)
+        original = logits(load(folder / "source", dtype="float32"))
+        works: list[str] = []
+        wrong: list[str] = []
+        measured: dict[str, float] = {}
+        reason, linears, theirs = "", "", ""
+        for i, (method, changes) in enumerate(methods.items()):
+            packed = folder / str(i)
+            try:
+                result = quantize(folder / "source", packed, recipe(changes))
+            except LlmquantError as e:
+                reason = reason or str(e).replace(f"{folder}/source", "the folder")
+                if not works and not reason.startswith("NotRun"):
+                    break
+                continue
+            linears = f"{len(result.modules)} of {len(result.modules) + len(result.skipped)}"
+            theirs, faults, measured[method] = _checked(original, packed)
+            wrong += [f"{method}: {fault}" for fault in faults]
+            works += [method] * (not faults)
+        return Outcome(kind, tuple(works), reason, linears, theirs, tuple(wrong), True, measured)
+
+
+def _checked(original: torch.Tensor, packed: Path) -> tuple[str, list[str], float]:
+    """Why transformers does not load it, what is wrong with it, and its distance."""
+    model = load(packed, dtype="float32", kernel="reference")
+    ours = logits(model)
+    faults = []
+    distance = kl(original, ours)
+    if not distance < LIMIT:
+        faults.append(f"KL {distance:.2g}")
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear)]:
+        dense = nn.Linear(module.in_features, module.out_features, bias=False)
+        dense.weight = nn.Parameter(module.dequantize(torch.float32), requires_grad=False)
+        dense.bias = None if module.bias is None else nn.Parameter(module.bias, requires_grad=False)
+        put_module(model, name, dense)
+    if not torch.equal(logits(model), ours):
+        faults.append("packed differs from dense")
+    refused = inspect(packed).engines["transformers"]
+    if refused:
+        return "; ".join(refused), faults, distance
+    try:
+        theirs = logits(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval())
+    except Exception as e:  # noqa: BLE001 - whatever it is, it was not foretold
+        return "", [*faults, f"transformers fails: {e!r}"[:200]], distance
+    if not kl(ours, theirs) < LIMIT / 10:
+        faults.append(f"transformers computes something else (KL {kl(ours, theirs):.2g})")
+    return "", faults, distance
+
+
+HEAD = """# Models
+
+What llmquant makes of every model type for which transformers 5.23 has a causal language model. For each type a small
+random model was built, quantized to 8 bits by round-to-nearest, by GPTQ, and by AWQ followed by GPTQ, and compared with
+the original: the KL divergence is below 0.001 nats per token, the packed model computes exactly what its dequantized
+weights do, and transformers loads the folder to the same numbers. A type that does not work is refused, with the reason.
+
+`python tests/models/sweep.py` writes this page; with model types as arguments it runs those alone.
+`pytest tests/models/test_sweep.py` holds it against some of them, and with `-m long` against all.
+
+"""
+
+
+def page(outcomes: Mapping[str, Outcome]) -> str:
+    """docs/models.md."""
+    done = [o for o in outcomes.values() if o.works]
+    refused = [o for o in outcomes.values() if o.tried and not o.works]
+    untried = [o for o in outcomes.values() if not o.tried]
+    lines = [f"## Works ({len(done)})", "", "| model type | methods | linears | transformers |"]
+    lines.append("|---|---|---|---|")
+    for o in done:
+        methods = "all" if len(o.works) == len(METHODS) else f"{', '.join(o.works)} ({o.why_not})"
+        lines.append(f"| `{o.kind}` | {methods} | {o.linears} | {o.transformers or 'loads it'} |")
+    lines += ["", f"## Refused ({len(refused)})", "", "| model type | reason |", "|---|---|"]
+    lines += [f"| `{o.kind}` | {o.why_not} |" for o in refused]
+    lines += ["", f"## Not tried ({len(untried)})", "", "| model type | why |", "|---|---|"]
+    lines += [f"| `{o.kind}` | {o.why_not} |" for o in untried]
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def main(kinds: list[str], store: Path) -> None:
+    known = json.loads(store.read_text()) if store.is_file() else {}
+    for kind in kinds or list(KINDS):
+        outcome = outcome_of(kind)
+        known[kind] = vars(outcome)
+        print(
+            kind,
+            *outcome.works,
+            outcome.why_not,
+            outcome.transformers,
+            *outcome.wrong,
+            dict(outcome.kl),
+            sep=" | ",
+            flush=True,
+        )
+        store.parent.mkdir(parents=True, exist_ok=True)
+        store.write_text(json.dumps(known))
+    outcomes = {k: Outcome(**known[k]) for k in KINDS if k in known}
+    PAGE.write_text(page(outcomes), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], Path("out/models.json"))
