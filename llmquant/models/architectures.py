@@ -15,7 +15,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,8 +23,8 @@ from torch import nn
 from llmquant.errors import ArchitectureError
 from llmquant.models.rows.architecture import Architecture, Experts, Stacked
 from llmquant.models.rows.table import ARCHITECTURES
+from llmquant.models.rows.towers import SENSES
 
-_SENSES = ("vision_config", "audio_config")
 # Keys that only configs of recurrent mixers have (Mamba, RWKV, RecurrentGemma, Falcon-H1, LFM2 …).
 _STATES = (
     "state_size", "ssm_cfg", "mamba_d_state", "ssm_state_size", "attention_hidden_size",
@@ -33,8 +33,15 @@ _STATES = (
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
 
 
-def find(model: nn.Module, model_type: str) -> Architecture:
+def find(
+    model: nn.Module, model_type: str, placed: Callable[[Architecture], Architecture] = lambda a: a
+) -> Architecture:
     """The table's entry, or one derived from the only list of two or more equal blocks.
+
+    Args:
+        model: without weights, under the checkpoint's names.
+        model_type: of it.
+        placed: gives a row the checkpoint's names, where the model is part of a larger one.
 
     Raises:
         ArchitectureError: the entry does not fit the model, there is no single such list, the model
@@ -47,6 +54,7 @@ def find(model: nn.Module, model_type: str) -> Architecture:
     _refuse_experts(model, model_type)
     known = ARCHITECTURES.get(model_type)
     if known is not None:
+        known = placed(known)
         if not isinstance(_get(model, known.blocks), nn.ModuleList):
             raise ArchitectureError(
                 f"{type(model).__name__} has no block list at {known.blocks}; is its config.json right?"
@@ -97,8 +105,8 @@ def refuse_kind(config: Mapping[str, Any], model_type: str) -> None:
         ArchitectureError: it also reads images or sound, carries a state from token to token, or
             keeps its weights transposed.
     """
-    parts = [part for part in _SENSES if config.get(part)]
-    if parts:
+    parts = [part for part in SENSES if config.get(part)]
+    if parts and not isinstance(config.get("text_config"), dict):
         raise ArchitectureError(
             f"model type {model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
             "not reach the rest; quantize a text-only checkpoint of the family"

@@ -10,6 +10,7 @@ experts become an :class:`llmquant.models.experts.ExpertList` over the same numb
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,20 +22,38 @@ from llmquant.models.architectures import ARCHITECTURES, Architecture, Experts, 
 from llmquant.models.experts import ExpertList, WeighsInputs
 
 
-def as_in_checkpoint(model: PreTrainedModel, model_type: str) -> None:
+def as_in_checkpoint(
+    model: PreTrainedModel,
+    model_type: str,
+    moved: tuple[tuple[str, str], ...] = (),
+    placed: Callable[[Architecture], Architecture] = lambda a: a,
+) -> None:
     """Change the model; does nothing for types whose names are equal, or that the table lacks.
+
+    Args:
+        model: under transformers' names.
+        model_type: of it.
+        moved: its modules that the checkpoint keeps elsewhere, and where.
+        placed: gives a row of the table the checkpoint's names.
 
     Raises:
         ArchitectureError: the experts are not stacked as the table's types stack them.
     """
+    for old, new in moved:
+        _rename(model, old, new)
     architecture = ARCHITECTURES.get(model_type)
-    if architecture is None:
-        return
-    for pattern, name in architecture.renamed:
+    architecture = None if architecture is None else placed(architecture)
+    renamed = architecture.renamed if architecture is not None else ()
+    for pattern, name in renamed:
         wanted = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
         for path in [n for n, _ in model.named_modules() if wanted.fullmatch(n)]:
             _rename(model, path, name)
-    _rename_ties(model, architecture)
+    _rename_ties(model, (*moved, *renamed))
+    if architecture is None:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module).__name__ in architecture.linears:
+            module.__class__ = nn.Linear
     if architecture.experts is not None:
         for name, module in list(model.named_modules()):
             if name.startswith(f"{architecture.blocks}.") and name.endswith(
@@ -49,8 +68,10 @@ def _rename(model: nn.Module, path: str, name: str) -> None:
     parent, _, leaf = path.rpartition(".")
     owner = model.get_submodule(parent)
     first, *inner = name.split(".")
+    holder = owner._modules.get(first) if first != leaf else None
     modules = [
-        (first, _within(m, inner)) if n == leaf else (n, m) for n, m in owner._modules.items()
+        (first, _within(m, inner, holder)) if n == leaf else (n, m)
+        for n, m in owner._modules.items()
     ]
     owner._modules.clear()
     owner._modules.update(modules)
@@ -71,11 +92,14 @@ def _itself(kind: Any, name: str) -> type[nn.Module]:
     )
 
 
-def _within(module: nn.Module | None, names: list[str]) -> nn.Module | None:
-    """The module at the end of a path of modules that do nothing."""
+def _within(
+    module: nn.Module | None, names: list[str], holder: nn.Module | None = None
+) -> nn.Module | None:
+    """The module at the end of a path of modules that do nothing, of which the first may be
+    there."""
     if not names:
         return module
-    holder = nn.Module()
+    holder = holder or nn.Module()
     holder.add_module(names[0], _within(module, names[1:]))
     return holder
 
@@ -94,11 +118,11 @@ def _reachable(kind: Any, old: str, new: str) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {old: property(found), "__module__": kind.__module__})
 
 
-def _rename_ties(model: PreTrainedModel, architecture: Architecture) -> None:
+def _rename_ties(model: PreTrainedModel, pairs: tuple[tuple[str, str], ...]) -> None:
     ties: Any = getattr(model, "_tied_weights_keys", None)
     renamed = {
         f"{old}.": f"{old.removesuffix(old.split('.')[-1])}{new}."
-        for old, new in architecture.renamed
+        for old, new in pairs
         if "*" not in old
     }
     if not renamed or not isinstance(ties, dict):

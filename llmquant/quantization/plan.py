@@ -14,6 +14,7 @@ from llmquant.algorithms import AWQOptions, GPTQOptions, ScaleSearch, TuneOption
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.formats import Format, layout_of
 from llmquant.models.architectures import Architecture, blocks_of
+from llmquant.models.reading.tower import Tower
 from llmquant.models.selection import Linears, Selection
 from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.quantization.steps.smoothquant import SmoothOptions
@@ -69,6 +70,7 @@ class SourceModel:
         linears: that could be quantized.
         leftovers: tensors that the model has no place for; carried over as they are.
         notes: what people should know of the folder.
+        tower: where the checkpoint keeps the model, if it is part of one that also sees or hears.
     """
 
     original: CheckpointReader
@@ -79,6 +81,7 @@ class SourceModel:
     linears: Linears
     leftovers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    tower: Tower | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,7 +62,11 @@ def prepare(
     layout_of(recipe.format)
     on, precision = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     fit = fitted(stored, precision.dtype)
-    architecture = architectures.find(fit.model, model_type)
+    if fit.tower is None:
+        architecture = architectures.find(fit.model, model_type)
+    else:
+        kind = fit.tower.config.model_type
+        architecture = architectures.find(fit.model, kind, fit.tower.placed)
     check_side_files(stored.path)
     seen = rotated(fit.reader, recipe)
     # A rotated model has a head of its own.
@@ -77,6 +81,7 @@ def prepare(
         linears_of(skeleton, placeless(fit)),
         fit.leftovers,
         fit.notes,
+        fit.tower,
     )
     return WalkPlan(source, recipe, on, precision, world=world)
 

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, CheckpointError
-from llmquant.models.from_folder import empty_model
+from llmquant.models.architectures import ARCHITECTURES
+from llmquant.models.from_folder import empty_model, read_config
 from llmquant.models.reading.leftovers import leftover_notes
 from llmquant.models.reading.places import Naming, naming
+from llmquant.models.reading.tower import Tower, tower_of
 from llmquant.models.reading.unstacked import unstacked
 from llmquant.models.tensor_check import refuse_mismatch
 from llmquant.runtime.finite import some
@@ -37,6 +39,7 @@ class Fitted:
         packed: the same folder's packed modules; None for an unquantized one.
         leftovers: tensors without a place.
         notes: what people should know of it.
+        tower: where the checkpoint keeps the model, if it is part of one that also sees or hears.
     """
 
     reader: CheckpointReader
@@ -44,6 +47,7 @@ class Fitted:
     packed: PackedCheckpoint | None
     leftovers: tuple[str, ...]
     notes: tuple[str, ...]
+    tower: Tower | None = None
 
 
 def fitted(
@@ -61,8 +65,12 @@ def fitted(
     """
     packed = source if isinstance(source, PackedCheckpoint) else None
     reader = source.reader if isinstance(source, PackedCheckpoint) else source
+    tower = tower_of(reader, read_config(reader.path))
     if packed is None:
-        reader = unstacked(reader, str(reader.config.get("model_type")))
+        row = ARCHITECTURES.get(
+            tower.config.model_type if tower else str(reader.config.get("model_type"))
+        )
+        reader = unstacked(reader, tower.placed(row) if row and tower else row)
     model = empty_model(reader, dtype)
     found = naming(
         reader, model, {} if packed is None else {m: t.values() for m, t in packed.tensors.items()}
@@ -76,8 +84,15 @@ def fitted(
         model.config.tie_word_embeddings = False  # a packed head has no weight to share
     linears = _packed_linears(model, packed) if packed is not None else {}
     _check_tensors(reader, model, found, linears)
-    notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, found.leftovers))
-    return Fitted(reader, model, packed, found.leftovers, notes)
+    inside = [n for n in found.leftovers if tower is None or tower.holds(n)]
+    outside = [n for n in found.leftovers if n not in inside]
+    notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, inside))
+    if outside:
+        notes = (
+            *notes,
+            f"the text part is quantized; {len(outside)} tensors of the rest ({some(outside)}) are carried over byte for byte",
+        )
+    return Fitted(reader, model, packed, found.leftovers, notes, tower)
 
 
 def placeless(fit: Fitted) -> tuple[str, ...]:

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.derived import DerivedReader, Made
-from llmquant.models.architectures import ARCHITECTURES, Architecture, Experts, Stacked
+from llmquant.models.architectures import Architecture, Experts, Stacked
 
 
-def unstacked(reader: CheckpointReader, model_type: str) -> CheckpointReader:
+def unstacked(reader: CheckpointReader, architecture: Architecture | None) -> CheckpointReader:
     """The checkpoint with a matrix for each expert; the same reader where it has nothing else."""
-    architecture = ARCHITECTURES.get(model_type)
     if architecture is None or architecture.experts is None or architecture.experts.stacked is None:
         return reader
     made: dict[str, Made] = {}

@@ -79,6 +79,7 @@ class Architecture:
         head: the linear after the last norm.
         outside: linears that some models have between the embeddings or the head and the blocks;
             left alone.
+        linears: classes of the model's own that compute what a plain Linear does.
     """
 
     blocks: str
@@ -89,6 +90,7 @@ class Architecture:
     experts: Experts | None = None
     head: str = "lm_head"
     outside: tuple[str, ...] = ()
+    linears: tuple[str, ...] = ()
 
     def in_memory(self, names: Iterable[str]) -> list[str]:
         """What transformers calls modules of these names, where that is another name."""

@@ -101,6 +101,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         renamed=(("lm_head", "embed_out"),),
         head="embed_out",
     ),
+    # query_key_value is one matrix in the checkpoint.
+    "falcon": Architecture("transformer.h", "transformer.ln_f", (), linears=("FalconLinear",)),
     "mixtral": _mixture(_MIXTRAL, renamed=(("model.layers.*.mlp", "block_sparse_moe"),)),
     "phimoe": _mixture(
         _MIXTRAL,

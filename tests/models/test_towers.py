@@ -1,0 +1,129 @@
+"""Models that also see: the text part is quantized, the rest is carried over byte for byte, and the
+folder is one that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import Run
+from safetensors.torch import load_file
+from tiny_models import EXAMPLE, TOKENIZER
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
+
+from llmquant import load
+
+IDS = torch.randint(10, 4000, (2, 10), generator=torch.Generator().manual_seed(1))
+TEXT: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.06,
+    "pad_token_id": 0,
+}
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_EYE = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 16},
+        "vision_config": SIGLIP,
+        "mm_tokens_per_image": 4,
+    },
+    "qwen2_5_vl": {
+        "text_config": TEXT | {"rope_parameters": ROPE},
+        "vision_config": QWEN_EYE | {"fullatt_block_indexes": [0]},
+    },
+    "qwen3_vl": {
+        "text_config": TEXT | {"rope_parameters": ROPE},
+        "vision_config": QWEN_EYE
+        | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    },
+    "mistral3": {
+        "text_config": TEXT | {"model_type": "mistral"},
+        "vision_config": SIGLIP | {"model_type": "pixtral", "head_dim": 16},
+        "tie_word_embeddings": False,
+    },
+    "llama4": {
+        "text_config": TEXT
+        | {"intermediate_size_mlp": 96, "num_local_experts": 4, "interleave_moe_layer_step": 2},
+        "vision_config": SIGLIP
+        | {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+    },
+}
+
+
+def write(kind: str, folder: Path) -> PreTrainedModel:
+    config = CONFIG_MAPPING[kind](**FAMILIES[kind], bos_token_id=1, eos_token_id=2)
+    config.dtype = torch.float16
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name or parameter.ndim == 1:
+                parameter.add_(0.03 * torch.randn(parameter.shape))
+    model.half().save_pretrained(folder)
+    for name in TOKENIZER:
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_text_part_is_quantized_and_the_rest_is_as_it_was(
+    kind: str, tmp_path: Path, run: Run
+) -> None:
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    whole = write(kind, source)
+    with torch.no_grad():
+        wanted = whole(input_ids=IDS).logits
+        text = load(source, dtype="float32")(IDS).logits
+    torch.testing.assert_close(text, wanted, rtol=1e-4, atol=1e-4)
+    planned = run("plan", source, "--method", "rtn", "--group-size", "16")
+    assert planned.code == 0, planned
+    assert "carried over byte for byte" in " ".join((planned.out + planned.err).split())
+    method = ("--method", "gptq", "--bits", "8", "--group-size", "16", "--nsamples", "4")
+    made = run(
+        *("quantize", source, "-o", packed, *method, "--seqlen", "24"),
+        *("--calibration", f"file:{EXAMPLE / 'calibration.txt'}"),
+    )
+    assert made.code == 0, made
+    before, after = (load_file(f / "model.safetensors") for f in (source, packed))
+    eyes = [n for n in before if "vis" in n or "projector" in n]
+    assert eyes
+    assert all(torch.equal(before[n], after[n]) for n in eyes)
+    blocks = [n for n in before if ".layers.0.self_attn.q_proj.weight" in n and n not in eyes]
+    assert not set(blocks) & after.keys()
+    config = json.loads((packed / "config.json").read_text())
+    assert config["model_type"] == kind
+    assert (
+        config["vision_config"] == json.loads((source / "config.json").read_text())["vision_config"]
+    )
+    with torch.no_grad():
+        ours = load(packed, dtype="float32", kernel="reference")(IDS).logits
+        theirs = AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32).eval()
+        torch.testing.assert_close(theirs(input_ids=IDS).logits, ours, rtol=1e-3, atol=1e-3)
+    p, q = wanted.log_softmax(-1), ours.log_softmax(-1)
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
+    assert run("inspect", packed).code == 0
