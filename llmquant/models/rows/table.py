@@ -118,7 +118,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(
         (
             *("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1"),
-            *("solar_open", "cohere2_moe", "ernie4_5_moe", "afmoe"),
+            *("solar_open", "cohere2_moe", "afmoe"),
         ),
         _DEEPSEEK,
     ),
