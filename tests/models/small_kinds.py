@@ -50,9 +50,11 @@ _DEEPSEEK = {"num_key_value_heads": 4}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "axk2", "minicpm3", "youtu"),
+        ("deepseek_v3", "deepseek_v32", "axk1", "axk2", "minicpm3", "youtu"),
         _DEEPSEEK,
     ),
+    "deepseek_v2": {**_DEEPSEEK, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "glm4_moe_lite": _DEEPSEEK,
     "glm_moe_dsa": _DEEPSEEK,
     "ernie4_5_moe": {"moe_layer_end_index": 1},

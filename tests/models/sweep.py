@@ -185,13 +185,16 @@ weights do, and transformers loads the folder to the same numbers. A type that d
 def page(outcomes: Mapping[str, Outcome]) -> str:
     """docs/models.md."""
     done = [o for o in outcomes.values() if o.works]
-    refused = [o for o in outcomes.values() if o.tried and not o.works]
+    refused = [o for o in outcomes.values() if o.tried and not o.works and not o.wrong]
+    wrong = [o for o in outcomes.values() if o.wrong]
     untried = [o for o in outcomes.values() if not o.tried]
     lines = [f"## Works ({len(done)})", "", "| model type | methods | linears | transformers |"]
     lines.append("|---|---|---|---|")
     for o in done:
         methods = "all" if len(o.works) == len(METHODS) else f"{', '.join(o.works)} ({o.why_not})"
         lines.append(f"| `{o.kind}` | {methods} | {o.linears} | {o.transformers or 'loads it'} |")
+    lines += ["", f"## Outside the limit ({len(wrong)})", "", "| model type | what |", "|---|---|"]
+    lines += [f"| `{o.kind}` | {'; '.join(o.wrong)} |" for o in wrong]
     lines += ["", f"## Refused ({len(refused)})", "", "| model type | reason |", "|---|---|"]
     lines += [f"| `{o.kind}` | {o.why_not} |" for o in refused]
     lines += ["", f"## Not tried ({len(untried)})", "", "| model type | why |", "|---|---|"]
@@ -201,7 +204,7 @@ def page(outcomes: Mapping[str, Outcome]) -> str:
 
 def main(kinds: list[str], store: Path) -> None:
     known = json.loads(store.read_text()) if store.is_file() else {}
-    for kind in kinds or list(KINDS):
+    for kind in () if kinds == ["--page"] else kinds or KINDS:
         outcome = outcome_of(kind)
         known[kind] = vars(outcome)
         print(
@@ -216,7 +219,11 @@ def main(kinds: list[str], store: Path) -> None:
         )
         store.parent.mkdir(parents=True, exist_ok=True)
         store.write_text(json.dumps(known))
-    outcomes = {k: Outcome(**known[k]) for k in KINDS if k in known}
+    later = "not in the run of the sweep that wrote this page"
+    outcomes = {
+        k: Outcome(**known[k]) if k in known else Outcome(k, why_not=later, tried=False)
+        for k in KINDS
+    }
     PAGE.write_text(page(outcomes), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ FEW = ("gptj", "granitemoe", "mamba")
 def listed() -> dict[str, str]:
     """Model type → what the page says of it: its linears where it works, or the reason."""
     text = PAGE.read_text(encoding="utf-8")
-    return {k: r for k, r in REASONS.findall(text)} | {k: n for k, _, n, _ in WORK.findall(text)}
+    return dict(REASONS.findall(text)) | {k: n for k, _, n, _ in WORK.findall(text)}
 
 
 def check(outcome: Outcome) -> None:
