@@ -1,7 +1,7 @@
 """The sweep: a small random model of every causal decoder that transformers has, quantized three
 ways, and what came of it.
 
-``python tests/models/sweep.py`` runs all kinds and writes docs/models.md; with kinds as arguments
+``PYTHONPATH=tests python tests/models/sweep.py`` writes docs/models.md; with kinds as arguments
 it runs those and keeps what it found of the others. A kind works where every method's model is the
 original but for rounding (KL below ``LIMIT``), what is packed computes exactly what its
 dequantized weights do, and transformers loads the folder to the same numbers, or is said not to.
@@ -176,7 +176,8 @@ random model was built, quantized to 8 bits by round-to-nearest, by GPTQ, and by
 the original: the KL divergence is below 0.001 nats per token, the packed model computes exactly what its dequantized
 weights do, and transformers loads the folder to the same numbers. A type that does not work is refused, with the reason.
 
-`python tests/models/sweep.py` writes this page; with model types as arguments it runs those alone.
+`PYTHONPATH=tests python tests/models/sweep.py` writes this page; with model types as arguments it runs those alone and
+keeps what `out/models.json` says of the others.
 `pytest tests/models/test_sweep.py` holds it against some of them, and with `-m long` against all.
 
 """
