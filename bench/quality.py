@@ -7,11 +7,11 @@ time and highest resident set are taken (interpreter and imports included, for a
 so that only the quantization differs. A cell is written when it is done: run again, and only what
 is missing is measured. Ours and the peers' calibration windows of one seed are the same token ids.
 
-    python bench/quality.py run --environment llmcompressor=ENV/bin/python --environment
-    autoround=ENV/bin/python python bench/quality.py table > docs/quality.md
+    python bench/quality.py run --environment llmcompressor=ENV/bin/python
+    python bench/quality.py table > docs/quality.md
 
 ``--tools``, ``--grids`` and ``--seeds`` narrow it down; ``--model``, ``--calibration`` and
-``--text`` take another model, whose cells stand beside the others by its folder's name. The table
+``--text`` take another model, which gets a section of its folder's name. The table
 gives the mean over seeds and, where there are several, the range. Cost is counted in processor
 seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which hardly
 depend on what else the machine does.

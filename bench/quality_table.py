@@ -51,10 +51,27 @@ def _row(tool: str, cells: Sequence[dict[str, Any]]) -> str:
 _COST = (("cpu_seconds", 1, 0), ("peak_bytes", 1e9, 2))
 _HEAD = """# Quality beside other tools
 
-Rendered by `python bench/quality.py table` from `bench/results/quality.json`; how it is measured: `bench/quality.py`.
-KL is the mean over tokens of KL(original ‖ quantized) in nats, averaged over calibration seeds, with the range over seeds in
-brackets. "CPU s" is the processor time of the quantizing process on one thread, with start and imports; "GB" is its peak
-resident memory.
+Every tool quantizes the same model from the same calibration windows; `llmquant eval` then measures each folder in float32.
+[benchmarks.md](benchmarks.md#quality) has the commands. Rendered by `python bench/quality.py table` from
+`bench/results/quality.json`; do not edit it by hand.
+
+| column | meaning |
+|---|---|
+| KL | mean over tokens of KL(original ‖ quantized) in nats, averaged over calibration seeds; in brackets the range over seeds |
+| KL p99 | 99th percentile over tokens |
+| perplexity ratio | perplexity over the original's |
+| top-1 | share of positions at which both models rank the same token first |
+| bits per weight | mean over the quantized linears, scales and zero-points included |
+| CPU s | processor time of the quantizing process on one thread, with start and imports |
+| GB | its peak resident memory |
+
+| tool | what was run |
+|---|---|
+| llmquant best | recipe `best-w4g128` with the scheme of the table; "2 bits" is `best-w2g32` |
+| llmquant gptq; mixed within the same size | `--target-bpw`: each linear has its own width, the size of the folder is the same |
+| llm-compressor | 0.14.0.1, its GPTQ, AWQ and round-to-nearest |
+| autoround 200 | AutoRound 0.15.1 with its default of 200 iterations |
+| gptqmodel gptq | GPTQModel 7.6.0 with its default, group-aware act-order |
 
 The small models are calibrated on 160 TinyStories and evaluated on 157 others. Both models are float32, and most tools store
 float32 scales for them. stories260K has linears with 172 rows or columns, which no usual group size divides. AutoRound leaves

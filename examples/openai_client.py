@@ -40,12 +40,12 @@ def server(model: Path) -> Iterator[str]:
 def address(process: subprocess.Popen[str]) -> str:
     """Port 0 takes a free port; the server says which, once it listens."""
     assert process.stderr is not None
-    told = []
+    printed = []
     for line in process.stderr:
-        told.append(line)
+        printed.append(line)
         if found := re.search(r"at (http://127\.0\.0\.1:\d+/v1)", line):
             return found.group(1)
-    raise SystemExit("the server did not start:\n" + "".join(told))
+    raise SystemExit("the server did not start:\n" + "".join(printed))
 
 
 def talk(base_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from .checkpoint.card import MEASURED_END as MEASURED_END
 from .checkpoint.card import MEASURED_START as MEASURED_START
+from .checkpoint.gguf.folder import ImportResult as ImportResult
 from .checkpoint.hub import resolve as resolve
 from .checkpoint.inspect import Inspection as Inspection
 from .checkpoint.inspect import inspect as inspect
@@ -15,6 +16,8 @@ from .conversion import (
 from .conversion import (
     convert as convert,
 )
+from .conversion.gguf.importing import ImportOptions as ImportOptions
+from .conversion.gguf.importing import import_gguf as import_gguf
 from .data.calibration import Calibration as Calibration
 from .data.calibration import calibrate as calibrate
 from .data.sources import Documents as Documents
@@ -105,6 +108,7 @@ from .runtime.devices import (
 from .runtime.devices import (
     parse_dtype as parse_dtype,
 )
+from .runtime.host import user_cache as user_cache
 from .runtime.memory import (
     peak_resident_bytes as peak_resident_bytes,
 )

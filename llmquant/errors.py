@@ -83,6 +83,10 @@ class ParallelError(LlmquantError):
 class FormatError(LlmquantError):
     """A file layout cannot hold these numbers, or these bytes cannot be read as one."""
 
+    def at(self, where: str) -> FormatError:
+        """The same refusal with its place before it."""
+        return type(self)(f"{where}: {self}")
+
 
 class LayoutError(FormatError):
     """A file layout that cannot hold what was asked for, or is not one that llmquant reads: another

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +25,7 @@ from llmquant.recipe_sections import (
     AWQ,
     GPTQ,
     CalibrationOptions,
+    Embeddings,
     Override,
     Rotation,
     Scales,
@@ -32,6 +36,7 @@ from llmquant.recipe_sections import (
 )
 from llmquant.runtime.yaml_files import read_yaml
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _SHIPPED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")
 
 
@@ -48,6 +53,7 @@ class Recipe(Strict):
     awq: AWQ | None = None
     smooth: Smooth | None = None
     tune: Tune | None = None
+    embeddings: Embeddings | None = None
     include: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ("lm_head",)
     calibration: CalibrationOptions = CalibrationOptions()
@@ -111,6 +117,34 @@ class Recipe(Strict):
         )
         return self.weights if override is None else override.applied_to(self.weights)
 
+    def giving(self, weights: Mapping[tuple[str, ...], Weights]) -> Recipe:
+        """The recipe that gives linears (their names, the full one first → weights) exactly these,
+        by overrides before its own ones where it gives others.
+
+        An override is for all linears that differ in the numbers of blocks and experts alone;
+        those that get something else than most of them have one by their full name.
+        """
+        changed = {names[0] for names, w in weights.items() if self.weights_of(*names) != w}
+        if not changed:
+            return self
+        if not self.overrides and len(set(weights.values())) == 1:
+            return self.updated({"weights": next(iter(weights.values())).model_dump()})
+        kinds: dict[str, dict[str, Weights]] = {}
+        for (name, *_), wanted in weights.items():
+            kinds.setdefault(numberless(name), {})[name] = wanted
+        single: list[Override] = []
+        common: list[Override] = []
+        for pattern, linears in kinds.items():
+            if changed.isdisjoint(linears):
+                continue
+            most = Counter(linears.values()).most_common(1)[0][0]
+            common.append(Override.between(pattern, self.weights, most))
+            single += [
+                Override.between(n, self.weights, w) for n, w in linears.items() if w != most
+            ]
+        overrides = (*single, *common, *self.overrides)
+        return self.updated({"overrides": tuple(o.model_dump() for o in overrides)})
+
     def selects(self, *names: str) -> bool:
         """Whether a linear's full name matches ``include`` and not ``ignore`` (shell patterns, or
         part of the name's tail).
@@ -123,8 +157,25 @@ class Recipe(Strict):
         )
         return included and not ignored
 
+    def head_weights(self, *names: str) -> Weights | None:
+        """The grid of a head that is a linear of its own, by its names; None where it stays as it
+        is.
+
+        A head that the patterns select has the grid of any linear, another one that of
+        ``embeddings``.
+        """
+        if self.selects(*names):
+            return self.weights_of(*names)
+        wanted = self.embeddings
+        return wanted.weights if wanted is not None and wanted.head else None
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """All that the recipe says. ``embeddings`` is left out where there are none: earlier
+        versions do not know the key."""
+        content = self.model_dump(mode="json")
+        if self.embeddings is None:
+            del content["embeddings"]
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
         """Of what the recipe says. A section that is off is left out, so that a later version's new
@@ -160,6 +211,11 @@ def matches(pattern: str, module: str) -> bool:
     )
 
 
+def numberless(module: str) -> str:
+    """A full module name with ``*`` for the numbers of its block and its expert: a pattern."""
+    return _NUMBER.sub("*", module)
+
+
 def _validate(data: object, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
@@ -173,6 +229,8 @@ def _validate(data: object, origin: str) -> Recipe:
 def _said(problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden":
         return "there is no such key"
+    if problem["type"] in ("model_type", "dict_type"):
+        return f"it is {problem['input']!r:.60}, not a mapping of keys"
     return problem["msg"].removeprefix("Value error, ")
 
 
@@ -182,8 +240,12 @@ def _first(error: ValueError) -> str:
 
 def shipped() -> dict[str, Path]:
     """Recipes that come with llmquant, by bare name."""
-    folder = next((d for d in _SHIPPED if d.is_dir()), None)
-    return {} if folder is None else {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    return {p.stem: p for p in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def recipes_folder() -> Path:
+    """Where the recipes are that come with llmquant, and what was measured of them."""
+    return next((d for d in _SHIPPED if d.is_dir()), _SHIPPED[0])
 
 
 def shipped_recipes() -> tuple[str, ...]:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from llmquant.spec import QuantSpec
 
@@ -17,12 +25,24 @@ class Strict(BaseModel):
 
 class Weights(Strict):
     """The grid. ``group_size: -1`` is one group per row; ``activations: int8-dynamic`` tells
-    engines to quantize inputs too."""
+    engines to quantize inputs too.
+
+    A group size is the wanted one: where it does not divide a linear's columns, a smaller one is
+    used (:mod:`llmquant.formats.group_sizes`). ``strict_groups`` refuses such a model instead, for
+    overrides too.
+    """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
     activations: Literal["none", "int8-dynamic"] = "none"
+    strict_groups: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_false(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Not written where it is off: earlier versions do not know the key, and hashes stay.
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if k != "strict_groups" or v}
 
     @property
     def spec(self) -> QuantSpec:
@@ -30,9 +50,44 @@ class Weights(Strict):
             self.bits, None if self.group_size == -1 else self.group_size, self.symmetric
         )
 
+    def with_spec(self, spec: QuantSpec) -> Weights:
+        """The same with another grid."""
+        size = -1 if spec.group_size is None else spec.group_size
+        grid = {"bits": spec.bits, "group_size": size, "symmetric": spec.symmetric}
+        return Weights.model_validate({**self.model_dump(), **grid})
+
     @model_validator(mode="after")
     def _possible(self) -> Weights:
         _ = self.spec  # raises SpecError, a ValueError, which pydantic reports with its place
+        return self
+
+
+class Embeddings(Strict):
+    """The token embeddings, and the head with them; symmetric. Where no group size is given, 8 bits
+    have a scale per row and 4 bits groups of 32.
+
+    A head that is tied to the embeddings shares their packed tensors. One of its own gets the same
+    grid as a linear, unless ``head: false`` keeps it as it is or the recipe selects it by itself.
+    """
+
+    bits: Literal[4, 8] = 8
+    group_size: int = -1
+    head: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_group(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("bits") == 4:
+            return {"group_size": 32, **data}
+        return data
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(bits=self.bits, group_size=self.group_size)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Embeddings:
+        _ = self.weights
         return self
 
 
@@ -49,6 +104,12 @@ class Override(Strict):
     def applied_to(self, weights: Weights) -> Weights:
         changes = self.model_dump(exclude={"match"}, exclude_none=True)
         return Weights.model_validate({**weights.model_dump(), **changes})
+
+    @classmethod
+    def between(cls, match: str, weights: Weights, wanted: Weights) -> Override:
+        """The override that makes ``wanted`` of the recipe's ``weights``."""
+        before, after = weights.model_dump(), wanted.model_dump()
+        return cls(match=match, **{k: v for k, v in after.items() if v != before[k]})
 
 
 class Scales(Strict):

@@ -121,3 +121,29 @@ class RotationRecord(Record):
     seed: int
     norms: int
     untied: bool
+
+
+class GroupSizeRecord(Record):
+    """Linears with another group size than the one wanted.
+
+    Attributes:
+        linears: full names, with ``*`` for the numbers of blocks and experts.
+        count: how many they are.
+        columns: inputs of each.
+        wanted: by the recipe.
+        used: instead; -1 is one scale per row.
+        reason: why.
+    """
+
+    linears: tuple[str, ...]
+    count: int
+    columns: int
+    wanted: int
+    used: int
+    reason: str
+
+    def __str__(self) -> str:
+        leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in self.linears))
+        size = "one scale per row" if self.used == -1 else f"groups of {self.used}"
+        linears = "1 linear" if self.count == 1 else f"{self.count} linears"
+        return f"{size} instead of {self.wanted} for {linears} ({leaves}): {self.reason}"

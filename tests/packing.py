@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,10 +15,14 @@ from llmquant.algorithms import rtn
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.formats import FORMATS, Scheme
+from llmquant.kernels import int4pack
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, portable
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama"
+needs_int4 = pytest.mark.skipif(
+    int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
+)
 
 
 def random_weight(

@@ -43,7 +43,7 @@ ROWS = {
         ("tasks",),
         ("run",),
         ("suites",),
-        ("leaderboard",),
+        ("leaderboard", "decide"),
         ("suite_cli",),
         ("cli",),
     ),

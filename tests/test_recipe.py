@@ -16,6 +16,8 @@ SHIPPED = {
     "rtn-w4g128": ("rtn", QuantSpec(4, 128)),
     "gptq-w4g128": ("gptq", QuantSpec(4, 128)),
     "gptq-w4g64-asym": ("gptq", QuantSpec(4, 64, symmetric=False)),
+    "gptq-w4g32": ("gptq", QuantSpec(4, 32)),
+    "gptq-w4g32-asym": ("gptq", QuantSpec(4, 32, symmetric=False)),
     "gptq-w8": ("gptq", QuantSpec(8, 128)),
     "gptq-w3g32": ("gptq", QuantSpec(3, 32)),
     "awq-w4g128": ("awq+rtn", QuantSpec(4, 128)),
@@ -85,9 +87,7 @@ WRONG = [
         r"weights\.group_size: Input should be a valid integer",
         id="no group size",
     ),
-    pytest.param(
-        "weights: 3", "weights: Input should be a valid dictionary", id="weights no mapping"
-    ),
+    pytest.param("weights: 3", "weights: it is 3, not a mapping of keys", id="weights no mapping"),
     pytest.param(
         "overrides: [{match: x, bits: 5}]",
         r"overrides\.0: bits=5 is not supported",
@@ -134,7 +134,7 @@ WRONG = [
     ),
     pytest.param("rotation: {residual: upwards}", r"rotation\.residual: ", id="unknown rotation"),
     pytest.param("smooth: {alpha: 2}", r"smooth\.alpha\.", id="alpha of 2"),
-    pytest.param("[1, 2]", "recipe: Input should be a valid dictionary", id="a list"),
+    pytest.param("[1, 2]", r"recipe: it is \[1, 2\], not a mapping of keys", id="a list"),
     pytest.param("weights: {bits: 4", "cannot be read as YAML", id="cut"),
     pytest.param("a: !!python/object:os.system {}", "cannot be read as YAML", id="code"),
     pytest.param("[" * 5000, "cannot be read as YAML", id="nested too deep"),

@@ -20,18 +20,22 @@ import typer
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval import cli_options as options
-from llmquant_eval.leaderboard import cli as leaderboard_cli
+from llmquant_eval.decide.cli import compare_command
+from llmquant_eval.leaderboard.cli import leaderboard_command
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from llmquant_eval.report.schema import Report
     from llmquant_eval.run.evaluate import Progress
     from llmquant_eval.run.request import Request
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``eval`` and ``leaderboard`` to the command line."""
+    """Add ``eval``, ``leaderboard`` and ``compare`` to the command line."""
     app.command("eval")(eval_command)
-    leaderboard_cli.register(app)
+    app.command("leaderboard")(leaderboard_command)
+    app.command("compare")(compare_command)
 
 
 def eval_command(
@@ -66,7 +70,10 @@ def eval_command(
     suite: options.SuiteOption = None,
     missing: options.MissingOption = False,
 ) -> None:
-    """Measure perplexity, divergence from a reference, size, speed and memory."""
+    """Measure what quantization cost.
+
+    Perplexity, divergence from a reference, size, speed and memory.
+    """
     if suite is not None:
         from llmquant_eval.suite_cli import suite_command
 
@@ -78,16 +85,13 @@ def eval_command(
     if card:
         _check_card_folders(request.candidates)
     if output is not None:
-        _check_parent(output)
+        from llmquant_eval.report.files import check_folder
+
+        check_folder(output)
     report, failure = _evaluate(request, hidden=quiet or as_json)
-    _write(report, output, card)
+    _write(report, output, card, plots)
     if report.text is not None and (lost := report.text.lost()):
         sys.stderr.write(f"warning: {lost}\n")
-    if plots is not None:
-        from llmquant_eval.leaderboard.plots import write_report_plots
-
-        for path in write_report_plots(plots, report):
-            sys.stderr.write(f"wrote {path}\n")
     if as_json:
         sys.stdout.write(report.to_json())
     else:
@@ -126,12 +130,6 @@ def _joined(values: list[str] | None) -> str | None:
     return ",".join(values) if values else None
 
 
-def _check_parent(output: Path) -> None:
-    folder = output.resolve().parent
-    if not folder.is_dir():
-        raise UsageError(f"--output {output}: the folder {folder} does not exist; make it first")
-
-
 def _check_card_folders(candidates: tuple[str, ...]) -> None:
     """A card belongs to a folder of the user's, not to a cached download."""
     for source in candidates:
@@ -141,18 +139,20 @@ def _check_card_folders(candidates: tuple[str, ...]) -> None:
             )
 
 
-def _write(report: Report, output: Path | None, card: bool) -> None:
+def _write(report: Report, output: Path | None, card: bool, plots: Path | None) -> None:
     from llmquant_eval.report.card import write_card
-    from llmquant_eval.report.files import replace_file
+    from llmquant_eval.report.files import write_file
 
     if output is not None:
-        try:
-            replace_file(output, report.to_json())
-        except OSError as e:
-            raise LlmquantError(f"{output} cannot be written: {e}") from e
+        write_file(output, report.to_json())
     for result in report.models:
         if card and result.role == "candidate":
             write_card(Path(result.source), report, result.label)
+    if plots is not None:
+        from llmquant_eval.leaderboard.plots import write_report_plots
+
+        for path in write_report_plots(plots, report):
+            sys.stderr.write(f"wrote {path}\n")
 
 
 def _show(report: Report) -> None:
@@ -164,22 +164,30 @@ def _show(report: Report) -> None:
 
 @contextmanager
 def _progress(hidden: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
-    """A bar with the time left per stage, and what is said meanwhile, on stderr."""
+    """A bar with the time left per stage, and what is said meanwhile, on stderr. A log has no bars:
+    it gets a line per tenth of a stage."""
     from rich.console import Console
     from rich.progress import Progress as Bars
 
     from llmquant.cli.progress import bar_columns
 
-    with Bars(*bar_columns(), console=Console(stderr=True), disable=hidden) as bars:
-        tasks: dict[str, object] = {}
+    console = Console(stderr=True)
+    drawn = console.is_terminal and not hidden
+    with Bars(*bar_columns(), console=console, disable=not drawn) as bars:
+        tasks: dict[str, TaskID] = {}
+        tenths: dict[str, int] = {}
 
         def advance(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+            bars.update(tasks[stage], completed=done, total=total)
+            tenth = 10 * done // max(total, 1)
+            if not drawn and tenths.get(stage) != tenth:
+                tenths[stage] = tenth
+                tell(f"{stage}: {done}/{total}")
 
         def tell(note: str) -> None:
             if not hidden:
-                bars.console.print(note, markup=False, highlight=False, soft_wrap=True)
+                console.print(note, markup=False, highlight=False, soft_wrap=True)
 
         yield advance, tell

@@ -1,4 +1,5 @@
-"""The options of ``llmquant eval`` and ``llmquant leaderboard``, each written once with its help.
+"""The options of ``llmquant eval``, and those that ``leaderboard`` and ``compare`` have too, each
+written once with its help.
 
 Options that the library's commands have as well are in :mod:`llmquant.cli.options`. Importing this
 costs no torch.
@@ -11,11 +12,13 @@ from typing import Annotated
 
 import typer
 
+from llmquant.cli.options import from_home
+
 ModelsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         help="Model folders or hub names, dense or packed, or http://HOST:PORT/v1#MODEL.",
-        metavar="MODEL…",
+        metavar="MODEL",
     ),
 ]
 TextOption = Annotated[
@@ -74,6 +77,7 @@ CacheOption = Annotated[
         help="Folder that keeps the reference's distributions, so that later runs need not run it again, and "
         "what a server answered until the run is done.",
         metavar="DIR",
+        callback=from_home,
     ),
 ]
 CacheFormOption = Annotated[
@@ -94,7 +98,10 @@ TasksOption = Annotated[
 IncludePathOption = Annotated[
     str | None,
     typer.Option(
-        "--include-path", help="Folder with lm-eval task files of your own.", metavar="DIR"
+        "--include-path",
+        help="Folder with lm-eval task files of your own.",
+        metavar="DIR",
+        callback=from_home,
     ),
 ]
 LimitOption = Annotated[
@@ -106,20 +113,25 @@ LogSamplesOption = Annotated[
         "--log-samples",
         help="Folder for what lm-eval logs of each item, as JSON Lines.",
         metavar="DIR",
+        callback=from_home,
     ),
 ]
 RetryForOption = Annotated[
     float | None,
     typer.Option(
         "--retry-for",
-        help="Seconds to go on asking a server that is busy or gone [default: 120; 30 for the first contact].",
+        help="Seconds to keep asking a server that is busy or cannot be reached [default: 120; 30 for the first contact].",
         metavar="SECONDS",
     ),
 ]
 OutputOption = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="Write the Report there as JSON; with --suite, a folder of Reports."
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Write the Report there as JSON; with --suite, a folder of Reports.",
+        callback=from_home,
     ),
 ]
 CardOption = Annotated[
@@ -139,8 +151,16 @@ NoiseFloorOption = Annotated[
         help="Measure the KL that rounding alone gives, on a few windows.",
     ),
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(help="Write one self-contained HTML page.", metavar="FILE", callback=from_home),
+]
+MarkdownOption = Annotated[
+    Path | None, typer.Option(help="Write Markdown.", metavar="FILE", callback=from_home)
+]
 PlotsOption = Annotated[
-    Path | None, typer.Option("--plots", help="Write plots as PNG and SVG.", metavar="DIR")
+    Path | None,
+    typer.Option("--plots", help="Write plots as PNG and SVG.", metavar="DIR", callback=from_home),
 ]
 SuiteOption = Annotated[
     str | None,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+import llmquant
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.report.files import user_cache
 
 if TYPE_CHECKING:
     from llmquant_eval.leaderboard.board import StoredReport
@@ -130,7 +130,7 @@ def changed_suite(given: Mapping[str, Any]) -> Suite:
 
 def default_cache() -> Path:
     """Where results and quantized models are kept between runs."""
-    return user_cache("suites")
+    return llmquant.user_cache("suites")
 
 
 def write_outcome(

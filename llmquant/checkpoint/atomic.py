@@ -19,14 +19,35 @@ from pathlib import Path
 from llmquant.errors import CheckpointError, DiskError, UsageError
 
 
+def refuse_bytes(path: Path) -> None:
+    """Raises UsageError for a path that is no UTF-8."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError as e:
+        raise UsageError(
+            f"the path {path} is not UTF-8, and the safetensors library takes no other; rename it"
+        ) from e
+
+
+def utf8(text: str) -> bytes:
+    """A text as UTF-8. A path in it may have come from the shell as bytes that the locale does not
+    have, and Python has those as half characters."""
+    try:
+        raw = text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        raw = text.encode(errors="replace")
+    return raw.decode(errors="replace").encode()
+
+
 def check_destination(path: Path, overwrite: bool) -> None:
     """Refuse a destination that holds something or cannot be made.
 
     Raises:
         UsageError: it exists and is not an empty folder (and, with ``overwrite``, is not a model
-            folder either), or a file stands in its way.
+            folder either), a file stands in its way, or its path is no UTF-8.
         CheckpointError: nothing may be written there.
     """
+    refuse_bytes(path)
     try:
         _check_folder(path, overwrite)
         ancestor = next(p for p in path.parents if p.exists())

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from llmquant.checkpoint.manifest import Manifest
+from llmquant.formats.base import is_embedding
 
 MEASURED_START = "<!-- llmquant:measured:start -->"
 MEASURED_END = "<!-- llmquant:measured:end -->"
@@ -60,7 +61,7 @@ def model_card(
 # {name}, {scheme}
 
 Quantized from `{manifest.base_model}` with llmquant {manifest.versions["llmquant"]}:
-{len(manifest.modules)} linear layers, {manifest.bits_per_weight:.3f} bits per quantized weight, {_rest(manifest)}.
+{_packed(manifest)}, {manifest.bits_per_weight:.3f} bits per quantized weight, {_rest(manifest)}.
 The largest relative {kind} error of a layer is {errors[worst]:.3g} (`{worst}`). `manifest.json` has them all, with the
 hashes of what went in and came out; `llmquant inspect --verify` checks them.
 {_scaled(manifest)}{_measured_and_use(_NOTHING, layout)}
@@ -82,12 +83,14 @@ def converted_card(
     recipe_yaml: str | None,
     before: str | None,
     inherited: Mapping[str, Any],
+    others: str = "Every other tensor was carried over byte for byte.",
 ) -> str:
     """README.md of a folder that was converted from another layout.
 
     Args:
         name: for the title.
         before: the table that was measured on the folder it was converted from.
+        others: what became of the tensors of no quantized linear.
     """
     step = manifest.conversions[-1]
     table = before or _NOTHING
@@ -100,8 +103,8 @@ def converted_card(
 # {name}, {scheme}, {step.format}
 
 Converted from `{step.source_format}` to `{step.format}` with llmquant {step.versions["llmquant"]}. The linear layers were
-read back and their dequantized weights compared with the source's: all are equal. Every other tensor was carried over byte for
-byte. `manifest.json` has the hashes of what went in and came out; `llmquant inspect --verify` checks them.
+read back and their dequantized weights compared with the source's: all are equal. {others}
+`manifest.json` has the hashes of what went in and came out; `llmquant inspect --verify` checks them.
 {_measured_and_use(table, step.format)}
 ## Left unquantized
 
@@ -142,6 +145,13 @@ model = llmquant.load("THIS_FOLDER"){comment}
 
 {files}
 """
+
+
+def _packed(manifest: Manifest) -> str:
+    """How many layers, and whether the token embeddings are among what is packed."""
+    linears = sum(not is_embedding(name) for name in manifest.modules)
+    more = " and the token embeddings" if linears < len(manifest.modules) else ""
+    return f"{linears} linear layers{more}"
 
 
 def _scaled(manifest: Manifest) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,23 +106,17 @@ def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
         FormatError: something that is no mapping.
         CheckpointError: a side file that is no JSON.
     """
+    check_label(reader.path / "config.json", reader.config)
     text = reader.config.get("text_config")
     for place in (reader.config, text if isinstance(text, dict) else {}):
         for key in _KEYS:
             found = place.get(key)
             if found:
-                if not isinstance(found, dict):
-                    raise FormatError(
-                        f"{reader.path / 'config.json'}: {key} is {type(found).__name__}, not a mapping"
-                    )
-                return (
-                    found if "quant_method" in found else {**found, "quant_method": _method(found)}
-                )
+                return _with_method(found, reader.path / "config.json")
     if any(n.endswith(".qweight") for n in reader.tensors):
         for name in _SIDE_FILES:
             if (reader.path / name).is_file():
-                found = read_json(reader.path / name)
-                return {**found, "quant_method": found.get("quant_method") or _method(found)}
+                return _with_method(read_json(reader.path / name), reader.path / name)
     return None
 
 
@@ -134,7 +129,23 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _method(config: Mapping[str, Any]) -> str:
+def check_label(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises FormatError where a config's quantization is no mapping."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        for key in _KEYS:
+            if place.get(key) and not isinstance(place[key], dict):
+                raise FormatError(f"{file}: {key} is {place[key]!r:.60}, not a mapping")
+
+
+def _with_method(label: dict[str, Any], file: Path) -> dict[str, Any]:
+    method = label.get("quant_method") or _method(label, file)
+    if not isinstance(method, str):
+        raise FormatError(f"{file}: quant_method is {method!r:.60}, not a name")
+    return {**label, "quant_method": method}
+
+
+def _method(config: Mapping[str, Any], file: Path) -> str:
     """Tools older than ``quant_method`` are told apart by the keys that only they write."""
     if "config_groups" in config:
         return "compressed-tensors"
@@ -143,5 +154,5 @@ def _method(config: Mapping[str, Any]) -> str:
     if "desc_act" in config:
         return "gptq"
     raise FormatError(
-        f"a quantization config without quant_method (its keys: {', '.join(sorted(config))}) cannot be read"
+        f"{file}: a quantization config without quant_method (its keys: {', '.join(sorted(config))}) cannot be read"
     )

@@ -1,5 +1,6 @@
 """From what a user writes for MODEL to a folder: a local path first, otherwise a Hugging Face hub
-name.
+name. A GGUF file stands for the folder that it is imported into, in the user's cache
+(:mod:`llmquant.checkpoint.gguf.cached`).
 
 Of a repository its list of files is read first, then the index of its weights, and then the weights
 that transformers would load and everything beside them that a new folder takes along
@@ -16,18 +17,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmquant.checkpoint.atomic import refuse_bytes
 from llmquant.checkpoint.companions.files import sort_files
+from llmquant.checkpoint.gguf.header import is_gguf
 from llmquant.checkpoint.weights.files import weight_names
-from llmquant.checkpoint.weights.json_files import read_json
+from llmquant.checkpoint.weights.json_files import lost, read_json
 from llmquant.errors import CheckpointError, UnfitModelError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+_ADDRESS = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 # What a folder's quantization is read from, and its record.
 _RECORDS = ("quantize_config.json", "quant_config.json", "manifest.json", "recipe.yaml")
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
-    """The folder of a model given by path or by hub name, ``org/name`` or ``org/name@revision``.
+    """The folder of a model given by path or by hub name, ``org/name`` or ``org/name@revision``;
+    of a GGUF file the folder it is imported into.
 
     Raises:
         UsageError: neither a folder nor a possible hub name.
@@ -42,14 +47,25 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     try:
         path = Path(name).expanduser()
         if path.is_dir():
+            refuse_bytes(path)
             return path
         is_file = path.is_file()
     except (RuntimeError, OSError) as e:  # a ~ that is nobody's home; a name longer than any file's
         raise UsageError(f"{name} is neither a folder nor a hub name like org/model: {e}") from e
+    if is_file and is_gguf(path):
+        from llmquant.checkpoint.gguf.cached import cached_folder  # it costs transformers
+
+        return cached_folder(path)
     if is_file:
         raise UsageError(f"{name} is a file; give the model folder that holds it")
+    if (gone := lost(path)) is not None:
+        raise UsageError(gone)
+    if path.suffix.lower() == ".gguf":
+        raise UsageError(f"{name} is not there; give a GGUF file, a model folder or a hub name")
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name} is neither a folder nor a hub name like org/model")
+        address = _ADDRESS.match(name)
+        way_out = f"; give {address[1]}" if address else ""
+        raise UsageError(f"{name} is neither a folder nor a hub name like org/model{way_out}")
     return _download(name)
 
 

@@ -16,12 +16,14 @@ from llmquant.checkpoint.manifest import MANIFEST, fallback_notes, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.floats import as_floats, small_floats
+from llmquant.formats.base import is_embedding
 from llmquant.formats.engines import cautions, refusals
+from llmquant.records import GroupSizeRecord
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleInfo:
-    """One quantized linear."""
+    """One quantized linear, or the token embeddings."""
 
     name: str
     scheme: str
@@ -50,14 +52,15 @@ class Inspection:
             embeddings.
         quantized: quantized linears.
         coverage: share of the parameters that is quantized.
-        bits_per_weight: average over quantized linears with scales and zero-points, None if there
+        bits_per_weight: average over quantized modules with scales and zero-points, None if there
             are none.
         weights_sha256: over config.json and the weight files.
         recipe_sha256: of the recipe that made it, if it has a manifest.
-        modules: the quantized linears.
+        modules: the quantized linears, and the token embeddings where they are quantized.
         engines: serving engine → why it refuses the folder; an empty tuple where it takes it.
         fallbacks: which linears the run that made it rounded to nearest for want of calibration
             tokens, and why.
+        regrouped: of the run that made it: linears with another group size than the recipe wanted.
         cautions: serving engine → why its answers are not the evaluated ones though it takes the
             folder.
     """
@@ -78,6 +81,12 @@ class Inspection:
     engines: Mapping[str, tuple[str, ...]]
     fallbacks: tuple[str, ...] = ()
     cautions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    regrouped: tuple[GroupSizeRecord, ...] = ()
+
+    @property
+    def embeddings(self) -> str | None:
+        """The scheme of the token embeddings, where they are quantized."""
+        return next((m.scheme for m in self.modules if is_embedding(m.name)), None)
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:
@@ -118,6 +127,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     dense = sum(math.prod(i.shape) for i in others.values())
     dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in stored.values())
     kinds = Counter(m.scheme for m in modules)
+    linears = sum(not is_embedding(m.name) for m in modules)
     manifest = read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
     return Inspection(
         path=reader.path,
@@ -126,8 +136,8 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         scheme=", ".join(k for k, _ in (kinds or dtypes).most_common()),
         bytes_on_disk=sum(f.stat().st_size for f in reader.files()),
         parameters=quantized + dense,
-        linears=len(modules) + len(dense_linears),
-        quantized=len(modules),
+        linears=linears + len(dense_linears),
+        quantized=linears,
         coverage=quantized / (quantized + dense),
         bits_per_weight=sum(m.nbytes for m in modules) * 8 / quantized if quantized else None,
         weights_sha256=reader.digest(),
@@ -138,4 +148,5 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         if manifest
         else (),
         cautions=cautioned,
+        regrouped=manifest.regrouped if manifest else (),
     )

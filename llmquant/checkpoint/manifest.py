@@ -22,10 +22,18 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from llmquant.checkpoint.atomic import utf8
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json, sha256_file
 from llmquant.errors import CheckpointError, FormatError, ProofError, UnfitModelError
-from llmquant.records import ModuleRecord, PairRecord, Record, RotationRecord, TuneRecord
+from llmquant.records import (
+    GroupSizeRecord,
+    ModuleRecord,
+    PairRecord,
+    Record,
+    RotationRecord,
+    TuneRecord,
+)
 from llmquant.runtime.finite import all_finite, some
 
 MANIFEST = "manifest.json"
@@ -62,6 +70,7 @@ class Manifest(Record):
     tuned: dict[str, TuneRecord] = Field(default_factory=dict)
     scaled: dict[str, tuple[PairRecord, ...]] = Field(default_factory=dict)
     skipped: dict[str, str]
+    regrouped: tuple[GroupSizeRecord, ...] = ()
     conversions: tuple[Conversion, ...] = ()
     files: dict[str, str]
 
@@ -69,7 +78,9 @@ class Manifest(Record):
         whole = self.model_dump(mode="json")
         if self.store_dtype is None:  # the model's own; earlier versions do not know the key
             del whole["store_dtype"]
-        return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+        if not self.regrouped:
+            del whole["regrouped"]
+        return utf8(json.dumps(whole, indent=1, ensure_ascii=False) + "\n").decode()
 
 
 def versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ from llmquant.checkpoint.atomic import (
     partial_of,
     put_in_place,
     remove,
+    utf8,
 )
 from llmquant.checkpoint.companions.files import companions
 from llmquant.checkpoint.reader import INDEX, SINGLE, sha256_file
@@ -255,7 +256,7 @@ class CheckpointWriter:
         return SINGLE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
 
     def write_text(self, name: str, text: str) -> None:
-        data = text.encode()
+        data = utf8(text)
         with self._disk():
             (self.partial / name).write_bytes(data)
             fsync_path(self.partial / name)
@@ -265,8 +266,7 @@ class CheckpointWriter:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def copy_side_files(self, source: Path) -> list[str]:
-        """Carry along everything beside the weights
-        (:func:`llmquant.checkpoint.companions.files.companions`); returns the names copied."""
+        """Carry along everything beside the weights (``companions``); returns the names copied."""
         names = companions(source).carried
         for name in names:
             target = self.partial / name

@@ -26,11 +26,13 @@ from llmquant.cli.commands.allocate import allocate_command
 from llmquant.cli.commands.convert import convert_command
 from llmquant.cli.commands.doctor import doctor_command
 from llmquant.cli.commands.generate import generate_command
+from llmquant.cli.commands.import_ import import_command
 from llmquant.cli.commands.inspect import inspect_command
 from llmquant.cli.commands.plan import plan_command
 from llmquant.cli.commands.quantize import quantize_command
 from llmquant.cli.commands.recipes import recipes_command
 from llmquant.cli.commands.verify import verify_command
+from llmquant.cli.placeholders import name_values
 from llmquant.errors import LlmquantError
 
 app = typer.Typer(
@@ -64,6 +66,7 @@ app.command("plan")(plan_command)
 app.command("allocate")(allocate_command)
 app.command("quantize")(quantize_command)
 app.command("convert")(convert_command)
+app.command("import")(import_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("generate")(generate_command)
@@ -73,9 +76,11 @@ app.command("doctor")(doctor_command)
 
 @cache
 def _add_commands() -> None:
-    """The commands of other packages; once, however often ``main`` is called in a process."""
+    """The commands of other packages, and words for values in ``--help``; once, however often
+    ``main`` is called in a process."""
     for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
         entry.load()(app)
+    name_values(app)
 
 
 def _open_streams() -> None:
@@ -111,4 +116,10 @@ def main() -> None:
         raise SystemExit(0) from None
     except OSError as e:
         sys.stderr.write(f"error: the operating system refused: {e}\n")
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as e:
+        # torch has no kind of its own for this on a CPU
+        if isinstance(e, RuntimeError) and "allocate memory" not in str(e):
+            raise
+        sys.stderr.write(f"error: this machine has no more memory: {e}\n")
         raise SystemExit(1) from None

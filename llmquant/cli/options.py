@@ -5,15 +5,22 @@ Commands of the packages above use these too. Importing this costs no torch.
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
+_Given = TypeVar("_Given", Path, Path | None, str | None)
+
 DeviceOption = Annotated[
     str,
-    typer.Option("--device", help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:0 …"),
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto (cuda if there is one, else cpu), cpu, cuda, cuda:0 …",
+    ),
 ]
 """Where it is computed."""
 
@@ -21,6 +28,7 @@ DtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
+        metavar="DTYPE",
         help="auto (the fastest here; see `llmquant doctor`), bfloat16/bf16, float16/fp16, float32/fp32.",
     ),
 ]
@@ -30,6 +38,7 @@ CalibrationDtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
+        metavar="DTYPE",
         help="Dtype of calibration passes: auto (float32), bfloat16/bf16, float16/fp16, float32/fp32.",
     ),
 ]
@@ -39,6 +48,7 @@ StoreDtypeOption = Annotated[
     str,
     typer.Option(
         "--store-dtype",
+        metavar="DTYPE",
         help="Dtype of scales and of what is not quantized: auto (bfloat16 where the model is float32, else "
         "the model's), source (always the model's), bfloat16/bf16, float16/fp16, float32/fp32.",
     ),
@@ -46,14 +56,18 @@ StoreDtypeOption = Annotated[
 """Of what a result stores beside codes."""
 
 KernelOption = Annotated[
-    str, typer.Option("--kernel", help="Kernel of packed layers: auto, or one by name.")
+    str,
+    typer.Option("--kernel", metavar="NAME", help="Kernel of packed layers: auto, or one by name."),
 ]
 """What multiplies packed weights."""
 
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, help="Threads to compute with [default: torch's own, one per core]."
+        "--threads",
+        min=1,
+        max=1024,
+        help="Threads to compute with [default: torch's own, one per core].",
     ),
 ]
 """For :func:`llmquant.set_threads`."""
@@ -81,6 +95,14 @@ class Sensitivity(StrEnum):
     block = "block"
 
 
+class EmbeddingBits(StrEnum):
+    """Of token embeddings, and of the head."""
+
+    eight = "8"
+    four = "4"
+    none = "none"
+
+
 class Engine(StrEnum):
     """What must be able to run the result."""
 
@@ -91,17 +113,40 @@ class Engine(StrEnum):
     transformers = "transformers"
 
 
+def from_home(path: _Given) -> _Given:
+    """A path with ``~`` as the home folder: in ``--output=~/x`` a shell leaves it as it is, and a
+    folder of that name is hard to remove."""
+    # Path's own fails for the home of a user who does not exist.
+    return path if path is None else type(path)(os.path.expanduser(path))  # noqa: PTH111
+
+
 ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub name.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")]
+OutputOption = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="FOLDER", help="Folder to make.", callback=from_home),
+]
 
 # What a recipe says.
 RecipeOption = Annotated[
-    str | None, typer.Option(help="Recipe file, or a name from `llmquant recipes`.")
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        help="Recipe file, or a name from `llmquant recipes` [default: by the model's size; see --explain].",
+        callback=from_home,
+    ),
+]
+ExplainOption = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say which recipe the model gets where none is named, why, and what others cost; do nothing else.",
+    ),
 ]
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        help="rtn or gptq. Prefix awq+ or smooth+ to scale channels first; suffix +tune to tune whole blocks."
+        metavar="METHOD",
+        help="rtn or gptq. Prefix awq+ or smooth+ to scale channels first; suffix +tune to tune whole blocks.",
     ),
 ]
 BitsOption = Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")]
@@ -111,26 +156,44 @@ GroupSizeOption = Annotated[
 SymOption = Annotated[
     bool | None, typer.Option("--sym/--asym", help="Symmetric, or asymmetric with zero-points.")
 ]
+EmbeddingsOption = Annotated[
+    EmbeddingBits | None,
+    typer.Option(
+        "--embeddings",
+        help="Bits of the token embeddings and the head: 8 (a scale per row), 4 (groups of 32), none.",
+    ),
+]
 RotateOption = Annotated[
     bool | None,
     typer.Option("--rotate/--no-rotate", help="Rotate the model first, folded into the weights."),
 ]
 ActOrderOption = Annotated[ActOrder | None, typer.Option(help="GPTQ's column order.")]
 FormatOption = Annotated[
-    str | None, typer.Option("--format", help="Byte layout of the result; see docs/formats.md.")
+    str | None,
+    typer.Option(
+        "--format", metavar="NAME", help="Byte layout of the result; see docs/formats.md."
+    ),
 ]
 IncludeOption = Annotated[
-    list[str] | None, typer.Option(help="Only linears that match, even ignored ones (repeatable).")
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN", help="Only linears that match, even ignored ones (repeatable)."
+    ),
 ]
 IgnoreOption = Annotated[
     list[str] | None,
-    typer.Option(help="Do not quantize these, in addition to the recipe's list (repeatable)."),
+    typer.Option(
+        metavar="PATTERN",
+        help="Do not quantize these, in addition to the recipe's list (repeatable).",
+    ),
 ]
 
 # Calibration.
 CalibrationOption = Annotated[
     str | None,
-    typer.Option(help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD]."),
+    typer.Option(
+        metavar="SOURCE", help="Text: file:PATH, jsonl:PATH#FIELD, hf:NAME[:CONFIG]:SPLIT[:FIELD]."
+    ),
 ]
 SamplesOption = Annotated[int | None, typer.Option("--nsamples", help="Calibration windows.")]
 LengthOption = Annotated[int | None, typer.Option("--seqlen", help="Tokens per window.")]
@@ -146,7 +209,8 @@ AllExpertsOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Seed that draws the calibration windows.")]
 EvalTextOption = Annotated[
-    str | None, typer.Option(help="Report how far calibration overlaps this text.")
+    str | None,
+    typer.Option(metavar="SOURCE", help="Report how far calibration overlaps this text."),
 ]
 
 # A run.
@@ -160,12 +224,15 @@ BudgetOption = Annotated[
 EngineOption = Annotated[
     Engine | None, typer.Option(help="With --target-bpw: only schemes that this engine supports.")
 ]
-BaseModelOption = Annotated[str | None, typer.Option(help="Name for the model card's base_model.")]
+BaseModelOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Name for the model card's base_model.")
+]
 ShardSizeOption = Annotated[int, typer.Option("--max-shard-size", help="Bytes per weight file.")]
 MemoryOption = Annotated[
     str | None,
     typer.Option(
         "--max-memory",
+        metavar="SIZE",
         help="RAM to stay under, like 8GB: hidden states go to files. Default: what is free.",
     ),
 ]
@@ -180,7 +247,10 @@ RestartOption = Annotated[
 ]
 LogOption = Annotated[
     Path | None,
-    typer.Option(help="JSON line per linear and block; default: OUTPUT.quantize.log.jsonl."),
+    typer.Option(
+        help="JSON line per linear and block; default: OUTPUT.quantize.log.jsonl.",
+        callback=from_home,
+    ),
 ]
 
 # The result.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmquant.cli.method import parse_method
 
 if TYPE_CHECKING:
+    from llmquant.planning.defaults import DefaultRecipe
     from llmquant.recipe import Recipe
 
 KEYS = {
@@ -27,16 +28,37 @@ KEYS = {
 """A command's parameter → the recipe's key."""
 
 
-def recipe_of(options: Mapping[str, Any]) -> Recipe:
+BY_HAND = ("recipe", "method", "bits", "group_size", "sym", "act_order", "target_bpw")
+"""Parameters that say how to quantize; without any of them the recipe goes by the model's size."""
+
+
+def default_of(options: Mapping[str, Any]) -> DefaultRecipe | None:
+    """The recipe for the size of ``model``; None where the options say how to quantize.
+
+    Raises:
+        UsageError, CheckpointError: the model is none that can be quantized.
+    """
+    from llmquant.planning.defaults import choose_recipe
+    from llmquant.recipe import Recipe
+
+    if any(options.get(name) is not None for name in BY_HAND):
+        return None
+    return choose_recipe(options["model"], options.get("layout") or Recipe().format)
+
+
+def recipe_of(options: Mapping[str, Any], default: DefaultRecipe | None = None) -> Recipe:
     """The recipe that a command's options ask for. None, or no such option, leaves what it says.
 
     Args:
+        default: the recipe where none is named; default: gptq-w4g128.
         options: by the names of the command's parameters: those of ``KEYS``, and
 
-            - ``recipe``: file or shipped recipe; default: the default one;
+            - ``recipe``: file or shipped recipe;
             - ``method``: see :func:`llmquant.cli.method.parse_method`;
             - ``rotate``: switch the recipe's rotation on (its own settings kept where it has any)
               or off;
+            - ``embeddings``: ``8`` or ``4`` bits for token embeddings and head, or ``none``; the
+              recipe's own section is kept where it has these bits already;
             - ``include``: replaces the recipe's patterns. One that the recipe ignores by the same
               words is no longer ignored: asking for ``lm_head`` means it;
             - ``ignore``: adds to the recipe's patterns.
@@ -48,12 +70,15 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
     from llmquant.recipe import Recipe, load_recipe
 
     name, rotate, method = (options.get(key) for key in ("recipe", "rotate", "method"))
-    recipe = load_recipe(name) if name is not None else Recipe()
+    start = Recipe() if default is None else default.recipe
+    recipe = load_recipe(name) if name is not None else start
     changes: dict[str, Any] = {
         key: value.value if isinstance(value, StrEnum) else value
         for option, key in KEYS.items()
         if (value := options.get(option)) is not None
     }
+    if "weights.group_size" in changes:  # asked for by itself: that size or none
+        changes["weights.strict_groups"] = True
     include, ignore = options.get("include") or (), options.get("ignore") or ()
     if include:
         changes["include"] = tuple(include)
@@ -61,4 +86,7 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
     recipe = recipe.updated(changes)
     if rotate is not None:
         recipe = recipe.updated({"rotation": (recipe.rotation or {}) if rotate else None})
+    bits = options.get("embeddings")
+    if bits is not None and (recipe.embeddings is None or str(recipe.embeddings.bits) != bits):
+        recipe = recipe.updated({"embeddings": None if bits == "none" else {"bits": int(bits)}})
     return recipe if method is None else parse_method(method).applied_to(recipe)

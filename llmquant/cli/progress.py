@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,21 @@ def progress(hidden: bool) -> Iterator[Events]:
             on_calibration=shown.calibration,
             on_progress=shown.progress,
             on_phase=shown.phase,
+        )
+
+
+@contextmanager
+def steps(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over linears or tensors, on stderr; what it gives is called with a word for the phase,
+    how many are done, and all of them."""
+    from rich.progress import Progress
+
+    console = screen(stderr=True)
+    silent = hidden or not console.is_terminal
+    with Progress(console=console, disable=silent, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda phase, done, total: bar.update(
+            task, description=phase, completed=done, total=total
         )
 
 

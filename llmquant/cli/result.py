@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmquant.cli.screen import screen
+from llmquant.cli.screen import fact_table, screen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,7 @@ def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
             name: [pair.model_dump() for pair in pairs] for name, pairs in result.scaled.items()
         },
         "skipped": dict(result.skipped),
+        "regrouped": [change.model_dump() for change in result.regrouped],
         "computing": result.computing.as_dict(),
         "resumed_blocks": result.resumed,
         "warnings": list(result.warnings),
@@ -118,12 +119,17 @@ def show_result(result: QuantizeResult, seconds: float) -> None:
     if result.tuned:
         _show_tuned(result.tuned, console)
     skipped = ", ".join(f"{n} ({why})" for n, why in result.skipped.items()) or "none"
-    console.print(f"left alone   {skipped}")
-    console.print(
-        f"size         {result.source_bytes / 1e6:,.2f} MB → {result.bytes_written / 1e6:,.2f} MB; "
+    size = (
+        f"{result.source_bytes / 1e6:,.2f} MB → {result.bytes_written / 1e6:,.2f} MB; "
         f"{result.bits_per_weight:.3f} bits per quantized weight"
     )
-    console.print(f"computed     {result.computing.as_text()}")
-    console.print(
-        f"proved       every tensor re-read from disk and equal to what was computed; {seconds:.1f} s"
-    )
+    rows = [
+        ("left alone", skipped),
+        *(("group size", str(change)) for change in result.regrouped),
+        ("size", size),
+        ("computed", result.computing.as_text()),
+        ("proved", "every tensor re-read from disk and equal to what was computed"),
+        ("time", f"{seconds:.1f} s"),
+    ]
+    console.print()
+    console.print(fact_table(rows))

@@ -99,6 +99,18 @@ def _manifest(
     }
     if before:
         return before.model_copy(update=carried)
+    named = inherited.get("base_model")
+    return foreign_manifest(named if isinstance(named, str) else None, dtype, step, carried)
+
+
+def foreign_manifest(
+    base_model: str | None, dtype: torch.dtype, step: Conversion, carried: Mapping[str, Any]
+) -> Manifest:
+    """The record of numbers that another tool made: how it made them is unknown.
+
+    Args:
+        carried: what is known, ``conversions`` among it.
+    """
     unknown = {
         "base_weights_sha256": None,
         "recipe_sha256": None,
@@ -110,8 +122,6 @@ def _manifest(
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    named = inherited.get("base_model")
-    base = named if isinstance(named, str) else None
     return Manifest.model_validate(
-        {"base_model": base, **unknown, **here, "versions": step.versions, **carried}
+        {"base_model": base_model, **unknown, **here, "versions": step.versions, **carried}
     )

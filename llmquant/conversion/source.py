@@ -7,17 +7,20 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from llmquant.checkpoint.detect import quantization_of
+from llmquant.checkpoint.gguf.header import is_gguf
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
 from llmquant.models.reading.fit import fitted, placeless
-from llmquant.models.selection import PLACELESS, ROUTER, linears_of
+from llmquant.models.reading.linears import linears_of
+from llmquant.models.selection import PLACELESS, ROUTER, SHARED
 from llmquant.runtime.devices import DTYPES
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
@@ -82,6 +85,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         CheckpointError: damaged, or its manifest speaks of other modules.
         ArchitectureError: no causal language model that transformers knows.
     """
+    refuse_gguf(model)
     reader = CheckpointReader(resolve(model))
     config = quantization_of(reader)
     if config is None:
@@ -105,10 +109,24 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
     known = manifest.skipped if manifest else {}
     routers = dict.fromkeys(linears.routers, ROUTER)
     skipped = routers | dict.fromkeys(linears.placeless, PLACELESS)
+    table = None if linears.embedding is None else linears.embedding[0]
+    tied = dict.fromkeys(linears.shared if table in schemes else (), SHARED)
     skipped |= {
-        n: known.get(n, "unquantized in the source") for n in linears.shapes if n not in schemes
+        n: tied.get(n) or known.get(n, "unquantized in the source")
+        for n in linears.shapes
+        if n not in schemes
     }
     return Source(packed, skipped, linears.head, manifest, fit.notes)
+
+
+def refuse_gguf(model: str | os.PathLike[str]) -> None:
+    """Raises UsageError for a GGUF file, which is imported and not converted."""
+    path = Path(model)
+    if path.is_file() and is_gguf(path):
+        raise UsageError(
+            f"{path} is a GGUF file; llmquant import {path} -o DIR makes a folder of it, "
+            "with --packed one that keeps Q4_0 and Q8_0 as they are"
+        )
 
 
 def model_dtype(reader: CheckpointReader) -> torch.dtype:

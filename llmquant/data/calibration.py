@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -43,7 +43,7 @@ MIN_TOKENS = 8
 @dataclass(frozen=True, slots=True)
 class CalibrationSummary:
     """What was read, used and left out. ``tokens_truncated``: tokens of used rows that are in no
-    window."""
+    window; ``incomplete``: chats of which the chat template leaves out a part."""
 
     packing: Packing
     seqlen: int
@@ -59,6 +59,7 @@ class CalibrationSummary:
     tokens_used: int
     tokens_truncated: int
     overlap: Overlap | None = None
+    incomplete: Mapping[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The summary for people, one fact a line."""
@@ -71,6 +72,8 @@ class CalibrationSummary:
             f"dropped: {dropped}; {self.duplicates:,} duplicates",
             f"cut      {self.rows_truncated:,} of the used rows, {self.tokens_truncated:,} tokens",
         ]
+        if self.incomplete:
+            lines.append(f"partly   {counted(self.incomplete)}")
         if self.overlap is not None:
             lines += self.overlap.lines()
         return lines
@@ -80,6 +83,8 @@ class CalibrationSummary:
         plain = asdict(self)
         if self.overlap is not None and not self.overlap.dropped:
             del plain["overlap"]["dropped"]
+        if not self.incomplete:
+            del plain["incomplete"]
         return plain
 
 
@@ -135,7 +140,8 @@ def calibrate(
     """
     check_numbers(nsamples, seqlen, seed, packing, max_positions)
     dropped = Counter(documents.dropped)
-    rows = list(tokenize(documents, tokenizer, dropped))
+    incomplete: Counter[str] = Counter()
+    rows = list(tokenize(documents, tokenizer, dropped, incomplete=incomplete))
     total = sum(map(len, rows))
     if packing == "sample":
         dropped[f"shorter than {MIN_TOKENS} tokens"] += sum(len(row) < MIN_TOKENS for row in rows)
@@ -152,6 +158,7 @@ def calibrate(
         {reason: count for reason, count in sorted(dropped.items()) if count}, documents.duplicates,
         total, sum(map(len, pick.windows)), pick.tokens_truncated,
         None if evaluation is None else measure_overlap(pick.windows, evaluation, tokenizer),
+        dict(sorted(incomplete.items())),
     )  # fmt: skip
     windows = tuple(torch.from_numpy(window.copy()) for window in pick.windows)
     sha256 = _sha256(pick.windows)

@@ -54,6 +54,12 @@ class Chat:
         """The turns as a template reads them."""
         return [message.plain() for message in self.messages]
 
+    @property
+    def offered(self) -> list[str]:
+        """Names of the tools."""
+        tools = json.loads(self.tools) if self.tools else []
+        return [name for tool in tools if isinstance(name := _function(tool).get("name"), str)]
+
     def as_json(self) -> object:
         """What identifies the chat: its turns, with its tools where it has any."""
         if not self.tools:
@@ -148,7 +154,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments) if arguments.strip() else {}
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             parsed = arguments  # a model's own words may be no JSON
         function = {**function, "arguments": parsed if isinstance(parsed, dict) else arguments}
     return {**call, "function": function} if isinstance(call.get("function"), dict) else function
@@ -165,7 +171,7 @@ def _json_list(value: object, otherwise: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:
             raise NotAChatError(otherwise) from e
     if not value:
         return []

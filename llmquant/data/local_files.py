@@ -85,5 +85,5 @@ def _decode(data: bytes, where: str) -> str:
 def _parse(data: bytes, where: str) -> object:
     try:
         return json.loads(_decode(data, where))
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise SourceError(f"{where} is not JSON: {e}; correct or delete it") from e

@@ -6,14 +6,16 @@ or prints as Python. The string is tried first, and parts where the string's tex
 ``system``, as a server of the model gives it.
 
 A chat of which no text comes out, or whose calls of tools do not, is refused: what it would teach
-is the template's frame alone.
+is the template's frame alone. One that comes out but for its tools or one of its turns is used, and
+counted.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmquant.data.chats import Chat
@@ -24,15 +26,34 @@ if TYPE_CHECKING:
 
 _LONGEST_REASON = 200
 _NAMES_DEVELOPER = re.compile(r"""(["'])developer\1""")
+_WORD = re.compile(r"\w+")
 _PARTS_PRINTED = ("'type': 'text'", '"type": "text"')
+
+
+def template_faults() -> tuple[type[Exception], ...]:
+    """What a template's expressions raise on turns that it does not expect."""
+    from jinja2 import TemplateError
+
+    return (
+        *(TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError),
+        *(RuntimeError, MemoryError),
+    )
 
 
 class NotRenderedError(ValueError):
     """Why a template does not write a chat, in words that rows are counted by."""
 
 
-def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+def render(
+    chat: Chat,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    incomplete: Counter[str] | None = None,
+) -> str:
     """The chat as text, special tokens included.
+
+    Args:
+        incomplete: counts chats of which a part is left out, by what.
 
     Raises:
         SourceError: the tokenizer has no template that can be used.
@@ -51,7 +72,19 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
         raise NotRenderedError("chats whose text the chat template leaves out")
     if any(name not in text for m in chat.messages for name in m.called):
         raise NotRenderedError("chats whose tool calls the chat template leaves out")
+    if incomplete is not None:
+        incomplete.update(_left_out(chat, said, text))
     return text
+
+
+def _left_out(chat: Chat, said: Sequence[str], text: str) -> Iterator[str]:
+    """What of a chat left no trace in the text. A turn did if its longest word is there: templates
+    trim, escape, and cut what an assistant thought."""
+    if any(name not in text for name in chat.offered):
+        yield "chats whose tools the chat template leaves out"
+    words = (_WORD.findall(s.rpartition("</think>")[2]) for s in said)
+    if any(max(w, key=len) not in text for w in words if w):
+        yield "chats of which the chat template leaves out a turn"
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, source: str) -> str:
@@ -72,20 +105,9 @@ def _write(
     turns: list[dict[str, Any]],
     tools: list[Any] | None,
 ) -> str:
-    from jinja2 import TemplateError
-
     try:
         return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False))
-    # What a template's expressions raise on turns that it does not expect.
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        RecursionError,
-    ) as e:
+    except template_faults() as e:
         why = " ".join(str(e).split())[:_LONGEST_REASON]
         raise NotRenderedError(f"refused by the chat template: {why}") from e
 

@@ -43,10 +43,12 @@ def tokenize(
     dropped: Counter[str],
     *,
     specials: bool = True,
+    incomplete: Counter[str] | None = None,
 ) -> Iterator[Ids]:
     """Token ids of every row that has any, in order; the others are added to ``dropped`` by reason.
 
-    ``specials=False`` leaves out what the tokenizer adds around a plain text.
+    ``specials=False`` leaves out what the tokenizer adds around a plain text. ``incomplete`` counts
+    the chats of which a template leaves out a part.
 
     Raises:
         SourceError: a chat, and the tokenizer has no chat template.
@@ -58,7 +60,11 @@ def tokenize(
             dropped["empty"] += 1
             continue
         try:
-            text = row if isinstance(row, str) else render(row, tokenizer, documents.source)
+            text = (
+                row
+                if isinstance(row, str)
+                else render(row, tokenizer, documents.source, incomplete)
+            )
         except NotRenderedError as e:
             dropped[str(e)] += 1
             continue

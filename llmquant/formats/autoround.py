@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from llmquant.activations import Activations
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, LayoutError
 from llmquant.formats.awq import Awq
 from llmquant.formats.base import Plain, Scheme
 from llmquant.formats.gptq import Gptq
@@ -47,7 +47,7 @@ class AutoRound(Plain):
     def __init__(self, packing_format: str | None) -> None:
         label = packing_format or _V1[0]
         if label not in (*_V1, *_V2, *_AWQ):
-            raise FormatError(
+            raise LayoutError(
                 f"packing_format {label!r} is not one llmquant reads; it reads {', '.join((*_V1, *_V2, *_AWQ))}"
             )
         self.inner: Gptq | Awq = Awq() if label in _AWQ else Gptq(v2=label in _V2)
@@ -77,7 +77,7 @@ class AutoRound(Plain):
         self, config: Mapping[str, Any], tensor_names: Collection[str]
     ) -> dict[str, Scheme]:
         if config.get("act_bits", 16) not in (None, 16, 32):
-            raise FormatError(
+            raise LayoutError(
                 f"activations of {config['act_bits']} bits under auto-round are not something llmquant reads"
             )
         found: dict[str, Scheme] = {}

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from llmquant import bitpack
 from llmquant.activations import Activations
-from llmquant.errors import FormatError
-from llmquant.formats.base import HEADS, Plain, Scheme, exact, require
+from llmquant.errors import FormatError, LayoutError
+from llmquant.formats.base import HEADS, Plain, Scheme, exact, linears_only, require
 from llmquant.formats.compressed_tensors.config_groups import ignore_list
 from llmquant.formats.gptq_config import packed_modules
 from llmquant.spec import QuantSpec
@@ -57,6 +57,8 @@ class Awq(Plain):
     def why_not_together(
         self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()
     ) -> str | None:
+        if reason := linears_only(schemes):
+            return reason
         kinds = sorted({str(s.spec) for s in schemes.values()})
         if len(kinds) > 1:
             return f"AWQ has one scheme for all modules, not {' and '.join(kinds)}; use compressed-tensors or gptq"
@@ -75,7 +77,7 @@ class Awq(Plain):
             Scheme(weight.spec, weight.g_idx is not None, activations), weight.shape
         )
         if reason:
-            raise FormatError(reason)
+            raise LayoutError(reason)
         return {
             "qweight": bitpack.pack(_shuffled(weight.codes.T, ORDER), BITS),
             "qzeros": bitpack.pack(_shuffled(weight.zeros.T, ORDER), BITS),
@@ -131,12 +133,12 @@ class Awq(Plain):
         unquantized."""
         version = str(config.get("version") or "gemm").lower()
         if version != "gemm":
-            raise FormatError(f"AWQ version {version!r} uses another packing; llmquant reads gemm")
+            raise LayoutError(f"AWQ version {version!r} uses another packing; llmquant reads gemm")
         # AutoAWQ's first releases, and llm-awq, say w_bit and q_group_size.
         bits = config.get("bits", config.get("w_bit"))
         group_size = config.get("group_size", config.get("q_group_size"))
         if bits != BITS or not isinstance(group_size, int):
-            raise FormatError(
+            raise LayoutError(
                 f"AWQ with bits {bits!r} and group_size {group_size!r} is not one llmquant reads"
             )
         symmetric = bool(config.get("sym", not config.get("zero_point", True)))

@@ -26,6 +26,22 @@ from llmquant.weight import FP16_EXACT, QuantizedWeight
 # What checkpoints call the output head. In vLLM it is no Linear, so configs that say which of those
 # are quantized must name it.
 HEADS = ("lm_head", "embed_out")
+# What they call token embeddings, which are no Linear either.
+_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embeddings", "word_embeddings", "wte"})
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module, by its full name, is the token embeddings."""
+    return module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def linears_only(modules: Collection[str]) -> str | None:
+    """What a layout answers whose readers look for packed weights in linears alone; None where
+    these are all linears."""
+    name = next(filter(is_embedding, modules), None)
+    if name is None:
+        return None
+    return f"its readers look for packed linears only, and {name} is an embedding; use compressed-tensors"
 
 
 @dataclass(frozen=True, slots=True)

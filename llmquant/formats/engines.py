@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmquant.formats import Scheme
+from llmquant.formats.base import is_embedding
 from llmquant.runtime.processor import Processor, this_processor
 
 VLLM_AVX512 = "vllm (CPU with AVX-512)"
@@ -33,6 +34,7 @@ class Rule:
         refuses: of these schemes.
         reason: why, for people.
         experts: only of experts' linears.
+        embeddings: only of token embeddings, for which there are no other rules.
         lacking: only on a processor without this instruction set, one of
             :data:`llmquant.runtime.processor.INSTRUCTION_SETS`.
         models: only of these model types; of every type where it is empty.
@@ -42,6 +44,7 @@ class Rule:
     refuses: Callable[[Scheme], bool]
     reason: str
     experts: bool = False
+    embeddings: bool = False
     lacking: str | None = None
     models: frozenset[str] = frozenset()
 
@@ -57,6 +60,12 @@ def _weights_only(scheme: Scheme) -> bool:
 
 
 _VLLM_CPU = (
+    Rule(
+        _CT,
+        lambda s: True,
+        "its look-up in packed embeddings is a Triton kernel, which its CPU build has not",
+        embeddings=True,
+    ),
     Rule(
         _GPTQ | _CT,
         lambda s: s.g_idx,
@@ -113,6 +122,12 @@ _TRANSFORMERS = (
     Rule(
         _GPTQ | {"awq", "auto-round"}, lambda s: True, "it asks for the compiled gptqmodel package"
     ),
+    Rule(
+        _CT,
+        lambda s: True,
+        "transformers 5.23 initializes every embedding, and fails at a packed one",
+        embeddings=True,
+    ),
     Rule(_CT, lambda s: s.g_idx, "compressed-tensors 0.18 and later have dropped g_idx"),
     Rule(
         _CT,
@@ -167,11 +182,12 @@ def why_not(
 ) -> str | None:
     """Why an engine refuses a module of this scheme in this layout, or None; what it is called
     tells an expert's linear."""
-    expert = _EXPERT.search(module) is not None
+    expert, embedding = _EXPERT.search(module) is not None, is_embedding(module)
     rules = (
         r
         for r in ENGINES[engine]
         if layout in r.layouts
+        and r.embeddings == embedding
         and (expert or not r.experts)
         and (not r.models or model_type in r.models)
     )
@@ -183,13 +199,16 @@ def refusals(
 ) -> dict[str, list[str]]:
     """Engine → the distinct reasons why it would refuse a model of these modules; an empty list
     means that it takes it."""
-    kinds = {(scheme, _EXPERT.search(name) is not None): name for name, scheme in schemes.items()}
+    kinds = {
+        (scheme, _EXPERT.search(name) is not None, is_embedding(name)): name
+        for name, scheme in schemes.items()
+    }
     return {
         engine: list(
             dict.fromkeys(
                 r
-                for (s, _), name in kinds.items()
-                if (r := why_not(engine, layout, s, name, model_type))
+                for k, name in kinds.items()
+                if (r := why_not(engine, layout, k[0], name, model_type))
             )
         )
         for engine in ENGINES
@@ -222,7 +241,7 @@ def answers(
             if reasons
             else "; ".join(("takes it", *cautioned.get(engine, ())))
         )
-        rows.append((f"{engine}, as here" if engine == vllm_here() else engine, answer))
+        rows.append((engine, f"(like this machine) {answer}" if engine == vllm_here() else answer))
     return rows
 
 

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, LayoutError
 from llmquant.formats.base import Scheme, exact
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -61,7 +61,7 @@ def pack(weight: QuantizedWeight, kind: Kind) -> Tensor:
     """
     reason = why_not(Scheme(weight.spec, weight.g_idx is not None), weight.shape)
     if reason:
-        raise FormatError(reason)
+        raise LayoutError(reason)
     out_features, in_features = weight.shape
     blocks = in_features // BLOCK
     repeats = blocks // weight.scales.shape[1]

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from llmquant import bitpack
 from llmquant.activations import Activations
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, LayoutError
 from llmquant.formats import gptq_config
-from llmquant.formats.base import Plain, Scheme, exact, require
+from llmquant.formats.base import Plain, Scheme, exact, linears_only, require
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -73,7 +73,7 @@ class Gptq(Plain):
             Scheme(weight.spec, weight.g_idx is not None, activations), weight.shape
         )
         if reason:
-            raise FormatError(reason)
+            raise LayoutError(reason)
         bits = weight.spec.bits
         return {
             "qweight": bitpack.pack(weight.codes, bits).T.contiguous(),
@@ -151,7 +151,7 @@ class Gptq(Plain):
     def why_not_together(
         self, schemes: Mapping[str, Scheme], ignore: Collection[str] = ()
     ) -> str | None:
-        return None  # any mix goes into `dynamic`
+        return linears_only(schemes)  # any mix of those goes into `dynamic`
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
         return gptq_config.build(schemes, ignore, self.name)

@@ -123,7 +123,7 @@ def spec_of(config: Mapping[str, Any], module: str) -> QuantSpec:
         config.get("data_type", "int"),
     )
     if not isinstance(bits, int) or not isinstance(group_size, int) or data_type != "int":
-        raise FormatError(
+        raise LayoutError(
             f"{module}: cannot read {data_type} weights of bits {bits!r}, group_size {group_size!r}"
         )
     return QuantSpec(bits, None if group_size == -1 else group_size, bool(config.get("sym", False)))

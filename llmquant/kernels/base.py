@@ -6,7 +6,7 @@ any tensor is read; ``why_not_weight`` looks at the numbers (a scale with too ma
 kernel's registers). ``reference`` never refuses and is every other kernel's twin.
 
 Whatever the kernel, ``weight(prepared, ...)`` equals ``QuantizedWeight.dequantize(dtype)`` bit for
-bit.
+bit, and ``rows`` gives rows of it, which is what token embeddings need.
 """
 
 from __future__ import annotations
@@ -66,3 +66,10 @@ class Kernel(Protocol):
         self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
         """The dequantized ``[out, in]`` weight, equal to ``QuantizedWeight.dequantize(dtype)``."""
+
+    def rows(
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
+        """Rows ``ids`` (int64 ``[n]``) of the dequantized weight, without the other rows: in
+        float32, or in the one dtype that the kernel keeps. Rounded to ``dtype`` they are
+        ``weight(..., dtype)[ids]``, bit for bit."""

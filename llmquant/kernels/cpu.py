@@ -27,6 +27,7 @@ from torch import Tensor
 from llmquant.errors import UsageError
 from llmquant.kernels import native
 from llmquant.kernels.base import Prepared
+from llmquant.kernels.embedding import gather
 from llmquant.kernels.native import ROWS, TYPES, Layout, Packed
 from llmquant.kernels.reference import narrowest
 from llmquant.runtime.processor import this_processor
@@ -116,6 +117,11 @@ class Cpu:
         for rows in _tiles(*shape, torch.float32):
             weight[rows] = native.decode(packed, rows, torch.float32).T
         return weight
+
+    def rows(
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
+        return gather.rows(Packed.of(prepared, spec, shape), ids)
 
 
 def eager(x: Tensor) -> bool:

@@ -132,13 +132,27 @@ class CpuInt4:
         assert packed is not None
         scales, shift = _scales(prepared).to(torch.float32), prepared.get("shift")
         codes = int4pack.unpack(packed, _block()).to(torch.float32).sub_(8.0)
-        grouped = codes.view(codes.shape[0], scales.shape[0], -1)
+        grouped = codes.view(codes.shape[0], scales.shape[0], codes.shape[1] // scales.shape[0])
         if shift is not None:
             grouped.add_(shift.T.unsqueeze(-1))
         weight = grouped.mul_(scales.T.unsqueeze(-1)).view(codes.shape)[: shape[0]].to(dtype)
         return (
             weight if columns is None else torch.empty_like(weight).index_copy_(1, columns, weight)
         )
+
+    def rows(
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
+        # Rows are packed in blocks, so the blocks that the ids are in are unpacked, each once.
+        block = _block()
+        blocks, which = torch.unique(ids // block, return_inverse=True)
+        taken = (blocks.unsqueeze(-1) * block + torch.arange(block)).flatten()
+        picked = {
+            n: t if t is None or n == "columns" else t[taken] if n == "packed" else t[:, taken]
+            for n, t in prepared.items()
+        }
+        weight = self.weight(picked, spec, (len(taken), shape[1]), torch.float32)
+        return weight[which * block + ids % block]
 
 
 def _block() -> int:

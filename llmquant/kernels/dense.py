@@ -61,3 +61,10 @@ class Dense:
                 f"kernel dense keeps the weight in {weight.dtype} only; load with kernel reference for {dtype}"
             )
         return weight
+
+    def rows(
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
+        weight = prepared["dense"]
+        assert weight is not None
+        return weight[ids]

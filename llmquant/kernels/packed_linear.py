@@ -88,6 +88,10 @@ class PackedLinear(nn.Module):
         """The weight ``[out, in]``, rounded once from float32."""
         return self.kernel.weight(self._buffers, self.spec, self.shape, dtype)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """int64 ``[n]`` → ``[n, in]``: rows of the weight in the dtype of the activations."""
+        return self.kernel.rows(self._buffers, ids, self.spec, self.shape).to(self.dtype)
+
     def packed_bytes(self) -> int:
         """Bytes that the weight occupies in memory, without the bias."""
         return sum(b.numel() * b.element_size() for b in self._buffers.values() if b is not None)

@@ -85,6 +85,12 @@ class Reference:
             weight[rows] = _dequantize(codes, scales[rows].to(torch.float32), zero, columns)
         return weight
 
+    def rows(
+        self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
+    ) -> Tensor:
+        picked = {n: t[ids] if t is not None and n != "g_idx" else t for n, t in prepared.items()}
+        return self.weight(picked, spec, (len(ids), shape[1]), torch.float32)
+
 
 def _dequantize(
     codes: Tensor, scales: Tensor, zeros: Tensor | int, columns: Tensor | None

@@ -30,6 +30,8 @@ _STATES = (
     "state_size", "ssm_cfg", "mamba_d_state", "ssm_state_size", "attention_hidden_size",
     "lru_width", "linear_conv_kernel_dim", "conv_L_cache", "chunkwise_kernel", "short_conv_kernel_size",
 )  # fmt: skip
+# Of layer_types.
+_STATELESS = ("attention", "dense", "moe", "sparse")
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
 
 
@@ -111,7 +113,11 @@ def refuse_kind(config: Mapping[str, Any], model_type: str) -> None:
             f"model type {model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
             "not reach the rest; quantize a text-only checkpoint of the family"
         )
-    kinds = {str(kind) for kind in config.get("layer_types") or () if "attention" not in str(kind)}
+    kinds = {
+        str(kind)
+        for kind in config.get("layer_types") or ()
+        if not any(word in str(kind) for word in _STATELESS)
+    }
     states = [key for key in _STATES if config.get(key)] + sorted(kinds)
     if states:
         raise ArchitectureError(

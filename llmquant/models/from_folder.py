@@ -3,9 +3,9 @@ without weights.
 
 The one door to them in all three packages. No code from a folder is run, and nobody is asked
 whether it should be: a folder whose model type exists only in its own code (``auto_map``) is an
-error. A file that makes no sense fails somewhere inside transformers, with whatever exception the
-first computation on it happens to raise: ``CONFUSED`` lists what was met, and here they become
-errors that name the folder.
+error. A file that makes no sense fails somewhere inside transformers
+(:mod:`llmquant.checkpoint.companions.confusion`), and here that becomes an error that names the
+folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -29,25 +28,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
+from llmquant.checkpoint.detect import check_label
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json
 from llmquant.checkpoint.weights.headers import stranger
+from llmquant.checkpoint.weights.json_files import lost
 from llmquant.errors import ArchitectureError, CheckpointError, UnfitModelError
 from llmquant.models.names import as_in_checkpoint
 from llmquant.models.reading.tower import tower_of
 
-CONFUSED = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-_LONGEST = 400
 _TOKENIZER_PACKAGES = {
     "tokenizer.model": "sentencepiece",
     "spiece.model": "sentencepiece",
@@ -55,16 +45,8 @@ _TOKENIZER_PACKAGES = {
     "tiktoken.model": "tiktoken",
     "tekken.json": "mistral_common",
 }
+_NOT_ITS_OWN = ("generation_config.json", "preprocessor_config.json")
 _OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; its kind where it says nothing or only a key."""
-    said = " ".join(line.strip() for line in str(error).splitlines()[:2]) or "no reason given"
-    said = said.partition(" Model type should be one of ")[0]  # 3 KB of class names
-    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} …"
-    plain = isinstance(error, (ImportError, OSError, StrictDataclassError, ValueError))
-    return said if plain else f"{said} ({type(error).__name__})"
 
 
 def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
@@ -75,13 +57,22 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
         ArchitectureError: an unknown model type or impossible values.
     """
     path = resolve(model)
-    read_json(path / "config.json")
+    raw = read_json(path / "config.json")
+    check_label(path / "config.json", raw)
+    _check_layers(path / "config.json", raw)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, **_OFFLINE)
     except CONFUSED as e:
         plain = f"transformers cannot read {path / 'config.json'}: {first_line(e)}"
         raise ArchitectureError(_foreign(path) or plain) from e
     return config
+
+
+def _check_layers(file: Path, config: dict[str, Any]) -> None:
+    """transformers builds a model of -1 layers, which then fails at its first token."""
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers < 0:
+        raise ArchitectureError(f"{file}: num_hidden_layers is {layers}")
 
 
 def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -91,10 +82,24 @@ def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         CheckpointError: no such model, or it has no tokenizer that can be read.
     """
     path = resolve(model)
+    _check_files(path)
     _check_packages(path)
     with _Reading(path):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_OFFLINE)
+        longest = tokenizer.model_max_length
+        if not isinstance(longest, (int, float)):
+            raise ValueError(f"model_max_length in tokenizer_config.json is {longest!r}")
+        tokenizer("a")  # other values that cannot be are found only by who uses them
     return tokenizer
+
+
+def _check_files(path: Path) -> None:
+    """Raises CheckpointError for a tokenizer's file that is no JSON, or a link to nothing."""
+    for file in map(path.joinpath, SIDE_FILES):
+        if (gone := lost(file)) is not None:
+            raise CheckpointError(gone)
+        if file.name.endswith(".json") and file.name not in _NOT_ITS_OWN and file.is_file():
+            read_json(file)
 
 
 def _check_packages(path: Path) -> None:
@@ -130,10 +135,18 @@ class _Reading:
             (f"{f} is {w}" for f in map(self._path.joinpath, SIDE_FILES) if (w := _stranger(f))),
             None,
         )
-        plain = f"{self._path} has no tokenizer that transformers can read: {strange or first_line(error)}"
+        cause = strange or _none_there(self._path) or first_line(error)
+        plain = f"{self._path} has no tokenizer that transformers can read: {cause}"
         # A damaged file is to be fetched again; one of another kind asks for another request.
         problem = CheckpointError if strange else UnfitModelError
         raise problem(f"{plain}{_own_tokenizer(self._path)}") from error
+
+
+def _none_there(path: Path) -> str | None:
+    """What is said of a folder without any file of a tokenizer."""
+    if any(path.glob("*token*")) or any(path.glob("*vocab*")) or any(path.glob("*.model")):
+        return None
+    return "it has no tokenizer.json, tokenizer.model or vocabulary; copy them from where the model came from"
 
 
 def _stranger(file: Path) -> str | None:
@@ -149,6 +162,7 @@ def read_generation_config(model: str | os.PathLike[str]) -> GenerationConfig | 
     path = resolve(model)
     if not (path / "generation_config.json").is_file():
         return None
+    read_json(path / "generation_config.json")
     try:
         config: GenerationConfig = GenerationConfig.from_pretrained(path, local_files_only=True)
     except CONFUSED as e:

@@ -37,11 +37,13 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.floats import as_floats
 from llmquant.errors import CheckpointError, UsageError
 from llmquant.kernels import AUTO, check_name
+from llmquant.kernels.embedding.packed_embedding import PackedEmbedding
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
 from llmquant.models.from_folder import read_generation_config
 from llmquant.models.reading.dense import load_dense
-from llmquant.models.reading.fit import fitted, linear_at
+from llmquant.models.reading.embeddings import scale_of, shape_of
+from llmquant.models.reading.fit import fitted, matrix_at
 from llmquant.runtime.devices import AUTO as AUTO_DTYPE
 from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
 from llmquant.runtime.finite import some
@@ -133,6 +135,7 @@ def _load_packed(
         model.generation_config = generation
     for name in packed.schemes:
         _replace(model, name, packed, PackedOptions(dtype, device, kernel))
+    share_embedding(model, tied=model.config.get_text_config().tie_word_embeddings)
     _assign(model, packed, dtype, device)
     refuse_saving(model, reader.path)
     return model
@@ -150,12 +153,13 @@ class PackedOptions:
 def _replace(
     model: PreTrainedModel, name: str, packed: PackedCheckpoint, options: PackedOptions
 ) -> None:
-    """Put a PackedLinear where the model has the linear ``name``."""
+    """Put packed weights where the model has the linear, or the embeddings, ``name``."""
     reader = packed.reader
-    linear = linear_at(model, name, reader)
+    module = matrix_at(model, name, reader)
     weight = packed.weight(name)
-    check_shape(weight, (linear.out_features, linear.in_features), f"{reader.path}: {name}")
-    bias = None if linear.bias is None else _checked(reader, f"{name}.bias", linear.bias)
+    check_shape(weight, shape_of(module), f"{reader.path}: {name}")
+    has_bias = getattr(module, "bias", None)
+    bias = None if has_bias is None else _checked(reader, f"{name}.bias", has_bias)
     try:
         replacement = PackedLinear(
             weight,
@@ -167,7 +171,34 @@ def _replace(
         )
     except UsageError as e:
         raise UsageError(f"{name}: {e}") from e
-    put_module(model, name, replacement)
+    put_packed(model, name, replacement, module)
+
+
+def put_packed(model: nn.Module, name: str, packed: PackedLinear, before: nn.Module) -> None:
+    """Replace the linear ``before`` by packed weights, or embeddings by a look-up in them."""
+    if isinstance(before, nn.Embedding):
+        scale = scale_of(before)
+        assert scale is not None, "refused where the folder was looked at"
+        put_module(model, name, PackedEmbedding(packed, scale))
+    else:
+        put_module(model, name, packed)
+
+
+def share_embedding(model: PreTrainedModel, *, tied: bool) -> None:
+    """Make a head that is tied to packed embeddings a product with the same packed weights; nothing
+    is left that transformers could tie."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, PackedEmbedding):
+        if tied:
+            model.set_output_embeddings(embedding.table)
+        untie(model)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Tell transformers that the head shares no parameter with the embeddings."""
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def check_shape(weight: QuantizedWeight, shape: tuple[int, int], where: str) -> None:

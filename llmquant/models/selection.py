@@ -8,99 +8,85 @@ tied head, a recipe that selects nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from torch import nn
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from llmquant.errors import ArchitectureError, LayoutError, UsageError
 from llmquant.formats.base import Format, Scheme
-from llmquant.models.architectures import Architecture, has_matrix
-from llmquant.models.experts import ExpertList
+from llmquant.formats.group_sizes import fit_schemes
+from llmquant.models.architectures import Architecture
+from llmquant.models.reading.linears import Linears
 from llmquant.recipe import Recipe, matches
+from llmquant.recipe_sections import Weights
+from llmquant.records import GroupSizeRecord
 from llmquant.spec import QuantSpec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Full module name → scheme, module name → why it stays as it is, and the head's name if it is
-    selected."""
+    """What is quantized.
+
+    Attributes:
+        schemes: full module name → scheme.
+        skipped: module name → why it stays as it is.
+        head: the head's name, if it is quantized as a linear of its own.
+        regrouped: where the group size is not the one wanted.
+        embedding: that of the token embeddings, if they are.
+        shared: modules whose weight is the packed embeddings': a tied head.
+    """
 
     schemes: Mapping[str, Scheme]
     skipped: Mapping[str, str]
     head: str | None
+    regrouped: tuple[GroupSizeRecord, ...] = ()
+    embedding: str | None = None
+    shared: frozenset[str] = frozenset()
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
         return {name: scheme.spec for name, scheme in self.schemes.items()}
 
 
-HEAD = "lm_head"
 ROUTER = "router of experts"
 OUTSIDE = "outside the decoder blocks"
+SHARED = "its weights are the packed embeddings'"
 PLACELESS = "no place in the model of config.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Linears:
-    """A model's linears.
-
-    Attributes:
-        shapes: full name → (out, in).
-        head: its name, if it has one.
-        tied: whether the head shares the embeddings' weights.
-        routers: what chooses experts; never quantized, since a wrong choice costs more than these
-            few weights.
-        strange: modules with a matrix that is no plain Linear's → their class.
-        placeless: modules of the folder that the model has no place for.
-    """
-
-    shapes: Mapping[str, tuple[int, int]]
-    head: str | None
-    tied: bool
-    routers: tuple[str, ...] = ()
-    strange: Mapping[str, str] = field(default_factory=dict)
-    placeless: tuple[str, ...] = ()
-
-    def names(self, linear: str) -> tuple[str, ...]:
-        """What patterns may call a linear: a head is also ``lm_head``, whatever the checkpoint
-        calls it."""
-        return (linear,) if linear != self.head else tuple(dict.fromkeys((linear, HEAD)))
+def fused_items(
+    names: Sequence[str], architecture: Architecture
+) -> list[tuple[int | None, tuple[str, ...]]]:
+    """Block index (None for the head) and names of each set of linears that must share a scheme, in
+    the order of ``names``."""
+    found: dict[tuple[int | None, object], list[str]] = {}
+    for name in names:
+        inside = name.removeprefix(f"{architecture.blocks}.")
+        index, _, leaf = inside.partition(".")
+        block = int(index) if inside != name and index.isdigit() else None
+        together = (architecture.fused_with(leaf) if block is not None else None) or name
+        found.setdefault((block, together), []).append(name)
+    return [(block, tuple(members)) for (block, _), members in found.items()]
 
 
-def linears_of(model: PreTrainedModel, placeless: tuple[str, ...] = ()) -> Linears:
-    """The linears of a (meta) model.
-
-    Only plain ones: whoever reads a packed folder puts a packed layer in the place of an
-    ``nn.Linear``, and leaves its subclasses, which may compute something else, as they are.
-    """
-    found = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
-    head = next((n for n, m in found.items() if m is model.get_output_embeddings()), None)
-    shapes = {n: (m.out_features, m.in_features) for n, m in found.items()}
-    routers = tuple(_routers(model))
-    shapes = {n: shape for n, shape in shapes.items() if n not in routers}
-    strange = {n: type(m).__name__ for n, m in model.named_modules() if has_matrix(m)}
-    strange = {n: kind for n, kind in strange.items() if n not in (*found, *routers)}
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    return Linears(shapes, head, tied, routers, strange, placeless)
-
-
-def _routers(model: nn.Module) -> Iterator[str]:
-    """What stands beside a list of experts and has a row for each, or one that weighs an expert for
-    all tokens."""
-    for name, module in model.named_modules():
-        lists = [m for m in module.children() if isinstance(m, ExpertList)]
-        for child, beside in module.named_children() if lists else ():
-            if beside in lists:
-                continue
-            for inner, m in beside.named_modules(prefix=f"{name}.{child}".lstrip(".")):
-                matrices = [p for p in m.parameters(recurse=False) if p.ndim == 2]
-                if any(p.shape[0] in (1, len(lists[0])) for p in matrices):
-                    yield inner
+def fit_groups(
+    linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format
+) -> tuple[Recipe, tuple[GroupSizeRecord, ...]]:
+    """The recipe with group sizes that fit every linear it selects, and what that changed; see
+    :mod:`llmquant.formats.group_sizes`. It says exactly what is done, so it repeats the run."""
+    if recipe.weights.strict_groups:
+        return recipe.updated({"weights.strict_groups": False}), ()
+    names = {n: linears.names(n) for n in linears.shapes if n not in architecture.outside}
+    names = {n: known for n, known in names.items() if recipe.selects(*known)}
+    schemes = {n: _scheme(recipe, recipe.weights_of(*known)) for n, known in names.items()}
+    together = [items for _, items in fused_items(tuple(names), architecture)]
+    fit = fit_schemes(schemes, together, linears.shapes, layout)
+    if not fit.changes:
+        return recipe, ()
+    wanted = {
+        known: recipe.weights_of(*known).with_spec(fit.schemes[n].spec)
+        for n, known in names.items()
+    }
+    return recipe.giving(wanted), fit.changes
 
 
 def select(
@@ -109,50 +95,81 @@ def select(
     """Give every linear a scheme or a reason why it stays as it is.
 
     Raises:
-        UsageError: nothing selected, a pattern without a match, a tied head selected.
+        UsageError: nothing selected, a pattern without a match, a tied head selected without its
+            embeddings.
         SpecError: a group size that does not divide; names the module and sizes that do.
         FormatError: a scheme the layout cannot hold.
-        ArchitectureError: a selected linear outside blocks and head.
+        ArchitectureError: a selected linear outside blocks and head, or embeddings that cannot be
+            packed.
     """
     _check_patterns(recipe, linears)
     head = linears.head
+    table = _embedding(linears, recipe, layout)
+    shared = linears.shared if table else frozenset()
     schemes: dict[str, Scheme] = {}
     skipped: dict[str, str] = dict.fromkeys(linears.routers, ROUTER)
     skipped |= {n: f"a {kind}, not a plain Linear" for n, kind in linears.strange.items()}
     skipped |= dict.fromkeys(linears.placeless, PLACELESS)
     for name, shape in linears.shapes.items():
-        if not recipe.selects(*linears.names(name)):
+        weights = _weights(recipe, linears, name)
+        if name in shared:
+            skipped[name] = SHARED
+        elif weights is None:
             skipped[name] = _why_skipped(recipe, linears.names(name))
-            continue
-        if name in architecture.outside:
+        elif name in architecture.outside:
             skipped[name] = OUTSIDE
-            continue
-        if name == head and linears.tied:
+        elif name == head and linears.tied:
             raise UsageError(
-                f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore"
+                f"{name} shares its weights with the embeddings, which stay unquantized; add it to --ignore, or pack "
+                "both with --embeddings 8"
             )
-        scheme = _scheme(recipe, linears.names(name))
-        scheme.spec.check(shape[1], name, _columns(linears, recipe, architecture))
-        reason = layout.why_not(scheme, shape)
-        if reason:
-            raise LayoutError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
-        schemes[name] = scheme
-    inside = [n for n in linears.strange if _block_of(n, architecture)]
-    if inside and not any(_block_of(n, architecture) for n in linears.shapes):
-        raise ArchitectureError(
-            f"the blocks' matrices are in {linears.strange[inside[0]]} modules (such as {inside[0]}), which llmquant and "
-            "engines do not read packed; only models of plain Linear layers can be quantized"
-        )
-    if not schemes:
-        raise UsageError(
-            f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
-        )
+        else:
+            scheme = _scheme(recipe, weights)
+            scheme.spec.check(shape[1], name, _columns(linears, recipe, architecture))
+            schemes[name] = _held(name, scheme, shape, layout)
+    _check_any(schemes, table, linears, architecture)
     _check_places(schemes, architecture, head)
     _check_fused(schemes, skipped, architecture)
+    schemes = table | schemes
     mixed = layout.why_not_together(schemes, skipped)
     if mixed:
         raise LayoutError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
-    return Selection(schemes, skipped, head if head in schemes else None)
+    return Selection(
+        schemes,
+        skipped,
+        head if head in schemes else None,
+        embedding=next(iter(table), None),
+        shared=shared,
+    )
+
+
+def _embedding(linears: Linears, recipe: Recipe, layout: Format) -> dict[str, Scheme]:
+    """The embeddings' scheme by their name, if the recipe packs them."""
+    if recipe.embeddings is None:
+        return {}
+    if linears.embedding is None or linears.unpackable is not None:
+        why = linears.unpackable or "the model has no token embeddings that could be packed"
+        raise ArchitectureError(f"{why}; leave out --embeddings")
+    name, shape = linears.embedding
+    scheme = Scheme(recipe.embeddings.weights.spec)
+    scheme.spec.check(shape[1], name)
+    return {name: _held(name, scheme, shape, layout)}
+
+
+def _held(name: str, scheme: Scheme, shape: tuple[int, int], layout: Format) -> Scheme:
+    """The scheme; raises LayoutError where the layout cannot hold a module of it."""
+    reason = layout.why_not(scheme, shape)
+    if reason:
+        raise LayoutError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
+    return scheme
+
+
+def _weights(recipe: Recipe, linears: Linears, name: str) -> Weights | None:
+    """The grid of a linear, None where it stays as it is."""
+    names = linears.names(name)
+    if name == linears.head and not linears.tied:
+        return recipe.head_weights(*names)
+    return recipe.weights_of(*names) if recipe.selects(*names) else None
 
 
 def _columns(linears: Linears, recipe: Recipe, architecture: Architecture) -> Iterator[int]:
@@ -164,8 +181,7 @@ def _columns(linears: Linears, recipe: Recipe, architecture: Architecture) -> It
             yield columns
 
 
-def _scheme(recipe: Recipe, names: tuple[str, ...]) -> Scheme:
-    weights = recipe.weights_of(*names)
+def _scheme(recipe: Recipe, weights: Weights) -> Scheme:
     by_group = recipe.method == "gptq" and recipe.gptq.act_order == "group"
     return Scheme(weights.spec, g_idx=by_group, activations=weights.activations)
 
@@ -199,6 +215,30 @@ def _check_patterns(recipe: Recipe, linears: Linears) -> None:
             )
 
 
+def _check_any(
+    schemes: Mapping[str, Scheme],
+    table: Mapping[str, Scheme],
+    linears: Linears,
+    architecture: Architecture,
+) -> None:
+    """Raises ArchitectureError or UsageError where nothing would be quantized."""
+    inside = [n for n in linears.strange if _block_of(n, architecture)]
+    plain = any(_block_of(n, architecture) for n in linears.shapes)
+    if inside and not plain:
+        raise ArchitectureError(
+            f"the blocks' matrices are in {linears.strange[inside[0]]} modules (such as {inside[0]}), which llmquant and "
+            "engines do not read packed; only models of plain Linear layers can be quantized"
+        )
+    if not schemes and not plain:
+        raise ArchitectureError(
+            "the model of config.json has no decoder blocks with linears (num_hidden_layers is 0 or less?)"
+        )
+    if not schemes and not table:
+        raise UsageError(
+            f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
+        )
+
+
 def _check_places(
     schemes: Mapping[str, Scheme], architecture: Architecture, head: str | None
 ) -> None:
@@ -218,15 +258,9 @@ def _block_of(name: str, architecture: Architecture) -> str | None:
 def _check_fused(
     schemes: Mapping[str, Scheme], skipped: Mapping[str, str], architecture: Architecture
 ) -> None:
-    sets: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for name in (*schemes, *skipped):
-        block = _block_of(name, architecture)
-        together = architecture.fused_with(name.removeprefix(f"{block}.")) if block else None
-        if block and together:
-            sets.setdefault((block, together), []).append(name)
-    for names in sets.values():
+    for block, names in fused_items((*schemes, *skipped), architecture):
         firsts = {schemes.get(n): n for n in reversed(names)}
-        if len(firsts) > 1:
+        if block is not None and len(firsts) > 1:
             listed = names if len(names) < 5 else sorted(firsts.values(), key=names.index)
             kinds = ", ".join(f"{n}: {schemes.get(n, 'unquantized')}" for n in listed)
             raise UsageError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json
+from llmquant.checkpoint.weights.json_files import lost
 from llmquant.errors import CheckpointError
 from llmquant.models.reading.leftovers import computed
 from llmquant.runtime.finite import some
@@ -23,10 +24,12 @@ log = logging.getLogger(__name__)
 
 def check_side_files(path: Path) -> None:
     """Raises CheckpointError if a tokenizer or generation file, which would be carried along, is no
-    JSON."""
-    for side in SIDE_FILES:
-        if side.endswith(".json") and (path / side).is_file():
-            read_json(path / side)
+    JSON or a link to nothing."""
+    for side in map(path.joinpath, SIDE_FILES):
+        if (gone := lost(side)) is not None:
+            raise CheckpointError(gone)
+        if side.name.endswith(".json") and side.is_file():
+            read_json(side)
 
 
 def refuse_mismatch(

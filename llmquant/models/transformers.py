@@ -43,9 +43,18 @@ from llmquant.formats import for_config
 from llmquant.kernels import AUTO, KERNELS
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
-from llmquant.models.load import check_shape, put_module, refuse_saving
+from llmquant.models.from_folder import causal_model
+from llmquant.models.load import (
+    check_shape,
+    put_module,
+    put_packed,
+    refuse_saving,
+    share_embedding,
+    untie,
+)
 from llmquant.models.names import as_in_checkpoint
-from llmquant.models.reading.fit import linear_at
+from llmquant.models.reading.embeddings import Matrix, shape_of
+from llmquant.models.reading.fit import matrix_at
 
 METHOD = "llmquant"
 TAKEN_OVER = ("compressed-tensors", "gptq", "awq", "auto-round")
@@ -73,13 +82,14 @@ class _Stored(nn.Module):
     """Takes the stored tensors of one module from transformers' loader, until they are packed for a
     kernel."""
 
-    def __init__(self, linear: nn.Linear, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, replaced: Matrix, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.shape = (linear.out_features, linear.in_features)
+        self.shape = shape_of(replaced)
+        self.__dict__["replaced"] = replaced  # no submodule: nobody has its weight
         self.suffixes = tuple(tensors)
         for suffix, tensor in tensors.items():
             self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
-        self.bias = linear.bias
+        self.bias = getattr(replaced, "bias", None)
 
     def stored(self) -> dict[str, torch.Tensor]:
         return {s: self.get_parameter(s).data for s in self.suffixes}
@@ -98,6 +108,7 @@ class PackedQuantizer(HfQuantizer):
         self._kernel = quantization_config.kernel
         self._packed: PackedCheckpoint | None = None
         self._dtype = torch.bfloat16
+        self._tied = False  # whether the head is to be the packed embeddings
 
     def validate_environment(self, *args: Any, device_map: object = None, **kwargs: Any) -> None:
         """Refuse what needs hooks on modules that will be replaced."""
@@ -128,12 +139,17 @@ class PackedQuantizer(HfQuantizer):
         packed.require_modules()
         as_in_checkpoint(model, str(reader.config.get("model_type")))
         self._untie(model, packed)
+        if type(model.get_input_embeddings()) is not nn.Embedding:
+            # Computed buffers are without numbers here, and a scale of the rows is one.
+            with torch.device("cpu"):
+                like = causal_model(reader, self._dtype).get_input_embeddings()
+            model.set_input_embeddings(like)
         for name, tensors in packed.tensors.items():
             headers = {suffix: reader.info(full) for suffix, full in tensors.items()}
             empty = {
                 s: torch.empty(i.shape, dtype=i.dtype, device="meta") for s, i in headers.items()
             }
-            put_module(model, name, _Stored(linear_at(model, name, reader), empty))
+            put_module(model, name, _Stored(matrix_at(model, name, reader), empty))
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel
@@ -142,11 +158,17 @@ class PackedQuantizer(HfQuantizer):
         return []
 
     def _untie(self, model: PreTrainedModel, packed: PackedCheckpoint) -> None:
-        """A packed head has no weight to share."""
-        head = model.get_output_embeddings()
-        if any(m is head for n, m in model.named_modules() if n in packed.schemes):
-            model.config.tie_word_embeddings = False
-            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        """Neither a packed head nor packed embeddings have a weight to share. A head that is tied
+        to these waits without one."""
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        found = [m for n, m in model.named_modules() if n in packed.schemes]
+        self._tied = any(m is embeddings for m in found) and bool(
+            model.config.get_text_config().tie_word_embeddings
+        )
+        if self._tied:
+            model.set_output_embeddings(nn.Identity())
+        if self._tied or any(m is head for m in found):
+            untie(model)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -177,7 +199,8 @@ class PackedQuantizer(HfQuantizer):
                 )
             except UsageError as e:
                 raise UsageError(f"{name}: {e}") from e
-            put_module(model, name, linear)
+            put_packed(model, name, linear, place.__dict__["replaced"])
+        share_embedding(model, tied=self._tied)
         model.requires_grad_(False)
         speed_up(model)
         refuse_saving(model, path)

@@ -17,11 +17,12 @@ from llmquant.checkpoint.sizes import Sizes
 from llmquant.errors import SpecError, UsageError
 from llmquant.formats import Format, Scheme
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why_not
-from llmquant.models.architectures import Architecture
+from llmquant.formats.group_sizes import fit_scheme
+from llmquant.models.selection import fused_items
 from llmquant.planning.sensitivity import Kind
 from llmquant.quantization.plan import WalkPlan
 from llmquant.recipe import Recipe, matches
-from llmquant.recipe_sections import Weights
+from llmquant.recipe_sections import Override, Weights
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 
 UNQUANTIZED = 16
@@ -88,21 +89,6 @@ class Choice:
     weights: int
 
 
-def fused_items(
-    names: Sequence[str], architecture: Architecture
-) -> list[tuple[int | None, tuple[str, ...]]]:
-    """Block index (None for the head) and names of each set of linears that must share a scheme, in
-    the order of ``names``."""
-    found: dict[tuple[int | None, object], list[str]] = {}
-    for name in names:
-        inside = name.removeprefix(f"{architecture.blocks}.")
-        index, _, leaf = inside.partition(".")
-        block = int(index) if inside != name else None
-        together = (architecture.fused_with(leaf) if block is not None else None) or name
-        found.setdefault((block, together), []).append(name)
-    return [(block, tuple(members)) for (block, _), members in found.items()]
-
-
 def choices_of(plan: WalkPlan, options: AllocateOptions) -> list[Choice]:
     """Every item of the model with what it may become.
 
@@ -121,7 +107,10 @@ def choices_of(plan: WalkPlan, options: AllocateOptions) -> list[Choice]:
     for block, members in fused_items(names, plan.architecture):
         stored = {n: reader.info(f"{n}.weight") for n in members}
         taken: dict[Scheme | None, int] = {}
-        for scheme in _schemes(members, recipe, options):
+        schemes = _schemes(members, recipe, options)
+        if _pinned(members, recipe) and not recipe.weights.strict_groups:
+            schemes = [fit_scheme(s, [linears.shapes[n] for n in members], layout) for s in schemes]
+        for scheme in schemes:
             if all(_holds(scheme, linears.shapes[n], layout, table, n) for n in members):
                 taken[scheme] = sum(
                     sizes.nbytes(scheme, linears.shapes[n], i.dtype) for n, i in stored.items()
@@ -222,7 +211,8 @@ def recipe_of_choice(
             if scheme is None:
                 ignore.append(name)
             elif scheme != common:
-                overrides.append({"match": name, **_differences(scheme, common)})
+                override = Override.between(name, _weights(common), _weights(scheme))
+                overrides.append(override.model_dump())
     return recipe.updated(
         {
             "description": description or recipe.description,
@@ -234,18 +224,7 @@ def recipe_of_choice(
 
 
 def _weights(scheme: Scheme) -> Weights:
-    size = scheme.spec.group_size
-    return Weights(
-        bits=scheme.spec.bits,
-        group_size=-1 if size is None else size,
-        symmetric=scheme.spec.symmetric,
-        activations=scheme.activations,
-    )
-
-
-def _differences(scheme: Scheme, common: Scheme) -> dict[str, object]:
-    base = _weights(common).model_dump()
-    return {k: v for k, v in _weights(scheme).model_dump().items() if v != base[k]}
+    return Weights(activations=scheme.activations).with_spec(scheme.spec)
 
 
 def _listed(numbers: Sequence[int]) -> str:

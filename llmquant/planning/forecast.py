@@ -11,6 +11,8 @@ phase's copies were counted in the code and checked against the kernel's count o
   block's linears;
 - *statistics* of the widest input, or of several experts: a Hessian each (two where the original's
   inputs are watched too) while a batch is added to it;
+- *packing*: the token embeddings, where they are quantized: as they are stored, as codes, and as
+  the words that these are packed into;
 - *rounding*: that Hessian, its factor, and what making the factor takes; then some float32 copies
   of one linear;
 - *tuning*: latents, gradients and Adam's two moments for every linear of a block, and activations
@@ -76,8 +78,10 @@ def forecast(
         itemsize: bytes of the dtype in which blocks run.
         max_shard_size: as the run would get it.
     """
-    linears = {m.name: m.shape for m in plan.modules}
-    work = Work.of(plan.source, linears, plan.architecture, plan.hidden, recipe, itemsize)
+    linears = {m.name: m.shape for m in plan.linears}
+    work = Work.of(
+        plan.source, linears, plan.architecture, plan.hidden, recipe, itemsize, plan.embedding
+    )
     shard = min(max_shard_size, plan.tensor_bytes)
     return Forecast(
         phases={name: nbytes + LIBRARIES for name, nbytes in work.phases_with_replay.items()},

@@ -31,13 +31,14 @@ from llmquant.models.reading.stored_dtype import SOURCE, StoredReader
 from llmquant.quantization.plan import WalkPlan
 from llmquant.quantization.prepare import check_calibration, prepare, selected
 from llmquant.recipe import Recipe
+from llmquant.records import GroupSizeRecord
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import AUTO, parse_dtype
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
-    """One quantized linear of the plan."""
+    """One quantized linear of the plan, or the token embeddings."""
 
     name: str
     scheme: Scheme
@@ -50,7 +51,7 @@ class Plan:
     """What the run would make.
 
     Attributes:
-        modules: quantized linears.
+        modules: quantized linears, and the token embeddings where they are quantized.
         skipped: linears left alone → why.
         tensors: every tensor of the output by name.
         source_bytes: of the original's tensors.
@@ -66,7 +67,10 @@ class Plan:
         hidden: width of the hidden states.
         source: the original's tensors, as quantization reads them.
         notes: what people should know of the folder.
+        recipe: with the group sizes that fit.
+        regrouped: where these are not the wanted ones.
         stored: what is stored in another dtype than the original has, in words.
+        embedding: name of the token embeddings, if they are quantized.
     """
 
     model_type: str
@@ -84,8 +88,16 @@ class Plan:
     architecture: Architecture
     hidden: int
     source: Mapping[str, TensorInfo]
+    recipe: Recipe
     notes: tuple[str, ...] = ()
+    regrouped: tuple[GroupSizeRecord, ...] = ()
     stored: str | None = None
+    embedding: str | None = None
+
+    @property
+    def linears(self) -> tuple[PlannedModule, ...]:
+        """The quantized modules without the embeddings."""
+        return tuple(m for m in self.modules if m.name != self.embedding)
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -110,10 +122,12 @@ def _result(plan: WalkPlan) -> tuple[list[PlannedModule], dict[str, Stored]]:
     for name, info in plan.reader.tensors.items():
         module = name.removesuffix(".weight")
         scheme = plan.selection.schemes.get(module) if name.endswith(".weight") else None
+        if plan.repeats(name):
+            continue
         if scheme is None:
             tensors[name] = Stored(info.dtype, info.shape)
             continue
-        shape = plan.source.linears.shapes[module]
+        shape = plan.source.linears.shape(module)
         stored = sizes.tensors(scheme, shape, info.dtype)
         tensors.update({f"{module}.{suffix}": t for suffix, t in stored.items()})
         modules.append(
@@ -149,6 +163,7 @@ def make_plan(
         if recipe.calibration.source is not None:
             check_calibration(plan)
     modules, tensors = _result(plan)
+    linears = [m for m in modules if m.name != selection.embedding]
     running = parse_dtype(AUTO, "cpu")
     model_type = str(reader.config.get("model_type"))
     return Plan(
@@ -158,8 +173,8 @@ def make_plan(
         skipped=selection.skipped,
         tensors=tensors,
         source_bytes=sum(i.nbytes for i in plan.source.original.tensors.values()),
-        tensor_parallel=_tensor_parallel(modules, reader.config),
-        suggestions=_group_sizes(modules),
+        tensor_parallel=_tensor_parallel(linears, reader.config),
+        suggestions=_group_sizes(linears),
         engines={
             e: tuple(reasons)
             for e, reasons in refusals(layout.name, selection.schemes, model_type).items()
@@ -167,13 +182,16 @@ def make_plan(
         cautions={
             e: tuple(reasons) for e, reasons in cautions(layout.name, selection.schemes).items()
         },
-        kernels=_kernels(modules, running.dtype),
+        kernels=_kernels(linears, running.dtype),
         kernels_for=Computing.of("cpu", running),
         architecture=plan.architecture,
         hidden=_hidden_size(reader.config),
         source=dict(reader.tensors),
+        recipe=plan.recipe,
+        regrouped=selection.regrouped,
         notes=plan.source.notes,
         stored=reader.note() if isinstance(reader, StoredReader) else None,
+        embedding=selection.embedding,
     )
 
 

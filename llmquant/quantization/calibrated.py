@@ -4,7 +4,7 @@ linear gets the statistics of its inputs."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +19,19 @@ from llmquant.quantization.blocks.capture import BatchContext, no_context, obser
 from llmquant.quantization.blocks.hidden_states import StateStore
 from llmquant.quantization.blocks.inputs import STREAM, Inputs
 from llmquant.quantization.blocks.materialize import materialized, outer_names
+from llmquant.quantization.blocks.original import STREAM as REFERENCE
 from llmquant.quantization.blocks.original import Reference
 from llmquant.quantization.blocks.replay import Replay, Tail, Tails
 from llmquant.quantization.plan import BlockResult, WalkPlan, batched
 from llmquant.quantization.steps.channel_scaling import BlockScaling
+from llmquant.quantization.steps.embedding import dequantized
 from llmquant.quantization.steps.finders import scaled
 from llmquant.quantization.steps.rounding import Rounded, Rounding, weight_error
 from llmquant.quantization.steps.tuning import tune_block
 from llmquant.records import TuneReport
 from llmquant.runtime.finite import all_finite
 from llmquant.stats import InputStats
+from llmquant.weight import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class Calibrated:
         rounding: of the walk's linears.
         windows: calibration token ids, each ``[positions]``.
         store: where hidden states are kept; default: in memory.
-        start: the first block; see :func:`llmquant.quantization.walk.walk`.
+        start: the first block.
+        embedding: the packed embeddings, which the walk begins with; needed for block 0 alone.
     """
 
     def __init__(
@@ -61,16 +65,18 @@ class Calibrated:
         windows: Sequence[Tensor],
         store: StateStore | None = None,
         start: int = 0,
+        embedding: QuantizedWeight | None = None,
     ) -> None:
         self._rounding, self.plan = rounding, rounding.plan
         plan = self.plan
         self._store = store = store or StateStore(plan.device)
-        blocks = blocks_of(plan.model, plan.architecture)
         calls = Calls()
-        with materialized(plan, plan.model, "", outer_names(plan)):
-            first = _first_states(
-                plan, blocks, plan.world.shard(batched(windows, plan.batch_size)), calls
-            )
+        aims = plan.recipe.asymmetric or plan.recipe.tune is not None
+        if embedding is not None and aims:
+            # What the original model computes begins with its own embeddings.
+            with _embedded(plan, windows, Calls()) as first:
+                store.name(REFERENCE, store.scratch(first))
+        with _embedded(plan, windows, calls, embedding) as first:
             if start == 0:
                 store.name(STREAM, store.scratch(first))
             else:
@@ -82,7 +88,6 @@ class Calibrated:
         store.calls = calls.settle(store.calls)
         self._replays = store.placement.replays and plan.recipe.gptq.true_sequential
         self._inputs = Inputs(store, calls, start)
-        aims = plan.recipe.asymmetric or plan.recipe.tune is not None
         self._reference = Reference(store, self._inputs) if aims else None
         self._pairs = self._reference if plan.recipe.asymmetric else None
 
@@ -232,11 +237,31 @@ class Calibrated:
             yield hidden
 
 
+@contextmanager
+def _embedded(
+    plan: WalkPlan,
+    windows: Sequence[Tensor],
+    calls: Calls,
+    embedding: QuantizedWeight | None = None,
+) -> Iterator[Iterator[Tensor]]:
+    """The states before block 0, batch by batch, with what is before the blocks in memory.
+
+    Args:
+        calls: notes what every block is called with beside them.
+        embedding: used in place of the checkpoint's.
+    """
+    given = {}
+    if embedding is not None:
+        given[f"{plan.embedding}.weight"] = dequantized(embedding, plan.dtype).to(plan.device)
+    blocks = blocks_of(plan.model, plan.architecture)
+    batches = plan.world.shard(batched(windows, plan.batch_size))
+    with materialized(plan, plan.model, "", outer_names(plan), given):
+        yield _first_states(plan, blocks, batches, calls)
+
+
 def _first_states(
     plan: WalkPlan, blocks: nn.ModuleList, batches: Sequence[Tensor], calls: Calls
 ) -> Iterator[Tensor]:
-    """The states before block 0, batch by batch; ``calls`` notes what every block is called with
-    beside them."""
     for ids in batches:
         (first,) = first_inputs(plan.model, blocks, [ids.to(plan.device)])
         calls.add(first.calls)

@@ -38,7 +38,7 @@ def store_block(block: BlockResult, plan: WalkPlan, writer: CheckpointWriter) ->
     """Pack a block's linears and carry its other tensors over.
 
     Args:
-        block: of the walk; the head's holds nothing to carry.
+        block: of the walk; the head's and the embeddings' hold nothing to carry.
         plan: of the walk.
         writer: that gets the tensors.
 
@@ -54,6 +54,8 @@ def store_block(block: BlockResult, plan: WalkPlan, writer: CheckpointWriter) ->
         outcome.schemes[name] = Scheme(weight.spec, weight.g_idx is not None, activations)
     if block.tuned is not None:
         outcome.tuned[prefix] = block.tuned
+    if plan.embedding is not None and plan.embedding in block.weights:
+        return outcome
     moved = plan.source.rescaled.moved(None if block.index is None else prefix)
     if moved or block.scaled:
         place = prefix if block.index is not None else next(iter(block.weights))
@@ -77,7 +79,7 @@ def store(
     try:
         packed = plan.layout.pack(weight, plan.reader.info(f"{name}.weight").dtype, activations)
     except FormatError as e:
-        raise FormatError(f"{name}: {e}") from e
+        raise e.at(name) from e
     writer.add_together({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
     return packed
 
@@ -168,6 +170,7 @@ def describe(
         tuned=outcome.tuned,
         scaled=outcome.scaled,
         skipped=dict(selection.skipped),
+        regrouped=selection.regrouped,
         files=file_hashes(writer.partial),
     )
     writer.write_text(MANIFEST, manifest.to_json())
@@ -180,9 +183,11 @@ def describe(
 
 
 def base_name(model: str) -> str:
-    """A hub name without its revision, of a folder of the hub's cache too; of another folder only
-    its own name, since a path means nothing on another machine."""
+    """A hub name without its revision, of a folder of the hub's cache too; of another folder
+    or a GGUF file only its own name, since a path means nothing on another machine."""
     folder = Path(model).expanduser()
+    if folder.is_file():  # a GGUF file
+        return folder.stem
     if not folder.is_dir():
         return model.partition("@")[0]
     # A snapshot's own name is a commit: …/models--ORG--NAME/snapshots/COMMIT
@@ -234,6 +239,7 @@ def prove(writer: CheckpointWriter, plan: WalkPlan, outcome: Outcome, manifest: 
         n
         for n in plan.reader.tensors
         if n not in written
+        and not plan.repeats(n)
         and not (n.endswith(".weight") and n.removesuffix(".weight") in outcome.modules)
     ]
     if lost:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from llmquant.checkpoint.reader import TensorInfo
 from llmquant.models.architectures import Architecture
 from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement
+from llmquant.quantization.blocks.widths import expert_widths, replayed_widths, widths_of
 from llmquant.recipe import Recipe
 from llmquant.runtime.memory import available_bytes, resident_bytes
 
@@ -36,6 +36,7 @@ _WIDE_VALUES, _HIDDEN_VALUES = 3.0, 4.0
 # Of a tuned block: the original, the latent, its gradient, two moments, the rounded weight and the
 # best one so far.
 _TUNE_COPIES, _TUNE_ACTIVATIONS = 7.0, 3.0
+_EMBEDDING_BYTES = 7.0  # of a number while it is packed, beside the stored one
 _SHARE = 0.8  # of the memory that the machine has left, where no limit was given
 _MARGIN = 1.25
 
@@ -48,6 +49,7 @@ class Work:
     outer: int  # everything outside the blocks and the head
     largest_copied: int  # bytes
     largest_linear: int
+    embedding: int  # of packed token embeddings; 0 where they stay as they are
     widest: int  # input columns of the widest linear
     hidden: int
     batch_tokens: int
@@ -71,6 +73,7 @@ class Work:
         hidden: int,
         recipe: Recipe,
         itemsize: int,
+        embedding: str | None = None,
     ) -> Work:
         """Count.
 
@@ -81,16 +84,14 @@ class Work:
             hidden: width of the hidden states.
             recipe: what is done; its calibration sizes count, its text does not.
             itemsize: bytes of the dtype in which blocks run.
+            embedding: name of the token embeddings, if they are quantized.
         """
-        blocks: dict[str, int] = {}
-        outer = 0
-        for name, info in source.items():
-            place = name.removeprefix(f"{architecture.blocks}.")
-            index = place.partition(".")[0]
-            if place != name and index.isdigit():
-                blocks[index] = blocks.get(index, 0) + math.prod(info.shape)
-            elif not name.startswith(f"{architecture.head}."):
-                outer += math.prod(info.shape)
+        blocks, outer = _blocks_and_outer(source, architecture)
+        copied = [
+            i.nbytes
+            for n, i in source.items()
+            if n.removesuffix(".weight") not in (*linears, embedding)
+        ]
         prefix = f"{architecture.blocks}.{min(blocks, key=int, default='0')}."
         first = {
             n.removeprefix(prefix): shape for n, shape in linears.items() if n.startswith(prefix)
@@ -102,21 +103,19 @@ class Work:
         return cls(
             block=max(blocks.values(), default=0),
             outer=outer,
-            largest_copied=max(
-                (i.nbytes for n, i in source.items() if n.removesuffix(".weight") not in linears),
-                default=0,
-            ),
-            largest_linear=max(math.prod(shape) for shape in linears.values()),
-            widest=max(shape[1] for shape in linears.values()),
+            largest_copied=max(copied, default=0),
+            largest_linear=max((math.prod(shape) for shape in linears.values()), default=0),
+            embedding=0 if embedding is None else math.prod(source[f"{embedding}.weight"].shape),
+            widest=max((shape[1] for shape in linears.values()), default=0),
             hidden=hidden,
             batch_tokens=batch * text.seqlen,
             tokens=text.nsamples * text.seqlen,
             itemsize=itemsize,
             source_itemsize=max(i.dtype.itemsize for i in source.values()),
             block_linears=sum(math.prod(shape) for shape in first.values()),
-            inputs=_inputs(first),
-            replayed=_replayed(first, architecture),
-            experts=_experts(first, architecture),
+            inputs=widths_of(first),
+            replayed=replayed_widths(first, architecture),
+            experts=expert_widths(first, architecture),
             recipe=recipe,
         )
 
@@ -160,14 +159,23 @@ class Work:
     def phases(self) -> dict[str, int]:
         """Phase → bytes at its worst moment, hidden states included, libraries not; what can be
         left out is left out."""
+        beside = self.source_itemsize + _EMBEDDING_BYTES
+        packing = {"packing": int(self.embedding * beside)} if self.embedding else {}
         if not self.recipe.needs_text:
-            return {"copying": self.largest_copied, "rounding": self._data_free_rounding}
+            rounding = {"copying": self.largest_copied, "rounding": self._data_free_rounding}
+            return rounding | packing
         held = self.block * self.itemsize + self.states
         return {
             "copying": self.largest_copied + self.states,
             **{name: nbytes + held for name, nbytes in self._calibrated().items()},
-            "embedding": self.outer * self.itemsize + self.largest_copied + self.states_of_one,
+            "embedding": self.embedding_bytes + self.largest_copied + self.states_of_one,
+            **packing,
         }
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Of everything before the blocks, and of the packed embeddings' codes."""
+        return self.outer * self.itemsize + self.embedding
 
     @property
     def _data_free_rounding(self) -> int:
@@ -215,6 +223,22 @@ class Work:
         return phases
 
 
+def _blocks_and_outer(
+    source: Mapping[str, TensorInfo], architecture: Architecture
+) -> tuple[dict[str, int], int]:
+    """Numbers in each block by its index, and in what is neither in a block nor the head."""
+    blocks: dict[str, int] = {}
+    outer = 0
+    for name, info in source.items():
+        place = name.removeprefix(f"{architecture.blocks}.")
+        index = place.partition(".")[0]
+        if place != name and index.isdigit():
+            blocks[index] = blocks.get(index, 0) + math.prod(info.shape)
+        elif not name.startswith(f"{architecture.head}."):
+            outer += math.prod(info.shape)
+    return blocks, outer
+
+
 def placement(
     plan: WalkPlan, windows: Sequence[Tensor], limit: int | None, processes: int = 1
 ) -> Placement:
@@ -240,47 +264,16 @@ def placement(
 
 def _work(plan: WalkPlan, windows: Sequence[Tensor]) -> Work:
     """The walk's, with the tokens that these windows really have."""
-    shapes = {n: plan.reader.info(f"{n}.weight").shape for n in plan.specs}
+    shapes = {n: plan.reader.info(f"{n}.weight").shape for n in plan.specs if n != plan.embedding}
     linears = {n: (rows, columns) for n, (rows, columns) in shapes.items()}
     hidden = int(plan.model.config.get_text_config().hidden_size)
     work = Work.of(
-        plan.reader.tensors, linears, plan.architecture, hidden, plan.recipe, plan.dtype.itemsize
+        plan.reader.tensors,
+        linears,
+        plan.architecture,
+        hidden,
+        plan.recipe,
+        plan.dtype.itemsize,
+        plan.embedding,
     )
     return replace(work, tokens=sum(w.numel() for w in windows))
-
-
-def _inputs(block: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
-    """Widths of a block's distinct inputs, widest first: q, k and v share one, as do gate and
-    up."""
-    widths = sorted(
-        {(name.rpartition(".")[0], shape[1]) for name, shape in block.items()}, key=lambda n: -n[1]
-    )
-    return tuple(width for _, width in widths) or (0,)
-
-
-def _replayed(block: Mapping[str, tuple[int, int]], architecture: Architecture) -> int:
-    """Columns that replay keeps of a block: for each part without experts, at most its widest
-    input."""
-    expert = set() if architecture.experts is None else set(architecture.experts.scaled())
-    widest: dict[str, int] = {}
-    for name, shape in block.items():
-        part, _, inside = name.partition(".")
-        if any(fnmatchcase(name, pattern) for pattern in expert):
-            widest[part] = -1
-        elif inside and widest.get(part) != -1:
-            widest[part] = max(widest.get(part, 0), shape[1])
-    return sum(width for width in widest.values() if width > 0)
-
-
-def _experts(
-    block: Mapping[str, tuple[int, int]], architecture: Architecture
-) -> tuple[tuple[int, ...], ...]:
-    """Of each of an expert's inputs, its width in every expert of a block."""
-    if architecture.experts is None:
-        return ()
-    up, down = architecture.experts.scaled()
-    found = (
-        tuple(shape[1] for name, shape in block.items() if fnmatchcase(name, linear))
-        for linear in (up, down)
-    )
-    return tuple(widths for widths in found if widths)

@@ -9,7 +9,7 @@ from pathlib import Path
 from llmquant.data.calibration import Calibration
 from llmquant.quantization.plan import Progress
 from llmquant.recipe import Recipe
-from llmquant.records import ModuleReport, PairReport, TuneReport
+from llmquant.records import GroupSizeRecord, ModuleReport, PairReport, TuneReport
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.distributed import ALONE, World
 
@@ -36,6 +36,7 @@ class QuantizeOptions:
         max_memory: bytes of RAM to stay under by keeping hidden states in files; None: what the
             machine has left.
         log: file for one JSON line per module, block and turn of the run; None: none.
+        note: to be said with the run's own notes, once nothing refuses it.
         world: the processes that do it together, each with the same arguments; see
             :mod:`llmquant.runtime.distributed`.
     """
@@ -51,13 +52,17 @@ class QuantizeOptions:
     restart: bool = False
     max_memory: int | None = None
     log: Path | None = None
+    note: str | None = None
     world: World = ALONE
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What came out, and how it was computed. ``resumed``: blocks that an earlier process had
-    finished."""
+    """What came out, and how it was computed.
+
+    ``recipe`` has the group sizes that were used, ``regrouped`` says where they are not the wanted
+    ones. ``resumed``: blocks that an earlier process had finished.
+    """
 
     path: Path
     recipe: Recipe
@@ -72,6 +77,7 @@ class QuantizeResult:
     warnings: tuple[str, ...]
     computing: Computing
     resumed: int = 0
+    regrouped: tuple[GroupSizeRecord, ...] = ()
 
 
 @dataclass(slots=True)

@@ -14,8 +14,9 @@ from llmquant.algorithms import AWQOptions, GPTQOptions, ScaleSearch, TuneOption
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.formats import Format, layout_of
 from llmquant.models.architectures import Architecture, blocks_of
+from llmquant.models.reading.linears import Linears
 from llmquant.models.reading.tower import Tower
-from llmquant.models.selection import Linears, Selection
+from llmquant.models.selection import Selection
 from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.quantization.steps.smoothquant import SmoothOptions
 from llmquant.recipe import Recipe
@@ -32,8 +33,8 @@ NOTHING = Selection({}, {}, None)
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """The quantized linears of one decoder block (``index`` None: of the head), by full name; what
-    tuning it did.
+    """The quantized linears of one decoder block (``index`` None: the head, or the embeddings), by
+    full name; what tuning it did.
 
     ``changed`` holds tensors beside them (norms, biases) that scaling changed, by full name;
     ``scaled`` says what it did.
@@ -48,8 +49,8 @@ class BlockResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where the walk is: ``block`` of ``blocks`` (the head counts as one), and the module being
-    worked on."""
+    """Where the walk is: ``block`` of ``blocks`` (embeddings and head count as one each), and the
+    module being worked on."""
 
     block: int
     blocks: int
@@ -142,14 +143,23 @@ class WalkPlan:
         return self.selection.head
 
     @property
+    def embedding(self) -> str | None:
+        """The token embeddings' name, if they are quantized."""
+        return self.selection.embedding
+
+    def repeats(self, tensor: str) -> bool:
+        """Whether a stored tensor only says once more what the packed embeddings say."""
+        return tensor.removesuffix(".weight") in self.selection.shared
+
+    @property
     def blocks(self) -> int:
         """How many decoder blocks the model has."""
         return len(blocks_of(self.model, self.architecture))
 
     @property
     def total(self) -> int:
-        """Steps of a walk: blocks, and the head where it is quantized."""
-        return self.blocks + (self.head is not None)
+        """Steps of a walk: blocks, and embeddings and head where they are quantized."""
+        return self.blocks + (self.embedding is not None) + (self.head is not None)
 
     @property
     def search(self) -> ScaleSearch:

@@ -19,11 +19,12 @@ from llmquant.data.sources import read_documents
 from llmquant.errors import SourceError, UsageError
 from llmquant.formats import layout_of
 from llmquant.models import architectures
-from llmquant.models.from_folder import empty_model, load_tokenizer
+from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
 from llmquant.models.reading.fit import fitted, placeless
+from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.models.rotated import rotated
-from llmquant.models.selection import linears_of, select
+from llmquant.models.selection import fit_groups, select
 from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
 from llmquant.quantization.steps.rescaling import RescaledReader
@@ -57,6 +58,7 @@ def prepare(
     """
     stored = unquantized(model)
     model_type = str(stored.config.get("model_type"))
+    read_config(stored.path)  # values that cannot be are no kind of model
     # Of such a model tensors have other names too; that would be the symptom.
     architectures.refuse_kind(stored.config, model_type)
     layout_of(recipe.format)
@@ -87,15 +89,18 @@ def prepare(
 
 
 def selected(plan: WalkPlan) -> WalkPlan:
-    """The plan with what its recipe quantizes, and how; raises what
-    :func:`llmquant.models.selection.select` does."""
+    """The plan with what its recipe quantizes, and how. Its recipe then has group sizes that fit;
+    raises what :func:`llmquant.models.selection.select` does."""
     source = plan.source
-    selection = select(source.linears, plan.architecture, plan.recipe, plan.layout)
+    recipe, changes = fit_groups(source.linears, plan.architecture, plan.recipe, plan.layout)
+    selection = select(source.linears, plan.architecture, recipe, plan.layout)
     if isinstance(source.reader, StoredReader):
         # Codes are chosen from what the checkpoint has.
         full = source.reader.in_full([f"{name}.weight" for name in selection.schemes])
         source = replace(source, reader=full)
-    return replace(plan, source=source, selection=selection)
+    return replace(
+        plan, source=source, recipe=recipe, selection=replace(selection, regrouped=changes)
+    )
 
 
 def check_calibration(plan: WalkPlan) -> None:

@@ -77,7 +77,7 @@ def quantize(
     run, notes = _checked(os.fspath(model), Path(output), recipe, options, events)
     plan = run.plan
     facts = fingerprint(
-        plan.reader, recipe, run.calibration, plan.device, plan.dtype, options.max_shard_size
+        plan.reader, plan.recipe, run.calibration, plan.device, plan.dtype, options.max_shard_size
     )
     check_together(plan, run.windows, destination, restart=options.restart)
     if not plan.world.first:
@@ -104,12 +104,15 @@ def _checked(
     warnings, notes = on_this_cpu(plan.layout.name, plan.selection.schemes)
     if isinstance(plan.reader, StoredReader):
         notes = [plan.reader.note(), *notes]
+    notes = [*map(str, plan.selection.regrouped), *notes]
     for warning in warnings:
         events.on_warning(warning)
     calibration = calibration_of(plan, options.evaluation)
     if calibration is not None:
         events.on_calibration(calibration)
-    return _Run(output, model, plan, calibration, options, events), [*plan.source.notes, *notes]
+    first = [options.note] if options.note else []
+    notes = [*first, *plan.source.notes, *notes]
+    return _Run(output, model, plan, calibration, options, events), notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +194,8 @@ class _Run:
         """Walk through what is not done yet."""
         if saved.blocks == saved.total:
             return
-        start = min(saved.blocks, self.plan.blocks)
+        steps = self.plan.blocks + (self.plan.embedding is not None)
+        start = min(saved.blocks, steps)
         for block in walk(self.plan, self.windows, self.events.on_progress, saved.store, start):
             done = store_block(block, self.plan, writer)
             saved.block_done(done)
@@ -223,13 +227,19 @@ class _Run:
 
     def _left(self, outcome: Outcome) -> list[str]:
         packed = {f"{name}.weight" for name in outcome.modules}
-        return [n for n in self.plan.reader.tensors if n not in outcome.copied and n not in packed]
+        return [
+            n
+            for n in self.plan.reader.tensors
+            if n not in outcome.copied and n not in packed and not self.plan.repeats(n)
+        ]
 
     def _bytes_expected(self) -> int:
         """Of all tensors of the result."""
         sizes, schemes, total = Sizes(self.plan.layout), self.plan.selection.schemes, 0
         for name, info in self.plan.reader.tensors.items():
             scheme = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if self.plan.repeats(name):
+                continue
             if scheme is None or len(info.shape) != 2:
                 total += info.nbytes
             else:
@@ -266,6 +276,7 @@ class _Run:
             tuned=outcome.tuned,
             scaled=outcome.scaled,
             skipped=self.plan.selection.skipped,
+            regrouped=self.plan.selection.regrouped,
             bits_per_weight=outcome.bits_per_weight,
             source_bytes=sum(i.nbytes for i in self.plan.source.original.tensors.values()),
             bytes_written=bytes_written,

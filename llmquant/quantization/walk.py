@@ -13,6 +13,9 @@ Asymmetric calibration and tuning aim at what the original model computes: then 
 walk along beside the quantized model's (:mod:`llmquant.quantization.blocks.original`), and a tuned
 block's linears are moved once more, together, before it is left.
 
+Where the embeddings are packed they come first, and a calibrated walk begins with what they
+dequantize to. A walk that is continued at block 0 rounds them once more, which gives the same.
+
 Hidden states live in a :class:`llmquant.quantization.blocks.hidden_states.StateStore`. A store that
 comes with saved states continues the walk that saved them: nothing before is computed again but
 masks and position embeddings, and those must come out as they did then.
@@ -74,8 +77,8 @@ def walk(
         windows: calibration token ids, each ``[positions]``; empty for a data-free method.
         on_progress: called before each module.
         store: where hidden states live; default: in memory.
-        start: the first block to quantize. Of a calibrated walk that is not the first one, the
-            store must hold what an earlier walk left in front of it.
+        start: the first step to take: embeddings, where they are packed, then blocks. If a block
+            of a calibrated walk was taken before, the store must hold what an earlier walk left.
 
     Raises:
         QuantizationError: NaN or Inf where there must be none; names the module.
@@ -86,8 +89,20 @@ def walk(
         raise QuantizationError(
             f"method {plan.recipe.steps} needs calibration windows and got none"
         )
-    rounding = Rounding(plan, on_progress)
-    walker: Walker = Calibrated(rounding, windows, store, start) if windows else DataFree(rounding)
+    rounding, given, first = Rounding(plan, on_progress), None, 0
+    if plan.embedding is not None:
+        first = 1
+        if start == 0 or (start == 1 and windows):
+            rounded = rounding.embedding(plan.embedding)
+            given = rounded[plan.embedding][0] if windows else None
+            if start == 0:
+                yield BlockResult(None, rounded)
+            del rounded
+    start = max(start - first, 0)
+    walker: Walker = (
+        Calibrated(rounding, windows, store, start, given) if windows else DataFree(rounding)
+    )
+    del given
     blocks = blocks_of(plan.model, plan.architecture)
     for index in range(start, len(blocks)):
         prefix = f"{plan.architecture.blocks}.{index}"

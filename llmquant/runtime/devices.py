@@ -155,7 +155,7 @@ def dtype_for(processor: Processor) -> ChosenDtype:
         held = f", held to that by {' '.join(processor.held_by)}" if processor.held_by else ""
         return ChosenDtype(
             torch.float32,
-            f"bfloat16 would be up to 100 times slower on this processor ({sets}, no bf16 instructions{held})",
+            f"bfloat16 can be up to 100 times slower on this processor ({sets}, no bf16 instructions{held})",
         )
     return _by_ratio(probe())
 

@@ -1,11 +1,20 @@
-"""What the operating system gives this process: processors, memory and a container's limits."""
+"""What the operating system gives this process: processors, memory, a container's limits, and the
+user's cache folder."""
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import psutil
+
+
+def user_cache(name: str) -> Path:
+    """The folder ``name`` of llmquant's own in the user's cache: ``$XDG_CACHE_HOME/llmquant``, else
+    ``~/.cache/llmquant``. What is in it may be deleted at any time."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "llmquant" / name
 
 
 def threads() -> int:

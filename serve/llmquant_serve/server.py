@@ -105,12 +105,14 @@ def run(
     listening: socket.socket,
     reference: Service | None = None,
     folder: Path | None = None,
+    original: Path | None = None,
 ) -> None:
     """Serve until a signal comes.
 
     Args:
         reference: the original model, for the chat page.
         folder: the model's, whose card the chat page shows.
+        original: the folder of ``reference``.
 
     Raises:
         EngineError: an engine is dead; the process must be restarted.
@@ -132,7 +134,7 @@ def run(
     if binding.ui:
         from llmquant_serve.chat.page import mount
 
-        mount(app, service, binding.keys, reference, folder or Path())
+        mount(app, service, binding.keys, reference, folder or Path(), original)
     config = uvicorn.Config(
         believing(app, binding.trusted_proxies), proxy_headers=False, server_header=False,
         log_level="info" if binding.access_log else "warning", access_log=binding.access_log,

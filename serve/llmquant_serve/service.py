@@ -131,7 +131,12 @@ class Service:
             )  # fmt: skip
 
     def max_new_tokens(
-        self, prompt: int, requested: int | None, default: int | None, parameter: str
+        self,
+        prompt: int,
+        requested: int | None,
+        default: int | None,
+        parameter: str,
+        place: str,
     ) -> int:
         """Tokens that may be generated after a prompt of ``prompt`` tokens.
 
@@ -139,6 +144,7 @@ class Service:
             requested: the client's own limit; None takes ``default``, or all that the context
                 leaves.
             parameter: the request's parameter that holds ``requested``.
+            place: the request's parameter that holds the prompt.
 
         Raises:
             ApiError: 400, prompt, output, or both together are too long.
@@ -148,7 +154,7 @@ class Service:
         if prompt > longest:
             raise bad_request(
                 f"the prompt has {prompt} tokens; this server takes at most {longest} (context {context})",
-                "messages" if parameter != "max_tokens" else None,
+                place,
                 "context_length_exceeded",
             )
         most = min(context - prompt, self.limits.max_output or context)

@@ -47,7 +47,7 @@ def test_quantize_tells_people_what_it_did(run: Run, model: Path, text: Path) ->
     assert re.search(r"windows  4 of \d+ available, exactly 32 tokens each", ran.err)
     for fact in (
         "down_proj  W4 g32 sym      2",
-        "left alone   lm_head",
+        "left alone  lm_head",
         "4.500 bits per quantized weight",
         "proved  ",
     ):
@@ -221,7 +221,7 @@ def test_generate_replies(run: Run, quantized: Path) -> None:
     ran = run("generate", quantized, "hello", "--max-new-tokens", "5")
     assert ran.code == 0
     assert re.fullmatch(
-        r"computed in \w+ on \w+(:\d+)?, \d+ threads?, kernel \w+ for 14 linears; \w+ because .+\n",
+        r"\d tokens? in \d+\.\d s; \w+ on \w+(:\d+)?, \d+ threads?, kernel \w+ for 14 linears; \w+ because .+\n",
         ran.err,
     )
     assert ran.out.strip()
@@ -379,7 +379,12 @@ MISTAKES = [
         2,
         "group_size=48 does not divide its 64 input columns",
     ),
-    ("default group", (*Q, "--method", "rtn"), 2, "sizes that do: 8, 16, 32, or -1"),
+    (
+        "group of 128",
+        (*Q, "--method", "rtn", "--group-size", "128"),
+        2,
+        "sizes that do: 8, 16, 32, or -1",
+    ),
     (
         "no calibration",
         (*Q, "--group-size", "32"),
@@ -529,7 +534,7 @@ MISTAKES = [
         "config.json is missing; is",
     ),
     ("plan: quantized", ("plan", "{q}"), 2, "is already quantized (compressed-tensors)"),
-    ("plan: indivisible", ("plan", "{m}"), 2, "does not divide"),
+    ("plan: indivisible", ("plan", "{m}", "--group-size", "128"), 2, "does not divide"),
     ("inspect: no model", ("inspect", "{folder}"), 2, "config.json is missing"),
     (
         "inspect: no record",

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llmquant.cli import app
-from llmquant.cli.commands import checkup, checkup_engines
+from llmquant.cli import app, checkup_engines
+from llmquant.cli.commands import checkup
 from llmquant.cli.commands.checkup import look
 from llmquant.kernels import KERNELS
 from llmquant.runtime.devices import parse_dtype
@@ -51,7 +51,6 @@ def test_it_tells_people_everything_and_leaves_with_0() -> None:
         "vllm",
         "for eval",
         "for serve",
-        "for gguf",
         "for llama.cpp",
         "llmquant can work here",
     ):
@@ -71,7 +70,7 @@ def test_json_is_one_object_with_the_same_facts() -> None:
         assert list(facts["not"]) == before, "every kernel that is preferred says why not"
     assert {"total", "available", "swap", "swap_free"} == told["memory"].keys()
     assert told["disk"]["free"] > 0
-    assert {"eval", "serve", "gguf", "llama.cpp"} == told["extras"].keys()
+    assert {"eval", "serve", "llama.cpp"} == told["extras"].keys()
 
 
 @pytest.mark.parametrize(

@@ -601,7 +601,7 @@ def test_the_command(quantized: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, UsageError)
     summary = CliRunner().invoke(app, [*arguments, "--overwrite"])
-    assert "proved: the numbers of 14 linears" in summary.stdout
+    assert "proved: the numbers of 14 packed modules" in summary.stdout
     assert CliRunner().invoke(app, [*arguments, "--overwrite", "--quiet"]).stdout == ""
 
 

@@ -253,10 +253,29 @@ def test_footnotes_say_protocol_share_floor_and_exclusions() -> None:
         "bfloat16 on cpu",
         "base against itself in float32: KL 2.100e-04 ±0.030e-04, top-1 98.3 %",
         "sick: 7 tokens",
-        "prompt of 512 and 64 new tokens, threads: 2 (A CPU)",
+        "prompt of 512 and 64 new tokens, 2 threads (A CPU)",
         "352 MB of it before the model",
     ):
         assert part in notes
+
+
+def test_footnotes_name_the_kernels_by_model() -> None:
+    strict = result("strict", "candidate", kernels={"cpu": 42})
+    rounding = result("rounding", "candidate", kernels={"cpu_int8": 40, "reference": 2})
+    notes = footnotes(report(result("base", "reference", kernels={}), strict, rounding))
+    assert "Kernel of packed layers, strict: cpu." in notes
+    assert "Kernel of packed layers, rounding: cpu_int8, reference." in notes
+    assert not any("base: " in note for note in notes)
+
+
+def test_the_first_footnote_is_a_sentence_for_one_thread_and_a_bootstrap() -> None:
+    text = report().to_json().replace('"threads": 2', '"threads": 1')
+    stored = json.loads(text)
+    for model in stored["models"]:
+        for m in model["metrics"].values():
+            m["error_method"] = "block bootstrap"
+    first = footnotes(Report.from_json(json.dumps(stored)))[0]
+    assert "bfloat16 on cpu, 1 thread; ± standard error by block bootstrap," in first
 
 
 def test_the_card_section_has_both_models_and_the_command() -> None:

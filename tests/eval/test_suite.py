@@ -10,6 +10,7 @@ from hatchling.builders.wheel import WheelBuilder
 import llmquant
 from llmquant.errors import UsageError
 from llmquant_eval.leaderboard.html import TEMPLATE
+from llmquant_eval.report.page import HEAD
 from llmquant_eval.suites.schema import Suite, file_name, load_suite, shipped_suites, slug
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,7 +184,7 @@ def test_the_wheel_has_suites_page_and_tasks() -> None:
     inside = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
     package = ROOT / "eval" / "llmquant_eval"
     tasks = sorted((package / "tasks" / "local").glob("*.yaml"))
-    data = [*shipped_suites().values(), TEMPLATE, *tasks]
+    data = [*shipped_suites().values(), TEMPLATE, HEAD, *tasks]
     assert len(data) >= 2 + 1 + 4
     assert {f"llmquant_eval/{path.relative_to(package)}" for path in data} <= inside
 

@@ -49,6 +49,9 @@ TAKEN: dict[str, dict[str, Any]] = {
     "arguments as an object": {"messages": [USER, calls(name="get_weather", arguments={"city": 1})]},
     "no arguments": {"messages": [USER, calls(name="get_weather", arguments="")]},
     "arguments that are no JSON": {"messages": [USER, calls(name="get_weather", arguments="{x")]},
+    "arguments of thousands of digits": {
+        "messages": [USER, calls(name="get_weather", arguments='{"x": ' + "9" * 6000 + "}")]
+    },
     "a call without content": {
         "messages": [USER, {"role": "assistant", "tool_calls": [{"function": PARIS}]}]
     },
@@ -222,12 +225,43 @@ def test_calls_that_a_template_does_not_write_are_counted(
     assert got["dropped"] == {"chats whose tool calls the chat template leaves out": 1}
 
 
+@pytest.mark.parametrize("template", ["plain", "tools"])
+def test_tools_that_a_template_does_not_write_are_counted_and_said(
+    template: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [TAKEN["tools beside"], *[{"messages": [USER, SAYS]}] * 3]
+    ran = quantize(models[template], rows, tmp_path, "--nsamples", 4)
+    words = "1 chats whose tools the chat template leaves out"
+    assert (ran.code, words in ran.said) == (0, template == "plain")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    expected = {words[2:]: 1} if template == "plain" else None
+    assert manifest["calibration"].get("incomplete") == expected
+
+
+def test_a_turn_that_a_template_does_not_write_is_counted(make_model: Any, tmp_path: Path) -> None:
+    model = chatting(make_model, ROLES.replace("'system', ", ""))
+    system = {"role": "system", "content": "Answer briefly."}
+    rows = [{"messages": [system, USER, SAYS]}, *[{"messages": [USER, SAYS]}] * 3]
+    ran = quantize(model, rows, tmp_path, "--nsamples", 4)
+    assert ran.code == 0, ran.err
+    assert "1 chats of which the chat template leaves out a turn" in ran.said
+
+
 BAD_TEMPLATES = {
     "alternate": (ALTERNATE, "roles must alternate"),
     "raises": ("{{ messages[0].content + 1 }}", "refused by the chat template"),
     "divides": ("{{ 1 // 0 }}", "refused by the chat template"),
     "silent": ("<s>{{ messages | length }}</s>", "whose text the chat template leaves out"),
 }
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages + 1 }}"],
+)
+def test_generate_names_a_template_that_fails(template: str, make_model: Any) -> None:
+    ran = llmquant_command("generate", chatting(make_model, template), "Hello")
+    assert (ran.code, "chat template cannot be used" in ran.said) == (2, True)
 
 
 @pytest.mark.parametrize("name", BAD_TEMPLATES)

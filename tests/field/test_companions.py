@@ -4,6 +4,7 @@ stays behind is named. Through ``quantize`` and ``convert``."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,23 @@ def test_a_file_that_engines_load_and_nobody_wrote_is_found(
     ran = run("verify", folder)
     assert ran.code == 1
     assert name in ran.said
+
+
+def test_what_is_no_file_of_the_folder_is_named(model: Path, tmp_path: Path, run: Run) -> None:
+    source = with_files(tmp_path / "m", model)
+    (tmp_path / "templates").mkdir()
+    (source / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    (source / "again").symlink_to(".")
+    (source / "LICENSE").symlink_to("/nowhere/LICENSE")
+    os.mkfifo(source / "pipe")
+    ran = run("quantize", source, "-o", tmp_path / "q", *RTN)
+    assert ran.code == 0, ran.said
+    for said in (
+        "(a link to a folder): additional_chat_templates, again",
+        "(a link to nothing): LICENSE",
+        "(no file): pipe",
+    ):
+        assert said in ran.said
 
 
 CONFIGS = {

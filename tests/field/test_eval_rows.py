@@ -42,6 +42,46 @@ def test_dropped_rows_are_counted(bad: str, reason: str, protocol: str, tmp_path
     }  # fmt: skip
 
 
+BROKEN = {
+    "a number of thousands of digits": ('{"text": ' + "9" * 6000 + "}", "is not JSON"),
+    "brackets": ("[" * 100_000, "is not JSON"),
+    "cut": ('{"text": "abc', "is not JSON"),
+    "another encoding": ('{"text": "é"}'.encode("utf-16").decode("latin-1"), "11 is not JSON"),
+}
+
+
+@pytest.mark.parametrize("command", ["eval", "quantize"])
+@pytest.mark.parametrize(("line", "words"), BROKEN.values(), ids=list(BROKEN))
+def test_a_line_that_cannot_be_read_is_named(
+    line: str, words: str, command: str, tmp_path: Path
+) -> None:
+    text = tmp_path / "rows.jsonl"
+    text.write_text("\n".join([*GOOD, line]), encoding="utf-8")
+    options = {
+        "eval": ("--text", text, "--window", 32, "--no-cost"),
+        "quantize": (
+            "-o",
+            tmp_path / "q",
+            "--group-size",
+            32,
+            "--calibration",
+            f"jsonl:{text}#text",
+        ),
+    }
+    ran = llmquant_command(command, EXAMPLE, *options[command])
+    assert (ran.code, f"{text}:11" in ran.err, words in ran.err) == (2, True, True), ran.err
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    "data", ["9" * 6000, "[" * 100_000, "{", "[]"], ids=["digits", "brackets", "cut", "list"]
+)
+def test_a_report_that_cannot_be_read_is_named(data: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(data, encoding="utf-8")
+    ran = llmquant_command("leaderboard", tmp_path)
+    assert (ran.code, "report.json" in ran.err) == (2, True), ran.err
+
+
 @pytest.mark.parametrize("option", ["--json", "--quiet"])
 def test_the_warning_stays_when_progress_goes(option: str, tmp_path: Path) -> None:
     text = tmp_path / "rows.jsonl"

@@ -223,3 +223,33 @@ def test_what_no_reader_takes_is_not_written(
     assert not (tmp_path / "q").exists()
     assert logits(tmp_path / "m") is not None
     assert run("inspect", tmp_path / "m").code == 0
+
+
+LAYOUTS: dict[str, tuple[str, dict[str, object], str]] = {
+    "AWQ for another kernel": ("awq", {"version": "gemv"}, "uses another packing"),
+    "AWQ of 3 bits": ("awq", {"bits": 3}, "is not one llmquant reads"),
+    "GPTQ of floats": ("gptq", {"bits": 4, "data_type": "fp"}, "cannot read fp weights"),
+    "AutoRound's own": ("gptq", {"quant_method": "auto-round", "packing_format": "x"}, "is not one llmquant reads"),
+    "AutoRound's activations": ("gptq", {"quant_method": "auto-round", "act_bits": 8}, "are not something llmquant"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "change", "words"), LAYOUTS.values(), ids=list(LAYOUTS))
+def test_a_layout_that_nobody_reads_here_asks_for_another_folder(
+    layout: str,
+    change: dict[str, object],
+    words: str,
+    packed: Callable[..., tuple[Path, Tensors]],
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    folder, _ = packed(layout)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    configure(folder, quantization_config={**config, **change})
+    for command in (
+        ("convert", folder, "--to", "dense", "-o", tmp_path / "c"),
+        ("inspect", folder),
+    ):
+        ran = run(*command)
+        assert (ran.code, words in ran.err) == (2, True), ran
+    assert not (tmp_path / "c").exists()

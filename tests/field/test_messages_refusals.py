@@ -3,8 +3,12 @@ request would be right."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +150,85 @@ def test_another_request_is_right(
     assert ran.code == 2, ran.err
     assert words in ran.said
     assert not (tmp_path / "out").exists()
+
+
+PATHS: list[tuple[str, tuple[str, ...], str]] = [
+    ("a link to nothing", ("plan", "{link}"), "is a link to /nowhere/m, which cannot be found"),
+    ("a link to itself", ("plan", "{loop}"), "which cannot be found"),
+    ("a page of the hub", ("plan", "https://huggingface.co/acme/tiny-1.1b/tree/main"), "; give acme/tiny-1.1b"),
+    ("a file of it", ("plan", "{llama}/config.json"), "is a file; give the model folder"),
+    ("two lines", ("plan", "a\nb"), "neither a folder nor a hub name"),
+    ("no UTF-8", ("plan", "\udcff"), "neither a folder nor a hub name"),
+    ("the log is a folder", ("quantize", "{llama}", "-o", "{out}", *RTN, "--log", "{llama}"), "is a folder; give a file"),
+    ("the log is nowhere", ("quantize", "{llama}", "-o", "{out}", *RTN, "--log", "{out}/no/log"), "does not exist; give a file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [pytest.param(*row[1:], id=row[0]) for row in PATHS]
+)
+def test_paths_that_are_none(
+    arguments: tuple[str, ...], words: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to("/nowhere/m")
+    (tmp_path / "loop").symlink_to("loop")
+    places = {"llama": folders["llama"], **{n: tmp_path / n for n in ("link", "loop", "out")}}
+    ran = llmquant_command(*(a.format(**places) for a in arguments))
+    assert (ran.code, words in ran.said) == (2, True), ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["m\u00f6del \u6a21\u578b x", "a 'b' #c", "-x"])
+def test_folders_of_any_name(
+    name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out, text = tmp_path / name, tmp_path / f"q {name}", tmp_path / f"{name}.txt"
+    shutil.copytree(folders["llama"], model)
+    shutil.copyfile(EXAMPLE / "heldout.txt", text)
+    options = ("--group-size", 32, "--nsamples", 2, "--seqlen", 16, "--calibration", f"file:{text}")
+    report = tmp_path / "reports" / f"{name}.json"
+    report.parent.mkdir()
+    for command in (
+        ("quantize", model, "-o", out, *options),
+        ("verify", out),
+        ("inspect", out, "--json"),
+        ("convert", out, "--to", "gptq", "-o", f"{out} gptq"),
+        ("eval", out, "--text", text, "--window", 32, "--max-windows", 2, "--no-cost", "--output", report),
+        ("leaderboard", tmp_path / "reports", "--html", f"{out}.html", "--markdown", f"{out}.md"),
+    ):  # fmt: skip
+        ran = llmquant_command(*command)
+        assert ran.code == 0, (command, ran.err)
+
+
+def test_a_name_that_is_no_utf8_is_refused_before_work(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    strange = tmp_path / os.fsdecode(b"mod\xe8le")
+    shutil.copytree(folders["llama"], strange)
+    for model, out in ((strange, tmp_path / "q"), (folders["llama"], Path(f"{strange}-q"))):
+        ran = llmquant_command("quantize", model, "-o", out, *RTN)
+        assert (ran.code, "is not UTF-8" in ran.said) == (2, True), ran.err
+        assert not out.exists()
+
+
+def test_the_locale_c_knows_every_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its Python has all bytes beyond ASCII as half characters."""
+    model, out = tmp_path / "m\u00f6del", tmp_path / "\u00e4us"
+    shutil.copytree(folders["llama"], model)
+    c = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-m", "llmquant", "quantize", model, "-o", out, *RTN]
+    ran = subprocess.run(words, env=os.environ | c, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["base_model"].endswith("m\u00f6del")
+    assert llmquant_command("verify", out).code == 0
+
+
+def test_a_tilde_is_the_home_folder(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert llmquant_command("quantize", folders["llama"], "--output=~/q", *RTN).code == 0
+    assert (tmp_path / "home" / "q" / "manifest.json").is_file()
+    assert not (tmp_path / "~").exists()

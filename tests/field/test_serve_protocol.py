@@ -137,6 +137,30 @@ def test_a_refusal_says_what_it_was_and_what_is_allowed(client, path, body, para
     check(client.post(path, json=body), parameter, words)
 
 
+TOO_LONG = [
+    (COMPLETION, {"prompt": [5] * 3000}, "prompt"),
+    (COMPLETION, {"prompt": [[5], [5] * 3000]}, "prompt.1"),
+    (CHATS, chat("word " * 3000), "messages"),
+    (CHATS, chat("word " * 3000) | {"max_tokens": None, "max_completion_tokens": 2}, "messages"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "parameter"), TOO_LONG, ids=["ids", "of two", "chat", "newer limit"]
+)
+def test_a_prompt_that_is_too_long_is_named(client, path, body, parameter):
+    answer = client.post(path, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert error["param"] == parameter
+
+
+def test_a_name_of_any_length_is_not_repeated(client):
+    error = client.post(COMPLETION, json=SHORT | {"k" * 5000: 1}).json()["error"]
+    assert len(error["message"]) < 200
+    assert "unrecognized parameter: kkk" in error["message"]
+
+
 HALF = [
     rb'{"prompt": "a", "stop": "\ud800"}', rb'{"prompt": "a", "stop": ["\udfff"]}',
     rb'{"prompt": "a", "model": "\ud800"}', rb'{"prompt": "a", "stream": "\ud800"}',

@@ -168,7 +168,7 @@ def test_inspect_and_plan_answer_for_both_and_say_which_is_here(
         ):
             (line,) = (line for line in lines if line.startswith(engine))
             assert answer in line
-            assert (", as here" in line) == (engine == here)
+            assert ("(like this machine)" in line) == (engine == here)
         said = json.loads(run(capsys, monkeypatch, *command, "--json"))["engines"]
         assert said[VLLM_AVX512] == []
         assert len(said[VLLM_NO_AVX512]) == 1

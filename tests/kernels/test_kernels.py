@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packing import random_weight, shuffled_groups
+from packing import needs_int4, random_weight, shuffled_groups
 from tolerances import ROUNDOFF, dot_bound
 from torch import Tensor
 
@@ -25,10 +25,6 @@ from llmquant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
-
-needs_int4 = pytest.mark.skipif(
-    int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
-)
 
 
 def case(

@@ -7,20 +7,15 @@ import copy
 
 import pytest
 import torch
-from packing import random_weight, shuffled_groups
+from packing import needs_int4, random_weight, shuffled_groups
 from torch import nn
 
 from llmquant.errors import UsageError
-from llmquant.kernels import int4pack
 from llmquant.kernels.packed_linear import PackedLinear, describe, int8_per_token
 from llmquant.spec import QuantSpec
 
 BF16 = torch.bfloat16
 SPEC = QuantSpec(4, 64, False)
-
-needs_int4 = pytest.mark.skipif(
-    int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
-)
 KERNELS = [pytest.param("cpu_int4", marks=needs_int4), "reference", "dense"]
 
 

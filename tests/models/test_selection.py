@@ -10,7 +10,8 @@ import pytest
 from llmquant.errors import ArchitectureError, FormatError, SpecError, UsageError
 from llmquant.formats import FORMATS
 from llmquant.models.architectures import ARCHITECTURES, Architecture
-from llmquant.models.selection import Linears, Selection, select
+from llmquant.models.reading.linears import Linears
+from llmquant.models.selection import Selection, select
 from llmquant.recipe import Recipe
 
 LLAMA = ARCHITECTURES["llama"]

@@ -109,6 +109,14 @@ def test_fused_linears_get_one_scheme(model: Path, gptq: Recipe) -> None:
         assert schemes == {None if item.scheme is None else item.scheme.spec}
 
 
+def test_the_group_size_of_an_override_is_fitted(model: Path, gptq: Recipe) -> None:
+    """As quantize does it: 64 does not divide down_proj's 96 columns."""
+    pinned = gptq.updated({"overrides": ({"match": "down_proj", "bits": 8, "group_size": 64},)})
+    found = allocated(model, pinned, 6.0)
+    specs = {found.recipe.weights_of(f"model.layers.{i}.mlp.down_proj").spec for i in (0, 1)}
+    assert specs == {QuantSpec(8, 32)}
+
+
 def test_a_fused_set_taken_apart_is_caught(
     model: Path, gptq: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

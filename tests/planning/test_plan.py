@@ -135,7 +135,10 @@ def test_a_70b_layout_is_planned_from_headers(tmp_path: Path) -> None:
     ("changes", "error", "words"),
     [
         pytest.param(
-            {"weights.group_size": 96}, SpecError, "sizes that do: 8, 16", id="group size"
+            {"weights.group_size": 96, "weights.strict_groups": True},
+            SpecError,
+            "sizes that do: 8, 16",
+            id="group size",
         ),
         pytest.param({"format": "nope"}, UsageError, "choose one of", id="format"),
         pytest.param({"format": "awq", "weights.bits": 3}, FormatError, "awq", id="awq has 4 bits"),

@@ -99,6 +99,13 @@ RUNS = [
         id="gptq+tune, spilled",
     ),
     pytest.param({"method": "rtn"}, MANY, None, 10, id="rtn, many shards"),
+    pytest.param(
+        {"method": "gptq", "gptq.asymmetric": 0.5, "embeddings": {"bits": 8}},
+        MANY,
+        None,
+        12,
+        id="packed embeddings, two streams",
+    ),
 ]
 
 

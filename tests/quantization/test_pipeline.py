@@ -625,13 +625,12 @@ def test_what_is_misuse_is_known_before_any_work(
 
     monkeypatch.setattr(preparation, "read_documents", worked)
     monkeypatch.setattr(CheckpointReader, "read", worked)
+    strict = {"weights.group_size": 64, "weights.strict_groups": True, "include": ("*.mlp.*",)}
     with pytest.raises(
         SpecError,
         match=r"down_proj: group_size=64 does not divide its 96 .* sizes that do: 8, 16, 32",
     ):
-        quantize(
-            model, tmp_path / "q", gptq.updated({"weights.group_size": 64, "include": ("*.mlp.*",)})
-        )
+        quantize(model, tmp_path / "q", gptq.updated(strict))
     with pytest.raises(UsageError, match="already exists and is not empty"):
         quantize(model, model, gptq)
     with pytest.raises(UsageError, match="is the model itself"):

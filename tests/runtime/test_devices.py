@@ -32,7 +32,7 @@ def arm(*sets: str) -> Processor:
 
 
 AMX = x86(*AVX2, "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-SLOW = "bfloat16 would be up to 100 times slower on this processor"
+SLOW = "bfloat16 can be up to 100 times slower on this processor"
 
 
 @pytest.fixture

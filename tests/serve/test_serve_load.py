@@ -110,7 +110,7 @@ def test_a_body_that_is_too_large(make_server, chunked):
 @pytest.mark.parametrize(
     ("limits", "body", "parameter"),
     [
-        pytest.param(Limits(max_prompt=4), {"prompt": TEXTS[0]}, None, id="prompt"),
+        pytest.param(Limits(max_prompt=4), {"prompt": TEXTS[0]}, "prompt", id="prompt"),
         pytest.param(
             Limits(max_output=5), {"prompt": "a", "max_tokens": 6}, "max_tokens", id="output"
         ),

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from llmquant_serve.chat.visitors import Runs, together
+from llmquant_serve.chat.visitors import Runs
 from llmquant_serve.generation.merge import merged
 
 
@@ -73,14 +73,6 @@ def test_a_reader_that_stops_closes_all_and_none_runs_far_ahead():
     assert sum(s.taken for s in sources) < 30
 
 
-def test_side_by_side_keeps_the_latest_of_each():
-    items, error = asyncio.run(
-        drained(together([Source("ab").run(), Source("c", ValueError("x")).run()]))
-    )
-    assert items[-1] == ["b", "c"]
-    assert str(error) == "x"
-
-
 @pytest.mark.parametrize("error", [None, ValueError("broken")], ids=["ends", "fails"])
 def test_a_visitor_sees_the_last_item_and_the_error(error):
     items, seen = asyncio.run(drained(Runs().follow("anna", Source([1, 2, 3], error).run())))
@@ -91,11 +83,19 @@ def test_a_visitor_sees_the_last_item_and_the_error(error):
 def test_what_a_visitor_stops_ends_without_an_error():
     source, runs = Source(range(10**6), pause=0.01), Runs()
 
+    seen = []
+
+    def stop():
+        seen.append(runs.running("anna"))
+        runs.stop("anna")
+        seen.append(runs.running("anna"))
+
     async def main():
-        asyncio.get_running_loop().call_later(0.25, runs.stop, "anna")
+        asyncio.get_running_loop().call_later(0.25, stop)
         return await drained(runs.follow("anna", source.run()))
 
     items, error = asyncio.run(main())
     assert items
     assert error is None
+    assert seen == [True, False]
     assert source.closed

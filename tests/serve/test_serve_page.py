@@ -27,15 +27,19 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 SIZES = {"desktop": {"width": 1280, "height": 860}, "phone": {"width": 390, "height": 844}}
-TABLE = "| model | ppl |\n| --- | ---: |\n| tiny | 12.34 |"
+TABLE = """| model | perplexity | ratio | KL nats |
+| --- | ---: | ---: | ---: |
+| original | 12.34 ±0.1 | 1 | 0 |
+| tiny | 12.71 ±0.1 | 1.030 ±0.002 | 0.0312 ±0.001 |"""
 
 
 @pytest.fixture(scope="module")
-def page_server(model, tmp_path_factory):
+def page_server(model, packed, tmp_path_factory):
     """Chat with tiny-llama packed, A/B with the original."""
     from llmquant_serve.chat.page import mount
 
-    folder = tmp_path_factory.mktemp("card")
+    folder = tmp_path_factory.mktemp("card") / "model"
+    shutil.copytree(packed, folder)
     card = f"# tiny\n\n<!-- llmquant:measured:start -->\n{TABLE}\n<!-- llmquant:measured:end -->\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
     engines = [LocalEngine(m, 2) for m in (model, llmquant.load(TINY, dtype="float32"))]
@@ -44,7 +48,7 @@ def page_server(model, tmp_path_factory):
         service,
         ui=True,
         reference=original,
-        extend=lambda app: mount(app, service, (), original, folder),
+        extend=lambda app: mount(app, service, (), original, folder, TINY),
     ) as live:
         yield live
 
@@ -124,13 +128,65 @@ def bot(page):
     return page.locator("#chat .bot.message")
 
 
+def test_the_top_says_what_answers(page):
+    top = page.locator("#facts")
+    for said in ("W4 g128 sym, RTN", "of the original's 11.5 MB", "perplexity ×1.030, KL 0.0312"):
+        expect(top).to_contain_text(said)
+
+
+def test_an_empty_page_shows_what_can_be_done(page):
+    """And nothing that cannot be: an example is a message, and then there is something to clear."""
+    expect(page.locator("#chat .empty")).to_contain_text(f"Ask {NAME}")
+    for button in ("stop", "regenerate", "clear", "export"):
+        expect(page.locator(f"#{button}")).to_be_hidden()
+    look(page, "empty")
+    page.locator("#box textarea").fill("Not sent yet.")
+    page.locator("#examples button").first.click()
+    expect(page.locator("#chat .user.message")).to_have_text(["What is the capital of France?"])
+    expect(page.locator("#box textarea")).to_have_value("Not sent yet.")
+    expect(page.locator("#examples")).to_be_hidden()
+    expect(page.locator("#stop")).to_be_hidden()
+    page.locator("#clear").click()
+    expect(page.locator("#examples")).to_be_visible()
+
+
+def test_the_page_is_as_high_as_the_window(page, page_server):
+    """The conversation scrolls, the page does not, and the box stays in sight."""
+    configure(page, 400)
+    page.locator("#box textarea").fill("line\n" * 60)
+    page.locator("#send").click()
+    expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator("#status")).to_contain_text("tokens/s")
+    high = page.evaluate("""() => ({
+        window: innerHeight, page: document.documentElement.scrollHeight,
+        wide: document.documentElement.scrollWidth - innerWidth,
+        box: document.querySelector("#box").getBoundingClientRect().bottom,
+        chat: document.querySelector("#chat").clientHeight,
+        content: document.querySelector("#chat").scrollHeight})""")
+    assert high["page"] <= high["window"], high
+    assert high["wide"] <= 0, high
+    assert high["window"] - 90 < high["box"] < high["window"], high
+    assert high["content"] > high["chat"] > high["window"] / 2, high
+    page.locator("#stop").click()
+    expect(page.locator("#stop")).to_be_hidden()
+
+
+def test_a_refused_message_is_a_notice_and_no_traceback_in_the_log(page, capfd):
+    page.locator("#box textarea").fill("word " * 6000)
+    page.locator("#send").click()
+    expect(page.get_by_text("this server takes at most")).to_be_visible(timeout=30_000)
+    look(page, "refused")
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_first_message_on_an_untouched_page(page):
     page.locator("#box textarea").fill("Hello.")
     page.locator("#box textarea").press("Enter")
     expect(page.locator("#status")).to_contain_text("tokens/s")
     expect(bot(page)).to_have_count(1)
     expect(page.get_by_text("Error")).to_have_count(0)
-    page.locator("#stop").click()
+    page.keyboard.press("Escape")
+    expect(page.locator("#stop")).to_be_hidden()
 
 
 def test_a_conversation(page, page_server):
@@ -182,7 +238,12 @@ def test_two_models_side_by_side(page):
     expect(page.locator("#ab-left .first")).to_have_count(1)
     expect(page.locator("#ab-right .first")).to_have_count(1)
     title = page.locator("#ab-left .first").get_attribute("title")
-    assert re.match(r"'.*' [01]\.\d{3} \(", title, re.DOTALL), title
+    assert re.match(r"'.*' [01]\.\d{3} \(.*the other model: [01]\.\d{3} \(", title, re.DOTALL), (
+        title
+    )
+    expect(page.locator("#ab-verdict .tile")).to_have_count(3)
+    expect(page.locator("#ab-verdict")).to_contain_text(re.compile(r"\d+ of 40 tokens"))
+    expect(page.locator("#ab-stop")).to_be_hidden()
     look(page, "ab")
 
 

@@ -170,3 +170,11 @@ def test_a_conversation_that_is_not_unicode_names_its_turn(text_model):
     with pytest.raises(TextError, match="not valid Unicode") as caught:
         asyncio.run(text_model.encode_chat(turns))
     assert caught.value.parameter == "messages.1.content"
+
+
+def test_a_text_longer_than_the_context_is_refused_without_a_warning_of_transformers(text_model):
+    """transformers says once per tokenizer that such a text "will result in indexing errors"."""
+    long = "river " * (text_model.tokenizer.model_max_length + 1)
+    ids = asyncio.run(text_model.encode(long, "prompt"))
+    assert len(ids) > text_model.tokenizer.model_max_length
+    assert not any(text_model.tokenizer.deprecation_warnings.values())

@@ -1,9 +1,5 @@
 """``llmquant leaderboard``: rankings from a folder of reports, in the terminal, as Markdown, as a
-page, as plots, as an app.
-
-Registered through the entry-point group ``llmquant.commands``; importing this module loads typer
-and nothing heavier.
-"""
+page, as plots, as an app. Importing this module loads typer and nothing heavier."""
 
 from __future__ import annotations
 
@@ -14,18 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.cli_options import PlotsOption
+from llmquant_eval.cli_options import HtmlOption, MarkdownOption, PlotsOption
 
 if TYPE_CHECKING:
     from llmquant_eval.leaderboard.board import Board, StoredReport
 
 _LAST_PORT = 65535
-
-
-def register(app: typer.Typer) -> None:
-    """Add ``leaderboard`` to the command line."""
-    app.command("leaderboard")(leaderboard_command)
 
 
 def leaderboard_command(
@@ -35,10 +25,8 @@ def leaderboard_command(
             help="Folder of reports, as `llmquant eval --output` writes them.", metavar="DIR"
         ),
     ],
-    html: Annotated[
-        Path | None, typer.Option(help="Write one self-contained HTML page.", metavar="FILE")
-    ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write Markdown.", metavar="FILE")] = None,
+    html: HtmlOption = None,
+    markdown: MarkdownOption = None,
     plots: PlotsOption = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Show it as an app on this machine, until Ctrl-C.")
@@ -48,8 +36,10 @@ def leaderboard_command(
     ] = 7861,
     title: Annotated[str, typer.Option(help="Title of the page and the app.")] = "Leaderboard",
 ) -> None:
-    """Rank stored evaluations; different protocols, texts or window counts are never ranked
-    together."""
+    """Rank stored evaluations.
+
+    Different protocols, texts or window counts are never ranked together.
+    """
     from llmquant_eval.leaderboard.ranking import load_reports, make_boards
 
     stored = load_reports(results)
@@ -82,26 +72,20 @@ def render_files(
     """
     from llmquant_eval.leaderboard.html import render_html
     from llmquant_eval.leaderboard.markdown import render_markdown
-    from llmquant_eval.report.files import replace_file
+    from llmquant_eval.report.files import check_folder, write_file
 
     pages: list[tuple[Path | None, Callable[[], str]]] = [
         (markdown, lambda: render_markdown(boards)),
         (html, lambda: render_html(boards, title)),
     ]
     for path, _ in pages:
-        if path is not None and not path.resolve().parent.is_dir():
-            raise UsageError(
-                f"{path}: the folder {path.resolve().parent} does not exist; make it first"
-            )
+        if path is not None:
+            check_folder(path)
     written = []
     for path, render in pages:
-        if path is None:
-            continue
-        try:
-            replace_file(path, render())
-        except OSError as e:
-            raise LlmquantError(f"{path} cannot be written: {e}") from e
-        written.append(path)
+        if path is not None:
+            write_file(path, render())
+            written.append(path)
     if plots is not None:
         from llmquant_eval.leaderboard.plots import write_plots
 

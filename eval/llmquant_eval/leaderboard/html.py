@@ -2,13 +2,11 @@
 without scripts.
 
 Tables and plots are rendered here; the page's script only sorts, filters, folds and highlights what
-is there. A content security policy forbids the page to load anything. Every text from a report is
-escaped.
+is there. Every text from a report is escaped.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -17,11 +15,12 @@ from llmquant_eval.leaderboard.board import Board, Row, printable
 from llmquant_eval.leaderboard.cells import Column, columns, notes, rank_text, repeat_commands
 from llmquant_eval.leaderboard.pareto import ParetoPlot, best_by_size, pareto_plots
 from llmquant_eval.leaderboard.svg import draw
+from llmquant_eval.report.page import render_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "leaderboard.html"
 _INTRODUCTION = (
-    "Results stand in one ranking only if protocol, text, scored windows, dtype and reference are the same. "
-    "The order is by loss; neighbours whose ± overlap are not told apart."
+    "Results are ranked together only if protocol, text, scored windows, dtype, reference and tokenizer are the same. "
+    "The order is by loss; where the ± of two rows overlap, their order is not certain."
 )
 _ONLY_BEST = "only what nothing beats in size and loss"
 _LOSSES = {
@@ -35,15 +34,14 @@ _LOSSES = {
 
 def render_html(boards: Sequence[Board], title: str = "Leaderboard") -> str:
     """The whole page, styles and script included."""
-    page = TEMPLATE.read_text(encoding="utf-8")
     sections = "\n".join(_section(board, number) for number, board in enumerate(boards))
+    shown = printable(title)
     parts = {
-        "title": escape(printable(title)),
+        "title": escape(shown),
         "introduction": escape(_INTRODUCTION),
         "boards": sections,
     }
-    # In one pass: what a label says is never taken for a place to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
+    return render_page(TEMPLATE, shown, parts, scripts=True)
 
 
 def _section(board: Board, number: int) -> str:

@@ -10,9 +10,9 @@ from llmquant_eval.leaderboard.board import Board, Row
 from llmquant_eval.leaderboard.cells import columns, notes, rank_text, repeat_commands
 
 _INTRODUCTION = (
-    "Results stand in one ranking only if protocol, text, scored windows, dtype and reference are the same. The order is by "
-    "loss; neighbours whose ± overlap are not told apart. Rendered by `llmquant leaderboard` from the reports beside this "
-    "file; not edited by hand."
+    "Results are ranked together only if protocol, text, scored windows, dtype, reference and tokenizer are the same. The "
+    "order is by loss; where the ± of two rows overlap, their order is not certain. Rendered by `llmquant leaderboard` from "
+    "stored reports; do not edit it by hand."
 )
 
 
@@ -45,7 +45,8 @@ def _plain(text: str) -> str:
 
 def _commands(board: Board) -> list[str]:
     lines = ["<details><summary>Commands that repeat these rows</summary>", ""]
-    for row in board.rows:
+    measured = [row for row in board.rows if not row.is_reference]  # it is measured beside them
+    for row in measured or board.rows:
         fence = "`" * max(
             3, *(1 + len(run) for step in repeat_commands(row) for run in re.findall("`+", step)), 3
         )

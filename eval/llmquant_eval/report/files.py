@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and where results are kept."""
+"""Files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ import os
 import tempfile
 from pathlib import Path
 
+from llmquant.errors import LlmquantError, UsageError
 
-def user_cache(name: str) -> Path:
-    """The folder ``name`` of the user's cache, where results are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "llmquant" / name
+
+def check_folder(path: Path) -> None:
+    """Raises UsageError if the folder that a file goes into is not there: to be asked before any
+    work is done for it."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise UsageError(f"{path}: the folder {folder} does not exist; make it first")
+
+
+def write_file(path: Path, text: str) -> None:
+    """:func:`replace_file`; raises LlmquantError where that fails."""
+    try:
+        replace_file(path, text)
+    except OSError as e:
+        raise LlmquantError(f"{path} cannot be written: {e}") from e
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -164,7 +164,7 @@ class Report(Strict):
         """
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise UsageError(
                 f"{source} is not JSON ({e}); give a file that `llmquant eval --output` wrote"
             ) from e

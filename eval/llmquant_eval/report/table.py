@@ -167,8 +167,8 @@ def footnotes(report: Report) -> list[str]:
         text, measured = report.text, [p for p in report.protocols if not p.startswith("task/")]
         lines.append(
             f"{', '.join(measured)} on {text.source}: {_share(text.windows, text.windows_available)} windows of "
-            f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}, {report.hardware.threads} threads; "
-            f"± standard error {_methods(report)}, ratios paired."
+            f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}, "
+            f"{_threads(report.hardware.threads)}; ± standard error {_methods(report)}, ratios paired."
         )
         if lost := text.lost():
             lines.append(f"Not all of the text: {lost}.")
@@ -186,6 +186,7 @@ def footnotes(report: Report) -> list[str]:
             f"Noise floor, {report.reference} against itself in {floor.other_dtype}: KL {kl}, "
             f"top-1 {100 * floor.top1_agreement.value:.1f} % ({floor.kl_mean.windows} windows)."
         )
+    lines += _kernel_notes(report)
     lines += _cost_notes(report)
     lines += [
         f"{m.label}: {e.protocol} against a cached reference ({e.form}); that form changed its KL by {e.mean:.1e} in the "
@@ -203,12 +204,26 @@ def footnotes(report: Report) -> list[str]:
 
 def _methods(report: Report) -> str:
     used = {
-        m.error_method
+        f"by {m.error_method.removeprefix('by ')}"
         for model in report.models
         for m in model.metrics.values()
         if m.error_method is not None
     }
     return " or ".join(sorted(used, reverse=True)) or "by window"
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'' if number == 1 else 's'}"
+
+
+def _kernel_notes(report: Report) -> list[str]:
+    """Which kernels multiplied packed weights: the speed, and for one that rounds activations the
+    loss, depend on it."""
+    models: dict[str, list[str]] = {}
+    for m in report.models:
+        if m.kernels:
+            models.setdefault(", ".join(m.kernels), []).append(m.label)
+    return [f"Kernel of packed layers, {', '.join(labels)}: {k}." for k, labels in models.items()]
 
 
 def _cost_notes(report: Report) -> list[str]:
@@ -221,5 +236,5 @@ def _cost_notes(report: Report) -> list[str]:
     )  # fmt: skip
     return [
         f"Speed at batch 1, prompt of {first.prompt_tokens} and {first.new_tokens} new tokens, "
-        f"threads: {first.threads} ({report.hardware.processor}); peak memory {where}."
+        f"{_threads(first.threads)} ({report.hardware.processor}); peak memory {where}."
     ]

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import llmquant
 from llmquant.errors import UsageError
 from llmquant_eval.models.endpoint import Contact, tell_nobody
 from llmquant_eval.models.resolve import (
@@ -21,8 +22,8 @@ from llmquant_eval.models.resolve import (
     ServedModel,
     max_positions,
     resolve_models,
+    vocabulary_size,
 )
-from llmquant_eval.report.files import user_cache
 from llmquant_eval.report.schema import TextRows
 from llmquant_eval.run.request import Request
 from llmquant_eval.scoring.protocols import (
@@ -97,6 +98,7 @@ def make_plan(request: Request, tell: Callable[[str], None] = tell_nobody) -> Ev
         for p in protocols
         if documents is not None
     )
+    _check_ids(streams, models)
     tasks = None
     if request.tasks is not None:
         from llmquant_eval.tasks.harness import plan_tasks
@@ -148,7 +150,7 @@ def _find(
     sources = list(request.candidates)
     if request.reference is not None and request.reference not in sources:
         sources.insert(0, request.reference)
-    cache = user_cache("eval") if request.cache is None else Path(request.cache)
+    cache = llmquant.user_cache("eval") if request.cache is None else Path(request.cache)
     models = resolve_models(sources, Contact(request.retry_for, cache / "served", tell))
     reference = next((m for m in models if m.source == request.reference), None)
     if reference is not None and len(models) == 1:
@@ -221,6 +223,22 @@ def _tokenizers(
             f"{served[0].source} does not say how it tokenizes; give the folder of its model with --tokenizer"
         )
     return tokenizers | {m.label: shared for m in served}
+
+
+def _check_ids(streams: Sequence[TokenStream], models: Sequence[AnyModel]) -> None:
+    """Refuse token ids that a model's embedding has no row for.
+
+    Raises:
+        UsageError: naming the model.
+    """
+    highest = max((int(s.ids.max()) for s in streams), default=-1)
+    for model in (m for m in models if isinstance(m, ModelFolder)):
+        rows = vocabulary_size(model.path)
+        if highest >= rows:
+            raise UsageError(
+                f"{model.label}: the tokenizer gives token id {highest}, but the model's embedding has {rows} rows; "
+                "the tokenizer belongs to another model"
+            )
 
 
 def _rows(documents: Documents) -> TextRows:

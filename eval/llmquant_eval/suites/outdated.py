@@ -111,12 +111,11 @@ def _why_not(
 
 def _other_model(path: Path, own: ModelResult, model: SuiteModel, suite: Suite) -> str | None:
     if model.recipe is not None:
-        wanted = suite_recipe(model, suite).sha256()
-        return (
-            None
-            if own.recipe_sha256 == wanted
-            else f"{path.name} is of another version of the recipe {model.recipe}"
-        )
+        recipe = suite_recipe(model, suite)
+        # A folder's record has the recipe with group sizes that fit its model.
+        if own.recipe_sha256 in (recipe.sha256(), _fitted_sha256(model, suite, recipe)):
+            return None
+        return f"{path.name} is of another version of the recipe {model.recipe}"
     assert model.model is not None  # a model of a suite is one or the other
     if is_url(model.model):
         return None
@@ -129,6 +128,14 @@ def _other_model(path: Path, own: ModelResult, model: SuiteModel, suite: Suite) 
         if now == own.weights_sha256
         else f"{path.name} is of other weights than {model.model} has now"
     )
+
+
+def _fitted_sha256(model: SuiteModel, suite: Suite, recipe: llmquant.Recipe) -> str | None:
+    """Of the recipe as its model's folder would record it; None where the model is not here."""
+    base = model.base or suite.reference
+    if base is None or not Path(base).is_dir():
+        return None
+    return llmquant.make_plan(base, recipe).recipe.sha256()
 
 
 def _other_pass(

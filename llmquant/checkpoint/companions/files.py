@@ -118,13 +118,22 @@ def companions(folder: Path, read: Iterable[Path] = ()) -> Companions:
             files, which the reader names itself.
     """
     sizes: dict[str, int] = {}
-    for parent, folders, files in os.walk(folder):
+    strange: dict[str, str] = {}
+
+    def unreadable(error: OSError) -> None:
+        strange[f"{Path(error.filename).relative_to(folder).as_posix()}/"] = "cannot be read"
+
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [f for f in folders if not _hidden(PurePosixPath(f))]
-        for file in files:
-            path = Path(parent) / file
+        for name in (*files, *folders):
+            path = Path(parent) / name
+            reason = _strange(path, name in folders)
             if path.is_file():
                 sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+            elif reason and not _hidden(PurePosixPath(name)):
+                strange[path.relative_to(folder).as_posix()] = reason
     found = sort_files(sizes, sizes)
+    found.left |= {n: why for n, why in strange.items() if n not in _ANEW}
     known = {path.name for path in read}
     for name in sorted(
         n for n in sizes if "/" not in n and is_weights(n) and not _hidden(PurePosixPath(n))
@@ -133,6 +142,15 @@ def companions(folder: Path, read: Iterable[Path] = ()) -> Companions:
             found.left[name] = "other weights"
     found.left = dict(sorted(found.left.items()))
     return found
+
+
+def _strange(path: Path, is_folder: bool) -> str | None:
+    """Why something in a folder cannot go along: neither a file nor a folder of its own."""
+    if is_folder:
+        return "a link to a folder" if path.is_symlink() else None
+    if path.is_file():
+        return None
+    return "a link to nothing" if path.is_symlink() else "no file"
 
 
 def left_behind(found: Companions) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmquant.checkpoint.weights.json_files import read_json
+from llmquant.checkpoint.weights.json_files import lost, read_json
 from llmquant.errors import CheckpointError, UnfitModelError
 from llmquant.runtime.finite import some
 
@@ -70,13 +70,19 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> WeightFiles:
         what :func:`weight_names` raises.
     """
     here = [path.name for path in folder.iterdir() if path.is_file()]
-    names = weight_names(
-        str(folder),
-        config,
-        here,
-        exists=lambda name: (folder / name).is_file(),
-        read_index=lambda name: read_json(folder / name),
-    )
+    try:
+        names = weight_names(
+            str(folder),
+            config,
+            here,
+            exists=lambda name: (folder / name).is_file(),
+            read_index=lambda name: read_json(folder / name),
+            local=True,
+        )
+    except CheckpointError as e:
+        links = filter(None, map(lost, sorted(folder.iterdir())))
+        named = next((link for link in links if ".safetensors" in link), None)
+        raise (CheckpointError(named) if named else e) from e
     files = tuple(folder / name for name in names.files)
     return WeightFiles(files, names.weight_map, names.unnamed, _beside(here, names))
 
@@ -88,6 +94,7 @@ def weight_names(
     *,
     exists: Callable[[str], bool],
     read_index: Callable[[str], Mapping[str, Any]],
+    local: bool = False,
 ) -> WeightNames:
     """Which files transformers would load, of a folder or of a repository on the hub.
 
@@ -97,6 +104,7 @@ def weight_names(
         here: names of the files in the folder itself.
         exists: whether there is a file of this relative name, in a subfolder too.
         read_index: reads an index.
+        local: files can be renamed there.
 
     Raises:
         CheckpointError: there are none, only pickles or an adapter, or an index that makes no
@@ -106,7 +114,7 @@ def weight_names(
     usual = next((name for name in (SINGLE, INDEX) if name in here), None)
     name = chosen if isinstance(chosen, str) else usual
     if name is None:
-        return WeightNames((_only(where, here),), unnamed=True)
+        return WeightNames((_only(where, here, local=local),), unnamed=True)
     if not _inside(name):
         raise CheckpointError(
             f"{where}/config.json: {CHOSEN} is {name!r}, which is no file of this folder"
@@ -141,7 +149,7 @@ def _inside(name: object) -> bool:
     return not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
-def _only(where: str, here: Collection[str]) -> str:
+def _only(where: str, here: Collection[str], *, local: bool) -> str:
     """The one safetensors file of a folder that has none of the usual names."""
     there = sorted(name for name in here if name.endswith(".safetensors"))
     alone = [name for name in there if not _OTHER.search(name)]
@@ -154,7 +162,7 @@ def _only(where: str, here: Collection[str]) -> str:
             f"{where} has {len(alone)} safetensors files but no {INDEX}; fetch the index too"
         )
     if there:
-        way_out = f"; rename it to {SINGLE}" if _VARIANT.search(there[0]) else ""
+        way_out = f"; rename it to {SINGLE}" if local and _VARIANT.search(there[0]) else ""
         raise UnfitModelError(
             f"{where} has no {SINGLE} and no {INDEX}, only {some(there)}, which transformers does "
             f"not load{way_out if len(there) == 1 else ''}"

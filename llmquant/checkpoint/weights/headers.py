@@ -35,6 +35,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+_MOST = 100_000_000  # bytes of a header that the library reads
 FP8 = tuple(dtype for name, dtype in DTYPES.items() if name.startswith("F8"))
 # What files that are no weights begin with → what they are, and how one gets the weights.
 _STRANGERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
@@ -110,7 +111,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
             header = json.loads(f.read(length))
-    except (SafetensorError, OSError, struct.error, ValueError) as e:
+    except (SafetensorError, OSError, struct.error, ValueError, RecursionError) as e:
         raise CheckpointError(_refusal(path, e)) from e
     header.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
@@ -147,6 +148,8 @@ def _short(path: Path) -> str | None:
         size = path.stat().st_size
         with path.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
+            if length > _MOST:
+                return "its first bytes are not the length of a header"
             if 8 + length > size:
                 return f"it has {size} bytes, fewer than its header needs ({8 + length})"
             header = json.loads(f.read(length))
@@ -154,7 +157,7 @@ def _short(path: Path) -> str | None:
         whole = 8 + length + max(ends, default=0)
     except (OSError, struct.error):
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return "its header is not JSON"
     except (AttributeError, KeyError, TypeError, IndexError):
         return None

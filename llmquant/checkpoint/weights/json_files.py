@@ -10,6 +10,17 @@ from llmquant.checkpoint.weights.headers import stranger
 from llmquant.errors import CheckpointError, UnfitModelError
 
 
+def lost(path: Path) -> str | None:
+    """What is wrong with a link to nothing, as a cache without its blobs has; None for anything
+    else."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return (
+        f"{path} is a link to {path.readlink()}, which cannot be found (a cache that was moved, or a "
+        "download that stopped); fetch the model again"
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -20,6 +31,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
+        if (target := lost(path)) is not None:
+            raise CheckpointError(target) from e
         raise UnfitModelError(
             f"{path} is missing; is {path.parent} a Hugging Face model folder?"
         ) from e

@@ -35,10 +35,11 @@ from llmquant.cli.options import (
     SensitivityOption,
     StoreDtypeOption,
     ThreadsOption,
+    from_home,
 )
 from llmquant.cli.overrides import recipe_of
 from llmquant.cli.progress import progress
-from llmquant.cli.screen import screen
+from llmquant.cli.screen import fact_table, screen
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
@@ -50,32 +51,52 @@ if TYPE_CHECKING:
     from llmquant.recipe import Recipe
 
 
+_Target = Annotated[
+    float,
+    typer.Option(
+        help="At most this many bits per selected weight, scales and zero-points included."
+    ),
+]
+_Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="Recipe file to write.", callback=from_home
+    ),
+]
+_Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        help="Recipe to start from; its overrides pin their linears.",
+        callback=from_home,
+    ),
+]
+_Widths = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Allowed widths, of 2,3,4,8,16; 16 means not quantized."),
+]
+_GroupSizes = Annotated[
+    str, typer.Option(metavar="LIST", help="Allowed group sizes; -1: one scale per row.")
+]
+_Sym = Annotated[
+    bool | None, typer.Option("--sym/--asym", help="Only without or only with zero-points.")
+]
+_Engine = Annotated[Engine, typer.Option(help="Only schemes that this engine supports.")]
+_ProbeTokens = Annotated[int, typer.Option(help="Calibration tokens on which damage is measured.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
+
+
 def allocate_command(
     model: ModelArgument,
-    target_bpw: Annotated[
-        float,
-        typer.Option(
-            help="At most this many bits per selected weight, scales and zero-points included."
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe file to write.")],
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe to start from; its overrides pin their linears.")
-    ] = None,
-    widths: Annotated[
-        str | None, typer.Option(help="Allowed widths, of 2,3,4,8,16; 16 means not quantized.")
-    ] = None,
-    group_sizes: Annotated[str, typer.Option(help="-1: one scale per row.")] = "32,64,128,-1",
-    sym: Annotated[
-        bool | None, typer.Option("--sym/--asym", help="Only without or only with zero-points.")
-    ] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="Only schemes that this engine supports.")
-    ] = Engine.any,
+    target_bpw: _Target,
+    output: _Output,
+    recipe: _Recipe = None,
+    widths: _Widths = None,
+    group_sizes: _GroupSizes = "32,64,128,-1",
+    sym: _Sym = None,
+    engine: _Engine = Engine.any,
     sensitivity: SensitivityOption = Sensitivity.kl,
-    probe_tokens: Annotated[
-        int, typer.Option(help="Calibration tokens on which damage is measured.")
-    ] = 8192,
+    probe_tokens: _ProbeTokens = 8192,
     layout: FormatOption = None,
     calibration: CalibrationOption = None,
     nsamples: SamplesOption = None,
@@ -87,14 +108,14 @@ def allocate_command(
     dtype: CalibrationDtypeOption = "auto",
     store_dtype: StoreDtypeOption = "auto",
     threads: ThreadsOption = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file.")
-    ] = False,
+    overwrite: _Overwrite = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Spend a size budget: choose the scheme of each of MODEL's linears and write it as a
-    recipe."""
+    """Write a recipe with a scheme for each linear, for a size.
+
+    Measures how much each of MODEL's linears suffers, and spends the size where it helps most.
+    """
     given = dict(locals())
     check_output(output, overwrite)
     chosen = recipe_of(given)
@@ -206,11 +227,13 @@ def show(result: Allocation) -> None:
         if result.gap < 1e-5
         else f"within {100 * result.gap:.2g} % of the optimum"
     )
-    console.print(
-        f"size         {result.bits_per_weight:.4f} bits per selected weight of {result.target_bpw:g} allowed "
+    size = (
+        f"{result.bits_per_weight:.4f} bits per selected weight of {result.target_bpw:g} allowed "
         f"(possible: {result.smallest:.3f} to {result.largest:.3f})"
     )
-    console.print(f"predicted    {result.predicted:.3e} {result.unit} altogether; {proof}")
+    predicted = f"{result.predicted:.3e} {result.unit} altogether; {proof}"
+    console.print()
+    console.print(fact_table([("size", size), ("predicted", predicted)]))
 
 
 def _table(result: Allocation) -> Table:

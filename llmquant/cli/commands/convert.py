@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.options import JsonOption, OverwriteOption, QuietOption, ThreadsOption
-from llmquant.cli.screen import screen
+from llmquant.cli.options import (
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    ThreadsOption,
+    from_home,
+)
+from llmquant.cli.progress import steps
 from llmquant.cli.sizes import check_shard_size
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
@@ -24,45 +28,64 @@ if TYPE_CHECKING:
 
 _GGUF = "gguf"
 
+_Quantized = Annotated[
+    str, typer.Argument(help="Quantized model folder or hub name, of llmquant or another tool.")
+]
+_To = Annotated[
+    str,
+    typer.Option(
+        metavar="LAYOUT",
+        help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense.",
+    ),
+]
+_Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Folder to make (for gguf: the file).",
+        callback=from_home,
+    ),
+]
+_Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32.",
+    ),
+]
+_ScaleDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Store scales in this dtype instead of the model's, if the layout allows it.",
+    ),
+]
+_Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The unquantized model; decides if the zero-point convention is ambiguous.",
+    ),
+]
+_ShardSize = Annotated[int, typer.Option(help="Bytes per file of a dense result.")]
+
 
 def convert_command(
-    model: Annotated[
-        str, typer.Argument(help="Quantized model folder or hub name, of llmquant or another tool.")
-    ],
-    to: Annotated[
-        str,
-        typer.Option(help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense."),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to make (for gguf: the file).")
-    ],
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32."
-        ),
-    ] = "auto",
-    scale_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Store scales in this dtype instead of the model's, if the layout allows it."
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The unquantized model; decides if the zero-point convention is ambiguous."
-        ),
-    ] = None,
-    max_shard_size: Annotated[
-        int, typer.Option(help="Bytes per file of a dense result.")
-    ] = 5_000_000_000,
+    model: _Quantized,
+    to: _To,
+    output: _Output,
+    dtype: _Dtype = "auto",
+    scale_dtype: _ScaleDtype = None,
+    base: _Base = None,
+    max_shard_size: _ShardSize = 5_000_000_000,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Rewrite a quantized MODEL in another layout without changing a number."""
+    """Rewrite a quantized MODEL in another layout, without loss."""
     check_shard_size(max_shard_size)
     from llmquant.runtime.threads import set_threads
 
@@ -74,14 +97,16 @@ def convert_command(
             )
         from llmquant.checkpoint.hub import resolve
         from llmquant.conversion.gguf.file import export_gguf
+        from llmquant.conversion.source import refuse_gguf
 
+        refuse_gguf(model)
         exported = export_gguf(resolve(model), output, overwrite=overwrite)
         _tell(_gguf_facts(exported), (), quiet, as_json)
         return
     from llmquant.conversion import ConvertOptions, convert
 
     options = ConvertOptions(dtype, scale_dtype, base, overwrite, max_shard_size)
-    with stoppable(), _progress(hidden=quiet or as_json) as on_progress:
+    with stoppable(), steps(hidden=quiet or as_json) as on_progress:
         result = convert(model, to, output, options, on_progress)
     _tell(_facts(result), result.warnings, quiet, as_json)
 
@@ -117,25 +142,10 @@ def _tell(facts: dict[str, Any], warnings: tuple[str, ...], quiet: bool, as_json
         said = f"{facts['path']}: {facts['format']}, {facts['bytes_written'] / 1e6:,.2f} MB"
         if "modules" in facts:
             said += f" (was {facts['source_format']}, {facts['source_bytes'] / 1e6:,.2f} MB); {facts['scheme']}"
-            said += f"\nproved: the numbers of {facts['modules']} linears, re-read from disk, equal the source's"
+            said += f"\nproved: the numbers of {facts['modules']} packed modules, re-read from disk, equal the source's"
         sys.stdout.write(said + "\n")
     if not quiet and not as_json:
         for note in facts.get("notes", ()):
             sys.stderr.write(f"note: {note}\n")
     for warning in warnings:
         sys.stderr.write(f"warning: {warning}\n")
-
-
-@contextmanager
-def _progress(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over linears, on stderr."""
-    from rich.progress import Progress
-
-    console = screen(stderr=True)
-    with Progress(
-        console=console, disable=hidden or not console.is_terminal, transient=True
-    ) as progress:
-        task = progress.add_task("reading", total=None)
-        yield lambda phase, done, total: progress.update(
-            task, description=phase, completed=done, total=total
-        )

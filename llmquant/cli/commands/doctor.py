@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmquant.cli.options import ThreadsOption
-from llmquant.cli.screen import screen
+from llmquant.cli.screen import fact_table, screen
 
 if TYPE_CHECKING:
     from llmquant.cli.commands.checkup import Checkup
@@ -24,7 +24,10 @@ def doctor_command(
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Look at this machine: processor, kernels, engines, memory, versions, and what is missing."""
+    """Show what this machine has, and what is missing.
+
+    Processor, kernels, engines, memory, versions.
+    """
     from llmquant.cli.commands.checkup import look
 
     if threads is not None:
@@ -41,15 +44,8 @@ def doctor_command(
 
 
 def _show(checkup: Checkup) -> None:
-    from rich.table import Table
-
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for row in _rows(checkup):
-        facts.add_row(*row)
     console = screen()
-    console.print(facts)
+    console.print(fact_table(_rows(checkup)))
     console.print()
     for hint in checkup.hints:
         console.print(f"hint: {hint}", soft_wrap=True)
@@ -65,7 +61,7 @@ def _rows(checkup: Checkup) -> list[tuple[str, str]]:
     rows += [_kernel(scheme, facts) for scheme, facts in checkup.kernels.items()]
     if checkup.compiled.get("compiled"):
         runs, sets = checkup.compiled["runs"], ", ".join(checkup.compiled["available"])
-        rows.append(("compiled code", f"runs on {runs}; there are {sets}"))
+        rows.append(("compiled code", f"runs on {runs}; built for {sets}"))
     rows += _resources(checkup)
     for g in checkup.gpus:
         facts = f"{g['name']}, {_gb(g['memory'])}, compute capability {g['capability']}"

@@ -38,7 +38,10 @@ def generate_command(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate from PROMPT with MODEL; uses the chat template when there is one."""
+    """Generate from PROMPT with MODEL.
+
+    Uses the model's chat template if it has one.
+    """
     prompt = _prompt(prompt)
     import torch
     from transformers import TextStreamer
@@ -56,6 +59,7 @@ def generate_command(
     on = parse_device(device)
     chosen = compute_dtype(path, dtype, on)
     loaded: Any = load(path, dtype=chosen.dtype, device=on, kernel=kernel)
+    _refuse_strange(ids, loaded.get_input_embeddings().num_embeddings, path)
     _refuse_too_long(ids.shape[1], max_new_tokens, loaded.config)
     torch.manual_seed(seed)
     shown = {"skip_prompt": not raw, "skip_special_tokens": True}
@@ -65,7 +69,9 @@ def generate_command(
     seconds = time.perf_counter() - started
     computing, kernels = Computing.of(on, chosen), describe(loaded).kernels
     if not as_json:
-        sys.stderr.write(f"computed in {computing.as_text(kernels)}\n")
+        sys.stderr.write(
+            f"{new.numel()} token{'' if new.numel() == 1 else 's'} in {seconds:.1f} s; {computing.as_text(kernels)}\n"
+        )
         return
     text = tokenizer.decode(new, skip_special_tokens=True)
     counts = {"prompt_tokens": ids.shape[1], "new_tokens": new.numel(), "seconds": seconds}
@@ -117,7 +123,7 @@ def _prompt(given: str) -> str:
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:
     """Token ids ``[1, n]``: of the text itself, or of one user turn in the model's chat
     template."""
-    from jinja2 import TemplateError
+    from llmquant.data.template import template_faults
 
     if raw or tokenizer.chat_template is None:
         plain: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -127,12 +133,24 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tenso
         encoded: Any = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-    except (TemplateError, ValueError) as e:
+    except template_faults() as e:
         raise UnfitModelError(
             f"the model's chat template cannot be used: {e}; use --raw to skip the template"
         ) from e
     ids: Tensor = encoded["input_ids"]
     return ids
+
+
+def _refuse_strange(ids: Tensor, rows: int, path: Path) -> None:
+    """Token ids that the embedding has no row for, as where tokens were added to the tokenizer
+    alone."""
+    if not ids.shape[1]:
+        raise UnfitModelError(f"{path}: the tokenizer makes no token of the prompt")
+    if int(ids.max()) >= rows:
+        raise UnfitModelError(
+            f"{path}: the tokenizer gives token id {int(ids.max())}, but the model's embedding has {rows} rows; "
+            "the tokenizer belongs to another model"
+        )
 
 
 def _refuse_too_long(prompt_tokens: int, new_tokens: int, config: Any) -> None:

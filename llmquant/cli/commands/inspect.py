@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.cli.screen import screen
+from llmquant.cli.screen import fact_table, screen
 from llmquant.errors import LlmquantError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from llmquant.checkpoint.inspect import Inspection
@@ -68,6 +68,7 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
         "parameters": found.parameters,
         "linears": found.linears,
         "quantized": found.quantized,
+        "embeddings": found.embeddings,
         "coverage": found.coverage,
         "bits_per_weight": found.bits_per_weight,
         "weights_sha256": found.weights_sha256,
@@ -76,6 +77,7 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
         "engines": {engine: list(reasons) for engine, reasons in found.engines.items()},
         "cautions": {engine: list(reasons) for engine, reasons in found.cautions.items()},
         "fallbacks": list(found.fallbacks),
+        "regrouped": [change.model_dump() for change in found.regrouped],
         "notes": list(notes),
         "modules": [
             {"name": m.name, "scheme": m.scheme, "shape": list(m.shape), "bytes": m.nbytes}
@@ -87,36 +89,14 @@ def _as_dict(found: Inspection, verified: bool, notes: Sequence[str]) -> dict[st
 def _show(found: Inspection, verified: bool, modules: bool, notes: Sequence[str]) -> None:
     from rich.table import Table
 
-    from llmquant.formats.engines import answers
-
     console = screen()
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    facts.add_row("model", f"{found.path} ({found.model_type})")
-    facts.add_row("format", found.format or "not quantized")
-    facts.add_row("scheme", found.scheme)
-    facts.add_row("linears", f"{found.quantized} of {found.linears} quantized")
-    facts.add_row("coverage", f"{found.coverage:.1%} of {found.parameters:,} parameters")
-    if found.bits_per_weight is not None:
-        facts.add_row("size", f"{found.bits_per_weight:.3f} bits per quantized weight")
-    facts.add_row("on disk", f"{found.bytes_on_disk / 1e6:,.2f} MB of weight files")
-    facts.add_row("sha256", found.weights_sha256)
-    for row in answers(found.engines, found.cautions):
-        facts.add_row(*row)
-    for note in found.fallbacks:
-        facts.add_row("fallback", note)
-    for note in notes:
-        facts.add_row("note", note)
-    if verified:
-        facts.add_row("verified", "every file and every packed weight is what was written")
-    console.print(facts)
+    console.print(fact_table(_facts(found, verified, notes)))
     if not found.modules:
         return
     table = Table(box=None, pad_edge=False)
     for column in ("linear", "shape (out, in)", "scheme"):
         table.add_column(column, overflow="fold")
-    for column in ("count", "bits per weight"):
+    for column in (*(() if modules else ("count",)), "bits/w"):
         table.add_column(column, justify="right")
     rows = Counter(
         (
@@ -128,6 +108,32 @@ def _show(found: Inspection, verified: bool, modules: bool, notes: Sequence[str]
         for m in found.modules
     )
     for (name, shape, scheme, size), count in rows.items():
-        table.add_row(name, shape, scheme, str(count), size)
+        table.add_row(name, shape, scheme, *(() if modules else (str(count),)), size)
     console.print()
     console.print(table)
+
+
+def _facts(found: Inspection, verified: bool, notes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What is said of the whole folder, line by line."""
+    from llmquant.formats.engines import answers
+
+    yield "model", f"{found.path} ({found.model_type})"
+    yield "format", found.format or "not quantized"
+    yield "scheme", found.scheme
+    yield "linears", f"{found.quantized} of {found.linears} quantized"
+    if found.embeddings is not None:
+        yield "embeddings", found.embeddings
+    yield "coverage", f"{found.coverage:.1%} of {found.parameters:,} parameters"
+    if found.bits_per_weight is not None:
+        yield "size", f"{found.bits_per_weight:.3f} bits per quantized weight"
+    yield "on disk", f"{found.bytes_on_disk / 1e6:,.2f} MB of weight files"
+    yield "sha256", found.weights_sha256
+    yield from answers(found.engines, found.cautions)
+    for change in found.regrouped:
+        yield "group size", str(change)
+    for note in found.fallbacks:
+        yield "fallback", note
+    for note in notes:
+        yield "note", note
+    if verified:
+        yield "verified", "every file and every packed weight is what was written"

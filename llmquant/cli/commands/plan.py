@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.costs import explain_default
 from llmquant.cli.options import (
     BitsOption,
     CalibrationDtypeOption,
     CalibrationOption,
     DeviceOption,
+    EmbeddingsOption,
+    ExplainOption,
     FormatOption,
     GroupSizeOption,
     IgnoreOption,
@@ -31,14 +34,25 @@ from llmquant.cli.options import (
     SymOption,
     ThreadsOption,
 )
-from llmquant.cli.overrides import recipe_of
-from llmquant.cli.screen import screen
+from llmquant.cli.overrides import default_of, recipe_of
+from llmquant.cli.screen import fact_table, screen
 
 if TYPE_CHECKING:
     from llmquant.planning.forecast import Forecast
     from llmquant.planning.preview import Plan
     from llmquant.planning.timing import Timing
+    from llmquant.recipe import Recipe
     from llmquant.runtime.computing import Computing
+
+
+_Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Time two blocks on this machine (reads their weights; may need --calibration).",
+    ),
+]
+_Modules = Annotated[bool, typer.Option("--modules", help="One row per linear.")]
 
 
 def plan_command(
@@ -48,28 +62,27 @@ def plan_command(
     bits: BitsOption = None,
     group_size: GroupSizeOption = None,
     sym: SymOption = None,
+    embeddings: EmbeddingsOption = None,
     rotate: RotateOption = None,
     layout: FormatOption = None,
     include: IncludeOption = None,
     ignore: IgnoreOption = None,
     nsamples: SamplesOption = None,
     seqlen: LengthOption = None,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure",
-            help="Time two blocks on this machine (reads their weights; may need --calibration).",
-        ),
-    ] = False,
+    measure: _Measure = False,
     calibration: CalibrationOption = None,
     device: DeviceOption = "auto",
     dtype: CalibrationDtypeOption = "auto",
     store_dtype: StoreDtypeOption = "auto",
     threads: ThreadsOption = None,
-    modules: Annotated[bool, typer.Option("--modules", help="One row per linear.")] = False,
+    modules: _Modules = False,
+    explain: ExplainOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what quantizing MODEL would give, without reading its weights."""
+    """Show what quantizing MODEL gives and needs, before a run.
+
+    Size, memory, disk, time and what refuses it. Reads the headers of the weight files only.
+    """
     given = dict(locals())
     from llmquant.planning.forecast import forecast
     from llmquant.planning.preview import make_plan
@@ -79,21 +92,31 @@ def plan_command(
 
     set_threads(threads)
 
-    chosen = recipe_of(given)
+    default = default_of(given)
+    if explain:
+        explain_default(default, as_json=as_json)
+        return
+    chosen = recipe_of(given, default)
     on, passes = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     plan = make_plan(model, chosen, store_dtype, tokenizer=True)
     needs = forecast(plan, chosen, passes.itemsize)
     computing = Computing.of(on, passes)
-    timing = None
-    if measure:
-        from llmquant.planning.timing import time_blocks
-        from llmquant.quantization.options import QuantizeOptions
-
-        timing = time_blocks(model, chosen, QuantizeOptions(device=str(on), dtype=passes.name))
+    timing = _timed(model, chosen, computing) if measure else None
     if as_json:
-        sys.stdout.write(json.dumps(_as_dict(plan, needs, timing, computing)) + "\n")
+        facts = {"chosen_recipe": default.name if default else None}
+        facts |= _as_dict(plan, needs, timing, computing)
+        sys.stdout.write(json.dumps(facts) + "\n")
     else:
-        _show(plan, modules, _needs(needs, timing, computing))
+        reason = [] if default is None else [("recipe", default.sentence)]
+        _show(plan, modules, [*reason, *_needs(needs, timing, computing)])
+
+
+def _timed(model: str, recipe: Recipe, computing: Computing) -> Timing:
+    from llmquant.planning.timing import time_blocks
+    from llmquant.quantization.options import QuantizeOptions
+
+    options = QuantizeOptions(device=computing.device, dtype=computing.dtype)
+    return time_blocks(model, recipe, options)
 
 
 def _as_dict(
@@ -112,6 +135,7 @@ def _as_dict(
             for m in plan.modules
         ],
         "skipped": dict(plan.skipped),
+        "regrouped": [change.model_dump() for change in plan.regrouped],
         "engines": {engine: list(reasons) for engine, reasons in plan.engines.items()},
         "stored": plan.stored,
         "cautions": {engine: list(reasons) for engine, reasons in plan.cautions.items()},
@@ -140,7 +164,7 @@ def _needs(needs: Forecast, timing: Timing | None, computing: Computing) -> list
         else ""
     )
     kept = (
-        f"; {_size(needs.replay)} save passes and are kept only where there is room"
+        f"; {_size(needs.replay)} of it spare passes through a block, and are used only where there is room"
         if needs.replay
         else ""
     )
@@ -168,6 +192,7 @@ _DOING = {
     "pass": "a block runs",
     "statistics": "inputs of the widest linear are observed",
     "tuning": "a block is tuned",
+    "packing": "the embeddings are packed",
 }
 
 
@@ -185,7 +210,7 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("linear", "shape (out, in)", "scheme"):
         table.add_column(column, overflow="fold")
-    for column in ("count", "MB", "bits per weight"):
+    for column in (*(() if modules else ("count",)), "MB", "bits/w"):
         table.add_column(column, justify="right")
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for m in plan.modules:
@@ -197,19 +222,14 @@ def _show(plan: Plan, modules: bool, needs: list[tuple[str, str]]) -> None:
             name,
             shape,
             scheme,
-            str(len(sizes)),
+            *(() if modules else (str(len(sizes)),)),
             f"{sum(sizes) / 1e6:,.2f}",
             f"{sum(sizes) * 8 / weights:.3f}",
         )
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    for row in _facts(plan, needs):
-        facts.add_row(*row)
     console = screen()
     console.print(table)
     console.print()
-    console.print(facts)
+    console.print(fact_table(_facts(plan, needs)))
 
 
 def _facts(plan: Plan, needs: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -222,6 +242,8 @@ def _facts(plan: Plan, needs: list[tuple[str, str]]) -> Iterator[tuple[str, str]
         f"{plan.source_bytes / 1e6:,.2f} MB → {plan.bytes_on_disk / 1e6:,.2f} MB of weight files; "
         f"{plan.bits_per_weight:.3f} bits per quantized weight",
     )
+    for change in plan.regrouped:
+        yield "group size", str(change)
     yield from needs
     yield ("left alone", ", ".join(f"{n} ({why})" for n, why in plan.skipped.items()) or "none")
     yield (

@@ -7,10 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmquant.cli.commands.allocate import allocated, widths_of
+from llmquant.cli.costs import explain_default
 from llmquant.cli.options import (
     ActOrderOption,
     AllExpertsOption,
@@ -20,9 +22,11 @@ from llmquant.cli.options import (
     CalibrationDtypeOption,
     CalibrationOption,
     DeviceOption,
+    EmbeddingsOption,
     Engine,
     EngineOption,
     EvalTextOption,
+    ExplainOption,
     FormatOption,
     GroupSizeOption,
     IgnoreOption,
@@ -48,7 +52,7 @@ from llmquant.cli.options import (
     SymOption,
     ThreadsOption,
 )
-from llmquant.cli.overrides import recipe_of
+from llmquant.cli.overrides import default_of, recipe_of
 from llmquant.cli.progress import progress
 from llmquant.cli.result import result_as_dict, show_result
 from llmquant.cli.sizes import check_shard_size, parse_size
@@ -68,6 +72,7 @@ def quantize_command(
     bits: BitsOption = None,
     group_size: GroupSizeOption = None,
     sym: SymOption = None,
+    embeddings: EmbeddingsOption = None,
     rotate: RotateOption = None,
     target_bpw: BudgetOption = None,
     engine: EngineOption = None,
@@ -93,29 +98,42 @@ def quantize_command(
     restart: RestartOption = False,
     log: LogOption = None,
     overwrite: OverwriteOption = False,
+    explain: ExplainOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize MODEL's linear layers and write a folder that engines load."""
+    """Quantize MODEL and write a folder that engines load."""
     given = dict(locals())
     check_shard_size(max_shard_size)
-    chosen = recipe_of(given)
-    if act_order is not None and chosen.method != "gptq":
-        raise UsageError(
-            f"--act-order applies only to GPTQ, but the method is {chosen.method}; leave one of them out"
-        )
+    default = default_of(given)
+    if explain:
+        explain_default(default, as_json=as_json)
+        return
+    chosen = recipe_of(given, default)
+    _check_together(given, chosen.method)
     options = _options(given)
+    if default is not None:
+        options = replace(options, note=default.sentence)
     hidden = quiet or as_json or not options.world.first
     if target_bpw is not None:
-        if bits is not None or group_size is not None:
-            raise UsageError(
-                "--target-bpw chooses bits and group sizes itself; leave out --bits and --group-size"
-            )
         target = target_bpw, engine or Engine.any, sym
         chosen = _allocated(model, output, chosen, options, target, hidden)
-    elif engine is not None:
-        raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
     _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
+
+
+def _check_together(given: Mapping[str, Any], method: str) -> None:
+    """Raises UsageError for options that have no effect beside each other."""
+    if given["act_order"] is not None and method != "gptq":
+        raise UsageError(
+            f"--act-order applies only to GPTQ, but the method is {method}; leave one of them out"
+        )
+    if given["target_bpw"] is None:
+        if given["engine"] is not None:
+            raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
+    elif given["bits"] is not None or given["group_size"] is not None:
+        raise UsageError(
+            "--target-bpw chooses bits and group sizes itself; leave out --bits and --group-size"
+        )
 
 
 def _options(given: Mapping[str, Any]) -> QuantizeOptions:
@@ -125,7 +143,10 @@ def _options(given: Mapping[str, Any]) -> QuantizeOptions:
     from llmquant.runtime.threads import set_threads
 
     set_threads(given["threads"])
-    limit, output = given["max_memory"], given["output"].absolute()
+    limit, output, log = given["max_memory"], given["output"].absolute(), given["log"]
+    if log is not None and (log.is_dir() or not log.absolute().parent.is_dir()):
+        problem = "is a folder" if log.is_dir() else "is in a folder that does not exist"
+        raise UsageError(f"--log {log} {problem}; give a file in a folder that does")
     same = (
         "device",
         "dtype",
@@ -141,7 +162,7 @@ def _options(given: Mapping[str, Any]) -> QuantizeOptions:
         evaluation=given["eval_text"],
         max_memory=None if limit is None else parse_size("--max-memory", limit),
         world=World.of(),
-        log=given["log"] or output.with_name(f"{output.name}.quantize.log.jsonl"),
+        log=log or output.with_name(f"{output.name}.quantize.log.jsonl"),
     )
 
 

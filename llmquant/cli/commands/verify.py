@@ -14,41 +14,58 @@ from llmquant.cli.options import JsonOption, ThreadsOption
 from llmquant.cli.screen import screen
 from llmquant.errors import UsageError
 
+_Folder = Annotated[Path, typer.Argument(help="Folder written by llmquant.")]
+_Rerun = Annotated[
+    bool, typer.Option("--rerun", help="Quantize again and compare every file and linear.")
+]
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="With --rerun: the original model, if not found by its recorded name."
+    ),
+]
+_Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="With --rerun: the calibration text, if it is not where the recipe says.",
+    ),
+]
+_Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="With --rerun: auto, cpu, cuda, cuda:0 … [default: the recorded one].",
+    ),
+]
+_ShardSize = Annotated[
+    int, typer.Option(help="With --rerun: bytes per weight file, as in the first run.")
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
+
 
 def verify_command(
-    folder: Annotated[Path, typer.Argument(help="Folder written by llmquant.")],
-    rerun: Annotated[
-        bool, typer.Option("--rerun", help="Quantize again and compare every file and linear.")
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(help="With --rerun: the original model, if not found by its recorded name."),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="With --rerun: the calibration text, if it is not where the recipe says."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="With --rerun: auto, cpu, cuda, cuda:0 … [default: the recorded one]."),
-    ] = None,
+    folder: _Folder,
+    rerun: _Rerun = False,
+    model: _Model = None,
+    calibration: _Calibration = None,
+    device: _Device = None,
     threads: ThreadsOption = None,
-    max_shard_size: Annotated[
-        int, typer.Option(help="With --rerun: bytes per weight file, as in the first run.")
-    ] = 5_000_000_000,
+    max_shard_size: _ShardSize = 5_000_000_000,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+    quiet: _Quiet = False,
 ) -> None:
-    """Re-hash every file of FOLDER and re-read every packed weight; --rerun repeats the run
-    itself."""
+    """Check that FOLDER is still what was written.
+
+    Hashes every file and reads every packed weight again; --rerun repeats the run itself.
+    """
     if not rerun and (model, calibration, device) != (None, None, None):
         raise UsageError(
             "--model, --calibration and --device belong to --rerun; add it or leave them out"
         )
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder")
+        what = "is a file" if folder.is_file() else "is not there"
+        raise UsageError(f"{folder} {what}; give a folder that llmquant wrote")
     from llmquant.checkpoint.manifest import verify
     from llmquant.runtime.threads import set_threads
 

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from llmquant.checkpoint.atomic import fsync_path
 from llmquant.checkpoint.detect import quantization_of
+from llmquant.checkpoint.gguf.cursor import package
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
-from llmquant.errors import FormatError, ProofError, UsageError
+from llmquant.errors import FormatError, LayoutError, ProofError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats import gguf as blocks
 from llmquant.models.reading.fit import fitted
@@ -71,7 +72,7 @@ def export_gguf(
         FormatError: an architecture, tokenizer, scheme or number that GGUF cannot hold exactly.
         ProofError: what was written is not what was read.
     """
-    gguf = _package()
+    gguf = package()
     path = Path(output)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; choose another name or pass overwrite")
@@ -100,14 +101,6 @@ def export_gguf(
     return GgufResult(path, kinds, path.stat().st_size)
 
 
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as e:
-        raise UsageError("GGUF needs the gguf package: pip install gguf") from e
-    return gguf
-
-
 def _sources(
     gguf: Any, reader: CheckpointReader, model: GgufModel, packed: PackedCheckpoint | None
 ) -> list[_Source]:
@@ -122,7 +115,7 @@ def _sources(
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None or target.endswith(".bias"):
-            raise FormatError(f"{reader.path}: {name} has no place in llama.cpp's llama models")
+            raise LayoutError(f"{reader.path}: {name} has no place in llama.cpp's llama models")
         found.append(_Source(name, target, schemes.get(name.removesuffix(".weight"))))
     if model.rope_factors is not None:
         found.append(_Source("config.json", _ROPE, None))
@@ -130,7 +123,7 @@ def _sources(
         assert packed is not None  # schemes came from it
         reason = blocks.why_not(scheme, packed.shape(module))
         if reason:
-            raise FormatError(f"{reader.path}: {module}: {reason}")
+            raise LayoutError(f"{reader.path}: {module}: {reason}")
     return found
 
 
@@ -165,10 +158,10 @@ class _Reader:
             try:
                 return blocks.smallest(self.weight(source))
             except FormatError as e:
-                raise FormatError(f"{self.reader.path}: {source.name}: {e}") from e
+                raise e.at(f"{self.reader.path}: {source.name}") from e
         dtype = self.dense(source).dtype
         if dtype not in _DENSE:
-            raise FormatError(
+            raise LayoutError(
                 f"{self.reader.path}: {source.name} is {dtype}, which is not a weight GGUF holds"
             )
         return _DENSE[dtype]
@@ -237,7 +230,7 @@ def read_weights(path: str | os.PathLike[str]) -> Iterator[tuple[str, QuantizedW
     Raises:
         FormatError: no GGUF file, or a Q4_1 tensor that is on no integer grid.
     """
-    gguf = _package()
+    gguf = package()
     try:
         tensors = gguf.GGUFReader(path).tensors
     except (ValueError, OSError, IndexError) as e:
@@ -248,4 +241,4 @@ def read_weights(path: str | os.PathLike[str]) -> Iterator[tuple[str, QuantizedW
             try:
                 yield tensor.name, blocks.unpack(torch.from_numpy(tensor.data.copy()), kind)
             except FormatError as e:
-                raise FormatError(f"{path}: {tensor.name}: {e}") from e
+                raise e.at(f"{path}: {tensor.name}") from e

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmquant.errors import FormatError
-from llmquant.formats.base import HEADS
+from llmquant.formats.base import HEADS, is_embedding
 
 
 def groups_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -37,7 +37,7 @@ def priority(target: str, module: str) -> int | None:
             raise FormatError(
                 f"the config has the target {target!r}, which is no regular expression: {e}"
             ) from e
-    return 2 if target == "Linear" else None
+    return 2 if target == ("Embedding" if is_embedding(module) else "Linear") else None
 
 
 def group_of(module: str, groups: Collection[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmquant.activations import Activations
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, LayoutError
 from llmquant.formats.base import HEADS, Plain, Scheme, exact, require
 from llmquant.formats.compressed_tensors.config_groups import (
     group_of,
@@ -60,7 +60,7 @@ class IntQuantized(Plain):
             Scheme(weight.spec, weight.g_idx is not None, self.activations), weight.shape
         )
         if reason:
-            raise FormatError(reason)
+            raise LayoutError(reason)
         signed = weight.codes.to(torch.int16).sub_(_SPEC.middle).to(torch.int8)
         return {
             "weight": signed.contiguous(),
@@ -142,6 +142,6 @@ def _check(group: Mapping[str, Any], module: str) -> None:
         wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy}
         if stated != wanted or bool(args.get("dynamic")) != dynamic:
             kind = "dynamic" if dynamic else "static"
-            raise FormatError(
+            raise LayoutError(
                 f"{module}: {part} are {dict(args) or 'not quantized'}; llmquant reads {kind} {wanted}"
             )

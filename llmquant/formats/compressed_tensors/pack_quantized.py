@@ -24,8 +24,8 @@ from torch import Tensor
 
 from llmquant import bitpack
 from llmquant.activations import Activations
-from llmquant.errors import FormatError, SpecError
-from llmquant.formats.base import HEADS, Plain, Scheme, exact, require
+from llmquant.errors import FormatError, LayoutError, SpecError
+from llmquant.formats.base import HEADS, Plain, Scheme, exact, is_embedding, require
 from llmquant.formats.compressed_tensors.config_groups import (
     group_of,
     groups_of,
@@ -137,11 +137,11 @@ class CompressedTensors(Plain):
         members: dict[Scheme, list[str]] = {}
         for module, scheme in schemes.items():
             members.setdefault(scheme, []).append(module)
-        uniform = len(members) == 1
+        # Embeddings are always named; the linears are, where they differ.
+        uniform = sum(not all(map(is_embedding, m)) for m in members.values()) == 1
         groups = {
             f"group_{i}": {
-                # vLLM's head is not a Linear: a quantized one must be named.
-                "targets": ["Linear", *(m for m in modules if m in HEADS)] if uniform else modules,
+                "targets": _targets(modules) if uniform else modules,
                 "weights": _weights(scheme),
                 "input_activations": None,
                 "output_activations": None,
@@ -177,6 +177,13 @@ class CompressedTensors(Plain):
         return found
 
 
+def _targets(modules: list[str]) -> list[str]:
+    """Of a group that has all linears, or none. vLLM's head is not a Linear, and no embedding is:
+    quantized ones must be named."""
+    named = [m for m in modules if m in HEADS or is_embedding(m)]
+    return named if all(map(is_embedding, modules)) else ["Linear", *named]
+
+
 def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Codes of a row, dense or, where the width says so, in the padded layout of compressed-tensors
     up to 0.17."""
@@ -203,14 +210,14 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def _parse(group: Mapping[str, Any], module: str, has_g_idx: bool) -> Scheme:
     args = group.get("weights") or {}
     if group.get("input_activations"):
-        raise FormatError(f"{module}: packed weights with quantized activations are not supported")
+        raise LayoutError(f"{module}: packed weights with quantized activations are not supported")
     strategy, bits = args.get("strategy"), args.get("num_bits")
     if (
         args.get("type", "int") != "int"
         or strategy not in ("group", "channel")
         or not isinstance(bits, int)
     ):
-        raise FormatError(
+        raise LayoutError(
             f"{module}: cannot read weights of type {args.get('type')}, strategy {strategy}, {bits} bits"
         )
     group_size = None if strategy == "channel" else args.get("group_size")

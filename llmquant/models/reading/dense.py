@@ -16,15 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError
-from llmquant.models.from_folder import (
-    CONFUSED,
-    causal_model,
-    first_line,
-    read_config,
-    read_generation_config,
-)
+from llmquant.models.from_folder import causal_model, read_config, read_generation_config
 from llmquant.models.reading.leftovers import leftover_notes
 from llmquant.models.reading.tower import tower_of
 from llmquant.models.tensor_check import refuse_mismatch

@@ -19,6 +19,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, CheckpointError
 from llmquant.models.architectures import ARCHITECTURES
 from llmquant.models.from_folder import empty_model, read_config
+from llmquant.models.reading.embeddings import Matrix, embedding_of, shape_of, why_not_packed
 from llmquant.models.reading.leftovers import leftover_notes
 from llmquant.models.reading.places import Naming, naming
 from llmquant.models.reading.tower import Tower, tower_of
@@ -60,7 +61,7 @@ def fitted(
         CheckpointError: a tensor is missing, of another shape or not floating-point; two
             contradict each other; packed weights for what the model lacks.
         ArchitectureError: not a causal language model that transformers knows, or packed weights
-            for something other than a plain Linear.
+            for something other than a plain Linear or the token embeddings.
         FormatError: packed tensors that are not of their layout.
     """
     packed = source if isinstance(source, PackedCheckpoint) else None
@@ -82,8 +83,8 @@ def fitted(
         model = empty_model(reader, dtype)
     elif packed is not None and _packed_head(model, packed):
         model.config.tie_word_embeddings = False  # a packed head has no weight to share
-    linears = _packed_linears(model, packed) if packed is not None else {}
-    _check_tensors(reader, model, found, linears)
+    places = _packed_places(model, packed) if packed is not None else {}
+    _check_tensors(reader, model, found, places)
     inside = [n for n in found.leftovers if tower is None or tower.holds(n)]
     outside = [n for n in found.leftovers if n not in inside]
     notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, inside))
@@ -103,23 +104,38 @@ def placeless(fit: Fitted) -> tuple[str, ...]:
 
 
 def linear_at(model: nn.Module, name: str, reader: CheckpointReader) -> nn.Linear:
-    """The linear that a folder has packed weights for.
+    """The linear that a folder has packed weights for; raises what :func:`matrix_at` does."""
+    linear = matrix_at(model, name, reader)
+    assert isinstance(linear, nn.Linear), "asked for inside a block, which has no embeddings"
+    return linear
+
+
+def matrix_at(model: nn.Module, name: str, reader: CheckpointReader) -> Matrix:
+    """The linear, or the token embeddings, that a folder has packed weights for.
 
     Raises:
         CheckpointError: the model has no such module.
-        ArchitectureError: it is something other than a plain Linear.
+        ArchitectureError: it is something other than a plain Linear or the token embeddings, or
+            embeddings that do more than a look-up.
     """
     try:
-        linear = model.get_submodule(name)
+        module = model.get_submodule(name)
     except AttributeError as e:
         raise CheckpointError(
             f"{reader.path} has packed weights for {name}, which {type(model).__name__} does not have"
         ) from e
-    if type(linear) is not nn.Linear:
+    if isinstance(module, nn.Embedding) and isinstance(model, PreTrainedModel):
+        own = embedding_of(model)
+        if own is not None and own[1] is module:
+            reason = why_not_packed(name, module)
+            if reason is None:
+                return module
+            raise ArchitectureError(f"packed weights cannot be its rows: {reason}")
+    if type(module) is not nn.Linear:
         raise ArchitectureError(
-            f"{name} is packed but is a {type(linear).__name__}, not a plain Linear"
+            f"{name} is packed but is a {type(module).__name__}, not a plain Linear"
         )
-    return linear
+    return module
 
 
 def _packed_head(model: PreTrainedModel, packed: PackedCheckpoint) -> bool:
@@ -127,12 +143,12 @@ def _packed_head(model: PreTrainedModel, packed: PackedCheckpoint) -> bool:
     return any(m is head for n, m in model.named_modules() if n in packed.schemes)
 
 
-def _packed_linears(model: PreTrainedModel, packed: PackedCheckpoint) -> dict[str, nn.Linear]:
+def _packed_places(model: PreTrainedModel, packed: PackedCheckpoint) -> dict[str, Matrix]:
     """The places of packed modules, each of the shape that the config wants."""
-    linears = {}
+    found = {}
     for name in packed.schemes:
-        linear = linears[name] = linear_at(model, name, packed.reader)
-        wanted = (linear.out_features, linear.in_features)
+        module = found[name] = matrix_at(model, name, packed.reader)
+        wanted = shape_of(module)
         # Headers tell a width only to the next full word, so the numbers have the last say.
         if packed.shape(name) != wanted and packed.weight(name).shape != wanted:
             raise CheckpointError(
@@ -142,14 +158,14 @@ def _packed_linears(model: PreTrainedModel, packed: PackedCheckpoint) -> dict[st
             raise CheckpointError(
                 f"{packed.reader.path}: {name} is packed and has an unquantized weight too; remove one"
             )
-    return linears
+    return found
 
 
 def _check_tensors(
     reader: CheckpointReader,
     model: PreTrainedModel,
     found: Naming,
-    packed: dict[str, nn.Linear],
+    packed: dict[str, Matrix],
 ) -> None:
     """Everything that the model reads, but packed weights, is there, of its shape and dtype."""
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -3,7 +3,7 @@ on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,10 +25,20 @@ def outer_names(plan: WalkPlan) -> list[str]:
 
 @contextmanager
 def materialized(
-    plan: WalkPlan, module: nn.Module, prefix: str, only: Sequence[str] | None = None
+    plan: WalkPlan,
+    module: nn.Module,
+    prefix: str,
+    only: Sequence[str] | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Fill a module's meta parameters from the checkpoint; put them back on meta afterwards,
-    whatever happens."""
+    whatever happens.
+
+    Args:
+        prefix: of the module's names.
+        only: parameters to fill.
+        given: used in place of the checkpoint's, by full name.
+    """
     names = list(only) if only is not None else [n for n, _ in module.named_parameters()]
     meta: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
@@ -36,7 +46,12 @@ def materialized(
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
             parameter = owner.get_parameter(leaf)
-            value = _read_parameter(plan, f"{prefix}{name}", parameter.shape)
+            full = f"{prefix}{name}"
+            value = (
+                given[full]
+                if given and full in given
+                else _read_parameter(plan, full, parameter.shape)
+            )
             meta.append((owner, leaf, parameter))
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
         yield

@@ -18,7 +18,7 @@ _SUM = 16  # hex digits of the checksum
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    text = json.dumps(record, ensure_ascii=False).encode()
+    text = json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass")
     return hashlib.sha256(text).hexdigest()[:_SUM].encode() + b" " + text + b"\n"
 
 

@@ -80,12 +80,12 @@ class RunLog:
             "event": event,
             **facts,
         }
-        with disk(self._path.parent):
+        with disk(self._path):
             self._opened(self._path).write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _opened(self, path: Path) -> IO[Any]:
         if self._file is None:
-            self._file = path.open(self._mode, encoding="utf-8", buffering=1)
+            self._file = path.open(self._mode, encoding="utf-8", errors="replace", buffering=1)
         return self._file
 
     def start(self, recipe: Recipe, run: SavedRun, device: torch.device) -> None:

@@ -101,6 +101,8 @@ class RescaledReader(ReaderView):
 
     def _codes(self, name: str) -> int:
         """The largest code of a linear's grid; 0 where it is not quantized."""
-        names = (name,) if name != self._architecture.head else (name, "lm_head")
         recipe = self._recipe
-        return recipe.weights_of(*names).spec.max_code if recipe.selects(*names) else 0
+        if name == self._architecture.head:
+            weights = recipe.head_weights(name, "lm_head")
+            return 0 if weights is None else weights.spec.max_code
+        return recipe.weights_of(name).spec.max_code if recipe.selects(name) else 0

@@ -21,6 +21,7 @@ from llmquant.algorithms import (
 from llmquant.errors import QuantizationError
 from llmquant.models.experts import UNSEEN, place_of
 from llmquant.quantization.plan import Progress, WalkPlan
+from llmquant.quantization.steps.embedding import rounded_embedding
 from llmquant.records import ModuleReport
 from llmquant.runtime.memory import peak_resident_bytes
 from llmquant.spec import QuantSpec
@@ -43,8 +44,10 @@ class Rounding:
         self._on_progress = on_progress
 
     def announce(self, index: int, module: str) -> None:
-        """``module`` of the block ``index`` is being worked on; the head follows the blocks."""
-        self._on_progress(Progress(index, self.plan.total, module))
+        """``module`` of the block ``index`` is being worked on; the head follows the blocks, and
+        the embeddings (-1) are before them."""
+        first = self.plan.embedding is not None
+        self._on_progress(Progress(index + first, self.plan.total, module))
 
     def original(self, name: str, scaled: Mapping[str, Tensor] | None = None) -> Tensor:
         """A linear's float32 weight ``[out, in]`` as rounding starts from it: from the checkpoint,
@@ -52,6 +55,15 @@ class Rounding:
         if scaled is not None and f"{name}.weight" in scaled:
             return scaled[f"{name}.weight"]
         return self.plan.reader.read(f"{name}.weight").to(self.plan.device, torch.float32)
+
+    def embedding(self, name: str) -> dict[str, Rounded]:
+        """The token embeddings, rounded to nearest."""
+
+        def one(name: str) -> Rounded:
+            self.announce(-1, name)
+            return rounded_embedding(self.plan, name)
+
+        return self.plan.world.scatter_gather([name], one)
 
     def nearest(
         self,

@@ -82,8 +82,9 @@ async def plan_completion(service: Service, request: CompletionRequest) -> Plan:
     service.gate.check(n * len(prompts), "n")
     choices = []
     for j, ids in enumerate(prompts):
+        place = "prompt" if len(prompts) == 1 else f"prompt.{j}"
         most = service.max_new_tokens(
-            len(ids), request.max_tokens, _COMPLETION_TOKENS, "max_tokens"
+            len(ids), request.max_tokens, _COMPLETION_TOKENS, "max_tokens", place
         )
         choices += [Choice(j * n + i, ids, _choice_sampling(base, i, most)) for i in range(n)]
     _check_supported(service, choices[0].sampling)
@@ -120,7 +121,7 @@ async def plan_chat(service: Service, request: ChatRequest) -> Plan:
     ids = await service.text.encode_chat(request.messages)
     name = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
     requested = request.max_tokens or request.max_completion_tokens
-    most = service.max_new_tokens(len(ids), requested, None, name)
+    most = service.max_new_tokens(len(ids), requested, None, name, "messages")
     base = replace(
         _sampling(service, request),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,

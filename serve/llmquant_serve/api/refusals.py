@@ -34,7 +34,7 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseMode
             code="invalid_json",
         )
     path, error = _meant(errors, body)
-    where = ".".join(map(str, path)) or None
+    where = ".".join(str(part)[:_QUOTED] for part in path) or None
     name, value = str(path[-1]) if path else "body", _value(body, path)
     if error["type"] == "extra_forbidden":
         if name in UNSUPPORTED:

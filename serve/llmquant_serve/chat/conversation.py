@@ -18,7 +18,7 @@ import gradio as gr
 from llmquant.errors import LlmquantError
 from llmquant_serve.chat.events import UNLIMITED, UNQUEUED, notice, visitor
 from llmquant_serve.chat.replies import reply
-from llmquant_serve.chat.settings import sampling_of, with_system
+from llmquant_serve.chat.settings import EXAMPLES, sampling_of, with_system
 from llmquant_serve.chat.transcript import transcript
 from llmquant_serve.chat.visitors import Runs
 from llmquant_serve.service import Service
@@ -33,39 +33,45 @@ Turn = dict[str, str]
 
 def chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
     """The widgets of the tab, and what happens when they are used."""
-    chat = gr.HTML(transcript([]), elem_id="chat")
+    chat = gr.HTML(transcript([], service.model), elem_id="chat")
     turns, exported = gr.State([]), gr.Textbox(visible="hidden")
-    status = gr.Markdown("", elem_id="status")
-    with gr.Row():
+    with gr.Row(elem_id="examples", elem_classes="examples"):
+        examples = [gr.Button(text, size="sm", min_width=120) for text in EXAMPLES]
+    with gr.Row(elem_id="composer"):
         box = gr.Textbox(
             show_label=False,
-            placeholder="Type a message",
+            container=False,
+            placeholder=f"Message {service.model}",
             scale=6,
             min_width=120,
+            max_lines=8,
             elem_id="box",
             autofocus=True,
         )
-        send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
-        stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
-    with gr.Row():
-        regenerate = gr.Button("Regenerate", size="sm", min_width=100, elem_id="regenerate")
-        clear = gr.Button("Clear", size="sm", min_width=100, elem_id="clear")
-        export = gr.Button("Export", size="sm", min_width=100, elem_id="export")
+        stop = gr.Button("Stop", variant="stop", scale=0, min_width=80, elem_id="stop")
+        send = gr.Button("Send", variant="primary", scale=0, min_width=80, elem_id="send")
+    with gr.Row(elem_id="below"):
+        status = gr.HTML("", elem_id="status")
+        regenerate = gr.Button("Regenerate", size="sm", scale=0, min_width=90, elem_id="regenerate")
+        clear = gr.Button("Clear", size="sm", scale=0, min_width=60, elem_id="clear")
+        export = gr.Button("Export", size="sm", scale=0, min_width=60, elem_id="export")
     talk = Conversation(service, runs)
-    outputs = [box, chat, status, turns]
     running: list[Any] = [
-        event(ready, [box], None, **UNQUEUED)
-        .then(ask, [box, turns], [box, chat], **UNQUEUED)
-        .then(talk.answer, [turns, *settings], outputs, **UNLIMITED)
-        for event, ready, ask in (
-            (send.click, talk.make_way, talk.ask),
-            (box.submit, talk.make_way, talk.ask),
-            (regenerate.click, talk.stop_reply, talk.ask_again),
+        event(ready, [said], None, **UNQUEUED)
+        .then(ask, [said, turns], [box, chat, status], **UNQUEUED)
+        .then(talk.answer, [turns, *settings], [box, chat, status, turns], **UNLIMITED)
+        for event, said, ready, ask in (
+            (send.click, box, talk.make_way, talk.ask),
+            (box.submit, box, talk.make_way, talk.ask),
+            (regenerate.click, box, talk.stop_reply, talk.ask_again),
+            *((example.click, example, talk.make_way, talk.ask_example) for example in examples),
         )
     ]
+    for ended in running:
+        ended.then(talk.settle, [turns], [chat], **UNQUEUED)
     stop.click(talk.stop, [box, turns], [box, chat], **UNQUEUED)
     clear.click(talk.stop_reply, [box], None, cancels=running, **UNQUEUED).then(
-        lambda: (transcript([]), "", []), None, [chat, status, turns], **UNQUEUED
+        lambda: (transcript([], service.model), "", []), None, [chat, status, turns], **UNQUEUED
     )
     export.click(_exported, [turns, settings[0]], exported, **UNQUEUED).then(
         None, [exported], None, js=_EXPORT, api_visibility="private"
@@ -106,33 +112,51 @@ class Conversation:
         await self.stop_reply(request, text)
         if asked is None:
             return gr.skip(), gr.skip()
-        return text or _unsent(asked.turns, turns), transcript(turns)
+        return text or _unsent(asked.turns, turns), self._transcript(turns)
 
     async def ask(
         self, request: gr.Request, text: str | None, turns: list[Turn]
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, Any]:
         """The message of the box is on its way."""
         if not text or not text.strip():
-            return gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip()
         self.asked[visitor(request)] = asked = Asked([*turns, {"role": "user", "content": text}])
-        return "", transcript(asked.turns)
+        return "", self._transcript(asked.turns, busy=True), ""
+
+    async def ask_example(
+        self, request: gr.Request, text: str | None, turns: list[Turn]
+    ) -> tuple[Any, Any, Any]:
+        """The same with an example; what is in the box stays there."""
+        _, shown, status = await self.ask(request, text, turns)
+        return gr.skip(), shown, status
 
     async def ask_again(
         self, request: gr.Request, _: str | None, turns: list[Turn]
-    ) -> tuple[Any, str]:
+    ) -> tuple[Any, str, Any]:
         """The last message of the conversation is on its way."""
         while turns and turns[-1]["role"] != "user":
             turns = turns[:-1]
         if turns:
             self.asked[visitor(request)] = Asked(turns)
-        return gr.skip(), transcript(turns)
+        return gr.skip(), self._transcript(turns, busy=bool(turns)), ""
+
+    async def settle(self, request: gr.Request, turns: list[Turn]) -> Any:
+        """A reply has ended, by itself or by Stop: nothing is being written any more."""
+        if visitor(request) in self.asked or self.runs.running(visitor(request)):
+            return gr.skip()
+        return self._transcript(turns)
+
+    def _transcript(self, turns: list[Turn], *, busy: bool = False) -> str:
+        return transcript(turns, self.service.model, busy=busy)
 
     async def answer(
         self, request: gr.Request, turns: list[Turn], system: str, *numbers: float
-    ) -> AsyncGenerator[tuple[Any, str, str, list[Turn]], None]:
+    ) -> AsyncGenerator[tuple[Any, Any, Any, Any], None]:
         """The reply into the chat and its status line, as it grows."""
         who = visitor(request)
         asked = self.asked.get(who)
+        # Gradio empties the outputs of a generator that ends without giving anything.
+        yield gr.skip(), gr.skip(), gr.skip(), gr.skip()
         if asked is None or asked.taken:
             return
         asked.taken = True
@@ -142,9 +166,10 @@ class Conversation:
                 async for now in growing:
                     self._arrived(who, asked)
                     longer = [*asked.turns, {"role": "assistant", "content": now.text}]
-                    yield gr.skip(), transcript(longer), now.status, longer
+                    shown = self._transcript(longer, busy=not now.finished)
+                    yield gr.skip(), shown, now.status, longer
         except LlmquantError as e:
-            yield _unsent(asked.turns, turns), transcript(turns), "", turns
+            yield _unsent(asked.turns, turns), self._transcript(turns), "", turns
             raise notice(e) from e
         finally:
             self._arrived(who, asked)

@@ -1,13 +1,16 @@
-"""What the page's events have in common: how Gradio queues them, whose they are, how they fail."""
+"""What the page's tabs have in common: how Gradio queues their events, whose they are, how they
+fail."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import gradio as gr
 
 from llmquant.errors import LlmquantError
+from llmquant_serve.chat.visitors import Runs
 
 # "multiple": Gradio drops an event of its own accord while the one before it is still ending.
 _QUIET: dict[str, Any] = {
@@ -25,5 +28,15 @@ def visitor(request: gr.Request) -> str:
 
 
 def notice(e: LlmquantError) -> gr.Error:
-    """An error as a notice of the page, which takes its text for HTML."""
-    return gr.Error(html.escape(str(e), quote=False))
+    """An error as a notice of the page, which takes its text for HTML. A refused message is no
+    fault of the server, and the engine logs its own faults: no traceback here."""
+    return gr.Error(html.escape(str(e), quote=False), print_exception=False)
+
+
+def stopper(runs: Runs[Any]) -> Callable[[gr.Request], Coroutine[Any, Any, None]]:
+    """What ends everything that a visitor has running."""
+
+    async def stop_runs(request: gr.Request) -> None:
+        runs.stop(visitor(request))
+
+    return stop_runs

@@ -8,6 +8,14 @@ import gradio as gr
 
 from llmquant_serve.engines.base import Sampling
 
+# What a visitor may ask with one click: things that people know the answer of, short and long.
+EXAMPLES = (
+    "What is the capital of France?",
+    "Write a Python function that reverses a string.",
+    "Explain gravity to a child in three sentences.",
+    "Write a short poem about the sea.",
+)
+
 
 def settings_panel() -> list[gr.components.Component]:
     """System prompt and sampling parameters, folded away."""

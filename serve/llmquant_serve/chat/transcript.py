@@ -12,20 +12,6 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 
-CSS = """
-#chat { height: 50vh; overflow-y: auto; display: flex; flex-direction: column-reverse; }
-#chat .turn { display: flex; margin: .5em 0; gap: .4em; align-items: flex-start; }
-#chat .turn.user { justify-content: flex-end; }
-#chat .message { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 85%; padding: .5em .8em;
-  border-radius: 10px; background: var(--background-fill-secondary); min-height: 1em; }
-#chat .user .message { background: var(--color-accent-soft); }
-#chat code { font-family: var(--font-mono); background: none; padding: 0; white-space: pre-wrap; }
-#chat code.block { display: inline-block; width: 100%; background: var(--background-fill-primary);
-  border-radius: 6px; }
-#chat button.copy { font-size: .75em; opacity: .5; border: none; background: none; cursor: pointer; }
-#chat button.copy:hover { opacity: 1; }
-"""
-
 # What is set differently: fenced code (perhaps still being written), code in a line, strong text.
 _STYLED = re.compile(
     r"(?P<block>^ {0,3}(?P<fence>```+|~~~+)[^\n]*\n(?:.*?^ {0,3}(?P=fence)[`~]*[ \t]*$|.*\Z))"
@@ -33,20 +19,30 @@ _STYLED = re.compile(
     r"|(?P<strong>\*\*(?=\S)[^\n*]+(?<=\S)\*\*|^ {0,3}#{1,6} [^\n]+)",
     re.MULTILINE | re.DOTALL,
 )
-_TAGS = {
-    "block": ('<code class="block">', "</code>"),
-    "code": ("<code>", "</code>"),
-    "strong": ("<strong>", "</strong>"),
+# The same parts as sign, inside and sign.
+_SIGNS = {
+    "block": re.compile(
+        r"([^\n]*\n)(.*?)((?:^ {0,3}(?:```+|~~~+)[ \t]*\Z)?)", re.MULTILINE | re.DOTALL
+    ),
+    "code": re.compile(r"(`+)(.*?)(`+)", re.DOTALL),
+    "strong": re.compile(r"(\*\*| {0,3}#{1,6} )(.*?)((?:\*\*)?)", re.DOTALL),
 }
-_COPY = (
-    '<button class="copy" title="Copy" '
-    "onclick=\"navigator.clipboard.writeText(this.parentElement.querySelector('.message').textContent)\">Copy</button>"
-)
+_COPY = '<button class="copy" type="button" title="Copy this text">Copy</button>'
+_EMPTY = """<div class="empty"><h2>Ask {name} something</h2>
+<p>Type a message below, or begin with an example.</p></div>"""
+_WAITING = '<div class="turn bot waiting" title="Reading the message"><i></i><i></i><i></i></div>'
 
 
-def transcript(turns: Sequence[Mapping[str, str]]) -> str:
-    """The messages of a conversation, oldest first."""
-    return f'<div class="turns">{"".join(map(_turn, turns))}</div>'
+def transcript(turns: Sequence[Mapping[str, str]], name: str, *, busy: bool = False) -> str:
+    """The messages of a conversation, oldest first; without any, what to do.
+
+    Args:
+        name: of the model.
+        busy: a reply is on its way.
+    """
+    shown = "".join(map(_turn, turns)) or _EMPTY.format(name=html.escape(name))
+    waiting = _WAITING if busy and turns[-1]["role"] == "user" else ""
+    return f'<div class="turns" role="log" aria-busy="{str(busy).lower()}">{shown}{waiting}</div>'
 
 
 def _turn(turn: Mapping[str, str]) -> str:
@@ -59,7 +55,18 @@ def styled(text: str) -> str:
     """A text as HTML; without its tags it is the escaped text."""
     out, end = [], 0
     for match in _STYLED.finditer(text):
-        before, after = _TAGS[next(kind for kind in _TAGS if match[kind] is not None)]
-        out += [html.escape(text[end : match.start()]), before, html.escape(match[0]), after]
+        kind = next(kind for kind in _SIGNS if match[kind] is not None)
+        out += [html.escape(text[end : match.start()]), _set(kind, match[0])]
         end = match.end()
     return "".join([*out, html.escape(text[end:])])
+
+
+def _set(kind: str, text: str) -> str:
+    """A part that is set differently, the signs at its ends fainter than what they enclose."""
+    signs = _SIGNS[kind].fullmatch(text)
+    assert signs is not None
+    before, inner, after = (html.escape(part) for part in signs.groups())
+    tag = "strong" if kind == "strong" else "code"
+    attribute = ' class="block"' if kind == "block" else ""
+    parts = (f'<span class="sign">{before}</span>', inner, f'<span class="sign">{after}</span>')
+    return f"<{tag}{attribute}>{''.join(parts)}</{tag}>"

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Generic, TypeVar
-
-from llmquant_serve.generation.merge import merged
 
 T = TypeVar("T")
 _PACE_SECONDS = 0.1  # a page that is redrawn for every token has no time left for a click
@@ -58,6 +56,10 @@ class Runs(Generic[T]):
         for task in list(self._tasks.get(visitor, ())):
             task.cancel()
 
+    def running(self, visitor: str) -> bool:
+        """Whether a visitor has something running that nothing has stopped."""
+        return any(not task.cancelling() for task in self._tasks.get(visitor, ()))
+
     def _forget(self, visitor: str, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             task.exception()  # asyncio reports errors that nobody asked for; a visitor may be gone
@@ -72,14 +74,3 @@ async def _forward(
     async with aclosing(work):
         async for item in work:
             news.put_nowait(item)
-
-
-async def together(
-    works: Sequence[AsyncGenerator[T, None]],
-) -> AsyncGenerator[list[T | None], None]:
-    """Several generators side by side: the latest of each, whenever one has something new."""
-    latest: list[T | None] = [None] * len(works)
-    async with aclosing(merged(works)) as items:
-        async for index, item in items:
-            latest[index] = item
-            yield list(latest)

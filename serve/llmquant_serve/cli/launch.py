@@ -41,11 +41,12 @@ def launch(served: ModelOptions, limits: Limits, binding: Binding, reference: st
 
     # The socket comes before the model: a port that is taken should not cost the time of loading.
     with bound_socket(binding) as listening:
-        original = None
+        original = folder = None
         if reference is not None:
             compared = ModelOptions(
                 model=reference, dtype=served.dtype, device=served.device, context=served.context
             )
             original = build_service(compared, Limits(max_streams=2))
+            folder = llmquant.resolve(reference)
         service = build_service(served, limits)
-        run(service, binding, listening, original, llmquant.resolve(served.model))
+        run(service, binding, listening, original, llmquant.resolve(served.model), folder)

@@ -1,4 +1,4 @@
-"""The options of both commands, each written once. Their defaults stand in the commands."""
+"""The options of both commands, each written once. Their defaults are in the commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub name, quantized or not.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Model folder or hub name, quantized or not.", metavar="MODEL")
+]
 
 # The model and what runs it.
 EngineOption = Annotated[

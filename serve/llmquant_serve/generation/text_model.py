@@ -46,7 +46,10 @@ class TextModel:
             TextError: the text is not Unicode or has no tokens.
         """
         check_text(text, parameter)
-        ids = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=special)
+        # verbose: transformers warns of a text longer than the context; the server refuses it.
+        ids = await asyncio.to_thread(
+            self.tokenizer.encode, text, add_special_tokens=special, verbose=False
+        )
         return self.checked(ids, parameter)
 
     async def encode_chat(

@@ -1,0 +1,1 @@
+"""From paired results to a decision: may the candidate replace the baseline?"""

@@ -1,0 +1,86 @@
+"""Scores item by item: what two models are compared by, wherever it was measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, Field, ValidationError
+
+from llmquant.errors import UsageError
+from llmquant_eval.report.results import Finite, Sha256, Strict
+
+
+class Item(Strict):
+    """One item.
+
+    Attributes:
+        id: the same in every result of these items.
+        group: items of one group (a document, a conversation) are not independent.
+        scores: metric → score; 1 and 0 are right and wrong.
+        prompt, answer: for people.
+    """
+
+    id: str
+    group: str | None = None
+    scores: dict[str, Finite]
+    prompt: str | None = None
+    answer: str | None = None
+
+
+class ItemResults(Strict):
+    """One model's scores on a set of items.
+
+    Attributes:
+        model: what is compared.
+        data: where the items come from.
+        lower_is_better: metrics of which less is better.
+        notes: what was left out, and why.
+    """
+
+    schema_version: Literal[1] = 1
+    kind: Literal["items"] = "items"
+    created: AwareDatetime | None = None
+    model: str
+    data: str
+    data_sha256: Sha256 | None = None
+    lower_is_better: tuple[str, ...] = ()
+    items: tuple[Item, ...] = Field(min_length=1)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1, exclude_none=True) + "\n"
+
+
+def validated(raw: dict[str, Any], source: Path) -> ItemResults:
+    """Results from what their JSON says.
+
+    Raises:
+        UsageError: something else, a score that is no number, an id that two items have; names the
+            item and the field.
+    """
+    try:
+        results = ItemResults.model_validate(raw)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise UsageError(f"{source}: {_place(raw, first['loc'])}: {first['msg']}") from e
+    check_ids(results, source)
+    return results
+
+
+def check_ids(results: ItemResults, source: Path | str) -> None:
+    """Raises UsageError for an id that two items have."""
+    name, count = Counter(item.id for item in results.items).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{source}: item {name!r} is there more than once; ids must be unique")
+
+
+def _place(raw: dict[str, Any], where: tuple[int | str, ...]) -> str:
+    """A place in the file as a person finds it: an item by its id."""
+    items = raw.get("items")
+    if len(where) > 1 and where[0] == "items" and isinstance(where[1], int):
+        item = items[where[1]] if isinstance(items, list) else None
+        name = item.get("id") if isinstance(item, dict) else None
+        return f"item {name or where[1]}: {'.'.join(map(str, where[2:]))}"
+    return ".".join(map(str, where))

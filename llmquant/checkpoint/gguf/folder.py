@@ -1,0 +1,299 @@
+"""A GGUF file written as an ordinary model folder: what ``llmquant import`` does.
+
+Tensor by tensor: one is dequantized, put in the folder's order, rounded to the folder's dtype and
+written, before the next is read. Then the folder is read back and every tensor compared with what
+was to be written, and it gets its name.
+
+The numbers are those of the file. They were rounded once, so a model that is quantized again starts
+from weights that lie near another 4-bit lattice (or whatever the file's types have), and not from
+those that were trained; the card says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmquant.checkpoint.atomic import check_destination, refuse_source
+from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
+from llmquant.checkpoint.gguf.config import describe, generation_config
+from llmquant.checkpoint.gguf.header import GgufModel, read_gguf
+from llmquant.checkpoint.gguf.names import Placed, places
+from llmquant.checkpoint.gguf.tokenizer import save_tokenizer
+from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
+from llmquant.checkpoint.writer import CheckpointWriter
+from llmquant.errors import CheckpointError, LayoutError, ProofError, UsageError
+from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype
+
+OnProgress = Callable[[str, int, int], None]
+FLOATS = frozenset({"F32", "F16", "BF16"})
+
+
+def _nothing(phase: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class FolderOptions:
+    """How to import.
+
+    Attributes:
+        dtype: of the folder's tensors; ``auto`` is bfloat16 where the file has bfloat16 matrices,
+            float32 where all of them are float32, else float16.
+        overwrite: replace an existing model folder.
+        max_shard_size: bytes per file.
+    """
+
+    dtype: str | None = AUTO
+    overwrite: bool = False
+    max_shard_size: int = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ImportResult:
+    """What came out.
+
+    Attributes:
+        scheme: of linears that were kept packed; None where none was.
+        types: GGUF type → how many tensors of the file have it.
+        notes: what people should know.
+    """
+
+    path: Path
+    model_type: str
+    dtype: str
+    scheme: str | None
+    types: Mapping[str, int]
+    tensors: int
+    parameters: int
+    source_bytes: int
+    bytes_written: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GgufSource:
+    """A file, understood: everything that can be refused has been.
+
+    Attributes:
+        config: transformers' config object.
+        architectures: the name of transformers' class.
+    """
+
+    model: GgufModel
+    placed: Placed
+    config: Any
+    architectures: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GgufSource:
+    """Read a file's header and bring it together with transformers' model.
+
+    Raises:
+        UsageError, CheckpointError, LayoutError: see the modules of this folder.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = read_gguf(Path(path))
+    described = describe(model)
+    try:
+        config = AutoConfig.for_model(**described.config)
+        with init_empty_weights(include_buffers=False):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except CONFUSED as e:
+        raise LayoutError(
+            f"{model.path}: its metadata makes no {described.model_type} model: {first_line(e)}"
+        ) from e
+    placed = places(model, empty)
+    return GgufSource(model, placed, config, (type(empty).__name__,), described.notes)
+
+
+def write_folder(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: FolderOptions | None = None,
+    on_progress: OnProgress = _nothing,
+) -> ImportResult:
+    """Write a GGUF file as a model folder.
+
+    Args:
+        source: the file, or any of its shards.
+        output: folder to make; appears whole, after its proof, or not at all.
+        on_progress: called with ``writing`` or ``proving``, tensors done, and all of them.
+
+    Raises:
+        UsageError: no such file, a destination that exists, a dtype that is none or too small.
+        LayoutError: an architecture, type or scaling that is not imported.
+        CheckpointError: a damaged or incomplete file.
+        ProofError: what was written is not what was read.
+    """
+    options = options or FolderOptions()
+    destination = Path(os.path.abspath(output))
+    check_destination(destination, options.overwrite)
+    found = open_gguf(source)
+    refuse_source(destination, found.model.path.absolute())
+    dtype = parse_dtype(options.dtype, auto=ChosenDtype(_own_dtype(found.model))).dtype
+    with CheckpointWriter(
+        destination, max_shard_size=options.max_shard_size, overwrite=options.overwrite
+    ) as writer:
+        digests = write_weights(found, dtype, writer, on_progress)
+        writer.finish_weights()
+        notes = write_beside(found, dtype, writer)
+        writer.write_text("README.md", card(found))
+        prove_weights(CheckpointReader(writer.partial), digests, on_progress)
+        writer.publish()
+    return told(found, Path(output), dtype, writer, (*found.notes, *notes))
+
+
+def told(
+    found: GgufSource,
+    path: Path,
+    dtype: torch.dtype,
+    writer: CheckpointWriter,
+    notes: tuple[str, ...],
+    scheme: str | None = None,
+) -> ImportResult:
+    """The result of a run that wrote a folder."""
+    return ImportResult(
+        path=path,
+        model_type=found.placed.model_type,
+        dtype=str(dtype).removeprefix("torch."),
+        scheme=scheme,
+        types=dict(Counter(t.kind for t in found.model.tensors.values())),
+        tensors=len(found.model.tensors),
+        parameters=sum(len(p.names) * int(np.prod(p.shape)) for p in found.placed.places),
+        source_bytes=sum(f.stat().st_size for f in found.model.files),
+        bytes_written=writer.total_bytes,
+        notes=notes,
+    )
+
+
+def _own_dtype(model: GgufModel) -> torch.dtype:
+    kinds = {t.kind for t in model.tensors.values() if len(t.shape) > 1}
+    if "BF16" in kinds:
+        return torch.bfloat16
+    return torch.float32 if kinds == {"F32"} else torch.float16
+
+
+def write_weights(
+    found: GgufSource,
+    dtype: torch.dtype,
+    writer: CheckpointWriter,
+    on_progress: OnProgress,
+    but: frozenset[str] = frozenset(),
+) -> dict[str, str]:
+    """Write every tensor but some; returns the sha256 of each by its name.
+
+    Raises:
+        UsageError: a number that is infinite in the dtype.
+        CheckpointError: one that is not finite in the file.
+    """
+    digests: dict[str, str] = {}
+    for done, place in enumerate(found.placed.places):
+        on_progress("writing", done, len(found.placed.places))
+        if place.tensor.name in but:
+            continue
+        for name, values in found.placed.read(place):
+            tensor = _rounded(found, name, values, dtype)
+            digests[name] = sha256_tensor(tensor)
+            writer.add(name, tensor)
+    return digests
+
+
+def _rounded(found: GgufSource, name: str, values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    exact = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+    tensor = exact.to(dtype)
+    if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(exact).all()):
+            raise CheckpointError(
+                f"{found.model.path} is damaged: {name} holds numbers that are not finite; fetch it again"
+            )
+        raise UsageError(
+            f"{found.model.path}: {name} has numbers up to {float(exact.abs().max()):g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; use --dtype bfloat16"
+        )
+    return tensor
+
+
+def write_beside(
+    found: GgufSource,
+    dtype: torch.dtype,
+    writer: CheckpointWriter,
+    quantization: Mapping[str, Any] | None = None,
+) -> tuple[str, ...]:
+    """config.json, generation_config.json and the tokenizer's files; returns notes."""
+    config = json.loads(found.config.to_json_string(use_diff=True))
+    config.pop("_name_or_path", None)
+    config |= {"architectures": list(found.architectures)}
+    config |= {"dtype": str(dtype).removeprefix("torch.")}
+    # A difference to a class's defaults leaves out what is None here and a number there.
+    config |= {
+        f"{k}_token_id": getattr(found.config, f"{k}_token_id") for k in ("bos", "eos", "pad")
+    }
+    config |= {"tie_word_embeddings": bool(found.config.tie_word_embeddings)}
+    config |= {"quantization_config": dict(quantization)} if quantization else {}
+    writer.write_json("config.json", config)
+    writer.write_json("generation_config.json", generation_config(found.model))
+    with tempfile.TemporaryDirectory() as folder:
+        notes = save_tokenizer(found.model, found.config, Path(folder))
+        writer.copy_side_files(Path(folder))
+    return notes
+
+
+def prove_weights(
+    written: CheckpointReader,
+    digests: Mapping[str, str],
+    on_progress: OnProgress,
+    but: frozenset[str] = frozenset(),
+) -> None:
+    """Compare what lies on disk with what was to be written, tensor by tensor.
+
+    Raises:
+        ProofError: naming what differs.
+    """
+    names = written.tensors.keys() - but
+    if names != digests.keys():
+        odd = sorted(names ^ digests.keys())
+        raise ProofError(f"{written.path} holds other tensors than were written: {odd[0]}")
+    for done, (name, digest) in enumerate(digests.items()):
+        on_progress("proving", done, len(digests))
+        if sha256_tensor(written.read(name)) != digest:
+            raise ProofError(f"{written.path}: tensor {name} is not what was written")
+
+
+def card(found: GgufSource) -> str:
+    """README.md: where the numbers come from, and the file's licence."""
+    import yaml
+
+    said = found.model.metadata
+    head = front_matter(found)
+    front = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n" if head else ""
+    counts = Counter(t.kind for t in found.model.tensors.values() if len(t.shape) > 1)
+    types = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+    name = said.get("general.name") or found.model.path.stem
+    text = f"# {name}\n\nImported from `{found.model.path.name}` with llmquant; its matrices are {types}.\n"
+    if counts.keys() - FLOATS:
+        text += (
+            "\nThese weights were quantized before. They lie near the file's own lattice of a few bits, so what a further\n"
+            "quantization costs is measured against them, and not against the model that was trained.\n"
+        )
+    return front + text
+
+
+def front_matter(found: GgufSource) -> dict[str, Any]:
+    """What a card says for machines, as far as the file says it."""
+    said = found.model.metadata
+    head = {"license": said.get("general.license"), "language": said.get("general.languages")}
+    return {k: v for k, v in head.items() if v}

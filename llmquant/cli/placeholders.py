@@ -1,0 +1,39 @@
+"""The word that ``--help`` shows for a value: ``--nsamples N``, ``--output PATH``, ``MODEL``.
+
+Without one, typer shows Python's type (``<int>``, ``<list[str]>``), which says nothing to a user.
+A better word is given where the option is (``metavar=``); what has none gets one by its type, so
+that no command can forget it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+from typer.models import ArgumentInfo, OptionInfo
+
+_WORDS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def name_values(app: typer.Typer) -> None:
+    """Give every argument and option of the app's commands a word for its value. Flags have none,
+    and choices show what can be chosen."""
+    for command in app.registered_commands:
+        if command.callback is None:
+            continue
+        hints = get_type_hints(command.callback, include_extras=True)
+        command.callback.__annotations__ = hints  # typer reads the same objects, not new ones
+        for parameter, hint in hints.items():
+            for extra in getattr(hint, "__metadata__", ()):
+                if isinstance(extra, OptionInfo | ArgumentInfo) and extra.metavar is None:
+                    argument = isinstance(extra, ArgumentInfo)
+                    extra.metavar = parameter.upper() if argument else _word(get_args(hint)[0])
+
+
+def _word(kind: Any) -> str | None:
+    """The word for a type, for the type within ``list[…]`` and beside ``None``."""
+    if get_origin(kind) in (list, Union) or hasattr(kind, "__args__"):
+        words = (_word(inner) for inner in get_args(kind) if inner is not type(None))
+        return next(words, None)
+    return _WORDS.get(kind)

@@ -1,0 +1,1 @@
+"""Token embeddings looked up in packed rows."""

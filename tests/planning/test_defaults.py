@@ -1,0 +1,166 @@
+"""The recipe of a model for which none is named: the rule, and what commands make of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from children import Run
+
+from llmquant.planning import defaults
+from llmquant.planning.costs import Cost, SizeClass, size_classes
+from llmquant.planning.defaults import CANDIDATES, choose
+from llmquant.recipe import Recipe, load_recipe, shipped
+
+
+def measured(**kl: float) -> SizeClass:
+    costs = {name.replace("_", "-"): Cost(4.0, value, 1 + value, 9.0) for name, value in kl.items()}
+    return SizeClass("some", None, "a model", "some text", "a file", costs)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kl", "chosen"),
+    [
+        pytest.param(
+            "compressed-tensors",
+            {"gptq_w4g128": 0.02, "gptq_w4g32_asym": 0.01},
+            "gptq-w4g128",
+            id="close enough",
+        ),
+        pytest.param(
+            "compressed-tensors",
+            {"gptq_w4g128": 0.03, "gptq_w4g64_asym": 0.02, "gptq_w4g32_asym": 0.01},
+            "gptq-w4g64-asym",
+            id="the smallest that is",
+        ),
+        pytest.param(
+            "compressed-tensors",
+            {"gptq_w4g128": 0.3, "gptq_w4g32": 0.2, "gptq_w4g32_asym": 0.1},
+            "gptq-w4g32-asym",
+            id="the closest",
+        ),
+        pytest.param(
+            "gptq",
+            {"gptq_w4g128": 0.3, "gptq_w4g32": 0.2, "gptq_w4g32_asym": 0.1},
+            "gptq-w4g32",
+            id="vLLM has no zero-points in gptq",
+        ),
+        pytest.param("compressed-tensors", {}, "gptq-w4g128", id="not measured"),
+        pytest.param(
+            "compressed-tensors",
+            {"gptq_w4g64_asym": 0.3, "rtn_w4g128": 0.0},
+            "gptq-w4g64-asym",
+            id="one that is no candidate",
+        ),
+    ],
+)
+def test_the_rule(
+    layout: str, kl: dict[str, float], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(defaults, "class_of", lambda _: measured(**kl))
+    assert choose(1, layout).name == chosen
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        (1, "toy"),
+        (20_000_000, "small"),
+        (999_999_999, "small"),
+        (10**9, "large"),
+        (10**12, "large"),
+    ],
+    ids=["toy", "from 20 million", "below a billion", "a billion", "huge"],
+)
+def test_every_size_has_a_class(parameters: int, name: str) -> None:
+    assert choose(parameters, "compressed-tensors").size_class.name == name
+
+
+def test_the_table_is_about_shipped_recipes() -> None:
+    classes = size_classes()
+    assert classes[-1].below is None
+    limits = [c.below for c in classes[:-1] if c.below is not None]
+    assert limits == sorted(limits)
+    for c in classes:
+        assert set(c.costs) <= set(shipped())
+        assert bool(c.costs) == bool(c.model) == bool(c.source)
+    assert set(CANDIDATES) <= set(shipped())
+
+
+def test_the_default_of_a_toy_is_stored_as_before() -> None:
+    assert choose(1, "compressed-tensors").recipe == Recipe()
+    assert Recipe().updated({"description": ""}) == load_recipe("gptq-w4g128").updated(
+        {"description": ""}
+    )
+
+
+def test_a_model_without_a_recipe(run: Run, model: Path, text: Path) -> None:
+    """quantize does what plan and --explain say."""
+    asked = ("--calibration", f"file:{text}", "--nsamples", "4", "--seqlen", "32")
+    explained = json.loads(run("plan", model, "--explain", "--json").out)
+    planned = json.loads(run("plan", model, *asked, "--json").out)
+    ran = run("quantize", model, "-o", "out", *asked)
+    assert (ran.code, explained["recipe"], planned["chosen_recipe"]) == (0, *("gptq-w4g128",) * 2)
+    assert f"recipe gptq-w4g128, chosen for {explained['reason']}" in ran.err
+    stored = load_recipe("out/recipe.yaml")
+    assert (stored.method, stored.description) == ("gptq", "")
+
+
+def test_a_small_model_gets_what_the_table_says(
+    run: Run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        defaults, "class_of", lambda _: measured(gptq_w4g128=0.3, gptq_w4g32_asym=0.1)
+    )
+    asked = ("--calibration", f"file:{text}", "--nsamples", "4", "--seqlen", "32")
+    ran = run("quantize", model, "-o", "out", *asked, "--json")
+    assert (ran.code, json.loads(ran.out)["modules"][0]["scheme"]) == (0, "W4 g32 asym")
+    by_hand = run("plan", model, "--bits", "8", "--json")
+    schemes = {m["scheme"] for m in json.loads(by_hand.out)["modules"]}
+    assert schemes == {"W8 g64 sym", "W8 g32 sym"}
+
+
+def test_explain_does_nothing_else(run: Run, model: Path) -> None:
+    ran = run("quantize", model, "-o", "out", "--explain")
+    assert (ran.code, list(Path().iterdir())) == (0, [])
+    for fact in (
+        "gptq-w4g128",
+        "million parameters (toy)",
+        "chosen",
+        "rtn-w4g128",
+        "eval/LEADERBOARD.md",
+    ):
+        assert fact in ran.out
+    gptq = run("plan", model, "--explain", "--format", "gptq")
+    assert "not for gptq: it takes asymmetric weights only as" in " ".join(gptq.out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        pytest.param(
+            ("{m}", "--explain", "--recipe", "rtn-w4g128"), 2, "leave out --recipe", id="a recipe"
+        ),
+        pytest.param(("{m}", "--explain", "--bits", "8"), 2, "leave out --recipe", id="bits"),
+        pytest.param(("{q}", "--explain"), 2, "is already quantized", id="a quantized model"),
+        pytest.param(("nowhere/x/y", "--explain"), 2, "neither a folder nor a hub", id="no model"),
+        pytest.param(("{m}", "--explain", "--format", "x"), 2, "choose one of", id="no format"),
+    ],
+)
+def test_explain_refuses(
+    run: Run, model: Path, quantized: Path, arguments: tuple[str, ...], code: int, told: str
+) -> None:
+    ran = run("plan", *(a.format(m=model, q=quantized) for a in arguments))
+    assert (ran.code, told in ran.err) == (code, True)
+
+
+def test_recipes_say_what_they_cost(run: Run) -> None:
+    listed = run("recipes").out
+    assert "toy: KL 0.012, perplexity x1.012" in listed
+    assert "large" not in listed.partition("Sizes of models")[0]
+    assert "from 1 billion parameters: not measured here" in listed
+    told = json.loads(run("recipes", "--json").out)
+    assert told["gptq-w4g128"]["costs"]["toy"]["kl"] == 0.012
+    assert told["gptq-w4g128"]["costs"]["large"] is None
+    assert told["gptq-w4g128"]["description"] == load_recipe("gptq-w4g128").description
