@@ -114,6 +114,14 @@ def built(kind: str, folder: Path, **changes: Any) -> str | None:
     return None
 
 
+def found(kind: str) -> Outcome:
+    """The outcome, whatever happens: a kind that fails other than by an error of ours is wrong."""
+    try:
+        return outcome_of(kind)
+    except Exception as e:  # noqa: BLE001 - this is what the sweep looks for
+        return Outcome(kind, wrong=(f"fails: {e!r}"[:200].replace("|", "/"),))
+
+
 def outcome_of(kind: str, methods: Mapping[str, Mapping[str, Any]] = METHODS) -> Outcome:
     """Quantize a small model of the kind with each method."""
     with tempfile.TemporaryDirectory() as name:
@@ -206,7 +214,7 @@ def page(outcomes: Mapping[str, Outcome]) -> str:
 def main(kinds: list[str], store: Path) -> None:
     known = json.loads(store.read_text()) if store.is_file() else {}
     for kind in () if kinds == ["--page"] else kinds or KINDS:
-        outcome = outcome_of(kind)
+        outcome = found(kind)
         known[kind] = vars(outcome)
         print(
             kind,

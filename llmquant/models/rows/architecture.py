@@ -36,7 +36,7 @@ class Experts:
         inside: path (relative to a block) of the module that holds the router and the list of
             experts.
         gate, up, down: an expert's linears.
-        experts, router: that module's two children.
+        experts: that module's list of them.
         stacked: how the checkpoint keeps them, where it has no matrix for each; the names above are
             then those that engines read packed experts by.
         weighs_inputs: a token's weight multiplies what its experts read, not what they give.
@@ -47,7 +47,6 @@ class Experts:
     up: str
     down: str
     experts: str = "experts"
-    router: str = "gate"
     stacked: Stacked | None = None
     weighs_inputs: bool = False
 
@@ -128,7 +127,3 @@ class Architecture:
             )
             found += [(first.replace("*", e), second.replace("*", e)) for e in experts]
         return found
-
-    def is_router(self, leaf: str) -> bool:
-        """Whether ``leaf`` (relative to a block) chooses experts."""
-        return self.experts is not None and leaf == f"{self.experts.inside}.{self.experts.router}"

@@ -41,7 +41,6 @@ _GRANITE = Experts(
     gate="w1",
     up="w3",
     down="w2",
-    router="router",
     stacked=Stacked("input_linear.weight", "output_linear.weight"),
 )
 _ARIA = Experts(
@@ -49,7 +48,6 @@ _ARIA = Experts(
     gate="gate_proj",
     up="up_proj",
     down="down_proj",
-    router="router",
     stacked=Stacked("experts.fc1.weight", "experts.fc2.weight", transposed=True),
 )
 _GPT_OSS = Experts(
@@ -57,7 +55,6 @@ _GPT_OSS = Experts(
     gate="gate_proj",
     up="up_proj",
     down="down_proj",
-    router="router",
     stacked=Stacked(
         "experts.gate_up_proj", "experts.down_proj", transposed=True, interleaved=True, biased=True
     ),
@@ -67,7 +64,6 @@ _LLAMA4 = Experts(
     gate="gate_proj",
     up="up_proj",
     down="down_proj",
-    router="router",
     stacked=Stacked("experts.gate_up_proj", "experts.down_proj", transposed=True),
     weighs_inputs=True,
 )
