@@ -1,5 +1,5 @@
-"""Every kind of row of the architecture table, end to end: a tiny random checkpoint is quantized, proved,
-loaded and run.
+"""Every kind of row of the architecture table, end to end: a tiny random checkpoint is quantized,
+proved, loaded and run.
 
 The packed model must equal the original with its quantized weights written back as dense numbers,
 on whatever the architecture adds around its linears: biases, fused matrices, soft-capping,
