@@ -4,6 +4,7 @@ dequantization, and of a plain loop in float64."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from children import Run
 from safetensors.torch import load_file, save_file
+from tiny_models import EXAMPLE, TOKENIZER, save
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -99,14 +102,20 @@ def test_fp8_is_read_as_numbers_and_quantized(
     assert (planned.code, "weights are in FP8" in planned.out + planned.err) == (0, True), planned
     out = tmp_path / "q"
     assert run("quantize", folder, "-o", out, *RTN, "--bits", "8").code == 0
+    verified = run("verify", out)
+    assert verified.code == 0, verified
+    assert run("inspect", out).code == 0
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     ids = torch.arange(6, 26).unsqueeze(0)
     with torch.no_grad():
-        original, packed = (
-            load(f, dtype="float32")(ids).logits.log_softmax(-1) for f in (folder, out)
+        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        original, packed, other = (
+            model(ids).logits.log_softmax(-1)
+            for model in (load(folder, dtype="float32"), load(out, dtype="float32"), theirs)
         )
     assert float((original.exp() * (original - packed)).sum(-1).mean()) < 1e-2
+    assert float((packed.exp() * (packed - other)).sum(-1).mean()) < 1e-4
 
 
 def test_blocks_equal_transformers() -> None:
@@ -166,3 +175,48 @@ def test_mxfp4_equals_transformers(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / SINGLE)
     with pytest.raises(LlmquantError, match=r"has no x\.gate_up_proj_scales"):
         as_floats(CheckpointReader(tmp_path))
+
+
+def in_mxfp4(folder: Path) -> None:
+    """Turn the experts of a tiny gpt-oss into MXFP4 blocks and scales, as it is published."""
+    tensors = load_file(folder / SINGLE)
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        grid = (experts, rows, columns // 32)
+        codes = torch.randint(0, 256, (*grid, 16), generator=generator)
+        tensors[f"{name}_blocks"] = codes.byte()
+        tensors[f"{name}_scales"] = torch.randint(120, 123, grid, generator=generator).byte()
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_an_mxfp4_model_is_quantized_proved_and_loaded(tmp_path: Path, run: Run) -> None:
+    source, out = tmp_path / "source", tmp_path / "q"
+    save("gpt_oss", source, vocab_size=4096, bos_token_id=0, intermediate_size=64)
+    for name in TOKENIZER:
+        shutil.copyfile(EXAMPLE / name, source / name)
+    in_mxfp4(source)
+    seen = run("inspect", source)
+    assert (seen.code, "mxfp4" in seen.out) == (0, True), seen
+    text = ("--calibration", f"file:{EXAMPLE / 'calibration.txt'}", "--nsamples", "4")
+    gptq = ("--method", "gptq", "--bits", "8", "--group-size", "32", *text, "--seqlen", "32")
+    made = run("quantize", source, "-o", out, *gptq)
+    assert made.code == 0, made
+    assert "weights are in MXFP4" in made.out + made.err
+    verified = run("verify", out)
+    assert verified.code == 0, verified
+    ids = torch.arange(6, 38).unsqueeze(0)
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted, original, packed = (
+            model(ids).logits.log_softmax(-1)
+            for model in (theirs, load(source, dtype="float32"), load(out, dtype="float32"))
+        )
+    torch.testing.assert_close(original, wanted, rtol=1e-4, atol=1e-4)
+    assert float((original.exp() * (original - packed)).sum(-1).mean()) < 1e-3

@@ -127,3 +127,5 @@ def test_the_text_part_is_quantized_and_the_rest_is_as_it_was(
     p, q = wanted.log_softmax(-1), ours.log_softmax(-1)
     assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
     assert run("inspect", packed).code == 0
+    verified = run("verify", packed)
+    assert verified.code == 0, verified
