@@ -18,6 +18,7 @@ from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
+from llmquant.models.reading.engine_names import EngineNames, engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.selection import PLACELESS, ROUTER, SHARED
@@ -40,6 +41,7 @@ class Source:
         skipped: linears of the model that are not quantized → why.
         head: name of the output head, or None.
         manifest: the record of the run that made it, if llmquant did.
+        names: what engines call its modules.
         notes: what people should know of the folder.
     """
 
@@ -47,6 +49,7 @@ class Source:
     skipped: Mapping[str, str]
     head: str | None
     manifest: Manifest | None
+    names: EngineNames
     notes: tuple[str, ...] = ()
 
     @property
@@ -116,7 +119,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         for n in linears.shapes
         if n not in schemes
     }
-    return Source(packed, skipped, linears.head, manifest, fit.notes)
+    return Source(packed, skipped, linears.head, manifest, engine_names(fit), fit.notes)
 
 
 def refuse_gguf(model: str | os.PathLike[str]) -> None:

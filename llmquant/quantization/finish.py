@@ -112,15 +112,9 @@ def write_config(writer: CheckpointWriter, plan: WalkPlan, schemes: Mapping[str,
     it."""
     # Sorted, so that the order in which a config is written says nothing of the run: a conversion
     # there and back is equal.
-    # transformers goes by its own names when it looks for what is not quantized.
-    skipped = plan.selection.skipped
-    tower = plan.source.tower
-    ignored = [*skipped, *plan.architecture.in_memory(skipped)]
-    if tower is not None:
-        outside = [n.rpartition(".")[0] for n in plan.source.leftovers if not tower.holds(n)]
-        ignored += tower.patterns(outside)
-        ignored += [old for old, new in tower.moved if new in skipped]
-    quantization = plan.layout.config(dict(sorted(schemes.items())), ignored)
+    quantization = plan.source.names.config(
+        plan.layout, dict(sorted(schemes.items())), plan.selection.skipped
+    )
     config = {**without_quantization(plan.reader.config), "quantization_config": quantization}
     writer.write_json("config.json", config)
     for name, text in plan.layout.side_files(quantization).items():

@@ -14,8 +14,8 @@ from llmquant.algorithms import AWQOptions, GPTQOptions, ScaleSearch, TuneOption
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.formats import Format, layout_of
 from llmquant.models.architectures import Architecture, blocks_of
+from llmquant.models.reading.engine_names import EngineNames
 from llmquant.models.reading.linears import Linears
-from llmquant.models.reading.tower import Tower
 from llmquant.models.selection import Selection
 from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.quantization.steps.smoothquant import SmoothOptions
@@ -69,9 +69,9 @@ class SourceModel:
         model: on the meta device.
         architecture: where its blocks are.
         linears: that could be quantized.
+        names: what engines call its modules.
         leftovers: tensors that the model has no place for; carried over as they are.
         notes: what people should know of the folder.
-        tower: where the checkpoint keeps the model, if it is part of one that also sees or hears.
     """
 
     original: CheckpointReader
@@ -80,9 +80,9 @@ class SourceModel:
     model: PreTrainedModel
     architecture: Architecture
     linears: Linears
+    names: EngineNames
     leftovers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    tower: Tower | None = None
 
 
 @dataclass(frozen=True, eq=False)

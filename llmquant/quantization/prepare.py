@@ -20,6 +20,7 @@ from llmquant.errors import SourceError, UsageError
 from llmquant.formats import layout_of
 from llmquant.models import architectures
 from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
+from llmquant.models.reading.engine_names import engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
@@ -81,9 +82,9 @@ def prepare(
         skeleton,
         architecture,
         linears_of(skeleton, placeless(fit)),
+        engine_names(fit),
         fit.leftovers,
         fit.notes,
-        fit.tower,
     )
     return WalkPlan(source, recipe, on, precision, world=world)
 

@@ -4,6 +4,7 @@ folder is one that transformers loads."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,49 @@ def test_the_text_part_is_quantized_and_the_rest_is_as_it_was(
     assert run("inspect", packed).code == 0
     verified = run("verify", packed)
     assert verified.code == 0, verified
+
+
+def differences(packed: Path) -> tuple[float, float]:
+    """What transformers computes of a folder and what we do: the largest difference, and the
+    largest number."""
+    whole = AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = whole(input_ids=IDS).logits
+        ours = load(packed, dtype="float32", kernel="reference")(IDS).logits
+    return float((theirs - ours).abs().max()), float(ours.abs().max())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_linears_of_several_schemes_are_found_by_their_names(
+    kind: str, tmp_path: Path, run: Run
+) -> None:
+    """The config names them by the checkpoint's names; transformers looks for others."""
+    source, packed, again = (tmp_path / name for name in ("source", "packed", "again"))
+    write(kind, source)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "method: rtn\nweights: {bits: 8, group_size: 16}\n"
+        "overrides: [{match: '*.self_attn.*', bits: 4}]\n"
+    )
+    made = run("quantize", source, "-o", packed, "--recipe", recipe)
+    assert made.code == 0, made
+    difference, largest = differences(packed)
+    assert difference < 1e-4 * largest
+    refused = run("convert", packed, "--to", "gptq", "-o", again)
+    assert (refused.code, "write it as compressed-tensors" in refused.err) == (2, True), refused
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
+def test_a_conversion_says_what_is_not_quantized(kind: str, tmp_path: Path, run: Run) -> None:
+    source, packed, again = (tmp_path / name for name in ("source", "packed", "again"))
+    write(kind, source)
+    rtn = ("--method", "rtn", "--group-size", "16", "--format", "gptq")
+    assert run("quantize", source, "-o", packed, *rtn).code == 0
+    converted = run("convert", packed, "--to", "compressed-tensors", "-o", again)
+    assert converted.code == 0, converted
+    difference, largest = differences(again)
+    assert difference < 1e-4 * largest
+    dynamic = json.loads((packed / "config.json").read_text())["quantization_config"]["dynamic"]
+    eye = "model.visual.blocks.0.attn.qkv" if kind == "qwen2_5_vl" else "vision_tower.x.q_proj"
+    (pattern,) = dynamic
+    assert re.match(pattern.removeprefix("-:"), eye)

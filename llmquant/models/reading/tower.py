@@ -8,6 +8,7 @@ numbers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,6 +75,16 @@ class Tower:
             if path == old or path.startswith(f"{old}."):
                 return f"{new}{path.removeprefix(old)}"
         return path
+
+    def pattern(self, module: str) -> str | None:
+        """A regular expression for what engines call a module of the text model; None of any
+        other. All of them have a ``language_model``, in a place of their own."""
+        inside = self.text_name(f"{module}.")
+        if inside is None:
+            return None
+        rest = inside.removesuffix(".").removeprefix("model.")
+        place = "" if rest == inside.removesuffix(".") else r"language_model\.(model\.)?"
+        return f"re:.*{place}{re.escape(rest)}$"
 
     def patterns(self, names: Iterable[str]) -> list[str]:
         """Regular expressions for modules outside the text model: engines put prefixes of their own
