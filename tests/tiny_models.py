@@ -13,6 +13,7 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteMoeConfig,
@@ -113,6 +114,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         num_experts_per_tok=2,
         interleave_moe_layer_step=1,
     ),
+    "gpt2": GPT2Config(**_SMALL, n_inner=48),
     "falcon": FalconConfig(**_SMALL, new_decoder_architecture=True, num_kv_heads=2),
 }
 
@@ -198,6 +200,7 @@ STAGES = {
         *_gated("feed_forward.shared_expert", *_PROJ),
         *_experts("feed_forward", *_PROJ),
     ],
+    "gpt2": [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
     "falcon": [
         ("self_attention.query_key_value",),
         ("self_attention.dense",),

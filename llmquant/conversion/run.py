@@ -22,6 +22,7 @@ from llmquant.conversion.source import (
     model_dtype,
     open_source,
     refuse_beyond_weights,
+    refuse_stacked,
 )
 from llmquant.errors import UsageError
 from llmquant.formats import FORMATS, Format
@@ -97,6 +98,8 @@ def convert(
     target = _target(to)
     source = open_source(model, options.base)
     refuse_beyond_weights(source, target.name)
+    if target is DENSE:
+        refuse_stacked(source)
     if destination.resolve() == source.reader.path.resolve():
         raise UsageError(f"-o {output} is the source itself; choose another folder")
     if destination.resolve() in source.reader.path.resolve().parents:
@@ -163,15 +166,16 @@ def _write_weights(
         for name in names:
             module = source.packed.module_of(name)
             if module is None:
-                writer.add(name, source.reader.read(name))
+                writer.add(name, source.as_kept(name, source.reader.read(name)))
             elif module not in written:
                 on_progress("writing", len(written), len(checked.schemes))
                 packed = target.pack(
                     source.weight(module), dtype, checked.schemes[module].activations
                 )
-                writer.add_together(
-                    {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
-                )
+                named = {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
+                if target is DENSE:
+                    named = {n: source.as_kept(n, tensor) for n, tensor in named.items()}
+                writer.add_together(named)
                 written.add(module)
         if target is not DENSE:
             writer.next_shard()

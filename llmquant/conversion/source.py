@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.gguf.header import is_gguf
@@ -21,6 +22,7 @@ from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
 from llmquant.models.reading.engine_names import EngineNames, engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
+from llmquant.models.reading.transposed import as_kept
 from llmquant.models.selection import PLACELESS, ROUTER, SHARED
 from llmquant.runtime.devices import DTYPES
 from llmquant.weight import QuantizedWeight, without_trivial_order
@@ -70,6 +72,10 @@ class Source:
                 f"{self.reader.path}: {name} does not hold the numbers that {MANIFEST} records; fetch it again"
             )
         return without_trivial_order(weight)
+
+    def as_kept(self, name: str, tensor: Tensor) -> Tensor:
+        """An unquantized tensor, read or dequantized, as checkpoints of the model type keep it."""
+        return as_kept(name, tensor, self.names.architecture)
 
     def shards(self) -> Iterator[list[str]]:
         """Tensor names file by file, sorted, so that the result does not depend on the order in a
@@ -142,6 +148,16 @@ def model_dtype(reader: CheckpointReader) -> torch.dtype:
                 return DTYPES[place[key]]
     counts = Counter(i.dtype for i in reader.tensors.values() if i.dtype in DTYPES.values())
     return counts.most_common(1)[0][0] if counts else torch.bfloat16
+
+
+def refuse_stacked(source: Source) -> None:
+    """Raises UsageError for a model whose unquantized checkpoints stack its experts."""
+    row = source.names.architecture
+    if row is not None and row.experts is not None and row.experts.stacked is not None:
+        raise UsageError(
+            f"{source.reader.path}: unquantized checkpoints of its model type stack their experts in one tensor, which convert "
+            "does not write; use the original model, or convert to another layout of packed weights"
+        )
 
 
 def refuse_beyond_weights(source: Source, target: str) -> None:

@@ -117,7 +117,7 @@ _TRANSFORMERS = (
         _ALL,
         lambda s: True,
         "its own code for this model type does not find the weights of packed linears",
-        models=frozenset({"falcon", "gpt_bigcode", "nanochat"}),
+        models=frozenset({"falcon", "gpt2", "gpt_bigcode", "nanochat"}),
     ),
     Rule(
         _GPTQ | {"awq", "auto-round"}, lambda s: True, "it asks for the compiled gptqmodel package"

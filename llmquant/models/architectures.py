@@ -32,7 +32,7 @@ _STATES = (
 )  # fmt: skip
 # Of layer_types.
 _STATELESS = ("attention", "dense", "moe", "sparse")
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
+_TRANSPOSED = ("openai-gpt", "imagegpt")
 
 
 def find(

@@ -9,6 +9,7 @@ experts become an :class:`llmquant.models.experts.ExpertList` over the same numb
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmquant.errors import ArchitectureError
 from llmquant.models.architectures import ARCHITECTURES, Architecture, Experts, Stacked
@@ -54,12 +56,27 @@ def as_in_checkpoint(
     for module in model.modules():
         if isinstance(module, nn.Linear) and type(module).__name__ in architecture.linears:
             module.__class__ = nn.Linear
+    for pattern in architecture.conv1d_weights():
+        _as_linears(model, pattern.removesuffix(".weight"))
     if architecture.experts is not None:
         for name, module in list(model.named_modules()):
             if name.startswith(f"{architecture.blocks}.") and name.endswith(
                 f".{architecture.experts.inside}"
             ):
                 _unstack(module, name, architecture.experts)
+
+
+def _as_linears(model: nn.Module, pattern: str) -> None:
+    """Put Linears in the place of Conv1D modules, over the same numbers."""
+    found = {n: m for n, m in model.named_modules() if fnmatch.fnmatchcase(n, pattern)}
+    for path, module in found.items():
+        if not isinstance(module, Conv1D):
+            continue  # one that was seen before
+        linear = nn.Linear(module.nx, module.nf, device="meta")
+        for name, tensor in (("weight", module.weight.t()), ("bias", module.bias)):
+            setattr(linear, name, nn.Parameter(tensor, requires_grad=module.weight.requires_grad))
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
 
 
 def _rename(model: nn.Module, path: str, name: str) -> None:

@@ -26,6 +26,7 @@ from llmquant.data.calibration import Calibration
 from llmquant.errors import FormatError, ProofError, QuantizationError
 from llmquant.formats import Scheme
 from llmquant.models.reading.stored_dtype import StoredReader
+from llmquant.models.reading.transposed import as_kept
 from llmquant.models.rotated import RotatedReader
 from llmquant.quantization.loading import prove_loading
 from llmquant.quantization.plan import BlockResult, WalkPlan
@@ -102,6 +103,7 @@ def carry(
             raise QuantizationError(
                 f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?"
             )
+        tensor = as_kept(name, tensor, plan.architecture)
         writer.add(name, tensor)
         digests[name] = sha256_tensor(tensor)
     return digests

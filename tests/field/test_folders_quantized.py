@@ -25,7 +25,7 @@ from folder_kit import (
     write_case,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from llmquant import load
 from llmquant.errors import LlmquantError
@@ -199,19 +199,8 @@ def test_a_packed_folder_of_a_tied_model_that_stores_the_head_alone(
     assert run("inspect", folder).code == 0
 
 
-STRANGE: dict[str, tuple[Any, str]] = {
-    "linears of a class of their own": (
-        FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-        "FalconLinear",
-    ),
-    "Conv1D": (GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), "Conv1D"),
-}
-
-
-@pytest.mark.parametrize(("config", "kind"), STRANGE.values(), ids=list(STRANGE))
-def test_what_no_reader_takes_is_not_written(
-    config: Any, kind: str, tmp_path: Path, run: Run
-) -> None:
+def test_what_no_reader_takes_is_not_written(tmp_path: Path, run: Run) -> None:
+    config = OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(tmp_path / "m")
     for command in (
@@ -219,7 +208,7 @@ def test_what_no_reader_takes_is_not_written(
         ("plan", tmp_path / "m", *RTN),
     ):
         ran = run(*command)
-        assert (ran.code, kind in ran.err) == (2, True), ran
+        assert (ran.code, "Conv1D" in ran.err) == (2, True), ran
     assert not (tmp_path / "q").exists()
     assert logits(tmp_path / "m") is not None
     assert run("inspect", tmp_path / "m").code == 0

@@ -394,6 +394,15 @@ def test_a_conversion_keeps_experts_and_routers(tmp_path: Path) -> None:
     assert {n for n, _ in dense.named_parameters()} == set(CheckpointReader(tmp_path / "d").tensors)
 
 
+def test_stacked_experts_are_not_made_dense_again(tmp_path: Path) -> None:
+    packed = quantize(
+        checkpoint("granitemoe", tmp_path / "source"), tmp_path / "a", recipe("rtn")
+    ).path
+    convert(packed, "gptq", tmp_path / "b")
+    with pytest.raises(UsageError, match="stack their experts in one tensor, which convert does"):
+        convert(packed, "dense", tmp_path / "c")
+
+
 def test_a_recipe_that_says_nothing_of_experts_keeps_its_hash() -> None:
     off = Recipe.model_validate({"calibration": {"all_experts": False}})
     assert (

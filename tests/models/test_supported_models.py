@@ -74,6 +74,8 @@ def stack(tensors: dict[str, torch.Tensor], kind: str) -> None:
     def take(path: str) -> list[torch.Tensor]:
         return [tensors.pop(path.replace("*", str(e))) for e in range(EXPERTS)]
 
+    for name in [n for n in tensors if kind == "gpt2" and ".c_" in n and n.endswith("weight")]:
+        tensors[name] = tensors[name].t().contiguous()
     for i in range(2):
         if kind == "granitemoe":
             mixture = f"model.layers.{i}.block_sparse_moe"

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, CheckpointError
-from llmquant.models.architectures import ARCHITECTURES
+from llmquant.models.architectures import ARCHITECTURES, Architecture
 from llmquant.models.from_folder import empty_model, read_config
 from llmquant.models.reading.embeddings import Matrix, embedding_of, shape_of, why_not_packed
 from llmquant.models.reading.leftovers import leftover_notes
 from llmquant.models.reading.places import Naming, naming
 from llmquant.models.reading.tower import Tower, tower_of
+from llmquant.models.reading.transposed import turned
 from llmquant.models.reading.unstacked import unstacked
 from llmquant.models.tensor_check import refuse_mismatch
 from llmquant.runtime.finite import some
@@ -67,17 +68,20 @@ def fitted(
     packed = source if isinstance(source, PackedCheckpoint) else None
     reader = source.reader if isinstance(source, PackedCheckpoint) else source
     tower = tower_of(reader, read_config(reader.path))
+    row = _row(reader, tower)
     if packed is None:
-        row = ARCHITECTURES.get(
-            tower.config.model_type if tower else str(reader.config.get("model_type"))
-        )
-        reader = unstacked(reader, tower.placed(row) if row and tower else row)
+        reader = unstacked(reader, row)
     model = empty_model(reader, dtype)
     found = naming(
         reader, model, {} if packed is None else {m: t.values() for m, t in packed.tensors.items()}
     )
     packed = None if packed is None else packed.renamed(found.names)
     reader = reader.renamed(found.names) if packed is None else packed.reader
+    if packed is None:
+        reader = turned(reader, row, reader.tensors)
+    else:
+        packed = packed.seen_as(turned(reader, row, packed.others))
+        reader = packed.reader
     if found.untied:
         reader.config = {**reader.config, "tie_word_embeddings": False}
         model = empty_model(reader, dtype)
@@ -94,6 +98,14 @@ def fitted(
             f"the text part is quantized; {len(outside)} tensors of the rest ({some(outside)}) are carried over byte for byte",
         )
     return Fitted(reader, model, packed, found.leftovers, notes, tower)
+
+
+def _row(reader: CheckpointReader, tower: Tower | None) -> Architecture | None:
+    """The model's row of the table, under the checkpoint's names."""
+    if tower is None:
+        return ARCHITECTURES.get(str(reader.config.get("model_type")))
+    row = ARCHITECTURES.get(tower.config.model_type)
+    return None if row is None else tower.placed(row)
 
 
 def placeless(fit: Fitted) -> tuple[str, ...]:

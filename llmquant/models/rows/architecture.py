@@ -79,6 +79,8 @@ class Architecture:
         outside: linears that some models have between the embeddings or the head and the blocks;
             left alone.
         linears: classes of the model's own that compute what a plain Linear does.
+        conv1d: modules (relative to a block) that are transformers' Conv1D, a Linear of the
+            transposed matrix.
     """
 
     blocks: str
@@ -90,6 +92,11 @@ class Architecture:
     head: str = "lm_head"
     outside: tuple[str, ...] = ()
     linears: tuple[str, ...] = ()
+    conv1d: tuple[str, ...] = ()
+
+    def conv1d_weights(self) -> tuple[str, ...]:
+        """Patterns for the weights of the modules ``conv1d``."""
+        return tuple(f"{self.blocks}.*.{name}.weight" for name in self.conv1d)
 
     def in_memory(self, names: Iterable[str]) -> list[str]:
         """What transformers calls modules of these names, where that is another name."""

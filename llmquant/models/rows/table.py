@@ -99,6 +99,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # query_key_value is one matrix in the checkpoint.
     "falcon": Architecture("transformer.h", "transformer.ln_f", (), linears=("FalconLinear",)),
+    # c_attn is one matrix in the checkpoint.
+    "gpt2": Architecture(
+        "transformer.h",
+        "transformer.ln_f",
+        (),
+        conv1d=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    ),
     "mixtral": _mixture(_MIXTRAL, renamed=(("model.layers.*.mlp", "block_sparse_moe"),)),
     "phimoe": _mixture(
         _MIXTRAL,
