@@ -33,6 +33,7 @@ from llmquant.models.load import put_module
 from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 
+VERSION = "5.23"  # of transformers, whose model types these are
 LIMIT = 1e-3
 LARGEST = 20_000_000  # weights of a model that counts as small
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -185,12 +186,16 @@ def _checked(original: torch.Tensor, packed: Path) -> tuple[str, list[str], floa
     return "", faults, distance
 
 
-HEAD = """# Models
+HEAD = f"""# Models
 
-What llmquant makes of every model type for which transformers 5.23 has a causal language model. For each type a small
+What llmquant makes of every model type for which transformers {VERSION} has a causal language model. For each type a small
 random model was built, quantized to 8 bits by round-to-nearest, by GPTQ, and by AWQ followed by GPTQ, and compared with
-the original: the KL divergence is below 0.001 nats per token, the packed model computes exactly what its dequantized
-weights do, and transformers loads the folder to the same numbers. A type that does not work is refused, with the reason.
+the original: the KL divergence is below {LIMIT} nats per token, the packed model computes exactly what its dequantized
+weights do, and transformers loads the folder to the same numbers, or the last column says why not. A type that does not
+work is refused, with the reason. No checkpoint that anyone published was tried here.
+
+Models that also see (`gemma3`, `qwen2_5_vl`, `qwen3_vl`, `mistral3`, `llama4`) are in `tests/models/test_towers.py`: the text part is
+quantized, all else is carried over byte for byte, and transformers loads the result.
 
 `PYTHONPATH=tests python tests/models/sweep.py` writes this page; with model types as arguments it runs those alone and
 keeps what `out/models.json` says of the others.
@@ -199,24 +204,36 @@ keeps what `out/models.json` says of the others.
 """
 
 
+def row(outcome: Outcome) -> str:
+    """The page's line for one model type."""
+    kind = f"`{outcome.kind}`"
+    if outcome.wrong:
+        return f"| {kind} | {'; '.join(outcome.wrong)} |"
+    if not outcome.works:
+        return f"| {kind} | {outcome.why_not} |"
+    every = len(outcome.works) == len(METHODS)
+    methods = "all" if every else f"{', '.join(outcome.works)} ({outcome.why_not})"
+    theirs = outcome.transformers or "loads it"
+    return f"| {kind} | {methods} | {outcome.linears} | {theirs} |"
+
+
 def page(outcomes: Mapping[str, Outcome]) -> str:
     """docs/models.md."""
-    done = [o for o in outcomes.values() if o.works]
-    refused = [o for o in outcomes.values() if o.tried and not o.works and not o.wrong]
     wrong = [o for o in outcomes.values() if o.wrong]
-    untried = [o for o in outcomes.values() if not o.tried]
-    lines = [f"## Works ({len(done)})", "", "| model type | methods | linears | transformers |"]
-    lines.append("|---|---|---|---|")
-    for o in done:
-        methods = "all" if len(o.works) == len(METHODS) else f"{', '.join(o.works)} ({o.why_not})"
-        lines.append(f"| `{o.kind}` | {methods} | {o.linears} | {o.transformers or 'loads it'} |")
-    lines += ["", f"## Outside the limit ({len(wrong)})", "", "| model type | what |", "|---|---|"]
-    lines += [f"| `{o.kind}` | {'; '.join(o.wrong)} |" for o in wrong]
-    lines += ["", f"## Refused ({len(refused)})", "", "| model type | reason |", "|---|---|"]
-    lines += [f"| `{o.kind}` | {o.why_not} |" for o in refused]
-    lines += ["", f"## Not tried ({len(untried)})", "", "| model type | why |", "|---|---|"]
-    lines += [f"| `{o.kind}` | {o.why_not} |" for o in untried]
-    return HEAD + "\n".join(lines) + "\n"
+    right = [o for o in outcomes.values() if not o.wrong]
+    sections: dict[str, tuple[str, list[Outcome]]] = {
+        "Works": ("model type | methods | linears | transformers", [o for o in right if o.works]),
+        "Outside the limit": ("model type | what", wrong),
+        "Refused": ("model type | reason", [o for o in right if o.tried and not o.works]),
+        "Not tried": ("model type | why", [o for o in right if not o.tried]),
+    }
+    lines: list[str] = []
+    for title, (columns, members) in sections.items():
+        if members:
+            rule = "|".join("---" for _ in columns.split("|"))
+            lines += [f"## {title} ({len(members)})", "", f"| {columns} |", f"|{rule}|"]
+            lines += [*map(row, members), ""]
+    return HEAD + "\n".join(lines)
 
 
 def main(kinds: list[str], store: Path) -> None:
