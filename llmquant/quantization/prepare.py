@@ -78,7 +78,7 @@ def prepare(
     source = SourceModel(
         fit.reader,
         rescaled,
-        as_stored(rescaled, store_dtype),
+        as_stored(rescaled, store_dtype, frozenset(fit.leftovers)),
         skeleton,
         architecture,
         linears_of(skeleton, placeless(fit)),

@@ -12,9 +12,15 @@ from typing import Any
 import pytest
 import torch
 from children import Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_supported_models import checkpoint
 from tiny_models import EXAMPLE, TOKENIZER
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from llmquant import load
 
@@ -176,3 +182,24 @@ def test_a_conversion_says_what_is_not_quantized(kind: str, tmp_path: Path, run:
     eye = "model.visual.blocks.0.attn.qkv" if kind == "qwen2_5_vl" else "vision_tower.x.q_proj"
     (pattern,) = dynamic
     assert re.match(pattern.removeprefix("-:"), eye)
+
+
+def test_a_further_prediction_head_is_carried_over(tmp_path: Path, run: Run) -> None:
+    """DeepSeek-V3 keeps one behind its last block, which transformers does not build."""
+    source, packed = checkpoint("deepseek_v3", tmp_path / "source"), tmp_path / "packed"
+    tensors = load_file(source / "model.safetensors")
+    block = {n: t for n, t in tensors.items() if n.startswith("model.layers.1.")}
+    ahead = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in block.items()}
+    ahead["model.layers.2.eh_proj.weight"] = torch.randn(32, 64)
+    save_file({**tensors, **ahead}, source / "model.safetensors", metadata={"format": "pt"})
+    made = run("quantize", source, "-o", packed, "--method", "rtn", "--group-size", "16")
+    assert made.code == 0, made
+    after = load_file(packed / "model.safetensors")
+    assert all(torch.equal(after[n], t) for n, t in ahead.items())
+    assert "model.layers.1.self_attn.q_a_proj.weight" not in after
+    ignored = json.loads((packed / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "model.layers.2.eh_proj" in ignored
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
+        ours = load(packed, dtype="float32", kernel="reference")(IDS).logits
+        torch.testing.assert_close(model(IDS).logits, ours, rtol=1e-4, atol=1e-4)
