@@ -201,5 +201,7 @@ def test_a_further_prediction_head_is_carried_over(tmp_path: Path, run: Run) -> 
     assert "model.layers.2.eh_proj" in ignored
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
-        ours = load(packed, dtype="float32", kernel="reference")(IDS).logits
-        torch.testing.assert_close(model(IDS).logits, ours, rtol=1e-4, atol=1e-4)
+        ours = load(packed, dtype="float32", kernel="reference")
+        p, q = (m(IDS).logits.log_softmax(-1) for m in (ours, model))
+    # transformers rounds its dequantized weights to the scales' bfloat16.
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
