@@ -39,7 +39,7 @@ ROWS = {
     "llmquant_eval": (
         ("report", "cli_options"),
         ("models", "texts"),
-        ("scoring",),
+        ("scoring", "speed"),
         ("tasks",),
         ("run",),
         ("suites",),

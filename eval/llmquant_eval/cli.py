@@ -22,6 +22,7 @@ from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval import cli_options as options
 from llmquant_eval.decide.cli import compare_command
 from llmquant_eval.leaderboard.cli import leaderboard_command
+from llmquant_eval.speed.cli import bench_command
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``eval``, ``leaderboard`` and ``compare`` to the command line."""
+    """Add this package's commands to the command line."""
     app.command("eval")(eval_command)
     app.command("leaderboard")(leaderboard_command)
     app.command("compare")(compare_command)
+    app.command("bench")(bench_command)
 
 
 def eval_command(

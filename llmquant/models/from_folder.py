@@ -33,10 +33,10 @@ from llmquant.checkpoint.detect import check_label
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json
 from llmquant.checkpoint.weights.headers import stranger
-from llmquant.checkpoint.weights.json_files import lost
 from llmquant.errors import ArchitectureError, CheckpointError, UnfitModelError
 from llmquant.models.names import as_in_checkpoint
 from llmquant.models.reading.tower import tower_of
+from llmquant.models.tensor_check import check_side_files
 
 _TOKENIZER_PACKAGES = {
     "tokenizer.model": "sentencepiece",
@@ -82,7 +82,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         CheckpointError: no such model, or it has no tokenizer that can be read.
     """
     path = resolve(model)
-    _check_files(path)
+    check_side_files(path, but=_NOT_ITS_OWN)
     _check_packages(path)
     with _Reading(path):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_OFFLINE)
@@ -91,15 +91,6 @@ def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             raise ValueError(f"model_max_length in tokenizer_config.json is {longest!r}")
         tokenizer("a")  # other values that cannot be are found only by who uses them
     return tokenizer
-
-
-def _check_files(path: Path) -> None:
-    """Raises CheckpointError for a tokenizer's file that is no JSON, or a link to nothing."""
-    for file in map(path.joinpath, SIDE_FILES):
-        if (gone := lost(file)) is not None:
-            raise CheckpointError(gone)
-        if file.name.endswith(".json") and file.name not in _NOT_ITS_OWN and file.is_file():
-            read_json(file)
 
 
 def _check_packages(path: Path) -> None:

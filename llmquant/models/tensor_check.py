@@ -8,7 +8,7 @@ refused before work starts. One with a tensor too many has the model and somethi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -22,13 +22,13 @@ from llmquant.runtime.finite import some
 log = logging.getLogger(__name__)
 
 
-def check_side_files(path: Path) -> None:
+def check_side_files(path: Path, but: Collection[str] = ()) -> None:
     """Raises CheckpointError if a tokenizer or generation file, which would be carried along, is no
-    JSON or a link to nothing."""
+    JSON (but those named may be anything) or a link to nothing."""
     for side in map(path.joinpath, SIDE_FILES):
         if (gone := lost(side)) is not None:
             raise CheckpointError(gone)
-        if side.name.endswith(".json") and side.is_file():
+        if side.name.endswith(".json") and side.name not in but and side.is_file():
             read_json(side)
 
 

@@ -13,7 +13,7 @@ import llmquant.cli.screen
 
 COMMANDS = (
     "plan", "allocate", "quantize", "convert", "import", "inspect", "verify", "generate", "recipes", "doctor",
-    "eval", "leaderboard", "compare", "serve", "chat",
+    "eval", "leaderboard", "compare", "bench", "serve", "chat",
 )  # fmt: skip
 
 

@@ -218,6 +218,17 @@ def test_a_bad_line_is_named(run: Run, tmp_path, line, says):
     assert says in done.err
 
 
+@pytest.mark.parametrize("name", ["items.json", "samples_t.jsonl", "."])
+def test_a_label_where_nothing_has_labels(run: Run, tmp_path, name):
+    (tmp_path / "samples_t.jsonl").write_text(lm_eval_line(0, acc=1.0))
+    item = (
+        '{"kind": "items", "model": "m", "data": "d", "items": [{"id": "q", "scores": {"a": 1}}]}'
+    )
+    (tmp_path / "items.json").write_text(item)
+    done = run("compare", f"{tmp_path / name}#w4", tmp_path / "items.json")
+    assert (done.code, done.out, "#w4 chooses none" in done.err) == (2, "", True)
+
+
 def test_a_file_of_another_encoding_in_a_folder_is_named(run: Run, tmp_path):
     (tmp_path / "samples_t.jsonl").write_bytes(lm_eval_line(0, acc=1.0).encode("utf-16"))
     done = run("compare", tmp_path, tmp_path)

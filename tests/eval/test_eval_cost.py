@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from llmquant import peak_resident_bytes, resident_bytes
-from llmquant.errors import LlmquantError
+from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.machine import hardware, versions
-from llmquant_eval.run.cost import CostRun, _Clock, _generate_once, main, measure_apart
+from llmquant_eval.run.cost import CostRun, measure_cost
+from llmquant_eval.speed.process import Clock, generate_once, main
 
 
 def test_a_model_is_measured_apart(base_model: Path) -> None:
     run = CostRun("float32", prompt_tokens=32, new_tokens=5, repeats=1)
-    cost = measure_apart(base_model, run)
+    cost = measure_cost(base_model, run)
     assert (cost.prompt_tokens, cost.new_tokens, cost.repeats, cost.device_peak_bytes) == (
         32,
         5,
@@ -37,31 +38,29 @@ def test_a_failed_process_is_an_error_with_its_last_words(base_model: Path, tmp_
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(LlmquantError, match=r"broken failed \(exit \d+\)(.|\n)*--no-cost"):
-        measure_apart(folder, CostRun("float32", prompt_tokens=8, new_tokens=2, repeats=1))
+        measure_cost(folder, CostRun("float32", prompt_tokens=8, new_tokens=2, repeats=1))
 
 
-def test_the_child_prints_json_and_shortens_the_prompt_to_the_context(
+def test_the_prompt_is_shortened_to_the_context(base_model: Path) -> None:
+    run = CostRun("float32", new_tokens=3, repeats=1)
+    assert measure_cost(base_model, run).prompt_tokens == 256 - 3 - 1
+
+
+def test_the_child_prints_json_in_the_order_of_size(
     base_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [
-        "--model",
-        str(base_model),
-        "--dtype",
-        "float32",
-        "--new-tokens",
-        "3",
-        "--repeats",
-        "1",
-    ]
-    assert main([*options, "--prompt-tokens", "512"]) == 0
-    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 256 - 3 - 1
+    options = ["--model", str(base_model), "--dtype", "float32", "--new-tokens", "3"]
+    assert main([*options, "--points", "2x40,1x8,1x64"]) == 0
+    timings = json.loads(capsys.readouterr().out)["timings"]
+    assert [tuple(t["point"].values()) for t in timings] == [(8, 1), (64, 1), (40, 2)]
+    assert [len(t["decode_seconds"]) for t in timings] == [1, 1, 1]
+    peaks = [t["peak_memory_bytes"] for t in timings]
+    assert peaks == sorted(peaks)
 
 
-def test_a_context_without_room_is_misuse(
-    base_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--model", str(base_model), "--new-tokens", "256"]) == 2
-    assert "takes 256 tokens: too few for 256 new ones" in capsys.readouterr().err
+def test_a_context_without_room_is_misuse(base_model: Path) -> None:
+    with pytest.raises(UsageError, match="takes 256 tokens: too few for 256 new ones"):
+        measure_cost(base_model, CostRun(new_tokens=256))
 
 
 def test_prefill_ends_with_the_first_new_token_and_decode_begins_there(
@@ -70,18 +69,18 @@ def test_prefill_ends_with_the_first_new_token_and_decode_begins_there(
     import torch
 
     now = iter([10.0, 12.0, 12.5, 13.0])  # prompt seen, then three tokens
-    monkeypatch.setattr("llmquant_eval.run.cost.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("llmquant_eval.speed.process.time.perf_counter", lambda: next(now))
 
     class Model:
         asked: dict[str, object] = {}  # noqa: RUF012
 
-        def generate(self, streamer: _Clock, **options: object) -> None:
+        def generate(self, streamer: Clock, **options: object) -> None:
             self.asked.update(options)
             for _ in range(1 + 3):
                 streamer.put(None)
 
     model = Model()
-    assert _generate_once(model, torch.zeros(1, 4, dtype=torch.int64), 2) == (2.0, 1.0)
+    assert generate_once(model, torch.zeros(1, 4, dtype=torch.int64), 2) == (2.0, 1.0)
     assert model.asked["min_new_tokens"] == model.asked["max_new_tokens"] == 3
     assert model.asked["do_sample"] is False
 
@@ -90,12 +89,12 @@ def test_too_few_tokens_are_an_error_rather_than_a_speed() -> None:
     import torch
 
     class Short:
-        def generate(self, streamer: _Clock, **options: object) -> None:
+        def generate(self, streamer: Clock, **options: object) -> None:
             streamer.put(None)
             streamer.put(None)
 
     with pytest.raises(LlmquantError, match="generated 1 tokens where 9 were asked for"):
-        _generate_once(Short(), torch.zeros(1, 4, dtype=torch.int64), 8)
+        generate_once(Short(), torch.zeros(1, 4, dtype=torch.int64), 8)
 
 
 def test_the_peak_of_a_child_is_not_its_parent_s() -> None:

@@ -278,7 +278,7 @@ def test_speed_and_memory_are_measured_once_for_each_model(
     base_model: Path, coarse: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = board_kit.cost(12.5)  # the measurement itself is tests of its own
-    monkeypatch.setattr(suite_run, "measure_apart", lambda *arguments, **options: measured)
+    monkeypatch.setattr(suite_run, "measure_cost", lambda *arguments, **options: measured)
     suite = suite_of(
         base_model,
         words,

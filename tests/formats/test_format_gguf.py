@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf as theirs
 import pytest
 import torch
 from format_cases import same, weight, weights
@@ -14,7 +15,6 @@ from llmquant.formats.base import Scheme
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
-theirs = pytest.importorskip("gguf")
 KINDS: tuple[ours.Kind, ...] = ("Q4_0", "Q4_1", "Q8_0")
 
 

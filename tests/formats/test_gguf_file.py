@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -18,7 +19,6 @@ from llmquant.conversion.gguf.metadata import read_tokenizer, rope_factors
 from llmquant.errors import FormatError, LlmquantError, UsageError
 from llmquant.recipe import Recipe
 
-gguf = pytest.importorskip("gguf")
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from children import Run
@@ -19,6 +20,7 @@ import llmquant
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader, sha256_file
 from llmquant.conversion import ConvertOptions, convert
+from llmquant.conversion.gguf.file import export_gguf
 from llmquant.errors import ArchitectureError, LayoutError, UsageError
 from llmquant.kernels.embedding.packed_embedding import PackedEmbedding
 from llmquant.planning.preview import make_plan
@@ -306,9 +308,6 @@ def test_the_config_names_what_is_no_linear(folders: dict[str, Path]) -> None:
 
 
 def test_gguf_holds_rows_of_8_bits_exactly(folders: dict[str, Path], tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    from llmquant.conversion.gguf.file import export_gguf
-
     exported = export_gguf(folders["tied"], tmp_path / "m.gguf")
     assert exported.types["token_embd.weight"] == "Q8_0"
     assert "output.weight" not in exported.types

@@ -41,19 +41,17 @@ def read_results(source: str) -> ItemResults:
     if not path.exists() and "#" in source:
         name, _, label = source.rpartition("#")
         path = Path(name)
-    if path.is_dir():
-        files = sorted(path.rglob("samples_*.jsonl"))
-        if not files:
-            raise UsageError(f"{path} has no samples_TASK_DATE.jsonl of lm-eval; {_ACCEPTED}")
-        return _logged(files, str(path))
-    if path.suffix == ".jsonl":
-        return _logged([path], str(path))
-    text = _text_of(path)
-    raw = _parsed(text, f"{path} is not JSON")
-    if isinstance(raw, dict) and raw.get("kind") == "items":
-        return validated(raw, path)
+    logged = path.is_dir() or path.suffix == ".jsonl"
+    text = "" if logged else _text_of(path)
+    raw = None if logged else _parsed(text, f"{path} is not JSON")
     if isinstance(raw, dict) and "models" in raw:
         return _of_report(Report.from_json(text, str(path)), path, label)
+    if label is not None:
+        raise UsageError(f"{path} has one model's results, and #{label} chooses none; leave it out")
+    if logged:
+        return _logged(path)
+    if isinstance(raw, dict) and raw.get("kind") == "items":
+        return validated(raw, path)
     raise UsageError(f"{path} holds no results item by item; {_ACCEPTED}")
 
 
@@ -101,9 +99,12 @@ def _chosen(report: Report, path: Path, label: str | None) -> ModelResult:
     return report.model(label or names[0])
 
 
-def _logged(files: list[Path], source: str) -> ItemResults:
-    """Of what lm-eval logged."""
-    items: list[Item] = []
+def _logged(path: Path) -> ItemResults:
+    """Of what lm-eval logged: a file, or all in a folder."""
+    files = sorted(path.rglob("samples_*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise UsageError(f"{path} has no samples_TASK_DATE.jsonl of lm-eval; {_ACCEPTED}")
+    source, items = str(path), list[Item]()
     ignored: set[str] = set()
     for file in files:
         named = _TASK.fullmatch(file.name)

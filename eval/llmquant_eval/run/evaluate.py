@@ -34,7 +34,7 @@ from llmquant_eval.report.paired import paired_tasks
 from llmquant_eval.report.results import Cost, TaskResult
 from llmquant_eval.report.schema import Missing, NoiseFloor, Report
 from llmquant_eval.run.build_report import Measured, divergence_metrics, make_report, model_result
-from llmquant_eval.run.cost import CostRun, measure_apart
+from llmquant_eval.run.cost import CostRun, measure_cost
 from llmquant_eval.run.plan import EvaluationPlan, make_plan
 from llmquant_eval.run.request import Request
 from llmquant_eval.run.unfinished import missing_tasks, missing_windows, unfinished
@@ -83,7 +83,7 @@ def evaluate(
         run = CostRun(plan.dtype, plan.device, request.kernel, request.threads)
         for done, model in enumerate(plan.local):
             progress("speed and memory", done, len(plan.local))
-            costs[model.label] = measure_apart(model.path, run)
+            costs[model.label] = measure_cost(model.path, run)
         progress("speed and memory", len(plan.local), len(plan.local))
     # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken
     # without it.

@@ -28,7 +28,7 @@ from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.paired import paired_tasks
 from llmquant_eval.report.results import Cost, ModelResult
 from llmquant_eval.report.schema import Report, read_report
-from llmquant_eval.run.cost import CostRun, measure_apart
+from llmquant_eval.run.cost import CostRun, measure_cost
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.suites.measurements import Measurement, Measurements
 from llmquant_eval.suites.models import PreparedModel, prepare_models
@@ -192,7 +192,7 @@ class _Run:
         suite = self.suite
         device = str(llmquant.parse_device(suite.device))
         run = CostRun(suite_dtype(suite), device, suite.kernel, suite.threads)
-        cost = measure_apart(llmquant.resolve(model.source), run)
+        cost = measure_cost(llmquant.resolve(model.source), run)
         self.costs[model.label] = cost
         self._keep(self._cost_path(model), cost.model_dump_json())
 

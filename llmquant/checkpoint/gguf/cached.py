@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 from llmquant.checkpoint.gguf.folder import write_folder
-from llmquant.checkpoint.gguf.header import read_gguf
+from llmquant.checkpoint.gguf.header import shards_of
+from llmquant.runtime.host import user_cache
 
 log = logging.getLogger(__name__)
 _IMPORTER = 1  # changes where the same file gives another folder
@@ -26,12 +26,10 @@ def cached_folder(path: Path) -> Path:
     Raises:
         what :func:`llmquant.checkpoint.gguf.folder.write_folder` raises.
     """
-    model = read_gguf(path)
-    first = model.files[0].resolve()
-    seen = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in model.files]
+    shards = shards_of(path)
+    seen = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in shards]
     key = hashlib.sha256(repr((_IMPORTER, seen)).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "llmquant" / "gguf" / key / first.stem
+    folder = user_cache("gguf") / key / shards[0].resolve().stem
     if not (folder / "config.json").is_file():
         log.warning("importing %s into %s; later commands find it there", path, folder)
         write_folder(path, folder)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llmquant.checkpoint.gguf.header import GgufModel
+from llmquant.checkpoint.gguf.header import GgufFile
 from llmquant.errors import CheckpointError, LayoutError
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -77,7 +77,7 @@ _CONTROL = 3  # tokenizer.ggml.token_type of special tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class GgufConfig:
     """What the metadata says.
 
     Attributes:
@@ -93,7 +93,7 @@ class Described:
         return str(self.config["model_type"])
 
 
-def describe(model: GgufModel) -> Described:
+def config_of(model: GgufFile) -> GgufConfig:
     """The config of a file's model.
 
     Raises:
@@ -136,10 +136,10 @@ def describe(model: GgufModel) -> Described:
         notes.append(
             f"{model.path.name}: metadata that has no place in a config here and is left out: {', '.join(unknown)}"
         )
-    return Described({**config, **rope}, tuple(notes))
+    return GgufConfig({**config, **rope}, tuple(notes))
 
 
-def _require(model: GgufModel, stated: Mapping[str, Any], table: Mapping[str, Any]) -> None:
+def _require(model: GgufFile, stated: Mapping[str, Any], table: Mapping[str, Any]) -> None:
     needed = [k for k in ("block_count", "embedding_length", "attention.head_count") if k in table]
     missing = [f"{model.architecture}.{k}" for k in needed if k not in stated]
     if missing:
@@ -148,7 +148,7 @@ def _require(model: GgufModel, stated: Mapping[str, Any], table: Mapping[str, An
         )
 
 
-def _one(model: GgufModel, key: str, value: Any) -> Any:
+def _one(model: GgufFile, key: str, value: Any) -> Any:
     """One number for all layers."""
     if not isinstance(value, list):
         return value
@@ -159,21 +159,21 @@ def _one(model: GgufModel, key: str, value: Any) -> Any:
     return value[0]
 
 
-def _embeddings(model: GgufModel) -> int:
+def _embeddings(model: GgufFile) -> int:
     try:
         return model.tensors["token_embd.weight"].shape[0]
     except KeyError as e:
         raise CheckpointError(f"{model.path} has no embeddings (token_embd.weight)") from e
 
 
-def _ids(model: GgufModel) -> dict[str, Any]:
+def _ids(model: GgufFile) -> dict[str, Any]:
     keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
     return {
         f"{k}_token_id": model.metadata.get(f"tokenizer.ggml.{v}_token_id") for k, v in keys.items()
     }
 
 
-def _of_kind(model: GgufModel, stated: Mapping[str, Any], known: Any) -> dict[str, Any]:
+def _of_kind(model: GgufFile, stated: Mapping[str, Any], known: Any) -> dict[str, Any]:
     """What follows from tensors, or what llama.cpp has built in for an architecture."""
     has, more = model.tensors.__contains__, dict[str, Any]()
     if hasattr(known, "attention_bias") and has("blk.0.attn_q.bias"):
@@ -203,7 +203,7 @@ def _of_kind(model: GgufModel, stated: Mapping[str, Any], known: Any) -> dict[st
     return more
 
 
-def _rope(model: GgufModel, stated: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(model: GgufFile, stated: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """``rope_scaling`` where the rotary frequencies are scaled."""
     kind = stated.get("rope.scaling.type", "none")
     factor = stated.get("rope.scaling.factor")
@@ -226,7 +226,7 @@ def _rope(model: GgufModel, stated: Mapping[str, Any], config: Mapping[str, Any]
     return {"rope_scaling": scaling}
 
 
-def _llama3(model: GgufModel, config: Mapping[str, Any]) -> dict[str, Any]:
+def _llama3(model: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """Llama 3's four numbers, from what the frequencies are divided by.
 
     Between the two wavelengths ``context / high`` and ``context / low`` the inverse factor is
@@ -276,7 +276,7 @@ def llama3_factors(
     return factors
 
 
-def generation_config(model: GgufModel) -> dict[str, Any]:
+def generation_config(model: GgufFile) -> dict[str, Any]:
     """Ids of special tokens, every one that ends a turn, and how the file says to sample."""
     said, found = model.metadata, {k: v for k, v in _ids(model).items() if v is not None}
     tokens = said.get("tokenizer.ggml.tokens") or ()

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from llmquant.checkpoint.atomic import check_destination, refuse_source
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
-from llmquant.checkpoint.gguf.config import describe, generation_config
-from llmquant.checkpoint.gguf.header import GgufModel, read_gguf
+from llmquant.checkpoint.gguf.config import config_of, generation_config
+from llmquant.checkpoint.gguf.header import GgufFile, read_gguf
 from llmquant.checkpoint.gguf.names import Placed, places
 from llmquant.checkpoint.gguf.tokenizer import save_tokenizer
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
@@ -90,7 +90,7 @@ class GgufSource:
         architectures: the name of transformers' class.
     """
 
-    model: GgufModel
+    file: GgufFile
     placed: Placed
     config: Any
     architectures: tuple[str, ...]
@@ -106,18 +106,18 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufSource:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = read_gguf(Path(path))
-    described = describe(model)
+    file = read_gguf(Path(path))
+    stated = config_of(file)
     try:
-        config = AutoConfig.for_model(**described.config)
+        config = AutoConfig.for_model(**stated.config)
         with init_empty_weights(include_buffers=False):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except CONFUSED as e:
         raise LayoutError(
-            f"{model.path}: its metadata makes no {described.model_type} model: {first_line(e)}"
+            f"{file.path}: its metadata makes no {stated.model_type} model: {first_line(e)}"
         ) from e
-    placed = places(model, empty)
-    return GgufSource(model, placed, config, (type(empty).__name__,), described.notes)
+    placed = places(file, empty)
+    return GgufSource(file, placed, config, (type(empty).__name__,), stated.notes)
 
 
 def write_folder(
@@ -142,23 +142,23 @@ def write_folder(
     options = options or FolderOptions()
     destination = Path(os.path.abspath(output))
     check_destination(destination, options.overwrite)
-    found = open_gguf(source)
-    refuse_source(destination, found.model.path.absolute())
-    dtype = parse_dtype(options.dtype, auto=ChosenDtype(_own_dtype(found.model))).dtype
+    opened = open_gguf(source)
+    refuse_source(destination, opened.file.path.absolute())
+    dtype = parse_dtype(options.dtype, auto=ChosenDtype(_own_dtype(opened.file))).dtype
     with CheckpointWriter(
         destination, max_shard_size=options.max_shard_size, overwrite=options.overwrite
     ) as writer:
-        digests = write_weights(found, dtype, writer, on_progress)
+        digests = write_weights(opened, dtype, writer, on_progress)
         writer.finish_weights()
-        notes = write_beside(found, dtype, writer)
-        writer.write_text("README.md", card(found))
+        notes = write_beside(opened, dtype, writer)
+        writer.write_text("README.md", card(opened))
         prove_weights(CheckpointReader(writer.partial), digests, on_progress)
         writer.publish()
-    return told(found, Path(output), dtype, writer, (*found.notes, *notes))
+    return import_result(opened, Path(output), dtype, writer, (*opened.notes, *notes))
 
 
-def told(
-    found: GgufSource,
+def import_result(
+    opened: GgufSource,
     path: Path,
     dtype: torch.dtype,
     writer: CheckpointWriter,
@@ -168,27 +168,27 @@ def told(
     """The result of a run that wrote a folder."""
     return ImportResult(
         path=path,
-        model_type=found.placed.model_type,
+        model_type=opened.placed.model_type,
         dtype=str(dtype).removeprefix("torch."),
         scheme=scheme,
-        types=dict(Counter(t.kind for t in found.model.tensors.values())),
-        tensors=len(found.model.tensors),
-        parameters=sum(len(p.names) * int(np.prod(p.shape)) for p in found.placed.places),
-        source_bytes=sum(f.stat().st_size for f in found.model.files),
+        types=dict(Counter(t.kind for t in opened.file.tensors.values())),
+        tensors=len(opened.file.tensors),
+        parameters=sum(len(p.names) * int(np.prod(p.shape)) for p in opened.placed.places),
+        source_bytes=sum(f.stat().st_size for f in opened.file.files),
         bytes_written=writer.total_bytes,
         notes=notes,
     )
 
 
-def _own_dtype(model: GgufModel) -> torch.dtype:
-    kinds = {t.kind for t in model.tensors.values() if len(t.shape) > 1}
+def _own_dtype(file: GgufFile) -> torch.dtype:
+    kinds = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
     if "BF16" in kinds:
         return torch.bfloat16
     return torch.float32 if kinds == {"F32"} else torch.float16
 
 
 def write_weights(
-    found: GgufSource,
+    opened: GgufSource,
     dtype: torch.dtype,
     writer: CheckpointWriter,
     on_progress: OnProgress,
@@ -201,53 +201,53 @@ def write_weights(
         CheckpointError: one that is not finite in the file.
     """
     digests: dict[str, str] = {}
-    for done, place in enumerate(found.placed.places):
-        on_progress("writing", done, len(found.placed.places))
+    for done, place in enumerate(opened.placed.places):
+        on_progress("writing", done, len(opened.placed.places))
         if place.tensor.name in but:
             continue
-        for name, values in found.placed.read(place):
-            tensor = _rounded(found, name, values, dtype)
+        for name, values in opened.placed.read(place):
+            tensor = _rounded(opened, name, values, dtype)
             digests[name] = sha256_tensor(tensor)
             writer.add(name, tensor)
     return digests
 
 
-def _rounded(found: GgufSource, name: str, values: np.ndarray, dtype: torch.dtype) -> Tensor:
+def _rounded(opened: GgufSource, name: str, values: np.ndarray, dtype: torch.dtype) -> Tensor:
     exact = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
     tensor = exact.to(dtype)
     if not bool(torch.isfinite(tensor).all()):
         if not bool(torch.isfinite(exact).all()):
             raise CheckpointError(
-                f"{found.model.path} is damaged: {name} holds numbers that are not finite; fetch it again"
+                f"{opened.file.path} is damaged: {name} holds numbers that are not finite; fetch it again"
             )
         raise UsageError(
-            f"{found.model.path}: {name} has numbers up to {float(exact.abs().max()):g}, too large for "
+            f"{opened.file.path}: {name} has numbers up to {float(exact.abs().max()):g}, too large for "
             f"{str(dtype).removeprefix('torch.')}; use --dtype bfloat16"
         )
     return tensor
 
 
 def write_beside(
-    found: GgufSource,
+    opened: GgufSource,
     dtype: torch.dtype,
     writer: CheckpointWriter,
     quantization: Mapping[str, Any] | None = None,
 ) -> tuple[str, ...]:
     """config.json, generation_config.json and the tokenizer's files; returns notes."""
-    config = json.loads(found.config.to_json_string(use_diff=True))
+    config = json.loads(opened.config.to_json_string(use_diff=True))
     config.pop("_name_or_path", None)
-    config |= {"architectures": list(found.architectures)}
+    config |= {"architectures": list(opened.architectures)}
     config |= {"dtype": str(dtype).removeprefix("torch.")}
     # A difference to a class's defaults leaves out what is None here and a number there.
     config |= {
-        f"{k}_token_id": getattr(found.config, f"{k}_token_id") for k in ("bos", "eos", "pad")
+        f"{k}_token_id": getattr(opened.config, f"{k}_token_id") for k in ("bos", "eos", "pad")
     }
-    config |= {"tie_word_embeddings": bool(found.config.tie_word_embeddings)}
+    config |= {"tie_word_embeddings": bool(opened.config.tie_word_embeddings)}
     config |= {"quantization_config": dict(quantization)} if quantization else {}
     writer.write_json("config.json", config)
-    writer.write_json("generation_config.json", generation_config(found.model))
+    writer.write_json("generation_config.json", generation_config(opened.file))
     with tempfile.TemporaryDirectory() as folder:
-        notes = save_tokenizer(found.model, found.config, Path(folder))
+        notes = save_tokenizer(opened.file, opened.config, Path(folder))
         writer.copy_side_files(Path(folder))
     return notes
 
@@ -273,17 +273,17 @@ def prove_weights(
             raise ProofError(f"{written.path}: tensor {name} is not what was written")
 
 
-def card(found: GgufSource) -> str:
+def card(opened: GgufSource) -> str:
     """README.md: where the numbers come from, and the file's licence."""
     import yaml
 
-    said = found.model.metadata
-    head = front_matter(found)
+    said = opened.file.metadata
+    head = front_matter(opened)
     front = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n" if head else ""
-    counts = Counter(t.kind for t in found.model.tensors.values() if len(t.shape) > 1)
+    counts = Counter(t.kind for t in opened.file.tensors.values() if len(t.shape) > 1)
     types = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
-    name = said.get("general.name") or found.model.path.stem
-    text = f"# {name}\n\nImported from `{found.model.path.name}` with llmquant; its matrices are {types}.\n"
+    name = said.get("general.name") or opened.file.path.stem
+    text = f"# {name}\n\nImported from `{opened.file.path.name}` with llmquant; its matrices are {types}.\n"
     if counts.keys() - FLOATS:
         text += (
             "\nThese weights were quantized before. They lie near the file's own lattice of a few bits, so what a further\n"
@@ -292,8 +292,8 @@ def card(found: GgufSource) -> str:
     return front + text
 
 
-def front_matter(found: GgufSource) -> dict[str, Any]:
+def front_matter(opened: GgufSource) -> dict[str, Any]:
     """What a card says for machines, as far as the file says it."""
-    said = found.model.metadata
+    said = opened.file.metadata
     head = {"license": said.get("general.license"), "language": said.get("general.languages")}
     return {k: v for k, v in head.items() if v}

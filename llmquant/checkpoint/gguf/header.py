@@ -38,7 +38,7 @@ _OTHER_KINDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class GgufModel:
+class GgufFile:
     """A file, or the shards of one model.
 
     Attributes:
@@ -71,7 +71,7 @@ def is_gguf(path: Path) -> bool:
         return f.read(len(MAGIC)) == MAGIC
 
 
-def read_gguf(path: Path) -> GgufModel:
+def read_gguf(path: Path) -> GgufFile:
     """Read the header of a file and of its other shards.
 
     Raises:
@@ -81,9 +81,7 @@ def read_gguf(path: Path) -> GgufModel:
         LayoutError: a type of tensor that cannot be read.
     """
     package()
-    if not path.is_file():
-        raise UsageError(f"{path} is not a file; give a GGUF file")
-    files = _shards(path)
+    files = shards_of(path)
     metadata, tensors = _read_file(files[0])
     count = int(metadata.get("split.count") or 1)
     if count != len(files):
@@ -100,12 +98,12 @@ def read_gguf(path: Path) -> GgufModel:
         raise CheckpointError(
             f"{path}: the shards have {len(tensors)} tensors and announce {announced}; fetch them again"
         )
-    model = GgufModel(path, files, metadata, tensors)
+    model = GgufFile(path, files, metadata, tensors)
     _refuse_other_kinds(model)
     return model
 
 
-def _refuse_other_kinds(model: GgufModel) -> None:
+def _refuse_other_kinds(model: GgufFile) -> None:
     if not model.metadata.get("general.architecture"):
         raise CheckpointError(
             f"{model.path} does not say its architecture (general.architecture); fetch a newer conversion of the model"
@@ -118,7 +116,15 @@ def _refuse_other_kinds(model: GgufModel) -> None:
         raise UnfitModelError(f"{model.path} is a vocabulary without weights; give the whole model")
 
 
-def _shards(path: Path) -> tuple[Path, ...]:
+def shards_of(path: Path) -> tuple[Path, ...]:
+    """The file, or all shards of the model it is one of, in order.
+
+    Raises:
+        UsageError: no such file.
+        CheckpointError: a shard is missing.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file; give a GGUF file")
     named = _SHARD.fullmatch(path.name)
     if named is None:
         return (path,)

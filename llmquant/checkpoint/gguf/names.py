@@ -21,7 +21,7 @@ import numpy as np
 
 from llmquant.checkpoint.gguf.config import ROPE_FACTORS
 from llmquant.checkpoint.gguf.cursor import GgufTensor
-from llmquant.checkpoint.gguf.header import GgufModel
+from llmquant.checkpoint.gguf.header import GgufFile
 from llmquant.errors import CheckpointError, LayoutError
 from llmquant.runtime.finite import some
 
@@ -94,7 +94,7 @@ class Placed:
         return np.asarray(result.weights).reshape(place.shape)
 
 
-def places(model: GgufModel, empty: Any) -> Placed:
+def places(model: GgufFile, empty: Any) -> Placed:
     """Bring a file's tensors and transformers' model together.
 
     Args:
@@ -155,7 +155,7 @@ def _experts(
     stacked: re.Match[str],
     kind: str,
     wanted: Mapping[str, tuple[int, ...]],
-    model: GgufModel,
+    model: GgufFile,
 ) -> Place:
     part = _MIXTRAL_PARTS[stacked["part"]] if kind == "mixtral" else stacked["part"]
     experts, rows, columns = tensor.shape if len(tensor.shape) == 3 else (0, 0, 0)
@@ -182,7 +182,7 @@ def _complete(memory: str, found: list[Place]) -> bool:
     return all(f"blk.{block}.ffn_{part}_exps.weight" in have for part in parts)
 
 
-def _check_size(model: GgufModel, tensor: GgufTensor, shape: tuple[int, ...]) -> None:
+def _check_size(model: GgufFile, tensor: GgufTensor, shape: tuple[int, ...]) -> None:
     if sorted(n for n in tensor.shape if n != 1) != sorted(n for n in shape if n != 1):
         raise CheckpointError(
             f"{model.path}: {tensor.name} is {list(tensor.shape)}, the metadata makes it {list(shape)}; "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
-from llmquant.checkpoint.gguf.header import GgufModel
+from llmquant.checkpoint.gguf.header import GgufFile
 from llmquant.checkpoint.weights.json_files import read_json
 from llmquant.errors import CheckpointError, LayoutError
 
@@ -21,7 +21,7 @@ _TEMPLATE = "tokenizer.chat_template"
 _AS_GPT2 = frozenset({"default", "gpt-2", "smollm", "starcoder", "falcon", "refact", "codeshell"})
 
 
-def save_tokenizer(model: GgufModel, config: Any, folder: Path) -> tuple[str, ...]:
+def save_tokenizer(model: GgufFile, config: Any, folder: Path) -> tuple[str, ...]:
     """Write the tokenizer's files, the chat template among them.
 
     Args:
@@ -74,7 +74,7 @@ def _only_the_files(path: Path, count: int) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def _doubts(model: GgufModel) -> tuple[str, ...]:
+def _doubts(model: GgufFile) -> tuple[str, ...]:
     said = model.metadata
     rules = said.get("tokenizer.ggml.pre")
     if said.get("tokenizer.ggml.model") != "gpt2" or rules in _AS_GPT2 or rules in _known_rules():

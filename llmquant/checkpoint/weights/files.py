@@ -82,7 +82,9 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> WeightFiles:
     except CheckpointError as e:
         links = filter(None, map(lost, sorted(folder.iterdir())))
         named = next((link for link in links if ".safetensors" in link), None)
-        raise (CheckpointError(named) if named else e) from e
+        if named is None:
+            raise
+        raise CheckpointError(named) from e
     files = tuple(folder / name for name in names.files)
     return WeightFiles(files, names.weight_map, names.unnamed, _beside(here, names))
 

@@ -35,9 +35,9 @@ from llmquant.checkpoint.gguf.folder import (
     ImportResult,
     OnProgress,
     front_matter,
+    import_result,
     open_gguf,
     prove_weights,
-    told,
     write_beside,
     write_folder,
     write_weights,
@@ -114,36 +114,36 @@ def _import_packed(
     target = layout_of(options.layout or _LAYOUTS[0])
     if target.name not in _LAYOUTS:
         raise UsageError(f"--packed writes {', '.join(_LAYOUTS)}, not {target.name}")
-    found = open_gguf(source)
-    refuse_source(destination, found.model.path.absolute())
+    opened = open_gguf(source)
+    refuse_source(destination, opened.file.path.absolute())
     auto = ChosenDtype(torch.float16, "the scales of GGUF are fp16")
     dtype = parse_dtype(options.dtype, auto=auto).dtype
-    kept = choose(found, target, dtype, on_progress)
+    kept = choose(opened, target, dtype, on_progress)
     but = frozenset(place.tensor.name for place, _ in kept.places.values())
     with CheckpointWriter(
         destination, max_shard_size=options.max_shard_size, overwrite=options.overwrite
     ) as writer:
-        digests = write_weights(found, dtype, writer, on_progress, but)
+        digests = write_weights(opened, dtype, writer, on_progress, but)
         for module in kept.places:
-            packed = target.pack(weight_of(found, kept, module), dtype)
+            packed = target.pack(weight_of(opened, kept, module), dtype)
             writer.add_together({f"{module}.{suffix}": t for suffix, t in packed.items()})
         writer.finish_weights()
-        notes = _write_beside(found, kept, target, dtype, writer)
-        _prove(found, kept, target, digests, CheckpointReader(writer.partial), on_progress)
+        notes = _write_beside(opened, kept, target, dtype, writer)
+        _prove(opened, kept, target, digests, CheckpointReader(writer.partial), on_progress)
         writer.publish()
     scheme = f"{target.name} {', '.join(sorted({str(s) for s in kept.schemes.values()}))}"
-    notes = (*found.notes, *notes, *_rounded(found, but, dtype))
-    return told(found, Path(output), dtype, writer, notes, scheme)
+    notes = (*opened.notes, *notes, *_rounded(opened, but, dtype))
+    return import_result(opened, Path(output), dtype, writer, notes, scheme)
 
 
 def _write_beside(
-    found: GgufSource, kept: Kept, target: Format, dtype: torch.dtype, writer: CheckpointWriter
+    opened: GgufSource, kept: Kept, target: Format, dtype: torch.dtype, writer: CheckpointWriter
 ) -> tuple[str, ...]:
     quantization = target.config(dict(sorted(kept.schemes.items())), kept.skipped)
-    notes = write_beside(found, dtype, writer, quantization)
+    notes = write_beside(opened, dtype, writer, quantization)
     for name, text in target.side_files(quantization).items():
         writer.write_text(name, text)
-    files = "".join(f"{f.name}:{sha256_file(f)}\n" for f in found.model.files)
+    files = "".join(f"{f.name}:{sha256_file(f)}\n" for f in opened.file.files)
     step = Conversion(
         source_format="gguf",
         format=target.name,
@@ -160,18 +160,18 @@ def _write_beside(
     }
     manifest = foreign_manifest(None, dtype, step, carried)
     writer.write_text(MANIFEST, manifest.to_json())
-    name = str(found.model.metadata.get("general.name") or found.model.path.stem)
+    name = str(opened.file.metadata.get("general.name") or opened.file.path.stem)
     scheme = ", ".join(sorted({str(s) for s in kept.schemes.values()}))
     others = f"Every other tensor is stored in {str(dtype).removeprefix('torch.')}."
     writer.write_text(
         "README.md",
-        converted_card(manifest, scheme, name, None, None, front_matter(found), others),
+        converted_card(manifest, scheme, name, None, None, front_matter(opened), others),
     )
     return notes
 
 
 def _prove(
-    found: GgufSource,
+    opened: GgufSource,
     kept: Kept,
     target: Format,
     digests: Mapping[str, str],
@@ -193,9 +193,9 @@ def _prove(
         except FormatError as e:
             raise ProofError(f"what was written cannot be read back: {e}") from e
         same = after.digest() == kept.records[module].digest
-        if not same or not torch.equal(after.dequantize(), dequantized(found, kept, module)):
+        if not same or not torch.equal(after.dequantize(), dequantized(opened, kept, module)):
             raise ProofError(
-                f"{written.path}: {module} does not hold the numbers of {found.model.path}"
+                f"{written.path}: {module} does not hold the numbers of {opened.file.path}"
             )
     inside = {f"{m}.{s}" for m in kept.schemes for s in target.tensor_suffixes()}
     prove_weights(written, digests, on_progress, frozenset(inside))
@@ -205,13 +205,13 @@ def _prove(
         raise ProofError(f"what was written cannot be loaded: {e}") from e
 
 
-def _rounded(found: GgufSource, kept: frozenset[str], dtype: torch.dtype) -> tuple[str, ...]:
+def _rounded(opened: GgufSource, kept: frozenset[str], dtype: torch.dtype) -> tuple[str, ...]:
     """A note on quantized matrices that were not kept."""
     if dtype == torch.float32:
         return ()
     names = [
         f"{t.name} ({t.kind})"
-        for t in found.model.tensors.values()
+        for t in opened.file.tensors.values()
         if t.kind not in FLOATS and t.name not in kept
     ]
     if not names:

@@ -40,31 +40,31 @@ class Kept:
     nbytes: int = 0
 
 
-def choose(found: GgufSource, target: Format, dtype: torch.dtype, on_progress: OnProgress) -> Kept:
+def choose(opened: GgufSource, target: Format, dtype: torch.dtype, on_progress: OnProgress) -> Kept:
     """Which linears are kept, or everything that refuses.
 
     Raises:
         LayoutError: naming the modules with the reason.
     """
     kept, refused = Kept(), dict[str, str]()
-    for done, place in enumerate(found.placed.places):
-        on_progress("checking", done, len(found.placed.places))
+    for done, place in enumerate(opened.placed.places):
+        on_progress("checking", done, len(opened.placed.places))
         kind = place.tensor.kind
-        if len(place.shape) != 2 or not _is_linear(found, place):
+        if len(place.shape) != 2 or not _is_linear(opened, place):
             continue
         for part, name in enumerate(place.names):
             module = name.removesuffix(".weight")
             if kind in FLOATS:
                 kept.skipped[module] = "unquantized in the source"
                 continue
-            reason = _keep(found, kept, target, dtype, (place, part), module)
+            reason = _keep(opened, kept, target, dtype, (place, part), module)
             if reason and module in HEADS:
                 kept.skipped[module] = reason
             elif reason:
                 refused[module] = f"{kind}: {reason}"
     if not kept.places and not refused:
         raise LayoutError(
-            f"{found.model.path} has no quantized linears, so there is nothing to keep packed; leave out --packed"
+            f"{opened.file.path} has no quantized linears, so there is nothing to keep packed; leave out --packed"
         )
     together = target.why_not_together(kept.schemes, kept.skipped)
     if refused or together:
@@ -74,13 +74,13 @@ def choose(found: GgufSource, target: Format, dtype: torch.dtype, on_progress: O
         lines = [f"{some(names)}: {reason}" for reason, names in reasons.items()]
         lines += [f"taken together: {together}"] if together else []
         raise LayoutError(
-            f"{found.model.path} cannot be kept packed without loss; leave out --packed to dequantize it:"
+            f"{opened.file.path} cannot be kept packed without loss; leave out --packed to dequantize it:"
             + "".join(f"\n  {line}" for line in lines)
         )
     return kept
 
 
-def _is_linear(found: GgufSource, place: Place) -> bool:
+def _is_linear(opened: GgufSource, place: Place) -> bool:
     """Whether a matrix is a linear's (with a head that has weights of its own), not a look-up or a
     router."""
     name = place.names[0].removesuffix(".weight")
@@ -91,7 +91,7 @@ def _is_linear(found: GgufSource, place: Place) -> bool:
 
 
 def _keep(
-    found: GgufSource,
+    opened: GgufSource,
     kept: Kept,
     target: Format,
     dtype: torch.dtype,
@@ -104,7 +104,7 @@ def _keep(
         return _UNKEPT.get(place.tensor.kind, _BEYOND)
     kept.places[module] = (place, part if len(place.names) > 1 else None)
     try:
-        weight = weight_of(found, kept, module)
+        weight = weight_of(opened, kept, module)
         scheme = Scheme(weight.spec)
         reason = target.why_not(scheme, weight.shape)
         if reason is None:
@@ -121,22 +121,22 @@ def _keep(
     return None
 
 
-def weight_of(found: GgufSource, kept: Kept, module: str) -> QuantizedWeight:
+def weight_of(opened: GgufSource, kept: Kept, module: str) -> QuantizedWeight:
     """A linear's numbers, rows in transformers' order."""
     place, part = kept.places[module]
     data = place.tensor.data()
     stored = torch.from_numpy((data if part is None else data[part]).copy())
     kind: Any = place.tensor.kind  # one of the block types
     weight = blocks.unpack(stored, kind)
-    order = torch.from_numpy(found.placed.rows(place).copy())
+    order = torch.from_numpy(opened.placed.rows(place).copy())
     return QuantizedWeight(
         weight.codes[order], weight.scales[order], weight.zeros[order], weight.spec
     )
 
 
-def dequantized(found: GgufSource, kept: Kept, module: str) -> Tensor:
+def dequantized(opened: GgufSource, kept: Kept, module: str) -> Tensor:
     """The same numbers by the ``gguf`` package's code and transformers' processors."""
     place, part = kept.places[module]
     if part is not None:
         return torch.from_numpy(place.tensor.values(part))
-    return torch.from_numpy(found.placed.undone(place, place.tensor.values()).copy())
+    return torch.from_numpy(opened.placed.undone(place, place.tensor.values()).copy())

@@ -145,13 +145,14 @@ def compare_tab(
 
 def _comparer(
     models: Models, runs: Runs[Any]
-) -> Callable[..., AsyncGenerator[tuple[str, str, str], None]]:
+) -> Callable[..., AsyncGenerator[tuple[Any, Any, Any], None]]:
     """What streams both answers into their panes and what they say into the summary."""
 
     async def compare(
         request: gr.Request, text: str | None, greedy: bool, system: str | None, *numbers: float
-    ) -> AsyncGenerator[tuple[str, str, str], None]:
+    ) -> AsyncGenerator[tuple[Any, Any, Any], None]:
         if not text or not text.strip():
+            yield gr.skip(), gr.skip(), gr.skip()  # a generator without values empties the panes
             return
         turns = with_system(system, [{"role": "user", "content": text}])
         sampling = sampling_of(numbers, logprobs=_TOP)

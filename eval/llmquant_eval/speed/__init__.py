@@ -1,0 +1,1 @@
+"""How fast models run and what memory they take, beside each other: ``llmquant bench``."""
