@@ -22,7 +22,7 @@ from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
 from llmquant.models.reading.engine_names import EngineNames, engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
-from llmquant.models.reading.transposed import as_kept
+from llmquant.models.reading.matrices import as_kept
 from llmquant.models.selection import PLACELESS, ROUTER, SHARED
 from llmquant.runtime.devices import DTYPES
 from llmquant.weight import QuantizedWeight, without_trivial_order

@@ -25,8 +25,8 @@ from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
 from llmquant.errors import FormatError, ProofError, QuantizationError
 from llmquant.formats import Scheme
+from llmquant.models.reading.matrices import as_kept
 from llmquant.models.reading.stored_dtype import StoredReader
-from llmquant.models.reading.transposed import as_kept
 from llmquant.models.rotated import RotatedReader
 from llmquant.quantization.loading import prove_loading
 from llmquant.quantization.plan import BlockResult, WalkPlan

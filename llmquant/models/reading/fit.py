@@ -21,10 +21,9 @@ from llmquant.models.architectures import ARCHITECTURES, Architecture
 from llmquant.models.from_folder import empty_model, read_config
 from llmquant.models.reading.embeddings import Matrix, embedding_of, shape_of, why_not_packed
 from llmquant.models.reading.leftovers import leftover_notes
+from llmquant.models.reading.matrices import turned, unstacked
 from llmquant.models.reading.places import Naming, naming
 from llmquant.models.reading.tower import Tower, tower_of
-from llmquant.models.reading.transposed import turned
-from llmquant.models.reading.unstacked import unstacked
 from llmquant.models.tensor_check import refuse_mismatch
 from llmquant.runtime.finite import some
 

@@ -1,21 +1,27 @@
-"""A checkpoint that stacks its experts, read as one matrix for each: what is observed, quantized
-and written.
+"""A checkpoint read as one matrix ``[out, in]`` for each linear, whatever it keeps: what is
+observed, quantized and written.
 
-Packed formats hold matrices, and engines find packed experts under a name for each. So a stacked
-tensor ends here; the tensors made of it have the names that the table gives.
+**Stacked experts.** Packed formats hold matrices, and engines find packed experts under a name for
+each. So a stacked tensor ends here; the tensors made of it have the names that the table gives.
+
+**Conv1D**, as in GPT-2, keeps ``[in, out]`` and computes what a Linear of the transposed matrix
+does, so the model has Linears in its place (:mod:`llmquant.models.names`). Packed weights are
+always the Linear's: layouts hold nothing else, and vLLM transposes only plain weights of these
+types. What stays unquantized goes back the way it came (:func:`as_kept`).
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from torch import Tensor
 
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.derived import DerivedReader, Made
-from llmquant.models.architectures import Architecture, Experts, Stacked
+from llmquant.models.rows.architecture import Architecture, Experts, Stacked
 
 
 def unstacked(reader: CheckpointReader, architecture: Architecture | None) -> CheckpointReader:
@@ -69,3 +75,31 @@ def _rows(transposed: bool, interleaved: bool, half: int | None, stacked: Tensor
     if half is not None:
         rows = rows[half::2] if interleaved else rows.chunk(2, dim=0)[half]
     return rows.contiguous()
+
+
+def turned(
+    reader: CheckpointReader, architecture: Architecture | None, names: Iterable[str]
+) -> CheckpointReader:
+    """The checkpoint with those of the tensors ``names`` transposed that it keeps the other way
+    round; the same reader where there are none."""
+    infos = {n: reader.info(n) for n in names if _is_transposed(n, architecture)}
+    made = {
+        n: Made((n,), _transpose, i.shape[::-1], i.dtype)
+        for n, i in infos.items()
+        if len(i.shape) == 2
+    }
+    return DerivedReader(reader, made) if made else reader
+
+
+def as_kept(name: str, tensor: Tensor, architecture: Architecture | None) -> Tensor:
+    """An unquantized tensor as checkpoints keep it, of one that was read by :func:`turned`."""
+    return _transpose(tensor) if _is_transposed(name, architecture) else tensor
+
+
+def _is_transposed(name: str, architecture: Architecture | None) -> bool:
+    patterns = architecture.conv1d_weights() if architecture is not None else ()
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _transpose(matrix: Tensor) -> Tensor:
+    return matrix.t().contiguous()
