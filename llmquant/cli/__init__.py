@@ -22,6 +22,7 @@ from typing import Annotated
 
 import typer
 
+from llmquant.cli.commands.advise import advise_command
 from llmquant.cli.commands.allocate import allocate_command
 from llmquant.cli.commands.convert import convert_command
 from llmquant.cli.commands.doctor import doctor_command
@@ -62,6 +63,7 @@ def root(
     """Quantize a Hugging Face LLM, prove what it cost, and serve it."""
 
 
+app.command("advise")(advise_command)
 app.command("plan")(plan_command)
 app.command("allocate")(allocate_command)
 app.command("quantize")(quantize_command)

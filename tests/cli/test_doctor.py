@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llmquant.cli import app, checkup_engines
-from llmquant.cli.commands import checkup
-from llmquant.cli.commands.checkup import look
+from llmquant.cli import app
+from llmquant.cli.checkup import engines, machine
+from llmquant.cli.checkup.machine import look
 from llmquant.kernels import KERNELS
 from llmquant.runtime.devices import parse_dtype
 
@@ -97,7 +97,7 @@ def test_vllm_is_asked_in_its_own_environment(
     if script is not None:
         python.write_text(script)
         python.chmod(0o755)
-    found = checkup_engines.vllm({"LLMQUANT_VLLM_PYTHON": str(python)})
+    found = engines.vllm({"LLMQUANT_VLLM_PYTHON": str(python)})
     assert found["ready"] is ready
     assert told in str(found)
     assert ready or "make vllm-env" in found["install"]
@@ -108,8 +108,8 @@ def test_vllm_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexec sleep 30\n")
     python.chmod(0o755)
-    monkeypatch.setattr(checkup_engines, "_VLLM_SECONDS", 0.2)
-    assert "took more than" in checkup_engines.vllm({"LLMQUANT_VLLM_PYTHON": str(python)})["reason"]
+    monkeypatch.setattr(engines, "_VLLM_SECONDS", 0.2)
+    assert "took more than" in engines.vllm({"LLMQUANT_VLLM_PYTHON": str(python)})["reason"]
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
@@ -120,7 +120,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None
             raise error
         return real(module, package)
 
-    monkeypatch.setattr(checkup.importlib, "import_module", imported)
+    monkeypatch.setattr(machine.importlib, "import_module", imported)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_what_is_needed_and_broken_is_a_problem(
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *names: str, instead: str | None = None) -> None:
-    real = checkup._version
-    monkeypatch.setattr(checkup, "_version", lambda name: instead if name in names else real(name))
+    real = machine._version
+    monkeypatch.setattr(machine, "_version", lambda name: instead if name in names else real(name))
 
 
 def test_an_extra_that_is_not_there_breaks_nothing_and_tells_its_command(
@@ -173,8 +173,8 @@ def test_sources_that_are_not_installed_are_told(monkeypatch: pytest.MonkeyPatch
     def none(name: str) -> list[str]:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(checkup, "requires", none)
-    assert "pip install -e ." in checkup._requirements({})[0]
+    monkeypatch.setattr(machine, "requires", none)
+    assert "pip install -e ." in machine._requirements({})[0]
 
 
 def test_held_down_it_says_by_what() -> None:

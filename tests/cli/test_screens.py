@@ -12,7 +12,7 @@ from children import Run
 import llmquant.cli.screen
 
 COMMANDS = (
-    "plan", "allocate", "quantize", "convert", "import", "inspect", "verify", "generate", "recipes", "doctor",
+    "advise", "plan", "allocate", "quantize", "convert", "import", "inspect", "verify", "generate", "recipes", "doctor",
     "eval", "leaderboard", "compare", "bench", "serve", "chat",
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from llmquant.cli.options import ThreadsOption
 from llmquant.cli.screen import fact_table, screen
 
 if TYPE_CHECKING:
-    from llmquant.cli.commands.checkup import Checkup
+    from llmquant.cli.checkup.machine import Checkup
 
 
 def doctor_command(
@@ -28,7 +28,7 @@ def doctor_command(
 
     Processor, kernels, engines, memory, versions.
     """
-    from llmquant.cli.commands.checkup import look
+    from llmquant.cli.checkup.machine import look
 
     if threads is not None:
         from llmquant.runtime.threads import set_threads

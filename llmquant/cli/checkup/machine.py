@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from llmquant.cli.checkup_engines import BITS, BROKEN, GROUP, llama_cpp, takes, vllm
+from llmquant.cli.checkup.engines import BITS, BROKEN, GROUP, llama_cpp, takes, vllm
 from llmquant.errors import LlmquantError
 from llmquant.runtime.processor import Processor, this_processor
 

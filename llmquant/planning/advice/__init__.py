@@ -1,0 +1,15 @@
+"""What to do with a model on a machine, before anything is done: ``llmquant advise``."""
+
+from llmquant.planning.advice.advise import ORIGINAL, Advice, Option, Target, advise, this_target
+from llmquant.planning.advice.kinds import OtherKind, other_kind
+
+__all__ = [
+    "ORIGINAL",
+    "Advice",
+    "Option",
+    "OtherKind",
+    "Target",
+    "advise",
+    "other_kind",
+    "this_target",
+]

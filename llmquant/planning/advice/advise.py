@@ -1,0 +1,264 @@
+"""A recommendation: what fits the machine, what it is expected to lose, what is fast there, and
+what to try first.
+
+The field's rule of thumb: define the acceptable loss, measure the original, try post-training
+quantization, from there to finer grids, 8 bits, or 16. Sizes are exact (they are the plan's). The
+expected loss is of another model of the size class (:mod:`llmquant.planning.costs`), which ``eval``
+replaces by a measurement. Speeds are measured where the target is this machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedConfig
+
+from llmquant.checkpoint.hub import resolve
+from llmquant.errors import UsageError
+from llmquant.models.from_folder import read_config
+from llmquant.planning.advice.memory import cache_bytes
+from llmquant.planning.advice.widths import WidthSpeed, measure_widths
+from llmquant.planning.costs import Cost
+from llmquant.planning.defaults import CLOSE, DefaultRecipe, choose_recipe
+from llmquant.planning.preview import Plan, make_plan
+from llmquant.recipe import Recipe, load_recipe
+from llmquant.runtime.devices import AUTO, parse_device, parse_dtype
+from llmquant.runtime.memory import resident_bytes
+from llmquant.spec import QuantSpec
+
+ORIGINAL = "original"
+_CONTEXT = 4096
+_FORMAT = "compressed-tensors"
+_FINER = ("gptq-w4g32-asym", "best-w4g128", "gptq-w8")  # what to try where the first misses
+_SMALLER = ("gptq-w3g32", "best-w2g32")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the model is to run.
+
+    Attributes:
+        device: as in ``--device``.
+        memory_bytes: that it may take.
+        memory_from: where that number is from, for people.
+        here: whether it is this machine.
+        floor_bytes: what the process takes without a model.
+    """
+
+    device: str
+    memory_bytes: int
+    memory_from: str
+    here: bool
+    floor_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to run the model.
+
+    Attributes:
+        name: of the recipe, or ``original``.
+        scheme: of its linears.
+        weight_bytes: in memory.
+        total_bytes: with the cache and the process.
+        cost: expected, of the size class's model; None: not measured.
+        speed: measured here; None: not measured.
+        engines: serving engine → why it refuses.
+    """
+
+    name: str
+    scheme: str
+    weight_bytes: int
+    total_bytes: int
+    fits: bool
+    cost: Cost | None
+    speed: WidthSpeed | None
+    engines: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do.
+
+    Attributes:
+        default: of this model, with its size class.
+        dtype: that the model computes in there.
+        cache_bytes: keys and values of all contexts.
+        first: the option to try first; None: nothing fits.
+        why: of that.
+        then: the options to try after it, in order.
+        busy: whether other programs kept the processor busy, so that measured speeds may be wrong.
+    """
+
+    model_type: str
+    default: DefaultRecipe
+    target: Target
+    context: int
+    batch_size: int
+    dtype: str
+    cache_bytes: int
+    options: tuple[Option, ...]
+    first: Option | None
+    why: str
+    then: tuple[str, ...]
+    busy: bool
+
+
+def this_target(device: str = AUTO, memory_bytes: int | None = None) -> Target:
+    """The machine at hand, or one of so much memory.
+
+    Raises:
+        UsageError: a device that is not there.
+    """
+    on = parse_device(device)
+    floor = resident_bytes()
+    if memory_bytes is not None:
+        return Target(str(on), memory_bytes, "as given", False, floor)
+    if on.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(on)
+        return Target(str(on), free, "free on the device now", True, 0)
+    return Target(str(on), psutil.virtual_memory().available, "available here now", True, floor)
+
+
+def advise(
+    model: str | os.PathLike[str],
+    target: Target,
+    *,
+    context: int | None = None,
+    batch_size: int = 1,
+    max_kl: float = CLOSE,
+    measure: bool = True,
+) -> Advice:
+    """Advice on a decoder; :func:`llmquant.planning.advice.kinds.other_kind` is to be asked
+    before.
+
+    Args:
+        context: tokens of each of ``batch_size`` sequences; None: 4096, or what the model takes.
+        max_kl: acceptable loss in nats per token.
+        measure: time packed linears, if the target is this machine's CPU.
+
+    Raises:
+        UsageError: a context beyond the model's; what :func:`make_plan` raises.
+    """
+    path, config = resolve(model), read_config(model)
+    context = _context(config, context)
+    default = choose_recipe(path, _FORMAT)
+    busy = os.getloadavg()[0] > (psutil.cpu_count() or 1) / 4  # before this adds to it
+    dtype = parse_dtype(AUTO, target.device).dtype
+    cache = cache_bytes(config, context, batch_size, dtype)
+    plans = {name: make_plan(path, recipe) for name, recipe in _recipes(default).items()}
+    speeds = _speeds(plans, target, dtype) if measure else {}
+    taken = cache + target.floor_bytes
+    options = [_original(default.parameters, taken, target, dtype)]
+    for name, plan in plans.items():
+        spec = plan.linears[0].scheme.spec
+        weights = plan.tensor_bytes
+        options.append(
+            Option(
+                name,
+                ", ".join(sorted({str(m.scheme) for m in plan.modules})),
+                weights,
+                weights + taken,
+                weights + taken <= target.memory_bytes,
+                default.size_class.costs.get(name),
+                speeds.get(spec),
+                plan.engines,
+            )
+        )
+    first, why = _first(options, default, max_kl)
+    return Advice(
+        str(config.model_type),
+        default,
+        target,
+        context,
+        batch_size,
+        str(dtype).removeprefix("torch."),
+        cache,
+        tuple(options),
+        first,
+        why,
+        _then(options, first),
+        bool(speeds) and busy,
+    )
+
+
+def _context(config: PreTrainedConfig, wanted: int | None) -> int:
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if wanted is None:
+        return min(_CONTEXT, most) if most else _CONTEXT
+    if most and wanted > most:
+        raise UsageError(f"--context {wanted}: the model takes {most} tokens; give at most that")
+    return wanted
+
+
+def _recipes(default: DefaultRecipe) -> dict[str, Recipe]:
+    """From 8 bits down; the default among them, and with its embeddings in 8 bits."""
+    wider = load_recipe("gptq-w8")
+    four = {default.name: default.recipe}
+    if default.name != "gptq-w4g32-asym":
+        four = {"gptq-w4g32-asym": load_recipe("gptq-w4g32-asym"), **four}
+    small = default.recipe.updated({"embeddings": {"bits": 8}})
+    return {
+        "gptq-w8": wider,
+        **four,
+        f"{default.name} --embeddings 8": small,
+        **{name: load_recipe(name) for name in _SMALLER},
+    }
+
+
+def _speeds(
+    plans: Mapping[str, Plan], target: Target, dtype: torch.dtype
+) -> Mapping[QuantSpec, WidthSpeed]:
+    if not target.here or target.device != "cpu":
+        return {}
+    linears = next(iter(plans.values())).linears
+    shape = max((m.shape for m in linears), key=lambda s: s[0] * s[1])
+    return measure_widths(shape, (p.linears[0].scheme.spec for p in plans.values()), dtype)
+
+
+def _original(parameters: int, taken: int, target: Target, dtype: torch.dtype) -> Option:
+    """The model as it is, its weights converted to the dtype that is computed in."""
+    weights = parameters * dtype.itemsize
+    return Option(
+        ORIGINAL,
+        str(dtype).removeprefix("torch."),
+        weights,
+        weights + taken,
+        weights + taken <= target.memory_bytes,
+        None,
+        None,
+        {},
+    )
+
+
+def _first(
+    options: list[Option], default: DefaultRecipe, max_kl: float
+) -> tuple[Option | None, str]:
+    """The smallest that fits and is expected to be close enough; else the default, or what fits."""
+    quantized = [o for o in options if o.fits and o.name != ORIGINAL]
+    if not quantized:
+        return None, "nothing fits: lower --context or --batch-size, or take a smaller model"
+    close = [o for o in quantized if o.cost is not None and o.cost.kl <= max_kl]
+    if close:
+        first = min(close, key=lambda o: o.weight_bytes)
+        return first, f"the smallest that fits with an expected KL of at most {max_kl:g}"
+    own = next((o for o in quantized if o.name == default.name), None)
+    if own is None:
+        return max(quantized, key=lambda o: o.weight_bytes), "the largest that fits"
+    if own.cost is None:
+        return own, f"the default; {default.size_class.how}"
+    return own, f"the default; at 4 bits nothing measured reaches a KL of {max_kl:g} at this size"
+
+
+def _then(options: list[Option], first: Option | None) -> tuple[str, ...]:
+    """What to try if the first misses the bound: finer, then wider, then the original."""
+    if first is None:
+        return ()
+    fitting = {o.name for o in options if o.fits}
+    finer = [n for n in _FINER if n != first.name and (n in fitting or n.startswith("best-"))]
+    return (*finer, *([ORIGINAL] if ORIGINAL in fitting else []))

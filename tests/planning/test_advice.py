@@ -1,0 +1,160 @@
+"""``llmquant advise``: what fits, what to try first, and models that are not this tool's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import Run
+from tiny_models import CONFIGS
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from llmquant.errors import UsageError
+from llmquant.planning.advice import ORIGINAL, Advice, Target, advise, other_kind
+from llmquant.planning.advice.memory import cache_bytes
+from llmquant.planning.advice.widths import measure_widths
+from llmquant.planning.preview import make_plan
+from llmquant.recipe import load_recipe
+from llmquant.spec import QuantSpec
+
+FLOOR = 1000  # bytes of a process
+
+
+def advice_of(model: Path, memory_bytes: int = 10**12, **how: Any) -> Advice:
+    return advise(model, Target("cpu", memory_bytes, "as given", False, FLOOR), **how)
+
+
+def test_sizes_are_those_of_the_plan(model: Path) -> None:
+    advice = advice_of(model, context=100, batch_size=3)
+    plan = make_plan(model, load_recipe("gptq-w8"))
+    eight = next(o for o in advice.options if o.name == "gptq-w8")
+    assert eight.weight_bytes == plan.tensor_bytes
+    assert eight.total_bytes == plan.tensor_bytes + advice.cache_bytes + FLOOR
+    assert advice.options[0].name == ORIGINAL
+    assert advice.options[0].weight_bytes == advice.default.parameters * 4
+    assert len({o.name for o in advice.options}) == len(advice.options)
+
+
+@pytest.mark.parametrize(
+    ("max_kl", "first"),
+    [(1.0, "best-w2g32"), (0.1, "gptq-w3g32"), (0.012, "gptq-w4g128"), (0.008, "gptq-w4g32-asym"),
+     (1e-4, "gptq-w8"), (0.0, "gptq-w4g128")],
+)  # fmt: skip
+def test_the_smallest_that_is_close_enough_comes_first(
+    model: Path, max_kl: float, first: str
+) -> None:
+    advice = advice_of(model, max_kl=max_kl)
+    assert advice.first is not None
+    assert advice.first.name == first
+    assert first not in advice.then
+    assert advice.then[-1] == ORIGINAL
+
+
+def test_what_does_not_fit_is_not_advised(model: Path) -> None:
+    sizes = {o.name: o.total_bytes for o in advice_of(model).options}
+    tight = advice_of(model, sizes["gptq-w3g32"], max_kl=1e-4)
+    assert {o.name for o in tight.options if o.fits} == {
+        n for n, size in sizes.items() if size <= sizes["gptq-w3g32"]
+    }
+    assert tight.first is not None
+    assert tight.first.total_bytes <= sizes["gptq-w3g32"]
+    assert ORIGINAL not in tight.then
+    nothing = advice_of(model, FLOOR)
+    assert (nothing.first, nothing.then) == (None, ())
+    assert "nothing fits" in nothing.why
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_cache_is_what_a_run_fills(kind: str) -> None:
+    config = CONFIGS[kind]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    cache = DynamicCache(config=model.config)
+    model(torch.zeros(2, 20, dtype=torch.int64), past_key_values=cache)
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert cache_bytes(config, 20, 2, torch.float32) == held
+    assert cache_bytes(config, 20, 2, torch.bfloat16) == held // 2
+
+
+def test_a_context_beyond_the_model_is_misuse(model: Path) -> None:
+    with pytest.raises(UsageError, match="--context 129: the model takes 128 tokens"):
+        advice_of(model, context=129)
+    assert advice_of(model).context == 128
+
+
+def test_widths_are_measured_beside_dense_layers() -> None:
+    specs = [QuantSpec(4, 32), QuantSpec(8, 32), QuantSpec(4, 32)]
+    found = measure_widths((64, 64), specs, torch.float32)
+    assert list(found) == specs[:2]
+    assert all(s.one_row > 0 and s.many_rows > 0 and s.kernel == "cpu" for s in found.values())
+
+
+OTHERS: list[tuple[dict[str, Any], str | None]] = [
+    ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "an encoder"),
+    ({"architectures": ["BertModel"], "model_type": "bert"}, "an encoder"),
+    ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "an encoder"),
+    ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "an encoder-decoder"),
+    ({"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"}, "a speech"),
+    ({"architectures": ["Wav2Vec2ForCTC"], "model_type": "wav2vec2"}, "a speech"),
+    ({"model_type": "marian"}, "an encoder-decoder"),
+    ({"architectures": ["ViTForImageClassification"], "model_type": "vit"}, "a vision"),
+    ({"architectures": ["ResNetForImageClassification"], "model_type": "resnet"}, "a vision"),
+    ({"architecture": "efficientnet_b0", "num_classes": 1000}, "a vision"),
+    ({"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.31.0"}, "a diffusion"),
+    ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, None),
+    ({"architectures": ["LlamaModel"], "model_type": "llama"}, None),
+    ({"architectures": ["BertLMHeadModel"], "model_type": "bert"}, None),
+    ({"model_type": "bert", "is_decoder": True}, None),
+    ({"architectures": None, "model_type": "qwen2"}, None),
+    ({"architectures": ["MyOwn"], "model_type": "my_own"}, None),
+]
+
+
+@pytest.mark.parametrize(("config", "name"), OTHERS, ids=str)
+def test_what_a_folder_holds(tmp_path: Path, config: dict[str, Any], name: str | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kind = other_kind(tmp_path)
+    if name is None:
+        assert kind is None
+    else:
+        assert kind is not None
+        assert kind.name.startswith(name)
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model_index.json", "net.tflite"])
+def test_folders_without_a_config(run: Run, tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text("{}")
+    done = run("advise", tmp_path, "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["this_tool"] is False
+    assert "llmquant is not the tool for it" in run("advise", tmp_path).out
+
+
+def test_from_the_command_line(run: Run, model: Path) -> None:
+    done = run("advise", model, "--memory", "8GiB", "--context", "64")
+    assert (done.code, done.err) == (0, "")
+    for words in ("try first", "if it misses", "gptq-w4g128", f"llmquant quantize {model} -o"):
+        assert words in done.out, words
+    told = json.loads(run("advise", model, "--no-measure", "--json").out)
+    assert told["options"][1]["speed"] is None
+    measured = json.loads(run("advise", model, "--json").out)
+    assert measured["options"][1]["speed"]["kernel"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("--memory", "many"), "--memory 'many' is not a size"), (("--memory", "0"), "is no memory"),
+     (("--context", "500"), "the model takes 128 tokens"), (("--device", "tpu"), "tpu")],
+    ids=str,
+)  # fmt: skip
+def test_misuse(run: Run, model: Path, arguments: tuple[str, ...], says: str) -> None:
+    done = run("advise", model, *arguments)
+    assert (done.code, done.out, says in done.err) == (2, "", True), done.err
+
+
+def test_a_quantized_model_is_misuse(run: Run, quantized: Path) -> None:
+    done = run("advise", quantized)
+    assert (done.code, done.out) == (2, "")
+    assert "quantized" in done.err
