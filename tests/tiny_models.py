@@ -9,17 +9,25 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
     Phi3Config,
+    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Starcoder2Config,
@@ -69,6 +77,45 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3_moe": Qwen3MoeConfig(
         **_QWEN3, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=16
     ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **_LLAMA,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=32,
+    ),
+    "deepseek_v3": DeepseekV3Config(
+        **_SMALL,
+        intermediate_size=48,
+        num_key_value_heads=4,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=0,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "phimoe": PhimoeConfig(
+        **_LLAMA, num_local_experts=EXPERTS, num_experts_per_tok=2, router_jitter_noise=0.0
+    ),
+    "granitemoe": GraniteMoeConfig(**_LLAMA, num_local_experts=EXPERTS, num_experts_per_tok=2),
+    "gpt_oss": GptOssConfig(
+        **_QWEN3, num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=4
+    ),
+    "llama4_text": Llama4TextConfig(
+        **_QWEN3,
+        intermediate_size_mlp=48,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        interleave_moe_layer_step=1,
+    ),
+    "gpt2": GPT2Config(**_SMALL, n_inner=48),
+    "falcon": FalconConfig(**_SMALL, new_decoder_architecture=True, num_kv_heads=2),
 }
 
 _GATED = [
@@ -79,12 +126,26 @@ _GATED = [
 ]
 
 
+_LATENT = [
+    ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    ("self_attn.q_b_proj",),
+    ("self_attn.kv_b_proj",),
+    ("self_attn.o_proj",),
+]
+_PROJ = ("gate_proj", "up_proj", "down_proj")
+
+
+def _gated(path: str, gate: str, up: str, down: str) -> list[tuple[str, ...]]:
+    return [(f"{path}.{gate}", f"{path}.{up}"), (f"{path}.{down}",)]
+
+
+def _experts(inside: str, gate: str, up: str, down: str) -> list[tuple[str, ...]]:
+    paths = [f"{inside}.experts.{i}" for i in range(EXPERTS)]
+    return [stage for path in paths for stage in _gated(path, gate, up, down)]
+
+
 def _mixture(inside: str, gate: str, up: str, down: str) -> list[tuple[str, ...]]:
-    experts = [f"{inside}.experts.{i}" for i in range(EXPERTS)]
-    return [
-        *_GATED[:2],
-        *(s for e in experts for s in ((f"{e}.{gate}", f"{e}.{up}"), (f"{e}.{down}",))),
-    ]
+    return [*_GATED[:2], *_experts(inside, gate, up, down)]
 
 
 # Linears of a block that read the same tensor, in the order in which they are called.
@@ -120,7 +181,32 @@ STAGES = {
         ("mlp.c_proj",),
     ],
     "mixtral": _mixture("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen3_moe": _mixture("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": _mixture("mlp", *_PROJ),
+    "qwen2_moe": [
+        *_GATED[:2],
+        *_gated("mlp.shared_expert", *_PROJ),
+        *_experts("mlp", *_PROJ),
+    ],
+    "deepseek_v3": [
+        *_LATENT,
+        *_experts("mlp", *_PROJ),
+        *_gated("mlp.shared_experts", *_PROJ),
+    ],
+    "phimoe": _mixture("block_sparse_moe", "w1", "w3", "w2"),
+    "granitemoe": _mixture("block_sparse_moe", "w1", "w3", "w2"),
+    "gpt_oss": _mixture("mlp", *_PROJ),
+    "llama4_text": [
+        *_GATED[:2],
+        *_gated("feed_forward.shared_expert", *_PROJ),
+        *_experts("feed_forward", *_PROJ),
+    ],
+    "gpt2": [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
+    "falcon": [
+        ("self_attention.query_key_value",),
+        ("self_attention.dense",),
+        ("mlp.dense_h_to_4h",),
+        ("mlp.dense_4h_to_h",),
+    ],
 }
 
 
@@ -129,6 +215,10 @@ def random_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     config = type(CONFIGS[kind]).from_dict({**CONFIGS[kind].to_dict(), **changes})
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("proj_bias", "router.bias")):  # which start as zeros
+                parameter.normal_(std=0.2)
     return model.eval().requires_grad_(False)
 
 

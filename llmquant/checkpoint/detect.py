@@ -4,8 +4,9 @@
 name ``compression_config``, that of a multimodal config's text part, or the file beside config.json
 that GPTQ and AWQ tools write (``quantize_config.json``, ``quant_config.json``), which counts only
 where there are packed tensors for it to describe. An empty label says nothing. A label over plain
-floating-point tensors (left over by a tool that dequantized), packed tensors without a label, and
-FP8, which llmquant does not read, are refused here, for every command alike.
+floating-point tensors (left over by a tool that dequantized) and packed tensors without a label are
+refused here, for every command alike. Weights in FP8 or MXFP4 are no layout of codes: whoever can
+read them as numbers does so before (:mod:`llmquant.checkpoint.sources.floats`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import CheckpointReader, TensorInfo, read_json
+from llmquant.checkpoint.sources.floats import as_floats, small_floats
 from llmquant.checkpoint.weights.files import CHOSEN, SINGLE
 from llmquant.errors import CheckpointError, FormatError, UsageError
 
@@ -32,12 +34,11 @@ _PARTS = frozenset(
     }
 )
 _BYTES = (torch.int8, torch.uint8)
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def unquantized(model: str | os.PathLike[str]) -> CheckpointReader:
     """A folder's or hub model's checkpoint; raises UsageError if it is quantized."""
-    reader = CheckpointReader(resolve(model))
+    reader = as_floats(CheckpointReader(resolve(model)))
     config = quantization_of(reader)
     if config is not None:
         raise UsageError(
@@ -50,18 +51,18 @@ def quantization_of(reader: CheckpointReader) -> dict[str, Any] | None:
     """The folder's quantization, with ``quant_method`` filled in, or None for an unquantized model.
 
     Raises:
-        UsageError: it is in FP8, which llmquant does not read.
+        UsageError: it is in FP8 or MXFP4, and was not read as numbers.
         FormatError: something that is no mapping.
         CheckpointError: a side file that is no JSON; packed tensors without a label or a label
             without packed tensors; an unquantized model in a file that transformers does not look
             for.
     """
-    for name, info in reader.tensors.items():
-        if info.dtype in _FP8 and "scale" not in name.rpartition(".")[2]:
-            raise UsageError(
-                f"{reader.path} is already quantized (fp8: {name}), and llmquant does not read FP8 weights; "
-                "give the original FP16 or BF16 model"
-            )
+    kind = small_floats(reader)
+    if kind is not None:
+        raise UsageError(
+            f"{reader.path} has {kind.upper()} weights, which are numbers with scales and no layout to convert; llmquant "
+            "quantize reads them as a model to quantize"
+        )
     label = quantization_config(reader)
     if label is not None and any(_packed(n, i, True) for n, i in reader.tensors.items()):
         return label

@@ -15,6 +15,7 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import MANIFEST, fallback_notes, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.sources.floats import as_floats, small_floats
 from llmquant.formats.base import is_embedding
 from llmquant.formats.engines import cautions, refusals
 from llmquant.records import GroupSizeRecord
@@ -41,7 +42,8 @@ class Inspection:
     Attributes:
         path: the folder.
         model_type: from config.json.
-        format: layout name, or None for an unquantized model.
+        format: layout name, ``fp8`` or ``mxfp4`` for weights in small floats, or None for an
+            unquantized model.
         scheme: for people, most frequent first ("W4 g128 sym"), or the dtype of an unquantized
             model.
         bytes_on_disk: of all weight files.
@@ -99,17 +101,23 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
     modules: tuple[ModuleInfo, ...] = ()
     engines: dict[str, tuple[str, ...]] = {}
     cautioned: dict[str, tuple[str, ...]] = {}
-    others = dict(reader.tensors)
-    if quantization_of(reader) is not None:
+    others, stored = dict(reader.tensors), reader.tensors
+    kind = small_floats(reader)
+    if kind is not None:
+        layout, others = kind, dict(as_floats(reader).tensors)
+    elif quantization_of(reader) is not None:
         packed = PackedCheckpoint(reader)
         layout, schemes = packed.layout.name, packed.schemes
         modules = tuple(
             ModuleInfo(name, str(scheme), packed.shape(name), packed.nbytes(name))
             for name, scheme in schemes.items()
         )
-        engines = {e: tuple(reasons) for e, reasons in refusals(layout, schemes).items()}
+        model_type = str(reader.config.get("model_type"))
+        refused = refusals(layout, schemes, model_type)
+        engines = {e: tuple(reasons) for e, reasons in refused.items()}
         cautioned = {e: tuple(reasons) for e, reasons in cautions(layout, schemes).items()}
         others = {name: reader.info(name) for name in packed.others}
+        stored = others
     quantized = sum(math.prod(m.shape) for m in modules)
     dense_linears = [
         n
@@ -117,7 +125,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         if n.endswith(".weight") and len(i.shape) == 2 and "embed" not in n
     ]
     dense = sum(math.prod(i.shape) for i in others.values())
-    dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in others.values())
+    dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in stored.values())
     kinds = Counter(m.scheme for m in modules)
     linears = sum(not is_embedding(m.name) for m in modules)
     manifest = read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None

@@ -67,6 +67,10 @@ class PackedCheckpoint:
             schemes[names.get(stored, stored).removesuffix(f".{suffix}")] = scheme
         return PackedCheckpoint(self.reader.renamed(names), self.config, schemes)
 
+    def seen_as(self, reader: CheckpointReader) -> PackedCheckpoint:
+        """The same modules in another view of the folder."""
+        return PackedCheckpoint(reader, self.config, self.schemes)
+
     def require_modules(self) -> None:
         """Raises CheckpointError if the config announces packed modules and there are none."""
         if not self.schemes:

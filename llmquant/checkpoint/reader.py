@@ -134,6 +134,14 @@ class CheckpointReader:
             raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {e}") from e
         return tensor
 
+    def read_part(self, name: str, index: int) -> Tensor:
+        """One entry along a tensor's first dimension; pages of the others are not loaded.
+
+        Raises:
+            what :meth:`read` raises.
+        """
+        return self.read(name)[index]
+
     def read_all(self) -> dict[str, Tensor]:
         """Every tensor, mapped from its file, which is opened once.
 

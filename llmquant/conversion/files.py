@@ -32,7 +32,9 @@ def write_files(
     """Everything beside the weights."""
     folder = source.reader.path
     writer.copy_side_files(folder)
-    quantization = target.config(dict(sorted(checked.schemes.items())), source.skipped)
+    quantization = source.names.config(
+        target, dict(sorted(checked.schemes.items())), source.skipped
+    )
     if source.packed.config.get(KV_CACHE):  # the layout can say it, or the source was refused
         quantization = {**quantization, KV_CACHE: source.packed.config[KV_CACHE]}
     writer.write_json("config.json", _config(source, target, dtype, quantization))

@@ -37,7 +37,8 @@ def prove(
         before = source.weight(name)
         if packed is None:
             dense = written.read(f"{name}.weight")
-            same = dense.dtype == dtype and torch.equal(dense, before.dequantize(dtype))
+            wanted = source.as_kept(f"{name}.weight", before.dequantize(dtype))
+            same = dense.dtype == dtype and torch.equal(dense, wanted)
         else:
             after = _read_back(packed, name)
             same = after.digest() == before.digest() and torch.equal(
@@ -68,9 +69,8 @@ def _prove_others(
             f"{written.path} has tensors that the source lacks: {', '.join(extra[:3])}"
         )
     for name in sorted(others):
-        if name not in written or sha256_tensor(written.read(name)) != sha256_tensor(
-            source.reader.read(name)
-        ):
+        wanted = source.as_kept(name, source.reader.read(name))
+        if name not in written or sha256_tensor(written.read(name)) != sha256_tensor(wanted):
             raise ProofError(f"{written.path}: tensor {name} is not the source's")
 
 

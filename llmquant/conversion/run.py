@@ -22,6 +22,7 @@ from llmquant.conversion.source import (
     model_dtype,
     open_source,
     refuse_beyond_weights,
+    refuse_stacked,
 )
 from llmquant.errors import UsageError
 from llmquant.formats import FORMATS, Format
@@ -97,6 +98,8 @@ def convert(
     target = _target(to)
     source = open_source(model, options.base)
     refuse_beyond_weights(source, target.name)
+    if target is DENSE:
+        refuse_stacked(source)
     if destination.resolve() == source.reader.path.resolve():
         raise UsageError(f"-o {output} is the source itself; choose another folder")
     if destination.resolve() in source.reader.path.resolve().parents:
@@ -122,7 +125,7 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=_warnings(target, checked),
+        warnings=_warnings(target, checked, str(source.reader.config.get("model_type"))),
         notes=(*source.notes, *left_behind(found), *own_code(folder, found)),
     )
 
@@ -163,25 +166,26 @@ def _write_weights(
         for name in names:
             module = source.packed.module_of(name)
             if module is None:
-                writer.add(name, source.reader.read(name))
+                writer.add(name, source.as_kept(name, source.reader.read(name)))
             elif module not in written:
                 on_progress("writing", len(written), len(checked.schemes))
                 packed = target.pack(
                     source.weight(module), dtype, checked.schemes[module].activations
                 )
-                writer.add_together(
-                    {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
-                )
+                named = {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
+                if target is DENSE:
+                    named = {n: source.as_kept(n, tensor) for n, tensor in named.items()}
+                writer.add_together(named)
                 written.add(module)
         if target is not DENSE:
             writer.next_shard()
     writer.finish_weights()
 
 
-def _warnings(target: Format, checked: Checked) -> tuple[str, ...]:
+def _warnings(target: Format, checked: Checked, model_type: str) -> tuple[str, ...]:
     """What a user should know though nothing was lost: who will not take the result, and why."""
     if target is not DENSE:
-        refused = refusals(target.name, checked.schemes)
+        refused = refusals(target.name, checked.schemes, model_type)
         everywhere, without = refused.pop(VLLM_AVX512), refused.pop(VLLM_NO_AVX512)
         here = [r for r in without if r not in everywhere] if vllm_here() == VLLM_NO_AVX512 else []
         named = {"vllm (CPU)": everywhere, VLLM_NO_AVX512: here, **refused}

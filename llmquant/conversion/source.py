@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.gguf.header import is_gguf
@@ -18,8 +19,10 @@ from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
+from llmquant.models.reading.engine_names import EngineNames, engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
+from llmquant.models.reading.matrices import as_kept
 from llmquant.models.selection import PLACELESS, ROUTER, SHARED
 from llmquant.runtime.devices import DTYPES
 from llmquant.weight import QuantizedWeight, without_trivial_order
@@ -40,6 +43,7 @@ class Source:
         skipped: linears of the model that are not quantized → why.
         head: name of the output head, or None.
         manifest: the record of the run that made it, if llmquant did.
+        names: what engines call its modules.
         notes: what people should know of the folder.
     """
 
@@ -47,6 +51,7 @@ class Source:
     skipped: Mapping[str, str]
     head: str | None
     manifest: Manifest | None
+    names: EngineNames
     notes: tuple[str, ...] = ()
 
     @property
@@ -67,6 +72,10 @@ class Source:
                 f"{self.reader.path}: {name} does not hold the numbers that {MANIFEST} records; fetch it again"
             )
         return without_trivial_order(weight)
+
+    def as_kept(self, name: str, tensor: Tensor) -> Tensor:
+        """An unquantized tensor, read or dequantized, as checkpoints of the model type keep it."""
+        return as_kept(name, tensor, self.names.architecture)
 
     def shards(self) -> Iterator[list[str]]:
         """Tensor names file by file, sorted, so that the result does not depend on the order in a
@@ -116,7 +125,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         for n in linears.shapes
         if n not in schemes
     }
-    return Source(packed, skipped, linears.head, manifest, fit.notes)
+    return Source(packed, skipped, linears.head, manifest, engine_names(fit), fit.notes)
 
 
 def refuse_gguf(model: str | os.PathLike[str]) -> None:
@@ -139,6 +148,16 @@ def model_dtype(reader: CheckpointReader) -> torch.dtype:
                 return DTYPES[place[key]]
     counts = Counter(i.dtype for i in reader.tensors.values() if i.dtype in DTYPES.values())
     return counts.most_common(1)[0][0] if counts else torch.bfloat16
+
+
+def refuse_stacked(source: Source) -> None:
+    """Raises UsageError for a model whose unquantized checkpoints stack its experts."""
+    row = source.names.architecture
+    if row is not None and row.experts is not None and row.experts.stacked is not None:
+        raise UsageError(
+            f"{source.reader.path}: unquantized checkpoints of its model type stack their experts in one tensor, which convert "
+            "does not write; use the original model, or convert to another layout of packed weights"
+        )
 
 
 def refuse_beyond_weights(source: Source, target: str) -> None:

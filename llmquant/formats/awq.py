@@ -15,6 +15,7 @@ zero-points of 8 and ``zero_point: true``, which every reader takes; ``sym: true
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -123,7 +124,7 @@ class Awq(Plain):
             "zero_point": True,
             "sym": spec.symmetric,
             "lm_head": any(head in schemes for head in HEADS),
-            "modules_to_not_convert": ignore_list(ignore),
+            "modules_to_not_convert": ignore_list(_parts(ignore)),
         }
 
     def schemes(
@@ -179,3 +180,10 @@ def _zeros(
             "the config says symmetric but not all zero-points are 8; if they are meant, set zero_point to true, sym to false"
         )
     return zeros
+
+
+def _parts(ignore: Collection[str]) -> list[str]:
+    """Names to leave alone, and of a regular expression for all of a module (``re:.*visual\\..*``)
+    the module's; the layout goes by parts of names, which says the same."""
+    whole = (re.fullmatch(r"re:\.\*(\w+)\\\.\.\*", name) for name in ignore)
+    return [n for n in ignore if not n.startswith("re:")] + [m[1] for m in whole if m]

@@ -37,6 +37,7 @@ class Rule:
         embeddings: only of token embeddings, for which there are no other rules.
         lacking: only on a processor without this instruction set, one of
             :data:`llmquant.runtime.processor.INSTRUCTION_SETS`.
+        models: only of these model types; of every type where it is empty.
     """
 
     layouts: frozenset[str]
@@ -45,6 +46,7 @@ class Rule:
     experts: bool = False
     embeddings: bool = False
     lacking: str | None = None
+    models: frozenset[str] = frozenset()
 
 
 _GPTQ = frozenset({"gptq", "gptq_v2"})
@@ -103,7 +105,20 @@ _VLLM_CPU = (
     ),
 )
 
+_STACKED = frozenset({"granitemoe", "gpt_oss", "aria_text"})
 _TRANSFORMERS = (
+    Rule(
+        _ALL,
+        lambda s: True,
+        "it reads the experts of this model type only stacked and unquantized, and would put random numbers in their place",
+        models=_STACKED,
+    ),
+    Rule(
+        _ALL,
+        lambda s: True,
+        "its own code for this model type does not find the weights of packed linears",
+        models=frozenset({"falcon", "gpt2", "gpt_bigcode", "nanochat"}),
+    ),
     Rule(
         _GPTQ | {"awq", "auto-round"}, lambda s: True, "it asks for the compiled gptqmodel package"
     ),
@@ -162,19 +177,26 @@ def vllm_here(processor: Processor | None = None) -> str | None:
     )
 
 
-def why_not(engine: str, layout: str, scheme: Scheme, module: str = "") -> str | None:
+def why_not(
+    engine: str, layout: str, scheme: Scheme, module: str = "", model_type: str = ""
+) -> str | None:
     """Why an engine refuses a module of this scheme in this layout, or None; what it is called
     tells an expert's linear."""
     expert, embedding = _EXPERT.search(module) is not None, is_embedding(module)
     rules = (
         r
         for r in ENGINES[engine]
-        if layout in r.layouts and r.embeddings == embedding and (expert or not r.experts)
+        if layout in r.layouts
+        and r.embeddings == embedding
+        and (expert or not r.experts)
+        and (not r.models or model_type in r.models)
     )
     return next((r.reason for r in rules if r.refuses(scheme)), None)
 
 
-def refusals(layout: str, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
+def refusals(
+    layout: str, schemes: Mapping[str, Scheme], model_type: str = ""
+) -> dict[str, list[str]]:
     """Engine → the distinct reasons why it would refuse a model of these modules; an empty list
     means that it takes it."""
     kinds = {
@@ -184,7 +206,9 @@ def refusals(layout: str, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]
     return {
         engine: list(
             dict.fromkeys(
-                r for k, name in kinds.items() if (r := why_not(engine, layout, k[0], name))
+                r
+                for k, name in kinds.items()
+                if (r := why_not(engine, layout, k[0], name, model_type))
             )
         )
         for engine in ENGINES

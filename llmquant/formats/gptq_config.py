@@ -72,7 +72,12 @@ def _pattern(modules: Collection[str]) -> str:
         for parts, whole in _FUSED.items():
             if all(f"{parent}.{p}" in names for p in parts):
                 names.add(f"{parent}.{whole}")
-    return f"^(?:{'|'.join(re.escape(n) for n in sorted(names))})$"
+    return f"^(?:{'|'.join(map(_expression, sorted(names)))})$"
+
+
+def _expression(name: str) -> str:
+    """A name, or with ``re:`` before it a regular expression, as one."""
+    return name.removeprefix("re:") if name.startswith("re:") else re.escape(name)
 
 
 def parse(config: Mapping[str, Any], tensor_names: Collection[str]) -> dict[str, Scheme]:

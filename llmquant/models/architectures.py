@@ -15,162 +15,35 @@ one.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from llmquant.errors import ArchitectureError
+from llmquant.models.rows.architecture import Architecture, Experts, Stacked
+from llmquant.models.rows.table import ARCHITECTURES
+from llmquant.models.rows.towers import SENSES
 
-_SENSES = ("vision_config", "audio_config")
 # Keys that only configs of recurrent mixers have (Mamba, RWKV, RecurrentGemma, Falcon-H1, LFM2 …).
 _STATES = (
     "state_size", "ssm_cfg", "mamba_d_state", "ssm_state_size", "attention_hidden_size",
-    "lru_width", "linear_conv_kernel_dim", "conv_L_cache",
+    "lru_width", "linear_conv_kernel_dim", "conv_L_cache", "chunkwise_kernel", "short_conv_kernel_size",
 )  # fmt: skip
 # Of layer_types.
 _STATELESS = ("attention", "dense", "moe", "sparse")
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt")
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_GATED_MLP = ("mlp.gate_proj", "mlp.up_proj")
+_TRANSPOSED = ("openai-gpt", "imagegpt")
 
 
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """A block's experts: ``down(act(gate(x)) * up(x))`` for the tokens that the router sends to
-    each.
-
-    Attributes:
-        inside: path (relative to a block) of the module that holds the router and the list of
-            experts.
-        gate, up, down: an expert's linears.
-        experts, router: that module's two children.
-    """
-
-    inside: str
-    gate: str
-    up: str
-    down: str
-    experts: str = "experts"
-    router: str = "gate"
-
-    def linears(self) -> tuple[str, ...]:
-        """Patterns (relative to a block) of all the experts' linears."""
-        return tuple(
-            f"{self.inside}.{self.experts}.*.{linear}" for linear in (self.gate, self.up, self.down)
-        )
-
-    def scaled(self) -> tuple[str, str]:
-        """An expert's up and down."""
-        _, up, down = self.linears()
-        return up, down
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """Names, relative to the model.
-
-    Attributes:
-        blocks: path of the ``ModuleList`` of decoder blocks.
-        norm: path of the norm between the last block and the head.
-        fused: sets of linears (relative to a block, ``*`` for any expert) that engines merge.
-        scaled: pairs of linears (relative to a block, ``*`` for an expert): scaling an output of
-            the first scales inputs of the second.
-        renamed: paths in transformers' model (``*`` for any block), and what the checkpoint calls
-            their last part.
-        experts: of the blocks that have some.
-        head: the linear after the last norm.
-        outside: linears that some models have between the embeddings or the head and the blocks;
-            left alone.
-    """
-
-    blocks: str
-    norm: str
-    fused: tuple[tuple[str, ...], ...]
-    scaled: tuple[tuple[str, str], ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
-    experts: Experts | None = None
-    head: str = "lm_head"
-    outside: tuple[str, ...] = ()
-
-    def fused_with(self, leaf: str) -> tuple[str, ...] | None:
-        """The set that the linear ``leaf`` (relative to a block) is in."""
-        return next(
-            (s for s in self.fused if any(fnmatch.fnmatchcase(leaf, pattern) for pattern in s)),
-            None,
-        )
-
-    def scaled_in(self, linears: Iterable[str]) -> list[tuple[str, str]]:
-        """The pairs that a block with these linears has."""
-        there = set(linears)
-        found = [pair for pair in self.scaled if there.issuperset(pair)]
-        for first, second in (pair for pair in self.scaled if "*" in pair[0]):
-            before, after = first.split("*")
-            experts = (
-                n.removeprefix(before).removesuffix(after)
-                for n in linears
-                if fnmatch.fnmatchcase(n, first)
-            )
-            found += [(first.replace("*", e), second.replace("*", e)) for e in experts]
-        return found
-
-    def is_router(self, leaf: str) -> bool:
-        """Whether ``leaf`` (relative to a block) chooses experts."""
-        return self.experts is not None and leaf == f"{self.experts.inside}.{self.experts.router}"
-
-
-_SCALED = (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"))
-_MIXTRAL = Experts("block_sparse_moe", gate="w1", up="w3", down="w2")
-_QWEN = Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj")
-_LLAMA = Architecture("model.layers", "model.norm", (_ATTENTION, _GATED_MLP), _SCALED)
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    # Already one matrix in the checkpoint: qkv_proj and gate_up_proj.
-    "phi3": Architecture("model.layers", "model.norm", ()),
-    # The smallest OPT but one has narrower embeddings than blocks.
-    "opt": Architecture(
-        "model.decoder.layers",
-        "model.decoder.final_layer_norm",
-        (_ATTENTION,),
-        outside=("model.decoder.project_in", "model.decoder.project_out"),
-    ),
-    "starcoder2": Architecture("model.layers", "model.norm", (_ATTENTION,)),
-    # query_key_value is one matrix in the checkpoint.
-    "gpt_neox": Architecture(
-        "gpt_neox.layers",
-        "gpt_neox.final_layer_norm",
-        (),
-        renamed=(("lm_head", "embed_out"),),
-        head="embed_out",
-    ),
-    "mixtral": Architecture(
-        "model.layers",
-        "model.norm",
-        (_ATTENTION, _MIXTRAL.linears()),
-        (*_SCALED[:1], _MIXTRAL.scaled()),
-        renamed=(("model.layers.*.mlp", "block_sparse_moe"),),
-        experts=_MIXTRAL,
-    ),
-    "qwen3_moe": Architecture(
-        "model.layers",
-        "model.norm",
-        (_ATTENTION, _GATED_MLP, _QWEN.linears()),
-        (*_SCALED, _QWEN.scaled()),
-        experts=_QWEN,
-    ),
-}
-
-
-def find(model: nn.Module, model_type: str) -> Architecture:
+def find(
+    model: nn.Module, model_type: str, placed: Callable[[Architecture], Architecture] = lambda a: a
+) -> Architecture:
     """The table's entry, or one derived from the only list of two or more equal blocks.
+
+    Args:
+        model: without weights, under the checkpoint's names.
+        model_type: of it.
+        placed: gives a row the checkpoint's names, where the model is part of a larger one.
 
     Raises:
         ArchitectureError: the entry does not fit the model, there is no single such list, the model
@@ -183,6 +56,7 @@ def find(model: nn.Module, model_type: str) -> Architecture:
     _refuse_experts(model, model_type)
     known = ARCHITECTURES.get(model_type)
     if known is not None:
+        known = placed(known)
         if not isinstance(_get(model, known.blocks), nn.ModuleList):
             raise ArchitectureError(
                 f"{type(model).__name__} has no block list at {known.blocks}; is its config.json right?"
@@ -233,8 +107,8 @@ def refuse_kind(config: Mapping[str, Any], model_type: str) -> None:
         ArchitectureError: it also reads images or sound, carries a state from token to token, or
             keeps its weights transposed.
     """
-    parts = [part for part in _SENSES if config.get(part)]
-    if parts:
+    parts = [part for part in SENSES if config.get(part)]
+    if parts and not isinstance(config.get("text_config"), dict):
         raise ArchitectureError(
             f"model type {model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
             "not reach the rest; quantize a text-only checkpoint of the family"
@@ -296,3 +170,16 @@ def norm_of(model: nn.Module, architecture: Architecture) -> nn.Module:
             f"cannot find the norm before the head of {type(model).__name__}; --ignore lm_head"
         )
     return norm
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Experts",
+    "Stacked",
+    "blocks_of",
+    "find",
+    "has_matrix",
+    "norm_of",
+    "refuse_kind",
+]

@@ -80,11 +80,21 @@ def first_inputs(
 
 def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> BlockInput:
     # A block returns its hidden states, or (older models) a tuple that begins with them: the model
-    # picks item 0 of what it gets, so handing on the wrong one shows at the next block.
-    for hand_on in (lambda hidden: hidden, lambda hidden: (hidden,)):
-        caught = _catch(model, blocks, ids, hand_on)
+    # picks item 0 of what it gets, so handing on the wrong one shows at the next block, or fails.
+    failed: Exception | None = None
+    for hand_on in (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None)):
+        try:
+            caught = _catch(model, blocks, ids, hand_on)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            failed = e
+            continue
         if all(hidden is caught[0][0] for hidden, _ in caught):
             return BlockInput(caught[0][0], tuple(call for _, call in caught))
+        failed = None
+    if failed is not None:
+        raise ArchitectureError(
+            f"{type(model).__name__} cannot be run block by block ({failed}); quantize a model of another type"
+        ) from failed
     raise ArchitectureError(
         f"{type(model).__name__} changes the hidden states between its decoder blocks, so it cannot be calibrated block by "
         "block; use --method rtn"

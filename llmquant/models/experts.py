@@ -2,11 +2,11 @@
 keeps stacked tensors.
 
 transformers 5 holds ``gate_up_proj [experts, 2*inner, hidden]`` and ``down_proj [experts, hidden,
-inner]``. Checkpoints hold a matrix per expert and projection, and so do the packed formats, so here
-each is an ``nn.Linear`` that can be observed, quantized and replaced like any other. The call is
-that of transformers' experts modules, and so is the sum: every token's ``k`` weighted outputs are
-added in the router's order, as its ``grouped_mm`` does (in floating point another order would
-differ).
+inner]``, or their like (:class:`llmquant.models.rows.architecture.Stacked`). The packed formats
+hold a matrix per expert and projection, and so do most checkpoints, so here each is an
+``nn.Linear`` that can be observed, quantized and replaced like any other. The call is that of
+transformers' experts modules, and so is the sum: every token's ``k`` weighted outputs are added in
+the router's order, as its ``grouped_mm`` does (in floating point another order would differ).
 
 An expert that no token is sent to is not called. While its inputs are observed it must be: inside
 :func:`watched` every expert is called in every pass, with no rows if need be, so that linears and
@@ -17,12 +17,15 @@ not those of the tokens that it really gets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llmquant.models.rows.architecture import Stacked
 
 UNSEEN = "no calibration token was sent to this expert"
 
@@ -60,20 +63,33 @@ class Watch:
 
 
 class Expert(nn.Module):
-    """One gated expert; its linears have the checkpoint's names."""
+    """One gated expert; its linears have the checkpoint's names.
 
-    def __init__(self, weights: Mapping[str, Tensor], act: nn.Module) -> None:
+    Args:
+        weights: of its gate, up and down by their names.
+        biases: of the same; empty where they have none.
+        combine: of the outputs of gate and up, what down reads.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
         super().__init__()
         self._names = tuple(weights)
-        self.act_fn = act
+        self._combine = combine
         for name, weight in weights.items():
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
+            if name in biases:
+                linear.bias = nn.Parameter(biases[name], requires_grad=False)
             self.add_module(name, linear)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(name) for name in self._names)
-        result: Tensor = down(self.act_fn(gate(x)) * up(x))
+        result: Tensor = down(self._combine(gate(x), up(x)))
         return result
 
 
@@ -81,21 +97,32 @@ class ExpertList(nn.ModuleList):
     """A block's experts.
 
     Args:
+        stacked: transformers' module of them.
         names: of an expert's gate, up and down linear.
-        gate_up: ``[experts, 2*inner, hidden]``, the gate's rows first.
-        down: ``[experts, hidden, inner]``.
-        act: the gate's activation.
+        layout: how that module keeps its tensors.
+        weighs_inputs: a token's weight multiplies what its expert reads, not what it gives.
     """
 
     def __init__(
-        self, names: tuple[str, str, str], gate_up: Tensor, down: Tensor, act: nn.Module
+        self,
+        stacked: nn.Module,
+        names: tuple[str, str, str],
+        layout: Stacked,
+        weighs_inputs: bool = False,
     ) -> None:
-        gates, ups = gate_up.detach().chunk(2, dim=1)
+        weights = zip(*_apart(stacked, "", layout), strict=True)
+        biases = zip(*_apart(stacked, "_bias", layout), strict=True) if layout.biased else None
+        combine = _combining(stacked, layout.interleaved)
         super().__init__(
-            Expert(dict(zip(names, weights, strict=True)), act)
-            for weights in zip(gates, ups, down.detach(), strict=True)
+            Expert(
+                dict(zip(names, three, strict=True)),
+                dict(zip(names, next(biases), strict=True)) if biases is not None else {},
+                combine,
+            )
+            for three in weights
         )
         self.watch: Watch | None = None
+        self._weighs_inputs = weighs_inputs
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens ``[tokens, hidden]``, each with its ``k`` experts and their weights ``[tokens,
@@ -109,13 +136,67 @@ class ExpertList(nn.ModuleList):
         parts = []
         for expert, slots in zip(self, by_expert.split(counts), strict=True):
             token = torch.div(slots, k, rounding_mode="floor")
+            given = hidden_states
+            if self._weighs_inputs:  # by 1 where an expert is shown what it was not sent
+                weight = torch.ones_like(given[:, :1])
+                weight[token] = top_k_weights.reshape(-1)[slots].unsqueeze(-1)
+                given = given * weight
             if self.watch is not None and self.watch.everything:
-                parts.append(expert(hidden_states)[token])
+                parts.append(expert(given)[token])
             elif self.watch is not None or slots.numel():
-                parts.append(expert(hidden_states[token]))
-        weighted = torch.cat(parts) * top_k_weights.reshape(-1)[by_expert].unsqueeze(-1)
+                parts.append(expert(given[token]))
+        weighted = torch.cat(parts)
+        if not self._weighs_inputs:
+            weighted = weighted * top_k_weights.reshape(-1)[by_expert].unsqueeze(-1)
         in_order = weighted[by_expert.argsort()]
         return in_order.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _apart(
+    stacked: nn.Module, suffix: str, layout: Stacked
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Gates, ups and downs, a tensor for each expert; the rows of all are its linear's rows."""
+    gate_up, down = (
+        stacked.get_parameter(f"{n}{suffix}").detach() for n in ("gate_up_proj", "down_proj")
+    )
+    if layout.transposed and not suffix:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    gates, ups = (
+        (gate_up[:, ::2], gate_up[:, 1::2]) if layout.interleaved else gate_up.chunk(2, dim=1)
+    )
+    return tuple(gates), tuple(ups), tuple(down)
+
+
+def _combining(stacked: nn.Module, interleaved: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the model does between an expert's linears: its own function, where it brings one."""
+    own = getattr(type(stacked), "_apply_gate", None)
+    if own is None or own.__module__ != type(stacked).__module__:
+        act: Any = stacked.act_fn
+        return lambda gate, up: act(gate) * up
+
+    def combine(gate: Tensor, up: Tensor) -> Tensor:
+        both = torch.stack((gate, up), -1).flatten(-2) if interleaved else torch.cat((gate, up), -1)
+        result: Tensor = own(stacked, both)
+        return result
+
+    return combine
+
+
+class WeighsInputs(nn.Module):
+    """Llama 4's mixture, which multiplies what an expert reads by the router's score: transformers'
+    module with its experts called for the tokens that they get."""
+
+    top_k: int
+    hidden_dim: int
+    router: Callable[[Tensor], tuple[Tensor, Tensor]]
+    experts: ExpertList
+    shared_expert: Callable[[Tensor], Tensor]
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden_states.reshape(-1, self.hidden_dim)
+        scores, logits = self.router(hidden)
+        weights, chosen = scores.topk(self.top_k, dim=-1)
+        return self.shared_expert(hidden) + self.experts(hidden, chosen, weights), logits
 
 
 @contextmanager

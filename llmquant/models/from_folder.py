@@ -35,6 +35,7 @@ from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json
 from llmquant.checkpoint.weights.headers import stranger
 from llmquant.errors import ArchitectureError, CheckpointError, UnfitModelError
 from llmquant.models.names import as_in_checkpoint
+from llmquant.models.reading.tower import tower_of
 from llmquant.models.tensor_check import check_side_files
 
 _TOKENIZER_PACKAGES = {
@@ -200,6 +201,8 @@ def causal_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedMode
     config = read_config(reader.path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    tower = tower_of(reader, config)
+    config = config if tower is None else tower.config
     # A reader may have untied the head from the embeddings that the folder's own config ties it to.
     config.tie_word_embeddings = reader.config.get(
         "tie_word_embeddings", getattr(config, "tie_word_embeddings", False)
@@ -225,6 +228,10 @@ def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel
     """
     model = causal_model(reader, dtype)
     model.config._name_or_path = str(reader.path)
-    as_in_checkpoint(model, str(reader.config.get("model_type")))
+    tower = tower_of(reader, read_config(reader.path))
+    if tower is None:
+        as_in_checkpoint(model, str(reader.config.get("model_type")))
+    else:
+        as_in_checkpoint(model, tower.config.model_type, tower.moved, tower.placed)
     model.eval()
     return model

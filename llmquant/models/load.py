@@ -34,6 +34,7 @@ from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.sources.floats import as_floats
 from llmquant.errors import CheckpointError, UsageError
 from llmquant.kernels import AUTO, check_name
 from llmquant.kernels.embedding.packed_embedding import PackedEmbedding
@@ -77,7 +78,7 @@ def load(
     check_name(
         kernel
     )  # an unquantized model takes none, but a misspelt one should not pass there either
-    reader = CheckpointReader(resolve(model))
+    reader = as_floats(CheckpointReader(resolve(model)))
     where = parse_device(device)
     torch_dtype = parse_dtype(dtype, where, stored=_stored_dtype(reader)).dtype
     quantization = quantization_of(reader)

@@ -9,32 +9,55 @@ experts become an :class:`llmquant.models.experts.ExpertList` over the same numb
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmquant.errors import ArchitectureError
-from llmquant.models.architectures import ARCHITECTURES, Architecture, Experts
-from llmquant.models.experts import ExpertList
+from llmquant.models.architectures import ARCHITECTURES, Architecture, Experts, Stacked
+from llmquant.models.experts import ExpertList, WeighsInputs
 
 
-def as_in_checkpoint(model: PreTrainedModel, model_type: str) -> None:
+def as_in_checkpoint(
+    model: PreTrainedModel,
+    model_type: str,
+    moved: tuple[tuple[str, str], ...] = (),
+    placed: Callable[[Architecture], Architecture] = lambda a: a,
+) -> None:
     """Change the model; does nothing for types whose names are equal, or that the table lacks.
+
+    Args:
+        model: under transformers' names.
+        model_type: of it.
+        moved: its modules that the checkpoint keeps elsewhere, and where.
+        placed: gives a row of the table the checkpoint's names.
 
     Raises:
         ArchitectureError: the experts are not stacked as the table's types stack them.
     """
+    for old, new in moved:
+        _rename(model, old, new)
     architecture = ARCHITECTURES.get(model_type)
-    if architecture is None:
-        return
-    for pattern, name in architecture.renamed:
+    architecture = None if architecture is None else placed(architecture)
+    renamed = architecture.renamed if architecture is not None else ()
+    for pattern, name in renamed:
         wanted = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
         for path in [n for n, _ in model.named_modules() if wanted.fullmatch(n)]:
             _rename(model, path, name)
-    _rename_ties(model, architecture)
+    _rename_ties(model, (*moved, *renamed))
+    if architecture is None:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module).__name__ in architecture.linears:
+            module.__class__ = nn.Linear
+    for pattern in architecture.conv1d_weights():
+        _as_linears(model, pattern.removesuffix(".weight"))
     if architecture.experts is not None:
         for name, module in list(model.named_modules()):
             if name.startswith(f"{architecture.blocks}.") and name.endswith(
@@ -43,32 +66,80 @@ def as_in_checkpoint(model: PreTrainedModel, model_type: str) -> None:
                 _unstack(module, name, architecture.experts)
 
 
+def _as_linears(model: nn.Module, pattern: str) -> None:
+    """Put Linears in the place of Conv1D modules, over the same numbers."""
+    found = {n: m for n, m in model.named_modules() if fnmatch.fnmatchcase(n, pattern)}
+    for path, module in found.items():
+        if not isinstance(module, Conv1D):
+            continue  # one that was seen before
+        linear = nn.Linear(module.nx, module.nf, device="meta")
+        for name, tensor in (("weight", module.weight.t()), ("bias", module.bias)):
+            setattr(linear, name, nn.Parameter(tensor, requires_grad=module.weight.requires_grad))
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+
+
 def _rename(model: nn.Module, path: str, name: str) -> None:
+    """Give a module the name ``name``; if that has parts (``router.layer``), modules that do
+    nothing are between."""
     parent, _, leaf = path.rpartition(".")
     owner = model.get_submodule(parent)
-    modules = [(name if n == leaf else n, m) for n, m in owner._modules.items()]
+    first, *inner = name.split(".")
+    holder = owner._modules.get(first) if first != leaf else None
+    modules = [
+        (first, _within(m, inner, holder)) if n == leaf else (n, m)
+        for n, m in owner._modules.items()
+    ]
     owner._modules.clear()
     owner._modules.update(modules)
     kind: Any = type(owner)  # typeshed does not count a module's class as hashable
     owner.__class__ = _reachable(kind, leaf, name)
+    if inner and first == leaf:  # the old name is also the first part of the new one
+        found = owner.get_submodule(leaf)
+        own: Any = type(found)
+        found.__class__ = _itself(own, inner[0])
+
+
+@cache
+def _itself(kind: Any, name: str) -> type[nn.Module]:
+    """The class with a name for the module itself: ``router.layer`` is found from ``router``, as
+    which the model's own code gets the module at the path's end."""
+    return type(
+        kind.__name__, (kind,), {name: property(lambda self: self), "__module__": kind.__module__}
+    )
+
+
+def _within(
+    module: nn.Module | None, names: list[str], holder: nn.Module | None = None
+) -> nn.Module | None:
+    """The module at the end of a path of modules that do nothing, of which the first may be
+    there."""
+    if not names:
+        return module
+    holder = holder or nn.Module()
+    holder.add_module(names[0], _within(module, names[1:]))
+    return holder
 
 
 @cache
 def _reachable(kind: Any, old: str, new: str) -> type[nn.Module]:
-    """The class with one more name for a submodule, looked up anew each time, since modules are
-    replaced by packed ones."""
-    return type(
-        kind.__name__,
-        (kind,),
-        {old: property(lambda self: self._modules[new]), "__module__": kind.__module__},
-    )
+    """The class with one more name for a submodule, looked up each time, since modules are replaced
+    by packed ones."""
+
+    def found(self: nn.Module) -> nn.Module | None:
+        module: nn.Module | None = self
+        for part in new.split("."):
+            module = module._modules[part] if module is not None else None
+        return module
+
+    return type(kind.__name__, (kind,), {old: property(found), "__module__": kind.__module__})
 
 
-def _rename_ties(model: PreTrainedModel, architecture: Architecture) -> None:
+def _rename_ties(model: PreTrainedModel, pairs: tuple[tuple[str, str], ...]) -> None:
     ties: Any = getattr(model, "_tied_weights_keys", None)
     renamed = {
         f"{old}.": f"{old.removesuffix(old.split('.')[-1])}{new}."
-        for old, new in architecture.renamed
+        for old, new in pairs
         if "*" not in old
     }
     if not renamed or not isinstance(ties, dict):
@@ -88,18 +159,25 @@ def _unstack(module: nn.Module, name: str, experts: Experts) -> None:
     stacked: Any = getattr(module, experts.experts, None)
     if stacked is None or isinstance(stacked, ExpertList):
         return  # a block without experts, as some types mix them in, or one that was seen before
+    layout = experts.stacked or Stacked("gate_up_proj", "down_proj")
+    wanted = {"gate_up_proj", "down_proj"}
+    wanted |= {f"{n}_bias" for n in wanted} if layout.biased else set()
     plain = (
-        {n for n, _ in stacked.named_parameters()} == {"gate_up_proj", "down_proj"}
-        and not getattr(stacked, "is_transposed", False)
-        and getattr(stacked, "is_concatenated", True)
+        {n for n, _ in stacked.named_parameters()} == wanted
+        and bool(getattr(stacked, "is_transposed", layout.transposed)) == layout.transposed
+        and bool(getattr(stacked, "is_concatenated", True)) != layout.interleaved
     )
     if not plain:
         raise ArchitectureError(
             f"{name}.{experts.experts} is not stacked as gate_up_proj and down_proj; is transformers newer?"
         )
     names = (experts.gate, experts.up, experts.down)
-    setattr(
-        module,
-        experts.experts,
-        ExpertList(names, stacked.gate_up_proj, stacked.down_proj, stacked.act_fn),
-    )
+    if experts.weighs_inputs:
+        kind: Any = type(module)
+        module.__class__ = _weighing(kind)
+    setattr(module, experts.experts, ExpertList(stacked, names, layout, experts.weighs_inputs))
+
+
+@cache
+def _weighing(kind: Any) -> type[nn.Module]:
+    return type(kind.__name__, (WeighsInputs, kind), {"__module__": kind.__module__})

@@ -165,8 +165,9 @@ def make_plan(
     modules, tensors = _result(plan)
     linears = [m for m in modules if m.name != selection.embedding]
     running = parse_dtype(AUTO, "cpu")
+    model_type = str(reader.config.get("model_type"))
     return Plan(
-        model_type=str(reader.config.get("model_type")),
+        model_type=model_type,
         format=layout.name,
         modules=tuple(modules),
         skipped=selection.skipped,
@@ -175,7 +176,8 @@ def make_plan(
         tensor_parallel=_tensor_parallel(linears, reader.config),
         suggestions=_group_sizes(linears),
         engines={
-            e: tuple(reasons) for e, reasons in refusals(layout.name, selection.schemes).items()
+            e: tuple(reasons)
+            for e, reasons in refusals(layout.name, selection.schemes, model_type).items()
         },
         cautions={
             e: tuple(reasons) for e, reasons in cautions(layout.name, selection.schemes).items()

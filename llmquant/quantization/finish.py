@@ -25,6 +25,7 @@ from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
 from llmquant.errors import FormatError, ProofError, QuantizationError
 from llmquant.formats import Scheme
+from llmquant.models.reading.matrices import as_kept
 from llmquant.models.reading.stored_dtype import StoredReader
 from llmquant.models.rotated import RotatedReader
 from llmquant.quantization.loading import prove_loading
@@ -102,6 +103,7 @@ def carry(
             raise QuantizationError(
                 f"{reader.path}: tensor {name} holds NaN or Inf; is the checkpoint damaged?"
             )
+        tensor = as_kept(name, tensor, plan.architecture)
         writer.add(name, tensor)
         digests[name] = sha256_tensor(tensor)
     return digests
@@ -112,7 +114,9 @@ def write_config(writer: CheckpointWriter, plan: WalkPlan, schemes: Mapping[str,
     it."""
     # Sorted, so that the order in which a config is written says nothing of the run: a conversion
     # there and back is equal.
-    quantization = plan.layout.config(dict(sorted(schemes.items())), plan.selection.skipped)
+    quantization = plan.source.names.config(
+        plan.layout, dict(sorted(schemes.items())), plan.selection.skipped
+    )
     config = {**without_quantization(plan.reader.config), "quantization_config": quantization}
     writer.write_json("config.json", config)
     for name, text in plan.layout.side_files(quantization).items():

@@ -14,6 +14,7 @@ from llmquant.algorithms import AWQOptions, GPTQOptions, ScaleSearch, TuneOption
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.formats import Format, layout_of
 from llmquant.models.architectures import Architecture, blocks_of
+from llmquant.models.reading.engine_names import EngineNames
 from llmquant.models.reading.linears import Linears
 from llmquant.models.selection import Selection
 from llmquant.quantization.steps.rescaling import RescaledReader
@@ -68,6 +69,7 @@ class SourceModel:
         model: on the meta device.
         architecture: where its blocks are.
         linears: that could be quantized.
+        names: what engines call its modules.
         leftovers: tensors that the model has no place for; carried over as they are.
         notes: what people should know of the folder.
     """
@@ -78,6 +80,7 @@ class SourceModel:
     model: PreTrainedModel
     architecture: Architecture
     linears: Linears
+    names: EngineNames
     leftovers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -20,6 +20,7 @@ from llmquant.errors import SourceError, UsageError
 from llmquant.formats import layout_of
 from llmquant.models import architectures
 from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
+from llmquant.models.reading.engine_names import engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
@@ -64,7 +65,11 @@ def prepare(
     layout_of(recipe.format)
     on, precision = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     fit = fitted(stored, precision.dtype)
-    architecture = architectures.find(fit.model, model_type)
+    if fit.tower is None:
+        architecture = architectures.find(fit.model, model_type)
+    else:
+        kind = fit.tower.config.model_type
+        architecture = architectures.find(fit.model, kind, fit.tower.placed)
     check_side_files(stored.path)
     seen = rotated(fit.reader, recipe)
     # A rotated model has a head of its own.
@@ -73,10 +78,11 @@ def prepare(
     source = SourceModel(
         fit.reader,
         rescaled,
-        as_stored(rescaled, store_dtype),
+        as_stored(rescaled, store_dtype, frozenset(fit.leftovers)),
         skeleton,
         architecture,
         linears_of(skeleton, placeless(fit)),
+        engine_names(fit),
         fit.leftovers,
         fit.notes,
     )

@@ -38,7 +38,7 @@ def test_the_paths_of_a_page_exist(page):
 
 
 def test_paths_are_found_and_a_wrong_one_would_be_told():
-    assert "llmquant/models/architectures.py" in named("docs/architecture.md")
+    assert "llmquant/models/rows/table.py" in named("docs/architecture.md")
     assert not exists("llmquant/models/no_such_file.py")
 
 

@@ -25,7 +25,7 @@ from folder_kit import (
     write_case,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from llmquant import load
 from llmquant.errors import LlmquantError
@@ -199,55 +199,8 @@ def test_a_packed_folder_of_a_tied_model_that_stores_the_head_alone(
     assert run("inspect", folder).code == 0
 
 
-FP8: dict[str, tuple[Mapping[str, object] | None, str]] = {
-    "fp8": ({"quant_method": "fp8"}, "weight_scale_inv"),
-    "compressed-tensors": (
-        {"quant_method": "compressed-tensors", "format": "float-quantized"},
-        "weight_scale",
-    ),
-    "no label": (None, "weight_scale"),
-    "no label, no scales": (None, ""),
-}
-
-
-@pytest.mark.parametrize(("label", "scale"), FP8.values(), ids=list(FP8))
-def test_fp8_is_already_quantized_whoever_asks(
-    label: Mapping[str, object] | None, scale: str, tmp_path: Path, run: Run
-) -> None:
-    def edit(folder: Path, tensors: Tensors) -> None:
-        scales = {f"{Q}.{scale}": ONES} if scale else {}
-        put(
-            folder,
-            {**tensors, f"{Q}.weight": tensors[f"{Q}.weight"].to(torch.float8_e4m3fn), **scales},
-        )
-        configure(folder, quantization_config=label)
-
-    folder, out = write_case(Case("", edit, tokenizer=True), tmp_path / "m"), tmp_path / "q"
-    for command in (
-        ("quantize", folder, "-o", out, *RTN),
-        ("plan", folder, *RTN),
-        ("inspect", folder),
-        ("convert", folder, "--to", "gptq", "-o", out),
-        ("generate", folder, "Hello"),
-    ):
-        ran = run(*command)
-        assert (ran.code, "is already quantized (fp8" in ran.err) == (2, True), ran
-    assert not out.exists()
-
-
-STRANGE: dict[str, tuple[Any, str]] = {
-    "linears of a class of their own": (
-        FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-        "FalconLinear",
-    ),
-    "Conv1D": (GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), "Conv1D"),
-}
-
-
-@pytest.mark.parametrize(("config", "kind"), STRANGE.values(), ids=list(STRANGE))
-def test_what_no_reader_takes_is_not_written(
-    config: Any, kind: str, tmp_path: Path, run: Run
-) -> None:
+def test_what_no_reader_takes_is_not_written(tmp_path: Path, run: Run) -> None:
+    config = OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(tmp_path / "m")
     for command in (
@@ -255,7 +208,7 @@ def test_what_no_reader_takes_is_not_written(
         ("plan", tmp_path / "m", *RTN),
     ):
         ran = run(*command)
-        assert (ran.code, kind in ran.err) == (2, True), ran
+        assert (ran.code, "Conv1D" in ran.err) == (2, True), ran
     assert not (tmp_path / "q").exists()
     assert logits(tmp_path / "m") is not None
     assert run("inspect", tmp_path / "m").code == 0

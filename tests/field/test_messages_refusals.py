@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from eval_kit import llmquant_command
 from tiny_models import EXAMPLE, TOKENIZER
-from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, T5Config, ViTConfig
+from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, T5Config, ViTConfig
 
 SMALL = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1}
 CONFIGS: dict[str, Any] = {
-    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=64, **SMALL),
+    "openai-gpt": OpenAIGPTConfig(n_embd=64, n_layer=2, n_head=2, n_positions=64, **SMALL),
     "mamba": MambaConfig(hidden_size=64, num_hidden_layers=2, state_size=8, **SMALL),
     "t5": T5Config(d_model=64, num_layers=2, num_heads=4, d_ff=96, **SMALL),
     "vit": ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2),
@@ -31,7 +31,7 @@ WRONG_GROUP = re.compile(r"sizes that do: ([0-9, ]+), or -1")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> dict[str, Path]:
     made = {"llama": make_model()}
-    for name in ("gpt2", "mamba"):
+    for name in ("openai-gpt", "mamba"):
         made[name] = tmp_path_factory.mktemp(name)
         AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(made[name])
     for name in ("t5", "vit"):
@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> dict[s
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        pytest.param("gpt2", "'gpt2' keeps its weights in Conv1D layers", id="Conv1D"),
+        pytest.param("openai-gpt", "'openai-gpt' keeps its weights in Conv1D layers", id="Conv1D"),
         pytest.param("mamba", "'mamba' is recurrent (its config has state_size)", id="recurrent"),
     ],
 )

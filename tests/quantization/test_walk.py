@@ -98,6 +98,11 @@ def naive(folder: Path, plan: WalkPlan, steps: list[list[str]]) -> Weights:
     return done
 
 
+# Those left out differ from one that is here in names alone.
+KINDS = [k for k in STAGES if k not in ("phimoe", "granitemoe", "qwen2_moe")]
+KINDS += ["qwen2 mixed windows"]
+
+
 def steps_of(plan: WalkPlan, stages: list[tuple[str, ...]], together: bool) -> list[list[str]]:
     """The linears of each step, by full name: a stage each, or a whole block at once."""
     found: list[list[str]] = []
@@ -128,7 +133,7 @@ def llama(folders: Callable[[str], Path]) -> Path:
 
 
 @pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "a block at once"])
-@pytest.mark.parametrize("kind", [*STAGES, "qwen2 mixed windows"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_walk_equals_the_naive_whole_model_run(folders, kind, sequential):
     folder = folders(kind)
     plan = plan_of(folder, recipe_of(**{"gptq.true_sequential": sequential}))

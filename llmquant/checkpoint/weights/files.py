@@ -172,8 +172,9 @@ def _only(where: str, here: Collection[str], *, local: bool) -> str:
     pickles = sorted(name for name in here if name.endswith(_PICKLES))
     if pickles:
         raise UnfitModelError(
-            f"{where} holds only pickle files ({some(pickles)}), which can run code when loaded; "
-            "convert the model to safetensors first"
+            f"{where} holds only pickle files ({some(pickles)}), which can run code when loaded; this writes safetensors "
+            'beside them, and lets no code in them run: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{where}', dtype='auto', weights_only=True).save_pretrained('{where}')\""
         )
     raise UnfitModelError(f"{where} has no safetensors weights")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.sources.floats import as_floats
 from llmquant.models.reading.dense import check_dense
 from llmquant.models.reading.fit import fitted
 
@@ -18,7 +19,7 @@ def check_loading(path: Path) -> Sequence[str]:
     Raises:
         what :func:`llmquant.load` raises, but for damage that only the weights show.
     """
-    reader = CheckpointReader(path)
+    reader = as_floats(CheckpointReader(path))
     config = quantization_of(reader)
     if config is None:
         return check_dense(reader)

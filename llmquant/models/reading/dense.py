@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError
-from llmquant.models.from_folder import causal_model, read_generation_config
+from llmquant.models.from_folder import causal_model, read_config, read_generation_config
 from llmquant.models.reading.leftovers import leftover_notes
+from llmquant.models.reading.tower import tower_of
 from llmquant.models.tensor_check import refuse_mismatch
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ def _loaded(
     reader: CheckpointReader, tensors: Mapping[str, Tensor], dtype: torch.dtype, **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
     empty = causal_model(reader, dtype)
+    tower = tower_of(reader, read_config(reader.path))
+    if tower is not None:
+        named = {n: tower.text_name(n) for n in tensors}
+        tensors = {new: tensors[n] for n, new in named.items() if new is not None}
     try:
         result: Any = type(empty).from_pretrained(
             None,

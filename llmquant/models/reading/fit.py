@@ -17,10 +17,13 @@ from transformers import PreTrainedModel
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, CheckpointError
-from llmquant.models.from_folder import empty_model
+from llmquant.models.architectures import ARCHITECTURES, Architecture
+from llmquant.models.from_folder import empty_model, read_config
 from llmquant.models.reading.embeddings import Matrix, embedding_of, shape_of, why_not_packed
 from llmquant.models.reading.leftovers import leftover_notes
+from llmquant.models.reading.matrices import turned, unstacked
 from llmquant.models.reading.places import Naming, naming
+from llmquant.models.reading.tower import Tower, tower_of
 from llmquant.models.tensor_check import refuse_mismatch
 from llmquant.runtime.finite import some
 
@@ -37,6 +40,7 @@ class Fitted:
         packed: the same folder's packed modules; None for an unquantized one.
         leftovers: tensors without a place.
         notes: what people should know of it.
+        tower: where the checkpoint keeps the model, if it is part of one that also sees or hears.
     """
 
     reader: CheckpointReader
@@ -44,6 +48,7 @@ class Fitted:
     packed: PackedCheckpoint | None
     leftovers: tuple[str, ...]
     notes: tuple[str, ...]
+    tower: Tower | None = None
 
 
 def fitted(
@@ -61,12 +66,21 @@ def fitted(
     """
     packed = source if isinstance(source, PackedCheckpoint) else None
     reader = source.reader if isinstance(source, PackedCheckpoint) else source
+    tower = tower_of(reader, read_config(reader.path))
+    row = _row(reader, tower)
+    if packed is None:
+        reader = unstacked(reader, row)
     model = empty_model(reader, dtype)
     found = naming(
         reader, model, {} if packed is None else {m: t.values() for m, t in packed.tensors.items()}
     )
     packed = None if packed is None else packed.renamed(found.names)
     reader = reader.renamed(found.names) if packed is None else packed.reader
+    if packed is None:
+        reader = turned(reader, row, reader.tensors)
+    else:
+        packed = packed.seen_as(turned(reader, row, packed.others))
+        reader = packed.reader
     if found.untied:
         reader.config = {**reader.config, "tie_word_embeddings": False}
         model = empty_model(reader, dtype)
@@ -74,8 +88,23 @@ def fitted(
         model.config.tie_word_embeddings = False  # a packed head has no weight to share
     places = _packed_places(model, packed) if packed is not None else {}
     _check_tensors(reader, model, found, places)
-    notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, found.leftovers))
-    return Fitted(reader, model, packed, found.leftovers, notes)
+    inside = [n for n in found.leftovers if tower is None or tower.holds(n)]
+    outside = [n for n in found.leftovers if n not in inside]
+    notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, inside))
+    if outside:
+        notes = (
+            *notes,
+            f"the text part is quantized; {len(outside)} tensors of the rest ({some(outside)}) are carried over byte for byte",
+        )
+    return Fitted(reader, model, packed, found.leftovers, notes, tower)
+
+
+def _row(reader: CheckpointReader, tower: Tower | None) -> Architecture | None:
+    """The model's row of the table, under the checkpoint's names."""
+    if tower is None:
+        return ARCHITECTURES.get(str(reader.config.get("model_type")))
+    row = ARCHITECTURES.get(tower.config.model_type)
+    return None if row is None else tower.placed(row)
 
 
 def placeless(fit: Fitted) -> tuple[str, ...]:

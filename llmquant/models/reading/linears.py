@@ -3,7 +3,7 @@ these."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -67,13 +67,8 @@ def linears_of(model: PreTrainedModel, placeless: tuple[str, ...] = ()) -> Linea
     found = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
     head = next((n for n, m in found.items() if m is model.get_output_embeddings()), None)
     shapes = {n: (m.out_features, m.in_features) for n, m in found.items()}
-    routers = tuple(
-        f"{name}.{child}" if name else child
-        for name, module in model.named_modules()
-        if any(isinstance(m, ExpertList) for m in module.children())
-        for child, m in module.named_children()
-        if not isinstance(m, nn.Linear) and any(p.ndim == 2 for p in m.parameters(recurse=False))
-    )
+    routers = tuple(_routers(model))
+    shapes = {n: shape for n, shape in shapes.items() if n not in routers}
     strange = {n: type(m).__name__ for n, m in model.named_modules() if has_matrix(m)}
     strange = {n: kind for n, kind in strange.items() if n not in (*found, *routers)}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -89,3 +84,17 @@ def linears_of(model: PreTrainedModel, placeless: tuple[str, ...] = ()) -> Linea
         None if table is None else why_not_packed(*table),
         frozenset() if table is None else tied_to(model, table[0]),
     )
+
+
+def _routers(model: nn.Module) -> Iterator[str]:
+    """What stands beside a list of experts and has a row for each, or one that weighs an expert for
+    all tokens."""
+    for name, module in model.named_modules():
+        lists = [m for m in module.children() if isinstance(m, ExpertList)]
+        for child, beside in module.named_children() if lists else ():
+            if beside in lists:
+                continue
+            for inner, m in beside.named_modules(prefix=f"{name}.{child}".lstrip(".")):
+                matrices = [p for p in m.parameters(recurse=False) if p.ndim == 2]
+                if any(p.shape[0] in (1, len(lists[0])) for p in matrices):
+                    yield inner

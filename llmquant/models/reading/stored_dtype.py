@@ -32,12 +32,15 @@ _WIDE = (torch.float32, torch.float64)
 _KEPT = re.compile(r"(e_score_correction_bias|inv_freq|A_log)$")
 
 
-def as_stored(reader: CheckpointReader, wanted: str = AUTO) -> CheckpointReader:
+def as_stored(
+    reader: CheckpointReader, wanted: str = AUTO, carried: Collection[str] = ()
+) -> CheckpointReader:
     """The checkpoint as it is stored; the same reader where nothing changes.
 
     Args:
         reader: of an unquantized checkpoint.
         wanted: ``auto`` (16 bits where the checkpoint has more), ``source``, or a dtype.
+        carried: tensors that go along byte for byte, since the model has no place for them.
 
     Raises:
         UsageError: no such dtype.
@@ -53,7 +56,10 @@ def as_stored(reader: CheckpointReader, wanted: str = AUTO) -> CheckpointReader:
     names = [
         name
         for name, info in reader.tensors.items()
-        if info.dtype.is_floating_point and info.dtype != dtype and not _KEPT.search(name)
+        if info.dtype.is_floating_point
+        and info.dtype != dtype
+        and not _KEPT.search(name)
+        and name not in carried
     ]
     return StoredReader(reader, dtype, names) if names else reader
 

@@ -25,7 +25,9 @@ def cache_bytes(config: PreTrainedConfig, context: int, batch_size: int, dtype: 
         )
         cache = DynamicCache(config=model.config)
         ids = torch.zeros(batch_size, context, dtype=torch.int64)
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # Without a mask some models look for padding among the ids, which have no values here.
+        mask = torch.ones_like(ids)
+        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
     tensors = (t for layer in cache.layers for t in vars(layer).values())
     floats = (t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
     return sum(t.numel() for t in floats) * dtype.itemsize

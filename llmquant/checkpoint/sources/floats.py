@@ -1,0 +1,57 @@
+"""A checkpoint whose weights are small floats with scales (FP8, MXFP4), read as the numbers that
+they are. To quantize, it is a checkpoint like any other."""
+
+from __future__ import annotations
+
+import torch
+
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.sources import float8, mxfp4
+from llmquant.checkpoint.sources.derived import DerivedReader, Made
+
+FP8, MXFP4 = "fp8", "mxfp4"
+_KEYS = ("quantization_config", "compression_config")
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def small_floats(reader: CheckpointReader) -> str | None:
+    """Which kind of small floats the weights are in; None for any other checkpoint."""
+    if float8.weights_of(reader):
+        return FP8
+    return MXFP4 if mxfp4.weights_of(reader) else None
+
+
+def as_floats(reader: CheckpointReader) -> CheckpointReader:
+    """The checkpoint with plain weights in the dtype that its config names; the same reader where
+    it has no small floats. One tensor at a time is dequantized, when it is read.
+
+    Raises:
+        UsageError, CheckpointError: weights without scales, or with scales that do not fit.
+    """
+    kind = small_floats(reader)
+    if kind is None:
+        return reader
+    dtype = _dtype(reader)
+    label = next((found for k in _KEYS if isinstance(found := reader.config.get(k), dict)), {})
+    found = [
+        *(float8.made_of(reader, label, dtype) if kind == FP8 else ()),
+        *mxfp4.made_of(reader, dtype),
+    ]
+    made: dict[str, Made] = {name: one for name, one, _ in found}
+    floats = DerivedReader(reader, made, {n for _, _, used in found for n in used})
+    floats.config = {k: v for k, v in reader.config.items() if k not in _KEYS}
+    name = str(dtype).removeprefix("torch.")
+    floats.notes = (
+        *reader.notes,
+        f"{len(made)} weights are in {kind.upper()}; they are read as the {name} numbers that they and their scales mean",
+    )
+    return floats
+
+
+def _dtype(reader: CheckpointReader) -> torch.dtype:
+    text = reader.config.get("text_config")
+    for place in (reader.config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if place.get(key) in _DTYPES:
+                return _DTYPES[str(place[key])]
+    return torch.bfloat16

@@ -1,0 +1,142 @@
+"""The text part of a model that also sees or hears, as a text model of its own.
+
+A run reads and quantizes it under the names that the checkpoint has (``language_model.model.…``);
+everything else (vision and audio towers, projectors, further prediction heads) has no place in it
+and is carried over byte for byte. Text alone gives the whole model and its text part the same
+numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.errors import ArchitectureError
+from llmquant.models.architectures import Architecture
+from llmquant.models.rows.towers import PLACES, SENSES, TEXT_AS
+
+OUTSIDE_TEXT = "not part of the text model"
+_IN_MEMORY = ("model", "lm_head")
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """Where a checkpoint keeps its text model.
+
+    Attributes:
+        config: the text model's, of a type that has a causal class.
+        base, head: the checkpoint's names of ``model`` and ``lm_head``.
+    """
+
+    config: PreTrainedConfig
+    base: str
+    head: str
+
+    @property
+    def moved(self) -> tuple[tuple[str, str], ...]:
+        """Modules of the text model and the checkpoint's names for them, where they differ."""
+        pairs = zip(_IN_MEMORY, (self.base, self.head), strict=True)
+        return tuple((old, new) for old, new in pairs if old != new)
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint is the text model's."""
+        return self.text_name(name) is not None
+
+    def text_name(self, name: str) -> str | None:
+        """What the text model calls a tensor of the checkpoint."""
+        for new, old in ((self.head, "lm_head"), (self.base, "model")):
+            if name.startswith(f"{new}."):
+                return f"{old}{name.removeprefix(new)}"
+        return None
+
+    def placed(self, architecture: Architecture) -> Architecture:
+        """A row of the table under the checkpoint's names."""
+
+        def name(path: str) -> str:
+            return self._stored(path)
+
+        return replace(
+            architecture,
+            blocks=name(architecture.blocks),
+            norm=name(architecture.norm),
+            head=name(architecture.head),
+            renamed=tuple((name(old), new) for old, new in architecture.renamed),
+            outside=tuple(name(n) for n in architecture.outside),
+        )
+
+    def _stored(self, path: str) -> str:
+        for old, new in self.moved:
+            if path == old or path.startswith(f"{old}."):
+                return f"{new}{path.removeprefix(old)}"
+        return path
+
+    def pattern(self, module: str) -> str | None:
+        """A regular expression for what engines call a module of the text model; None of any
+        other. All of them have a ``language_model``, in a place of their own."""
+        inside = self.text_name(f"{module}.")
+        if inside is None:
+            return None
+        rest = inside.removesuffix(".").removeprefix("model.")
+        place = "" if rest == inside.removesuffix(".") else r"language_model\.(model\.)?"
+        return f"re:.*{place}{re.escape(rest)}$"
+
+    def patterns(self, names: Iterable[str]) -> list[str]:
+        """Regular expressions for modules outside the text model: engines put prefixes of their own
+        before their names, so a part of the name has to do."""
+        parts = set()
+        for name in names:
+            first, *rest = name.split(".")
+            parts.add(rest[0] if first == "model" and rest else first)
+        return [f"re:.*{part}\\..*" for part in sorted(parts)]
+
+
+def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None:
+    """The text part of a checkpoint; None of a text model.
+
+    Raises:
+        ArchitectureError: its text part is of a type that no causal model computes, or is not found
+            among the tensors.
+    """
+    senses = [key for key in SENSES if reader.config.get(key)]
+    if not senses or not isinstance(reader.config.get("text_config"), dict):
+        return None
+    text = config.get_text_config()
+    kind = TEXT_AS.get(text.model_type, text.model_type)
+    if kind is None or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text is config:
+        raise ArchitectureError(
+            f"{reader.path}: the text part of model type {config.model_type!r} is a {text.model_type!r}, for which transformers has "
+            "no causal model; quantize a text-only checkpoint of the family"
+        )
+    if kind != text.model_type:
+        text = CONFIG_MAPPING[kind].from_dict(_plain(text.to_dict()))
+    text.tie_word_embeddings = bool(
+        reader.config.get("tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
+    )
+    base = next(
+        (b for b, _ in PLACES if any(n.startswith(f"{b}.layers.0.") for n in reader.tensors)), None
+    )
+    if base is not None:
+        heads = [head for place, head in PLACES if place == base]
+        stored = (h for h in heads if f"{h}.weight" in reader)
+        return Tower(text, base, next(stored, heads[0]))
+    raise ArchitectureError(
+        f"{reader.path}: the text part of model type {config.model_type!r} is not where checkpoints keep it "
+        f"({', '.join(base for base, _ in PLACES)}); quantize a text-only checkpoint of the family"
+    )
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A text part's config without what only a model with images has."""
+    rope = dict(config.get("rope_parameters") or {})
+    for key in ("mrope_section", "mrope_interleaved"):
+        rope.pop(key, None)
+    if rope.get("rope_type") == "mrope":
+        rope["rope_type"] = "default"
+    kept = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+    return {**kept, **({"rope_parameters": rope} if rope else {})}

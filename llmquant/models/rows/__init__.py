@@ -1,0 +1,1 @@
+"""The table of architectures: what a row holds, and the rows."""

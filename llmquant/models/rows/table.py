@@ -1,0 +1,132 @@
+"""The rows of the table: one for each family of model types.
+
+Sets of linears that engines fuse are those of vLLM's models: attention's three, a gated MLP's two,
+the two matrices that DeepSeek's latent attention reads the hidden states with, and all the experts
+of a block, which are one tensor there. A row beyond attention and MLP changes nothing for a model
+that lacks those linears, so types of one family share one.
+"""
+
+from __future__ import annotations
+
+from llmquant.models.rows.architecture import Architecture, Experts, Stacked
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LATENT = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
+_GATED_MLP = ("mlp.gate_proj", "mlp.up_proj")
+_SCALED = (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"))
+_LLAMA = Architecture("model.layers", "model.norm", (_ATTENTION, _GATED_MLP), _SCALED)
+
+
+def _mixture(
+    experts: Experts, beside: str = "", renamed: tuple[tuple[str, str], ...] = ()
+) -> Architecture:
+    """A Llama with experts.
+
+    Args:
+        experts: of its blocks.
+        beside: path of the MLP that every token passes, if there is one; it may be absent.
+        renamed: see :class:`Architecture`.
+    """
+    shared = tuple(f"{beside}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    fused = (_ATTENTION, _LATENT, _GATED_MLP, *([shared[:2]] if beside else []), experts.linears())
+    scaled = (*_SCALED, *([(shared[1], shared[2])] if beside else []), experts.scaled())
+    return Architecture("model.layers", "model.norm", fused, scaled, renamed, experts)
+
+
+_MIXTRAL = Experts("block_sparse_moe", gate="w1", up="w3", down="w2")
+_QWEN = Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj")
+# One tensor for the gates and ups of all experts, and one for their downs.
+_GRANITE = Experts(
+    "block_sparse_moe",
+    gate="w1",
+    up="w3",
+    down="w2",
+    stacked=Stacked("input_linear.weight", "output_linear.weight"),
+)
+_ARIA = Experts(
+    "mlp",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    stacked=Stacked("experts.fc1.weight", "experts.fc2.weight", transposed=True),
+)
+_GPT_OSS = Experts(
+    "mlp",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    stacked=Stacked(
+        "experts.gate_up_proj", "experts.down_proj", transposed=True, interleaved=True, biased=True
+    ),
+)
+_LLAMA4 = Experts(
+    "feed_forward",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    stacked=Stacked("experts.gate_up_proj", "experts.down_proj", transposed=True),
+    weighs_inputs=True,
+)
+_DEEPSEEK = _mixture(_QWEN, "mlp.shared_experts")
+_SHARED_GRANITE = (("model.layers.*.block_sparse_moe.router", "router.layer"),)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    # Already one matrix in the checkpoint: qkv_proj and gate_up_proj.
+    "phi3": Architecture("model.layers", "model.norm", ()),
+    # The smallest OPT but one has narrower embeddings than blocks.
+    "opt": Architecture(
+        "model.decoder.layers",
+        "model.decoder.final_layer_norm",
+        (_ATTENTION,),
+        outside=("model.decoder.project_in", "model.decoder.project_out"),
+    ),
+    "starcoder2": Architecture("model.layers", "model.norm", (_ATTENTION,)),
+    # query_key_value is one matrix in the checkpoint.
+    "gpt_neox": Architecture(
+        "gpt_neox.layers",
+        "gpt_neox.final_layer_norm",
+        (),
+        renamed=(("lm_head", "embed_out"),),
+        head="embed_out",
+    ),
+    # query_key_value is one matrix in the checkpoint.
+    "falcon": Architecture("transformer.h", "transformer.ln_f", (), linears=("FalconLinear",)),
+    # c_attn is one matrix in the checkpoint.
+    "gpt2": Architecture(
+        "transformer.h",
+        "transformer.ln_f",
+        (),
+        conv1d=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    ),
+    "mixtral": _mixture(_MIXTRAL, renamed=(("model.layers.*.mlp", "block_sparse_moe"),)),
+    "phimoe": _mixture(
+        _MIXTRAL,
+        renamed=(
+            ("model.layers.*.mlp", "block_sparse_moe"),
+            ("model.layers.*.block_sparse_moe.router", "gate"),
+        ),
+    ),
+    "minimax_m2": _mixture(_MIXTRAL, renamed=(("model.layers.*.mlp", "block_sparse_moe"),)),
+    **dict.fromkeys(("qwen3_moe", "olmoe", "flex_olmo", "mellum"), _mixture(_QWEN)),
+    "qwen2_moe": _mixture(_QWEN, "mlp.shared_expert"),
+    "hunyuan_v1_moe": _mixture(_QWEN, "mlp.shared_mlp"),
+    **dict.fromkeys(
+        (
+            *("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1"),
+            *("solar_open", "cohere2_moe", "afmoe"),
+        ),
+        _DEEPSEEK,
+    ),
+    "granitemoe": _mixture(_GRANITE, renamed=_SHARED_GRANITE),
+    "gpt_oss": _mixture(_GPT_OSS),
+    "aria_text": _mixture(_ARIA, "mlp.shared_experts"),
+    "llama4_text": _mixture(_LLAMA4, "feed_forward.shared_expert"),
+}

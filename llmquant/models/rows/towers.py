@@ -1,0 +1,24 @@
+"""The text part of models that also see or hear: which text model it is.
+
+Where a family's text model has no causal class of its own in transformers, the model that computes
+the same for text alone is named: the three position indices of Qwen's vision models are equal for
+tokens of text, so theirs is Qwen's own rotation.
+"""
+
+from __future__ import annotations
+
+TEXT_AS = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": None,  # its experts are stacked otherwise than Qwen3's
+}
+# Where checkpoints keep the blocks of the text part, and its head; the first that is there counts.
+PLACES = (
+    ("language_model.model", "language_model.lm_head"),
+    ("model.language_model", "lm_head"),
+    ("model.language_model", "model.lm_head"),
+    ("model", "lm_head"),
+)
+SENSES = ("vision_config", "audio_config")
+"""Keys of a config that describes more than a text model."""

@@ -1,0 +1,51 @@
+"""docs/models.md is what the sweep finds."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from small_kinds import KINDS
+from sweep import PAGE, VERSION, Outcome, outcome_of, row
+from transformers import __version__
+
+pytestmark = pytest.mark.skipif(
+    not __version__.startswith(f"{VERSION}."),
+    reason=f"the page is about the model types of transformers {VERSION}",
+)
+# One of each habit: plain, fused and turned matrices, stacked experts, a type that is refused.
+FEW = ("gptj", "gpt2", "granitemoe", "mamba")
+
+
+def listed() -> list[str]:
+    """The page's rows of model types."""
+    return re.findall(r"^\| `.*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def kind_of(line: str) -> str:
+    return line.split("`")[1]
+
+
+def check(outcome: Outcome) -> None:
+    """Nothing is silently wrong, and the page has the row that this outcome makes."""
+    assert outcome.wrong == ()
+    assert row(outcome) in listed()
+
+
+def test_every_kind_is_listed_once() -> None:
+    assert sorted(map(kind_of, listed())) == sorted(KINDS)
+
+
+def test_nothing_on_the_page_is_wrong() -> None:
+    assert "## Outside the limit" not in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_the_page_says_what_the_sweep_finds(kind: str) -> None:
+    check(outcome_of(kind))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_is_silently_wrong(kind: str) -> None:
+    check(outcome_of(kind))

@@ -1,0 +1,207 @@
+"""Models that also see: the text part is quantized, the rest is carried over byte for byte, and the
+folder is one that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import Run
+from safetensors.torch import load_file, save_file
+from test_supported_models import checkpoint
+from tiny_models import EXAMPLE, TOKENIZER
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+
+from llmquant import load
+
+IDS = torch.randint(10, 4000, (2, 10), generator=torch.Generator().manual_seed(1))
+TEXT: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.06,
+    "pad_token_id": 0,
+}
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_EYE = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 16},
+        "vision_config": SIGLIP,
+        "mm_tokens_per_image": 4,
+    },
+    "qwen2_5_vl": {
+        "text_config": TEXT | {"rope_parameters": ROPE},
+        "vision_config": QWEN_EYE | {"fullatt_block_indexes": [0]},
+    },
+    "qwen3_vl": {
+        "text_config": TEXT | {"rope_parameters": ROPE},
+        "vision_config": QWEN_EYE
+        | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    },
+    "mistral3": {
+        "text_config": TEXT | {"model_type": "mistral"},
+        "vision_config": SIGLIP | {"model_type": "pixtral", "head_dim": 16},
+        "tie_word_embeddings": False,
+    },
+    "llama4": {
+        "text_config": TEXT
+        | {"intermediate_size_mlp": 96, "num_local_experts": 4, "interleave_moe_layer_step": 2},
+        "vision_config": SIGLIP
+        | {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+    },
+}
+
+
+def write(kind: str, folder: Path) -> PreTrainedModel:
+    config = CONFIG_MAPPING[kind](**FAMILIES[kind], bos_token_id=1, eos_token_id=2)
+    config.dtype = torch.float16
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name or parameter.ndim == 1:
+                parameter.add_(0.03 * torch.randn(parameter.shape))
+    model.half().save_pretrained(folder)
+    for name in TOKENIZER:
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_text_part_is_quantized_and_the_rest_is_as_it_was(
+    kind: str, tmp_path: Path, run: Run
+) -> None:
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    whole = write(kind, source)
+    with torch.no_grad():
+        wanted = whole(input_ids=IDS).logits
+        text = load(source, dtype="float32")(IDS).logits
+    torch.testing.assert_close(text, wanted, rtol=1e-4, atol=1e-4)
+    planned = run("plan", source, "--method", "rtn", "--group-size", "16")
+    assert planned.code == 0, planned
+    assert "carried over byte for byte" in " ".join((planned.out + planned.err).split())
+    method = ("--method", "gptq", "--bits", "8", "--group-size", "16", "--nsamples", "4")
+    made = run(
+        *("quantize", source, "-o", packed, *method, "--seqlen", "24"),
+        *("--calibration", f"file:{EXAMPLE / 'calibration.txt'}"),
+    )
+    assert made.code == 0, made
+    before, after = (load_file(f / "model.safetensors") for f in (source, packed))
+    eyes = [n for n in before if "vis" in n or "projector" in n]
+    assert eyes
+    assert all(torch.equal(before[n], after[n]) for n in eyes)
+    blocks = [n for n in before if ".layers.0.self_attn.q_proj.weight" in n and n not in eyes]
+    assert not set(blocks) & after.keys()
+    config = json.loads((packed / "config.json").read_text())
+    assert config["model_type"] == kind
+    assert (
+        config["vision_config"] == json.loads((source / "config.json").read_text())["vision_config"]
+    )
+    with torch.no_grad():
+        ours = load(packed, dtype="float32", kernel="reference")(IDS).logits
+        theirs = AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32).eval()
+        torch.testing.assert_close(theirs(input_ids=IDS).logits, ours, rtol=1e-3, atol=1e-3)
+    p, q = wanted.log_softmax(-1), ours.log_softmax(-1)
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
+    assert run("inspect", packed).code == 0
+    verified = run("verify", packed)
+    assert verified.code == 0, verified
+
+
+def differences(packed: Path) -> tuple[float, float]:
+    """What transformers computes of a folder and what we do: the largest difference, and the
+    largest number."""
+    whole = AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = whole(input_ids=IDS).logits
+        ours = load(packed, dtype="float32", kernel="reference")(IDS).logits
+    return float((theirs - ours).abs().max()), float(ours.abs().max())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_linears_of_several_schemes_are_found_by_their_names(
+    kind: str, tmp_path: Path, run: Run
+) -> None:
+    """The config names them by the checkpoint's names; transformers looks for others."""
+    source, packed, again = (tmp_path / name for name in ("source", "packed", "again"))
+    write(kind, source)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "method: rtn\nweights: {bits: 8, group_size: 16}\n"
+        "overrides: [{match: '*.self_attn.*', bits: 4}]\n"
+    )
+    made = run("quantize", source, "-o", packed, "--recipe", recipe)
+    assert made.code == 0, made
+    difference, largest = differences(packed)
+    assert difference < 1e-4 * largest
+    refused = run("convert", packed, "--to", "gptq", "-o", again)
+    assert (refused.code, "write it as compressed-tensors" in refused.err) == (2, True), refused
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
+def test_a_conversion_says_what_is_not_quantized(kind: str, tmp_path: Path, run: Run) -> None:
+    source, packed, again = (tmp_path / name for name in ("source", "packed", "again"))
+    write(kind, source)
+    rtn = ("--method", "rtn", "--group-size", "16", "--format", "gptq")
+    assert run("quantize", source, "-o", packed, *rtn).code == 0
+    converted = run("convert", packed, "--to", "compressed-tensors", "-o", again)
+    assert converted.code == 0, converted
+    difference, largest = differences(again)
+    assert difference < 1e-4 * largest
+    dynamic = json.loads((packed / "config.json").read_text())["quantization_config"]["dynamic"]
+    eye = "model.visual.blocks.0.attn.qkv" if kind == "qwen2_5_vl" else "vision_tower.x.q_proj"
+    (pattern,) = dynamic
+    assert re.match(pattern.removeprefix("-:"), eye)
+
+
+def test_a_further_prediction_head_is_carried_over(tmp_path: Path, run: Run) -> None:
+    """DeepSeek-V3 keeps one behind its last block, which transformers does not build."""
+    source, packed = checkpoint("deepseek_v3", tmp_path / "source"), tmp_path / "packed"
+    tensors = load_file(source / "model.safetensors")
+    block = {n: t for n, t in tensors.items() if n.startswith("model.layers.1.")}
+    ahead = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in block.items()}
+    ahead["model.layers.2.eh_proj.weight"] = torch.randn(32, 64)
+    save_file({**tensors, **ahead}, source / "model.safetensors", metadata={"format": "pt"})
+    made = run("quantize", source, "-o", packed, "--method", "rtn", "--group-size", "16")
+    assert made.code == 0, made
+    after = load_file(packed / "model.safetensors")
+    assert all(torch.equal(after[n], t) for n, t in ahead.items())
+    assert "model.layers.1.self_attn.q_a_proj.weight" not in after
+    ignored = json.loads((packed / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "model.layers.2.eh_proj" in ignored
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
+        ours = load(packed, dtype="float32", kernel="reference")
+        p, q = (m(IDS).logits.log_softmax(-1) for m in (ours, model))
+    # transformers rounds its dequantized weights to the scales' bfloat16.
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
