@@ -24,9 +24,13 @@ phase's copies were counted in the code and checked against the kernel's count o
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from llmquant.models.from_folder import read_config
 from llmquant.planning.preview import Plan
@@ -36,6 +40,7 @@ from llmquant.recipe import Recipe
 LIBRARIES = 480_000_000
 """Bytes resident once torch and transformers are loaded and a block has run; measured on Linux,
 torch 2.13 for CPUs."""
+_ANY = torch.bfloat16  # mixtures of experts run without weights in this dtype only
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +109,30 @@ def running_bytes(model: str | os.PathLike[str], weights: int, tokens: int | Non
         weights: bytes of its weight files, or of a quantized copy's.
         tokens: of the context; default: as long as the config allows.
     """
-    config = read_config(model).get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    length = tokens or getattr(config, "max_position_embeddings", None) or 0
-    cache = 2 * config.num_hidden_layers * heads * width * length * 2
-    return LIBRARIES + weights + int(cache)
+    config = read_config(model)
+    length = tokens or getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    cache = cache_bytes(config, length, 1, torch.float16) if length else 0
+    return LIBRARIES + weights + cache
+
+
+def cache_bytes(config: PreTrainedConfig, context: int, batch_size: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of ``batch_size`` contexts of so many tokens.
+
+    The model itself is run without weights (on the meta device) and the cache it filled is
+    counted, so sliding windows, shared keys and compressed attention count as they are.
+
+    Args:
+        dtype: that the model computes in.
+    """
+    with torch.device("meta"), torch.inference_mode():
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=_ANY, attn_implementation="eager", trust_remote_code=False
+        )
+        cache = DynamicCache(config=model.config)
+        ids = torch.zeros(batch_size, context, dtype=torch.int64)
+        # Without a mask some models look for padding among the ids, which have no values here.
+        mask = torch.ones_like(ids)
+        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    tensors = (t for layer in cache.layers for t in vars(layer).values())
+    floats = (t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
+    return sum(t.numel() for t in floats) * dtype.itemsize

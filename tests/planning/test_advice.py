@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from llmquant.errors import UsageError
 from llmquant.planning.advice import ORIGINAL, Advice, Target, advise, other_kind
-from llmquant.planning.advice.memory import cache_bytes
 from llmquant.planning.advice.widths import measure_widths
+from llmquant.planning.forecast import cache_bytes
 from llmquant.planning.preview import make_plan
 from llmquant.recipe import load_recipe
 from llmquant.spec import QuantSpec
@@ -135,7 +135,13 @@ def test_folders_without_a_config(run: Run, tmp_path: Path, file: str) -> None:
 def test_from_the_command_line(run: Run, model: Path) -> None:
     done = run("advise", model, "--memory", "8GiB", "--context", "64")
     assert (done.code, done.err) == (0, "")
-    for words in ("try first", "if it misses", "gptq-w4g128", f"llmquant quantize {model} -o"):
+    for words in (
+        "try first",
+        "if it misses",
+        "gptq-w4g128",
+        f"llmquant quantize {model} -o",
+        "llmquant auto",
+    ):
         assert words in done.out, words
     told = json.loads(run("advise", model, "--no-measure", "--json").out)
     assert told["options"][1]["speed"] is None

@@ -76,7 +76,7 @@ def advise_command(
     if as_json:
         sys.stdout.write(json.dumps(_as_dict(advice)) + "\n")
     else:
-        _show(advice, model)
+        _show(advice, model, max_kl)
 
 
 def _show_other(kind: OtherKind, as_json: bool) -> None:
@@ -123,7 +123,7 @@ def _option(option: Option) -> dict[str, Any]:
     }
 
 
-def _show(advice: Advice, model: str) -> None:
+def _show(advice: Advice, model: str, max_kl: float) -> None:
     console = screen()
     console.print(fact_table(_facts(advice)))
     console.print()
@@ -139,7 +139,7 @@ def _show(advice: Advice, model: str) -> None:
     rows += [("if it misses", ", then ".join(advice.then))] if advice.then else []
     console.print(fact_table(rows))
     console.print()
-    for line in _commands(model, first):
+    for line in _commands(model, first, max_kl):
         console.print(line, soft_wrap=True)
 
 
@@ -202,16 +202,18 @@ def _notes(advice: Advice) -> Iterator[str]:
     yield ""
 
 
-def _commands(model: str, first: Option) -> Iterator[str]:
+def _commands(model: str, first: Option, max_kl: float) -> Iterator[str]:
     """What to run next, in order."""
     name, _, more = first.name.partition(" ")
     out = f"{Path(model).name}-{name}"
     options = f"--recipe {name}{f' {more}' if more else ''}"
-    yield "# your own text, as the model will see it; the held-out part is used for nothing else"
+    yield "# text as the model will see it; what judges is used for nothing else"
     yield f"llmquant quantize {model} -o {out} {options} --calibration file:train.txt"
     yield f"llmquant eval {out} --reference {model} --text file:heldout.txt"
     yield f"llmquant bench {model} {out}"
     yield f"llmquant serve {out}"
+    yield "# or let the smallest that is close enough be found"
+    yield f"llmquant auto {model} --max-kl {max_kl:g} --data file:mine.txt -o {Path(model).name}-small"
 
 
 def _size(nbytes: int) -> str:

@@ -20,10 +20,10 @@ from transformers import PreTrainedConfig
 from llmquant.checkpoint.hub import resolve
 from llmquant.errors import UsageError
 from llmquant.models.from_folder import read_config
-from llmquant.planning.advice.memory import cache_bytes
 from llmquant.planning.advice.widths import WidthSpeed, measure_widths
 from llmquant.planning.costs import Cost
 from llmquant.planning.defaults import CLOSE, DefaultRecipe, choose_recipe
+from llmquant.planning.forecast import cache_bytes
 from llmquant.planning.preview import Plan, make_plan
 from llmquant.recipe import Recipe, load_recipe
 from llmquant.runtime.devices import AUTO, parse_device, parse_dtype
