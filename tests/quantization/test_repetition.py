@@ -88,7 +88,7 @@ def test_a_recipe_that_was_edited_afterwards_shows(tampered: Path, model: Path) 
             id="rerun",
         ),
         pytest.param(("{q}", "--model", "{m}"), 2, "belong to --rerun", id="model without rerun"),
-        pytest.param(("{m}/nothing",), 2, "is not a folder", id="no folder"),
+        pytest.param(("{m}/nothing",), 2, "is not there", id="no folder"),
         pytest.param(("{m}",), 2, "has no manifest.json", id="not ours"),
     ],
 )
