@@ -91,6 +91,24 @@ def test_widths_are_measured_beside_dense_layers() -> None:
     assert all(s.one_row > 0 and s.many_rows > 0 and s.kernel == "cpu" for s in found.values())
 
 
+@pytest.mark.parametrize(
+    ("load", "measure", "measured", "busy"),
+    [(0.0, None, True, False), (9.0, None, False, True), (9.0, True, True, True), (0.0, False, False, False)],
+)  # fmt: skip
+def test_a_busy_machine_is_not_timed_unless_asked(
+    model: Path,
+    load: float,
+    measure: bool | None,
+    measured: bool,
+    busy: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    here = Target("cpu", 10**12, "as given", True, FLOOR)
+    advice = advise(model, here, measure=measure)
+    assert (any(o.speed for o in advice.options), advice.busy) == (measured, busy)
+
+
 OTHERS: list[tuple[dict[str, Any], str | None]] = [
     ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "an encoder"),
     ({"architectures": ["BertModel"], "model_type": "bert"}, "an encoder"),
@@ -145,7 +163,7 @@ def test_from_the_command_line(run: Run, model: Path) -> None:
         assert words in done.out, words
     told = json.loads(run("advise", model, "--no-measure", "--json").out)
     assert told["options"][1]["speed"] is None
-    measured = json.loads(run("advise", model, "--json").out)
+    measured = json.loads(run("advise", model, "--measure", "--json").out)
     assert measured["options"][1]["speed"]["kernel"] == "cpu"
 
 

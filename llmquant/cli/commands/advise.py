@@ -37,7 +37,12 @@ _MaxKl = Annotated[
     float, typer.Option(help="Acceptable loss: KL to the original, in nats per token.", min=0.0)
 ]
 _Measure = Annotated[
-    bool, typer.Option("--measure/--no-measure", help="Time packed layers on this processor.")
+    bool | None,
+    typer.Option(
+        "--measure/--no-measure",
+        help="Time packed layers on this processor [default: if it is not busy].",
+        show_default=False,
+    ),
 ]
 
 
@@ -48,7 +53,7 @@ def advise_command(
     context: _Context = None,
     batch_size: _BatchSize = 1,
     max_kl: _MaxKl = 0.02,
-    measure: _Measure = True,
+    measure: _Measure = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what to do with MODEL on a machine.
@@ -197,6 +202,8 @@ def _notes(advice: Advice) -> Iterator[str]:
         yield "decode, prefill: speed of one linear beside the faster dense one, measured here just now"
         if advice.busy:
             yield "this machine is busy, so these speeds may be far off; run it again when it is quiet"
+    elif advice.busy and advice.target.here:
+        yield "speed: not measured, because this machine is busy; run it again when it is quiet"
     else:
         yield "speed: not measured; `llmquant bench` on the machine itself measures it"
     yield ""

@@ -91,7 +91,8 @@ class Advice:
         first: the option to try first; None: nothing fits.
         why: of that.
         then: the options to try after it, in order.
-        busy: whether other programs kept the processor busy, so that measured speeds may be wrong.
+        busy: whether other programs keep the processor busy, so that speeds are not measured, or if
+            they had to be, may be wrong.
     """
 
     model_type: str
@@ -131,7 +132,7 @@ def advise(
     context: int | None = None,
     batch_size: int = 1,
     max_kl: float = CLOSE,
-    measure: bool = True,
+    measure: bool | None = None,
 ) -> Advice:
     """Advice on a decoder; :func:`llmquant.planning.advice.kinds.other_kind` is to be asked
     before.
@@ -139,7 +140,8 @@ def advise(
     Args:
         context: tokens of each of ``batch_size`` sequences; None: 4096, or what the model takes.
         max_kl: acceptable loss in nats per token.
-        measure: time packed linears, if the target is this machine's CPU.
+        measure: time packed linears, if the target is this machine's CPU; None: if it is quiet,
+            since threads that wait for each other lose far more than their share of the time.
 
     Raises:
         UsageError: a context beyond the model's; what :func:`make_plan` raises.
@@ -147,11 +149,12 @@ def advise(
     path, config = resolve(model), read_config(model)
     context = _context(config, context)
     default = choose_recipe(path, _FORMAT)
-    busy = os.getloadavg()[0] > (psutil.cpu_count() or 1) / 4  # before this adds to it
+    busy = os.getloadavg()[0] > (psutil.cpu_count() or 1) / 2  # before this adds to it
     dtype = parse_dtype(AUTO, target.device).dtype
     cache = cache_bytes(config, context, batch_size, dtype)
     plans = {name: make_plan(path, recipe) for name, recipe in _recipes(default).items()}
-    speeds = _speeds(plans, target, dtype) if measure else {}
+    wanted = not busy if measure is None else measure
+    speeds = _speeds(plans, target, dtype) if wanted else {}
     taken = cache + target.floor_bytes
     options = [_original(default.parameters, taken, target, dtype)]
     for name, plan in plans.items():
@@ -182,7 +185,7 @@ def advise(
         first,
         why,
         _then(options, first),
-        bool(speeds) and busy,
+        busy and measure is not False,
     )
 
 
