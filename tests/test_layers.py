@@ -26,7 +26,7 @@ ROWS = {
         ("errors",),
         ("spec", "bitpack", "activations", "stats"),
         ("weight", "runtime", "records", "recipe_sections"),
-        ("recipe",),
+        ("recipe", "drift"),
         ("algorithms", "formats", "kernels"),
         ("checkpoint",),
         ("data",),
