@@ -71,9 +71,10 @@ def observe_request(
 
     Args:
         prompt, answer: token ids, the one that ends the turn included.
-        text: the answer, without what was thought before it.
+        text: the answer.
         logprobs, entropies: of the answer's tokens; empty where they are not known.
     """
+    final = _without_thoughts(text)
     return DriftObservation(
         prompt_length=len(prompt),
         prompt_words=_sketch(prompt),
@@ -82,8 +83,8 @@ def observe_request(
         logprob=sum(logprobs) / len(logprobs) if logprobs else None,
         entropy=sum(entropies) / len(entropies) if entropies else None,
         ended=ended,
-        refused=is_refusal(text),
-        json_valid=_json_valid(text),
+        refused=is_refusal(final),
+        json_valid=_json_valid(final),
     )
 
 
@@ -95,6 +96,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def _sketch(ids: Sequence[int]) -> dict[int, int]:
     return dict(Counter((i * _MULTIPLIER % 2**_BITS) >> _SHIFT for i in ids))
+
+
+def _without_thoughts(text: str) -> str:
+    """Empty where thinking does not end."""
+    return "" if "<think>" in text.rpartition("</think>")[2] else text.rpartition("</think>")[2]
 
 
 def _json_valid(text: str) -> bool | None:

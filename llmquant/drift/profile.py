@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
@@ -22,7 +22,6 @@ from llmquant.drift.observation import BUCKETS, DriftObservation
 from llmquant.errors import UsageError
 from llmquant.records import Record
 
-FEWEST = 40  # requests of a profile
 _BINS = 32
 _OF_WORDS = ("prompt_words", "answer_words")
 Side = Literal["prompts", "answers", "model"]
@@ -92,6 +91,9 @@ class DriftProfile(Record):
         statistics: name → numbers of the sample.
     """
 
+    FEWEST: ClassVar[int] = 40
+    """Requests that a profile is made of, at least."""
+
     schema_version: Literal[1] = 1
     kind: Literal["drift-profile"] = "drift-profile"
     model: str
@@ -147,9 +149,9 @@ def make_drift_profile(
         UsageError: they are too few.
     """
     whole = [o for o in observations if o.prompt_length is not None and o.answer_length is not None]
-    if len(whole) < FEWEST:
+    if len(whole) < DriftProfile.FEWEST:
         raise UsageError(
-            f"a drift profile needs {FEWEST} answers or more, and there are {len(whole)}; give more prompts"
+            f"a drift profile needs {DriftProfile.FEWEST} answers or more, and there are {len(whole)}; give more prompts"
         )
     order = random.Random(0).sample(range(len(whole)), len(whole))
     first = [whole[i] for i in order[: len(order) // 2]]

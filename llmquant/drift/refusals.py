@@ -24,4 +24,4 @@ _REFUSES = regex.compile(
 
 def is_refusal(text: str) -> bool:
     """Whether an answer, without what was thought before it, begins as refusals do."""
-    return _REFUSES.search(text) is not None
+    return _REFUSES.search(text.strip()) is not None

@@ -9,13 +9,14 @@ from streams import TOKENIZER
 
 from llmquant.drift.observation import BUCKETS, DriftObservation, observe_request
 from llmquant.drift.profile import (
-    FEWEST,
     DriftProfile,
     Ruler,
     load_drift_profile,
     make_drift_profile,
 )
 from llmquant.errors import UsageError
+
+FEWEST = DriftProfile.FEWEST
 
 
 def request(text: str = "Yes.", **more: object) -> DriftObservation:
@@ -38,6 +39,8 @@ def test_neighbouring_ids_have_buckets_of_their_own():
     ("text", "refused", "valid"),
     [
         pytest.param("I'm sorry, but I can't help with that.", True, None, id="a refusal"),
+        pytest.param("<think>I can't help.</think>\nParis.", False, None, id="thoughts"),
+        pytest.param("<think>[I", False, None, id="thoughts without end"),
         pytest.param("Paris.", False, None, id="an answer"),
         pytest.param('{"a": 1}', False, True, id="JSON"),
         pytest.param("```json\n[1, 2]\n```", False, True, id="JSON in a fence"),
