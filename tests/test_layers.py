@@ -52,6 +52,7 @@ ROWS = {
         ("errors",),
         ("engines",),
         ("metrics", "generation"),
+        ("drift",),
         ("service",),
         ("api",),
         ("chat",),
@@ -272,6 +273,7 @@ print("HEAVY", heavy, "CODE", code)
         pytest.param(["auto", "--help"], 0, "--max-kl", id="auto --help"),
         pytest.param(["serve", "--help"], 0, "--engine", id="serve --help"),
         pytest.param(["chat", "--help"], 0, "--web", id="chat --help"),
+        pytest.param(["monitor", "--help"], 0, "--plot", id="monitor --help"),
         pytest.param(["quantize", "--bitz", "4"], 2, "--bitz", id="a mistyped option"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
@@ -80,8 +81,8 @@ def observe_request(
         prompt_words=_sketch(prompt),
         answer_length=len(answer),
         answer_words=_sketch(answer),
-        logprob=sum(logprobs) / len(logprobs) if logprobs else None,
-        entropy=sum(entropies) / len(entropies) if entropies else None,
+        logprob=_mean(logprobs),
+        entropy=_mean(entropies),
         ended=ended,
         refused=is_refusal(final),
         json_valid=_json_valid(final),
@@ -96,6 +97,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def _sketch(ids: Sequence[int]) -> dict[int, int]:
     return dict(Counter((i * _MULTIPLIER % 2**_BITS) >> _SHIFT for i in ids))
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    """None of none, and of what is infinite: a drawn token may have had no probability."""
+    mean = sum(numbers) / len(numbers) if numbers else math.nan
+    return mean if math.isfinite(mean) else None
 
 
 def _without_thoughts(text: str) -> str:
