@@ -31,6 +31,17 @@ from .data.sources import Documents as Documents
 from .data.sources import read_documents as read_documents
 from .data.template import NotRenderedError as NotRenderedError
 from .data.template import render_chat as render_chat
+from .drift.monitor import DriftAlarm as DriftAlarm
+from .drift.monitor import DriftMonitor as DriftMonitor
+from .drift.monitor import DriftReport as DriftReport
+from .drift.monitor import DriftState as DriftState
+from .drift.observation import DriftObservation as DriftObservation
+from .drift.observation import observe_request as observe_request
+from .drift.observation import tokenizer_fingerprint as tokenizer_fingerprint
+from .drift.profile import DriftProfile as DriftProfile
+from .drift.profile import load_drift_profile as load_drift_profile
+from .drift.profile import make_drift_profile as make_drift_profile
+from .drift.refusals import is_refusal as is_refusal
 from .errors import (
     ArchitectureError as ArchitectureError,
 )

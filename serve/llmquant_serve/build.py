@@ -8,6 +8,8 @@ from llmquant.errors import UsageError
 from llmquant_serve.engines.options import ModelOptions
 
 if TYPE_CHECKING:
+    from llmquant_serve.drift.log import DriftLog
+    from llmquant_serve.drift.options import DriftOptions
     from llmquant_serve.engines.base import Engine
     from llmquant_serve.service import Limits, Service
 
@@ -62,3 +64,31 @@ def build_service(options: ModelOptions, limits: Limits) -> Service:
     engine, computing = build_engine(options, limits.max_streams)
     name = options.name or path.resolve().name
     return Service(engine, TextModel(path, engine.info.vocab), name, limits, computing=computing)
+
+
+def watch_drift(
+    service: Service, options: DriftOptions, log: DriftLog, original: Service | None
+) -> None:
+    """Observe the answers of a service.
+
+    Args:
+        original: scores a sample of them.
+
+    Raises:
+        UsageError: the profile, or the original, has other tokens than the service.
+    """
+    from llmquant import tokenizer_fingerprint
+    from llmquant_serve.drift.original import Original
+    from llmquant_serve.drift.recorder import Recorder
+
+    profile = log.monitor.profile
+    for each in (service, *([original] if original is not None and options.sample else [])):
+        if tokenizer_fingerprint(each.text.tokenizer) != profile.tokenizer_sha256:
+            raise UsageError(
+                f"the drift profile was made with {profile.model}, whose tokenizer is another than {each.model}'s; "
+                "make one with this model: llmquant validate MODEL --data FILE -o results.json --profile PROFILE"
+            )
+    scorer = None
+    if original is not None and options.sample:
+        scorer = Original(original.engine, options.sample)
+    service.drift = Recorder(log, options.hooks, scorer)

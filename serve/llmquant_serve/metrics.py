@@ -14,6 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from llmquant import DriftReport
 from llmquant_serve.engines.base import Engine
 
 _LATENCY = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -61,10 +62,15 @@ class Metrics:
         )
         self.cached = Gauge("llmquant_cached_tokens", "Tokens in the KV cache.", registry=r)
         self.up = Gauge("llmquant_engine_up", "1 while the engine takes requests.", registry=r)
+        self._drift: DriftGauges | None = None
         self.restarts = Gauge("llmquant_engine_restarts", "Restarts of the engine.", registry=r)
 
-    def render(self, engine: Engine, open_sequences: int) -> bytes:
+    def render(
+        self, engine: Engine, open_sequences: int, drift: DriftReport | None = None
+    ) -> bytes:
         """All metrics in Prometheus' text format, the gauges as they are now."""
+        if drift is not None:
+            self._set_drift(drift)
         load, health = engine.load(), engine.health()
         self.running.set(load.running)
         self.waiting.set(load.waiting)
@@ -74,6 +80,47 @@ class Metrics:
         self.restarts.set(health.restarts)
         text: bytes = generate_latest(self.registry)
         return text
+
+    def _set_drift(self, report: DriftReport) -> None:
+        """Gauges of a server that watches drift; another has none."""
+        if self._drift is None:
+            self._drift = DriftGauges(self.registry)
+        self._drift.set(report)
+
+
+class DriftGauges:
+    """Where the monitor is, by statistic."""
+
+    def __init__(self, r: CollectorRegistry) -> None:
+        by = ["statistic", "side"]
+        self._requests = Gauge(
+            "llmquant_drift_requests", "Requests compared with the profile.", registry=r
+        )
+        self._threshold = Gauge(
+            "llmquant_drift_threshold", "Evidence that raises an alarm.", registry=r
+        )
+        self._evidence = Gauge(
+            "llmquant_drift_evidence",
+            "Odds against no drift; 1 is none.",
+            by,
+            registry=r,
+        )
+        self._recent = Gauge("llmquant_drift_recent", "Mean of the last 20 or so.", by, registry=r)
+        self._alarm = Gauge("llmquant_drift_alarm", "1 since an alarm.", by, registry=r)
+        self._cause = Gauge(
+            "llmquant_drift_cause", "1 for what the alarms say together.", ["cause"], registry=r
+        )
+
+    def set(self, report: DriftReport) -> None:
+        self._requests.set(report.requests)
+        self._threshold.set(report.threshold)
+        self._cause.clear()
+        self._cause.labels(report.cause).set(1)
+        for row in report.rows:
+            self._evidence.labels(row.statistic, row.side).set(row.evidence)
+            self._alarm.labels(row.statistic, row.side).set(row.alarm is not None)
+            if row.recent is not None:
+                self._recent.labels(row.statistic, row.side).set(row.recent)
 
 
 class Clock:

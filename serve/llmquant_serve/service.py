@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from llmquant_serve.drift.recorder import Recorder
 from llmquant_serve.engines.base import Engine
 from llmquant_serve.errors import ApiError, bad_request
 from llmquant_serve.generation.text_model import TextModel
@@ -102,6 +103,7 @@ class Service:
         created: when the server started, in seconds since 1970.
         computing: dtype, device, threads and kernels of the engine, as a line; empty where another
             process computes.
+        drift: observes answers and compares them with a profile.
         stopping: a shutdown has waited long enough and cuts off what still runs.
     """
 
@@ -112,6 +114,7 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     computing: str = ""
+    drift: Recorder | None = None
     stopping: bool = False
     gate: Gate = field(init=False)
 

@@ -115,6 +115,7 @@ PATHS = [
     "/detokenize",
     "/health",
     "/metrics",
+    "/drift",
 ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmquant import DriftObservation
 from llmquant_eval.report.results import Finite, Strict
 from llmquant_eval.validate.examples import Example
 
@@ -27,6 +28,7 @@ class Answer(Strict):
         opened: the prompt itself ends in an open ``<think>``.
         thoughts: what a server gave apart from the answer.
         calls: of tools, as a server gave them; in OpenAI's form.
+        observed: for a drift profile, if one is wanted.
     """
 
     text: str
@@ -36,6 +38,7 @@ class Answer(Strict):
     opened: bool = False
     thoughts: str | None = None
     calls: tuple[dict[str, Any], ...] = ()
+    observed: DriftObservation | None = None
 
     @property
     def thinking_closed(self) -> bool:

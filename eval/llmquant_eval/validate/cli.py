@@ -30,6 +30,7 @@ def validate_command(
     data: options.DataOption,
     output: options.OutputOption,
     reference: options.ReferenceOption = None,
+    profile: options.ProfileOption = None,
     metric: options.MetricOption = None,
     scorer: options.ScorerOption = None,
     lower_is_better: options.LowerOption = None,
@@ -64,19 +65,27 @@ def validate_command(
         Chosen,
         Computing,
         check_output,
+        check_profile,
         plan_run,
         read_reference,
     )
 
     check_output(output, overwrite=overwrite)
     read = read_data(data, limit, system)
+    check_profile(profile, read, overwrite=overwrite)
     baseline = None if reference is None else read_reference(reference, read)
-    computing = Computing(dtype, device, kernel, threads, batch_size, tokenizer, retry_for)
+    # fmt: off
+    computing = Computing(
+        dtype, device, kernel, threads, batch_size, tokenizer, retry_for, profile is not None,
+    )
+    # fmt: on
     generation = Generation(max_tokens, temperature, seed, raw)
     names = Chosen(metric or (), scorer or (), lower_is_better or ())
     with _kept_when_interrupted(), stages(quiet or as_json) as (progress, tell):
         run = plan_run(model, read, generation, computing, names, progress, tell)
-        results = run.results(output, restart=restart, text=text, reference=baseline)
+        results = run.results(
+            output, restart=restart, text=text, reference=baseline, profile=profile
+        )
     _show(results, output, reference, baseline, as_json)
 
 

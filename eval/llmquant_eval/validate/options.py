@@ -48,6 +48,15 @@ ReferenceOption = Annotated[
         callback=from_home,
     ),
 ]
+ProfileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        help="Also write what prompts and answers are like (counts and hashes, no text), for `llmquant serve --drift`.",
+        metavar="FILE",
+        callback=from_home,
+    ),
+]
 MetricOption = Annotated[
     list[str] | None,
     typer.Option(

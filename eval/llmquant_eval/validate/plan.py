@@ -21,7 +21,8 @@ from llmquant_eval.validate.run import Progress, Run, Tell, Wanted, journal_of
 
 @dataclass(frozen=True, slots=True)
 class Computing:
-    """Where and how the model runs; ``tokenizer`` and ``retry_for`` are for servers."""
+    """Where and how the model runs; ``tokenizer`` and ``retry_for`` are for servers. ``observing``:
+    answers are observed for a drift profile."""
 
     dtype: str = "auto"
     device: str = "auto"
@@ -30,6 +31,7 @@ class Computing:
     batch_size: int | None = None
     tokenizer: str | None = None
     retry_for: float | None = None
+    observing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,24 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if output.exists() and not overwrite and not journal_of(output).exists():
         raise UsageError(
             f"{output} has results already; give another --output, or --overwrite to replace them"
+        )
+
+
+def check_profile(path: Path | None, data: Data, *, overwrite: bool) -> None:
+    """Raises UsageError where a drift profile cannot or must not be written."""
+    from llmquant import DriftProfile
+
+    if path is None:
+        return
+    check_folder(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise UsageError(
+            f"--profile {path} is there already; give another file, or --overwrite to replace it"
+        )
+    if len(data.examples) < DriftProfile.FEWEST:
+        raise UsageError(
+            f"--profile needs {DriftProfile.FEWEST} prompts or more, and {data.source} has "
+            f"{len(data.examples)}; give more, or leave --profile out"
         )
 
 
@@ -105,7 +125,8 @@ def plan_run(
     for key in data.unknown:
         tell(f"key {key!r} of {data.source} is not used{'; scorers see it' if scorers else ''}")
     kept = [m for m in fitting if m.name not in without]
-    return Run(engine, data, Wanted(kept, generation, scorers, names.lower), progress, tell)
+    wanted = Wanted(kept, generation, scorers, names.lower, computing.observing)
+    return Run(engine, data, wanted, progress, tell)
 
 
 def _check_fit(names: Chosen, fitting: Sequence[str], data: Data) -> None:
@@ -131,8 +152,14 @@ def _engine(model: str, generation: Generation, computing: Computing, tell: Tell
     transformers_logging.disable_progress_bar()
     (found,) = resolve_models([model], Contact(patience=computing.retry_for, tell=tell))
     if isinstance(found, ServedModel):
+        if computing.observing:
+            raise UsageError(
+                f"--profile needs the model's own tokens, which {model} does not show; give the model folder, "
+                "or make the profile while serving: llmquant monitor LOG --profile FILE"
+            )
         return ServedEngine(found, generation, computing.tokenizer)
     if computing.tokenizer is not None:
         raise UsageError("--tokenizer is for served models; a model folder has its own")
     where = (computing.dtype, computing.device, computing.kernel)
-    return LocalEngine(found, generation, where, computing.batch_size or TOGETHER)
+    together = computing.batch_size or TOGETHER
+    return LocalEngine(found, generation, where, together, observing=computing.observing)

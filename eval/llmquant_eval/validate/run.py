@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from llmquant import DriftObservation, DriftProfile, make_drift_profile
 from llmquant.errors import LlmquantError
 from llmquant_eval.decide.results import Item, ItemResults
 from llmquant_eval.validate.answers import Measured, Task, Unit
@@ -40,12 +41,14 @@ class Wanted:
         metrics: of ours.
         scorers: of the user's.
         lower: names of the user's metrics of which less is better.
+        observe: answers are observed, for a drift profile.
     """
 
     metrics: Sequence[Metric]
     generation: Generation
     scorers: Sequence[Scorer] = ()
     lower: Sequence[str] = ()
+    observe: bool = False
 
 
 def journal_of(output: Path) -> Path:
@@ -66,6 +69,7 @@ class Run:
     ) -> None:
         self.engine, self.data, self.wanted = engine, data, wanted
         self._progress, self._tell = progress, tell
+        self._observed: dict[str, DriftObservation] = {}  # by id
         self._tasks = [self._task(example) for example in data.examples]
         asked = [task for task in self._tasks if task.asks]
         size = engine.together
@@ -77,7 +81,8 @@ class Run:
 
     def _task(self, example: Example) -> Task:
         metrics = [m for m in self.wanted.metrics if m.applies(example)]
-        generate = bool(self.wanted.scorers) or any(m.generates for m in metrics)
+        own = bool(self.wanted.scorers) or self.wanted.observe
+        generate = own or any(m.generates for m in metrics)
         texts = continuations(example, self.wanted.metrics) if self.engine.scores else ()
         return Task(example, generate, texts)
 
@@ -85,7 +90,13 @@ class Run:
         return f"{self.data.source}, line {example.line}"
 
     def results(
-        self, output: Path, *, restart: bool, text: bool, reference: ItemResults | None
+        self,
+        output: Path,
+        *,
+        restart: bool,
+        text: bool,
+        reference: ItemResults | None,
+        profile: Path | None = None,
     ) -> ItemResults:
         """Measure what is not measured yet, and write the results to ``output``.
 
@@ -93,6 +104,7 @@ class Run:
             restart: delete what an unfinished run left.
             text: prompts and answers go into the results.
             reference: what the lengths of answers are compared with.
+            profile: where the drift profile goes.
 
         Raises:
             LlmquantError: a model, a server or a scorer failed; names the line. What was measured
@@ -114,8 +126,20 @@ class Run:
             )
             if reference is not None and (longer := length_note(results, reference)):
                 results = results.model_copy(update={"notes": (*results.notes, longer)})
+            if profile is not None:
+                write_file(profile, self._profile().to_json())
             write_file(output, results.to_json())
         return results
+
+    def _profile(self) -> DriftProfile:
+        """What the answers were like, when all are measured.
+
+        Raises:
+            UsageError: they are too few.
+        """
+        order = (self._observed.get(example.id) for example in self.data.examples)
+        seen = [each for each in order if each is not None]
+        return make_drift_profile(seen, self.engine.label, self.engine.observes or "")
 
     def _items(self, journal: Journal) -> list[Item]:
         """Of all examples, in the data's order; each is scored as soon as it is measured."""
@@ -176,6 +200,8 @@ class Run:
 
     def _item(self, journal: Journal, example: Example, measured: Measured) -> Item:
         scores: dict[str, float] = {}
+        if measured.answer is not None and measured.answer.observed is not None:
+            self._observed[example.id] = measured.answer.observed
         try:
             for metric in self.wanted.metrics:
                 has = measured.answer is not None if metric.generates else measured.scored

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
+from llmquant import DriftReport
 from llmquant_serve.api.chat_completions import ChatWriter
 from llmquant_serve.api.completions import CompletionWriter
 from llmquant_serve.api.error_handlers import add_error_handlers, engine_error
@@ -35,6 +36,7 @@ from llmquant_serve.api.responses import (
 from llmquant_serve.api.transport.addresses import THIS_MACHINE, Addresses
 from llmquant_serve.api.transport.guards import Guard
 from llmquant_serve.api.transport.streaming import EventStream, while_connected
+from llmquant_serve.drift.recorder import Recorder
 from llmquant_serve.engines.base import Engine, EngineError
 from llmquant_serve.engines.isolation import isolated
 from llmquant_serve.errors import ApiError, bad_request
@@ -79,7 +81,9 @@ def create_app(
     app = FastAPI(
         title="llmquant",
         version="1",
-        lifespan=_lifespan([s.engine for s in (service, reference) if s is not None]),
+        lifespan=_lifespan(
+            [s.engine for s in (service, reference) if s is not None], service.drift
+        ),
         docs_url=None,
         redoc_url=None,
         responses=_ERRORS,
@@ -110,7 +114,9 @@ def create_app(
     return app
 
 
-def _lifespan(engines: Sequence[Engine]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    engines: Sequence[Engine], drift: Recorder | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """What starts the engines with the application, and closes them with it."""
 
     @asynccontextmanager
@@ -122,6 +128,8 @@ def _lifespan(engines: Sequence[Engine]) -> Callable[[FastAPI], AbstractAsyncCon
         finally:
             for engine in engines:
                 await engine.close()
+            if drift is not None:  # after answers that the engines cut off
+                await drift.close()
 
     return lifespan
 
@@ -271,6 +279,19 @@ def _add_monitoring(app: FastAPI, service: Service) -> None:
     )
     async def metrics() -> Response:
         return Response(
-            service.metrics.render(service.engine, service.gate.open),
+            service.metrics.render(
+                service.engine,
+                service.gate.open,
+                None if service.drift is None else service.drift.report(),
+            ),
             media_type=CONTENT_TYPE_LATEST,
         )
+
+    @app.get("/drift")
+    async def drift() -> DriftReport:
+        if service.drift is None:
+            raise ApiError(
+                404, "this server does not watch drift; start it with --drift PROFILE",
+                code="not_watched",
+            )  # fmt: skip
+        return service.drift.report()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
 from llmquant_serve.api.plan import Choice, Plan
 from llmquant_serve.api.responses import Usage
+from llmquant_serve.drift.recorder import Watch, observed
 from llmquant_serve.generation.merge import merged
 from llmquant_serve.generation.pieces import Piece, write
 from llmquant_serve.metrics import Clock
@@ -33,19 +34,32 @@ async def pieces(service: Service, plan: Plan) -> AsyncGenerator[tuple[Choice, P
 async def _timed(service: Service, plan: Plan, choice: Choice) -> AsyncGenerator[Piece, None]:
     """The pieces of one choice; the metrics learn how many tokens it has and when they came."""
     clock = Clock(service.metrics)
+    watch = _watch(service, plan, choice)
     written = write(
         service.engine,
         service.text.tokenizer,
         choice.prompt,
-        choice.sampling,
+        choice.sampling if watch is None else observed(choice.sampling),
         plan.stops,
         keep_special=plan.keep_special,
     )
-    async with aclosing(written):
-        async for piece in written:
-            clock.update(piece.generated)
-            yield piece
+    with watch or nullcontext():
+        async with aclosing(written):
+            async for piece in written:
+                clock.update(piece.generated)
+                if watch is not None:
+                    watch.update(piece)
+                yield piece
     clock.finish()
+
+
+def _watch(service: Service, plan: Plan, choice: Choice) -> Watch | None:
+    """What observes a choice for drift: the first of those to one prompt, since the others say the
+    same again; and none where nothing is generated."""
+    if service.drift is None or choice.sampling.max_tokens == 0:
+        return None
+    again = choice.index > 0 and plan.choices[choice.index - 1].prompt is choice.prompt
+    return None if again else service.drift.watch(choice.prompt)
 
 
 def usage(plan: Plan, generated: Mapping[int, int]) -> Usage:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from llmquant.errors import LlmquantError
 
 if TYPE_CHECKING:
+    from llmquant_serve.drift.options import DriftOptions
     from llmquant_serve.engines.options import ModelOptions
     from llmquant_serve.server import Binding
     from llmquant_serve.service import Limits
@@ -27,20 +29,28 @@ def require(*modules: str) -> None:
         )
 
 
-def launch(served: ModelOptions, limits: Limits, binding: Binding, reference: str | None) -> None:
+def launch(
+    served: ModelOptions,
+    limits: Limits,
+    binding: Binding,
+    reference: str | None,
+    drift: DriftOptions | None = None,
+) -> None:
     """Serve a model until a signal comes.
 
     Args:
-        reference: the original model, for the chat page.
+        reference: the original model, for the chat page and to score samples.
+        drift: what is to be done about it.
     """
     import llmquant
-    from llmquant_serve.build import build_service
+    from llmquant_serve.build import build_service, watch_drift
     from llmquant_serve.engines.options import ModelOptions
     from llmquant_serve.server import bound_socket, run
     from llmquant_serve.service import Limits
 
     # The socket comes before the model: a port that is taken should not cost the time of loading.
-    with bound_socket(binding) as listening:
+    with bound_socket(binding) as listening, ExitStack() as opened:
+        log = None if drift is None else opened.enter_context(closing(drift.opened()))
         original = folder = None
         if reference is not None:
             compared = ModelOptions(
@@ -49,4 +59,6 @@ def launch(served: ModelOptions, limits: Limits, binding: Binding, reference: st
             original = build_service(compared, Limits(max_streams=2))
             folder = llmquant.resolve(reference)
         service = build_service(served, limits)
+        if drift is not None and log is not None:
+            watch_drift(service, drift, log, original)
         run(service, binding, listening, original, llmquant.resolve(served.model), folder)

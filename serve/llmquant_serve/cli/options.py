@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from llmquant.cli.options import from_home
 
 ModelArgument = Annotated[
     str, typer.Argument(help="Model folder or hub name, quantized or not.", metavar="MODEL")
@@ -88,7 +91,58 @@ AccessLogOption = Annotated[bool, typer.Option("--access-log", help="Log every r
 UiOption = Annotated[bool, typer.Option("--ui", help="Serve a chat page at /ui.")]
 ReferenceOption = Annotated[
     str | None,
-    typer.Option("--reference", help="The original model, to compare with on the chat page."),
+    typer.Option(
+        "--reference",
+        help="The original model, to compare with on the chat page or by --drift-sample.",
+    ),
+]
+
+# Drift.
+DriftOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--drift",
+        help="Compare prompts and answers with this profile (llmquant validate --profile), and raise alarms.",
+        metavar="PROFILE",
+        callback=from_home,
+    ),
+]
+DriftLogOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--drift-log",
+        help="What is compared, a line for each request, no text; a restart continues it "
+        "[default: PROFILE's name with .log.jsonl].",
+        metavar="FILE",
+        callback=from_home,
+    ),
+]
+DriftAlphaOption = Annotated[
+    float,
+    typer.Option("--drift-alpha", help="Probability of any false alarm, however long one watches."),
+]
+DriftSampleOption = Annotated[
+    float,
+    typer.Option(
+        "--drift-sample",
+        min=0.0,
+        max=1.0,
+        help="Fraction of the answers that the original (--reference) scores too, in the background.",
+    ),
+]
+OnDriftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--on-drift",
+        help="Program to run once for each alarm, with its arguments; it gets JSON on stdin. No shell.",
+        metavar="COMMAND",
+    ),
+]
+DriftWebhookOption = Annotated[
+    str | None,
+    typer.Option(
+        "--drift-webhook", help="Address that each alarm is sent to, as JSON.", metavar="URL"
+    ),
 ]
 
 # Bounds.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import UsageError
 from llmquant_serve.cli import options as o
 from llmquant_serve.cli.launch import launch, require
+
+if TYPE_CHECKING:
+    from llmquant_serve.drift.options import DriftOptions
 
 
 def serve_command(
@@ -39,6 +44,12 @@ def serve_command(
     vllm_python: o.VllmPythonOption = None,
     vllm_arg: o.VllmArgOption = None,
     access_log: o.AccessLogOption = False,
+    drift: o.DriftOption = None,
+    drift_log: o.DriftLogOption = None,
+    drift_alpha: o.DriftAlphaOption = 0.01,
+    drift_sample: o.DriftSampleOption = 0.0,
+    on_drift: o.OnDriftOption = None,
+    drift_webhook: o.DriftWebhookOption = None,
 ) -> None:
     """Serve MODEL over an OpenAI-compatible API."""
     require("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else []))
@@ -47,8 +58,13 @@ def serve_command(
     from llmquant_serve.server import Binding
     from llmquant_serve.service import Limits
 
-    if reference is not None and not ui:
-        raise UsageError("--reference is for the chat page; add --ui")
+    if reference is not None and not ui and not drift_sample:
+        raise UsageError(
+            "--reference is for the chat page and for --drift-sample; add --ui, or --drift with --drift-sample"
+        )
+    if drift_sample and reference is None:
+        raise UsageError("--drift-sample needs the original; add --reference MODEL")
+    watching = _drift(drift, drift_log, drift_alpha, drift_sample, on_drift, drift_webhook)
     # fmt: off
     served = ModelOptions(
         model=model, engine=engine, name=name, dtype=dtype, device=device, kernel=kernel,
@@ -65,7 +81,36 @@ def serve_command(
         tuple(trusted_proxy or THIS_MACHINE),
     )
     # fmt: on
-    launch(served, limits, binding, reference)
+    launch(served, limits, binding, reference, watching)
+
+
+def _drift(
+    profile: Path | None,
+    log: Path | None,
+    alpha: float,
+    sample: float,
+    command: str | None,
+    webhook: str | None,
+) -> DriftOptions | None:
+    """What is to be done about drift.
+
+    Raises:
+        UsageError: an option that needs --drift, or cannot be right.
+    """
+    from llmquant_serve.drift.hooks import Hooks
+    from llmquant_serve.drift.options import DriftOptions
+
+    given = {
+        "--drift-log": log,
+        "--drift-sample": sample or None,
+        "--on-drift": command,
+        "--drift-webhook": webhook,
+    }
+    if profile is None:
+        if lonely := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"{lonely[0]} needs a profile; add --drift PROFILE")
+        return None
+    return DriftOptions(profile, log, alpha, Hooks.of(command, webhook), sample)
 
 
 def _keys(given: list[str] | None) -> tuple[str, ...]:

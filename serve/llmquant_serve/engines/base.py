@@ -56,6 +56,7 @@ class Sampling:
         logprobs: how many alternatives to report for each chosen token; None reports no
             log-probabilities.
         prompt_logprobs: the same for the tokens of the prompt.
+        entropy: with log-probabilities, report entropies too, where the engine knows them.
         frequency_penalty, presence_penalty: subtracted per occurrence, or once, for tokens
             generated so far.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or
@@ -75,6 +76,7 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    entropy: bool = False
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -92,11 +94,13 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class Token:
     """A token id. If log-probabilities were requested: its own in nats, and the most likely
-    alternatives as ``(id, logprob)``, best first."""
+    alternatives as ``(id, logprob)``, best first; ``entropy`` is that of the distribution which it
+    was taken from, in nats."""
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    entropy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

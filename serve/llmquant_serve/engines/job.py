@@ -84,5 +84,5 @@ class Job:
             finish = "stop"
         elif self.generated >= s.max_tokens:
             finish = "length"
-        self.deliver(Step((described(token, logits, s.logprobs),), finish))
+        self.deliver(Step((described(token, logits, s.logprobs, entropy=s.entropy),), finish))
         return finish is not None

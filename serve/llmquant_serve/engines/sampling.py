@@ -124,16 +124,19 @@ def _filtered(logits: Tensor, s: Sampling) -> Tensor:
     return logits
 
 
-def described(token: int, logits: Tensor, alternatives: int | None) -> Token:
+def described(
+    token: int, logits: Tensor, alternatives: int | None, *, entropy: bool = False
+) -> Token:
     """A token with its log-probability and ``alternatives`` most likely ones, from float32 logits
-    ``[vocab]``."""
+    ``[vocab]``; with the entropy if it is wanted."""
     if alternatives is None:
         return Token(token)
     logprobs = torch.log_softmax(logits, -1)
     values, ids = logprobs.topk(min(alternatives, logprobs.numel()))
-    return Token(
-        token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    )
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    # A token that is impossible counts nothing: 0 times minus infinity is no number.
+    spread = float(-(logprobs.exp() * logprobs.clamp(min=-1e4)).sum()) if entropy else None
+    return Token(token, float(logprobs[token]), top, spread)
 
 
 def described_all(tokens: Sequence[int], logits: Tensor, alternatives: int) -> list[Token]:

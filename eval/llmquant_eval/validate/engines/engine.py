@@ -40,12 +40,15 @@ class Engine(Protocol):
         thinks: its chat template knows ``</think>``.
         scores: it gives log-probabilities of a text.
         together: tasks that one unit has at most.
+        observes: it observes answers for a drift profile, whose tokenizer has this fingerprint;
+            None if it does not.
     """
 
     label: str
     thinks: bool
     scores: bool
     together: int
+    observes: str | None
 
     def identity(self) -> Mapping[str, object]:
         """Everything but the tasks that determines what is measured."""

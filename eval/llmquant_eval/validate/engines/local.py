@@ -23,6 +23,7 @@ from llmquant_eval.models.resolve import ModelFolder, max_positions
 from llmquant_eval.texts.tokens import tokenizer_sha256
 from llmquant_eval.validate.answers import Answer, Measured, Scored, Task, Unit
 from llmquant_eval.validate.engines.engine import Generation, TaskError
+from llmquant_eval.validate.engines.observing import Observer
 from llmquant_eval.validate.engines.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class LocalEngine:
     Args:
         computing: dtype, device and kernel, by name.
         together: prompts that are generated together.
+        observing: answers are observed for a drift profile.
     """
 
     scores = True
@@ -49,6 +51,8 @@ class LocalEngine:
         generation: Generation,
         computing: tuple[str, str, str],
         together: int,
+        *,
+        observing: bool = False,
     ) -> None:
         import llmquant
 
@@ -61,13 +65,15 @@ class LocalEngine:
         self._device = llmquant.parse_device(device)
         self._dtype = llmquant.compute_dtype(folder.path, dtype, self._device).dtype
         self.thinks = self._prompts.thinks
+        self.observes = llmquant.tokenizer_fingerprint(self._tokenizer) if observing else None
 
     def identity(self) -> Mapping[str, object]:
         import torch
 
         import llmquant
 
-        return {
+        observing = {"observing": 1} if self.observes is not None else {}
+        return observing | {
             "weights": llmquant.inspect(self._path).weights_sha256,
             "tokenizer": tokenizer_sha256(self._tokenizer),
             "template": hashlib.sha256(str(self._tokenizer.chat_template).encode()).hexdigest(),
@@ -167,16 +173,19 @@ class LocalEngine:
         drawn = json.dumps([self._generation.seed, [t.identity() for t in tasks]], sort_keys=True)
         torch.manual_seed(int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7]))
         model = self._model
+        observer = None if self.observes is None else Observer()
         with torch.inference_mode():
             out = model.generate(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                logits_processor=[_Finite(tasks)],
+                logits_processor=[_Finite(tasks), *([observer] if observer else [])],
             )
-        return [
+        news = out[:, length:].tolist()
+        answers = [
             self._answer(new, self._prompts.opens(task))
-            for new, task in zip(out[:, length:].tolist(), tasks, strict=True)
+            for new, task in zip(news, tasks, strict=True)
         ]
+        return answers if observer is None else observer.observed(prompts, news, answers)
 
     def _answer(self, new: list[int], opened: bool) -> Answer:
         end = next((i for i, token in enumerate(new) if token in self._ends), None)

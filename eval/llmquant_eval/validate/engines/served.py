@@ -38,6 +38,7 @@ class ServedEngine:
     """
 
     together = ONE_ITEM
+    observes: str | None = None
 
     def __init__(self, served: ServedModel, generation: Generation, tokenizer: str | None) -> None:
         import llmquant

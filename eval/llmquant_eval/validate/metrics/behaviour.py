@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import regex
 
+from llmquant import is_refusal
 from llmquant_eval.validate.answers import Answer, Measured
 from llmquant_eval.validate.examples import Example
 
@@ -16,21 +17,6 @@ _GRAM = 4  # words
 _LONGEST_UNIT = 200  # words of a text that a loop repeats
 _REPEATS, _LOOP_WORDS = 4, 16
 _LETTERS_REPEATED = regex.compile(r"(\S{1,8}?)\1{19,}\s*\Z")
-_REFUSES = regex.compile(
-    r"""\A\W*(
-        (i['’]?m|i[ ]am|we['’]?re)[ ](very[ ]|really[ ]|so[ ])?(sorry|afraid)\b.{0,60}\b(can(['’]?t|not)|unable|won['’]?t)
-      | (sorry|apologies)\b.{0,60}\b(can(['’]?t|not)|unable|won['’]?t)
-      | i[ ](can(['’]?t|not)|won['’]?t|am[ ]unable[ ]to|am[ ]not[ ]able[ ]to|do[ ]not|don['’]?t)
-        [ ]?(help|assist|provide|fulfil|comply|answer|do[ ]that|support|engage|feel[ ]comfortable|create|discuss)
-      | i['’]?m[ ](unable|not[ ]able)[ ]to
-      | as[ ]an[ ](ai|artificial[ ]intelligence|language[ ]model)\b.{0,80}\b(can(['’]?t|not)|unable|don['’]?t|do[ ]not|not[ ]able)
-      | lo[ ]siento\b.{0,60}\bno[ ]puedo | je[ ]suis[ ]désolé.{0,60}\bne[ ](peux|puis)
-      | (es[ ])?tut[ ]mir[ ]leid\b.{0,80}\b(kann|darf)[ ] | mi[ ]dispiace\b.{0,60}\bnon[ ]posso
-      | (sinto[ ]muito|desculpe)\b.{0,60}\bnão[ ]posso
-      | (很抱歉|抱歉|对不起).{0,30}(不能|无法) | 申し訳.{0,40}(できません|できかねます)
-    )""",
-    regex.IGNORECASE | regex.VERBOSE | regex.DOTALL,
-)
 
 
 def end_of_turn(_: Example, measured: Measured) -> float:
@@ -74,7 +60,7 @@ def _loops(words: list[str], unit: int) -> bool:
 
 def refusal(_: Example, measured: Measured) -> float:
     """Whether the answer begins as refusals do, in one of eight languages."""
-    return float(_REFUSES.search(answer_of(measured).final) is not None)
+    return float(is_refusal(answer_of(measured).final))
 
 
 def answer_of(measured: Measured) -> Answer:

@@ -1,0 +1,1 @@
+"""Drift: requests are observed as they end, and compared with a profile."""
