@@ -13,7 +13,7 @@ import llmquant.cli.screen
 
 COMMANDS = (
     "advise", "plan", "allocate", "quantize", "convert", "import", "inspect", "verify", "generate", "recipes", "doctor",
-    "eval", "leaderboard", "validate", "compare", "bench", "auto", "serve", "chat",
+    "eval", "leaderboard", "validate", "compare", "bench", "auto", "serve", "chat", "monitor",
 )  # fmt: skip
 
 

@@ -51,7 +51,10 @@ def monitor_command(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show whether prompts or answers have drifted; exit code 3 if they have."""
+    """Show whether prompts or answers have drifted.
+
+    Exit code 3 if they have.
+    """
     require("httpx")
     from llmquant_serve.drift.show import check_plot, show, write_plot
     from llmquant_serve.drift.sources import profile_of, report_of
