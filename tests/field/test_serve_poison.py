@@ -151,10 +151,10 @@ def poisoned(kind, monkeypatch):
         case "log-probabilities":
             real = job.described
 
-            def described(token, logits, count):
+            def described(token, logits, count, **how):
                 if count == 7:
                     raise IndexError("poison")
-                return real(token, logits, count)
+                return real(token, logits, count, **how)
 
             monkeypatch.setattr(job, "described", described)
         case "names of tokens":
