@@ -15,8 +15,7 @@ folder, the dense one in float32 and bfloat16, and llama.cpp on a GGUF of the sa
 environment that has llama-cpp-python; rounds in turn, the best of each.
 
 Times are the best of many, ratios are within one run; the instruction sets are in the JSON. Hold
-the run to fewer with ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``. One file, though longer
-than others, so that it can be copied to the machine that is measured.
+the run to fewer with ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,9 @@ from transformers.cache_utils import DynamicCache
 
 import llmquant
 from llmquant.kernels import KERNELS, native
+from llmquant.planning.advice.in_turn import in_turn, random_weight, walking
 from llmquant.spec import QuantSpec
-from llmquant.weight import QuantizedWeight, portable
+from llmquant.weight import QuantizedWeight
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 PREFILL, PROMPT, STEPS = 512, 64, 24
@@ -56,45 +56,10 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def in_turn(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Best time of each, the candidates taking turns until each had its share of the clock."""
-    best = {name: float("inf") for name in candidates}
-    for work in candidates.values():
-        work()
-    end = time.perf_counter() + seconds * len(candidates)
-    while time.perf_counter() < end:
-        for name, work in candidates.items():
-            started = time.perf_counter()
-            work()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best
-
-
 def read_bandwidth() -> float:
     """Bytes per second of summing 256 MiB."""
     array = torch.ones(64 << 20)
     return array.nbytes / in_turn({"sum": array.sum}, 0.5)["sum"]
-
-
-def random_weight(shape: tuple[int, int], spec: QuantSpec) -> QuantizedWeight:
-    """Random codes on portable scales."""
-    groups = (shape[0], spec.groups(shape[1]))
-    codes = torch.randint(0, spec.levels, shape, dtype=torch.uint8)
-    zeros = torch.full(groups, spec.middle, dtype=torch.uint8)
-    if not spec.symmetric:
-        zeros = torch.randint(0, spec.levels, groups, dtype=torch.uint8)
-    return QuantizedWeight(codes, portable(torch.rand(groups) * 0.01 + 0.001), zeros, spec)
-
-
-def walking(copies: Sequence[Any], call: Callable[[Any], object]) -> Callable[[], object]:
-    """Each call takes the next copy."""
-    state = [0]
-
-    def work() -> object:
-        state[0] = (state[0] + 1) % len(copies)
-        return call(copies[state[0]])
-
-    return work
 
 
 def times_packed(

@@ -18,54 +18,24 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from llmquant.kernels.cpu_int4 import CpuInt4, _few, _many
+from llmquant.planning.advice.in_turn import in_turn, random_weight
 from llmquant.spec import QuantSpec
-from llmquant.weight import QuantizedWeight, portable
 
 SHAPES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096))  # (in, out)
 ROWS = (1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 72, 80, 96, 128, 256, 512, 2048)
-
-
-def quantized(in_features: int, out_features: int, spec: QuantSpec) -> QuantizedWeight:
-    """Random codes on portable scales."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (out_features, spec.groups(in_features))
-    codes = torch.randint(
-        0, spec.levels, (out_features, in_features), generator=generator, dtype=torch.uint8
-    )
-    zeros = torch.full(shape, spec.middle, dtype=torch.uint8)
-    if not spec.symmetric:
-        zeros = torch.randint(0, spec.levels, shape, generator=generator, dtype=torch.uint8)
-    return QuantizedWeight(
-        codes, portable(torch.rand(shape, generator=generator) * 0.01 + 0.001), zeros, spec
-    )
-
-
-def best(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Best milliseconds of each candidate, run in turn for ``seconds`` each."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
-        run()
-    stop = time.perf_counter() + seconds * len(candidates)
-    while time.perf_counter() < stop or len(times[next(iter(times))]) < 3:
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: min(seen) * 1e3 for name, seen in times.items()}
 
 
 def sweep(
     in_features: int, out_features: int, spec: QuantSpec, seconds: float
 ) -> list[dict[str, float]]:
     """Milliseconds of the three ways at every row count."""
-    weight = quantized(in_features, out_features, spec)
+    weight = random_weight((out_features, in_features), spec)
     prepared = CpuInt4().prepare(weight, torch.bfloat16)
     dense = weight.dequantize(torch.bfloat16)
     table = []
@@ -76,7 +46,8 @@ def sweep(
             "gemm": lambda x=x: _many(x, prepared),
             "dense": lambda x=x: torch.nn.functional.linear(x, dense),
         }
-        table.append({"rows": rows} | {k: round(v, 4) for k, v in best(ways, seconds).items()})
+        times = in_turn(ways, seconds)
+        table.append({"rows": rows} | {k: round(v * 1e3, 4) for k, v in times.items()})
     return table
 
 

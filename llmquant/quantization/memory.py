@@ -19,7 +19,8 @@ from llmquant.models.architectures import Architecture
 from llmquant.quantization.blocks.hidden_states import IN_MEMORY, Placement
 from llmquant.quantization.blocks.widths import expert_widths, replayed_widths, widths_of
 from llmquant.recipe import Recipe
-from llmquant.runtime.memory import available_bytes, resident_bytes
+from llmquant.runtime.host import available_bytes
+from llmquant.runtime.memory import resident_bytes
 
 if TYPE_CHECKING:
     from llmquant.quantization.plan import WalkPlan

@@ -43,6 +43,19 @@ def memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def available_bytes() -> int:
+    """RAM that could still be had without swapping: of the machine, and of what a container may
+    have less what it uses (pages of files that can be dropped do not count)."""
+    free = int(psutil.virtual_memory().available)
+    limit = control("memory.max") or control("memory.limit_in_bytes", "memory")
+    used = control("memory.current") or control("memory.usage_in_bytes", "memory")
+    if not limit.isdigit() or not used.isdigit():
+        return free
+    counts = control("memory.stat") or control("memory.stat", "memory")
+    droppable = dict(line.split(" ", 1) for line in counts.splitlines()).get("inactive_file", "0")
+    return max(0, min(free, int(limit) - int(used) + int(droppable)))
+
+
 def control(name: str, version_1: str = "") -> str:
     """A file of the control group this process is in; of version 1's when ``version_1`` names the
     controller."""

@@ -29,8 +29,3 @@ def peak_resident_bytes() -> int:
         pass  # not Linux: ru_maxrss has no such inheritance there
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def available_bytes() -> int:
-    """What could still be had without swapping."""
-    return int(psutil.virtual_memory().available)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from children import Run
 from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from llmquant.errors import UsageError
+from llmquant.errors import LayoutError, UsageError
 from llmquant.planning.advice import ORIGINAL, Advice, Target, advise, other_kind
 from llmquant.planning.advice.widths import measure_widths
 from llmquant.planning.forecast import cache_bytes
-from llmquant.planning.preview import make_plan
-from llmquant.recipe import load_recipe
+from llmquant.planning.preview import Plan, make_plan
+from llmquant.recipe import Recipe, load_recipe
 from llmquant.spec import QuantSpec
 
 FLOOR = 1000  # bytes of a process
@@ -65,6 +66,26 @@ def test_what_does_not_fit_is_not_advised(model: Path) -> None:
     nothing = advice_of(model, FLOOR)
     assert (nothing.first, nothing.then) == (None, ())
     assert "nothing fits" in nothing.why
+
+
+def test_a_recipe_that_the_model_cannot_have_is_named(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = {2, 8}
+
+    def planned(path: Path, recipe: Recipe) -> Plan:
+        if recipe.weights.bits in bits:
+            raise LayoutError("no place for that")
+        return make_plan(path, recipe)
+
+    module = importlib.import_module("llmquant.planning.advice.advise")
+    monkeypatch.setattr(module, "make_plan", planned)
+    told = json.loads(run("advise", model, "--no-measure", "--json").out)
+    assert told["refused"] == dict.fromkeys(["gptq-w8", "best-w2g32"], "no place for that")
+    assert "best-w2g32: not for this model: no place for that" in run("advise", model).out
+    bits |= {3, 4}
+    done = run("advise", model)
+    assert (done.code, done.out, "no place for that" in done.err) == (2, "", True)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

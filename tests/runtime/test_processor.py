@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -249,6 +250,42 @@ def test_has_refuses_a_name_that_is_none():
 def test_a_containers_limit(files, processors, monkeypatch):
     monkeypatch.setattr(host, "text", lambda path: files.get(str(path), ""))
     assert host.cpu_quota() == processors
+
+
+GIB = 2**30
+V2 = {"memory.max": str(4 * GIB), "memory.current": str(3 * GIB)}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param({}, 8 * GIB, id="no control groups"),
+        pytest.param({**V2, "memory.max": "max"}, 8 * GIB, id="no limit"),
+        pytest.param(V2, GIB, id="version 2"),
+        pytest.param(
+            {**V2, "memory.stat": f"anon 1\ninactive_file {2 * GIB}\nslab 5"},
+            3 * GIB,
+            id="pages of files can be dropped",
+        ),
+        pytest.param({**V2, "memory.current": str(5 * GIB)}, 0, id="nothing left"),
+        pytest.param({**V2, "memory.max": str(100 * GIB)}, 8 * GIB, id="a limit above the machine"),
+        pytest.param(
+            {
+                "memory/memory.limit_in_bytes": str(4 * GIB),
+                "memory/memory.usage_in_bytes": str(2 * GIB),
+            },
+            2 * GIB,
+            id="version 1",
+        ),
+    ],
+)
+def test_what_a_container_may_still_have(files, expected, monkeypatch):
+    found = {f"/sys/fs/cgroup/{name}": text for name, text in files.items()}
+    monkeypatch.setattr(host, "text", lambda path: found.get(str(path), ""))
+    monkeypatch.setattr(
+        host.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB, total=16 * GIB)
+    )
+    assert host.available_bytes() == expected
 
 
 def test_this_processor():

@@ -107,6 +107,7 @@ def _as_dict(advice: Advice) -> dict[str, Any]:
         "batch_size": advice.batch_size,
         "dtype": advice.dtype,
         "cache_bytes": advice.cache_bytes,
+        "refused": dict(advice.refused),
         "options": [_option(o) for o in advice.options],
         "first": None if advice.first is None else advice.first.name,
         "why": advice.why,
@@ -206,6 +207,8 @@ def _notes(advice: Advice) -> Iterator[str]:
         yield "speed: not measured, because this machine is busy; run it again when it is quiet"
     else:
         yield "speed: not measured; `llmquant bench` on the machine itself measures it"
+    for name, why in advice.refused.items():
+        yield f"{name}: not for this model: {why}"
     yield ""
 
 

@@ -1,7 +1,8 @@
 """What to do with a model on a machine, before anything is done: ``llmquant advise``."""
 
-from llmquant.planning.advice.advise import ORIGINAL, Advice, Option, Target, advise, this_target
+from llmquant.planning.advice.advise import ORIGINAL, Advice, Option, advise
 from llmquant.planning.advice.kinds import OtherKind, other_kind
+from llmquant.planning.advice.target import Target, this_target
 
 __all__ = [
     "ORIGINAL",

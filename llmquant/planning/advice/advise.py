@@ -10,24 +10,32 @@ replaces by a measurement. Speeds are measured where the target is this machine.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedConfig
 
 from llmquant.checkpoint.hub import resolve
-from llmquant.errors import UsageError
+from llmquant.errors import (
+    ArchitectureError,
+    LayoutError,
+    LlmquantError,
+    RecipeError,
+    SpecError,
+    UsageError,
+)
 from llmquant.models.from_folder import read_config
+from llmquant.planning.advice.target import Target
 from llmquant.planning.advice.widths import WidthSpeed, measure_widths
 from llmquant.planning.costs import Cost
 from llmquant.planning.defaults import CLOSE, DefaultRecipe, choose_recipe
 from llmquant.planning.forecast import cache_bytes
 from llmquant.planning.preview import Plan, make_plan
 from llmquant.recipe import Recipe, load_recipe
-from llmquant.runtime.devices import AUTO, parse_device, parse_dtype
-from llmquant.runtime.memory import resident_bytes
+from llmquant.runtime.devices import AUTO, parse_dtype
+from llmquant.runtime.host import threads
 from llmquant.spec import QuantSpec
 
 ORIGINAL = "original"
@@ -35,25 +43,6 @@ _CONTEXT = 4096
 _FORMAT = "compressed-tensors"
 _FINER = ("gptq-w4g32-asym", "best-w4g128", "gptq-w8")  # what to try where the first misses
 _SMALLER = ("gptq-w3g32", "best-w2g32")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where the model is to run.
-
-    Attributes:
-        device: as in ``--device``.
-        memory_bytes: that it may take.
-        memory_from: where that number is from, for people.
-        here: whether it is this machine.
-        floor_bytes: what the process takes without a model.
-    """
-
-    device: str
-    memory_bytes: int
-    memory_from: str
-    here: bool
-    floor_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +77,7 @@ class Advice:
         default: of this model, with its size class.
         dtype: that the model computes in there.
         cache_bytes: keys and values of all contexts.
+        refused: recipe → why this model cannot have it.
         first: the option to try first; None: nothing fits.
         why: of that.
         then: the options to try after it, in order.
@@ -103,26 +93,11 @@ class Advice:
     dtype: str
     cache_bytes: int
     options: tuple[Option, ...]
+    refused: Mapping[str, str]
     first: Option | None
     why: str
     then: tuple[str, ...]
     busy: bool
-
-
-def this_target(device: str = AUTO, memory_bytes: int | None = None) -> Target:
-    """The machine at hand, or one of so much memory.
-
-    Raises:
-        UsageError: a device that is not there.
-    """
-    on = parse_device(device)
-    floor = resident_bytes()
-    if memory_bytes is not None:
-        return Target(str(on), memory_bytes, "as given", False, floor)
-    if on.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(on)
-        return Target(str(on), free, "free on the device now", True, 0)
-    return Target(str(on), psutil.virtual_memory().available, "available here now", True, floor)
 
 
 def advise(
@@ -149,43 +124,32 @@ def advise(
     path, config = resolve(model), read_config(model)
     context = _context(config, context)
     default = choose_recipe(path, _FORMAT)
-    busy = os.getloadavg()[0] > (psutil.cpu_count() or 1) / 2  # before this adds to it
+    busy = os.getloadavg()[0] > threads() / 2  # before this adds to it
     dtype = parse_dtype(AUTO, target.device).dtype
     cache = cache_bytes(config, context, batch_size, dtype)
-    plans = {name: make_plan(path, recipe) for name, recipe in _recipes(default).items()}
+    plans, refused = _plans(path, default)
     wanted = not busy if measure is None else measure
     speeds = _speeds(plans, target, dtype) if wanted else {}
     taken = cache + target.floor_bytes
-    options = [_original(default.parameters, taken, target, dtype)]
-    for name, plan in plans.items():
-        spec = plan.linears[0].scheme.spec
-        weights = plan.tensor_bytes
-        options.append(
-            Option(
-                name,
-                ", ".join(sorted({str(m.scheme) for m in plan.modules})),
-                weights,
-                weights + taken,
-                weights + taken <= target.memory_bytes,
-                default.size_class.costs.get(name),
-                speeds.get(spec),
-                plan.engines,
-            )
-        )
+    options = (
+        _original(default.parameters, taken, target, dtype),
+        *(_option(n, plan, taken, target, default, speeds) for n, plan in plans.items()),
+    )
     first, why = _first(options, default, max_kl)
     return Advice(
-        str(config.model_type),
-        default,
-        target,
-        context,
-        batch_size,
-        str(dtype).removeprefix("torch."),
-        cache,
-        tuple(options),
-        first,
-        why,
-        _then(options, first),
-        busy and measure is not False,
+        model_type=str(config.model_type),
+        default=default,
+        target=target,
+        context=context,
+        batch_size=batch_size,
+        dtype=str(dtype).removeprefix("torch."),
+        cache_bytes=cache,
+        options=options,
+        refused=refused,
+        first=first,
+        why=why,
+        then=_then(options, first),
+        busy=busy and measure is not False,
     )
 
 
@@ -214,6 +178,44 @@ def _recipes(default: DefaultRecipe) -> dict[str, Recipe]:
     }
 
 
+def _plans(path: Path, default: DefaultRecipe) -> tuple[dict[str, Plan], dict[str, str]]:
+    """By recipe, and why others cannot be planned; raises the first reason if none can."""
+    plans: dict[str, Plan] = {}
+    refused: dict[str, str] = {}
+    errors: list[LlmquantError] = []
+    for name, recipe in _recipes(default).items():
+        try:
+            plans[name] = make_plan(path, recipe)
+        except (ArchitectureError, LayoutError, RecipeError, SpecError) as e:
+            errors.append(e)
+            refused[name] = str(e)
+    if not plans:
+        raise errors[0]
+    return plans, refused
+
+
+def _option(
+    name: str,
+    plan: Plan,
+    taken: int,
+    target: Target,
+    default: DefaultRecipe,
+    speeds: Mapping[QuantSpec, WidthSpeed],
+) -> Option:
+    """A recipe; ``taken`` is what the model needs beside its weights."""
+    total = plan.tensor_bytes + taken
+    return Option(
+        name=name,
+        scheme=", ".join(sorted({str(m.scheme) for m in plan.modules})),
+        weight_bytes=plan.tensor_bytes,
+        total_bytes=total,
+        fits=total <= target.memory_bytes,
+        cost=default.size_class.costs.get(name),
+        speed=speeds.get(plan.linears[0].scheme.spec),
+        engines=plan.engines,
+    )
+
+
 def _speeds(
     plans: Mapping[str, Plan], target: Target, dtype: torch.dtype
 ) -> Mapping[QuantSpec, WidthSpeed]:
@@ -228,19 +230,19 @@ def _original(parameters: int, taken: int, target: Target, dtype: torch.dtype) -
     """The model as it is, its weights converted to the dtype that is computed in."""
     weights = parameters * dtype.itemsize
     return Option(
-        ORIGINAL,
-        str(dtype).removeprefix("torch."),
-        weights,
-        weights + taken,
-        weights + taken <= target.memory_bytes,
-        None,
-        None,
-        {},
+        name=ORIGINAL,
+        scheme=str(dtype).removeprefix("torch."),
+        weight_bytes=weights,
+        total_bytes=weights + taken,
+        fits=weights + taken <= target.memory_bytes,
+        cost=None,
+        speed=None,
+        engines={},
     )
 
 
 def _first(
-    options: list[Option], default: DefaultRecipe, max_kl: float
+    options: Sequence[Option], default: DefaultRecipe, max_kl: float
 ) -> tuple[Option | None, str]:
     """The smallest that fits and is expected to be close enough; else the default, or what fits."""
     quantized = [o for o in options if o.fits and o.name != ORIGINAL]
@@ -258,7 +260,7 @@ def _first(
     return own, f"the default; at 4 bits nothing measured reaches a KL of {max_kl:g} at this size"
 
 
-def _then(options: list[Option], first: Option | None) -> tuple[str, ...]:
+def _then(options: Sequence[Option], first: Option | None) -> tuple[str, ...]:
     """What to try if the first misses the bound: finer, then wider, then the original."""
     if first is None:
         return ()

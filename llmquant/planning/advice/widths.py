@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from llmquant.kernels import Kernel, Prepared, choose
+from llmquant.planning.advice.in_turn import in_turn, random_weight, walking
 from llmquant.spec import QuantSpec
-from llmquant.weight import QuantizedWeight, portable
+from llmquant.weight import QuantizedWeight
 
 ONE, MANY = 1, 256  # rows: a token that is decoded, a part of a prompt
 _SECONDS = 0.2  # for each candidate
@@ -53,7 +52,7 @@ def measure_widths(
     }
     for spec in dict.fromkeys(specs):
         kernel, _ = choose(spec, (out, in_), torch.device("cpu"), dtype)
-        weight = _random_weight((out, in_), spec)
+        weight = random_weight((out, in_), spec)
         first = kernel.prepare(weight, dtype)
         count = _copies(sum(t.nbytes for t in first.values()))
         packed = [first, *({n: t.clone() for n, t in first.items()} for _ in range(count - 1))]
@@ -61,14 +60,13 @@ def measure_widths(
         for rows in (ONE, MANY):
             x = torch.randn(rows, in_)
             call = partial(_linear, kernel, weight, x.to(dtype))
-            times = _in_turn(
-                [_walking(packed, call)]
-                + [
-                    _walking(c, partial(torch.nn.functional.linear, x.to(d)))
-                    for d, c in copies.items()
-                ]
-            )
-            ratios.append(times[0] / min(times[1:]))
+            work = {"packed": walking(packed, call)}
+            work |= {
+                str(d): walking(c, partial(torch.nn.functional.linear, x.to(d)))
+                for d, c in copies.items()
+            }
+            times = in_turn(work, _SECONDS)
+            ratios.append(times.pop("packed") / min(times.values()))
         found[spec] = WidthSpeed(kernel.name, *ratios)
     return found
 
@@ -77,39 +75,7 @@ def _copies(nbytes: int) -> int:
     return max(2, _COLD // nbytes)
 
 
-def _random_weight(shape: tuple[int, int], spec: QuantSpec) -> QuantizedWeight:
-    groups = (shape[0], spec.groups(shape[1]))
-    codes = torch.randint(0, spec.levels, shape, dtype=torch.uint8)
-    zeros = torch.full(groups, spec.middle, dtype=torch.uint8)
-    return QuantizedWeight(codes, portable(torch.rand(groups) * 0.01 + 0.001), zeros, spec)
-
-
 def _linear(
     kernel: Kernel, weight: QuantizedWeight, x: torch.Tensor, prepared: Prepared
 ) -> torch.Tensor:
     return kernel.linear(x, prepared, weight.spec, weight.shape)
-
-
-def _walking(copies: Sequence[Any], call: Callable[[Any], object]) -> Callable[[], object]:
-    """Each call takes the next copy."""
-    state = [0]
-
-    def work() -> object:
-        state[0] = (state[0] + 1) % len(copies)
-        return call(copies[state[0]])
-
-    return work
-
-
-def _in_turn(candidates: list[Callable[[], object]]) -> list[float]:
-    """Best seconds of each."""
-    best = [float("inf")] * len(candidates)
-    for work in candidates:
-        work()
-    end = time.perf_counter() + _SECONDS * len(candidates)
-    while time.perf_counter() < end:
-        for i, work in enumerate(candidates):
-            started = time.perf_counter()
-            work()
-            best[i] = min(best[i], time.perf_counter() - started)
-    return best
