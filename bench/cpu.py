@@ -1,9 +1,9 @@
 """What the CPU kernel reaches: against the memory and the dense layers of the machine, and whole
 models against llama.cpp.
 
-    python bench/cpu.py kernels [--threads 2] [--bits 4,8,3,2] [--rows 1,2,…] [--out FILE]
-    python bench/cpu.py models PACKED DENSE [--gguf FILE --llama-python ENV/bin/python] [--threads
-    2] [--out FILE]
+    python bench/cpu.py [--threads 2] [--out FILE] kernels [--bits 4,8,3,2] [--rows 1,2,…]
+    python bench/cpu.py [--threads 2] [--out FILE] models PACKED DENSE [--gguf FILE --llama-python
+    ENV/bin/python]
 
 ``kernels``: for every width and number of rows one linear of ``--shape``, packed and as dense
 float32 and bfloat16 layers, timed in turn within one process. Every candidate has as many copies of
