@@ -301,6 +301,24 @@ def test_a_restart_knows_every_line(written: tuple[Path, DriftProfile], damage: 
     log.close()
 
 
+@pytest.mark.parametrize("left", ["nothing", "half the header"])
+def test_a_log_that_is_begun_again_knows_nothing_of_the_one_before(
+    written: tuple[Path, DriftProfile], left: str
+) -> None:
+    path, profile = written
+    header = path.read_bytes().partition(b"\n")[0]
+    path.unlink()
+    if left != "nothing":
+        path.write_bytes(header[:100])
+    log = DriftLog(path, profile, ALPHA)
+    for _ in range(60):  # more bytes than the state of the old log has read, and killed then
+        log.append(entry(refused=True, json_valid=True))
+    log.close()
+    log = DriftLog(path, profile, ALPHA)
+    assert (log.monitor.entries, path.read_bytes().partition(b"\n")[0]) == (60, header)
+    log.close()
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -309,6 +327,8 @@ def test_a_restart_knows_every_line(written: tuple[Path, DriftProfile], damage: 
         pytest.param("second", "is another server's", id="a second server"),
         pytest.param("middle", "line 3 is not a line of a drift log", id="a damaged line"),
         pytest.param("other", "is not a drift log", id="another file"),
+        pytest.param("line", "is not a drift log", id="another file without a line end"),
+        pytest.param("bytes", "is not a drift log", id="bytes that are no UTF-8"),
     ],
 )
 def test_a_log_that_cannot_be_continued_is_refused(
@@ -327,9 +347,12 @@ def test_a_log_that_cannot_be_continued_is_refused(
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join([*lines[:2], "{}\n", *lines[3:]]))
     else:
-        path.write_text("something\n", encoding="utf-8")
+        found = {"other": b"something\nelse", "line": b'{"mine": 1}', "bytes": b"\xff\n\xfe"}
+        path.write_bytes(found[change])
+    before = path.read_bytes()
     with pytest.raises(UsageError, match=why):
         DriftLog(path, profile, alpha)
+    assert path.read_bytes() == before
     if held is not None:
         held.close()
 

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -64,7 +64,7 @@ def read_log(path: Path) -> tuple[Header, Iterator[Entry]]:
             first = f.readline()
     except OSError as e:
         raise UsageError(f"the drift log {path} cannot be read: {e.strerror or e}") from e
-    return _header(path, first), (entry for entry, _ in _entries(path, len(first), 2))
+    return _header(path, first), _entries(path, len(first), 2)
 
 
 class DriftLog:
@@ -84,17 +84,15 @@ class DriftLog:
         self.path, self.monitor = path, DriftMonitor(profile, alpha)
         header = Header(alpha=alpha, profile=profile)
         self._header = header.model_dump_json()
-        try:
-            self._file = path.open("ab+", buffering=0)
-        except OSError as e:
-            raise UsageError(
-                f"the drift log {path} cannot be written: {e.strerror or e}; give another --drift-log"
-            ) from e
-        try:
-            self._begin(header)
-        except BaseException:
-            self._file.close()
-            raise
+        with contextlib.ExitStack() as failed:
+            try:
+                self._file = failed.enter_context(path.open("ab+", buffering=0))
+                self._begin(header)
+            except OSError as e:
+                raise UsageError(
+                    f"the drift log {path} cannot be written: {e.strerror or e}; give another --drift-log"
+                ) from e
+            failed.pop_all()
 
     @property
     def state_path(self) -> Path:
@@ -133,35 +131,37 @@ class DriftLog:
     def _begin(self, header: Header) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        except BlockingIOError as e:
             raise UsageError(
                 f"the drift log {self.path} is another server's; give another --drift-log"
             ) from e
-        self._cut_torn_line()
-        if self._size() == 0:
-            self._file.write(self._header.encode() + b"\n")
+        line = self._header.encode() + b"\n"
+        with self.path.open("rb") as f:
+            first = f.readline()
+        if line.startswith(first) and first != line:  # nothing, or the beginning of this very line
+            # The state of a log that was moved away would say what this one does not.
+            self.state_path.unlink(missing_ok=True)
+            self._file.truncate(0)
+            self._file.write(line)
             return
-        self._file.seek(0)
-        first = self._file.readline()
+        # Before anything is cut off: the file may be any other.
         if _header(self.path, first) != header:
             raise UsageError(
                 f"the drift log {self.path} was begun with another profile or another --drift-alpha; "
                 "give another --drift-log, or move this one away"
             )
+        self._cut_torn_line()
         self._replay(len(first))
 
     def _cut_torn_line(self) -> None:
-        size = end = self._size()
-        while end:
-            self._file.seek(max(0, end - 2**16))
-            block = self._file.read(end - self._file.tell())
-            place = block.rfind(b"\n")
-            if place >= 0:
-                end -= len(block) - place - 1
-                break
-            end -= len(block)
-        if end < size:
-            self._file.truncate(end)
+        end = self._size()
+        place = -1
+        while place < 0:  # the first line has an end
+            begin = max(0, end - 2**16)
+            self._file.seek(begin)
+            place = self._file.read(end - begin).rfind(b"\n")
+            end = begin + place + 1 if place >= 0 else begin
+        self._file.truncate(end)
 
     def _replay(self, begin: int) -> None:
         number = 2
@@ -169,7 +169,7 @@ class DriftLog:
         if saved is not None:
             self.monitor.restore(saved.state)
             begin, number = saved.offset, saved.state.entries + 2
-        for entry, _ in _entries(self.path, begin, number):
+        for entry in _entries(self.path, begin, number):
             self.monitor.add(entry)
 
     def _saved(self) -> Saved | None:
@@ -192,24 +192,24 @@ def _header(path: Path, line: bytes) -> Header:
         ) from e
 
 
-def _entries(path: Path, begin: int, number: int) -> Iterator[tuple[Entry, int]]:
-    """The lines from a place on, with their numbers; half a line at the end is none."""
+def _entries(path: Path, begin: int, number: int) -> Iterator[Entry]:
+    """The lines from a place on, the first of which has this number; half a line at the end is
+    none."""
     try:
         with path.open("rb") as f:
             f.seek(begin)
-            yield from _lines(path, f, number)
+            for place, line in enumerate(f, number):
+                if not line.endswith(b"\n"):
+                    return
+                yield _entry(path, place, line)
     except OSError as e:
         raise LlmquantError(f"the drift log {path} cannot be read: {e.strerror or e}") from e
 
 
-def _lines(path: Path, file: IO[bytes], number: int) -> Iterator[tuple[Entry, int]]:
-    for line in file:
-        if not line.endswith(b"\n"):
-            return
-        try:
-            yield Entry.model_validate_json(line), number
-        except ValidationError as e:
-            raise UsageError(
-                f"{path}, line {number} is not a line of a drift log; remove the line, and {path}.state with it"
-            ) from e
-        number += 1
+def _entry(path: Path, number: int, line: bytes) -> Entry:
+    try:
+        return Entry.model_validate_json(line)
+    except ValidationError as e:
+        raise UsageError(
+            f"{path}, line {number} is not a line of a drift log; remove the line, and {path}.state with it"
+        ) from e
