@@ -1,8 +1,9 @@
 """What is kept of one request: lengths, counts of hashed tokens, means and flags; never a text.
 
-A token's bucket is a hash of its id: thousands of tokens share one, so the counts say what the
-words of a prompt are like and not which they were. Before serving and while serving the same
-functions make the same numbers.
+A token's bucket is a hash of its id, which about 150 tokens of a vocabulary of 150,000 share. So
+the counts say what the words of a prompt are like and not which they were. A text cannot be read
+from them; whether they fit a text that somebody has can be told. Before serving and while serving
+the same functions make the same numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +23,10 @@ from llmquant.records import Record
 BUCKETS = 1024
 _MULTIPLIER, _BITS = 2654435761, 32  # Knuth's multiplicative hash: neighbouring ids part
 _SHIFT = _BITS - (BUCKETS.bit_length() - 1)
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""Of what a file says: negative ones have no root, and larger ones no float."""
+Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class DriftObservation(Record):
@@ -39,12 +44,12 @@ class DriftObservation(Record):
             of the original.
     """
 
-    prompt_length: int | None = Field(None, ge=0)
-    prompt_words: dict[int, int] | None = None
-    answer_length: int | None = Field(None, ge=0)
-    answer_words: dict[int, int] | None = None
-    logprob: float | None = Field(None, allow_inf_nan=False)
-    entropy: float | None = Field(None, allow_inf_nan=False)
+    prompt_length: Count | None = None
+    prompt_words: dict[int, Count] | None = None
+    answer_length: Count | None = None
+    answer_words: dict[int, Count] | None = None
+    logprob: Number | None = None
+    entropy: Number | None = None
     ended: bool | None = None
     refused: bool | None = None
     json_valid: bool | None = None

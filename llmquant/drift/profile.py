@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from llmquant.drift.observation import BUCKETS, DriftObservation
+from llmquant.drift.observation import BUCKETS, Count, DriftObservation, Number
 from llmquant.errors import UsageError
 from llmquant.records import Record
 
@@ -67,14 +67,14 @@ class Histogram(Record):
         mean: of the numbers counted; None of none.
     """
 
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-    mean: float | None
+    edges: tuple[Number, ...]
+    counts: tuple[Count, ...]
+    mean: Number | None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(self.counts) != len(self.edges) + 1 or min(self.counts) < 0:
-            raise ValueError("counts must be one more than edges, and none below 0")
+        if len(self.counts) != len(self.edges) + 1:
+            raise ValueError("counts must be one more than edges")
         if any(not a < b for a, b in zip(self.edges, self.edges[1:], strict=False)):
             raise ValueError("edges must ascend")
         return self
@@ -99,8 +99,8 @@ class DriftProfile(Record):
     model: str
     tokenizer_sha256: str
     requests: int = Field(ge=1)
-    prompt_words: tuple[int, ...] = Field(min_length=BUCKETS, max_length=BUCKETS)
-    answer_words: tuple[int, ...] = Field(min_length=BUCKETS, max_length=BUCKETS)
+    prompt_words: tuple[Count, ...] = Field(min_length=BUCKETS, max_length=BUCKETS)
+    answer_words: tuple[Count, ...] = Field(min_length=BUCKETS, max_length=BUCKETS)
     statistics: dict[str, Histogram]
 
     @model_validator(mode="after")

@@ -103,6 +103,23 @@ def changed(change: dict[str, object]) -> str:
             "edges must ascend",
             id="edges that do not ascend",
         ),
+        pytest.param(
+            changed(
+                {"statistics": {"ended": {"edges": [float("nan")], "counts": [1, 1], "mean": 1}}}
+            ),
+            "edges.0: .* finite",
+            id="an edge that is no number",
+        ),
+        pytest.param(
+            changed({"statistics": {"ended": {"edges": [0], "counts": [10**400, 1], "mean": 1}}}),
+            "counts.0: .* less than",
+            id="a count that no float holds",
+        ),
+        pytest.param(
+            changed({"prompt_words": [-5] + [1] * (BUCKETS - 1)}),
+            "prompt_words.0: .* greater than",
+            id="a bucket with fewer than none",
+        ),
     ],
 )
 def test_what_is_no_profile_is_refused(tmp_path, content, why):
