@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmquant.drift.evidence import Evidence
+from llmquant.drift.evidence import EXPERTS, Evidence
 from llmquant.drift.observation import DriftObservation
 from llmquant.drift.profile import STATISTICS, DriftProfile, Ruler, Side, empty_gaps
 from llmquant.errors import UsageError
@@ -76,7 +76,7 @@ class Kept(Record):
 
     counts: tuple[int, ...]
     seen: int = Field(ge=0)
-    capital: tuple[float, ...]
+    capital: tuple[float, ...] = Field(min_length=EXPERTS, max_length=EXPERTS)
     peak: float
     recent: float | None
 
@@ -168,9 +168,12 @@ class DriftMonitor:
             self._close_window()
         return raised
 
-    def mark_told(self) -> None:
-        """The hooks have run for all alarms so far."""
-        self.alarms = [alarm.model_copy(update={"told": True}) for alarm in self.alarms]
+    def mark_told(self, statistic: str) -> None:
+        """The hooks have run for the alarm of a statistic."""
+        self.alarms = [
+            alarm.model_copy(update={"told": True}) if alarm.statistic == statistic else alarm
+            for alarm in self.alarms
+        ]
 
     def evidence(self) -> dict[str, float]:
         """By statistic."""

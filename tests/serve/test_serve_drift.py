@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
+import shlex
 import shutil
 import sys
 import threading
@@ -26,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import llmquant
 from llmquant import DriftObservation, DriftProfile
 from llmquant.errors import UsageError
+from llmquant_serve.drift import hooks as hooking
 from llmquant_serve.drift.hooks import Hooks
 from llmquant_serve.drift.log import DriftLog, Entry, read_log
 from llmquant_serve.drift.original import Original
@@ -364,6 +367,7 @@ def test_a_log_that_cannot_be_continued_is_refused(
         pytest.param("serve {tiny} --on-drift true", "add --drift PROFILE", id="a hook alone"),
         pytest.param("serve {tiny} --drift {p} --drift-sample 1", "--reference", id="no original"),
         pytest.param("serve {tiny} --drift {p} --drift-alpha 2", "between 0 and 1", id="alpha"),
+        pytest.param("serve {tiny} --drift {p} --on-drift a'", "be split", id="a quotation mark"),
         pytest.param("serve {tiny} --drift {p} --on-drift no-such", "no program", id="no program"),
         pytest.param("serve {tiny} --drift {p} --drift-webhook a", "http://", id="no address"),
         pytest.param("serve {tiny} --drift {q}", "tokenizer is another", id="another tokenizer"),
@@ -403,3 +407,62 @@ def test_a_full_disk_costs_the_log_and_no_answer(
     assert log.path.read_bytes() == whole
     assert capsys.readouterr().err.count("cannot be written") == 1
     log.close()
+
+
+class Stuck(Hooks):
+    """Tells of one alarm, and hangs at the next."""
+
+    def tell(self, alarm: Any) -> None:
+        TOLD.append(alarm["alarm"]["statistic"])
+        if len(TOLD) == 2:
+            assert FREE.wait(60)
+
+
+TOLD: list[str] = []
+FREE = threading.Event()
+
+
+def test_a_hook_that_hangs_holds_up_no_shutdown_and_is_run_again(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(hooking, "_CLOSE_SECONDS", 0.5)
+    path, profile = tmp_path / "log.jsonl", made(tokenizer)
+    recorder = Recorder(DriftLog(path, profile, ALPHA), Stuck())
+    for _ in range(40):  # other words in prompts and answers
+        recorder.record(request(prompt_words={7: 30}, answer_words={7: 70}))
+    alarms = [alarm.statistic for alarm in recorder.report().alarms]
+    assert len(alarms) > 2
+    asyncio.run(recorder.close())
+    assert "are told at the next start" in capsys.readouterr().err
+    assert alarms[:2] == TOLD
+    FREE.set()
+    log = DriftLog(path, profile, ALPHA)
+    assert [alarm.told for alarm in log.monitor.alarms] == [True] + [False] * (len(alarms) - 1)
+    TOLD.clear()
+    again = Recorder(log, Stuck())
+    asyncio.run(again.close())
+    assert alarms[1:] == TOLD
+
+
+@pytest.mark.parametrize(
+    ("command", "webhook", "why"),
+    [
+        pytest.param("false", None, "--on-drift false ended with 1", id="exit code"),
+        pytest.param("printf '\\377' ; exit 3", None, "ended with 3: \ufffd", id="no UTF-8"),
+        pytest.param("sleep 60", None, "timed out", id="too long"),
+        pytest.param(None, "http://127.0.0.1:9/secret", "127.0.0.1 was not told", id="no listener"),
+        pytest.param(None, "http://127.0.0.1:99999/", "127.0.0.1 was not told", id="no port"),
+    ],
+)
+def test_a_hook_that_fails_is_said(
+    command: str | None, webhook: str | None, why: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(hooking, "_COMMAND_SECONDS", 0.5)
+    monkeypatch.setattr(hooking, "_PAUSE_SECONDS", 0.0)
+    words = shlex.join(["sh", "-c", f"({command}) >&2"]) if command else None
+    Hooks.of(command if command == "false" else words, webhook).tell({"kind": "drift-alarm"})
+    said = capsys.readouterr().err
+    assert why in said
+    assert "secret" not in said

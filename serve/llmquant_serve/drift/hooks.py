@@ -1,22 +1,26 @@
 """Hooks: what is run, and who is told, when an alarm is raised. In a thread of its own, one after
-the other; an answer never waits for them."""
+the other; an answer never waits for them, and a shutdown not for long."""
 
 from __future__ import annotations
 
 import json
+import queue
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import httpx
 
 from llmquant.errors import UsageError
 
-_COMMAND_SECONDS, _WEBHOOK_SECONDS, _TRIES = 60.0, 10.0, 3
+_COMMAND_SECONDS, _WEBHOOK_SECONDS = 60.0, 10.0
+_TRIES, _PAUSE_SECONDS = 3, 1.0  # of a webhook
+_CLOSE_SECONDS = 10.0  # that a shutdown waits for hooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +67,42 @@ class Hooks:
 
 
 class Teller:
-    """The thread that tells.
+    """The thread that tells. It ends with the process, whether all is told or not."""
 
-    Args:
-        told: called in that thread after each alarm.
-    """
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks = hooks
+        self._waiting: queue.SimpleQueue[tuple[Mapping[str, object], Callable[[], None]] | None]
+        self._waiting = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="llmquant-drift", daemon=True)
+        self._thread.start()
 
-    def __init__(self, hooks: Hooks, told: Callable[[], None]) -> None:
-        self._hooks, self._told = hooks, told
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="llmquant-drift")
-
-    def tell(self, alarm: Mapping[str, object]) -> None:
-        self._pool.submit(self._tell, alarm)
+    def tell(self, alarm: Mapping[str, object], told: Callable[[], None]) -> None:
+        """Tell of an alarm soon; ``told`` is called in the thread after that."""
+        self._waiting.put((alarm, told))
 
     def close(self) -> None:
-        """Returns when all are told."""
-        self._pool.shutdown(wait=True)
+        """Returns when all are told, or after ten seconds."""
+        self._waiting.put(None)
+        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            _say(
+                f"--on-drift or --drift-webhook did not end within {_CLOSE_SECONDS:g} s; "
+                "alarms that were not told are told at the next start"
+            )
 
-    def _tell(self, alarm: Mapping[str, object]) -> None:
-        self._hooks.tell(alarm)
-        self._told()
+    def _work(self) -> None:
+        while (waiting := self._waiting.get()) is not None:
+            alarm, told = waiting
+            self._hooks.tell(alarm)
+            told()
 
 
 def _run(command: tuple[str, ...], text: str) -> str | None:
     """What went wrong."""
     try:
         done = subprocess.run(
-            command, input=text, text=True, timeout=_COMMAND_SECONDS, check=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            command, input=text, text=True, errors="replace", timeout=_COMMAND_SECONDS,
+            check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"--on-drift {command[0]} failed: {e}"
@@ -100,23 +112,20 @@ def _run(command: tuple[str, ...], text: str) -> str | None:
 
 
 def _post(url: str, text: str) -> str | None:
-    """What went wrong."""
-    why = ""
-    for _ in range(_TRIES):
+    """What went wrong. The address may hold a secret, so only its host is named."""
+    why, headers = "", {"Content-Type": "application/json"}
+    for i in range(_TRIES):
+        time.sleep(_PAUSE_SECONDS if i else 0)
         try:
-            answer = httpx.post(
-                url,
-                content=text,
-                headers={"Content-Type": "application/json"},
-                timeout=_WEBHOOK_SECONDS,
-            )
-        except httpx.HTTPError as e:
-            why = str(e)
-            continue
-        if answer.is_success:
-            return None
-        why = f"it answered {answer.status_code}"
-    return f"--drift-webhook {url} was not told after {_TRIES} tries: {why}"
+            with httpx.stream(
+                "POST", url, content=text, headers=headers, timeout=_WEBHOOK_SECONDS
+            ) as answer:  # its body may have no end, and says nothing
+                if answer.is_success:
+                    return None
+                why = f"it answered {answer.status_code}"
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as e:
+            why = str(e) or type(e).__name__
+    return f"--drift-webhook {httpx.URL(url).host} was not told after {_TRIES} tries: {why}"
 
 
 def _is_address(url: str) -> bool:

@@ -5,6 +5,7 @@ An answer that nobody waited for to its end is not compared: it would look short
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
@@ -42,8 +43,8 @@ class Recorder:
         self._log, self._monitor = log, log.monitor
         self.scorer, self.unfinished = scorer, 0
         self._lock = threading.RLock()
-        self._failing = False
-        self._teller = Teller(hooks, self._told)
+        self._failing = self._closed = False
+        self._teller = Teller(hooks)
         for alarm in self._monitor.alarms:
             if not alarm.told:
                 self._tell(alarm)
@@ -51,10 +52,17 @@ class Recorder:
     def watch(self, prompt: Sequence[int]) -> Watch:
         return Watch(self, prompt)
 
+    def leave_out(self) -> None:
+        """One more answer that is not compared."""
+        with self._lock:
+            self.unfinished += 1
+
     def record(self, seen: DriftObservation) -> None:
-        """One more observation."""
+        """One more observation; nothing comes after :meth:`close`."""
         entry = Entry(**dict(seen), time=round(time.time(), 3))
         with self._lock:
+            if self._closed:
+                return
             self._kept(lambda: self._log.append(entry))
             raised = self._monitor.add(entry)
             if raised or self._monitor.entries % _SAVE_EVERY == 0:
@@ -67,11 +75,12 @@ class Recorder:
             return self._monitor.report(self.unfinished)
 
     async def close(self) -> None:
-        """Returns when all are told and all is written."""
+        """Returns when all are told, or hooks take too long, and all is written."""
         if self.scorer is not None:
             await self.scorer.close()
-        self._teller.close()
+        await asyncio.to_thread(self._teller.close)
         with self._lock:
+            self._closed = True
             self._kept(self._log.save)
             self._log.close()
 
@@ -82,34 +91,36 @@ class Recorder:
             f"drift: {alarm.statistic} at request {alarm.request} (now {alarm.recent:.4g}{before}); {report.says}\n"
         )
         sys.stderr.flush()
-        self._teller.tell(
-            {
-                "kind": "drift-alarm",
-                "time": time.time(),
-                "model": report.model,
-                "requests": report.requests,
-                "cause": report.cause,
-                "says": report.says,
-                "alarm": alarm.model_dump(mode="json", exclude={"told"}),
-            }
-        )
+        message = {
+            "kind": "drift-alarm",
+            "time": time.time(),
+            "model": report.model,
+            "requests": report.requests,
+            "cause": report.cause,
+            "says": report.says,
+            "alarm": alarm.model_dump(mode="json", exclude={"told"}),
+        }
+        self._teller.tell(message, lambda: self._told(alarm.statistic))
 
-    def _told(self) -> None:
+    def _told(self, statistic: str) -> None:
         with self._lock:
-            self._monitor.mark_told()
-            self._kept(self._log.save)
+            self._monitor.mark_told(statistic)
+            if not self._closed:
+                self._kept(self._log.save)
 
     def _kept(self, write: Callable[[], None]) -> None:
         """Write; a full disk costs the log and not the answer."""
         try:
             write()
-        except (OSError, ValueError) as e:
+        except OSError as e:
             if not self._failing:
                 sys.stderr.write(
                     f"warning: the drift log {self._log.path} cannot be written: {e}; "
                     "requests are still compared, but a restart will not know of them\n"
                 )
             self._failing = True
+        else:
+            self._failing = False
 
 
 class Watch:
@@ -131,7 +142,7 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         if self._finish is None:
-            self._recorder.unfinished += 1
+            self._recorder.leave_out()
             return
         self._recorder.record(
             observe_request(
