@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,6 @@ from llmquant.drift.profile import STATISTICS, DriftProfile, Ruler, Side, empty_
 from llmquant.errors import UsageError
 from llmquant.records import Record
 
-ALPHA = 0.01
 WINDOW, _WINDOWS = 50, 400
 _SUSPICION = 4.0  # evidence on prompts that leaves open whether they changed
 _ENOUGH_GAPS = 30
@@ -134,6 +133,9 @@ class DriftMonitor:
     Raises:
         UsageError: alpha is no probability.
     """
+
+    ALPHA: ClassVar[float] = 0.01
+    """Where none is given."""
 
     def __init__(self, profile: DriftProfile, alpha: float = ALPHA, window: int = WINDOW) -> None:
         if not 0 < alpha < 1:

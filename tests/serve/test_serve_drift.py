@@ -365,6 +365,7 @@ def test_a_log_that_cannot_be_continued_is_refused(
     [
         pytest.param("serve {tiny} --drift none.json", "cannot be read", id="no profile"),
         pytest.param("serve {tiny} --on-drift true", "add --drift PROFILE", id="a hook alone"),
+        pytest.param("serve {tiny} --drift-alpha 0.1", "add --drift PROFILE", id="alpha alone"),
         pytest.param("serve {tiny} --drift {p} --drift-sample 1", "--reference", id="no original"),
         pytest.param("serve {tiny} --drift {p} --drift-alpha 2", "between 0 and 1", id="alpha"),
         pytest.param("serve {tiny} --drift {p} --on-drift a'", "be split", id="a quotation mark"),
@@ -390,6 +391,12 @@ def test_misuse_is_told(
     done = run(*ported)
     assert (done.code, why in done.said) == (1 if "http" in words[1] else 2, True), done.err
     assert "Traceback" not in done.err
+
+
+def test_a_key_that_no_header_takes_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMQUANT_API_KEY", "schlüssel")
+    done = run("monitor", "http://127.0.0.1:9")
+    assert (done.code, "LLMQUANT_API_KEY is not ASCII" in done.said) == (2, True), done.err
 
 
 def test_a_full_disk_costs_the_log_and_no_answer(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmquant.cli.options import OverwriteOption, from_home
+from llmquant.cli.options import JsonOption, OverwriteOption, from_home
 from llmquant.errors import UsageError
 from llmquant_serve.cli.launch import require
 
@@ -41,7 +41,6 @@ ProfileOption = Annotated[
         callback=from_home,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
 def monitor_command(

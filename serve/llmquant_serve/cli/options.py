@@ -91,6 +91,10 @@ AccessLogOption = Annotated[bool, typer.Option("--access-log", help="Log every r
 UiOption = Annotated[bool, typer.Option("--ui", help="Serve a chat page at /ui.")]
 ReferenceOption = Annotated[
     str | None,
+    typer.Option("--reference", help="The original model, to compare with on the chat page."),
+]
+ServeReferenceOption = Annotated[
+    str | None,
     typer.Option(
         "--reference",
         help="The original model, to compare with on the chat page or by --drift-sample.",
@@ -118,8 +122,11 @@ DriftLogOption = Annotated[
     ),
 ]
 DriftAlphaOption = Annotated[
-    float,
-    typer.Option("--drift-alpha", help="Probability of any false alarm, however long one watches."),
+    float | None,
+    typer.Option(
+        "--drift-alpha",
+        help="Probability of any false alarm, however long one watches [default: 0.01].",
+    ),
 ]
 DriftSampleOption = Annotated[
     float,

@@ -22,7 +22,7 @@ def serve_command(
     port: o.PortOption = 8000,
     api_key: o.ApiKeyOption = None,
     ui: o.UiOption = False,
-    reference: o.ReferenceOption = None,
+    reference: o.ServeReferenceOption = None,
     name: o.NameOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -46,7 +46,7 @@ def serve_command(
     access_log: o.AccessLogOption = False,
     drift: o.DriftOption = None,
     drift_log: o.DriftLogOption = None,
-    drift_alpha: o.DriftAlphaOption = 0.01,
+    drift_alpha: o.DriftAlphaOption = None,
     drift_sample: o.DriftSampleOption = 0.0,
     on_drift: o.OnDriftOption = None,
     drift_webhook: o.DriftWebhookOption = None,
@@ -58,36 +58,39 @@ def serve_command(
     from llmquant_serve.server import Binding
     from llmquant_serve.service import Limits
 
-    if reference is not None and not ui and not drift_sample:
-        raise UsageError(
-            "--reference is for the chat page and for --drift-sample; add --ui, or --drift with --drift-sample"
-        )
-    if drift_sample and reference is None:
-        raise UsageError("--drift-sample needs the original; add --reference MODEL")
+    _check_reference(reference, ui, drift_sample)
     watching = _drift(drift, drift_log, drift_alpha, drift_sample, on_drift, drift_webhook)
-    # fmt: off
     served = ModelOptions(
         model=model, engine=engine, name=name, dtype=dtype, device=device, kernel=kernel,
         threads=threads, context=context, vllm_url=vllm_url, vllm_python=vllm_python,
         vllm_args=tuple(vllm_arg or ()),
-    )
+    )  # fmt: skip
     limits = Limits(
         max_streams=max_streams, max_queue=max_queue, max_prompt=max_prompt_tokens,
         max_output=max_output_tokens, max_body=max_body, stall_seconds=stall_timeout,
         drain_seconds=drain_timeout, keep_alive_seconds=sse_keep_alive,
-    )
+    )  # fmt: skip
     binding = Binding(
         host, port, _keys(api_key), tuple(cors_origin or ()), ui, access_log, root_path.rstrip("/"),
         tuple(trusted_proxy or THIS_MACHINE),
-    )
-    # fmt: on
+    )  # fmt: skip
     launch(served, limits, binding, reference, watching)
+
+
+def _check_reference(reference: str | None, ui: bool, sample: float) -> None:
+    """Raises UsageError where the original is given for nothing, or is missing."""
+    if reference is not None and not ui and not sample:
+        raise UsageError(
+            "--reference is for the chat page and for --drift-sample; add --ui, or --drift with --drift-sample"
+        )
+    if sample and reference is None:
+        raise UsageError("--drift-sample needs the original; add --reference MODEL")
 
 
 def _drift(
     profile: Path | None,
     log: Path | None,
-    alpha: float,
+    alpha: float | None,
     sample: float,
     command: str | None,
     webhook: str | None,
@@ -97,11 +100,13 @@ def _drift(
     Raises:
         UsageError: an option that needs --drift, or cannot be right.
     """
+    from llmquant import DriftMonitor
     from llmquant_serve.drift.hooks import Hooks
     from llmquant_serve.drift.options import DriftOptions
 
     given = {
         "--drift-log": log,
+        "--drift-alpha": alpha,
         "--drift-sample": sample or None,
         "--on-drift": command,
         "--drift-webhook": webhook,
@@ -110,7 +115,8 @@ def _drift(
         if lonely := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"{lonely[0]} needs a profile; add --drift PROFILE")
         return None
-    return DriftOptions(profile, log, alpha, Hooks.of(command, webhook), sample)
+    chosen = DriftMonitor.ALPHA if alpha is None else alpha
+    return DriftOptions(profile, log, chosen, Hooks.of(command, webhook), sample)
 
 
 def _keys(given: list[str] | None) -> tuple[str, ...]:

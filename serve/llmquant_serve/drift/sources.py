@@ -52,7 +52,9 @@ def _replayed(path: Path) -> DriftReport:
 
 def _asked(url: str) -> DriftReport:
     base = url.rstrip("/").removesuffix("/drift").removesuffix("/v1")
-    key = os.environ.get("LLMQUANT_API_KEY")
+    key = os.environ.get("LLMQUANT_API_KEY", "")
+    if not key.isascii():
+        raise UsageError("LLMQUANT_API_KEY is not ASCII, as every key of llmquant serve is")
     try:
         answer = httpx.get(
             f"{base}/drift",
