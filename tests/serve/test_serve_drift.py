@@ -215,22 +215,34 @@ def test_damaged_scales_are_found_and_told_once(
     assert len(listener.got) == len(alarms)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_clients_see_what_they_saw_before(
-    model: PreTrainedModel, server: Server, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+    model: PreTrainedModel, server: Server, tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
+    stream: bool,
+) -> None:  # fmt: skip
+    text = {"prompt": "The river", "max_tokens": 5, "temperature": 1, "seed": 3, "stream": stream}
+    chat = {"messages": [{"role": "user", "content": "The river"}], **text}
+    del chat["prompt"]
     bodies = [
-        {"prompt": "The river", "max_tokens": 5, "temperature": 0, **more}
-        for more in ({}, {"logprobs": 2}, {"n": 3}, {"stop": ["e"]})
+        *(text | more for more in ({}, {"logprobs": 2}, {"n": 3}, {"stop": ["e"]})),
+        *(chat | more for more in ({}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 2})),
     ]
     with watching(model, tmp_path / "log.jsonl", made(tokenizer)) as watched:
         for body in bodies:
+            path = "chat/completions" if "messages" in body else "completions"
             here, there = (
-                httpx.post(f"{s.url}/v1/completions", json=body, timeout=60).json()["choices"]
-                for s in (watched, server)
+                httpx.post(f"{s.url}/v1/{path}", json=body, timeout=60) for s in (watched, server)
             )
-            assert here == there
+            assert sorted(choices(here)) == sorted(choices(there))
         assert get(watched, "/drift").json()["requests"] == len(bodies)
         assert get(server, "/drift").status_code == 404
+
+
+def choices(answer: httpx.Response) -> list[str]:
+    """Those of an answer or of the parts of a stream, as JSON."""
+    lines = answer.raise_for_status().text.splitlines()
+    data = [line.removeprefix("data: ") for line in lines if line not in ("", "data: [DONE]")]
+    return [json.dumps(json.loads(line)["choices"]) for line in data]
 
 
 def test_an_answer_that_nobody_waits_for_is_counted_and_not_compared(

@@ -101,6 +101,27 @@ def test_equal_seeds_draw_equally_and_none_draws_anew():
     assert draws(None) != draws(None)
 
 
+@pytest.mark.parametrize(
+    "logits",
+    [
+        pytest.param(LOGITS.tolist(), id="several"),
+        pytest.param([0.0] * 4096, id="all alike"),
+        pytest.param([1.0, GONE, 2.0, GONE], id="some impossible"),
+        pytest.param([GONE, 5.0, GONE], id="one"),
+        pytest.param([1e4, -1e4, 0.0], id="far apart"),
+    ],
+)
+def test_the_entropy_is_that_of_the_distribution(logits):
+    top = max(logits)
+    total = math.fsum(math.exp(x - top) for x in logits)
+    shares = [math.exp(x - top) / total for x in logits]
+    row = torch.tensor(logits)
+    seen = described(1, row, 2, entropy=True)
+    assert seen.entropy == pytest.approx(-math.fsum(p * math.log(p) for p in shares if p), abs=1e-5)
+    assert (seen.logprob, seen.top) == (described(1, row, 2).logprob, described(1, row, 2).top)
+    assert row.tolist() == torch.tensor(logits).tolist()
+
+
 def test_described_tokens():
     expected = torch.log_softmax(LOGITS, -1)
     token = described(1, LOGITS, 2)

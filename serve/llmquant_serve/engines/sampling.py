@@ -134,9 +134,15 @@ def described(
     logprobs = torch.log_softmax(logits, -1)
     values, ids = logprobs.topk(min(alternatives, logprobs.numel()))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    own = float(logprobs[token])
+    return Token(token, own, top, _entropy(logprobs) if entropy else None)
+
+
+def _entropy(logprobs: Tensor) -> float:
+    """In nats; overwrites the log-probabilities, since a copy of them takes longer than this."""
     # A token that is impossible counts nothing: 0 times minus infinity is no number.
-    spread = float(-(logprobs.exp() * logprobs.clamp(min=-1e4)).sum()) if entropy else None
-    return Token(token, float(logprobs[token]), top, spread)
+    logprobs.clamp_(min=-1e4)
+    return -float(torch.dot(logprobs.exp(), logprobs))
 
 
 def described_all(tokens: Sequence[int], logits: Tensor, alternatives: int) -> list[Token]:
