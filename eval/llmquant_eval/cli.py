@@ -88,9 +88,9 @@ def eval_command(
     if card:
         _check_card_folders(request.candidates)
     if output is not None:
-        from llmquant_eval.report.files import check_folder
+        from llmquant_eval.report.files import check_file
 
-        check_folder(output)
+        check_file(output)
     report, failure = _evaluate(request, hidden=quiet or as_json)
     _write(report, output, card, plots)
     if report.text is not None and (lost := report.text.lost()):

@@ -74,10 +74,10 @@ def compare_command(
     from llmquant_eval.decide.compare import Bound, compare
     from llmquant_eval.decide.read import read_results
     from llmquant_eval.decide.schema import EXIT_CODES
-    from llmquant_eval.report.files import check_folder
+    from llmquant_eval.report.files import check_file
 
     for path in filter(None, (output, markdown, html)):
-        check_folder(path)
+        check_file(path)
     general, margins = _margins(margin or [])
     bound = Bound(
         general, margins, alpha=alpha, power=power, metrics=tuple(metric or ()), examples=examples

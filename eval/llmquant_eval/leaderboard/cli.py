@@ -72,7 +72,7 @@ def render_files(
     """
     from llmquant_eval.leaderboard.html import render_html
     from llmquant_eval.leaderboard.markdown import render_markdown
-    from llmquant_eval.report.files import check_folder, write_file
+    from llmquant_eval.report.files import check_file, write_file
 
     pages: list[tuple[Path | None, Callable[[], str]]] = [
         (markdown, lambda: render_markdown(boards)),
@@ -80,7 +80,7 @@ def render_files(
     ]
     for path, _ in pages:
         if path is not None:
-            check_folder(path)
+            check_file(path)
     written = []
     for path, render in pages:
         if path is not None:

@@ -9,12 +9,18 @@ from pathlib import Path
 from llmquant.errors import LlmquantError, UsageError
 
 
-def check_folder(path: Path) -> None:
-    """Raises UsageError if the folder that a file goes into is not there: to be asked before any
-    work is done for it."""
+def check_file(path: Path) -> None:
+    """Raises UsageError if no file can be written to ``path``: to be asked before any work is done
+    for it."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give a file, {path / 'results.json'} for example")
+    if path.exists() and not path.is_file():
+        return  # a device or a pipe
     folder = path.resolve().parent
     if not folder.is_dir():
         raise UsageError(f"{path}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: no permission to write in {folder}; choose another place")
 
 
 def write_file(path: Path, text: str) -> None:
@@ -27,7 +33,12 @@ def write_file(path: Path, text: str) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all: beside it, fsync, rename. Keeps the mode of a file
-    that was there."""
+    that was there. A device or a pipe (``/dev/stdout``) is written to: a rename
+    would put a file in its place."""
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as device:
+            device.write(text)
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:

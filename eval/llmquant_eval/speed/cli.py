@@ -69,12 +69,12 @@ def bench_command(
     a fresh process. Interrupted, it shows the rounds that were done.
     """
     import llmquant
-    from llmquant_eval.report.files import check_folder, write_file
+    from llmquant_eval.report.files import check_file, write_file
     from llmquant_eval.speed.process import Conditions
     from llmquant_eval.speed.rounds import Bench, fitting_points, run_bench
 
     if output is not None:
-        check_folder(output)
+        check_file(output)
     prompts = _numbers("--prompt-tokens", prompt_tokens)
     batches = _numbers("--batch-size", batch_size) or [1]
     models, on = _folders(model), llmquant.parse_device(device)

@@ -11,7 +11,7 @@ from llmquant_eval.decide.read import read_results
 from llmquant_eval.decide.results import ItemResults
 from llmquant_eval.models.endpoint import Contact
 from llmquant_eval.models.resolve import ServedModel, resolve_models
-from llmquant_eval.report.files import check_folder
+from llmquant_eval.report.files import check_file
 from llmquant_eval.validate.data import Data
 from llmquant_eval.validate.engines.engine import Engine, Generation
 from llmquant_eval.validate.metrics.own import load_scorer
@@ -47,11 +47,7 @@ class Chosen:
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raises UsageError where results cannot or must not be written; an unfinished run may go
     on."""
-    check_folder(output)
-    if output.is_dir():
-        raise UsageError(
-            f"{output} is a folder; give a file, {output / 'results.json'} for example"
-        )
+    check_file(output)
     if output.exists() and not overwrite and not journal_of(output).exists():
         raise UsageError(
             f"{output} has results already; give another --output, or --overwrite to replace them"
@@ -64,8 +60,8 @@ def check_profile(path: Path | None, data: Data, *, overwrite: bool) -> None:
 
     if path is None:
         return
-    check_folder(path)
-    if path.is_dir() or (path.exists() and not overwrite):
+    check_file(path)
+    if path.exists() and not overwrite:
         raise UsageError(
             f"--profile {path} is there already; give another file, or --overwrite to replace it"
         )
