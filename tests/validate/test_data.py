@@ -24,7 +24,7 @@ TURN = {"role": "user", "content": "hi"}
         pytest.param({"prompt": None, "messages": []}, "has no prompt and no", id="null prompt"),
         pytest.param({"prompt": "a", "messages": [TURN]}, "prompt and messages", id="both"),
         pytest.param({"prompt": "  "}, "the prompt is empty", id="blank prompt"),
-        pytest.param({"prompt": 5}, "messages is a number", id="prompt of another type"),
+        pytest.param({"prompt": 5}, "prompt is a number; give", id="prompt of another type"),
         pytest.param({"messages": "hi"}, "messages is a text", id="messages of another type"),
         pytest.param({"messages": [{"role": "user"}]}, "messages: neither text", id="no content"),
         pytest.param(
@@ -58,6 +58,9 @@ TURN = {"role": "user", "content": "hi"}
         pytest.param("5", "is no object", id="a number"),
         pytest.param('{"prompt": "a"', "is not JSON", id="cut"),
         pytest.param('{"prompt": "\\ud800"}', "not Unicode", id="half a character"),
+        pytest.param(
+            '{"prompt": "a", "id": "\\ud800"}', "not Unicode", id="half a character in an id"
+        ),
         pytest.param("[" * 100_000, "is not JSON", id="brackets"),
         pytest.param({"id": 1, "prompt": "again"}, "id '1' is that of line 1", id="same id"),
         pytest.param(

@@ -68,6 +68,13 @@ def test_raw_prompts_are_continued(run: Run, tmp_path: Path) -> None:
     assert scores()["q0"]["end_of_turn"] == 0
 
 
+def test_a_character_that_a_server_cut_in_half_is_a_question_mark(run: Run, tmp_path: Path) -> None:
+    with chatting(lambda _: {"content": "hello \ud83d", "reasoning": "\ud83d"}) as server:
+        done = validate(run, server.url, numbered(tmp_path, 1))
+    assert done.code == 0
+    assert json.loads(Path("a.json").read_text())["items"][0]["answer"] == "hello ?"
+
+
 def test_a_server_that_wants_the_newer_name_of_the_limit_gets_it(run: Run, tmp_path: Path) -> None:
     def answer(body: Any) -> Any:
         return 400 if "max_tokens" in body else {"content": "x"}

@@ -19,6 +19,9 @@ from llmquant_eval.validate.run import journal_of
 
 FLAGS = ("--max-tokens", "8", "--dtype", "float32")
 SCORERS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
 def length(item, answer):
     return len(answer)
 
@@ -39,6 +42,18 @@ def gives_text(item, answer):
 
 def leaves(item, answer):
     raise SystemExit(0)
+
+def gives_two(item, answer):
+    import torch
+    return torch.ones(2)
+
+@dataclass
+class Kept:
+    id: str
+
+def takes_away(item, answer):
+    kept = Kept(item["id"])
+    return len(item.pop("choices", ())) + len(item.get("messages", [{}])[0].pop("role", ""))
 """
 
 
@@ -118,6 +133,24 @@ def test_scorers_of_the_users_own(run: Run, model: Path, data: Path, scorers: Pa
         assert "nothing" not in item["scores"]
 
 
+def test_what_a_scorer_does_to_its_row_stays_there(
+    run: Run, model: Path, data: Path, scorers: Path
+) -> None:
+    """Another scorer of the same row gets it whole; and a scorer's file may have dataclasses."""
+    other = scorers.with_name("other.py")
+    other.write_text(scorers.read_text().replace("def takes_away(", "def too("))
+    mine = (f"--scorer={scorers}:takes_away", f"--scorer={other}:too")
+    done = validate(run, model, data, "a.json", *mine, "--json")
+    scores = [item["scores"] for item in json.loads(done.out)["items"]]
+    assert [s["takes_away"] for s in scores] == [0, 0, 2, 4, 0]
+    assert [s["too"] for s in scores] == [0, 0, 2, 4, 0]
+
+
+def test_a_metric_that_no_scorer_gave_is_said(run: Run, model: Path, data: Path) -> None:
+    done = validate(run, model, data, "a.json", "--lower-is-better", "lenght")
+    assert "note: --lower-is-better lenght: no scorer gave a metric of that name" in done.out
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -125,6 +158,7 @@ def test_scorers_of_the_users_own(run: Run, model: Path, data: Path, scorers: Pa
         pytest.param("gives_nan", "returned nan for gives_nan, which is no number", id="NaN"),
         pytest.param("gives_text", "returned '0.5' for gives_text", id="text"),
         pytest.param("leaves", "raised SystemExit: 0", id="exits"),
+        pytest.param("gives_two", "returned tensor([1., 1.]) for gives_two", id="two numbers"),
     ],
 )
 def test_a_scorer_that_fails_names_the_line_and_loses_no_answer(

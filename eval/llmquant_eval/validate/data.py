@@ -69,6 +69,11 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
             row = json.loads(text) if text else None
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            raise UsageError(
+                f"{where} is not Unicode: it has a \\ud… escape without its other half; remove it"
+            ) from e
         except UnicodeDecodeError as e:
             raise UsageError(f"{where} is not UTF-8 text: {e}; save the file as UTF-8") from e
         except (ValueError, RecursionError) as e:

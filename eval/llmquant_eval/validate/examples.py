@@ -133,7 +133,7 @@ class _Row:
         plain = isinstance(prompt, str)
         if plain:
             turns = [{"role": "user", "content": prompt}]
-        messages = self._messages(prompt if turns is None else turns)
+        messages = self._messages(prompt, "prompt") if turns is None else self._messages(turns)
         said, calls = None, ()
         if messages[-1]["role"] == "assistant":
             said, calls = messages[-1].get("content") or None, messages[-1].get("tool_calls", ())
@@ -145,15 +145,15 @@ class _Row:
             messages = ({"role": "system", "content": system}, *messages)
         return (messages, said, calls), plain
 
-    def _messages(self, turns: Any) -> Turns:
+    def _messages(self, turns: Any, key: str = "messages") -> Turns:
         from llmquant import NotAChatError, parse_chat
 
         if not isinstance(turns, list):
-            raise self._wrong(f"messages is {_kind(turns)}, not a list of turns")
+            raise self._wrong(f"{key} is {_kind(turns)}; give a text or a list of turns")
         try:
             return tuple(parse_chat(turns).plain())
         except NotAChatError as e:
-            raise self._wrong(f"messages: {e}; a turn has a role and a content of text") from e
+            raise self._wrong(f"{key}: {e}; a turn has a role and a content of text") from e
 
     def tools(self) -> Turns:
         from llmquant import NotAChatError, parse_chat

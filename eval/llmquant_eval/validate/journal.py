@@ -86,10 +86,12 @@ def opened(path: Path, *, restart: bool) -> Iterator[Journal]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        except BlockingIOError as e:
             raise UsageError(
                 f"{path} is in use by another run; wait for it, or give another --output"
             ) from e
+        except OSError as e:
+            raise LlmquantError(f"{path} cannot be locked: {e}; give another --output") from e
         journal = Journal(path, file)
         if restart:
             journal.discard()

@@ -9,7 +9,7 @@ that was mended finds the answers that are there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +122,7 @@ class Run:
                 data_sha256=self.data.sha256,
                 lower_is_better=self._lower(items),
                 items=tuple(items),
-                notes=self._notes,
+                notes=(*self._notes, *self._never_given(items)),
             )
             if reference is not None and (longer := length_note(results, reference)):
                 results = results.model_copy(update={"notes": (*results.notes, longer)})
@@ -145,15 +145,11 @@ class Run:
         """Of all examples, in the data's order; each is scored as soon as it is measured."""
         identity = self.engine.identity()
         keys = [key_of(identity, [t.identity() for t in unit]) for unit in self._units]
-        self._resume(journal, keys)
+        kept = self._resumed(journal, keys)
         items: dict[str, Item] = {}
-        missing: list[int] = []
-        for place, key in enumerate(keys):
-            kept = _read(journal.get(key))
-            if kept is None:
-                missing.append(place)
-            else:
-                items |= self._scored(journal, self._units[place], kept)
+        missing = [place for place in range(len(keys)) if place not in kept]
+        for place, measured in kept.items():
+            items |= self._scored(journal, self._units[place], measured)
         for example in (t.example for t in self._tasks if not t.asks):
             items[example.id] = self._item(journal, example, Measured())
         self._progress("items", len(items), len(self._tasks))
@@ -167,18 +163,18 @@ class Run:
             raise type(code)(f"{self._where(e.task.example)}: {e.why}. {self._kept(items)}") from e
         return [items[example.id] for example in self.data.examples]
 
-    def _resume(self, journal: Journal, keys: Sequence[str]) -> None:
-        """Says what an earlier run left, after asking whether it is this model's."""
-        known = [i for i, key in enumerate(keys) if _read(journal.get(key)) is not None]
+    def _resumed(self, journal: Journal, keys: Sequence[str]) -> dict[int, list[Measured]]:
+        """Units that an earlier run measured, by place, after asking whether it was this model;
+        says what there is."""
+        known = {i: found for i, key in enumerate(keys) if (found := _read(journal.get(key)))}
         if known:
             first = min(known)
-            kept = _read(journal.get(keys[first]))
-            if kept is not None and not self.engine.same(self._units[first], kept):
+            if not self.engine.same(self._units[first], known[first]):
                 journal.discard()
                 self._tell(
                     f"{self.engine.label} answers otherwise than in an earlier run, whose answers are not used"
                 )
-                return
+                return {}
             done = sum(len(self._units[i]) for i in known)
             self._tell(f"resumes: {done:,} of {len(self._tasks):,} items are measured")
         elif len(journal):
@@ -186,6 +182,7 @@ class Run:
                 f"{journal.path} has answers of another model, other options or other prompts; they are not used, "
                 "and deleted when this run is done"
             )
+        return known
 
     def _kept(self, items: Mapping[str, Item]) -> str:
         return f"{len(items):,} of {len(self._tasks):,} items are measured and kept; the same command resumes"
@@ -224,15 +221,20 @@ class Run:
         self, journal: Journal, scorer: Scorer, example: Example, answer: str
     ) -> dict[str, float]:
         """What a scorer of the user's gives; kept too, because it may cost as much as an answer."""
-        key = key_of(
-            "scorer", scorer.sha256, scorer.name, json.loads(json.dumps(example.row)), answer
-        )
+        key = key_of("scorer", scorer.sha256, scorer.name, example.row, answer)
         kept = journal.get(key)
         if isinstance(kept, dict):
             return {str(name): float(value) for name, value in kept.items()}
         scores = scorer.scores(example, answer)
         journal.add(key, scores)
         return scores
+
+    def _never_given(self, items: Sequence[Item]) -> Iterator[str]:
+        """Names that were said to be metrics of a scorer's, and are of none."""
+        names = {name for item in items for name in item.scores}
+        for name in self.wanted.lower:
+            if name not in names:
+                yield f"--lower-is-better {name}: no scorer gave a metric of that name"
 
     def _lower(self, items: Sequence[Item]) -> tuple[str, ...]:
         names = {name for item in items for name in item.scores}

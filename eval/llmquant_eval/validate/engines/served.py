@@ -10,6 +10,7 @@ and once more before answers of an earlier run are used.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -133,12 +134,17 @@ class ServedEngine:
         """The answer; newer models of OpenAI's refuse ``max_tokens`` by name."""
         try:
             limit = {self._limit: self._generation.max_tokens}
-            return self._endpoint.ask(path, dict(body) | limit)
+            answer = self._endpoint.ask(path, dict(body) | limit)
         except RefusedError as e:
             if self._limit == "max_tokens" and "max_completion_tokens" in str(e):
                 self._limit = "max_completion_tokens"
                 return self._ask(path, body)
             raise
+        # A character that the limit cut in half can be kept by no file.
+        whole: dict[str, Any] = json.loads(
+            json.dumps(answer, ensure_ascii=False).encode(errors="replace")
+        )
+        return whole
 
     def _scored(self, task: Task) -> Iterator[Scored]:
         if self._prompts is None:

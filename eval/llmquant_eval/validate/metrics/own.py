@@ -8,6 +8,7 @@ row. Whatever it raises becomes an error that names the line.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import math
@@ -40,7 +41,7 @@ class Scorer:
         """
         with _output_to_stderr():
             try:
-                got = self.function(dict(example.row), answer)
+                got = self.function(copy.deepcopy(dict(example.row)), answer)
             except (Exception, SystemExit) as e:  # whatever the user's code does
                 raise LlmquantError(
                     f"scorer {self.source} raised {type(e).__name__}: {e}; mend it and run the same command"
@@ -55,7 +56,7 @@ class Scorer:
     def _number(self, name: str, value: object) -> float:
         try:
             number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # torch's, of several numbers
             number = math.nan
         if isinstance(value, str) or not math.isfinite(number):
             raise LlmquantError(
@@ -77,10 +78,12 @@ def load_scorer(source: str) -> Scorer:
         raise UsageError(f"--scorer {source}: write FILE.py:FUNCTION")
     if not path.is_file():
         raise UsageError(f"--scorer {source}: {file} is not a file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name that shadows no module; it is registered, because dataclasses look theirs up.
+    spec = importlib.util.spec_from_file_location(f"_scorer_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"--scorer {source}: {file} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     sys.path.insert(0, str(path.resolve().parent))  # for what it imports from beside it
     with _output_to_stderr():
         try:
