@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
+from llmquant.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    KernelOption,
+    ThreadsOption,
+)
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval import cli_options as options
 from llmquant_eval.auto.cli import auto_command
@@ -65,7 +71,7 @@ def eval_command(
     retry_for: options.RetryForOption = None,
     output: options.OutputOption = None,
     card: options.CardOption = False,
-    as_json: options.JsonOption = False,
+    as_json: JsonOption = False,
     quiet: options.QuietOption = False,
     cost: options.CostOption = True,
     noise_floor: options.NoiseFloorOption = True,

@@ -1,4 +1,4 @@
-"""The options of ``llmquant eval``, and those that ``leaderboard`` and ``compare`` have too, each
+"""The options of ``llmquant eval``, and those that other commands of this package have too, each
 written once with its help.
 
 Options that the library's commands have as well are in :mod:`llmquant.cli.options`. Importing this
@@ -134,11 +134,14 @@ OutputOption = Annotated[
         callback=from_home,
     ),
 ]
+ResultOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="Write the result as JSON.", callback=from_home
+    ),
+]
 CardOption = Annotated[
     bool, typer.Option("--card", help="Put the table into the README.md of each candidate.")
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the Report as JSON and nothing else.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 CostOption = Annotated[

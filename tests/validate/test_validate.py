@@ -194,6 +194,7 @@ def test_a_scorer_that_fails_names_the_line_and_loses_no_answer(
         pytest.param(["-o", "no/a.json"], "does not exist; make it first", id="no folder"),
         pytest.param(["-o", "."], "is a folder; give a file", id="a folder"),
         pytest.param(["-o", "other.json"], "has results already", id="results are there"),
+        pytest.param(["--profile", "a.json"], "is --output too; give two files", id="profile"),
         pytest.param(["--max-tokens", "0"], "Invalid value for '--max-tokens'", id="no tokens"),
     ],
 )

@@ -16,13 +16,13 @@ from llmquant.cli.options import (
     DtypeOption,
     Engine,
     FormatOption,
+    JsonOption,
     KernelOption,
     LengthOption,
     MemoryOption,
     ModelArgument,
     OutputOption,
     OverwriteOption,
-    QuietOption,
     SamplesOption,
     ThreadsOption,
 )
@@ -89,7 +89,6 @@ _Alpha = Annotated[
 _Keep = Annotated[
     bool, typer.Option("--keep-candidates", help="Keep the folders of all measured candidates.")
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
 
 
 def auto_command(
@@ -123,8 +122,8 @@ def auto_command(
     max_memory: MemoryOption = None,
     overwrite: OverwriteOption = False,
     keep_candidates: _Keep = False,
-    as_json: _Json = False,
-    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Find the smallest quantized MODEL within a bound.
 

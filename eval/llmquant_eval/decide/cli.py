@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmquant.cli.options import from_home
+from llmquant.cli.options import JsonOption
 from llmquant.errors import UsageError
-from llmquant_eval.cli_options import HtmlOption, MarkdownOption, share_of
+from llmquant_eval.cli_options import HtmlOption, MarkdownOption, ResultOption, share_of
 
 if TYPE_CHECKING:
     from llmquant_eval.decide.schema import Verdict
@@ -43,13 +43,6 @@ _Power = Annotated[
 _Metric = Annotated[
     list[str] | None, typer.Option(help="Decide by this metric only; several times for several.")
 ]
-_Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", metavar="FILE", help="Write the verdict as JSON.", callback=from_home
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print the verdict as JSON and nothing else.")]
 _Examples = Annotated[int, typer.Option(help="Flipped items to show, of each kind.", min=0)]
 
 
@@ -61,10 +54,10 @@ def compare_command(
     power: _Power = 0.8,
     metric: _Metric = None,
     examples: _Examples = 5,
-    output: _Output = None,
+    output: ResultOption = None,
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say whether CANDIDATE may replace BASELINE.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption, from_home
+from llmquant.cli.options import DeviceOption, DtypeOption, JsonOption, KernelOption, ThreadsOption
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.cli_options import QuietOption
+from llmquant_eval.cli_options import QuietOption, ResultOption
 
 if TYPE_CHECKING:
     from llmquant_eval.models.resolve import ModelFolder
@@ -40,13 +39,6 @@ _BatchSize = Annotated[
 _Rounds = Annotated[
     int, typer.Option(help="How often each model is measured, in turn with the others.", min=1)
 ]
-_Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", metavar="FILE", help="Write the figures as JSON.", callback=from_home
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON and nothing else.")]
 
 
 def bench_command(
@@ -59,8 +51,8 @@ def bench_command(
     device: DeviceOption = "auto",
     kernel: KernelOption = "auto",
     threads: ThreadsOption = None,
-    output: _Output = None,
-    as_json: _Json = False,
+    output: ResultOption = None,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure speed and memory of models, in turn.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llmquant.cli.options import (
     DeviceOption,
     DtypeOption,
+    JsonOption,
     KernelOption,
     OverwriteOption,
     RestartOption,
@@ -40,7 +41,7 @@ def validate_command(
     seed: options.SeedOption = 0,
     limit: options.LimitOption = None,
     raw: options.RawOption = False,
-    text: options.TextOption = True,
+    no_text: options.NoTextOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     kernel: KernelOption = "auto",
@@ -50,7 +51,7 @@ def validate_command(
     retry_for: RetryForOption = None,
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
-    as_json: options.JsonOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score MODEL on your own prompts, item by item.
@@ -59,32 +60,25 @@ def validate_command(
     not see: turns that do not end, loops, longer answers, other languages, refusals. Answers are
     kept as they are made: the same command resumes.
     """
+    from llmquant_eval.validate import plan
     from llmquant_eval.validate.data import read_data
     from llmquant_eval.validate.engines.engine import Generation
-    from llmquant_eval.validate.plan import (
-        Chosen,
-        Computing,
-        check_output,
-        check_profile,
-        plan_run,
-        read_reference,
-    )
 
-    check_output(output, overwrite=overwrite)
+    plan.check_output(output, overwrite=overwrite)
     read = read_data(data, limit, system)
-    check_profile(profile, read, overwrite=overwrite)
-    baseline = None if reference is None else read_reference(reference, read)
+    plan.check_profile(profile, output, read, overwrite=overwrite)
+    baseline = None if reference is None else plan.read_reference(reference, read)
     # fmt: off
-    computing = Computing(
+    computing = plan.Computing(
         dtype, device, kernel, threads, batch_size, tokenizer, retry_for, profile is not None,
     )
     # fmt: on
     generation = Generation(max_tokens, temperature, seed, raw)
-    names = Chosen(metric or (), scorer or (), lower_is_better or ())
+    names = plan.Chosen(metric or (), scorer or (), lower_is_better or ())
     with _kept_when_interrupted(), stages(quiet or as_json) as (progress, tell):
-        run = plan_run(model, read, generation, computing, names, progress, tell)
+        run = plan.plan_run(model, read, generation, computing, names, progress, tell)
         results = run.results(
-            output, restart=restart, text=text, reference=baseline, profile=profile
+            output, restart=restart, text=not no_text, reference=baseline, profile=profile
         )
     _show(results, output, reference, baseline, as_json)
 

@@ -90,8 +90,8 @@ LimitOption = Annotated[int | None, typer.Option(help="Only the first N items.",
 RawOption = Annotated[
     bool, typer.Option("--raw", help="Continue prompts as text; do not use the chat template.")
 ]
-TextOption = Annotated[
-    bool, typer.Option("--text/--no-text", help="Keep prompts and answers in the results.")
+NoTextOption = Annotated[
+    bool, typer.Option("--no-text", help="Leave prompts and answers out of the results.")
 ]
 TokenizerOption = Annotated[
     str | None,
@@ -102,7 +102,4 @@ TokenizerOption = Annotated[
 ]
 BatchOption = Annotated[
     int | None, typer.Option(help="Prompts answered together [default: 8].", min=1, metavar="N")
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the results as JSON and nothing else.")
 ]

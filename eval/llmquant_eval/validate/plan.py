@@ -54,13 +54,15 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_profile(path: Path | None, data: Data, *, overwrite: bool) -> None:
-    """Raises UsageError where a drift profile cannot or must not be written."""
+def check_profile(path: Path | None, output: Path, data: Data, *, overwrite: bool) -> None:
+    """Raises UsageError where a drift profile cannot or must not be written beside ``output``."""
     from llmquant import DriftProfile
 
     if path is None:
         return
     check_file(path)
+    if path.resolve() == output.resolve():
+        raise UsageError(f"--profile {path} is --output too; give two files")
     if path.exists() and not overwrite:
         raise UsageError(
             f"--profile {path} is there already; give another file, or --overwrite to replace it"

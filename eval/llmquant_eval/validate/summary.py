@@ -94,7 +94,8 @@ def metrics_of(results: ItemResults) -> list[str]:
 def next_commands(results: ItemResults, output: Path, reference: str | None) -> Iterator[str]:
     """What decides whether this model may ship."""
     if reference is None:
-        yield f"llmquant validate ORIGINAL --data {shlex.quote(results.data)} -o original.json"
+        data = shlex.quote(results.data)
+        yield f"llmquant validate ORIGINAL --data {data} -o original.json  # and this run's options"
     margins = f" --margin {_LENGTH}={_LENGTH_MARGIN}" if _LENGTH in metrics_of(results) else ""
     baseline, candidate = shlex.quote(reference or "original.json"), shlex.quote(str(output))
     yield f"llmquant compare {baseline} {candidate} --margin 1%{margins}"
