@@ -118,11 +118,39 @@ def test_fp8_is_read_as_numbers_and_quantized(
     assert float((packed.exp() * (packed - other)).sum(-1).mean()) < 1e-4
 
 
-def test_blocks_equal_transformers() -> None:
+def floats_of(folder: Path, label: dict[str, Any], **tensors: Tensor) -> CheckpointReader:
+    """A folder of nothing but these tensors, read as numbers."""
+    save_file(tensors, folder / SINGLE)
+    config = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": label}
+    (folder / "config.json").write_text(json.dumps(config))
+    return as_floats(CheckpointReader(folder))
+
+
+def test_blocks_equal_transformers(tmp_path: Path) -> None:
     weight, scale = torch.randn(96, 64).to(FP8), torch.rand(2, 2)
-    ours = plain(weight, scale, 48, 32).to(torch.bfloat16)
+    floats = floats_of(tmp_path, BLOCKS, w=weight, w_scale_inv=scale)
     theirs = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.bfloat16)
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
+    assert torch.equal(floats.read("w"), theirs)
+
+
+@pytest.mark.parametrize("size", [[0, 0], [-1, 32], ["48", 32]], ids=str)
+def test_blocks_of_no_size_are_those_of_the_grid(size: list[object], tmp_path: Path) -> None:
+    weight, scale = torch.randn(96, 64).to(FP8), torch.rand(2, 2)
+    label = {"quant_method": "fp8", "weight_block_size": size}
+    floats = floats_of(tmp_path, label, w=weight, w_scale_inv=scale)
+    assert torch.equal(floats.read("w"), plain(weight, scale, 48, 32).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (3, 1, 1), (3, 1, 8), (3, 2, 2)], ids=str)
+def test_one_expert_of_a_stacked_fp8_tensor(shape: tuple[int, ...], tmp_path: Path) -> None:
+    weight, scale = torch.randn(3, 4, 8).to(FP8), torch.rand(shape)
+    floats = floats_of(tmp_path, {"quant_method": "fp8"}, w=weight, w_scale=scale)
+    grid = scale.expand(3, 1, 1) if scale.numel() == 1 else scale
+    for i in range(3):
+        rows, columns = (n // g for n, g in zip((4, 8), grid.shape[1:], strict=True))
+        wanted = plain(weight[i], grid[i], rows, columns).to(torch.bfloat16)
+        assert torch.equal(floats.read_part("w", i), wanted)
+        assert torch.equal(floats.read("w")[i], wanted)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ class Made:
         make: of those tensors, in their order, the one that is read.
         shape, dtype: that it has.
         part: of each source only this entry along its first dimension is given to ``make``.
+        whole: sources of which ``make`` gets everything, whichever part is asked for.
     """
 
     sources: tuple[str, ...]
@@ -34,6 +35,7 @@ class Made:
     shape: tuple[int, ...]
     dtype: torch.dtype
     part: int | None = None
+    whole: tuple[str, ...] = ()
 
 
 class DerivedReader(ReaderView):
@@ -85,6 +87,11 @@ class DerivedReader(ReaderView):
             return self.inner.read(below) if index is None else self.inner.read_part(below, index)
         part = made.part if index is None else index
         assert index is None or made.part is None  # a part of a part
-        if part is None:
-            return made.make(*(self.inner.read(n) for n in made.sources))
-        return made.make(*(self.inner.read_part(n, part) for n in made.sources))
+        return made.make(
+            *(
+                self.inner.read(n)
+                if part is None or n in made.whole
+                else self.inner.read_part(n, part)
+                for n in made.sources
+            )
+        )

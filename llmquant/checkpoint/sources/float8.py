@@ -22,6 +22,7 @@ from llmquant.errors import CheckpointError, UsageError
 
 DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("_scale_inv", "_scale")
+_ONE = (0, 0)  # rows and columns that share a scale, where all do
 _OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_scale_ub", "input_scale_inv")
 
 
@@ -61,7 +62,13 @@ def made_of(
         beside = (f"{module}.{leaf}" for leaf in _OF_ACTIVATIONS)
         yield (
             name,
-            Made((name, scale), partial(_times, sizes, dtype), shape, dtype),
+            Made(
+                (name, scale),
+                partial(_times, sizes, dtype),
+                shape,
+                dtype,
+                whole=(scale,) if sizes == _ONE else (),
+            ),
             (scale, *(n for n in beside if n in reader)),
         )
 
@@ -74,7 +81,11 @@ def _blocks(label: Mapping[str, Any]) -> tuple[int, int] | None:
         g["weights"] for g in groups if isinstance(g, dict) and isinstance(g.get("weights"), dict)
     ]
     for found in (label.get("weight_block_size"), *(w.get("block_structure") for w in inside)):
-        if isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) for n in found):
+        if (
+            isinstance(found, list)
+            and len(found) == 2
+            and all(type(n) is int and n > 0 for n in found)
+        ):
             return found[0], found[1]
     return None
 
@@ -82,9 +93,9 @@ def _blocks(label: Mapping[str, Any]) -> tuple[int, int] | None:
 def _sizes(
     shape: tuple[int, ...], grid: tuple[int, ...], blocks: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; (0, 0) where all do, None for shapes that do not fit."""
+    """Rows and columns that share a scale, or ``_ONE``; None for shapes that do not fit."""
     if all(n == 1 for n in grid):
-        return 0, 0
+        return _ONE
     if len(shape) < 2:
         return None
     if len(grid) == 1:
@@ -107,7 +118,7 @@ def _times(sizes: tuple[int, int], dtype: torch.dtype, weight: Tensor, scale: Te
     factors = scale.float()
     if scale.dtype == torch.uint8:  # exponents
         factors = torch.ldexp(torch.ones(scale.shape), scale.int() - 127)
-    if sizes == (0, 0):
+    if sizes == _ONE:
         return (weight.float() * factors.reshape(())).to(dtype)
     if factors.ndim == 1:
         factors = factors.unsqueeze(-1)
