@@ -6,8 +6,9 @@ each. So a stacked tensor ends here; the tensors made of it have the names that 
 
 **Conv1D**, as in GPT-2, keeps ``[in, out]`` and computes what a Linear of the transposed matrix
 does, so the model has Linears in its place (:mod:`llmquant.models.names`). Packed weights are
-always the Linear's: layouts hold nothing else, and vLLM transposes only plain weights of these
-types. What stays unquantized goes back the way it came (:func:`as_kept`).
+always the Linear's, since layouts hold nothing else. By its source vLLM 0.32 turns what is called
+``.weight`` in a GPT-2 and nothing packed; no packed GPT-2 was loaded there. What stays unquantized
+goes back the way it came (:func:`as_kept`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ that lacks those linears, so types of one family share one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmquant.models.rows.architecture import Architecture, Experts, Stacked
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -36,37 +38,11 @@ def _mixture(
 _MIXTRAL = Experts("block_sparse_moe", gate="w1", up="w3", down="w2")
 _QWEN = Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj")
 # One tensor for the gates and ups of all experts, and one for their downs.
-_GRANITE = Experts(
-    "block_sparse_moe",
-    gate="w1",
-    up="w3",
-    down="w2",
-    stacked=Stacked("input_linear.weight", "output_linear.weight"),
-)
-_ARIA = Experts(
-    "mlp",
-    gate="gate_proj",
-    up="up_proj",
-    down="down_proj",
-    stacked=Stacked("experts.fc1.weight", "experts.fc2.weight", transposed=True),
-)
-_GPT_OSS = Experts(
-    "mlp",
-    gate="gate_proj",
-    up="up_proj",
-    down="down_proj",
-    stacked=Stacked(
-        "experts.gate_up_proj", "experts.down_proj", transposed=True, interleaved=True, biased=True
-    ),
-)
-_LLAMA4 = Experts(
-    "feed_forward",
-    gate="gate_proj",
-    up="up_proj",
-    down="down_proj",
-    stacked=Stacked("experts.gate_up_proj", "experts.down_proj", transposed=True),
-    weighs_inputs=True,
-)
+_GRANITE = replace(_MIXTRAL, stacked=Stacked("input_linear.weight", "output_linear.weight"))
+_ARIA = replace(_QWEN, stacked=Stacked("experts.fc1.weight", "experts.fc2.weight", transposed=True))
+_ONE_TENSOR = Stacked("experts.gate_up_proj", "experts.down_proj", transposed=True)
+_GPT_OSS = replace(_QWEN, stacked=replace(_ONE_TENSOR, interleaved=True, biased=True))
+_LLAMA4 = replace(_QWEN, inside="feed_forward", stacked=_ONE_TENSOR, weighs_inputs=True)
 _DEEPSEEK = _mixture(_QWEN, "mlp.shared_experts")
 _SHARED_GRANITE = (("model.layers.*.block_sparse_moe.router", "router.layer"),)
 
