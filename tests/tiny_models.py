@@ -105,7 +105,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "granitemoe": GraniteMoeConfig(**_LLAMA, num_local_experts=EXPERTS, num_experts_per_tok=2),
     "gpt_oss": GptOssConfig(
-        **_QWEN3, num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=4
+        **_QWEN3,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        sliding_window=4,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "truncate": False,
+        },
     ),
     "llama4_text": Llama4TextConfig(
         **_QWEN3,

@@ -79,8 +79,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"num_experts_per_token": 2},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 2},
 }
-# Kinds whose text part has a config of its own within.
-_TEXT = {"llama4": "llama4_text", "gemma3": "gemma3_text"}
 
 
 def small(kind: str, **changes: Any) -> PreTrainedConfig:

@@ -149,7 +149,7 @@ def outcome_of(kind: str, methods: Mapping[str, Mapping[str, Any]] = METHODS) ->
                 result = quantize(folder / "source", packed, recipe(changes))
             except LlmquantError as e:
                 reason = reason or brief(str(e).replace(f"{folder}/source", "the folder"))
-                if not works and not reason.startswith("NotRun"):
+                if not works:
                     break
                 continue
             linears = f"{len(result.modules)} of {len(result.modules) + len(result.skipped)}"
