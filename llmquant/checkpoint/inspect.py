@@ -6,18 +6,18 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
-from llmquant.checkpoint.manifest import MANIFEST, fallback_notes, read_manifest
+from llmquant.checkpoint.manifest import MANIFEST, Manifest, fallback_notes, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.floats import as_floats, small_floats
 from llmquant.formats.base import is_embedding
-from llmquant.formats.engines import cautions, refusals
+from llmquant.formats.engines import Beside, cautions, refusals
 from llmquant.records import GroupSizeRecord
 
 
@@ -97,27 +97,16 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         FormatError: quantized in a layout that llmquant does not read.
     """
     reader = CheckpointReader(resolve(model))
-    layout = None
-    modules: tuple[ModuleInfo, ...] = ()
-    engines: dict[str, tuple[str, ...]] = {}
-    cautioned: dict[str, tuple[str, ...]] = {}
-    others, stored = dict(reader.tensors), reader.tensors
-    kind = small_floats(reader)
-    if kind is not None:
-        layout, others = kind, dict(as_floats(reader).tensors)
-    elif quantization_of(reader) is not None:
+    layout, stored = small_floats(reader), reader.tensors
+    packed = None
+    if layout is None and quantization_of(reader) is not None:
         packed = PackedCheckpoint(reader)
-        layout, schemes = packed.layout.name, packed.schemes
-        modules = tuple(
-            ModuleInfo(name, str(scheme), packed.shape(name), packed.nbytes(name))
-            for name, scheme in schemes.items()
-        )
-        model_type = str(reader.config.get("model_type"))
-        refused = refusals(layout, schemes, model_type)
-        engines = {e: tuple(reasons) for e, reasons in refused.items()}
-        cautioned = {e: tuple(reasons) for e, reasons in cautions(layout, schemes).items()}
-        others = {name: reader.info(name) for name in packed.others}
-        stored = others
+        layout, stored = packed.layout.name, {name: reader.info(name) for name in packed.others}
+    schemes = {} if packed is None else packed.schemes
+    modules = () if packed is None else tuple(_modules(packed))
+    # Weights in small floats are counted as what they mean, and named by what they are.
+    others = stored if packed is not None else as_floats(reader).tensors
+    beside = Beside.of(reader.config, others)
     quantized = sum(math.prod(m.shape) for m in modules)
     dense_linears = [
         n
@@ -143,10 +132,18 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         weights_sha256=reader.digest(),
         recipe_sha256=manifest.recipe_sha256 if manifest else None,
         modules=modules,
-        engines=engines,
-        fallbacks=tuple(fallback_notes({n: m.fallback for n, m in manifest.modules.items()}))
-        if manifest
-        else (),
-        cautions=cautioned,
+        engines={} if packed is None else refusals(packed.layout.name, schemes, beside),
+        fallbacks=_fallbacks(manifest),
+        cautions={} if packed is None else cautions(packed.layout.name, schemes),
         regrouped=manifest.regrouped if manifest else (),
     )
+
+
+def _modules(packed: PackedCheckpoint) -> Iterator[ModuleInfo]:
+    for name, scheme in packed.schemes.items():
+        yield ModuleInfo(name, str(scheme), packed.shape(name), packed.nbytes(name))
+
+
+def _fallbacks(manifest: Manifest | None) -> tuple[str, ...]:
+    modules = manifest.modules if manifest else {}
+    return tuple(fallback_notes({name: module.fallback for name, module in modules.items()}))

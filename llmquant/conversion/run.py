@@ -26,7 +26,7 @@ from llmquant.conversion.source import (
 )
 from llmquant.errors import UsageError
 from llmquant.formats import FORMATS, Format
-from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
+from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, Beside, refusals, vllm_here
 from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype
 
 
@@ -125,7 +125,7 @@ def convert(
         bits_per_weight=checked.bits_per_weight,
         source_bytes=sum(i.nbytes for i in source.reader.tensors.values()),
         bytes_written=writer.total_bytes,
-        warnings=_warnings(target, checked, str(source.reader.config.get("model_type"))),
+        warnings=_warnings(target, checked, Beside.of(source.reader.config, source.skipped)),
         notes=(*source.notes, *left_behind(found), *own_code(folder, found)),
     )
 
@@ -182,10 +182,10 @@ def _write_weights(
     writer.finish_weights()
 
 
-def _warnings(target: Format, checked: Checked, model_type: str) -> tuple[str, ...]:
+def _warnings(target: Format, checked: Checked, beside: Beside) -> tuple[str, ...]:
     """What a user should know though nothing was lost: who will not take the result, and why."""
     if target is not DENSE:
-        refused = refusals(target.name, checked.schemes, model_type)
+        refused = refusals(target.name, checked.schemes, beside)
         everywhere, without = refused.pop(VLLM_AVX512), refused.pop(VLLM_NO_AVX512)
         here = [r for r in without if r not in everywhere] if vllm_here() == VLLM_NO_AVX512 else []
         named = {"vllm (CPU)": everywhere, VLLM_NO_AVX512: here, **refused}

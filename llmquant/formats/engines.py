@@ -14,8 +14,9 @@ than the one that serves it; :func:`vllm_here` says which of them this one is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llmquant.formats import Scheme
 from llmquant.formats.base import is_embedding
@@ -38,6 +39,8 @@ class Rule:
         lacking: only on a processor without this instruction set, one of
             :data:`llmquant.runtime.processor.INSTRUCTION_SETS`.
         models: only of these model types; of every type where it is empty.
+        but: not of these model types.
+        plain_experts: only where some experts' linears are not packed.
     """
 
     layouts: frozenset[str]
@@ -47,7 +50,49 @@ class Rule:
     embeddings: bool = False
     lacking: str | None = None
     models: frozenset[str] = frozenset()
+    but: frozenset[str] = frozenset()
+    plain_experts: bool = False
 
+    def concerns(self, layout: str, module: str, model: Beside) -> bool:
+        """Whether it is about a module of this name."""
+        return (
+            layout in self.layouts
+            and self.embeddings == is_embedding(module)
+            and (not self.experts or _EXPERT.search(module) is not None)
+            and (not self.models or bool(self.models & model.types))
+            and not self.but & model.types
+            and (not self.plain_experts or model.plain_experts)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What rules ask of a model beside its packed modules.
+
+    Attributes:
+        types: its model type, and that of its text part.
+        plain_experts: some experts' linears are not packed.
+    """
+
+    types: frozenset[str] = frozenset()
+    plain_experts: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], unpacked: Iterable[str]) -> Beside:
+        """Of a model's config and the names of what is not packed; blocks behind the last one
+        (further prediction heads) do not count, since engines do not build them here."""
+        text = config.get("text_config")
+        parts = (config, text if isinstance(text, dict) else {})
+        blocks = next((n for p in parts if isinstance(n := p.get("num_hidden_layers"), int)), None)
+        places = (m for name in unpacked if (m := _EXPERT.search(name)))
+        before = (re.findall(r"\.(\d+)\.", m.string[: m.start() + 1])[:1] for m in places)
+        return cls(
+            frozenset(str(p["model_type"]) for p in parts if "model_type" in p),
+            any(blocks is None or not index or int(index[0]) < blocks for index in before),
+        )
+
+
+NOTHING = Beside()
 
 _GPTQ = frozenset({"gptq", "gptq_v2"})
 _CT = frozenset({"compressed-tensors", "int-quantized"})
@@ -140,6 +185,13 @@ _TRANSFORMERS = (
         "transformers 5.23 cannot stack experts that are stored as int8",
         experts=True,
     ),
+    Rule(
+        _CT,
+        lambda s: True,
+        "transformers 5.23 fails at a mixture with experts that are not quantized beside linears that are",
+        plain_experts=True,
+        but=frozenset({"llama4_text"}),
+    ),
 )
 
 ENGINES: Mapping[str, tuple[Rule, ...]] = {
@@ -178,52 +230,42 @@ def vllm_here(processor: Processor | None = None) -> str | None:
 
 
 def why_not(
-    engine: str, layout: str, scheme: Scheme, module: str = "", model_type: str = ""
+    engine: str, layout: str, scheme: Scheme, module: str = "", model: Beside = NOTHING
 ) -> str | None:
     """Why an engine refuses a module of this scheme in this layout, or None; what it is called
     tells an expert's linear."""
-    expert, embedding = _EXPERT.search(module) is not None, is_embedding(module)
-    rules = (
-        r
-        for r in ENGINES[engine]
-        if layout in r.layouts
-        and r.embeddings == embedding
-        and (expert or not r.experts)
-        and (not r.models or model_type in r.models)
-    )
+    rules = (r for r in ENGINES[engine] if r.concerns(layout, module, model))
     return next((r.reason for r in rules if r.refuses(scheme)), None)
 
 
 def refusals(
-    layout: str, schemes: Mapping[str, Scheme], model_type: str = ""
-) -> dict[str, list[str]]:
-    """Engine → the distinct reasons why it would refuse a model of these modules; an empty list
-    means that it takes it."""
+    layout: str, schemes: Mapping[str, Scheme], model: Beside = NOTHING
+) -> dict[str, tuple[str, ...]]:
+    """Engine → the distinct reasons why it would refuse a model of these modules; none means that
+    it takes it."""
     kinds = {
         (scheme, _EXPERT.search(name) is not None, is_embedding(name)): name
         for name, scheme in schemes.items()
     }
     return {
-        engine: list(
+        engine: tuple(
             dict.fromkeys(
-                r
-                for k, name in kinds.items()
-                if (r := why_not(engine, layout, k[0], name, model_type))
+                r for k, name in kinds.items() if (r := why_not(engine, layout, k[0], name, model))
             )
         )
         for engine in ENGINES
     }
 
 
-def cautions(layout: str, schemes: Mapping[str, Scheme]) -> dict[str, list[str]]:
+def cautions(layout: str, schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:
     """Engine → why its answers are not the evaluated ones though it takes the model; engines that
     are exact are left out."""
     found = {
-        engine: [
+        engine: tuple(
             r.reason
             for r in rules
             if layout in r.layouts and any(r.refuses(s) for s in schemes.values())
-        ]
+        )
         for engine, rules in _CAUTIONS.items()
     }
     return {engine: reasons for engine, reasons in found.items() if reasons}

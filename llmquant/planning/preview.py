@@ -23,7 +23,7 @@ from llmquant.checkpoint.reader import TensorInfo
 from llmquant.checkpoint.shards import Stored, header
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.formats import Scheme
-from llmquant.formats.engines import cautions, refusals
+from llmquant.formats.engines import Beside, cautions, refusals
 from llmquant.kernels import choose
 from llmquant.models.architectures import Architecture
 from llmquant.models.from_folder import load_tokenizer
@@ -165,9 +165,9 @@ def make_plan(
     modules, tensors = _result(plan)
     linears = [m for m in modules if m.name != selection.embedding]
     running = parse_dtype(AUTO, "cpu")
-    model_type = str(reader.config.get("model_type"))
+    beside = Beside.of(reader.config, selection.skipped)
     return Plan(
-        model_type=model_type,
+        model_type=str(reader.config.get("model_type")),
         format=layout.name,
         modules=tuple(modules),
         skipped=selection.skipped,
@@ -175,13 +175,8 @@ def make_plan(
         source_bytes=sum(i.nbytes for i in plan.source.original.tensors.values()),
         tensor_parallel=_tensor_parallel(linears, reader.config),
         suggestions=_group_sizes(linears),
-        engines={
-            e: tuple(reasons)
-            for e, reasons in refusals(layout.name, selection.schemes, model_type).items()
-        },
-        cautions={
-            e: tuple(reasons) for e, reasons in cautions(layout.name, selection.schemes).items()
-        },
+        engines=refusals(layout.name, selection.schemes, beside),
+        cautions=cautions(layout.name, selection.schemes),
         kernels=_kernels(linears, running.dtype),
         kernels_for=Computing.of("cpu", running),
         architecture=plan.architecture,

@@ -1,4 +1,4 @@
-"""What a run writes: linears packed, everything beside them carried over byte for byte, the files
+"""What a run writes: linears packed, everything beside them carried over as it is read, the files
 beside the weights, and the proof that the folder holds what was computed."""
 
 from __future__ import annotations

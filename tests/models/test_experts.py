@@ -403,6 +403,26 @@ def test_stacked_experts_are_not_made_dense_again(tmp_path: Path) -> None:
         convert(packed, "dense", tmp_path / "c")
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "phimoe", "deepseek_v3", "llama4_text"])
+def test_whether_transformers_takes_experts_that_are_left_alone(kind: str, tmp_path: Path) -> None:
+    """Attention alone is quantized: said beforehand, and so it is."""
+    source = checkpoint(kind, tmp_path / "source")
+    wanted = recipe("rtn").updated({"include": ["*self_attn*"]})
+    planned = make_plan(source, wanted).engines["transformers"]
+    packed = quantize(source, tmp_path / "out", wanted).path
+    assert inspect(packed).engines["transformers"] == planned
+    again = convert(packed, "compressed-tensors", tmp_path / "again")
+    assert [w for w in again.warnings if w.startswith("transformers")] == [
+        f"transformers will not take it: {reason}" for reason in planned
+    ]
+    if kind == "llama4_text":
+        assert planned == ()
+        return
+    assert "fails at a mixture with experts that are not quantized" in planned[0]
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
 def test_a_recipe_that_says_nothing_of_experts_keeps_its_hash() -> None:
     off = Recipe.model_validate({"calibration": {"all_experts": False}})
     assert (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmquant import load
+from llmquant import inspect, load
 
 IDS = torch.randint(10, 4000, (2, 10), generator=torch.Generator().manual_seed(1))
 TEXT: dict[str, Any] = {
@@ -199,9 +200,65 @@ def test_a_further_prediction_head_is_carried_over(tmp_path: Path, run: Run) -> 
     assert "model.layers.1.self_attn.q_a_proj.weight" not in after
     ignored = json.loads((packed / "config.json").read_text())["quantization_config"]["ignore"]
     assert "model.layers.2.eh_proj" in ignored
+    assert inspect(packed).engines["transformers"] == ()  # its experts are not packed, nor built
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
         ours = load(packed, dtype="float32", kernel="reference")
         p, q = (m(IDS).logits.log_softmax(-1) for m in (ours, model))
     # transformers rounds its dequantized weights to the scales' bfloat16.
     assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["image_newline", "model.image_newline"])
+def test_a_tensor_beside_the_modules_is_carried_over(name: str, tmp_path: Path, run: Run) -> None:
+    """As LLaVA-NeXT has one: it is in no module that engines could be told to leave alone."""
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    write("gemma3", source)
+    edit(source, lambda tensors: tensors.update({name: torch.ones(32)}))
+    made = run("quantize", source, "-o", packed, "--method", "rtn", "--group-size", "16")
+    assert made.code == 0, made
+    assert torch.equal(load_file(packed / "model.safetensors")[name], torch.ones(32))
+    difference, largest = differences(packed)
+    assert difference < 1e-4 * largest
+
+
+def test_a_text_part_alone_is_said(tmp_path: Path, run: Run) -> None:
+    source = tmp_path / "source"
+    write("gemma3", source)
+    eyes = ("vision_tower", "multi_modal_projector")
+    edit(source, lambda ts: [ts.pop(n) for n in list(ts) if any(eye in n for eye in eyes)])
+    planned = run("plan", source, "--method", "rtn", "--group-size", "16")
+    assert planned.code == 0, planned
+    told = " ".join((planned.out + planned.err).split())
+    assert "config.json has vision_config, and the folder has the text part alone" in told
+    assert "byte for byte" not in told
+
+
+def test_an_eye_in_fp8_is_stored_as_the_numbers_that_it_means(tmp_path: Path, run: Run) -> None:
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    write("gemma3", source)
+    meant: dict[str, torch.Tensor] = {}
+
+    def in_fp8(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith("q_proj.weight")]:
+            tensors[name] = (tensors[name] * 100).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = torch.tensor(0.01)
+            if "vision" in name:
+                meant[name] = (tensors[name].float() * 0.01).half()
+
+    edit(source, in_fp8)
+    made = run("quantize", source, "-o", packed, "--method", "rtn", "--group-size", "16")
+    assert made.code == 0, made
+    (name,) = meant
+    assert f"byte for byte, but {name} as the numbers that they mean" in " ".join(
+        (made.out + made.err).split()
+    )
+    after = load_file(packed / "model.safetensors")
+    assert torch.equal(after[name], meant[name])
+    assert f"{name}_scale" not in after

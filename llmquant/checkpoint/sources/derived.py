@@ -57,6 +57,7 @@ class DerivedReader(ReaderView):
                 inner.info(one.sources[0]),
                 dtype=one.dtype,
                 shape=one.shape,
+                made=True,
                 nbytes=math.prod(one.shape) * one.dtype.itemsize,
             )
             for name, one in made.items()

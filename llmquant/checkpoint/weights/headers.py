@@ -67,13 +67,15 @@ _STRANGERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; ``stored`` is its name in the file."""
+    """What a safetensors header says of one tensor; ``stored`` is its name in the file.
+    ``made``: what is read is made of what is stored."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
     stored: str
+    made: bool = False
 
 
 def stranger(path: Path, but: tuple[bytes, ...] = ()) -> str | None:

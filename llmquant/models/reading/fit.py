@@ -23,7 +23,7 @@ from llmquant.models.reading.embeddings import Matrix, embedding_of, shape_of, w
 from llmquant.models.reading.leftovers import leftover_notes
 from llmquant.models.reading.matrices import turned, unstacked
 from llmquant.models.reading.places import Naming, naming
-from llmquant.models.reading.tower import Tower, tower_of
+from llmquant.models.reading.tower import Tower, senses_of, tower_of
 from llmquant.models.tensor_check import refuse_mismatch
 from llmquant.runtime.finite import some
 
@@ -91,11 +91,8 @@ def fitted(
     inside = [n for n in found.leftovers if tower is None or tower.holds(n)]
     outside = [n for n in found.leftovers if n not in inside]
     notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, inside))
-    if outside:
-        notes = (
-            *notes,
-            f"the text part is quantized; {len(outside)} tensors of the rest ({some(outside)}) are carried over byte for byte",
-        )
+    if tower is not None:
+        notes = (*notes, _note_on_the_rest(reader, outside))
     return Fitted(reader, model, packed, found.leftovers, notes, tower)
 
 
@@ -198,6 +195,18 @@ def _check_tensors(
             raise CheckpointError(
                 f"{reader.path}: {name} is {info.dtype}; an unquantized model's weights are floating-point"
             )
+
+
+def _note_on_the_rest(reader: CheckpointReader, outside: list[str]) -> str:
+    """Of a model that also sees: what becomes of all but its text part."""
+    if not outside:
+        return (
+            f"config.json has {some(senses_of(reader.config))}, and the folder has the text part alone: it is read here, but "
+            "whoever loads the whole model has to make up the rest, or fails"
+        )
+    made = [n for n in outside if reader.info(n).made]
+    how = f"byte for byte{f', but {some(made)} as the numbers that they mean' if made else ''}"
+    return f"the text part is quantized; {len(outside)} tensors of the rest ({some(outside)}) are carried over {how}"
 
 
 def _naming_notes(found: Naming) -> list[str]:

@@ -1,6 +1,6 @@
 """What is said of stored tensors that the model of a config has no place for.
 
-transformers leaves them out, so a run does too: they are carried over byte for byte (weights of
+transformers leaves them out, so a run does too: they are carried over as they are read (weights of
 multi-token prediction, a value head, an extra layer), and named. Which kind they are decides only
 what is said.
 """
@@ -51,7 +51,7 @@ def leftover_notes(
         )
     rest = [n for n in left if n not in scales and n not in biases]
     if rest:
-        yield f"{some(rest)}: no place in the model of config.json; kept as they are, not used, as in transformers"
+        yield f"{some(rest)}: no place in the model of config.json; kept, not used, as in transformers"
 
 
 def _lacked_bias(model: nn.Module, name: str) -> bool:

@@ -40,7 +40,7 @@ def as_stored(
     Args:
         reader: of an unquantized checkpoint.
         wanted: ``auto`` (16 bits where the checkpoint has more), ``source``, or a dtype.
-        carried: tensors that go along byte for byte, since the model has no place for them.
+        carried: tensors that go along as they are read, since the model has no place for them.
 
     Raises:
         UsageError: no such dtype.

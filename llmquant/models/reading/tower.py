@@ -2,7 +2,7 @@
 
 A run reads and quantizes it under the names that the checkpoint has (``language_model.model.…``);
 everything else (vision and audio towers, projectors, further prediction heads) has no place in it
-and is carried over byte for byte. Text alone gives the whole model and its text part the same
+and is carried over as it is read. Text alone gives the whole model and its text part the same
 numbers.
 """
 
@@ -23,6 +23,7 @@ from llmquant.models.rows.towers import PLACES, SENSES, TEXT_AS
 
 OUTSIDE_TEXT = "not part of the text model"
 _IN_MEMORY = ("model", "lm_head")
+_PREFIXES = ("", "model", "language_model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,7 @@ class Tower:
 
     def placed(self, architecture: Architecture) -> Architecture:
         """A row of the table under the checkpoint's names."""
-
-        def name(path: str) -> str:
-            return self._stored(path)
-
+        name = self._stored
         return replace(
             architecture,
             blocks=name(architecture.blocks),
@@ -86,14 +84,17 @@ class Tower:
         place = "" if rest == inside.removesuffix(".") else r"language_model\.(model\.)?"
         return f"re:.*{place}{re.escape(rest)}$"
 
-    def patterns(self, names: Iterable[str]) -> list[str]:
+    def patterns(self, modules: Iterable[str]) -> list[str]:
         """Regular expressions for modules outside the text model: engines put prefixes of their own
-        before their names, so a part of the name has to do."""
-        parts = set()
-        for name in names:
-            first, *rest = name.split(".")
-            parts.add(rest[0] if first == "model" and rest else first)
-        return [f"re:.*{part}\\..*" for part in sorted(parts)]
+        before their names, so the first part that is no such prefix has to do. A tensor beside the
+        modules has none (``model.image_newline``)."""
+        own = ([p for p in name.split(".") if p not in _PREFIXES] for name in modules)
+        return [f"re:.*{part}\\..*" for part in sorted({parts[0] for parts in own if parts})]
+
+
+def senses_of(config: Mapping[str, Any]) -> list[str]:
+    """Which keys of a config describe more than a text model."""
+    return [key for key in SENSES if config.get(key)]
 
 
 def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None:
@@ -103,8 +104,7 @@ def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None
         ArchitectureError: its text part is of a type that no causal model computes, or is not found
             among the tensors.
     """
-    senses = [key for key in SENSES if reader.config.get(key)]
-    if not senses or not isinstance(reader.config.get("text_config"), dict):
+    if not senses_of(reader.config) or not isinstance(reader.config.get("text_config"), dict):
         return None
     text = config.get_text_config()
     kind = TEXT_AS.get(text.model_type, text.model_type)
