@@ -403,15 +403,26 @@ def test_stacked_experts_are_not_made_dense_again(tmp_path: Path) -> None:
         convert(packed, "dense", tmp_path / "c")
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "phimoe", "deepseek_v3", "llama4_text"])
-def test_whether_transformers_takes_experts_that_are_left_alone(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("mixtral", {}),
+        ("mixtral", {"format": "int-quantized", **INT8}),
+        ("phimoe", {}),
+        ("deepseek_v3", {}),
+        ("llama4_text", {}),
+    ],
+)
+def test_whether_transformers_takes_experts_that_are_left_alone(
+    kind: str, spec: dict[str, object], tmp_path: Path
+) -> None:
     """Attention alone is quantized: said beforehand, and so it is."""
     source = checkpoint(kind, tmp_path / "source")
-    wanted = recipe("rtn").updated({"include": ["*self_attn*"]})
+    wanted = recipe("rtn").updated({"include": ["*self_attn*"], **spec})
     planned = make_plan(source, wanted).engines["transformers"]
     packed = quantize(source, tmp_path / "out", wanted).path
     assert inspect(packed).engines["transformers"] == planned
-    again = convert(packed, "compressed-tensors", tmp_path / "again")
+    again = convert(packed, wanted.format, tmp_path / "again")
     assert [w for w in again.warnings if w.startswith("transformers")] == [
         f"transformers will not take it: {reason}" for reason in planned
     ]
@@ -481,19 +492,21 @@ def test_transformers_own_loader_computes_the_same(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("layout", "spec", "engine", "words"),
+    ("layout", "spec", "engine", "words", "of_attention"),
     [
         pytest.param(
             "compressed-tensors",
             {},
             VLLM_AVX512,
             "no kernel for experts of 4 bits",
+            None,
             id="vllm, compressed-tensors",
         ),
         pytest.param(
             "gptq",
             {"weights.group_size": 16},
             VLLM_AVX512,
+            "no groups of 16",
             "no groups of 16",
             id="vllm, gptq as ever",
         ),
@@ -502,21 +515,23 @@ def test_transformers_own_loader_computes_the_same(kind: str, tmp_path: Path) ->
             INT8,
             "transformers",
             "stored as int8",
+            "experts that are not quantized",
             id="transformers, int8",
         ),
     ],
 )
 def test_what_engines_refuse_of_experts(
-    layout: str, spec: dict[str, object], engine: str, words: str, tmp_path: Path
-) -> None:
+    layout: str, spec: dict[str, object], engine: str, words: str, of_attention: str | None,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     source = save("mixtral", tmp_path / "source")
     everything = Recipe(method="rtn", format=layout).updated({"weights.group_size": 16, **spec})
     (reason,) = make_plan(source, everything).engines[engine]
     assert words in reason
-    attention = make_plan(source, everything.updated({"include": ("*.self_attn.*",)})).engines[
-        engine
-    ]
-    assert attention == (() if "groups" not in words else (reason,))
+    attention = make_plan(source, everything.updated({"include": ("*.self_attn.*",)}))
+    refused = attention.engines[engine]
+    assert len(refused) == (of_attention is not None)
+    assert all((of_attention or "") in reason for reason in refused)
 
 
 def test_a_quantized_head_of_another_name(tmp_path: Path) -> None:

@@ -23,16 +23,12 @@ REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class CostRun:
-    """How a model is measured: where and with what, and how many tokens how often."""
+class CostRun(Conditions):
+    """How a model is measured for a report."""
 
-    dtype: str = "auto"
-    device: str = "cpu"
-    kernel: str = "auto"
-    threads: int | None = None
-    prompt_tokens: int = PROMPT_TOKENS
     new_tokens: int = NEW_TOKENS
     repeats: int = REPEATS
+    prompt_tokens: int = PROMPT_TOKENS
 
 
 def measure_cost(path: Path, run: CostRun) -> Cost:
@@ -49,12 +45,9 @@ def measure_cost(path: Path, run: CostRun) -> Cost:
         raise UsageError(
             f"{path} takes {positions} tokens: too few for {run.new_tokens} new ones; give --no-cost"
         )
-    conditions = Conditions(
-        run.dtype, run.device, run.kernel, run.threads, run.new_tokens, run.repeats
-    )
     point = Point(prompt_tokens=prompt_tokens, batch_size=1)
     try:
-        times = measure_apart(path, [point], conditions)
+        times = measure_apart(path, [point], run)
     except LlmquantError as e:
         raise LlmquantError(f"{e}\nPass --no-cost to evaluate its quality alone") from e
     timing = times.timings[0]

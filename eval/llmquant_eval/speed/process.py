@@ -51,7 +51,7 @@ class Conditions:
 
     def arguments(self) -> list[str]:
         """The options of ``python -m llmquant_eval.speed.process`` that say the same."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {field.name: getattr(self, field.name) for field in fields(Conditions)}
         return [
             word
             for name, value in given.items()

@@ -69,14 +69,14 @@ def validate_command(
     plan.check_profile(profile, output, read, overwrite=overwrite)
     baseline = None if reference is None else plan.read_reference(reference, read)
     # fmt: off
-    computing = plan.Computing(
+    execution = plan.Execution(
         dtype, device, kernel, threads, batch_size, tokenizer, retry_for, profile is not None,
     )
     # fmt: on
     generation = Generation(max_tokens, temperature, seed, raw)
     names = plan.Chosen(metric or (), scorer or (), lower_is_better or ())
     with _kept_when_interrupted(), stages(quiet or as_json) as (progress, tell):
-        run = plan.plan_run(model, read, generation, computing, names, progress, tell)
+        run = plan.plan_run(model, read, generation, execution, names, progress, tell)
         results = run.results(
             output, restart=restart, text=not no_text, reference=baseline, profile=profile
         )

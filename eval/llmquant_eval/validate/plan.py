@@ -20,7 +20,7 @@ from llmquant_eval.validate.run import Progress, Run, Tell, Wanted, journal_of
 
 
 @dataclass(frozen=True, slots=True)
-class Computing:
+class Execution:
     """Where and how the model runs; ``tokenizer`` and ``retry_for`` are for servers. ``observing``:
     answers are observed for a drift profile."""
 
@@ -93,7 +93,7 @@ def plan_run(
     model: str,
     data: Data,
     generation: Generation,
-    computing: Computing,
+    execution: Execution,
     names: Chosen,
     progress: Progress,
     tell: Tell,
@@ -106,10 +106,10 @@ def plan_run(
     """
     import llmquant
 
-    llmquant.set_threads(computing.threads)
+    llmquant.set_threads(execution.threads)
     scorers = [load_scorer(source) for source in names.scorers]
     chosen(names.metrics, thinks=True)  # a wrong name is told before a server is asked
-    engine = _engine(model, generation, computing, tell)
+    engine = _engine(model, generation, execution, tell)
     metrics = chosen(names.metrics, thinks=engine.thinks)
     fitting = [m for m in metrics if any(map(m.applies, data.examples))]
     _check_fit(names, [m.name for m in fitting], data)
@@ -123,7 +123,7 @@ def plan_run(
     for key in data.unknown:
         tell(f"key {key!r} of {data.source} is not used{'; scorers see it' if scorers else ''}")
     kept = [m for m in fitting if m.name not in without]
-    wanted = Wanted(kept, generation, scorers, names.lower, computing.observing)
+    wanted = Wanted(kept, generation, scorers, names.lower, execution.observing)
     return Run(engine, data, wanted, progress, tell)
 
 
@@ -141,23 +141,23 @@ def _check_fit(names: Chosen, fitting: Sequence[str], data: Data) -> None:
             raise UsageError(f"--lower-is-better {name} is for metrics of your own scorers")
 
 
-def _engine(model: str, generation: Generation, computing: Computing, tell: Tell) -> Engine:
+def _engine(model: str, generation: Generation, execution: Execution, tell: Tell) -> Engine:
     from transformers.utils import logging as transformers_logging
 
     from llmquant_eval.validate.engines.local import TOGETHER, LocalEngine
     from llmquant_eval.validate.engines.served import ServedEngine
 
     transformers_logging.disable_progress_bar()
-    (found,) = resolve_models([model], Contact(patience=computing.retry_for, tell=tell))
+    (found,) = resolve_models([model], Contact(patience=execution.retry_for, tell=tell))
     if isinstance(found, ServedModel):
-        if computing.observing:
+        if execution.observing:
             raise UsageError(
                 f"--profile needs the model's own tokens, which {model} does not show; give the model folder, "
                 "or make the profile while serving: llmquant monitor LOG --profile FILE"
             )
-        return ServedEngine(found, generation, computing.tokenizer)
-    if computing.tokenizer is not None:
+        return ServedEngine(found, generation, execution.tokenizer)
+    if execution.tokenizer is not None:
         raise UsageError("--tokenizer is for served models; a model folder has its own")
-    where = (computing.dtype, computing.device, computing.kernel)
-    together = computing.batch_size or TOGETHER
-    return LocalEngine(found, generation, where, together, observing=computing.observing)
+    where = (execution.dtype, execution.device, execution.kernel)
+    together = execution.batch_size or TOGETHER
+    return LocalEngine(found, generation, where, together, observing=execution.observing)

@@ -43,6 +43,13 @@ def original_cells(model: ModelResult, spent: Spent) -> list[str]:
     return [ORIGINAL, f"perplexity {perplexity}", *shape, duration(spent.wall)]
 
 
+def without_empty(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns that have something in some row, and the rows under them: speed is measured only
+    where it decides."""
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] not in ("", ABSENT) for row in rows)]
+    return [COLUMNS[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def _numbers(model: ModelResult | None) -> list[str]:
     if model is None:
         return [ABSENT] * 3
@@ -121,7 +128,7 @@ def _tried(report: AutoReport) -> list[str]:
     """A row for the original and for every rung."""
     rows = [original_cells(report.baseline, report.baseline_spent)]
     rows += [cells(rung) for rung in report.rungs]
-    return _rows(COLUMNS, rows, [f"**{plain(report.chosen)}**" if report.chosen else "", ""])
+    return _rows(*without_empty(rows), [f"**{plain(report.chosen)}**" if report.chosen else "", ""])
 
 
 def _rows(

@@ -13,6 +13,7 @@ from llmquant_eval.auto.answer.render import (
     cells,
     duration,
     original_cells,
+    without_empty,
 )
 from llmquant_eval.auto.schema import AutoReport, Rung, Spent
 from llmquant_eval.report.results import ModelResult
@@ -114,8 +115,9 @@ def show(report: AutoReport) -> None:
 
 def _table(lines: Sequence[Sequence[str]], styles: dict[str, str]) -> Table:
     table = plain_table()
-    for i, name in enumerate(COLUMNS):
+    columns, kept = without_empty(lines)
+    for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i != 1)
-    for line in lines:
+    for line in kept:
         table.add_row(*line, style=styles.get(line[0], ""))
     return table
