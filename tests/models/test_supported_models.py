@@ -134,10 +134,11 @@ def test_every_linear_is_packed_and_the_logits_are_the_dense_ones(kind, method, 
     with torch.no_grad():
         stacked, wanted = with_dense_weights(source, packed, kind)
         got = load(packed, dtype="float32", kernel="reference")(IDS).logits
-    assert torch.equal(got, wanted)
-    assert kind in ROUTERS or torch.equal(
-        wanted, stacked
-    )  # experts: another order of sums, so tested in float64 elsewhere
+    if kind in ROUTERS:  # sums of a few rows take another order by where the weight lies in memory
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
+    else:
+        assert torch.equal(got, wanted)
+        assert torch.equal(wanted, stacked)
     assert json.loads((packed / "config.json").read_text())["model_type"] == kind
 
 
