@@ -58,11 +58,14 @@ GRIDS = {
     for g in (
         Grid(4, 128),
         Grid(4, 128, symmetric=False),
+        Grid(4, 64),
         Grid(4, 32),
+        Grid(4, 32, symmetric=False),
         Grid(4, -1),
         Grid(3, 32),
         Grid(3, 128),
         Grid(2, 32),
+        Grid(8, -1),
     )
 }
 MIXED = "llmquant gptq; mixed within the same size"
