@@ -64,11 +64,19 @@ struct Instructions {
   void (*decode)(const Weight&, int64_t tile, int64_t first, int64_t count, float* panel);
   // y[rows][16] += x[count][rows] * panel[count][16]; 1 <= rows <= most_rows.
   void (*multiply)(const float* panel, const float* x, int64_t count, int rows, float* y);
-  // Attention of one query [dim] over `count` keys and values, rows of `type` that are `stride` numbers apart; scores[count] is scratch.
+  // Attention of one query [dim] over `count` keys and values, rows of `type` that are `stride` numbers apart; of those where the
+  // mask, if there is one, is not 0. scores[count] is scratch.
   void (*attend)(const float* query, const void* keys, const void* values, int32_t type, int64_t count, int64_t key_stride,
-                 int64_t value_stride, int64_t dim, float scaling, float* scores, float* out);
+                 int64_t value_stride, int64_t dim, float scaling, const uint8_t* mask, float* scores, float* out);
+  // scores[t][16] of 16 queries become e^(score - the query's largest), for t in [first, last); sums[16] of them. Query i sees t where
+  // mask[t][i] is not 0; without a mask, up to diagonal + i.
+  void (*softmax_columns)(float* scores, int64_t first, int64_t last, int64_t diagonal, const uint8_t* mask, float* sums);
   // gate[i] = silu(gate[i]) * up[i]; count a multiple of 16.
   void (*silu_times)(float* gate, const float* up, int64_t count);
+  // to = weight * x / root mean square of x; may be in place.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t count, float* to);
+  // x cos + rotate_half(x) sin of one head, in place.
+  void (*rotate)(float* head, const float* cos, const float* sin, int64_t dim);
 };
 
 }  // namespace llmquant

@@ -1,11 +1,11 @@
-"""One decoding step of a Llama-like decoder block in two compiled calls, instead of some sixty
-small torch operations.
+"""A Llama-like decoder block in two compiled calls, instead of some sixty torch operations.
 
 With one sequence and one new token the linears of a small model take less time than what stands
 between them: norms, rotary embedding, attention over a few hundred rows, residuals, and Python's
-share of calling all that. :class:`Step` does the block as csrc/cpu does its linears, in float32
-inside whatever the dtype outside; between its two halves the caller adds keys and values to the
-cache.
+share of calling all that. With many rows, a prompt or several sequences, torch's attention and what
+reads and writes the hidden states once more for each small operation take a third of the time.
+:class:`Step` does the block as csrc/cpu does its linears, in float32 inside whatever the dtype
+outside; between its two halves the caller adds keys and values to the cache.
 """
 
 from __future__ import annotations
@@ -36,6 +36,18 @@ class _Block(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (*LINEARS, *_VECTORS)),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_float) for name in ("eps", "scaling")),
+    ]
+
+
+class _Seen(ctypes.Structure):
+    """``llmquant::Seen`` of csrc/cpu/block.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        ("count", ctypes.c_int64),
+        ("strides", ctypes.c_int64 * 6),
+        ("mask", ctypes.c_void_p),
+        ("mask_strides", ctypes.c_int64 * 2),
     ]
 
 
@@ -182,6 +194,101 @@ class Step:
             TYPES[hidden.dtype],
             keys.shape[2],
             strides,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def takes_many(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> bool:
+        """Whether :meth:`before_many` and :meth:`after_many` can read these tensors as they are:
+        hidden ``[sequences, tokens, width]``, angles of one sequence or of each, mask bool
+        ``[1 or sequences, 1, tokens, n]``."""
+        if self._buffers["q"]["words"] is not self._words:
+            self._link()
+        sequences, tokens = hidden.shape[:2]
+        angles = {(n, tokens, self.shape.head_dim) for n in (1, sequences)}
+        return (
+            hidden.dtype in TYPES
+            and hidden.is_cpu
+            and hidden.is_contiguous()
+            and hidden.shape[2] == self._kinds["q"][1][1]
+            and all(
+                t.dtype is hidden.dtype and tuple(t.shape) in angles and t.is_contiguous()
+                for t in (cos, sin)
+            )
+            and cos.shape == sin.shape
+            and (
+                mask is None
+                or (
+                    mask.dtype is torch.bool
+                    and mask.is_cpu
+                    and mask.dim() == 4
+                    and mask.shape[1:3] == (1, tokens)
+                    and mask.shape[0] in (1, sequences)
+                    and mask.stride(3) == 1
+                )
+            )
+        )
+
+    def before_many(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[sequences, tokens, width]`` → query float32 ``[rows, heads * head_dim]``, key and
+        value ``[sequences, kv_heads, tokens, head_dim]``, rotated."""
+        s = self.shape
+        sequences, tokens = hidden.shape[:2]
+        query = torch.empty(sequences * tokens, s.heads * s.head_dim, dtype=torch.float32)
+        key = hidden.new_empty((sequences, s.kv_heads, tokens, s.head_dim))
+        value = torch.empty_like(key)
+        native.loaded().llmquant_prompt_before(
+            native.instruction_number(),
+            self._address,
+            sequences,
+            tokens,
+            TYPES[hidden.dtype],
+            hidden.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            0 if cos.shape[0] == 1 else tokens * s.head_dim,
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return query, key, value
+
+    def after_many(
+        self, hidden: Tensor, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The block's output; keys and values ``[sequences, kv_heads, n, head_dim]``. Overwrites
+        the query.
+
+        Args:
+            mask: which of the n keys each token sees; None: its own and those before it, where the
+                last token's is the last.
+        """
+        if mask is not None and mask.shape[3] != keys.shape[2]:
+            raise ValueError(f"a mask of {mask.shape[3]} keys was given for {keys.shape[2]}")
+        dtype = hidden.dtype
+        if any(t.dtype is not dtype or t.stride(3) != 1 for t in (keys, values)):
+            keys, values = keys.to(dtype).contiguous(), values.to(dtype).contiguous()
+        seen = _Seen(
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[2],
+            (ctypes.c_int64 * 6)(*keys.stride()[:3], *values.stride()[:3]),
+            None if mask is None else mask.data_ptr(),
+        )
+        if mask is not None:
+            seen.mask_strides[0] = 0 if mask.shape[0] == 1 else mask.stride(0)
+            seen.mask_strides[1] = mask.stride(2)
+        out = torch.empty_like(hidden)
+        native.loaded().llmquant_prompt_after(
+            native.instruction_number(),
+            self._address,
+            *hidden.shape[:2],
+            TYPES[dtype],
+            hidden.data_ptr(),
+            query.data_ptr(),
+            ctypes.byref(seen),
             out.data_ptr(),
             torch.get_num_threads(),
         )

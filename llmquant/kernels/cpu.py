@@ -133,7 +133,7 @@ def eager(x: Tensor) -> bool:
 def _product(x: Tensor, weight: Packed) -> Tensor:
     """``[..., in]`` → ``[..., out]``, by the kernel's own product or by torch's over decoded
     tiles."""
-    if x.numel() // weight.in_ >= _rows_for_torch(x.dtype):
+    if x.numel() // weight.in_ >= rows_for_torch(x.dtype):
         return _by_torch(x, weight)
     return native.linear(x, weight)
 
@@ -182,7 +182,7 @@ def _by_torch(x: Tensor, weight: Packed) -> Tensor:
 
 
 @cache
-def _rows_for_torch(dtype: torch.dtype) -> int:
+def rows_for_torch(dtype: torch.dtype) -> int:
     """From how many rows on ``torch.mm`` over decoded tiles is faster here; measured where it can
     be, which takes some 50 ms."""
     processor = this_processor()

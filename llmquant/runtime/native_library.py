@@ -39,6 +39,8 @@ def library() -> ctypes.CDLL | None:
         "llmquant_decode": [i, p, n, n, i, p, n, i],
         "llmquant_block_before_attention": [i, p, p, p, p, i, p, p, p, i],
         "llmquant_block_after": [i, p, p, p, p, p, i, n, p, p, i],
+        "llmquant_prompt_before": [i, p, n, n, i, p, p, p, n, p, p, p, i],
+        "llmquant_prompt_after": [i, p, n, n, i, p, p, p, p, i],
         "llmquant_blocks_step": [i, p, n, p, p, p, i, p, p, p, p, i],
         "llmquant_int8_linear": [i, p, p, n, i, p, i],
         "llmquant_fit": [i, p, i],

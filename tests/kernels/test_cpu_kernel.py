@@ -169,7 +169,7 @@ def test_blocks_of_rows_join_without_a_seam(rows, instruction_set, monkeypatch):
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_the_product_by_torch_reads_the_same_weight(make, dtype, instruction_set, monkeypatch):
     w = make()
-    monkeypatch.setattr(cpu_module, "_rows_for_torch", lambda _: 1)
+    monkeypatch.setattr(cpu_module, "rows_for_torch", lambda _: 1)
     monkeypatch.setattr(
         cpu_module, "_TILE_BYTES", 32 * w.shape[1]
     )  # a tiny tile makes many of them
@@ -185,7 +185,7 @@ def test_where_torch_may_win_its_rows_are_measured(dtype, needed, monkeypatch):
     sides of it work."""
     fast = processor_of("x86_64", "some", frozenset({"avx2", "fma", "avx512f", needed}), {})
     monkeypatch.setattr(cpu_module, "this_processor", lambda: fast)
-    measure = cpu_module._rows_for_torch.__wrapped__
+    measure = cpu_module.rows_for_torch.__wrapped__
     found = measure(dtype)
     assert found in (16, 32, 64, 128, 256, 512, cpu_module._NEVER)
     assert measure(FP16) == cpu_module._NEVER

@@ -12,7 +12,7 @@ computes something else is left alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ _WHERE = {
     "down": "mlp.down_proj",
 }
 _POSITIONS = 5  # in the cache of a trial
+_TRIAL = 2, 6  # sequences and tokens of a trial of many rows
 # of a trial: some hundred roundings of float32, far below what a scale, a norm or a cap left out
 # would change
 _TOLERANCE = 2e-5
@@ -109,10 +110,12 @@ def _install(layer: Any, model: PreTrainedModel) -> str | None:
         return f"it is not built as expected ({e})"
     if step is None:
         return "its linears are not all packed for kernel cpu, or its parts are others than a Llama block's"
-    plain = layer.forward
-    fast = BlockForward(step, plain, layer.self_attn.layer_idx)
-    if not _agree(fast, plain, model, layer.self_attn):
+    fast = BlockForward(step, layer.forward, layer.self_attn.layer_idx)
+    if not _agree(fast, model, (1, 1), None):
         return "a trial gave other numbers"
+    fast.many = _many_agree(fast, model)
+    if not fast.many:
+        log.info("block %d reads prompts by transformers' code: a trial gave other numbers", fast.index)
     layer.forward = fast
     return None
 
@@ -155,33 +158,50 @@ def _step_of(layer: Any, model: PreTrainedModel) -> Step | None:
     )
 
 
+def _many_agree(fast: BlockForward, model: PreTrainedModel) -> bool:
+    """Whether both compute many rows alike: two prompts, and what follows two of which one is
+    padded."""
+    if model.config._attn_implementation != "sdpa":
+        return False
+    sequences, tokens = _TRIAL
+    mask = torch.ones(sequences, 1, tokens, _POSITIONS + tokens, dtype=torch.bool)
+    mask = mask.tril(_POSITIONS)
+    mask[1, ..., :2] = False
+    return _agree(fast, model, _TRIAL, None) and _agree(fast, model, _TRIAL, mask)
+
+
 def _agree(
-    fast: BlockForward, plain: Callable[..., Any], model: PreTrainedModel, attention: Any
+    fast: BlockForward, model: PreTrainedModel, size: tuple[int, int], mask: Tensor | None
 ) -> bool:
-    """Whether both give the same output for a random token behind a random cache, in float32 and up
-    to its rounding."""
+    """Whether both give the same output for random tokens, in float32 and up to its rounding.
+
+    Args:
+        size: sequences and tokens of each.
+        mask: given where they come behind a random cache; a single token always does.
+    """
     shape = fast.step.shape
     random = torch.Generator().manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
         return torch.randn(*size, generator=random)
 
-    hidden = drawn(1, 1, model.config.get_text_config().hidden_size)
-    angles = drawn(1, 1, shape.head_dim // 2).repeat(1, 1, 2) * 6
-    keys, values = (drawn(1, shape.kv_heads, _POSITIONS, shape.head_dim) for _ in range(2))
+    hidden = drawn(*size, model.config.get_text_config().hidden_size)
+    angles = drawn(1, size[1], shape.head_dim // 2).repeat(1, 1, 2) * 6
+    held = (size[0], shape.kv_heads, _POSITIONS, shape.head_dim)
+    keys, values = drawn(*held), drawn(*held)
     outputs = []
     with torch.inference_mode():
-        for forward in (plain, fast):
+        for forward in (fast.plain, fast):
             cache = DynamicCache(config=model.config)
-            cache.update(keys.clone(), values.clone(), attention.layer_idx)
-            positions = (angles.cos(), angles.sin())
+            if mask is not None or size == (1, 1):
+                cache.update(keys.clone(), values.clone(), fast.index)
             outputs.append(
                 forward(
                     hidden.clone(),
-                    attention_mask=None,
+                    attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
-                    position_embeddings=positions,
+                    position_embeddings=(angles.cos(), angles.sin()),
                 )
             )
     exact, tried = outputs

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llmquant.errors import LlmquantError
 from llmquant.kernels.block import Step, Steps
+from llmquant.kernels.cpu import eager, rows_for_torch
 
 _SPARE = "llmquant_spare"  # attribute of a cache layer
 # Tokens; or a quarter of what is held, if that is more: a token is moved a constant number of
@@ -32,11 +33,19 @@ _LEAST_SPARE = 256
 
 
 class BlockForward:
-    """A block's ``forward``: the compiled step for one token of one sequence, the plain one for
-    everything else."""
+    """A block's ``forward``: the compiled step for one token of one sequence, the compiled block
+    for many rows, the plain one for everything else.
 
-    def __init__(self, step: Step, plain: Callable[..., Any], index: int) -> None:
-        self.step, self.plain, self.index = step, plain, index
+    Args:
+        plain: the block's own ``forward``, a bound method.
+        index: of the block's layer in a cache.
+        many: whether many rows may be computed in compiled code.
+    """
+
+    def __init__(
+        self, step: Step, plain: Any, index: int, many: bool = True
+    ) -> None:
+        self.step, self.plain, self.index, self.many = step, plain, index, many
         self.run: Run | None = None
 
     def __call__(
@@ -54,15 +63,12 @@ class BlockForward:
             if done is not None:
                 return done
         if (
-            attention_mask is not None
-            or past_key_values is None
-            or position_embeddings is None
-            or hidden_states.shape[:2] != (1, 1)
-            or not self.step.takes(hidden_states, *position_embeddings)
+            position_embeddings is None
+            or not eager(hidden_states)
             or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
             or kwargs.get("output_attentions")
             or kwargs.get("output_hidden_states")
+            or not self._takes(hidden_states, attention_mask, past_key_values, position_embeddings)
         ):
             return self.plain(
                 hidden_states,
@@ -73,6 +79,8 @@ class BlockForward:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+        if attention_mask is not None or past_key_values is None or hidden_states.shape[:2] != (1, 1):
+            return self._many(hidden_states, attention_mask, past_key_values, position_embeddings)
         if self.run is not None and self.run.starts_with(self):
             done = self.run.begin(hidden_states, position_embeddings, past_key_values)
             if done is not None:
@@ -80,6 +88,45 @@ class BlockForward:
         query, key, value = self.step.before(hidden_states, *position_embeddings)
         keys, values = past_key_values.update(key, value, self.index)
         return self.step.after(hidden_states, query, keys, values)
+
+    def _takes(
+        self, hidden: Tensor, mask: Tensor | None, cache: Any, position: tuple[Tensor, Tensor]
+    ) -> bool:
+        """Whether compiled code computes what is asked for, of one row or of many."""
+        if mask is None and cache is not None and hidden.shape[:2] == (1, 1):
+            return self.step.takes(hidden, *position)
+        return (
+            self.many
+            and hidden.dim() == 3
+            and self.plain.__self__.self_attn.config._attn_implementation == "sdpa"
+            and hidden.shape[0] * hidden.shape[1] < rows_for_torch(hidden.dtype)
+            and self.step.takes_many(hidden, *position, mask)
+            # Without a mask, each token sees those before it in this call: there may be no others.
+            and (mask is not None or hidden.shape[1] == 1 or not _held(cache, self.index))
+            and not _hooked(self.plain)
+        )
+
+    def _many(
+        self, hidden: Tensor, mask: Tensor | None, cache: Any, position: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        query, keys, values = self.step.before_many(hidden, *position)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.index)
+        if mask is None and hidden.shape[1] > 1:  # a cache of fixed length gives what is empty too
+            keys, values = (t[:, :, : hidden.shape[1]] for t in (keys, values))
+        return self.step.after_many(hidden, query, keys, values, mask)
+
+
+def _held(cache: Any, index: int) -> bool:
+    """Whether a cache has tokens of this block already."""
+    return cache is not None and bool(cache.get_seq_length(index) != 0)
+
+
+def _hooked(forward: Any) -> bool:
+    """Whether somebody looks into the block that this ``forward`` is a method of."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks for m in forward.__self__.modules() if m is not forward.__self__
+    )
 
 
 @dataclass(slots=True)
