@@ -95,17 +95,19 @@ class Attention {
     for (int64_t k = 0; k < dim; ++k)
       for (int64_t i = 0; i < kRows; ++i) panel[k * kRows + i] = i < lanes ? queries[i * wide + k] * b_.scaling : 0.0f;
     const float* packed = packed_.get() + (sequence * b_.kv_heads + head / (b_.heads / b_.kv_heads)) * size_;
-    std::fill(scores + first * kRows, scores + (last + rows) * kRows, 0.0f);
-    for (int64_t t = first; t < last; t += rows) with_.multiply(panel, packed + t * dim, dim, static_cast<int>(rows), scores + t * kRows);
+    for (int64_t t = first; t < last; t += rows) {
+      with_.multiply(panel, packed + t * dim, dim, static_cast<int>(rows), nullptr, scores + t * kRows, kRows);
+    }
     with_.softmax_columns(scores, first, last, diagonal, sight ? sight->mask.data() : nullptr, totals);
-    std::fill(sums, sums + dim * kRows, 0.0f);
     const float* values = packed + key_size_;
     for (int64_t start = first; start < last; start += kPanel) {
       const int64_t count = std::min<int64_t>(kPanel, last - start);
       for (int64_t pass = 0; pass < dims_.count; ++pass) {
         const int64_t at = dims_.first(pass), size = dims_.size(pass);
+        float* sum = sums + at * kRows;
         with_.multiply(
-            scores + start * kRows, values + at * seen_.count + start * size, count, static_cast<int>(size), sums + at * kRows);
+            scores + start * kRows, values + at * seen_.count + start * size, count, static_cast<int>(size),
+            start == first ? nullptr : sum, sum, kRows);
       }
     }
     for (int64_t i = 0; i < lanes; ++i)

@@ -262,10 +262,12 @@ static void decode(const Weight& w, int64_t tile, int64_t first, int64_t count, 
 }
 
 template <int ROWS>
-static void multiply_rows(const float* panel, const float* x, int64_t count, float* y) {
-  vf sum[ROWS][kVectors];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(y + r * kRows + v * LANES);
+static void multiply_rows(const float* panel, const float* x, int64_t count, const float* from, float* to, int64_t stride) {
+  vf sum[ROWS][kVectors] = {};
+  if (from) {
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = load(from + r * kRows + v * LANES);
+  }
   for (int64_t k = 0; k < count; ++k, panel += kRows, x += ROWS) {
     vf column[kVectors];
     for (int v = 0; v < kVectors; ++v) column[v] = load(panel + v * LANES);
@@ -275,7 +277,7 @@ static void multiply_rows(const float* panel, const float* x, int64_t count, flo
     }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVectors; ++v) store(y + r * kRows + v * LANES, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(to + r * stride + v * LANES, sum[r][v]);
 }
 
 #if LANES == 16
@@ -287,13 +289,14 @@ constexpr int kMostRows = 3;
 #endif
 
 template <int ROWS = kMostRows>
-static inline ALWAYS void multiply_up_to(const float* panel, const float* x, int64_t count, int rows, float* y) {
-  if (rows == ROWS) return multiply_rows<ROWS>(panel, x, count, y);
-  if constexpr (ROWS > 1) multiply_up_to<ROWS - 1>(panel, x, count, rows, y);
+static inline ALWAYS void multiply_up_to(
+    const float* panel, const float* x, int64_t count, int rows, const float* from, float* to, int64_t stride) {
+  if (rows == ROWS) return multiply_rows<ROWS>(panel, x, count, from, to, stride);
+  if constexpr (ROWS > 1) multiply_up_to<ROWS - 1>(panel, x, count, rows, from, to, stride);
 }
 
-static void multiply(const float* panel, const float* x, int64_t count, int rows, float* y) {
-  multiply_up_to<>(panel, x, count, rows, y);
+static void multiply(const float* panel, const float* x, int64_t count, int rows, const float* from, float* to, int64_t stride) {
+  multiply_up_to<>(panel, x, count, rows, from, to, stride);
 }
 
 }  // namespace INSTRUCTIONS

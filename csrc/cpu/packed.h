@@ -62,8 +62,9 @@ struct Instructions {
   void (*spread)(const Weight&, const float* x, float* spread, float* sums);
   // Decoded weights of stored columns [first, first + count) of a tile: panel[count][16].
   void (*decode)(const Weight&, int64_t tile, int64_t first, int64_t count, float* panel);
-  // y[rows][16] += x[count][rows] * panel[count][16]; 1 <= rows <= most_rows.
-  void (*multiply)(const float* panel, const float* x, int64_t count, int rows, float* y);
+  // to = from[rows][16], or 0 where that is null, + x[count][rows] * panel[count][16]; 1 <= rows <= most_rows. Rows of `to` are `stride`
+  // floats apart.
+  void (*multiply)(const float* panel, const float* x, int64_t count, int rows, const float* from, float* to, int64_t stride);
   // Attention of one query [dim] over `count` keys and values, rows of `type` that are `stride` numbers apart; of those where the
   // mask, if there is one, is not 0. scores[count] is scratch.
   void (*attend)(const float* query, const void* keys, const void* values, int32_t type, int64_t count, int64_t key_stride,

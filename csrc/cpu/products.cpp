@@ -1,6 +1,5 @@
 #include "products.h"
 
-#include <cstring>
 #include <vector>
 
 #include "numbers.h"
@@ -35,14 +34,14 @@ struct Output {
   int32_t type;
   int64_t stride;  // between rows, in numbers
 
+  // Where the numbers of a tile can be written as they are; null: they must be put.
+  float* place(const Weight& w, int64_t row, int64_t tile) const {
+    if (type != kFloat32 || bias || (tile + 1) * kRows > w.out) return nullptr;
+    return static_cast<float*>(y) + row * stride + tile * kRows;
+  }
+
   void put(const Weight& w, int64_t row, int64_t tile, const float* values) const {
     const int64_t first = tile * kRows, count = std::min<int64_t>(kRows, w.out - first), at = row * stride + first;
-    if (type == kFloat32 && !bias) {
-      float* to = static_cast<float*>(y) + at;
-      if (count == kRows) std::memcpy(to, values, sizeof(float) * kRows);
-      else std::copy(values, values + count, to);
-      return;
-    }
     for (int64_t i = 0; i < count; ++i) {
       // A bias is added to the rounded product, as torch adds it.
       float value = values[i];
@@ -119,23 +118,28 @@ void pack_rows(const Weight& w, const Rows& from, int64_t row, const Passes& pas
 void tiles_of_rows(
     const Instructions& with, const Weight& w, int64_t first, int64_t last, const float* packed, const Passes& passes, int64_t row,
     const Output& to) {
-  const int64_t padded = w.padded_in();
-  float* sums = scratch(static_cast<size_t>((last - first) * passes.rows * kRows), 2);
-  std::fill(sums, sums + (last - first) * passes.rows * kRows, 0.0f);
+  const int64_t padded = w.padded_in(), size = passes.rows * kRows;
+  float* sums = scratch(static_cast<size_t>((last - first) * size), 2);
   alignas(64) float panel[kPanel * kRows];
   for (int64_t start = 0; start < padded; start += kPanel) {
     const int64_t count = std::min<int64_t>(kPanel, padded - start);
     for (int64_t tile = first; tile < last; ++tile) {
       with.decode(w, tile, start, count, panel);
-      float* sum = sums + (tile - first) * passes.rows * kRows;
+      float* sum = sums + (tile - first) * size;
+      float* in_place = start + count == padded ? to.place(w, row, tile) : nullptr;
       for (int64_t p = 0; p < passes.count; ++p) {
         const int64_t at = passes.first(p);
-        with.multiply(panel, packed + start * passes.rows + at * count, count, passes.size(p), sum + at * kRows);
+        const float* from = start == 0 ? nullptr : sum + at * kRows;
+        float* result = in_place ? in_place + at * to.stride : sum + at * kRows;
+        with.multiply(
+            panel, packed + start * passes.rows + at * count, count, passes.size(p), from, result, in_place ? to.stride : kRows);
       }
     }
   }
-  for (int64_t r = 0; r < passes.rows; ++r)
-    for (int64_t tile = first; tile < last; ++tile) to.put(w, row + r, tile, sums + ((tile - first) * passes.rows + r) * kRows);
+  for (int64_t tile = first; tile < last; ++tile) {
+    if (to.place(w, row, tile)) continue;
+    for (int64_t r = 0; r < passes.rows; ++r) to.put(w, row + r, tile, sums + (tile - first) * size + r * kRows);
+  }
 }
 
 int64_t tiles_at_a_time(int64_t tiles, int threads) { return std::clamp<int64_t>(tiles / (threads * 8), 1, kTilesAtATime); }
