@@ -77,7 +77,18 @@ def test_the_logic_of_vectors_of_sixteen_is_right_on_any_processor(hook, tmp_pat
         re.sub(r"return __builtin_cpu_supports.*?;", "return true;", text, flags=re.DOTALL)
     )
     others = [
-        cpu / f"{name}.cpp" for name in ("api", "threads", "masks", "isa_generic", "isa_avx2")
+        cpu / f"{name}.cpp"
+        for name in (
+            "api",
+            "products",
+            "block",
+            "prompt",
+            "attention",
+            "threads",
+            "masks",
+            "isa_generic",
+            "isa_avx2",
+        )
     ]
     program = tmp_path / "check"
     flags = [

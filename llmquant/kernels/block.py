@@ -126,8 +126,7 @@ class Step:
     def takes(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
         """Whether :meth:`before` can read these tensors as they are; follows buffers that were
         moved."""
-        if self._buffers["q"]["words"] is not self._words:
-            self._link()
+        self.follow()
         dtype, dim = hidden.dtype, self.shape.head_dim
         return (
             dtype in TYPES
@@ -199,12 +198,16 @@ class Step:
         )
         return out
 
+    def follow(self) -> None:
+        """Take the addresses again if the buffers were moved."""
+        if self._buffers["q"]["words"] is not self._words:
+            self._link()
+
     def takes_many(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> bool:
         """Whether :meth:`before_many` and :meth:`after_many` can read these tensors as they are:
         hidden ``[sequences, tokens, width]``, angles of one sequence or of each, mask bool
         ``[1 or sequences, 1, tokens, n]``."""
-        if self._buffers["q"]["words"] is not self._words:
-            self._link()
+        self.follow()
         sequences, tokens = hidden.shape[:2]
         angles = {(n, tokens, self.shape.head_dim) for n in (1, sequences)}
         return (
@@ -230,7 +233,9 @@ class Step:
             )
         )
 
-    def before_many(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before_many(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``[sequences, tokens, width]`` → query float32 ``[rows, heads * head_dim]``, key and
         value ``[sequences, kv_heads, tokens, head_dim]``, rotated."""
         s = self.shape
@@ -319,8 +324,11 @@ class Steps:
         return made
 
     def takes(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
-        """As :meth:`Step.takes`, of every block."""
-        return all(step.takes(hidden, cos, sin) for step in self._steps)
+        """As :meth:`Step.takes`, of every block; their heads are of one size, being turned by the
+        same angles."""
+        for step in self._steps:
+            step.follow()
+        return self._steps[0].takes(hidden, cos, sin)
 
     def run(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[tuple[Tensor, Tensor, int]]

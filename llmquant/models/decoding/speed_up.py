@@ -26,6 +26,7 @@ from llmquant.kernels.block import LINEARS, BlockShape, Step
 from llmquant.kernels.cpu import Cpu
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.block_inputs import first_inputs
+from llmquant.models.decoding import token
 from llmquant.models.decoding.steps import BlockForward, Run
 
 log = logging.getLogger(__name__)
@@ -58,11 +59,15 @@ def speed_up(model: PreTrainedModel) -> None:
             reason = _install(layer, model)
             if reason:
                 log.info("%s is stepped by transformers' code: %s", name, reason)
-    _install_run(model)
+    run = _install_run(model)
     _halve_head(model)
+    if run is not None:
+        reason = token.install(model, run)
+        if reason is not None:
+            log.info("single tokens go through transformers' code: %s", reason)
 
 
-def _install_run(model: PreTrainedModel) -> None:
+def _install_run(model: PreTrainedModel) -> Run | None:
     """Let the first block of a model step all of them, where every block has a compiled step and
     gets the same arguments; the log says why not."""
     stacks = [
@@ -70,12 +75,13 @@ def _install_run(model: PreTrainedModel) -> None:
         for m in model.modules()
         if isinstance(m, nn.ModuleList) and any(_stepped(layer) for layer in m)
     ]
-    if stacks:
-        reason = _why_no_run(model, stacks)
-        if reason is None:
-            Run(model.config.get_text_config(), list(stacks[0]))
-        else:
-            log.info("blocks are stepped one by one: %s", reason)
+    if not stacks:
+        return None
+    reason = _why_no_run(model, stacks)
+    if reason is None:
+        return Run(model.config.get_text_config(), list(stacks[0]))
+    log.info("blocks are stepped one by one: %s", reason)
+    return None
 
 
 def _why_no_run(model: PreTrainedModel, stacks: Sequence[nn.ModuleList]) -> str | None:
@@ -115,7 +121,9 @@ def _install(layer: Any, model: PreTrainedModel) -> str | None:
         return "a trial gave other numbers"
     fast.many = _many_agree(fast, model)
     if not fast.many:
-        log.info("block %d reads prompts by transformers' code: a trial gave other numbers", fast.index)
+        log.info(
+            "block %d reads prompts by transformers' code: a trial gave other numbers", fast.index
+        )
     layer.forward = fast
     return None
 

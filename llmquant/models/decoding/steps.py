@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,7 @@ class BlockForward:
         many: whether many rows may be computed in compiled code.
     """
 
-    def __init__(
-        self, step: Step, plain: Any, index: int, many: bool = True
-    ) -> None:
+    def __init__(self, step: Step, plain: Any, index: int, many: bool = True) -> None:
         self.step, self.plain, self.index, self.many = step, plain, index, many
         self.run: Run | None = None
 
@@ -79,7 +77,11 @@ class BlockForward:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        if attention_mask is not None or past_key_values is None or hidden_states.shape[:2] != (1, 1):
+        if (
+            attention_mask is not None
+            or past_key_values is None
+            or hidden_states.shape[:2] != (1, 1)
+        ):
             return self._many(hidden_states, attention_mask, past_key_values, position_embeddings)
         if self.run is not None and self.run.starts_with(self):
             done = self.run.begin(hidden_states, position_embeddings, past_key_values)
@@ -125,7 +127,9 @@ def _held(cache: Any, index: int) -> bool:
 def _hooked(forward: Any) -> bool:
     """Whether somebody looks into the block that this ``forward`` is a method of."""
     return any(
-        m._forward_hooks or m._forward_pre_hooks for m in forward.__self__.modules() if m is not forward.__self__
+        m._forward_hooks or m._forward_pre_hooks
+        for m in forward.__self__.modules()
+        if m is not forward.__self__
     )
 
 
@@ -168,14 +172,29 @@ class Run:
         """Whether it is the first block's."""
         return forward is self._forwards[0]
 
+    def is_of(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these are its blocks and nobody has put another ``forward`` into one."""
+        return len(layers) == len(self._layers) and all(
+            layer.__dict__.get("forward") is ours
+            for layer, ours in zip(layers, self._forwards, strict=True)
+        )
+
     def begin(self, hidden: Tensor, position: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+        """Step all blocks, and let the later ones know: the last one's output; None: each must run
+        by itself."""
+        out = self.step(hidden, position, cache)
+        if out is not None:
+            self._of.done = out
+        return out
+
+    def step(self, hidden: Tensor, position: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
         """Step all blocks: the last one's output; None: each must run by itself."""
         if self._watched() or not self._steps.takes(hidden, *position):
             return None
         caches = self._caches(hidden, cache)
         if caches is None:
             return None
-        self._of.done = out = self._steps.run(hidden, *position, caches)
+        out = self._steps.run(hidden, *position, caches)
         for layer in cache.layers:
             _held_one_more(layer)
         return out
