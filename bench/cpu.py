@@ -4,6 +4,7 @@ models against llama.cpp.
     python bench/cpu.py [--threads 2] [--out FILE] kernels [--bits 4,8,3,2] [--rows 1,2,…]
     python bench/cpu.py [--threads 2] [--out FILE] models PACKED DENSE [--gguf FILE --llama-python
     ENV/bin/python]
+    python bench/cpu.py --threads 1 --cpu-time …
 
 ``kernels``: for every width and number of rows one linear of ``--shape``, packed and as dense
 float32 and bfloat16 layers, timed in turn within one process. Every candidate has as many copies of
@@ -14,6 +15,9 @@ they do in a model. Packed bytes per second are held against the speed of summin
 folder, the dense one in float32 and bfloat16, and llama.cpp on a GGUF of the same model in a Python
 environment that has llama-cpp-python; rounds in turn, the best of each.
 
+With ``--cpu-time`` and one thread the processor's time is counted instead of the clock's: on a
+machine that is busy with other work it leaves out what a process waits for the others.
+
 Times are the best of many, ratios are within one run; the instruction sets are in the JSON. Hold
 the run to fewer with ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2``.
 """
@@ -22,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,6 +58,7 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "load": list(os.getloadavg()),
     }
 
 
@@ -107,6 +113,7 @@ def kernel_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                     ),
                 },
                 options.seconds,
+                time.process_time if options.cpu_time else time.perf_counter,
             )
             fastest = min(times["dense float32"], times["dense bfloat16"])
             record = {
@@ -127,7 +134,7 @@ def kernel_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def token_times(model: Any) -> dict[str, Callable[[], float]]:
+def token_times(model: Any, clock: Callable[[], float]) -> dict[str, Callable[[], float]]:
     """Seconds of one decoded token (best of ``STEPS``) and of a prefill, each as a function."""
     ids = torch.randint(5, 4000, (1, PREFILL), generator=torch.Generator().manual_seed(0))
 
@@ -141,16 +148,16 @@ def token_times(model: Any) -> dict[str, Callable[[], float]]:
         )
         best = float("inf")
         for _ in range(STEPS):
-            started = time.perf_counter()
+            started = clock()
             token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            best = min(best, time.perf_counter() - started)
+            best = min(best, clock() - started)
         return best
 
     @torch.inference_mode()
     def prefill() -> float:
-        started = time.perf_counter()
+        started = clock()
         model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
-        return time.perf_counter() - started
+        return clock() - started
 
     return {"decode": decode, "prefill": prefill}
 
@@ -158,17 +165,17 @@ def token_times(model: Any) -> dict[str, Callable[[], float]]:
 LLAMA = """
 import sys, time, json
 from llama_cpp import Llama
-path, threads, prefill, prompt, steps = sys.argv[1], *map(int, sys.argv[2:])
+path, clock, threads, prefill, prompt, steps = sys.argv[1], getattr(time, sys.argv[2]), *map(int, sys.argv[3:])
 model = Llama(path, n_threads=threads, n_threads_batch=threads, n_ctx=1024, n_batch=512, logits_all=False, verbose=False)
 ids = [5 + i * 37 % 4000 for i in range(prefill)]
 for line in sys.stdin:
     model.reset()
     if line.strip() == "prefill":
-        started = time.perf_counter(); model.eval(ids); best = time.perf_counter() - started
+        started = clock(); model.eval(ids); best = clock() - started
     else:
         model.eval(ids[:prompt]); best = 1e9
         for i in range(steps):
-            started = time.perf_counter(); model.eval([ids[i]]); best = min(best, time.perf_counter() - started)
+            started = clock(); model.eval([ids[i]]); best = min(best, clock() - started)
     print(json.dumps(best), flush=True)
 """
 
@@ -176,10 +183,10 @@ for line in sys.stdin:
 class LlamaCpp:
     """llama.cpp in its own environment; asked for one measurement at a time."""
 
-    def __init__(self, python: str, gguf: str, threads: int) -> None:
+    def __init__(self, python: str, gguf: str, threads: int, clock: str) -> None:
         sizes = [str(n) for n in (threads, PREFILL, PROMPT, STEPS)]
         self.child = subprocess.Popen(
-            [python, "-c", LLAMA, gguf, *sizes],
+            [python, "-c", LLAMA, gguf, clock, *sizes],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -202,16 +209,17 @@ class LlamaCpp:
 def model_rows(options: argparse.Namespace) -> dict[str, Any]:
     """Best seconds per token and tokens per second of every candidate."""
     runs: dict[str, dict[str, Callable[[], float]]] = {}
+    clock = time.process_time if options.cpu_time else time.perf_counter
     for path in options.packed.split(","):
         runs[f"{Path(path).name} float32"] = token_times(
-            llmquant.load(path, dtype="float32", kernel=options.kernel)
+            llmquant.load(path, dtype="float32", kernel=options.kernel), clock
         )
-    runs["dense float32"] = token_times(llmquant.load(options.dense, dtype="float32"))
+    runs["dense float32"] = token_times(llmquant.load(options.dense, dtype="float32"), clock)
     if not options.no_bfloat16:
-        runs["dense bfloat16"] = token_times(llmquant.load(options.dense, dtype="bfloat16"))
+        runs["dense bfloat16"] = token_times(llmquant.load(options.dense, dtype="bfloat16"), clock)
     servers = []
     for gguf in options.gguf.split(",") if options.gguf else ():
-        server = LlamaCpp(options.llama_python, gguf, options.threads)
+        server = LlamaCpp(options.llama_python, gguf, options.threads, clock.__name__)
         servers.append(server)
         runs[f"llama.cpp {Path(gguf).stem}"] = {
             w: partial(server.measure, w) for w in ("decode", "prefill")
@@ -244,6 +252,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kernel", default="cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1")
     which = parser.add_subparsers(dest="which", required=True)
     kernels = which.add_parser("kernels")
     whole = which.add_parser("models")
@@ -272,10 +281,13 @@ def main() -> int:
     whole.add_argument("--rounds", type=int, default=5)
     whole.add_argument("--no-bfloat16", action="store_true")
     options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time adds up what all threads take: give --threads 1")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     report: dict[str, Any] = {
         "machine": machine(options.threads),
+        "clock": "processor" if options.cpu_time else "wall",
         "read_bytes_per_second": read_bandwidth(),
     }
     speed = report["read_bytes_per_second"] / 1e9

@@ -104,14 +104,9 @@ class Step:
         vectors = {n: None if t is None else t.data_ptr() for n, t in self._vectors.items()}
         s = self.shape
         return _Block(
-            **weights,
-            **vectors,
-            heads=s.heads,
-            kv_heads=s.kv_heads,
-            head_dim=s.head_dim,
-            eps=s.eps,
-            scaling=s.scaling,
-        )
+            **weights, **vectors, heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim,
+            eps=s.eps, scaling=s.scaling,
+        )  # fmt: skip
 
     def __deepcopy__(self, memo: dict[int, object]) -> Step:
         """The step of a copied module: its addresses are those of the copied buffers."""
@@ -153,17 +148,10 @@ class Step:
         key = hidden.new_empty((1, s.kv_heads, 1, s.head_dim))
         value = torch.empty_like(key)
         self._before(
-            native.instruction_number(),
-            self._address,
-            hidden.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            TYPES[hidden.dtype],
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            torch.get_num_threads(),
-        )
+            native.instruction_number(), self._address, hidden.data_ptr(), cos.data_ptr(),
+            sin.data_ptr(), TYPES[hidden.dtype], query.data_ptr(), key.data_ptr(),
+            value.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
         return query, key, value
 
     def after(self, hidden: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -184,18 +172,10 @@ class Step:
             values.stride(2),
         )
         self._after(
-            native.instruction_number(),
-            self._address,
-            hidden.data_ptr(),
-            query.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            TYPES[hidden.dtype],
-            keys.shape[2],
-            strides,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+            native.instruction_number(), self._address, hidden.data_ptr(), query.data_ptr(),
+            keys.data_ptr(), values.data_ptr(), TYPES[hidden.dtype], keys.shape[2], strides,
+            out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
         return out
 
     def follow(self) -> None:
@@ -244,20 +224,11 @@ class Step:
         key = hidden.new_empty((sequences, s.kv_heads, tokens, s.head_dim))
         value = torch.empty_like(key)
         native.loaded().llmquant_prompt_before(
-            native.instruction_number(),
-            self._address,
-            sequences,
-            tokens,
-            TYPES[hidden.dtype],
-            hidden.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            0 if cos.shape[0] == 1 else tokens * s.head_dim,
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            torch.get_num_threads(),
-        )
+            native.instruction_number(), self._address, sequences, tokens, TYPES[hidden.dtype],
+            hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            0 if cos.shape[0] == 1 else tokens * s.head_dim, query.data_ptr(), key.data_ptr(),
+            value.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
         return query, key, value
 
     def after_many(
@@ -287,16 +258,10 @@ class Step:
             seen.mask_strides[1] = mask.stride(2)
         out = torch.empty_like(hidden)
         native.loaded().llmquant_prompt_after(
-            native.instruction_number(),
-            self._address,
-            *hidden.shape[:2],
-            TYPES[dtype],
-            hidden.data_ptr(),
-            query.data_ptr(),
-            ctypes.byref(seen),
-            out.data_ptr(),
+            native.instruction_number(), self._address, *hidden.shape[:2], TYPES[dtype],
+            hidden.data_ptr(), query.data_ptr(), ctypes.byref(seen), out.data_ptr(),
             torch.get_num_threads(),
-        )
+        )  # fmt: skip
         return out
 
 
@@ -353,17 +318,8 @@ class Steps:
             _, strides[4 * i + 2], strides[4 * i + 3], _ = values.stride()
         out = hidden.clone()
         native.loaded().llmquant_blocks_step(
-            native.instruction_number(),
-            self._blocks,
-            len(self._steps),
-            out.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            TYPES[hidden.dtype],
-            self._keys,
-            self._values,
-            strides,
-            held,
-            torch.get_num_threads(),
-        )
+            native.instruction_number(), self._blocks, len(self._steps), out.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), TYPES[hidden.dtype], self._keys, self._values,
+            strides, held, torch.get_num_threads(),
+        )  # fmt: skip
         return out
