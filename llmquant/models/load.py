@@ -35,6 +35,7 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.floats import as_floats
+from llmquant.checkpoint.weights.exported import is_onnx
 from llmquant.errors import CheckpointError, UsageError
 from llmquant.kernels import AUTO, check_name
 from llmquant.kernels.embedding.packed_embedding import PackedEmbedding
@@ -106,7 +107,10 @@ def compute_dtype(
         UsageError: no such dtype or device.
         CheckpointError: no such model.
     """
-    return parse_dtype(dtype, device, stored=_stored_dtype(CheckpointReader(resolve(model))))
+    path = resolve(model)
+    if is_onnx(path):  # its graph has a dtype of its own
+        return parse_dtype(dtype, device, stored="float32")
+    return parse_dtype(dtype, device, stored=_stored_dtype(CheckpointReader(path)))
 
 
 def _stored_dtype(reader: CheckpointReader) -> str | None:

@@ -23,9 +23,14 @@ def build_engine(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
     """
     import llmquant
 
+    if options.engine != "vllm" and (options.vllm_url or options.vllm_python or options.vllm_args):
+        raise UsageError("--vllm-url, --vllm-python and --vllm-arg need --engine vllm")
+    exported = options.engine == "local" and llmquant.is_onnx(llmquant.resolve(options.model))
+    if options.engine == "onnx" or exported:
+        from llmquant_serve.engines.onnx.engine import onnx_engine
+
+        return onnx_engine(options, max_streams), ""
     if options.engine == "local":
-        if options.vllm_url or options.vllm_python or options.vllm_args:
-            raise UsageError("--vllm-url, --vllm-python and --vllm-arg need --engine vllm")
         from llmquant_serve.engines.local import LocalEngine
 
         llmquant.set_threads(options.threads)
@@ -44,7 +49,7 @@ def build_engine(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
         from llmquant_serve.engines.vllm import vllm_engine
 
         return vllm_engine(options, max_streams), ""
-    raise UsageError(f"there is no engine {options.engine!r}; choose local or vllm")
+    raise UsageError(f"there is no engine {options.engine!r}; choose local, onnx or vllm")
 
 
 def build_service(options: ModelOptions, limits: Limits) -> Service:

@@ -259,7 +259,7 @@ VALUES: dict[str, Callable[[str], object]] = {
     "device": re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch,
     "kernel": lambda name: name == "auto" or name in KERNELS,
     "--format": lambda name: name in FORMATS,
-    "--to": lambda name: name in {*FORMATS, "gguf", "dense"},
+    "--to": lambda name: name in {*FORMATS, "gguf", "dense", "onnx"},
     "text": SOURCE.fullmatch,
     "calibration": SOURCE.fullmatch,
     "eval_text": SOURCE.fullmatch,

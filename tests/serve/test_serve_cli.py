@@ -120,7 +120,7 @@ def test_chat_over_a_pipe(packed):
     ("arguments", "message"),
     [
         pytest.param(
-            ["serve", "MODEL", "--engine", "tgi"], "choose local or vllm", id="no such engine"
+            ["serve", "MODEL", "--engine", "tgi"], "choose local, onnx or vllm", id="no such engine"
         ),
         pytest.param(
             ["serve", "MODEL", "--vllm-url", "http://x"],

@@ -88,9 +88,12 @@ def other_dtype(dtype: str) -> str:
 
 
 def load_model(path: Path, dtype: str, device: str, kernel: str) -> Any:
-    """A model ready to score: loaded, on its device, in evaluation mode."""
+    """A model ready to score: loaded, on its device, in evaluation mode; an ONNX export in ONNX
+    Runtime, whatever the dtype, device and kernel of the others."""
     import llmquant
 
+    if llmquant.is_onnx(path):
+        return llmquant.OnnxModel(path)
     return llmquant.load(path, dtype=dtype, device=device, kernel=kernel)
 
 
@@ -118,4 +121,6 @@ def kernels_used(model: Any) -> dict[str, int]:
     """Kernel name → how many linears it multiplies; empty for a dense model."""
     import llmquant
 
+    if isinstance(model, llmquant.OnnxModel):
+        return model.kernels
     return dict(llmquant.describe(model).kernels)

@@ -21,6 +21,7 @@ import torch
 import llmquant
 from llmquant.errors import LlmquantError, QuantizationError
 from llmquant_eval.models.endpoint import tell_nobody
+from llmquant_eval.models.exported import ExportedAnswers
 from llmquant_eval.models.resolve import (
     AnyModel,
     ModelFolder,
@@ -282,6 +283,8 @@ class _Run:
         tokenizer = self.plan.tokenizers[model.label]
         if isinstance(model, ServedModel):
             adapter: Any = ServedLM(model.endpoint, tokenizer)
+        elif llmquant.is_onnx(model.path):
+            adapter = ServedLM(ExportedAnswers(self._load(model), tokenizer), tokenizer)
         else:
             adapter = LocalModel(self._load(model), tokenizer, self.request.batch_size)
         results: list[TaskResult] = []

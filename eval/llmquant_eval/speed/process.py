@@ -18,6 +18,7 @@ object on stdout.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import time
@@ -114,6 +115,8 @@ def measure(path: Path, points: Sequence[Point], conditions: Conditions) -> Proc
 
     from llmquant_eval.models.resolve import kernels_used, load_model
 
+    if llmquant.is_onnx(path):
+        return _measure_onnx(path, points, conditions)
     # Lazy modules: import them before the floor is read.
     _ = (transformers.AutoModelForCausalLM, llmquant.load)
     floor = llmquant.resident_bytes()
@@ -130,6 +133,42 @@ def measure(path: Path, points: Sequence[Point], conditions: Conditions) -> Proc
         memory_floor_bytes=floor,
         timings=tuple(_timed(model, point, conditions) for point in ordered),
     )
+
+
+def _measure_onnx(path: Path, points: Sequence[Point], conditions: Conditions) -> ProcessTimes:
+    """An ONNX export, measured in the process that runs it."""
+    import torch
+
+    if crowd := next((p for p in points if p.batch_size > 1), None):
+        raise LlmquantError(
+            f"{path} is an ONNX export, which is measured one sequence at a time, not {crowd}"
+        )
+    model = llmquant.OnnxModel(path, conditions.threads)
+    with contextlib.closing(model):
+        vocabulary = model.config.get_text_config().vocab_size
+        seeded = torch.Generator().manual_seed(_SEED)
+        timings = []
+        for point in sorted(points, key=lambda p: p.prompt_tokens):
+            ids = torch.randint(0, vocabulary, (point.prompt_tokens,), generator=seeded).tolist()
+            model.worker.time(ids, min(conditions.new_tokens, _WARM_UP_TOKENS), 1)
+            times = model.worker.time(ids, conditions.new_tokens, conditions.repeats)
+            timings.append(
+                Timing(
+                    point=point,
+                    prefill_seconds=times.prefill,
+                    decode_seconds=times.decode,
+                    peak_memory_bytes=times.peak_bytes,
+                    device_peak_bytes=None,
+                )
+            )
+        return ProcessTimes(
+            load_seconds=model.worker.load_seconds,
+            threads=conditions.threads or torch.get_num_threads(),
+            dtype="float32",
+            kernels=model.kernels,
+            memory_floor_bytes=model.worker.floor_bytes,
+            timings=tuple(timings),
+        )
 
 
 def _timed(model: Any, point: Point, conditions: Conditions) -> Timing:

@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llmquant_eval.models.endpoint import Endpoint
+from llmquant_eval.models.exported import ExportedAnswers
 from llmquant_eval.scoring.token_stream import prefix_token
 
 _BATCH = 32  # short items: a few thousand tokens at a time
@@ -70,9 +71,10 @@ class LocalModel(HFLM):  # type: ignore[misc]
 
 
 class ServedLM(TemplateLM):  # type: ignore[misc]
-    """A served model; ``tokenizer`` is the one that the server's model was made with."""
+    """A served model, or an ONNX export that answers like one; ``tokenizer`` is the one that the
+    model was made with."""
 
-    def __init__(self, endpoint: Endpoint, tokenizer: Any) -> None:
+    def __init__(self, endpoint: Endpoint | ExportedAnswers, tokenizer: Any) -> None:
         super().__init__()
         self._endpoint, self.tokenizer = endpoint, tokenizer
         # One token less than the context: a prompt is answered with one token (see endpoint.py).

@@ -176,6 +176,11 @@ def _only(where: str, here: Collection[str], *, local: bool) -> str:
             'beside them, and lets no code in them run: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{where}', dtype='auto', weights_only=True).save_pretrained('{where}')\""
         )
+    if any(name.endswith(".onnx") for name in here):
+        raise UnfitModelError(
+            f"{where} holds an ONNX graph and no safetensors weights; llmquant eval, chat and serve run "
+            "what llmquant export --to onnx wrote"
+        )
     raise UnfitModelError(f"{where} has no safetensors weights")
 
 

@@ -80,6 +80,19 @@ def vllm(environment: Mapping[str, str]) -> dict[str, Any]:
     return {**facts, "ready": True, "version": match[1], **answer}
 
 
+def onnx() -> dict[str, Any]:
+    """Whether there is an environment with ONNX Runtime, which exports need."""
+    from llmquant.conversion.onnx.environment import INSTALL, find_onnx
+    from llmquant.errors import LlmquantError
+
+    missing = []
+    try:
+        find_onnx()
+    except LlmquantError as e:
+        missing.append(str(e).removesuffix(f": {INSTALL}"))
+    return {"missing": missing, "install": INSTALL}
+
+
 def llama_cpp() -> dict[str, Any]:
     there = [name for name in _LLAMA_CPP if shutil.which(name)]
     return {

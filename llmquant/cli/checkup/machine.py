@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from llmquant.cli.checkup.engines import BITS, BROKEN, GROUP, llama_cpp, takes, vllm
+from llmquant.cli.checkup.engines import BITS, BROKEN, GROUP, llama_cpp, onnx, takes, vllm
 from llmquant.errors import LlmquantError
 from llmquant.runtime.processor import Processor, this_processor
 
@@ -95,6 +95,7 @@ def look(environment: Mapping[str, str] = os.environ) -> Checkup:
     if not broken:
         _look_with_torch(checkup)
     checkup.engines["vllm"] = vllm(environment)
+    checkup.extras["ONNX exports"] = onnx()
     checkup.extras["llama.cpp"] = llama_cpp()
     return checkup
 

@@ -49,9 +49,13 @@ def inspect_command(
 
 
 def _loads(path: Path) -> tuple[Sequence[str], LlmquantError | None]:
-    """What loading the folder would say of it, and why it would refuse it."""
+    """What loading the folder would say of it, and why it would refuse it; ONNX Runtime loads an
+    export."""
+    from llmquant.checkpoint.weights.exported import is_onnx
     from llmquant.models.reading.check import check_loading
 
+    if is_onnx(path):
+        return (), None
     try:
         return check_loading(path), None
     except LlmquantError as e:

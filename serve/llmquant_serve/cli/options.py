@@ -17,7 +17,8 @@ ModelArgument = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        "--engine", help="local runs the model in this process; vllm needs a vLLM of its own."
+        "--engine",
+        help="local runs the model in this process; onnx an ONNX export; vllm needs a vLLM of its own.",
     ),
 ]
 NameOption = Annotated[

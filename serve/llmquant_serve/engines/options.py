@@ -11,7 +11,7 @@ class ModelOptions:
 
     Attributes:
         model: folder or hub name.
-        engine: ``local`` or ``vllm``.
+        engine: ``local`` (for an ONNX export the same as ``onnx``), ``onnx`` or ``vllm``.
         name: the model's name in the API; None takes the folder's.
         threads: of torch, for the local engine; None leaves torch's own number.
         context: an upper limit on the model's context; None sets none.

@@ -1,0 +1,1 @@
+"""ONNX exports, run by onnxruntime-genai in a process of its own environment."""
