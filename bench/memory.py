@@ -9,6 +9,9 @@ highest of its part that is not backed by files: pages of the mapped checkpoint 
 though the kernel drops them when it likes. Checkpoint and result are deleted after each case, also
 when interrupted.
 
+Case ``qat-1b-short`` trains the scales of such a model, rounded to nearest: two steps of two
+windows, since more take no more memory. Only training is counted.
+
 Marks: ``rtn-8b`` at most 3.5 GB, ``gptq-1b`` (32 windows of 512 tokens) at most 4 GB, and twice the
 blocks at most 5 % more. The tokenizer is the example model's: its ids are below the models'
 vocabulary, and which ids they are changes no size.
@@ -69,15 +72,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 _GPTQ = ["--recipe", "gptq-w4g128", "--calibration", f"file:{EXAMPLE / 'calibration.txt'}"]
+_QAT = (
+    "--data", f"file:{EXAMPLE / 'calibration.txt'}", "--steps", "2", "--batch-size", "2", "--seqlen",
+    "512", "--heldout", "1", "--checks", "1", "--no-plot",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model's shape, its blocks, and the options of the run."""
+    """A model's shape, its blocks, and the options of the run; ``command`` other than ``quantize``
+    is of the model after rounding to nearest."""
 
     shape: str
     blocks: int
     options: tuple[str, ...]
+    command: str = "quantize"
 
 
 CASES = {
@@ -89,6 +98,7 @@ CASES = {
     "gptq-1b-4": Case("1b", 4, (*_GPTQ, "--nsamples", "32", "--seqlen", "512")),
     "gptq-1b-short": Case("1b", 16, (*_GPTQ, "--nsamples", "8", "--seqlen", "128")),
     "gptq-1b-32-short": Case("1b", 32, (*_GPTQ, "--nsamples", "8", "--seqlen", "128")),
+    "qat-1b-short": Case("1b", 16, _QAT, "qat"),
 }
 
 
@@ -145,14 +155,16 @@ def watched(process: psutil.Process) -> Iterator[int]:
         time.sleep(0.2)
 
 
-def quantized(model: Path, output: Path, options: tuple[str, ...]) -> dict[str, Any]:
+def quantized(
+    model: Path, output: Path, options: tuple[str, ...], verb: str = "quantize"
+) -> dict[str, Any]:
     """Run the command line; its peaks in bytes and its seconds."""
     note = output.with_name("status")
     command = [
         sys.executable,
         "-c",
         _CHILD,
-        "quantize",
+        verb,
         str(model),
         "-o",
         str(output),
@@ -185,7 +197,13 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         model, output = Path(scratch) / "model", Path(scratch) / "quantized"
         write_model(model, case.shape, case.blocks)
-        cost = quantized(model, output, case.options)
+        if case.command == "quantize":
+            cost = quantized(model, output, case.options)
+        else:
+            start = Path(scratch) / "start"
+            quantized(model, start, ("--recipe", "rtn-w4g128"))
+            options = ("--reference", str(model), *case.options)
+            cost = quantized(start, output, options, case.command)
         source, written = (
             sum(p.stat().st_size for p in d.glob("*.safetensors")) for d in (model, output)
         )

@@ -76,6 +76,9 @@ OURS: dict[str, list[str]] = {
     "llmquant awq": ["--recipe", "awq-w4g128"],
     "llmquant best": ["--recipe", "best-w4g128"],
     "llmquant best; 2 bits": ["--recipe", "best-w2g32"],
+    "llmquant qat": ["--recipe", "qat-w4g128"],
+    "llmquant qat; 3 bits": ["--recipe", "qat-w3g128"],
+    "llmquant qat; 2 bits": ["--recipe", "qat-w2g32"],
     MIXED: ["--method", "gptq"],
 }
 # Name in the table → (environment, tool of bench/peers.py).

@@ -122,12 +122,12 @@ from .quantization.options import QuantizeOptions as QuantizeOptions
 from .quantization.options import QuantizeResult as QuantizeResult
 from .quantization.plan import Progress as Progress
 from .quantization.rerun import Comparison as Comparison
-from .quantization.rerun import rerun as rerun
-from .quantization.run import quantize as quantize
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .recipe import shipped_recipes as shipped_recipes
+from .recipe_sections import QAT as QAT
 from .records import ModuleReport as ModuleReport
+from .records import QatRecord as QatRecord
 from .runtime.computing import Computing as Computing
 from .runtime.devices import (
     ChosenDtype as ChosenDtype,
@@ -150,6 +150,13 @@ from .runtime.processor import this_processor as this_processor
 from .runtime.threads import set_threads as set_threads
 from .runtime.yaml_files import read_yaml as read_yaml
 from .spec import QuantSpec as QuantSpec
+from .training.options import QatEvents as QatEvents
+from .training.options import QatOptions as QatOptions
+from .training.options import QatResult as QatResult
+from .training.options import TrainingStep as TrainingStep
+from .training.run import qat as qat
+from .training.stage import quantize as quantize
+from .training.stage import rerun as rerun
 from .weight import QuantizedWeight as QuantizedWeight
 
 __version__: str

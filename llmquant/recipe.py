@@ -24,6 +24,7 @@ from llmquant.errors import RecipeError, UsageError
 from llmquant.recipe_sections import (
     AWQ,
     GPTQ,
+    QAT,
     CalibrationOptions,
     Embeddings,
     Override,
@@ -53,6 +54,7 @@ class Recipe(Strict):
     awq: AWQ | None = None
     smooth: Smooth | None = None
     tune: Tune | None = None
+    qat: QAT | None = None
     embeddings: Embeddings | None = None
     include: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ("lm_head",)
@@ -104,10 +106,16 @@ class Recipe(Strict):
         )
 
     @property
+    def reads_text(self) -> bool:
+        """Whether the result depends on a text: that of calibration, or that of training."""
+        return self.needs_text or self.qat is not None
+
+    @property
     def steps(self) -> str:
         """The method as the command line writes it: ``awq+gptq+tune``."""
         before = ("awq",) * (self.awq is not None) + ("smooth",) * (self.smooth is not None)
-        return "+".join((*before, self.method, *("tune",) * (self.tune is not None)))
+        after = ("tune",) * (self.tune is not None) + ("qat",) * (self.qat is not None)
+        return "+".join((*before, self.method, *after))
 
     def weights_of(self, *names: str) -> Weights:
         """The grid of a linear: that of the first override whose pattern matches (one of) its full
@@ -170,11 +178,12 @@ class Recipe(Strict):
         return wanted.weights if wanted is not None and wanted.head else None
 
     def to_yaml(self) -> str:
-        """All that the recipe says. ``embeddings`` is left out where there are none: earlier
-        versions do not know the key."""
+        """All that the recipe says. ``embeddings`` and ``qat`` are left out where there are none:
+        earlier versions do not know the keys."""
         content = self.model_dump(mode="json")
-        if self.embeddings is None:
-            del content["embeddings"]
+        for later in ("embeddings", "qat"):
+            if content[later] is None:
+                del content[later]
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:

@@ -203,6 +203,57 @@ class Rotation(Strict):
         return self
 
 
+class QAT(Strict):
+    """Training with quantized weights after everything else, towards the original's logits; see
+    :mod:`llmquant.training`.
+
+    ``size``: ``scales`` trains scales (and norms), ``codes`` every weight's code too, ``lora``
+    codes through adapters of ``rank`` that are merged before rounding. ``norms: auto`` trains
+    norms where a linear is asymmetric. ``source`` is the text, by default the calibration's;
+    ``nsamples`` of its windows are used, all of them where it is null, and ``heldout`` others
+    decide which state is kept. ``top_k`` of the original's logits are kept for each token, the
+    rest as one number; 0 compares whole vocabularies and keeps the original in memory.
+    ``lr`` is a share of a scale or gain, ``codes_lr`` of a code, ``lora_lr`` Adam's step for
+    adapters. ``batch_size`` windows make a step, ``micro_batch`` of them at a time. The held-out
+    text is measured ``checks`` times; after ``patience`` of them without a new best it ends.
+    """
+
+    size: Literal["scales", "codes", "lora"] = "scales"
+    steps: int = Field(200, ge=1)
+    batch_size: int = Field(8, ge=1)
+    micro_batch: int = Field(1, ge=1)
+    lr: float = Field(0.002, gt=0, le=1)
+    codes_lr: float = Field(0.002, gt=0, le=1)
+    lora_lr: float = Field(0.0005, gt=0, le=1)
+    rank: int = Field(16, ge=1)
+    norms: Literal["auto", "on", "off"] = "auto"
+    warmup: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
+    top_k: int = Field(64, ge=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    hidden_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
+    next_token_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
+    source: str | None = None
+    nsamples: int | None = Field(None, ge=1)
+    seqlen: int = Field(512, ge=8)
+    heldout_source: str | None = None
+    heldout: int = Field(16, ge=1)
+    checks: int = Field(10, ge=1)
+    patience: int = Field(4, ge=1)
+
+    @field_validator("norms", mode="before")
+    @classmethod
+    def _word(cls, value: object) -> object:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> QAT:
+        if self.micro_batch > self.batch_size:
+            raise ValueError("micro_batch is more than batch_size, of which it is a part")
+        return self
+
+
 class CalibrationOptions(Strict):
     """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``.
 

@@ -83,6 +83,46 @@ class TuneReport(TuneRecord):
     seconds: float
 
 
+class QatRecord(Record):
+    """What training with quantized weights did.
+
+    Attributes:
+        options: the recipe's section, with every default.
+        start_weights_sha256: of the quantized folder that it began with.
+        reference: the original's name.
+        reference_weights_sha256: of the original.
+        source, source_sha256, ids_sha256: the text, its content, and the windows of token ids.
+        windows, heldout: how many were trained on, and how many decided.
+        tokens: to learn in an epoch.
+        before, after: held-out KL to the original in nats, of the start and of what was kept.
+        step: after how many of ``steps`` taken that was; 0 is the start.
+        stopped: why it ended early, else None.
+        norms: gains that were trained.
+        device, dtype: that products were computed on and in.
+        processes: that shared the work.
+    """
+
+    options: dict[str, str | int | float | None]
+    start_weights_sha256: str
+    reference: str
+    reference_weights_sha256: str
+    source: str
+    source_sha256: str
+    ids_sha256: str
+    windows: int
+    heldout: int
+    tokens: int
+    before: float
+    after: float
+    step: int
+    steps: int
+    stopped: str | None = None
+    norms: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    processes: int = 1
+
+
 class PairRecord(Record):
     """What AWQ or SmoothQuant did between a producer of channels and the linears that read them, by
     full name.

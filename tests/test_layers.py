@@ -33,6 +33,7 @@ ROWS = {
         ("models",),
         ("quantization",),
         ("planning", "conversion"),
+        ("training",),
         ("cli",),
         ("__main__",),
     ),

@@ -27,6 +27,9 @@ SHIPPED = {
     "best-w4g128": ("gptq+tune", QuantSpec(4, 128)),
     "best-w3g128": ("gptq+tune", QuantSpec(3, 128)),
     "best-w2g32": ("gptq+tune", QuantSpec(2, 32)),
+    "qat-w4g128": ("gptq+tune+qat", QuantSpec(4, 128)),
+    "qat-w3g128": ("gptq+tune+qat", QuantSpec(3, 128)),
+    "qat-w2g32": ("gptq+tune+qat", QuantSpec(2, 32)),
 }
 
 
@@ -44,6 +47,12 @@ def test_every_shipped_recipe_loads_and_is_in_the_gallery() -> None:
     for name in shipped():
         load_recipe(name)
         assert f"`{name}`" in gallery
+
+
+def test_a_recipe_that_trains_reads_a_text_whatever_it_rounds_by() -> None:
+    trained = Recipe.model_validate({"method": "rtn", "qat": {}})
+    assert (trained.needs_text, trained.reads_text) == (False, True)
+    assert not Recipe(method="rtn").reads_text
 
 
 def loaded(tmp_path: Path, yaml: str) -> Recipe:

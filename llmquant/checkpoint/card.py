@@ -162,6 +162,40 @@ def _checked(record: OnnxRecord) -> str:
     )
 
 
+def trained_card(
+    manifest: Manifest,
+    scheme: str,
+    layout: str,
+    name: str,
+    recipe_yaml: str | None,
+    inherited: Mapping[str, Any],
+) -> str:
+    """README.md of a folder whose quantized weights were trained; ``name`` is for the title."""
+    qat = manifest.qat
+    assert qat is not None  # it is what the card tells of
+    recipe = f"\n## Recipe\n\n```yaml\n{recipe_yaml}```\n" if recipe_yaml else ""
+    what = {
+        "scales": "the scales were trained, the codes are those of the start",
+        "codes": "codes and scales were trained",
+        "lora": "codes were trained through adapters, which are merged, and scales",
+    }[str(qat.options["size"])]
+    norms = f" {qat.norms} norms were trained too." if qat.norms else ""
+    return f"""{_head(manifest, scheme, layout, inherited)}
+# {name}, {scheme}, trained
+
+Quantized from `{qat.reference}`, then trained with quantized weights towards its logits (llmquant
+{manifest.versions["llmquant"]}): {what}.{norms}
+{_packed(manifest)}, {manifest.bits_per_weight:.3f} bits per quantized weight.
+On {qat.heldout} held-out windows of the training text the KL to the original fell from {qat.before:.4g} to
+{qat.after:.4g} nats a token (step {qat.step} of {qat.steps}). The text was `{qat.source}`; a judgement
+needs another one. `manifest.json` has the hashes of what went in and came out; `llmquant inspect --verify` checks them.
+{_measured_and_use(_NOTHING, layout)}
+## Left unquantized
+
+{_skipped(manifest)}
+{recipe}"""
+
+
 def _head(manifest: Manifest, scheme: str, layout: str, inherited: Mapping[str, Any]) -> str:
     head = {k: inherited[k] for k in _INHERITED if k in inherited}
     if manifest.base_model:

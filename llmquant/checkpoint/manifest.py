@@ -31,6 +31,7 @@ from llmquant.records import (
     ModuleRecord,
     OnnxRecord,
     PairRecord,
+    QatRecord,
     Record,
     RotationRecord,
     TuneRecord,
@@ -70,6 +71,7 @@ class Manifest(Record):
     modules: dict[str, ModuleRecord]
     tuned: dict[str, TuneRecord] = Field(default_factory=dict)
     scaled: dict[str, tuple[PairRecord, ...]] = Field(default_factory=dict)
+    qat: QatRecord | None = None
     skipped: dict[str, str]
     regrouped: tuple[GroupSizeRecord, ...] = ()
     conversions: tuple[Conversion, ...] = ()
@@ -80,6 +82,8 @@ class Manifest(Record):
         whole = self.model_dump(mode="json")
         if self.store_dtype is None:  # the model's own; earlier versions do not know the key
             del whole["store_dtype"]
+        if self.qat is None:
+            del whole["qat"]
         if not self.regrouped:
             del whole["regrouped"]
         if self.onnx is None:

@@ -1,5 +1,5 @@
-"""The command line: ``llmquant quantize | inspect | generate | recipes`` and whatever installed
-packages add.
+"""The command line: ``llmquant quantize | qat | inspect | generate | recipes`` and whatever
+installed packages add.
 
 Importing this package must not import torch, so that ``--help`` and a mistyped option answer at
 once: commands import what they need when they run. Further commands join through the entry-point
@@ -31,6 +31,7 @@ from llmquant.cli.commands.generate import generate_command
 from llmquant.cli.commands.import_ import import_command
 from llmquant.cli.commands.inspect import inspect_command
 from llmquant.cli.commands.plan import plan_command
+from llmquant.cli.commands.qat.command import qat_command
 from llmquant.cli.commands.quantize import quantize_command
 from llmquant.cli.commands.recipes import recipes_command
 from llmquant.cli.commands.verify import verify_command
@@ -68,6 +69,7 @@ app.command("advise")(advise_command)
 app.command("plan")(plan_command)
 app.command("allocate")(allocate_command)
 app.command("quantize")(quantize_command)
+app.command("qat")(qat_command)
 app.command("convert")(convert_command)
 app.command("export")(export_command)
 app.command("import")(import_command)

@@ -10,11 +10,12 @@ from llmquant.cli.screen import screen
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, ProgressColumn
+    from rich.progress import Progress, ProgressColumn, TaskID
 
     from llmquant.data.calibration import Calibration
     from llmquant.quantization.options import Events
     from llmquant.quantization.plan import Progress as Where
+    from llmquant.training.options import QatEvents, TrainingStep
 
 
 def bar_columns(*more: ProgressColumn) -> tuple[ProgressColumn, ...]:
@@ -74,6 +75,48 @@ def steps(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda phase, done, total: bar.update(
             task, description=phase, completed=done, total=total
         )
+
+
+@contextmanager
+def training_progress(hidden: bool) -> Iterator[QatEvents]:
+    """A bar over training steps, with the loss, the held-out KL and tokens per second, on
+    stderr."""
+    from rich.progress import Progress, TextColumn
+
+    from llmquant.training.options import QatEvents
+
+    console = screen(stderr=True)
+    columns = bar_columns(TextColumn("{task.fields[facts]}", markup=False))
+    silent = hidden or not console.is_terminal
+    with Progress(*columns, console=console, disable=silent, transient=True) as bar:
+        shown = _Trained(bar, console, hidden)
+        yield QatEvents(on_note=shown.note, on_phase=shown.phase, on_step=shown.step)
+
+
+class _Trained:
+    """What stands on the terminal while a model is trained."""
+
+    def __init__(self, bar: Progress, console: Console, hidden: bool) -> None:
+        self._bar, self._console, self._hidden = bar, console, hidden
+        self._task = bar.add_task("reading", total=None, facts="")
+        self._training: TaskID | None = None
+
+    def note(self, note: str) -> None:
+        if not self._hidden:
+            self._console.print(note, soft_wrap=True)
+
+    def phase(self, phase: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=phase, completed=done, total=total)
+
+    def step(self, step: TrainingStep) -> None:
+        if self._training is None:  # its clock begins here, so that the time left is right
+            self._training = self._bar.add_task("training", total=step.steps, facts="")
+            self._bar.update(self._training, completed=step.step - 1)
+        facts = (
+            f"loss {step.loss:.4f}, held-out KL {step.heldout:.4f} (best {step.best:.4f}), "
+            f"{step.tokens_per_second:,.0f} tokens/s"
+        )
+        self._bar.update(self._training, completed=step.step, facts=facts)
 
 
 class _Shown:

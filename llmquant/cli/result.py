@@ -44,6 +44,7 @@ def result_as_dict(result: QuantizeResult, seconds: float) -> dict[str, Any]:
             name: [pair.model_dump() for pair in pairs] for name, pairs in result.scaled.items()
         },
         "skipped": dict(result.skipped),
+        **({"qat": result.trained.model_dump(mode="json")} if result.trained else {}),
         "regrouped": [change.model_dump() for change in result.regrouped],
         "computing": result.computing.as_dict(),
         "resumed_blocks": result.resumed,
@@ -90,6 +91,14 @@ def _show_scaled(scaled: Mapping[str, tuple[PairReport, ...]], console: Console)
     console.print(table)
 
 
+def _trained(result: QuantizeResult) -> list[tuple[str, str]]:
+    t = result.trained
+    if t is None:
+        return []
+    said = f"{t.options['size']}: held-out KL {t.before:.5f} → {t.after:.5f}, step {t.step} of {t.steps}"
+    return [("trained", said)]
+
+
 def show_result(result: QuantizeResult, seconds: float) -> None:
     """Tables of what was done, and the sizes."""
     from rich.table import Table
@@ -126,6 +135,7 @@ def show_result(result: QuantizeResult, seconds: float) -> None:
     rows = [
         ("left alone", skipped),
         *(("group size", str(change)) for change in result.regrouped),
+        *_trained(result),
         ("size", size),
         ("computed", result.computing.as_text()),
         ("proved", "every tensor re-read from disk and equal to what was computed"),

@@ -31,15 +31,7 @@ def write_files(
 ) -> None:
     """Everything beside the weights."""
     folder = source.reader.path
-    writer.copy_side_files(folder)
-    quantization = source.names.config(
-        target, dict(sorted(checked.schemes.items())), source.skipped
-    )
-    if source.packed.config.get(KV_CACHE):  # the layout can say it, or the source was refused
-        quantization = {**quantization, KV_CACHE: source.packed.config[KV_CACHE]}
-    writer.write_json("config.json", _config(source, target, dtype, quantization))
-    for name, text in target.side_files(quantization).items():
-        writer.write_text(name, text)
+    write_config(source, target, checked, dtype, writer)
     recipe = (
         (folder / _RECIPE).read_text(encoding="utf-8") if (folder / _RECIPE).is_file() else None
     )
@@ -53,6 +45,22 @@ def write_files(
         manifest, checked.scheme, name, recipe, measured(folder / "README.md"), inherited
     )
     writer.write_text("README.md", card)
+
+
+def write_config(
+    source: Source, target: Format, checked: Checked, dtype: torch.dtype, writer: CheckpointWriter
+) -> None:
+    """What lies beside the weights, config.json with the quantization in it, and the files that the
+    layout wants."""
+    writer.copy_side_files(source.reader.path)
+    quantization = source.names.config(
+        target, dict(sorted(checked.schemes.items())), source.skipped
+    )
+    if source.packed.config.get(KV_CACHE):  # the layout can say it, or the source was refused
+        quantization = {**quantization, KV_CACHE: source.packed.config[KV_CACHE]}
+    writer.write_json("config.json", _config(source, target, dtype, quantization))
+    for name, text in target.side_files(quantization).items():
+        writer.write_text(name, text)
 
 
 def _config(

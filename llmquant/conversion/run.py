@@ -110,7 +110,7 @@ def convert(
     checked = check(source, target, dtype, options.scale_dtype is not None, on_progress)
     size = options.max_shard_size if target is DENSE else sys.maxsize
     with CheckpointWriter(destination, max_shard_size=size, overwrite=options.overwrite) as writer:
-        _write_weights(source, target, checked, dtype, writer, on_progress)
+        write_weights(source, target, checked, dtype, writer, on_progress)
         write_files(source, target, checked, dtype, writer)
         prove(source, target, checked, dtype, CheckpointReader(writer.partial), on_progress)
         writer.publish()
@@ -151,7 +151,7 @@ def _dtype(source: Source, target: Format, options: ConvertOptions) -> torch.dty
     return parse_dtype(asked, auto=stored).dtype
 
 
-def _write_weights(
+def write_weights(
     source: Source,
     target: Format,
     checked: Checked,

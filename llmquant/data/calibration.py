@@ -183,7 +183,7 @@ def check_numbers(
         )
 
 
-def _draw(candidates: int, count: int, seed: int) -> list[int]:
+def draw(candidates: int, count: int, seed: int) -> list[int]:
     """``count`` different indices below ``candidates``, in an order that only ``seed`` decides."""
     keys = np.random.PCG64(seed).random_raw(candidates)
     return [int(i) for i in np.argsort(keys, kind="stable")[:count]]
@@ -193,7 +193,7 @@ def _concat(rows: list[Ids], nsamples: int, seqlen: int, seed: int) -> _Pick:
     stream = np.concatenate(rows) if rows else np.zeros(0, np.int64)
     ends = np.cumsum([len(row) for row in rows])
     available = len(stream) // seqlen
-    starts = [i * seqlen for i in _draw(available, nsamples, seed)]
+    starts = [i * seqlen for i in draw(available, nsamples, seed)]
     inside = np.zeros(len(rows), np.int64)  # tokens of each row that lie in a drawn window
     for start in starts:
         row = int(np.searchsorted(ends, start, side="right"))
@@ -206,7 +206,7 @@ def _concat(rows: list[Ids], nsamples: int, seqlen: int, seed: int) -> _Pick:
 
 
 def _sample(rows: list[Ids], nsamples: int, seqlen: int, seed: int) -> _Pick:
-    drawn = [rows[i] for i in _draw(len(rows), nsamples, seed)]
+    drawn = [rows[i] for i in draw(len(rows), nsamples, seed)]
     cut = [len(row) - seqlen for row in drawn if len(row) > seqlen]
     return _Pick([row[:seqlen] for row in drawn], len(rows), len(drawn), len(cut), sum(cut))
 

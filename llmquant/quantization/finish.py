@@ -199,16 +199,16 @@ def base_name(model: str) -> str:
 def _calibration_entry(calibration: Calibration) -> dict[str, object]:
     summary = calibration.summary.as_dict()
     if summary["overlap"] is not None:
-        summary["overlap"]["evaluation"] = _portable_source(summary["overlap"]["evaluation"])
+        summary["overlap"]["evaluation"] = portable_source(summary["overlap"]["evaluation"])
     return {
-        "source": _portable_source(calibration.source),
+        "source": portable_source(calibration.source),
         "source_sha256": calibration.source_sha256,
         "ids_sha256": calibration.sha256,
         **summary,
     }
 
 
-def _portable_source(source: str) -> str:
+def portable_source(source: str) -> str:
     """A text source without the folders of this machine: what identifies its content is the hash
     beside it."""
     kind, _, rest = source.partition(":")

@@ -9,7 +9,13 @@ from pathlib import Path
 from llmquant.data.calibration import Calibration
 from llmquant.quantization.plan import Progress
 from llmquant.recipe import Recipe
-from llmquant.records import GroupSizeRecord, ModuleReport, PairReport, TuneReport
+from llmquant.records import (
+    GroupSizeRecord,
+    ModuleReport,
+    PairReport,
+    QatRecord,
+    TuneReport,
+)
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.distributed import ALONE, World
 
@@ -61,7 +67,8 @@ class QuantizeResult:
     """What came out, and how it was computed.
 
     ``recipe`` has the group sizes that were used, ``regrouped`` says where they are not the wanted
-    ones. ``resumed``: blocks that an earlier process had finished.
+    ones. ``resumed``: blocks that an earlier process had finished. ``trained``: what training did
+    after rounding, whose errors ``modules`` has.
     """
 
     path: Path
@@ -78,6 +85,7 @@ class QuantizeResult:
     computing: Computing
     resumed: int = 0
     regrouped: tuple[GroupSizeRecord, ...] = ()
+    trained: QatRecord | None = None
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from llmquant.errors import ProofError, UsageError
 from llmquant.models.reading.stored_dtype import SOURCE
 from llmquant.quantization.options import Events, QuantizeOptions
 from llmquant.quantization.run import quantize
-from llmquant.recipe import load_recipe
+from llmquant.recipe import Recipe, load_recipe
+
+Run = Callable[[Path, Path, Recipe, QuantizeOptions, Events | None], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ def rerun(
     device: str | None = None,
     max_shard_size: int = 5_000_000_000,
     events: Events | None = None,
+    run: Run = quantize,
 ) -> Comparison:
     """Quantize again, beside ``folder`` and for the length of the call, and compare every file and
     every linear.
@@ -64,6 +68,7 @@ def rerun(
         device: default: the recorded one.
         max_shard_size: as in the first run.
         events: callbacks of the run.
+        run: what repeats it.
 
     Raises:
         UsageError: the folder was converted or has no recipe, or the model or the text is not the
@@ -97,7 +102,7 @@ def rerun(
     with tempfile.TemporaryDirectory(
         prefix=f".{folder.name}.rerun-", dir=folder.resolve().parent
     ) as scratch:
-        quantize(source, Path(scratch) / folder.name, recipe, options, events)
+        run(source, Path(scratch) / folder.name, recipe, options, events)
         now = read_manifest(Path(scratch) / folder.name)
     _same_text(folder, then, now)
     return _compare(then, now, ignore=() if calibration is None else ("recipe.yaml",))

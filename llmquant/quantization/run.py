@@ -24,6 +24,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
+from llmquant.errors import UsageError
 from llmquant.formats.engines import on_this_cpu
 from llmquant.models.reading.stored_dtype import StoredReader
 from llmquant.quantization.blocks.hidden_states import Placement
@@ -67,6 +68,10 @@ def quantize(
         ProofError: what was written is not what was computed.
     """
     options, events = options or QuantizeOptions(), events or Events()
+    if recipe.qat is not None:
+        raise UsageError(
+            "this recipe trains after rounding, which llmquant.quantize does and this step of it does not"
+        )
     if options.device == AUTO:
         options = replace(options, device=parse_device(AUTO).type)
     destination = Path(os.path.abspath(output))

@@ -416,3 +416,25 @@ def test_data_without_windows_is_refused(model, tmp_path):
     ended = run_here("auto", model, "-o", tmp_path / "out", "--max-kl", "1", "--data", short)
     assert ended.code == 2
     assert "the calibration text is too short" in ended.said
+
+
+def test_a_rung_that_trains_is_measured_and_kept(model, text, tmp_path):
+    recipe = tmp_path / "trained.yaml"
+    recipe.write_text(
+        "method: rtn\nweights: {bits: 3, group_size: 32}\nscales: {steps: 0}\n"
+        "qat: {steps: 4, batch_size: 4, checks: 2, lr: 0.005, norms: 'on'}\n",
+        encoding="utf-8",
+    )
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(recipe.read_text().rpartition("qat:")[0], encoding="utf-8")
+    rungs = ("--rung", str(plain), "--rung", str(recipe))
+    command = search(model, text, tmp_path / "out", "--max-kl", "1e-9", rungs=rungs)
+    assert run_here(*command).code == 3
+    first, second = report_of(tmp_path / "out").rungs
+    assert (first.stage, second.stage) == ("rtn", "qat")
+    kl = [r.measured.model.metrics["kl_mean"].value for r in (first, second)]
+    assert kl[1] < kl[0]
+    assert run_here(*command).code == 3
+    again = report_of(tmp_path / "out").rungs
+    assert all(r.cached for r in again)
+    assert told(report_of(tmp_path / "out"))[1][3] == second.measured.model.metrics

@@ -223,6 +223,22 @@ def test_what_a_failure_says_of_others(failed, other, hopeless):
     assert step(*other).hopeless_after(step(*failed)) is hopeless
 
 
+def test_training_takes_no_more_of_a_text_than_there_is():
+    from llmquant_eval.auto.ladder import _training
+
+    text = {
+        "calibration.source": "file:x",
+        "calibration.nsamples": 6,
+        "calibration.seqlen": 128,
+    }
+    assert _training(llmquant.load_recipe("best-w4g128"), text) == {}
+    changes = _training(llmquant.load_recipe("qat-w4g128"), text)
+    assert changes["qat.seqlen"] == 128
+    assert changes["qat.heldout"] + changes["qat.batch_size"] <= 6
+    recipe = llmquant.load_recipe("qat-w4g128").updated(text | changes)
+    assert recipe.qat.source == "file:x"
+
+
 def test_every_shipped_rung_has_a_known_stage():
     from llmquant_eval.auto.ladder import LADDER as SHIPPED
     from llmquant_eval.auto.ladder import stage_of

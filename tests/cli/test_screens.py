@@ -12,7 +12,7 @@ from children import Run
 import llmquant.cli.screen
 
 COMMANDS = (
-    "advise", "plan", "allocate", "quantize", "convert", "export", "import", "inspect", "verify", "generate", "recipes", "doctor",
+    "advise", "plan", "allocate", "quantize", "qat", "convert", "export", "import", "inspect", "verify", "generate", "recipes", "doctor",
     "eval", "leaderboard", "validate", "compare", "bench", "auto", "serve", "chat", "monitor",
 )  # fmt: skip
 

@@ -2,9 +2,7 @@
 
 A rung is a recipe, or ``mixed:BITS``, for which widths are allocated first. Before the search each
 is planned: what its weight files take, and which engines refuse it. A stage says how strong a
-method is: a stronger one is expected to lose less at the same bits. Further stages (training with
-quantized weights) belong between ``tune`` and the eight bits: a name in :data:`LADDER`, and where
-the recipe alone does not tell the stage, a line in :func:`stage_of`.
+method is: a stronger one is expected to lose less at the same bits.
 """
 
 from __future__ import annotations
@@ -30,9 +28,12 @@ LADDER = (
     "mixed:3.5",
     "mixed:5",
     "mixed:6",
+    "qat-w4g128",
+    "qat-w3g128",
+    "qat-w2g32",
     "gptq-w8",
 )
-STRENGTH = {"rtn": 0, "awq": 1, "gptq": 1, "mixed": 2, "tune": 3}
+STRENGTH = {"rtn": 0, "awq": 1, "gptq": 1, "mixed": 2, "tune": 3, "qat": 4}
 """Of stages: the higher, the less is lost at the same bits. Equal ones are not compared."""
 SUPPORTED, UNQUANTIZED = (2, 3, 4, 8), 16
 """Widths that an allocation chooses from."""
@@ -83,6 +84,8 @@ class Step:
 
 def stage_of(recipe: Recipe) -> str:
     """The strongest thing that a recipe does."""
+    if recipe.qat is not None:
+        return "qat"
     if recipe.tune is not None:
         return "tune"
     if recipe.method == "gptq":
@@ -121,10 +124,28 @@ def _step(name: str, request: AutoRequest, calibration: dict[str, object]) -> St
         changes["format"] = request.layout
     if not recipe.needs_text:
         changes = {k: v for k, v in changes.items() if not k.startswith("calibration.")}
-    recipe = recipe.updated(changes)
+    recipe = recipe.updated(changes | _training(recipe, calibration))
     if mixed:
         return Step(name, "mixed", recipe, float(mixed[1]))
     return Step(name, stage_of(recipe), recipe)
+
+
+def _training(recipe: Recipe, calibration: dict[str, object]) -> dict[str, object]:
+    """What training must be told of a text: it is the calibration's, and no larger."""
+    if recipe.qat is None:
+        return {}
+    windows, length = calibration["calibration.nsamples"], calibration["calibration.seqlen"]
+    assert isinstance(windows, int)
+    assert isinstance(length, int)
+    heldout = min(recipe.qat.heldout, max(1, windows // 8))
+    size = max(1, min(recipe.qat.batch_size, windows - heldout))
+    return {
+        "qat.source": calibration["calibration.source"],
+        "qat.seqlen": min(recipe.qat.seqlen, length),
+        "qat.heldout": heldout,
+        "qat.batch_size": size,
+        "qat.micro_batch": min(recipe.qat.micro_batch, size),
+    }
 
 
 def _planned(step: Step, request: AutoRequest) -> Step:

@@ -208,8 +208,8 @@ def _run(
 ) -> None:
     """Quantize, and say what came of it in the first of the processes."""
     from llmquant.quantization.options import Events
-    from llmquant.quantization.run import quantize
     from llmquant.runtime.distributed import joined
+    from llmquant.training.stage import quantize
 
     started = time.perf_counter()
     with joined(options.world), stoppable(), progress(hidden=hidden) as events:

@@ -91,7 +91,8 @@ def _rerun(
     folder: Path, model: str | None, calibration: str | None, device: str | None, shard: int
 ) -> list[str]:
     """Repeat the run; what was different about it although the bytes are the same."""
-    from llmquant.quantization.rerun import demand_same, rerun
+    from llmquant.quantization.rerun import demand_same
+    from llmquant.training.stage import rerun
 
     comparison = rerun(folder, model, calibration=calibration, device=device, max_shard_size=shard)
     demand_same(folder, comparison)

@@ -40,11 +40,8 @@ def fingerprint(
     max_shard_size: int,
 ) -> Facts:
     """The facts of a run, named as a user would name them."""
-    facts = {f"recipe {name}": value for name, value in _flat(recipe.model_dump(mode="json"))}
-    for name in ("config.json", *companions(reader.path).carried):
-        facts[f"{name} of the model"] = sha256_file(reader.path / name)
-    for path in reader.files():
-        facts |= {f"{path.name} of the model, {what}": value for what, value in _weight_file(path)}
+    facts = {f"recipe {name}": value for name, value in flat(recipe.model_dump(mode="json"))}
+    facts |= model_facts(reader, "the model")
     facts["calibration token ids"] = "none" if calibration is None else calibration.sha256
     facts |= {
         "--device": str(device),
@@ -52,15 +49,30 @@ def fingerprint(
         "--store-dtype": str(reader.dtype) if isinstance(reader, StoredReader) else "the model's",
         "--max-shard-size": str(max_shard_size),
     }
-    facts["threads"] = str(torch.get_num_threads())
-    facts["processor"] = _processor(device)
+    return facts | machine_facts(device)
+
+
+def model_facts(reader: CheckpointReader, called: str) -> Facts:
+    """What identifies a model's files; ``called`` as ``the model``."""
+    facts = {}
+    for name in ("config.json", *companions(reader.path).carried):
+        facts[f"{name} of {called}"] = sha256_file(reader.path / name)
+    for path in reader.files():
+        facts |= {f"{path.name} of {called}, {what}": value for what, value in _weight_file(path)}
+    return facts
+
+
+def machine_facts(device: torch.device) -> Facts:
+    """What the last bits of sums depend on."""
+    facts = {"threads": str(torch.get_num_threads()), "processor": _processor(device)}
     return facts | {f"version of {name}": version for name, version in versions().items()}
 
 
-def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
+def flat(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """Dotted keys and values, as text."""
     if isinstance(value, Mapping) and value:
         return [
-            pair for k, v in value.items() for pair in _flat(v, f"{path}.{k}" if path else str(k))
+            pair for k, v in value.items() for pair in flat(v, f"{path}.{k}" if path else str(k))
         ]
     return [(path, str(value))]
 

@@ -71,7 +71,9 @@ class Trial:
     def key(self, step: Step) -> str:
         """Of a rung's record: its recipe without the path of its text, and the text's hash."""
         recipe = step.recipe.updated({"calibration.source": None})
-        text = self.split.calibration.rows_sha256 if step.recipe.needs_text else None
+        if recipe.qat is not None:
+            recipe = recipe.updated({"qat.source": None})
+        text = self.split.calibration.rows_sha256 if step.recipe.reads_text else None
         engine = self.request.engine if step.target is not None else None
         return key_of(
             {
@@ -127,7 +129,7 @@ class Trial:
         found = self.work.made(step.folder, key)
         if found is not None and folder.is_dir() and _sha256(folder) == found.weights_sha256:
             return found
-        if step.recipe.needs_text:
+        if step.recipe.reads_text:
             check_disjoint(self.split)
         watch = watch or Watch(self.work, self.screen, step, key, Meter(), None)
         events = Events(on_progress=watch.block, on_phase=watch.phase, on_warning=self.screen.note)
@@ -179,11 +181,12 @@ class Trial:
             evaluation=heldout,
             max_memory=self.request.max_memory,
         )
-        saved = folder.with_name(f".{folder.name}.resume")
+        states = (f".{folder.name}.resume", f"..{folder.name}.start.resume", f".{folder.name}.qat")
+        saved = any(folder.with_name(name).exists() for name in states)
         try:
             return llmquant.quantize(self.request.model, folder, recipe, options, events)
         except UsageError:
-            if not saved.exists():
+            if not saved:
                 raise
             # The saved state is of other threads or another processor.
             self.screen.note(f"{step.name}: its saved state does not fit this machine; starts over")

@@ -1,0 +1,1 @@
+"""Training: the command, and its many options."""

@@ -1,0 +1,1 @@
+"""Training with quantized weights: scales, codes or adapters, towards the unquantized original."""

@@ -1,0 +1,1 @@
+"""Linears whose quantized numbers are trained, and norms beside them."""

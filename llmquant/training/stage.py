@@ -1,0 +1,237 @@
+"""quantize and rerun, for recipes with a ``qat`` section too: round as the rest of the recipe says,
+then train what came out.
+
+What is rounded lies in ``.NAME.start`` beside the destination until the trained folder has its
+name, so that an interrupted run resumes in whichever of the two it was. The result is byte for byte
+that of ``llmquant quantize`` followed by ``llmquant qat``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from llmquant.checkpoint.atomic import check_destination, remove
+from llmquant.checkpoint.hub import resolve
+from llmquant.checkpoint.manifest import MANIFEST, read_manifest, versions
+from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.data.sources import read_documents
+from llmquant.errors import UsageError
+from llmquant.quantization import rerun as repetition
+from llmquant.quantization.options import Events, QuantizeOptions, QuantizeResult
+from llmquant.quantization.plan import Progress
+from llmquant.quantization.rerun import Comparison
+from llmquant.quantization.run import quantize as round_only
+from llmquant.recipe import Recipe, load_recipe
+from llmquant.recipe_sections import QAT
+from llmquant.records import ModuleReport, PairReport, TuneReport
+from llmquant.runtime.computing import Computing
+from llmquant.runtime.devices import parse_dtype
+from llmquant.training.options import QatEvents, QatOptions
+from llmquant.training.run import qat
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    recipe: Recipe,
+    options: QuantizeOptions | None = None,
+    events: Events | None = None,
+    training: tuple[QatOptions, QatEvents] | None = None,
+) -> QuantizeResult:
+    """Quantize a checkpoint into a new folder, or continue doing so; train it where the recipe has
+    a ``qat`` section.
+
+    Args:
+        model: folder or hub name of an unquantized decoder LLM.
+        output: folder to make; appears whole, after its proof, or not at all. A run that was killed
+            leaves ``.NAME.partial`` and ``.NAME.resume`` beside it; one that trains,
+            ``.NAME.start`` and ``.NAME.qat``.
+        recipe: what to do.
+        options: where to do it.
+        events: callbacks.
+        training: how and with which callbacks it is trained; default: as ``options`` and ``events``
+            say.
+
+    Raises:
+        UsageError: the request is impossible as written (destination, recipe, text source, group
+            size, device), or what is to be continued was another run.
+        CheckpointError, ArchitectureError: the model cannot be read or walked.
+        QuantizationError: NaN or Inf in weights, activations or results.
+        ProofError: what was written is not what was computed.
+    """
+    if recipe.qat is None:
+        return round_only(model, output, recipe, options, events)
+    options, events = options or QuantizeOptions(), events or Events()
+    if options.world.size > 1:
+        raise UsageError("a recipe that trains does not run in several processes; start one")
+    how, told = training or (_options(options), _events(events))
+    destination = Path(os.path.abspath(output))
+    check_destination(destination, options.overwrite)
+    start = destination.with_name(f".{destination.name}.start")
+    rounding = recipe.updated({"qat": None})
+    key = _key(model, rounding, options)
+    if options.restart or not _made_before(start, key):
+        _forget(start)
+        rounded = round_only(model, start, rounding, replace(options, overwrite=True), events)
+        _key_of(start).write_text(key, encoding="utf-8")
+    else:
+        events.on_note("the linears were rounded before the run was interrupted; training them")
+        rounded = _recorded(start, model)
+    how = replace(how, overwrite=options.overwrite, restart=options.restart)
+    section = section_of(recipe)
+    done = qat(start, output, section, reference=model, seed=recipe.seed, options=how, events=told)
+    _forget(start)
+    trained = rounded.recipe.updated({"qat": section.model_dump(mode="json")})
+    return replace(
+        rounded,
+        path=Path(output),
+        recipe=trained,
+        bytes_written=done.bytes_written,
+        warnings=(*rounded.warnings, *done.warnings),
+        trained=done.record,
+    )
+
+
+def rerun(
+    folder: Path,
+    model: str | os.PathLike[str] | None = None,
+    *,
+    calibration: str | None = None,
+    device: str | None = None,
+    max_shard_size: int = 5_000_000_000,
+    events: Events | None = None,
+) -> Comparison:
+    """Quantize again, beside ``folder`` and for the length of the call, train again where its
+    recipe does, and compare every file and every linear.
+
+    Args:
+        folder: written by ``llmquant quantize`` or ``llmquant qat``.
+        model: the original; default: the name that the manifest gives.
+        calibration: its calibration text, if it is not where the recipe says; the training text
+            too, where both are one.
+        device: default: the recorded one.
+        max_shard_size: as in the first run.
+        events: callbacks of the run.
+
+    Raises:
+        UsageError: the folder was converted or has no recipe, or the model or the text is not the
+            recorded one.
+    """
+    then = read_manifest(folder)
+
+    def again(
+        source: Path, path: Path, recipe: Recipe, options: QuantizeOptions, told: Events | None
+    ) -> None:
+        told = told or Events()
+        if then.qat is not None and recipe.qat is not None and calibration is not None:
+            before = load_recipe(folder / "recipe.yaml")
+            if before.qat is not None and before.qat.source == before.calibration.source:
+                recipe = recipe.updated({"qat.source": calibration})
+        how = _options(options)
+        if then.qat is not None:
+            how = replace(how, device=device or then.qat.device, dtype=then.qat.dtype)
+        quantize(source, path, recipe, options, told, (how, _events(told)))
+
+    return repetition.rerun(
+        folder,
+        model,
+        calibration=calibration,
+        device=device,
+        max_shard_size=max_shard_size,
+        events=events,
+        run=again,
+    )
+
+
+def section_of(recipe: Recipe) -> QAT:
+    """The section, with the calibration's text where it names none."""
+    assert recipe.qat is not None
+    if recipe.qat.source is not None:
+        return recipe.qat
+    return recipe.qat.model_copy(update={"source": recipe.calibration.source})
+
+
+def _options(options: QuantizeOptions) -> QatOptions:
+    log = options.log
+    return QatOptions(
+        device=options.device,
+        evaluation=options.evaluation,
+        overwrite=options.overwrite,
+        restart=options.restart,
+        log=None if log is None else log.with_name(log.name.replace(".quantize.", ".qat.")),
+    )
+
+
+def _events(events: Events) -> QatEvents:
+    """A run's callbacks, told of training."""
+    return QatEvents(
+        on_note=events.on_note,
+        on_phase=lambda phase, done, total: events.on_progress(Progress(done, total, phase)),
+        on_step=lambda s: events.on_progress(
+            Progress(s.step, s.steps, f"training, loss {s.loss:.4f}, held-out KL {s.heldout:.4f}")
+        ),
+    )
+
+
+def _key(model: str | os.PathLike[str], recipe: Recipe, options: QuantizeOptions) -> str:
+    """What the rounded folder depends on, as JSON."""
+    source = recipe.calibration.source
+    facts = {
+        "recipe": recipe.sha256(),
+        "model": CheckpointReader(resolve(model)).digest(),
+        "text": None if source is None else read_documents(source).sha256,
+        "dtypes": [options.dtype, options.store_dtype],
+        "device": options.device,
+        "versions": versions(),
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def _key_of(start: Path) -> Path:
+    return start.with_name(f"{start.name}.json")
+
+
+def _made_before(start: Path, key: str) -> bool:
+    """Whether the folder is there, whole, and what rounding would make."""
+    known = _key_of(start)
+    return (start / MANIFEST).is_file() and known.is_file() and known.read_text("utf-8") == key
+
+
+def _forget(start: Path) -> None:
+    """Remove the rounded folder; first what says that it is whole."""
+    _key_of(start).unlink(missing_ok=True)
+    remove(start)
+
+
+def _recorded(start: Path, model: str | os.PathLike[str]) -> QuantizeResult:
+    """What an earlier process did, as its folder tells."""
+    made, reader = read_manifest(start), CheckpointReader(start)
+    source = CheckpointReader(resolve(model))
+    dtype = parse_dtype(made.dtype)
+    return QuantizeResult(
+        path=start,
+        recipe=load_recipe(start / "recipe.yaml"),
+        modules=tuple(
+            ModuleReport.model_validate({"name": n, **m.model_dump()})
+            for n, m in made.modules.items()
+        ),
+        tuned={
+            n: TuneReport.model_validate({**t.model_dump(), "seconds": 0.0})
+            for n, t in made.tuned.items()
+        },
+        scaled={
+            n: tuple(PairReport.model_validate(p.model_dump()) for p in pairs)
+            for n, pairs in made.scaled.items()
+        },
+        skipped=made.skipped,
+        bits_per_weight=made.bits_per_weight,
+        source_bytes=sum(i.nbytes for i in source.tensors.values()),
+        bytes_written=sum(i.nbytes for i in reader.tensors.values()),
+        calibration=None,
+        warnings=(),
+        computing=Computing.of(made.device, dtype),
+        regrouped=made.regrouped,
+    )

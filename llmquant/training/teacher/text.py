@@ -1,0 +1,226 @@
+"""The text that is trained on, and the other text that decides: windows of token ids with, for each
+position, whether its next token counts.
+
+Rows are laid end to end and cut into windows of exactly ``seqlen`` tokens, as calibration does it.
+Held-out windows are drawn first; a window is one or the other. Of chats only the assistant's
+answers count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmquant.checkpoint.manifest import Manifest
+from llmquant.data.answers import Learned, learned_rows
+from llmquant.data.calibration import draw
+from llmquant.data.overlap import measure_overlap
+from llmquant.data.sources import counted, read_documents
+from llmquant.data.tokenize import Ids
+from llmquant.errors import SourceError, UsageError
+from llmquant.recipe_sections import QAT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SALT = 1  # held-out windows and those trained on are drawn by different seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """``ids`` int64 ``[tokens]``; ``counts`` float32 ``[tokens - 1]``, 1 where the token after a
+    position is one to learn."""
+
+    ids: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingText:
+    """Windows to train on and held-out ones, where they came from, and what should be said of
+    them."""
+
+    training: tuple[Window, ...]
+    heldout: tuple[Window, ...]
+    source: str
+    source_sha256: str
+    sha256: str
+    lines: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """To learn, in an epoch."""
+        return int(sum(float(w.counts.sum()) for w in self.training))
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The windows that a folder was calibrated on: the hash of their text, and where in its tokens
+    they begin."""
+
+    source_sha256: str
+    seqlen: int
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest | None) -> Calibrated | None:
+        """As a folder's record tells; None where it does not, or where a window is a row."""
+        if manifest is None or manifest.calibration is None or manifest.seed is None:
+            return None
+        told = manifest.calibration
+        if told["packing"] != "concat":
+            return None
+        drawn = draw(told["windows_available"], told["windows"], manifest.seed)
+        length = int(told["seqlen"])
+        return cls(told["source_sha256"], length, tuple(i * length for i in drawn))
+
+    def unseen(self, places: list[int], length: int) -> list[int]:
+        """Which of the windows that begin at ``places`` have no token in common with these."""
+        return [
+            i
+            for i, place in enumerate(places)
+            if all(place + length <= s or s + self.seqlen <= place for s in self.starts)
+        ]
+
+
+def read_text(
+    options: QAT,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    vocab_size: int,
+    max_positions: int | None,
+    evaluation: str | None = None,
+    calibrated: Calibrated | None = None,
+) -> TrainingText:
+    """The windows that a run trains on and those that it keeps out.
+
+    Args:
+        source: of the text.
+        vocab_size: of the models; ids beyond are refused.
+        max_positions: their context.
+        evaluation: text that the model will be judged by; what of it is trained on is told.
+        calibrated: what the start was calibrated on; windows of it are not held out, where others
+            are left, since they would flatter the start.
+
+    Raises:
+        SourceError: no such source, too little text (says how much is needed), or a tokenizer of
+            another model.
+        UsageError: windows longer than the context.
+    """
+    if max_positions is not None and options.seqlen > max_positions:
+        raise UsageError(
+            f"qat.seqlen={options.seqlen} is more than the model's {max_positions} positions; "
+            f"give {max_positions} or less"
+        )
+    apart = options.heldout_source
+    windows, facts = _windows(source, options, tokenizer, vocab_size)
+    others = windows
+    if apart is not None:
+        others, _ = _windows(apart, options, tokenizer, vocab_size)
+    kept = 0 if apart is not None else options.heldout
+    wanted = options.nsamples or options.batch_size
+    if len(windows) < wanted + kept:
+        raise SourceError(_too_little(facts, len(windows), wanted, kept, options.seqlen))
+    if len(others) < options.heldout:
+        raise SourceError(
+            f"{apart} gives {len(others):,} windows of {options.seqlen:,} tokens; {options.heldout:,} held-out ones "
+            f"need {options.heldout * options.seqlen:,} tokens"
+        )
+    unseen = list(range(len(others)))
+    if apart is None and calibrated is not None and calibrated.source_sha256 == facts.sha256:
+        unseen = calibrated.unseen(facts.places, options.seqlen)
+    if len(unseen) < options.heldout:
+        unseen = list(range(len(others)))
+    heldout = [unseen[i] for i in draw(len(unseen), options.heldout, seed)]
+    out = set(heldout) if apart is None else set()
+    left = [i for i in range(len(windows)) if i not in out]
+    shown = min(len(left), options.steps * options.batch_size)  # more would be asked for in vain
+    order = draw(len(left), min(options.nsamples or shown, shown), seed + _SALT)
+    chosen = [windows[left[i]] for i in order]
+    lines = [
+        f"text       {source}",
+        f"  training {len(chosen):,} of {len(windows):,} windows of {options.seqlen:,} tokens",
+        f"  held out {len(heldout):,} windows{f' of {apart}' if apart else ''}",
+    ]
+    if facts.dropped:
+        lines.append(f"  dropped  {counted(facts.dropped)}")
+    if evaluation is not None:
+        overlap = measure_overlap([c[0] for c in chosen], read_documents(evaluation), tokenizer)
+        lines += [f"  {line}" for line in overlap.lines()]
+    kept_out = [others[i] for i in heldout]
+    return TrainingText(
+        tuple(map(_window, chosen)),
+        tuple(map(_window, kept_out)),
+        facts.source,
+        facts.sha256,
+        _sha256([*chosen, *kept_out], len(chosen)),
+        tuple(lines),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """Of a source: its name, its hash, its tokens, the rows that were left out, and where its
+    windows begin."""
+
+    source: str
+    sha256: str
+    tokens: int
+    dropped: dict[str, int]
+    places: list[int]
+
+
+def _windows(
+    source: str, options: QAT, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[list[tuple[Ids, Learned]], _Facts]:
+    """All windows with something to learn in them, in order."""
+    documents = read_documents(source)
+    dropped = Counter(documents.dropped)
+    rows = learned_rows(documents, tokenizer, dropped)
+    stream = np.concatenate([ids for ids, _ in rows]) if rows else np.zeros(0, np.int64)
+    learned = np.concatenate([mask for _, mask in rows]) if rows else np.zeros(0, np.bool_)
+    if len(stream) and int(stream.max()) >= vocab_size:
+        raise SourceError(
+            f"{source}: the tokenizer gives token id {int(stream.max())}, but the model has {vocab_size} tokens; "
+            "the tokenizer belongs to another model"
+        )
+    length = options.seqlen
+    cut = [slice(i, i + length) for i in range(0, len(stream) - length + 1, length)]
+    kept = [s for s in cut if learned[s][1:].any()]
+    windows = [(stream[s], learned[s]) for s in kept]
+    empty = len(cut) - len(windows)
+    if empty:
+        dropped["windows without an answer in them"] += empty
+    lost = {reason: n for reason, n in sorted(dropped.items()) if n}
+    places = [s.start for s in kept]
+    return windows, _Facts(documents.source, documents.sha256, len(stream), lost, places)
+
+
+def _too_little(facts: _Facts, has: int, wanted: int, kept: int, seqlen: int) -> str:
+    lost = f" (left out: {counted(facts.dropped)})" if facts.dropped else ""
+    held = f" and {kept:,} held-out ones" if kept else ""
+    return (
+        f"{facts.source} gives {facts.tokens:,} tokens, {has:,} windows of {seqlen:,}{lost}; {wanted:,} windows to train on"
+        f"{held} need {(wanted + kept) * seqlen:,} tokens; give more text, a smaller --seqlen, --batch-size or --heldout"
+    )
+
+
+def _window(pair: tuple[Ids, Learned]) -> Window:
+    ids, learned = pair
+    return Window(torch.from_numpy(ids.copy()), torch.from_numpy(learned[1:].astype(np.float32)))
+
+
+def _sha256(windows: list[tuple[Ids, Learned]], training: int) -> str:
+    digest = hashlib.sha256(training.to_bytes(8, "little"))
+    for ids, learned in windows:
+        digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
+        digest.update(learned.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,226 @@
+"""The loss against plain definitions, the file of targets, and the text that is learned from."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import EXAMPLE
+
+from llmquant.data.answers import learned_rows
+from llmquant.data.sources import Documents, read_documents
+from llmquant.errors import SourceError, UsageError
+from llmquant.models.from_folder import load_tokenizer
+from llmquant.recipe_sections import QAT
+from llmquant.training.schedule import measured_at, rate, windows_of
+from llmquant.training.teacher.loss import divergence, hidden_error, make_targets
+from llmquant.training.teacher.targets import TargetFile, Wanted
+from llmquant.training.teacher.text import Calibrated, Window, read_text
+
+VOCABULARY = 50
+
+
+def logits(seed: int, n: int = 7) -> torch.Tensor:
+    return 3 * torch.randn(n, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5], ids=["T=1", "T=2.5"])
+def test_the_whole_vocabulary_is_the_definition(temperature: float) -> None:
+    targets = make_targets(logits(0), 0, temperature, None)
+    wanted = plain_kl(logits(0) / temperature, logits(1) / temperature) * temperature**2
+    found = divergence(targets, logits(1), temperature)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_top_k_is_the_definition_over_its_bins_and_never_more() -> None:
+    p, q = logits(0).double().softmax(-1), logits(1).double().softmax(-1)
+    values, ids = p.topk(5)
+    bins = torch.cat([values, 1 - values.sum(-1, keepdim=True)], -1)
+    others = q.gather(-1, ids)
+    others = torch.cat([others, 1 - others.sum(-1, keepdim=True)], -1)
+    wanted = (bins * (bins / others).log()).sum(-1)
+    found = divergence(make_targets(logits(0), 5, 1.0, None), logits(1))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert bool((found <= plain_kl(logits(0), logits(1)) + 1e-6).all())
+
+
+@pytest.mark.parametrize("k", [0, 5], ids=["all", "top 5"])
+def test_nothing_is_lost_to_oneself_and_gradients_are_finite(k: int) -> None:
+    for size in (1.0, 30.0):  # the second: the rest has next to no probability
+        q = (logits(0) * size).requires_grad_()
+        kl = divergence(make_targets(q.detach(), k, 1.0, None), q)
+        kl.sum().backward()
+        assert float(kl.detach().abs().max()) < 1e-4
+        assert q.grad is not None
+        assert float(q.grad.abs().max()) < 1e-3
+
+
+def test_the_hidden_error_is_relative() -> None:
+    hidden = torch.ones(3, 4)
+    targets = make_targets(logits(0, 3), 5, 1.0, hidden)
+    torch.testing.assert_close(hidden_error(targets, 1.5 * hidden), torch.full((3,), 0.25))
+
+
+def wanted_windows(count: int, hidden: bool = False) -> Wanted:
+    windows = [Window(torch.arange(8) + i, torch.ones(7)) for i in range(count)]
+    return Wanted(windows, 1, 5, 1.0, hidden)
+
+
+class Asked:
+    """A teacher of drawn logits that notes what it was asked."""
+
+    def __init__(self, hidden: bool = False) -> None:
+        self.indices: list[int] = []
+        self._hidden = hidden
+
+    def targets(self, index: int):
+        self.indices.append(index)
+        hidden = logits(index)[:, :6] if self._hidden else None
+        return make_targets(logits(index), 5, 1.0, hidden)
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["logits", "hidden states too"])
+def test_the_file_gives_back_what_the_teacher_said(tmp_path: Path, hidden: bool) -> None:
+    file = TargetFile(
+        tmp_path / "t.bin", wanted_windows(3, hidden), VOCABULARY, 6, torch.device("cpu")
+    )
+    file.fill(lambda: Asked(hidden), lambda *_: None)
+    assert (tmp_path / "t.bin").stat().st_size == file.nbytes
+    for i in range(3):
+        found, said = file.targets(i), Asked(hidden).targets(i)
+        assert torch.equal(found.ids, said.ids)
+        assert torch.equal(found.logprobs, said.logprobs)
+        assert torch.equal(found.rest, said.rest)
+        if hidden:
+            assert torch.equal(found.hidden, said.hidden.half())
+
+
+def test_a_torn_file_is_filled_from_its_last_whole_record(tmp_path: Path) -> None:
+    path = tmp_path / "t.bin"
+    file = TargetFile(path, wanted_windows(4), VOCABULARY, 6, torch.device("cpu"))
+    file.fill(lambda: Asked(), lambda *_: None)
+    whole = path.read_bytes()
+    size = len(whole) // 4
+    damaged = bytearray(whole[: 3 * size + 11])
+    damaged[2 * size + 40] ^= 255
+    path.write_bytes(damaged)
+    again = Asked()
+    file.fill(lambda: again, lambda *_: None)
+    assert again.indices == [2, 3]
+    assert path.read_bytes() == whole
+
+
+def test_a_file_larger_than_allowed_is_refused_with_a_k_that_fits(tmp_path: Path) -> None:
+    file = TargetFile(tmp_path / "t.bin", wanted_windows(4), VOCABULARY, 6, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"--top-k 2\b"):
+        file.check_size(file.nbytes // 2)
+
+
+def text_of(source: str, **options: object):
+    section = QAT.model_validate({"seqlen": 32, "heldout": 3, "batch_size": 2, **options})
+    return read_text(
+        section,
+        source,
+        load_tokenizer(EXAMPLE),
+        seed=0,
+        vocab_size=4096,
+        max_positions=2048,
+    )
+
+
+def test_held_out_windows_are_not_trained_on(text: Path) -> None:
+    found = text_of(f"file:{text}")
+    trained = {tuple(w.ids.tolist()) for w in found.training}
+    assert trained.isdisjoint({tuple(w.ids.tolist()) for w in found.heldout})
+    assert len(found.heldout) == 3
+    assert found.tokens == 31 * len(found.training)
+    assert (
+        text_of(f"file:{text}").sha256 == found.sha256 != text_of(f"file:{text}", heldout=4).sha256
+    )
+
+
+def test_what_the_start_was_calibrated_on_is_not_held_out(text: Path) -> None:
+    section = QAT.model_validate({"seqlen": 32, "heldout": 20, "batch_size": 2})
+    tokenizer = load_tokenizer(EXAMPLE)
+    sha256 = read_documents(f"file:{text}").sha256
+    ids = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
+    seen = range(0, len(ids) - 40 * 32, 48)  # all but the last forty windows, by others of 48
+    calibrated = Calibrated(sha256, 48, tuple(seen))
+    more = {"seed": 0, "vocab_size": 4096, "max_positions": 2048}
+    found = read_text(section, f"file:{text}", tokenizer, **more, calibrated=calibrated)
+    end = seen[-1] + 48
+    for window in found.heldout:
+        places = [i for i in range(0, len(ids), 32) if ids[i : i + 32] == window.ids.tolist()]
+        assert max(places) >= end
+    other = read_text(
+        section,
+        f"file:{text}",
+        tokenizer,
+        **more,
+        calibrated=Calibrated("another", 48, tuple(seen)),
+    )
+    assert other.sha256 != found.sha256
+
+
+def test_too_little_text_is_refused_with_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Once upon a time.", encoding="utf-8")
+    with pytest.raises(SourceError, match=r"need 160 tokens"):
+        text_of(f"file:{tmp_path / 'short.txt'}")
+
+
+def test_of_chats_the_answers_count(tmp_path: Path) -> None:
+    chats = [
+        [
+            {"role": "user", "content": f"Who is {n}?"},
+            {"role": "assistant", "content": f"{n} is a cat."},
+            {"role": "user", "content": "And then?"},
+            {"role": "assistant", "content": "She sleeps."},
+        ]
+        for n in ("Lily", "Tom")
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats), encoding="utf-8")
+    tokenizer = load_tokenizer(EXAMPLE)
+    dropped: Counter[str] = Counter()
+    rows = learned_rows(read_documents(f"jsonl:{path}"), tokenizer, dropped)
+    assert not dropped
+    for (ids, learned), name in zip(rows, ("Lily", "Tom"), strict=True):
+        said = tokenizer.decode(ids[learned])
+        assert f"{name} is a cat." in said
+        assert "She sleeps." in said
+        assert "Who" not in said
+        assert "then" not in said
+
+
+def test_a_chat_without_answers_is_counted() -> None:
+    from llmquant.data.chats import parse_chat
+
+    chat = parse_chat([{"role": "user", "content": "Hello there"}])
+    dropped: Counter[str] = Counter()
+    assert learned_rows(Documents.of([chat], "x"), load_tokenizer(EXAMPLE), dropped) == []
+    assert list(dropped.values()) == [1]
+
+
+def test_every_epoch_shows_every_window_once() -> None:
+    seen = [i for step in range(5) for i in windows_of(step, 10, 2, 0)]
+    assert sorted(seen) == list(range(10))
+    again = [i for step in range(5, 10) for i in windows_of(step, 10, 2, 0)]
+    assert sorted(again) == list(range(10))
+    assert seen != again
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    options = QAT(steps=100, warmup=0.1)
+    rates = [rate(step, options) for step in range(100)]
+    assert rates[9] == max(rates) == 1.0
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert measured_at(options) == set(range(10, 101, 10))
