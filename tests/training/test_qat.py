@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from children import Run
-from conftest import MakeModel
 
 import llmquant
 from llmquant.checkpoint.atomic import lock_folder
@@ -368,7 +367,7 @@ def test_a_weight_that_is_not_what_was_trained_is_not_published(
 
 
 def test_a_teacher_with_other_tokens_is_refused(
-    train: Train, tmp_path: Path, make_model: MakeModel, model: Path
+    train: Train, tmp_path: Path, make_model: Callable[..., Path], model: Path
 ) -> None:
     larger = make_model(vocab_size=4100)
     with pytest.raises(UsageError, match="has 4,100 tokens"):
