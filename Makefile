@@ -72,7 +72,7 @@ onnx-env: .venv-onnx/.installed  ## ONNX Runtime and onnxruntime-genai in an env
 	touch $@
 
 test-onnx: setup onnx-env  ## exports, in the real ONNX Runtime
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m onnx
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m onnx tests/onnx
 
 llamacpp-env: .venv-llamacpp/.installed  ## llama.cpp in an environment of its own, compiled: 10 to 20 minutes
 
@@ -82,7 +82,7 @@ llamacpp-env: .venv-llamacpp/.installed  ## llama.cpp in an environment of its o
 	touch $@
 
 test-llamacpp: setup llamacpp-env  ## GGUF files, in the real llama.cpp
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp tests/llamacpp
 
 # What pyproject.toml allows at least, but for torch, of which a machine often has one build only: TORCH=2.11.0 takes another.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
