@@ -135,7 +135,10 @@ def _fitted_sha256(model: SuiteModel, suite: Suite, recipe: llmquant.Recipe) -> 
     base = model.base or suite.reference
     if base is None or not Path(base).is_dir():
         return None
-    return llmquant.make_plan(base, recipe).recipe.sha256()
+    fitted = llmquant.make_plan(base, recipe).recipe
+    if fitted.qat is not None and fitted.qat.source is None:  # then it trains on this text
+        fitted = fitted.updated({"qat.source": fitted.calibration.source})
+    return fitted.sha256()
 
 
 def _other_pass(

@@ -194,5 +194,6 @@ def _warnings(record: OnnxRecord) -> tuple[str, ...]:
         for why, names in by_reason.items()
     ]
     if record.check is None:
-        said.append(f"not run here: the graph is for {record.provider}")
+        why = "--no-check" if record.provider == "cpu" else f"the graph is for {record.provider}"
+        said.append(f"its logits were not compared with the folder's: {why}")
     return tuple(said)
