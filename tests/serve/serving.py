@@ -50,8 +50,8 @@ class StepCounter:
     def __init__(self, engine: Engine) -> None:
         self.steps = 0
         if isinstance(engine, LocalEngine):
-            self._decode = engine._batcher._decode
-            engine._batcher._decode = self._counted
+            self._decode = engine._jobs._decode
+            engine._jobs._decode = self._counted
 
     def _counted(self) -> None:
         self.steps += 1

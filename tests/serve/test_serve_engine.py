@@ -261,7 +261,7 @@ def test_a_waiting_request_can_leave(model, prompts):
 
 def test_a_failure_reaches_everyone_and_is_told(model, prompts):
     async def work(engine):
-        engine._batcher._admit = None  # as good a catastrophe as any
+        engine._jobs._admit = None  # as good a catastrophe as any
         with pytest.raises(EngineError, match="the engine stopped"):
             await collect(engine, prompts[0], Sampling(max_tokens=5))
         assert not engine.health().ok

@@ -20,8 +20,6 @@ was read, one token is put through the model: only if that fails too is the engi
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,9 +29,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from llmquant.errors import LlmquantError
-from llmquant_serve.engines.base import Load, Step, StoppedError, Token
+from llmquant_serve.engines.base import Load, Step, Token
 from llmquant_serve.engines.isolation import isolated
-from llmquant_serve.engines.job import Job
+from llmquant_serve.engines.jobs.job import Job
+from llmquant_serve.engines.jobs.thread import JobThread
 from llmquant_serve.engines.row_cache import RowCache
 from llmquant_serve.engines.sampling import described_all
 
@@ -42,107 +41,47 @@ PROMPT_AT_ONCE = 4096  # bounds the memory of one pass, and the delay until a ca
 SCORED_CHUNK = 512  # where logits of every position are needed
 
 
-class Batcher:
-    """The thread that runs the model, and its queue of jobs.
+class Batcher(JobThread):
+    """The thread that runs the model, and its rows.
 
     Args:
         model: in eval mode; nothing else may use it from now on.
         max_rows: sequences decoded together.
-
-    Attributes:
-        error: what ended the thread; None while it runs, and after a regular end.
     """
 
     def __init__(self, model: PreTrainedModel, max_rows: int) -> None:
+        super().__init__("llmquant-batcher")
         self._model: Any = model
         self._max_rows = max_rows
         self._cache = self._empty_cache()
-        self._waiting: deque[Job] = deque()
         self._prefilling: list[Job] = []
         self._rows: list[Job] = []
-        self._wake = threading.Condition()
-        self._closing = False
-        self.error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="llmquant-batcher", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def submit(self, job: Job) -> None:
-        """Queue a job; any thread.
-
-        Raises:
-            StoppedError: the engine has stopped.
-        """
-        with self._wake:
-            if self.error or self._closing:
-                raise StoppedError(self.error or "the engine is shutting down")
-            self._waiting.append(job)
-            self._wake.notify()
-
-    def cancel(self, job: Job) -> None:
-        """Free the job's row before the next step; any thread."""
-        job.cancelled = True
-        with self._wake:
-            self._wake.notify()
 
     def load(self) -> Load:
         prefilling = list(self._prefilling)
         cached = sum(self._cache.lengths) + sum(job.prefilled for job in prefilling)
         return Load(len(self._rows) + len(prefilling), len(self._waiting), cached)
 
-    def close(self) -> None:
-        """Stop after the current step and fail the remaining jobs; returns when the thread has
-        ended."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+    def _running(self) -> list[Job]:
+        return [*self._prefilling, *self._rows]
 
-    def _run(self) -> None:
-        try:
-            with isolated("the engine's thread failed"), torch.inference_mode():
-                while self._wait_for_work():
-                    self._iterate()
-        except LlmquantError as e:
-            self.error = f"the engine stopped, and the server must be restarted: {e}"
-        with self._wake:
-            self._closing = True
-            remaining = [*self._waiting, *self._prefilling, *self._rows]
-            self._waiting.clear()
-        self._prefilling, self._rows = [], []
-        for job in remaining:
-            job.deliver(StoppedError(self.error or "the engine is shutting down"))
+    def _free(self) -> int:
+        return self._max_rows - sum(not job.cancelled for job in self._running())
 
-    def _wait_for_work(self) -> bool:
-        """Returns whether there is work; False ends the thread."""
-        with self._wake:
-            while not (self._closing or self._waiting or self._prefilling or self._rows):
-                self._wake.wait()
-            return not self._closing
+    def _take(self, job: Job) -> None:
+        job.cache = Cache(layer_class_to_replicate=DynamicLayer)
+        self._prefilling.append(job)
 
+    @torch.inference_mode()
     def _iterate(self) -> None:
         self._drop_cancelled()
-        self._admit()
         self._prefill()
         if self._rows:
             self._decode()
 
     def _drop_cancelled(self) -> None:
-        with self._wake:
-            if any(job.cancelled for job in self._waiting):
-                self._waiting = deque(job for job in self._waiting if not job.cancelled)
         self._prefilling = [job for job in self._prefilling if not job.cancelled]
         self._remove(row for row, job in enumerate(self._rows) if job.cancelled)
-
-    def _admit(self) -> None:
-        """Jobs that wait may prefill as long as rows are free."""
-        with self._wake:
-            while self._waiting and len(self._rows) + len(self._prefilling) < self._max_rows:
-                job = self._waiting.popleft()
-                job.cache = Cache(layer_class_to_replicate=DynamicLayer)
-                self._prefilling.append(job)
 
     def _prefill(self) -> None:
         """Spend one budget of prompt tokens, oldest job first."""

@@ -1,33 +1,18 @@
 """The ``local`` engine: a model loaded by ``llmquant.load`` in this process, packed if the folder
-is, with continuous batching.
-
-This is the asyncio side: it hands jobs to the :class:`~llmquant_serve.engines.batcher.Batcher`
-thread and receives their steps through the event loop. It touches no tensor.
-"""
+is, with continuous batching."""
 
 from __future__ import annotations
-
-import asyncio
-from collections.abc import AsyncGenerator, Sequence
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from llmquant.errors import ArchitectureError
-from llmquant_serve.engines.base import (
-    EngineError,
-    Health,
-    Load,
-    ModelInfo,
-    Refusal,
-    Sampling,
-    Step,
-)
+from llmquant_serve.engines.base import ModelInfo
 from llmquant_serve.engines.batcher import Batcher
-from llmquant_serve.engines.job import Job
+from llmquant_serve.engines.jobs.engine import JobEngine
 
 
-class LocalEngine:
+class LocalEngine(JobEngine):
     """An engine in this process; see :class:`~llmquant_serve.engines.base.Engine`.
 
     Args:
@@ -39,67 +24,12 @@ class LocalEngine:
         ArchitectureError: the model keeps a state other than keys and values.
     """
 
-    name = "local"
-
     def __init__(
         self, model: PreTrainedModel, max_streams: int = 8, context: int | None = None
     ) -> None:
         _check_states(model)
-        self.info = ModelInfo.of(model.config, model.generation_config, context)
-        self._batcher = Batcher(model, max_streams)
-        self._closed = False
-
-    def why_not(self, sampling: Sampling) -> Refusal | None:
-        if sampling.grammar is not None:
-            return Refusal(
-                "response_format", "the local engine cannot constrain its output; use --engine vllm"
-            )
-        return None
-
-    async def generate(
-        self, prompt: Sequence[int], sampling: Sampling
-    ) -> AsyncGenerator[Step, None]:
-        """Yield steps until one has ``finish``; see :class:`~llmquant_serve.engines.base.Engine`.
-
-        Raises:
-            StoppedError: the engine has stopped.
-            EngineError: the request failed in the engine.
-        """
-        loop = asyncio.get_running_loop()
-        steps: asyncio.Queue[Step | EngineError] = asyncio.Queue()
-
-        def deliver(step: Step | EngineError) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(steps.put_nowait, step)
-
-        job = Job(tuple(prompt), sampling, deliver, self.info.eos)
-        self._batcher.submit(job)
-        try:
-            while True:
-                step = await steps.get()
-                if isinstance(step, EngineError):
-                    raise step
-                yield step
-                if step.finish is not None:
-                    return
-        finally:
-            self._batcher.cancel(job)
-
-    def health(self) -> Health:
-        if self._closed:
-            return Health(False, "the engine is shutting down")
-        error = self._batcher.error
-        return Health(error is None, error or "", dead=error is not None)
-
-    def load(self) -> Load:
-        return self._batcher.load()
-
-    async def start(self) -> None:
-        self._batcher.start()
-
-    async def close(self) -> None:
-        self._closed = True
-        await asyncio.to_thread(self._batcher.close)
+        info = ModelInfo.of(model.config, model.generation_config, context)
+        super().__init__("local", info, Batcher(model, max_streams))
 
 
 def _check_states(model: PreTrainedModel) -> None:

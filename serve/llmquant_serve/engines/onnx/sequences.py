@@ -1,152 +1,107 @@
 """Sequences: the thread that runs the jobs of an ONNX export, one token of each in turn.
 
 Each job is a sequence of its own in onnxruntime-genai, with a KV cache of its own. There is no
-batch: several at a time share the processor. Tokens are chosen here, by the code of the local
-engine, so that every parameter means the same.
+batch: several at a time share the processor. A prompt beside others is read in parts of
+``PROMPT_CHUNK`` tokens, so that a long one does not hold them up. Tokens are chosen here, by the
+code of the local engine, so that every parameter means the same.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from dataclasses import dataclass
+import contextlib
 
 from llmquant import OnnxWorker
 from llmquant.errors import LlmquantError
-from llmquant_serve.engines.base import Load, Step, StoppedError, Token
-from llmquant_serve.engines.isolation import isolated
-from llmquant_serve.engines.job import Job
+from llmquant_serve.engines.base import Load, Step, Token
+from llmquant_serve.engines.jobs.job import Job
+from llmquant_serve.engines.jobs.thread import JobThread
 from llmquant_serve.engines.sampling import described_all
 
-
-@dataclass(slots=True)
-class _Running:
-    """A job and its sequence in the worker; ``number`` is None before its prompt was read."""
-
-    job: Job
-    number: int | None = None
+PROMPT_CHUNK = 256
 
 
-class Sequences:
-    """The queue of jobs and the thread that works on them.
+class Sequences(JobThread):
+    """The thread and its sequences.
 
     Args:
         worker: nobody else may use it from now on.
         max_running: sequences at a time.
-
-    Attributes:
-        error: what ended the thread; None while it runs, and after a regular end.
     """
 
     def __init__(self, worker: OnnxWorker, max_running: int) -> None:
+        super().__init__("llmquant-onnx")
         self._worker, self._max_running = worker, max_running
-        self._waiting: deque[Job] = deque()
-        self._running: list[_Running] = []
-        self._wake = threading.Condition()
-        self._closing = False
-        self.error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="llmquant-onnx", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def submit(self, job: Job) -> None:
-        """Queue a job; any thread.
-
-        Raises:
-            StoppedError: the engine has stopped.
-        """
-        with self._wake:
-            if self.error or self._closing:
-                raise StoppedError(self.error or "the engine is shutting down")
-            self._waiting.append(job)
-            self._wake.notify()
-
-    def cancel(self, job: Job) -> None:
-        """End the job before its next token; any thread."""
-        job.cancelled = True
-        with self._wake:
-            self._wake.notify()
+        self._numbers: dict[Job, int | None] = {}  # to its number in the worker, once it has one
 
     def load(self) -> Load:
-        running = list(self._running)
-        cached = sum(r.job.prefilled + r.job.generated for r in running)
-        return Load(len(running), len(self._waiting), cached)
+        jobs = list(self._numbers)
+        cached = sum(job.prefilled + job.generated for job in jobs)
+        return Load(len(jobs), len(self._waiting), cached)
 
     def close(self) -> None:
-        """Stop after the current token and fail the remaining jobs; returns when the thread has
-        ended."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        super().close()
         self._worker.close()
 
-    def _run(self) -> None:
-        try:
-            with isolated("the engine's thread failed"):
-                while self._wait_for_work():
-                    self._admit()
-                    for running in list(self._running):
-                        self._turn(running)
-        except LlmquantError as e:
-            self.error = f"the engine stopped, and the server must be restarted: {e}"
-        with self._wake:
-            self._closing = True
-            remaining = [*self._waiting, *(r.job for r in self._running)]
-            self._waiting.clear()
-            self._running = []
-        for job in remaining:
-            job.deliver(StoppedError(self.error or "the engine is shutting down"))
+    def _running(self) -> list[Job]:
+        return list(self._numbers)
 
-    def _wait_for_work(self) -> bool:
-        """Returns whether there is work; False ends the thread."""
-        with self._wake:
-            while not (self._closing or self._waiting or self._running):
-                self._wake.wait()
-            return not self._closing
+    def _free(self) -> int:
+        return self._max_running - len(self._numbers)
 
-    def _admit(self) -> None:
-        with self._wake:
-            while self._waiting and len(self._running) < self._max_running:
-                self._running.append(_Running(self._waiting.popleft()))
+    def _take(self, job: Job) -> None:
+        self._numbers[job] = None
 
-    def _turn(self, running: _Running) -> None:
-        """One token of a job, or its prompt; a failure ends the job, and the engine only where the
-        process is gone."""
-        job = running.job
+    def _iterate(self) -> None:
+        for job in list(self._numbers):
+            self._turn(job)
+
+    def _turn(self, job: Job) -> None:
+        """One token of a job, or a part of its prompt; a failure ends the job, and the engine only
+        where the process is gone."""
         ended = True
         try:
             if not job.cancelled:
-                ended = self._advance(running)
+                ended = self._advance(job)
         except LlmquantError as e:
             job.fail(e)
             self._check_worker()
-        if ended:
-            self._running.remove(running)
-            if running.number is not None:
-                self._worker.forget(running.number)
+        finally:
+            if ended:
+                self._end(job)
 
-    def _advance(self, running: _Running) -> bool:
+    def _end(self, job: Job) -> None:
+        number = self._numbers.pop(job)
+        if number is not None:
+            with contextlib.suppress(LlmquantError):  # a process that is gone holds nothing
+                self._worker.forget(number)
+
+    def _advance(self, job: Job) -> bool:
         """Returns whether the job has ended."""
-        job = running.job
-        if running.number is None:
-            running.number = self._worker.open(len(job.prompt) + job.sampling.max_tokens)
-            return self._prompt(job, running.number)
-        logits = self._worker.append(running.number, [job.last])
+        number = self._numbers[job]
+        if number is None:
+            number = self._worker.open(len(job.prompt) + job.sampling.max_tokens)
+            self._numbers[job] = number
+        if job.prefilled < len(job.prompt):
+            return self._prefill(job, number)
+        logits = self._worker.append(number, [job.last])
         return job.advance(int(logits.argmax()), logits)
 
-    def _prompt(self, job: Job, number: int) -> bool:
-        scored = job.sampling.prompt_logprobs
-        if scored is None:
-            logits = self._worker.append(number, job.prompt)
-        else:
-            every = self._worker.append(number, job.prompt, every=True)
-            scores = described_all(list(job.prompt[1:]), every[:-1], scored)
-            job.deliver(Step(prompt=(Token(job.prompt[0]), *scores)))
-            logits = every[-1]
-        job.prefilled = len(job.prompt)
+    def _prefill(self, job: Job, number: int) -> bool:
+        """Read a part of a prompt, all of it where no other job waits; returns whether the job has
+        ended."""
+        begin, scored = job.prefilled, job.sampling.prompt_logprobs
+        end = begin + PROMPT_CHUNK if len(self._numbers) > 1 else None
+        part = job.prompt[begin:end]
+        logits = self._worker.append(number, part, every=scored is not None)
+        job.prefilled += len(part)
+        if scored is not None:
+            following = list(job.prompt[begin + 1 : job.prefilled + 1])
+            job.scores += described_all(following, logits[: len(following)], scored)
+            logits = logits[-1]
+        if job.prefilled < len(job.prompt):
+            return False
+        if scored is not None:
+            job.deliver(Step(prompt=(Token(job.prompt[0]), *job.scores)))
         if job.sampling.max_tokens == 0:
             job.deliver(Step(finish="length"))
             return True

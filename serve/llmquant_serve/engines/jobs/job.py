@@ -1,4 +1,4 @@
-"""Job: one request inside the local engine, from its prompt to its last token."""
+"""Job: one request inside an engine, from its prompt to its last token."""
 
 from __future__ import annotations
 
