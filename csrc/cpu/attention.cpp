@@ -96,7 +96,7 @@ class Attention {
       for (int64_t i = 0; i < kRows; ++i) panel[k * kRows + i] = i < lanes ? queries[i * wide + k] * b_.scaling : 0.0f;
     const float* packed = packed_.get() + (sequence * b_.kv_heads + head / (b_.heads / b_.kv_heads)) * size_;
     for (int64_t t = first; t < last; t += rows) {
-      with_.multiply(panel, packed + t * dim, dim, static_cast<int>(rows), nullptr, scores + t * kRows, kRows);
+      with_.multiply(panel, packed + t * dim, dim, static_cast<int>(rows), 1, {nullptr, 0, scores + t * kRows, 0, kRows});
     }
     with_.softmax_columns(scores, first, last, diagonal, sight ? sight->mask.data() : nullptr, totals);
     const float* values = packed + key_size_;
@@ -106,8 +106,8 @@ class Attention {
         const int64_t at = dims_.first(pass), size = dims_.size(pass);
         float* sum = sums + at * kRows;
         with_.multiply(
-            scores + start * kRows, values + at * seen_.count + start * size, count, static_cast<int>(size),
-            start == first ? nullptr : sum, sum, kRows);
+            scores + start * kRows, values + at * seen_.count + start * size, count, static_cast<int>(size), 1,
+            {start == first ? nullptr : sum, 0, sum, 0, kRows});
       }
     }
     for (int64_t i = 0; i < lanes; ++i)

@@ -8,7 +8,7 @@ namespace llmquant {
 static bool available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 extern const Instructions kInstructions_avx2 = {
-    "avx2", available, isa_avx2::kMostRows, isa_avx2::one_row, isa_avx2::spread, isa_avx2::decode, isa_avx2::multiply, isa_avx2::attend,
+    "avx2", available, isa_avx2::kMostRows, isa_avx2::kTiles, isa_avx2::one_row, isa_avx2::spread, isa_avx2::decode, isa_avx2::multiply, isa_avx2::attend,
     isa_avx2::softmax_columns, isa_avx2::silu_times, isa_avx2::rms_norm, isa_avx2::rotate,
 };
 

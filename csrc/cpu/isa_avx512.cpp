@@ -11,7 +11,7 @@ static bool available() {
 }
 
 extern const Instructions kInstructions_avx512 = {
-    "avx512", available, isa_avx512::kMostRows, isa_avx512::one_row, isa_avx512::spread, isa_avx512::decode, isa_avx512::multiply, isa_avx512::attend,
+    "avx512", available, isa_avx512::kMostRows, isa_avx512::kTiles, isa_avx512::one_row, isa_avx512::spread, isa_avx512::decode, isa_avx512::multiply, isa_avx512::attend,
     isa_avx512::softmax_columns, isa_avx512::silu_times, isa_avx512::rms_norm, isa_avx512::rotate,
 };
 

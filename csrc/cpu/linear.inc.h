@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 
 #include "packed.h"
@@ -36,6 +37,9 @@ typedef uint8_t vb_at __attribute__((vector_size(LANES), aligned(1), may_alias))
 static inline ALWAYS vf load(const float* p) { return *reinterpret_cast<const vf_at*>(p); }
 static inline ALWAYS vu load(const uint32_t* p) { return *reinterpret_cast<const vu_at*>(p); }
 static inline ALWAYS void store(float* p, vf v) { *reinterpret_cast<vf_at*>(p) = v; }
+// Asks for the words that come 4 KiB later. The processor's own prefetcher stops at the end of a page and is no further ahead than a
+// few lines, which costs a quarter of the bandwidth of one row.
+static inline ALWAYS void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 4096); }
 static inline ALWAYS vf all(float value) { return value - vf{}; }
 static inline ALWAYS vf to_float(vu v) { return __builtin_convertvector(reinterpret_cast<vi>(v), vf); }
 
@@ -140,12 +144,14 @@ template <int BITS>
 static inline ALWAYS void add_unit(const uint32_t*& words, const float*& x, vf (*sum)[kChains]) {
   vu word[kVectors];
   for (int part = 0; part < (BITS == 3 ? 2 : 1); ++part, words += kRows) {
+    prefetch(words);
     for (int v = 0; v < kVectors; ++v) word[v] = load(words + v * LANES);
     if constexpr (BITS == 3) add_columns<2, 0, 16>(word, x + 16 * part, sum);
     else add_columns<BITS, 0, unit(BITS)>(word, x, sum);
   }
   x += unit(BITS);
   if constexpr (BITS == 3) {
+    prefetch(words);
     for (int v = 0; v < kVectors; ++v) word[v] = load(words + v * LANES);
     add_high_bits<0>(word, x, sum);
     words += kRows;
@@ -179,8 +185,10 @@ static void one_row_of_halves(const Weight& w, int64_t tile, const float* x, flo
   vf sum[kVectors][kChains] = {};
   int64_t k = 0;
   for (; k + kChains <= w.in; k += kChains, p += kChains * kRows)
-    for (int c = 0; c < kChains; ++c)
+    for (int c = 0; c < kChains; ++c) {
+      if (c % 2 == 0) prefetch(p + c * kRows);  // two columns to a line
       for (int v = 0; v < kVectors; ++v) sum[v][c] += half_at(w, p + c * kRows + v * LANES) * x[k + c];
+    }
   for (; k < w.in; ++k, p += kRows)
     for (int v = 0; v < kVectors; ++v) sum[v][0] += half_at(w, p + v * LANES) * x[k];
   for (int v = 0; v < kVectors; ++v) {
@@ -218,8 +226,10 @@ static inline ALWAYS void decode_columns(const vu* word, const vu* high, const v
 template <int BITS>
 static inline ALWAYS void decode_unit(const uint32_t*& words, const vf* zero, const vf* scale, float* panel) {
   vu first[kVectors], second[kVectors], high[kVectors];
+  prefetch(words);
   for (int v = 0; v < kVectors; ++v) first[v] = load(words + v * LANES);
   if constexpr (BITS == 3) {
+    prefetch(words + kRows), prefetch(words + 2 * kRows);
     for (int v = 0; v < kVectors; ++v) second[v] = load(words + kRows + v * LANES), high[v] = load(words + 2 * kRows + v * LANES);
     decode_columns<3, 0, 16>(first, high, zero, scale, panel);
     decode_columns<3, 16, 32>(second, high, zero, scale, panel);
@@ -248,7 +258,10 @@ static void decode_of(const Weight& w, int64_t tile, int64_t first, int64_t coun
 
 static void decode_halves(const Weight& w, int64_t tile, int64_t first, int64_t count, float* panel) {
   const uint16_t* p = reinterpret_cast<const uint16_t*>(w.words) + (tile * w.in + first) * kRows;
-  for (int64_t i = 0; i < count * kRows; i += LANES) store(panel + i, half_at(w, p + i));
+  for (int64_t i = 0; i < count * kRows; i += 2 * kRows) {
+    prefetch(p + i);
+    for (int64_t j = i; j < std::min(i + 2 * kRows, count * kRows); j += LANES) store(panel + j, half_at(w, p + j));
+  }
 }
 
 static void decode(const Weight& w, int64_t tile, int64_t first, int64_t count, float* panel) {
@@ -261,42 +274,45 @@ static void decode(const Weight& w, int64_t tile, int64_t first, int64_t count, 
   }
 }
 
-template <int ROWS>
-static void multiply_rows(const float* panel, const float* x, int64_t count, const float* from, float* to, int64_t stride) {
-  vf sum[ROWS][kVectors] = {};
-  if (from) {
+// Vector `v` of the TILES tiles of a pass is vector v % kVectors of tile v / kVectors, `step` numbers behind the one before.
+template <int ROWS, int TILES>
+static void multiply_rows(const float* panel, const float* x, int64_t count, const Sums& sums) {
+  constexpr int vectors = TILES * kVectors;
+  vf sum[ROWS][vectors] = {};
+  const auto tile_at = [](int v, int64_t step) { return v / kVectors * step + v % kVectors * LANES; };
+  if (sums.from) {
     for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = load(from + r * kRows + v * LANES);
+      for (int v = 0; v < vectors; ++v) sum[r][v] = load(sums.from + r * kRows + tile_at(v, sums.from_step));
   }
   for (int64_t k = 0; k < count; ++k, panel += kRows, x += ROWS) {
-    vf column[kVectors];
-    for (int v = 0; v < kVectors; ++v) column[v] = load(panel + v * LANES);
+    vf column[vectors];
+    for (int v = 0; v < vectors; ++v) column[v] = load(panel + tile_at(v, kPanel * kRows));
     for (int r = 0; r < ROWS; ++r) {
       const vf factor = all(x[r]);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * column[v];
+      for (int v = 0; v < vectors; ++v) sum[r][v] += factor * column[v];
     }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < kVectors; ++v) store(to + r * stride + v * LANES, sum[r][v]);
+    for (int v = 0; v < vectors; ++v) store(sums.to + r * sums.stride + tile_at(v, sums.to_step), sum[r][v]);
 }
 
 #if LANES == 16
-constexpr int kMostRows = 12;
+constexpr int kMostRows = 12, kTiles = 2;
 #elif LANES == 8 || defined(__aarch64__)
-constexpr int kMostRows = 6;
+constexpr int kMostRows = 6, kTiles = 1;
 #else
-constexpr int kMostRows = 3;
+constexpr int kMostRows = 3, kTiles = 1;
 #endif
 
-template <int ROWS = kMostRows>
-static inline ALWAYS void multiply_up_to(
-    const float* panel, const float* x, int64_t count, int rows, const float* from, float* to, int64_t stride) {
-  if (rows == ROWS) return multiply_rows<ROWS>(panel, x, count, from, to, stride);
-  if constexpr (ROWS > 1) multiply_up_to<ROWS - 1>(panel, x, count, rows, from, to, stride);
+template <int TILES, int ROWS = kMostRows>
+static inline ALWAYS void multiply_up_to(const float* panel, const float* x, int64_t count, int rows, const Sums& sums) {
+  if (rows == ROWS) return multiply_rows<ROWS, TILES>(panel, x, count, sums);
+  if constexpr (ROWS > 1) multiply_up_to<TILES, ROWS - 1>(panel, x, count, rows, sums);
 }
 
-static void multiply(const float* panel, const float* x, int64_t count, int rows, const float* from, float* to, int64_t stride) {
-  multiply_up_to<>(panel, x, count, rows, from, to, stride);
+static void multiply(const float* panel, const float* x, int64_t count, int rows, int tiles, const Sums& sums) {
+  if (tiles == 1) return multiply_up_to<1>(panel, x, count, rows, sums);
+  if constexpr (kTiles == 2) multiply_up_to<2>(panel, x, count, rows, sums);
 }
 
 }  // namespace INSTRUCTIONS

@@ -22,6 +22,7 @@
 namespace llmquant {
 
 constexpr int kRows = 16;       // output rows of a tile
+constexpr int kMostTiles = 2;   // of any instruction set
 constexpr int kPanel = 256;     // input columns of a panel of decoded weights; 16 rows of float32 are 16 KiB, half of a first-level cache
 
 enum Number : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -51,20 +52,30 @@ constexpr bool in_place(int bits, int column) { return shift_of(bits, column) + 
 extern const uint32_t kMasks[4][32][kRows];
 constexpr int log2_of(int bits) { return bits == 1 ? 0 : bits == 2 ? 1 : bits == 4 ? 2 : 3; }
 
+// Where `multiply` begins and ends its sums: from[tile][row][16], tiles `from_step` floats apart, or null for 0; to[tile][row][16], tiles
+// `to_step` apart and rows `stride`.
+struct Sums {
+  const float* from;
+  int64_t from_step;
+  float* to;
+  int64_t to_step, stride;
+};
+
 // What one instruction set offers. `x` is float32 and already in the stored order of columns.
 struct Instructions {
   const char* name;
   bool (*available)();
-  int most_rows;  // rows of x that one pass over a panel multiplies: as many sums as there are registers for
+  int most_rows;   // rows of x that one pass over a panel multiplies, and
+  int most_tiles;  // tiles that it does so for: as many sums as there are registers for
   // One row: y[16] of a tile. `x` as `spread` leaves it, `sums` the sum of x over each group.
   void (*one_row)(const Weight&, int64_t tile, const float* x, const float* sums, float* y);
   // Lays one row of x out for `one_row`: every column times what its code lacks, and the groups' sums.
   void (*spread)(const Weight&, const float* x, float* spread, float* sums);
   // Decoded weights of stored columns [first, first + count) of a tile: panel[count][16].
   void (*decode)(const Weight&, int64_t tile, int64_t first, int64_t count, float* panel);
-  // to = from[rows][16], or 0 where that is null, + x[count][rows] * panel[count][16]; 1 <= rows <= most_rows. Rows of `to` are `stride`
-  // floats apart.
-  void (*multiply)(const float* panel, const float* x, int64_t count, int rows, const float* from, float* to, int64_t stride);
+  // to = from + x[count][rows] * panel[tile][count][16], panels of tiles kPanel * 16 floats apart; 1 <= rows <= most_rows, 1 <= tiles <=
+  // most_tiles.
+  void (*multiply)(const float* panel, const float* x, int64_t count, int rows, int tiles, const Sums& sums);
   // Attention of one query [dim] over `count` keys and values, rows of `type` that are `stride` numbers apart; of those where the
   // mask, if there is one, is not 0. scores[count] is scratch.
   void (*attend)(const float* query, const void* keys, const void* values, int32_t type, int64_t count, int64_t key_stride,

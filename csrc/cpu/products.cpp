@@ -120,19 +120,21 @@ void tiles_of_rows(
     const Output& to) {
   const int64_t padded = w.padded_in(), size = passes.rows * kRows;
   float* sums = scratch(static_cast<size_t>((last - first) * size), 2);
-  alignas(64) float panel[kPanel * kRows];
+  alignas(64) float panel[kMostTiles * kPanel * kRows];
   for (int64_t start = 0; start < padded; start += kPanel) {
     const int64_t count = std::min<int64_t>(kPanel, padded - start);
-    for (int64_t tile = first; tile < last; ++tile) {
-      with.decode(w, tile, start, count, panel);
+    for (int64_t tile = first, tiles; tile < last; tile += tiles) {
+      tiles = std::min<int64_t>(with.most_tiles, last - tile);
+      if (to.place(w, row, tile) && !to.place(w, row, tile + tiles - 1)) tiles = 1;  // the last tile has an end of its own
+      for (int64_t t = 0; t < tiles; ++t) with.decode(w, tile + t, start, count, panel + t * kPanel * kRows);
       float* sum = sums + (tile - first) * size;
       float* in_place = start + count == padded ? to.place(w, row, tile) : nullptr;
       for (int64_t p = 0; p < passes.count; ++p) {
         const int64_t at = passes.first(p);
         const float* from = start == 0 ? nullptr : sum + at * kRows;
-        float* result = in_place ? in_place + at * to.stride : sum + at * kRows;
-        with.multiply(
-            panel, packed + start * passes.rows + at * count, count, passes.size(p), from, result, in_place ? to.stride : kRows);
+        const Sums ends = in_place ? Sums{from, size, in_place + at * to.stride, kRows, to.stride}
+                                   : Sums{from, size, sum + at * kRows, size, kRows};
+        with.multiply(panel, packed + start * passes.rows + at * count, count, passes.size(p), static_cast<int>(tiles), ends);
       }
     }
   }
