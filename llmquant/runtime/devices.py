@@ -6,13 +6,13 @@ torch calls one. Dtypes: ``auto`` and the keys of ``DTYPES``. None counts as ``a
 
 ``auto`` on a CPU is bfloat16 only where the processor is quick in it, else float32:
 
-* AMX (``amx_bf16``), ``avx512_bf16``, and ``bf16`` of ARM under Linux: bfloat16. These multiply it
-  in hardware, and oneDNN uses them.
+* AMX (``amx_bf16``) and ``bf16`` of ARM under Linux: bfloat16. These multiply matrices of it in
+  hardware, and oneDNN uses them.
 * x86 without AVX-512: float32. torch then has no fast matrix product in bfloat16; it is up to 100
   times slower.
-* Where instruction sets cannot tell (AVX-512 without bf16, ARM without it or under macOS, a
-  processor that is not known): a probe of some milliseconds, once for a process. bfloat16 must be
-  clearly faster, so that noise does not decide.
+* Where instruction sets cannot tell (AVX-512, also with ``avx512_bf16``, ARM without bf16 or under
+  macOS, a processor that is not known): a probe of some milliseconds, once for a process. bfloat16
+  must be clearly faster, so that noise does not decide.
 
 On other devices ``auto`` is the checkpoint's own dtype.
 """
@@ -146,8 +146,6 @@ def dtype_for(processor: Processor) -> ChosenDtype:
     bfloat16 = torch.bfloat16
     if processor.has("amx_bf16"):
         return ChosenDtype(bfloat16, "this processor multiplies bfloat16 in AMX tiles (amx_bf16)")
-    if processor.has("avx512_bf16"):
-        return ChosenDtype(bfloat16, "this processor has bfloat16 instructions (avx512_bf16)")
     if processor.has("bf16") and sys.platform == "linux":
         return ChosenDtype(bfloat16, "this processor has bfloat16 instructions (ARM bf16)")
     if processor.is_x86 and processor.known and not processor.has("avx512f"):
