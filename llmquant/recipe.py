@@ -177,6 +177,12 @@ class Recipe(Strict):
         wanted = self.embeddings
         return wanted.weights if wanted is not None and wanted.head else None
 
+    def with_training_text(self) -> Recipe:
+        """The same, its ``qat`` section with the calibration's text where it names none."""
+        if self.qat is None or self.qat.source is not None:
+            return self
+        return self.updated({"qat.source": self.calibration.source})
+
     def to_yaml(self) -> str:
         """All that the recipe says. ``embeddings`` and ``qat`` are left out where there are none:
         earlier versions do not know the keys."""

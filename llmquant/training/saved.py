@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -156,12 +156,12 @@ class SavedTraining:
                 for key in file.keys():  # noqa: SIM118 - no mapping
                     part, _, name = key.partition(_SEPARATOR)
                     parts.setdefault(part, {})[name] = file.get_tensor(key)
-        except Exception as e:
+            course["heldout"] = [(int(n), float(kl)) for n, kl in course["heldout"]]
+            return Course(**course), parts
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise CheckpointError(
                 f"{self._state} is damaged ({e}); add --restart to start over"
             ) from e
-        course["heldout"] = [(int(n), float(kl)) for n, kl in course["heldout"]]
-        return Course(**course), parts
 
     def remove(self) -> None:
         """Delete the state."""

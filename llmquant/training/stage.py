@@ -25,7 +25,6 @@ from llmquant.quantization.plan import Progress
 from llmquant.quantization.rerun import Comparison
 from llmquant.quantization.run import quantize as round_only
 from llmquant.recipe import Recipe, load_recipe
-from llmquant.recipe_sections import QAT
 from llmquant.records import ModuleReport, PairReport, TuneReport
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import parse_dtype
@@ -81,10 +80,13 @@ def quantize(
         events.on_note("the linears were rounded before the run was interrupted; training them")
         rounded = _recorded(start, model)
     how = replace(how, overwrite=options.overwrite, restart=options.restart)
-    section = section_of(recipe)
-    done = qat(start, output, section, reference=model, seed=recipe.seed, options=how, events=told)
+    recipe = recipe.with_training_text()
+    assert recipe.qat is not None
+    done = qat(
+        start, output, recipe.qat, reference=model, seed=recipe.seed, options=how, events=told
+    )
     _forget(start)
-    trained = rounded.recipe.updated({"qat": section.model_dump(mode="json")})
+    trained = rounded.recipe.updated({"qat": recipe.qat.model_dump(mode="json")})
     return replace(
         rounded,
         path=Path(output),
@@ -144,14 +146,6 @@ def rerun(
         events=events,
         run=again,
     )
-
-
-def section_of(recipe: Recipe) -> QAT:
-    """The section, with the calibration's text where it names none."""
-    assert recipe.qat is not None
-    if recipe.qat.source is not None:
-        return recipe.qat
-    return recipe.qat.model_copy(update={"source": recipe.calibration.source})
 
 
 def _options(options: QuantizeOptions) -> QatOptions:

@@ -135,10 +135,7 @@ def _fitted_sha256(model: SuiteModel, suite: Suite, recipe: llmquant.Recipe) -> 
     base = model.base or suite.reference
     if base is None or not Path(base).is_dir():
         return None
-    fitted = llmquant.make_plan(base, recipe).recipe
-    if fitted.qat is not None and fitted.qat.source is None:  # then it trains on this text
-        fitted = fitted.updated({"qat.source": fitted.calibration.source})
-    return fitted.sha256()
+    return llmquant.make_plan(base, recipe).recipe.with_training_text().sha256()
 
 
 def _other_pass(

@@ -122,40 +122,30 @@ def read_text(
         )
     apart = options.heldout_source
     windows, facts = _windows(source, options, tokenizer, vocab_size)
-    others = windows
-    if apart is not None:
-        others, _ = _windows(apart, options, tokenizer, vocab_size)
     kept = 0 if apart is not None else options.heldout
     wanted = options.nsamples or options.batch_size
     if len(windows) < wanted + kept:
         raise SourceError(_too_little(facts, len(windows), wanted, kept, options.seqlen))
-    if len(others) < options.heldout:
-        raise SourceError(
-            f"{apart} gives {len(others):,} windows of {options.seqlen:,} tokens; {options.heldout:,} held-out ones "
-            f"need {options.heldout * options.seqlen:,} tokens"
-        )
-    unseen = list(range(len(others)))
-    if apart is None and calibrated is not None and calibrated.source_sha256 == facts.sha256:
-        unseen = calibrated.unseen(facts.places, options.seqlen)
-    if len(unseen) < options.heldout:
-        unseen = list(range(len(others)))
-    heldout = [unseen[i] for i in draw(len(unseen), options.heldout, seed)]
-    out = set(heldout) if apart is None else set()
-    left = [i for i in range(len(windows)) if i not in out]
+    if apart is None:
+        held = _held_out(len(windows), facts, options, calibrated, seed)
+        kept_out = [windows[i] for i in held]
+        left = [windows[i] for i in sorted(set(range(len(windows))) - set(held))]
+    else:
+        kept_out = _apart(apart, options, tokenizer, vocab_size, seed)
+        left = windows
     shown = min(len(left), options.steps * options.batch_size)  # more would be asked for in vain
     order = draw(len(left), min(options.nsamples or shown, shown), seed + _SALT)
-    chosen = [windows[left[i]] for i in order]
+    chosen = [left[i] for i in order]
     lines = [
         f"text       {source}",
         f"  training {len(chosen):,} of {len(windows):,} windows of {options.seqlen:,} tokens",
-        f"  held out {len(heldout):,} windows{f' of {apart}' if apart else ''}",
+        f"  held out {len(kept_out):,} windows{f' of {apart}' if apart else ''}",
     ]
     if facts.dropped:
         lines.append(f"  dropped  {counted(facts.dropped)}")
     if evaluation is not None:
         overlap = measure_overlap([c[0] for c in chosen], read_documents(evaluation), tokenizer)
         lines += [f"  {line}" for line in overlap.lines()]
-    kept_out = [others[i] for i in heldout]
     return TrainingText(
         tuple(map(_window, chosen)),
         tuple(map(_window, kept_out)),
@@ -164,6 +154,30 @@ def read_text(
         _sha256([*chosen, *kept_out], len(chosen)),
         tuple(lines),
     )
+
+
+def _held_out(
+    windows: int, facts: _Facts, options: QAT, calibrated: Calibrated | None, seed: int
+) -> list[int]:
+    """Which windows of the training text are kept out."""
+    unseen = list(range(windows))
+    if calibrated is not None and calibrated.source_sha256 == facts.sha256:
+        fresh = calibrated.unseen(facts.places, options.seqlen)
+        unseen = fresh if len(fresh) >= options.heldout else unseen
+    return [unseen[i] for i in draw(len(unseen), options.heldout, seed)]
+
+
+def _apart(
+    source: str, options: QAT, tokenizer: PreTrainedTokenizerBase, vocab_size: int, seed: int
+) -> list[tuple[Ids, Learned]]:
+    """Held-out windows of a text of their own."""
+    windows, _ = _windows(source, options, tokenizer, vocab_size)
+    if len(windows) < options.heldout:
+        raise SourceError(
+            f"{source} gives {len(windows):,} windows of {options.seqlen:,} tokens; {options.heldout:,} held-out ones "
+            f"need {options.heldout * options.seqlen:,} tokens"
+        )
+    return [windows[i] for i in draw(len(windows), options.heldout, seed)]
 
 
 @dataclass(frozen=True, slots=True)
