@@ -44,7 +44,7 @@ leaderboard: setup  ## measure what eval/results lacks (a new or changed recipe)
 	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/tiny-llama.yaml --missing --cache out/suites
 
 # Hours where eval/results lacks much.
-leaderboard-real: real-model  ## the same for SmolLM2-135M-Instruct
+leaderboard-real: real-model  ## the same for SmolLM2-135M-Instruct: eval/LEADERBOARD-smollm2.md
 	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/smollm2.yaml --missing --cache out/suites
 
 test: setup  ## all tests but those of engines in environments of their own and those that take minutes each
