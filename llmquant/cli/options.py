@@ -125,6 +125,16 @@ OutputOption = Annotated[
     Path,
     typer.Option("--output", "-o", metavar="FOLDER", help="Folder to make.", callback=from_home),
 ]
+FolderOrFileOption = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Folder to make (for gguf: the file).",
+        callback=from_home,
+    ),
+]
 
 # What a recipe says.
 RecipeOption = Annotated[

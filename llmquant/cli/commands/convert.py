@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.commands.edge.gguf import GGUF, write_gguf
 from llmquant.cli.options import (
+    FolderOrFileOption,
     JsonOption,
     OverwriteOption,
     QuietOption,
     ThreadsOption,
-    from_home,
 )
 from llmquant.cli.progress import steps
 from llmquant.cli.sizes import check_shard_size
@@ -24,9 +24,6 @@ from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
     from llmquant.conversion import ConvertResult
-    from llmquant.conversion.gguf.file import GgufResult
-
-_GGUF = "gguf"
 
 _Quantized = Annotated[
     str, typer.Argument(help="Quantized model folder or hub name, of llmquant or another tool.")
@@ -36,16 +33,6 @@ _To = Annotated[
     typer.Option(
         metavar="LAYOUT",
         help="compressed-tensors, int-quantized, gptq, gptq_v2, awq, gguf or dense.",
-    ),
-]
-_Output = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="PATH",
-        help="Folder to make (for gguf: the file).",
-        callback=from_home,
     ),
 ]
 _Dtype = Annotated[
@@ -75,7 +62,7 @@ _ShardSize = Annotated[int, typer.Option(help="Bytes per file of a dense result.
 def convert_command(
     model: _Quantized,
     to: _To,
-    output: _Output,
+    output: FolderOrFileOption,
     dtype: _Dtype = "auto",
     scale_dtype: _ScaleDtype = None,
     base: _Base = None,
@@ -90,25 +77,19 @@ def convert_command(
     from llmquant.runtime.threads import set_threads
 
     set_threads(threads)
-    if to == _GGUF:
+    if to == GGUF:
         if dtype != "auto" or scale_dtype is not None or base is not None:
             raise UsageError(
                 "--dtype, --scale-dtype and --base do not apply to gguf, whose scales are fp16"
             )
-        from llmquant.checkpoint.hub import resolve
-        from llmquant.conversion.gguf.file import export_gguf
-        from llmquant.conversion.source import refuse_gguf
-
-        refuse_gguf(model)
-        exported = export_gguf(resolve(model), output, overwrite=overwrite)
-        _tell(_gguf_facts(exported), (), quiet, as_json)
+        write_gguf(model, output, overwrite=overwrite, quiet=quiet, as_json=as_json)
         return
     from llmquant.conversion import ConvertOptions, convert
 
     options = ConvertOptions(dtype, scale_dtype, base, overwrite, max_shard_size)
     with stoppable(), steps(hidden=quiet or as_json) as on_progress:
         result = convert(model, to, output, options, on_progress)
-    _tell(_facts(result), result.warnings, quiet, as_json)
+    _tell(result, quiet, as_json)
 
 
 def _facts(result: ConvertResult) -> dict[str, Any]:
@@ -126,26 +107,16 @@ def _facts(result: ConvertResult) -> dict[str, Any]:
     }
 
 
-def _gguf_facts(result: GgufResult) -> dict[str, Any]:
-    return {
-        "path": str(result.path),
-        "format": _GGUF,
-        "bytes_written": result.nbytes,
-        "types": dict(result.types),
-    }
-
-
-def _tell(facts: dict[str, Any], warnings: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+def _tell(result: ConvertResult, quiet: bool, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(facts) + "\n")
+        sys.stdout.write(json.dumps(_facts(result)) + "\n")
     elif not quiet:
-        said = f"{facts['path']}: {facts['format']}, {facts['bytes_written'] / 1e6:,.2f} MB"
-        if "modules" in facts:
-            said += f" (was {facts['source_format']}, {facts['source_bytes'] / 1e6:,.2f} MB); {facts['scheme']}"
-            said += f"\nproved: the numbers of {facts['modules']} packed modules, re-read from disk, equal the source's"
-        sys.stdout.write(said + "\n")
-    if not quiet and not as_json:
-        for note in facts.get("notes", ()):
+        sys.stdout.write(
+            f"{result.path}: {result.format}, {result.bytes_written / 1e6:,.2f} MB "
+            f"(was {result.source_format}, {result.source_bytes / 1e6:,.2f} MB); {result.scheme}\n"
+            f"proved: the numbers of {result.modules} packed modules, re-read from disk, equal the source's\n"
+        )
+        for note in result.notes:
             sys.stderr.write(f"note: {note}\n")
-    for warning in warnings:
+    for warning in result.warnings:
         sys.stderr.write(f"warning: {warning}\n")

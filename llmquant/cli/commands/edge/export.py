@@ -5,43 +5,32 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.commands.edge.gguf import GGUF, write_gguf
 from llmquant.cli.options import (
+    FolderOrFileOption,
     JsonOption,
     OverwriteOption,
     QuietOption,
     ThreadsOption,
-    from_home,
 )
 from llmquant.cli.progress import steps
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmquant.conversion.gguf.file import GgufResult
     from llmquant.conversion.onnx.export import OnnxResult
 
-_ONNX, _GGUF = "onnx", "gguf"
+_ONNX = "onnx"
 
 _Model = Annotated[str, typer.Argument(help="Model folder or hub name, quantized or not.")]
 _To = Annotated[
     str,
     typer.Option(
         metavar="KIND", help="onnx (a folder for ONNX Runtime) or gguf (a file for llama.cpp)."
-    ),
-]
-_Output = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="PATH",
-        help="Folder to make (for gguf: the file).",
-        callback=from_home,
     ),
 ]
 _Provider = Annotated[
@@ -95,7 +84,7 @@ _Check = Annotated[
 def export_command(
     model: _Model,
     to: _To,
-    output: _Output,
+    output: FolderOrFileOption,
     provider: _Provider = None,
     accuracy_level: _Level = None,
     head: _Head = None,
@@ -111,7 +100,7 @@ def export_command(
     from llmquant.runtime.threads import set_threads
 
     set_threads(threads)
-    if to == _GGUF:
+    if to == GGUF:
         given = {
             "--ep": provider,
             "--accuracy-level": accuracy_level,
@@ -121,13 +110,7 @@ def export_command(
         }
         if lonely := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"{lonely[0]} belongs to --to onnx; leave it out")
-        from llmquant.checkpoint.hub import resolve
-        from llmquant.conversion.gguf.file import export_gguf
-        from llmquant.conversion.source import refuse_gguf
-
-        refuse_gguf(model)
-        with stoppable():
-            _tell_gguf(export_gguf(resolve(model), output, overwrite=overwrite), quiet, as_json)
+        write_gguf(model, output, overwrite=overwrite, quiet=quiet, as_json=as_json)
         return
     if to != _ONNX:
         raise UsageError(
@@ -151,22 +134,6 @@ def export_command(
     with stoppable(), steps(hidden=quiet or as_json) as on_progress:
         result = export_onnx(model, output, options, on_progress)
     _tell_onnx(result, quiet, as_json)
-
-
-def _tell_gguf(result: GgufResult, quiet: bool, as_json: bool) -> None:
-    facts = {
-        "path": str(result.path),
-        "format": _GGUF,
-        "bytes_written": result.nbytes,
-        "types": dict(result.types),
-    }
-    if as_json:
-        sys.stdout.write(json.dumps(facts) + "\n")
-    elif not quiet:
-        sys.stdout.write(
-            f"{result.path}: gguf, {result.nbytes / 1e6:,.2f} MB\n"
-            f"proved: {len(result.types)} tensors, read back from disk, are the folder's numbers\n"
-        )
 
 
 def _tell_onnx(result: OnnxResult, quiet: bool, as_json: bool) -> None:
