@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from llmquant.kernels.cpu_int4 import CpuInt4, _few, _many
+from llmquant.kernels.cpu_int4 import CpuInt4
 from llmquant.planning.advice.in_turn import in_turn, random_weight
 from llmquant.spec import QuantSpec
 
@@ -36,14 +36,15 @@ def sweep(
 ) -> list[dict[str, float]]:
     """Milliseconds of the three ways at every row count."""
     weight = random_weight((out_features, in_features), spec)
-    prepared = CpuInt4().prepare(weight, torch.bfloat16)
+    kernel = CpuInt4()
+    prepared = kernel.prepare(weight, torch.bfloat16)
     dense = weight.dequantize(torch.bfloat16)
     table = []
     for rows in ROWS:
         x = torch.randn(rows, in_features, dtype=torch.bfloat16)
         ways: dict[str, Callable[[], object]] = {
-            "operator": lambda x=x: _few(x, prepared),
-            "gemm": lambda x=x: _many(x, prepared),
+            "operator": lambda x=x: kernel._few(x, prepared),
+            "gemm": lambda x=x: kernel._many(x, prepared),
             "dense": lambda x=x: torch.nn.functional.linear(x, dense),
         }
         times = in_turn(ways, seconds)

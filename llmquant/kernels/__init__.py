@@ -18,6 +18,7 @@ from llmquant.kernels.cpu import Cpu
 from llmquant.kernels.cpu_int4 import CpuInt4
 from llmquant.kernels.cpu_int8 import CpuInt8
 from llmquant.kernels.dense import Dense
+from llmquant.kernels.int4.cuda import CudaInt4
 from llmquant.kernels.reference import Reference
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -25,7 +26,7 @@ from llmquant.weight import QuantizedWeight
 log = logging.getLogger(__name__)
 
 KERNELS: dict[str, Kernel] = {
-    k.name: k for k in (Cpu(), CpuInt4(), Reference(), Dense(), CpuInt8())
+    k.name: k for k in (Cpu(), CpuInt4(), CudaInt4(), Reference(), Dense(), CpuInt8())
 }
 AUTO = "auto"
 

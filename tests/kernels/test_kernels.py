@@ -17,7 +17,8 @@ from torch import Tensor
 from llmquant.errors import UsageError
 from llmquant.kernels import KERNELS, choose, int4pack
 from llmquant.kernels import cpu_int4 as cpu_int4_module
-from llmquant.kernels.cpu_int4 import CROSSOVER_ROWS, CpuInt4, operator_group
+from llmquant.kernels.cpu_int4 import CROSSOVER_ROWS, CpuInt4
+from llmquant.kernels.int4.parameters import operator_group
 from llmquant.kernels.reference import narrowest
 from llmquant.runtime import native_library
 from llmquant.spec import QuantSpec
@@ -278,7 +279,9 @@ def test_choice_looks_at_the_numbers_when_it_has_them():
 
 
 def test_an_unknown_kernel_is_a_usage_error():
-    with pytest.raises(UsageError, match="choose auto, cpu, cpu_int4, reference, dense, cpu_int8"):
+    with pytest.raises(
+        UsageError, match="choose auto, cpu, cpu_int4, cuda_int4, reference, dense, cpu_int8"
+    ):
         choose(QuantSpec(), (64, 128), CPU, BF16, prefer="fast")
 
 
