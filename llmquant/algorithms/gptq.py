@@ -25,8 +25,9 @@ weights that other text may need.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -242,7 +243,10 @@ def _visit(w: Tensor, grid: _Grid, factor: Factor, spec: QuantSpec, options: GPT
     """
     codes = torch.empty_like(w)
     width = spec.width(w.shape[0])
-    visit = _visit_block if native.why_not(w) is not None else native.visit
+    visit = native.visit
+    if native.why_not(w) is not None:
+        # Read once: in the loop a device would be waited for at every block.
+        visit = partial(_visit_block, groups=grid.group_of.tolist())
     for start, stop in _blocks(w.shape[0], options.block_size, 1 if grid.fitted_ahead else width):
         errors = torch.empty(stop - start, w.shape[1], dtype=w.dtype, device=w.device)
         square = factor.upper[start:stop, start:stop]
@@ -273,16 +277,19 @@ def _visit_block(
     start: int,
     columns: range,
     max_code: int,
+    *,
+    groups: Sequence[int],
 ) -> None:
-    """Round ``columns`` of the block that begins at ``start``; ``square`` is its part of ``U``.
+    """Round ``columns`` of the block that begins at ``start``; ``square`` is its part of ``U``,
+    ``groups`` the group of each visited column.
 
     Their codes and errors are written, and ``w`` behind each, up to the block's end, is rid of its
     error.
     """
-    stop, (scales, zeros, group_of) = start + len(errors), grid
-    for column, group in zip(columns, group_of[columns.start : columns.stop].tolist(), strict=True):
+    stop, (scales, zeros, _) = start + len(errors), grid
+    for column in columns:
         row = square[column - start]
-        scale, zero = scales[group], zeros[group]
+        scale, zero = scales[groups[column]], zeros[groups[column]]
         code = round_to_codes(w[column], scale, zero, max_code)
         error = (w[column] - (code - zero) * scale) / row[column - start]
         codes[column] = code

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ def test_a_block_writes_its_own_columns_and_nothing_else(
     start, stop, out = 8, 40, 144
     columns = range(16, 32)
     found = []
-    for block in (GPTQ._visit_block, native.visit):
+    for block in (partial(GPTQ._visit_block, groups=[k // 6 for k in range(48)]), native.visit):
         w, codes = weights(48, out), torch.full((48, out), torch.nan)
         errors = torch.full((stop - start, out), torch.nan)
         square = torch.triu(weights(stop - start, stop - start, seed=3)) + torch.eye(stop - start)
