@@ -26,8 +26,6 @@ class InputStats:
 
     Attributes:
         hessian: float32 ``[in, in]``, the sum of ``x x^T`` (no factor 2, not divided by the count).
-        tokens: rows added.
-        dropped: rows left out because they held NaN or Inf.
     """
 
     def __init__(
@@ -38,8 +36,8 @@ class InputStats:
     ) -> None:
         self.hessian = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self._abs_sum = torch.zeros(in_features, dtype=dtype, device=device)
-        self.tokens = 0
-        self.dropped = 0
+        self._rows = 0
+        self._dropped = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def in_features(self) -> int:
@@ -61,17 +59,26 @@ class InputStats:
                 f"activations {list(x.shape)} do not have {self.in_features} channels"
             )
         rows = x.reshape(-1, self.in_features).to(self.hessian.dtype)
+        self._rows += rows.shape[0]
         magnitudes = rows.abs().sum(dim=0)
-        if not bool(
-            torch.isfinite(magnitudes).all()
-        ):  # one pass over the rows less than to ask each of them
-            finite = torch.isfinite(rows).all(dim=1)
-            self.dropped += int((~finite).sum())
-            rows = rows[finite]
+        # One pass over the rows less than to ask each of them.
+        if not _known_finite(magnitudes):
+            (rows,) = self._only_finite(rows)
             magnitudes = rows.abs().sum(dim=0)
         _add_gram(self.hessian, rows)
         self._abs_sum += magnitudes
-        self.tokens += rows.shape[0]
+
+    def _only_finite(self, *sides: Tensor) -> list[Tensor]:
+        """The rows, those with NaN or Inf on any side as zeros, which add nothing to a sum; they
+        are counted."""
+        finite = torch.stack([torch.isfinite(rows).all(dim=1) for rows in sides]).all(dim=0)
+        self._dropped += (~finite).sum()
+        return [torch.where(finite.unsqueeze(1), rows, 0.0) for rows in sides]
+
+    def set_counts(self, tokens: int, dropped: int) -> None:
+        """Say how many rows the sums are of: after they were added up over processes."""
+        self._rows = tokens + dropped
+        self._dropped.fill_(dropped)
 
     def merge(self, other: InputStats) -> None:
         """Add another accumulator of the same width (another device's share of the tokens)."""
@@ -81,8 +88,18 @@ class InputStats:
             )
         self.hessian += other.hessian.to(self.hessian.device)
         self._abs_sum += other._abs_sum.to(self._abs_sum.device)
-        self.tokens += other.tokens
-        self.dropped += other.dropped
+        self._rows += other._rows
+        self._dropped += other._dropped.to(self._dropped.device)
+
+    @property
+    def dropped(self) -> int:
+        """Rows left out because they held NaN or Inf."""
+        return int(self._dropped)
+
+    @property
+    def tokens(self) -> int:
+        """Rows added."""
+        return self._rows - self.dropped
 
     @property
     def mean_abs(self) -> Tensor:
@@ -93,6 +110,11 @@ class InputStats:
     def importance(self) -> Tensor:
         """``[in]`` mean square of each channel: the Hessian's diagonal per token."""
         return self.hessian.diagonal() / max(self.tokens, 1)
+
+
+def _known_finite(values: Tensor) -> bool:
+    """Whether all are finite, where that can be asked without waiting for a device."""
+    return values.device.type == "cpu" and bool(torch.isfinite(values).all())
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
@@ -143,10 +165,8 @@ class PairStats(InputStats):
             )
         rows = x.reshape(-1, x.shape[-1])
         beside = original.reshape(-1, x.shape[-1])
-        finite = torch.isfinite(rows).all(dim=1) & torch.isfinite(beside).all(dim=1)
-        if not bool(finite.all()):
-            self.dropped += int((~finite).sum())
-            rows, beside = rows[finite], beside[finite]
+        if not (_known_finite(rows) and _known_finite(beside)):
+            rows, beside = self._only_finite(rows, beside)
         self.add(rows)
         self.cross.addmm_(beside.to(self.cross.dtype).T, rows.to(self.cross.dtype))
 

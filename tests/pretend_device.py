@@ -103,10 +103,12 @@ class PretendTensor(Tensor):
     @staticmethod
     def __new__(cls, raw: Tensor) -> PretendTensor:
         held = LEDGER.hold(raw)
-        tensor: PretendTensor = torch.Tensor._make_wrapper_subclass(
-            cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(),
-            dtype=raw.dtype, device=torch.device(NAME, 0),
-        )  # fmt: skip
+        # A view of a tensor that was made outside of inference mode must not be of it.
+        with torch.inference_mode(False):
+            tensor: PretendTensor = torch.Tensor._make_wrapper_subclass(
+                cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(),
+                dtype=raw.dtype, device=torch.device(NAME, 0),
+            )  # fmt: skip
         tensor.raw = raw
         weakref.finalize(tensor, LEDGER.release, held)
         return tensor
@@ -115,6 +117,10 @@ class PretendTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled():  # composite operators arrive whole in it
+            parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         return _run(func, args, kwargs or {})
 
     def tolist(self) -> Any:
@@ -139,6 +145,15 @@ def install() -> torch.device:
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
     install.library = library  # type: ignore[attr-defined]  # which lives as long as its fallback
+    plain = torch.tensor
+
+    @functools.wraps(plain)
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        """torch.tensor makes its data outside of the dispatcher, where a wrapper cannot be made."""
+        made = plain(data, **options, device=_raw(torch.device(device)) if device else None)
+        return made.to(device) if device is not None else made
+
+    torch.tensor = tensor
     return torch.device(NAME, 0)
 
 

@@ -158,6 +158,7 @@ def tune(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / options.steps, options.steps)
     batches = _shuffled(len(targets), options)
     every, waited, taken = max(1, options.steps // options.checks), 0, 0
+    finite = torch.ones((), dtype=torch.bool, device=targets[0].device)
     for taken in range(1, options.steps + 1):
         batch = next(batches)
         optimizer.zero_grad()
@@ -166,12 +167,13 @@ def tune(
             targets[batch],
         )
         loss.backward()
-        if not bool(torch.isfinite(loss)):
-            break
+        finite &= loss.detach().isfinite()  # asked at the next check: to ask now is to wait
         optimizer.step()
         schedule.step()
         if taken % every and taken != options.steps:
             continue
+        if not bool(finite):
+            break
         found = {name: latent.quantized() for name, latent in latents.items()}
         now = _loss(found, forward, targets)
         waited = 0 if now < best else waited + 1
@@ -193,9 +195,9 @@ def _loss(
     dense = {name: weight.dequantize() for name, weight in weights.items()}
     with torch.no_grad():
         total = sum(
-            float(_squared_error(forward(dense, i), t)) * t.numel() for i, t in enumerate(targets)
+            _squared_error(forward(dense, i), t).double() * t.numel() for i, t in enumerate(targets)
         )
-    return total / sum(t.numel() for t in targets)
+    return float(total) / sum(t.numel() for t in targets)
 
 
 def _shuffled(count: int, options: TuneOptions) -> Iterator[int]:

@@ -118,7 +118,7 @@ class World:
             for tensor in (*stats.sums, counts):
                 for part in tensor.view(-1).split(_PART):
                     self._reduce(part)
-        stats.tokens, stats.dropped = (int(n) for n in counts)
+        stats.set_counts(*(int(n) for n in counts))
 
     def _reduce(self, part: Tensor) -> None:
         from torch import distributed

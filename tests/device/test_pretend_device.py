@@ -57,13 +57,14 @@ def test_transfers_and_waits_are_counted() -> None:
 )  # fmt: skip
 def test_a_wait_where_none_may_be_fails(act) -> None:
     x = torch.ones(4, device=NAME)
-    with no_waiting():
+    with torch.inference_mode(), no_waiting():
         x + x
         with pytest.raises(WaitedError, match="waits for the device"):
             act(x)
 
 
 def test_memory_is_counted_once_and_let_go() -> None:
+    gc.collect()
     with ledger() as seen:
         before = seen.live
         x = torch.empty(256, device=NAME)
