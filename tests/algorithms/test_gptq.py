@@ -131,8 +131,8 @@ def test_the_cases_tell_the_orders_and_rtn_apart():
 
 SLIPS = {
     "block-local column used as a global one to look up the group": (
-        "group_of[columns.start : columns.stop]",
-        "group_of[columns.start - start : columns.stop - start]",
+        "scale, zero = scales[groups[column]]",
+        "scale, zero = scales[groups[column - start]]",
     ),
     "columns behind the block never hear of its errors": (
         "w[stop:].addmm_(",
