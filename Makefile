@@ -48,7 +48,8 @@ leaderboard-real: real-model  ## the same for SmolLM2-135M-Instruct: eval/LEADER
 	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/smollm2.yaml --missing --cache out/suites
 
 test: setup  ## all tests but those of engines in environments of their own and those that take minutes each
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not onnx and not llamacpp and not long"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not onnx and not llamacpp and not long and not device"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m device tests/device
 
 test-long: setup  ## the measurements that take minutes each: run them after a change of an algorithm
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m long --timeout 3600

@@ -9,7 +9,8 @@ import torch
 from pretend_device import NAME, WaitedError, install, ledger, no_waiting, on_device
 from torch import nn
 
-DEVICE = install()
+install()
+pytestmark = pytest.mark.device
 
 
 def test_it_computes_as_the_cpu_does() -> None:

@@ -25,6 +25,7 @@ from llmquant.recipe import Recipe
 from llmquant.stats import InputStats, PairStats
 
 install()
+pytestmark = pytest.mark.device
 columns = sys.modules["llmquant.algorithms.gptq"]  # the package has a function of that name
 TUNE = {"steps": 4, "lr": 0.01, "scale_lr": 0.002, "batch_size": 2, "checks": 2, "patience": 2}
 CHANGES: dict[str, dict[str, Any]] = {
