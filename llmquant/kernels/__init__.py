@@ -18,6 +18,8 @@ from llmquant.kernels.cpu import Cpu
 from llmquant.kernels.cpu_int4 import CpuInt4
 from llmquant.kernels.cpu_int8 import CpuInt8
 from llmquant.kernels.dense import Dense
+from llmquant.kernels.gpu.gemlite import Gemlite
+from llmquant.kernels.gpu.humming import Humming
 from llmquant.kernels.int4.cuda import CudaInt4
 from llmquant.kernels.reference import Reference
 from llmquant.spec import QuantSpec
@@ -26,7 +28,12 @@ from llmquant.weight import QuantizedWeight
 log = logging.getLogger(__name__)
 
 KERNELS: dict[str, Kernel] = {
-    k.name: k for k in (Cpu(), CpuInt4(), CudaInt4(), Reference(), Dense(), CpuInt8())
+    k.name: k
+    for k in (
+        *(Cpu(), CpuInt4()),
+        *(Humming(), Gemlite(), CudaInt4()),
+        *(Reference(), Dense(), CpuInt8()),
+    )
 }
 AUTO = "auto"
 
@@ -63,7 +70,7 @@ def choose(
         kernel = KERNELS[name]
         reason = kernel.why_not(spec, shape, device, dtype, g_idx)
         if reason is None and weight is not None:
-            reason = kernel.why_not_weight(weight)
+            reason = kernel.why_not_weight(weight, dtype)
         if reason is None:
             return kernel, refusals
         refusals[name] = reason

@@ -49,9 +49,9 @@ class Kernel(Protocol):
         """Why this kernel cannot take a weight ``[out, in]`` at activations ``dtype`` on
         ``device``, or None."""
 
-    def why_not_weight(self, weight: QuantizedWeight) -> str | None:
-        """Why it cannot take these numbers exactly, or None. Asked only after :meth:`why_not` found
-        nothing."""
+    def why_not_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
+        """Why it cannot take these numbers exactly at activations ``dtype``, or None. Asked only
+        after :meth:`why_not` found nothing."""
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         """Buffers (name → tensor) that replace the weight; registered on the module, moved with

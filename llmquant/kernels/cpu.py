@@ -70,7 +70,7 @@ class Cpu:
             return f"it takes float32, bfloat16 and float16, not {dtype}"
         return native.why_missing()
 
-    def why_not_weight(self, weight: QuantizedWeight) -> str | None:
+    def why_not_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:

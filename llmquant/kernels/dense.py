@@ -33,7 +33,7 @@ class Dense:
     ) -> str | None:
         return None
 
-    def why_not_weight(self, weight: QuantizedWeight) -> str | None:
+    def why_not_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:

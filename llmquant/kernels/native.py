@@ -2,9 +2,9 @@
 called through ctypes.
 
 The library has a plain C interface, so it depends on no version of torch. What torch must know of
-it, for ``torch.compile`` and exports, is the operator ``llmquant::packed_linear``; eager calls go
-past the dispatcher, which would cost more than a small product does. Loading it and choosing the
-instruction set is runtime/native_library.py's.
+it, for ``torch.compile`` and exports, are the operators ``llmquant::packed_linear`` and
+``llmquant::half_linear``; eager calls go past the dispatcher, which would cost more than a small
+product does. Loading it and choosing the instruction set is runtime/native_library.py's.
 """
 
 from __future__ import annotations
@@ -152,7 +152,25 @@ def half_weight(words: Tensor, out: int) -> Tensor:
 
 def half_linear(x: Tensor, words: Tensor, out: int, in_: int) -> Tensor:
     """``[..., in]`` → ``[..., out]`` with the weight of :func:`half_tiles`; sums are float32."""
+    if torch.compiler.is_compiling():
+        y: Tensor = _HALF(x, words, out, in_)
+        return y
+    return _half(x, words, out, in_)
+
+
+def _half(x: Tensor, words: Tensor, out: int, in_: int) -> Tensor:
     return linear(x, Packed(words, words, None, None, 16, out, in_))
+
+
+def _half_operator() -> CustomOpDef:
+    made = torch.library.custom_op(
+        "llmquant::half_linear", _half, mutates_args=(), device_types="cpu"
+    )
+    made.register_fake(lambda x, _, out, __: x.new_empty((*x.shape[:-1], out)))
+    return made
+
+
+_HALF = _half_operator()
 
 
 def loaded() -> ctypes.CDLL:

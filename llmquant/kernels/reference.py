@@ -47,7 +47,7 @@ class Reference:
     ) -> str | None:
         return None
 
-    def why_not_weight(self, weight: QuantizedWeight) -> str | None:
+    def why_not_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:

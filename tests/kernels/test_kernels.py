@@ -280,7 +280,8 @@ def test_choice_looks_at_the_numbers_when_it_has_them():
 
 def test_an_unknown_kernel_is_a_usage_error():
     with pytest.raises(
-        UsageError, match="choose auto, cpu, cpu_int4, cuda_int4, reference, dense, cpu_int8"
+        UsageError,
+        match="choose auto, cpu, cpu_int4, humming, gemlite, cuda_int4, reference, dense, cpu_int8",
     ):
         choose(QuantSpec(), (64, 128), CPU, BF16, prefer="fast")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmquant.kernels.base import Prepared
+from llmquant.kernels.gpu import device as gpu_device
 from llmquant.kernels.int4 import cuda_layout
 from llmquant.kernels.int4.operator import Int4Operator
 from llmquant.kernels.int4.parameters import exact_scales, operator_group
@@ -92,13 +93,13 @@ class CudaInt4(Int4Operator):
 
 def why_not_device(device: torch.device) -> str | None:
     """Why this machine's torch and GPU cannot run the operator, or None."""
-    if torch.version.hip is not None:
-        return "torch's int4 layout on AMD is another one"
-    if not torch.cuda.is_available():
+    gpu = gpu_device.find(device)
+    if gpu is None:
         return "torch finds no GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and it needs 8.0"
+    if gpu.amd:
+        return "torch's int4 layout on AMD is another one"
+    if gpu.capability < _LEAST_CAPABILITY:
+        return f"the GPU has {gpu}, and it needs 8.0"
     if not cuda_layout.agrees(device):
         return f"torch {torch.__version__} packs int4 weights in a layout that is not known here"
     return None

@@ -71,7 +71,7 @@ class Int4Operator(ABC):
     def _many(self, x: Tensor, prepared: Prepared) -> Tensor:
         """``[M, in]`` in the stored order → ``[M, rows]`` by a matrix product."""
 
-    def why_not_weight(self, weight: QuantizedWeight) -> str | None:
+    def why_not_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         return why_not_numbers(weight)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
