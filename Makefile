@@ -9,7 +9,7 @@ REAL := out/smollm2
 JOBS ?= auto
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo real-model leaderboard leaderboard-real test test-long vllm-env test-vllm onnx-env test-onnx llamacpp-env test-llamacpp test-oldest lint docs clean help
+.PHONY: setup demo real-model leaderboard leaderboard-real test test-long gpu vllm-env test-vllm onnx-env test-onnx llamacpp-env test-llamacpp test-oldest lint docs clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,7 +48,7 @@ leaderboard-real: real-model  ## the same for SmolLM2-135M-Instruct: eval/LEADER
 	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/smollm2.yaml --missing --cache out/suites
 
 test: setup  ## all tests but those of engines in environments of their own and those that take minutes each
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not onnx and not llamacpp and not long and not device"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not onnx and not llamacpp and not gpu and not long and not device"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m device tests/device
 
 test-long: setup  ## the measurements that take minutes each: run them after a change of an algorithm
@@ -84,6 +84,21 @@ llamacpp-env: .venv-llamacpp/.installed  ## llama.cpp in an environment of its o
 
 test-llamacpp: setup llamacpp-env  ## GGUF files, in the real llama.cpp
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp tests/llamacpp
+
+# For a machine with a GPU whose own Python has torch, Triton and transformers, and which may have no network: what it lacks
+# (gpu-requirements.txt) comes as wheels. At most 9 minutes; bench/gpu is run whatever the tests say.
+GPU_PYTHON ?= python3
+GPU_MODELS ?= $(MODEL)
+GPU := out/gpu
+
+gpu:  ## on a GPU: tests of its kernels, then bench/gpu; WHEELS=DIR has what GPU_PYTHON lacks, GPU_MODELS="DIR DIR" are measured
+	mkdir -p $(GPU)
+	$(if $(WHEELS),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(GPU)/site $(WHEELS)/*.whl)
+	export PYTHONPATH=$(CURDIR):$(CURDIR)/eval:$(CURDIR)/serve:$(CURDIR)/$(GPU)/site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1; \
+	$(GPU_PYTHON) hatch_build.py; failed=0; \
+	timeout -s INT -k 10 200 $(GPU_PYTHON) -m pytest -W default -m gpu tests/gpu --durations 20 --junitxml $(GPU)/tests.xml || failed=$$?; \
+	timeout -s INT -k 10 310 $(GPU_PYTHON) bench/gpu/run.py --budget 270 $(addprefix --model ,$(GPU_MODELS)) --out $(GPU)/gpu.json || failed=$$?; \
+	exit $$failed
 
 # What pyproject.toml allows at least, but for torch, of which a machine often has one build only: TORCH=2.11.0 takes another.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
