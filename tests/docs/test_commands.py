@@ -194,7 +194,7 @@ def options_of(name: str) -> frozenset[str]:
 @cache
 def options_of_all() -> frozenset[str]:
     """Options of every command and of the scripts in ``bench``."""
-    scripts = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "bench").glob("*.py"))
+    scripts = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "bench").rglob("*.py"))
     in_scripts = re.findall(r"add_argument\(\s*\"(--[\w-]+)", scripts)
     known = frozenset({"--help", "--version", *OTHER_OPTIONS, *in_scripts})
     return known.union(*map(options_of, cli().commands))

@@ -69,12 +69,12 @@ def test_a_model_gives_what_the_cpu_gives(name: str, folder: Path) -> None:
     with torch.no_grad():
         expected = llmquant.load(folder, dtype="float32")(ids).logits
         packed = llmquant.load(folder, dtype="bfloat16", device=GPU, kernel=name)
-        found = packed(ids.to(GPU), use_cache=False).logits
-        assert (found.float().cpu() - expected).norm() <= 0.05 * expected.norm()
+        found = packed(ids.to(GPU), use_cache=False).logits.float().cpu()
+        assert (found - expected).norm() <= 0.05 * expected.norm()
         compiled = torch.compile(
             lambda i: packed(i, use_cache=False).logits, backend="aot_eager", fullgraph=True
         )
-        assert (compiled(ids.to(GPU)) - found).norm() <= 0.02 * found.norm()
+        assert (compiled(ids.to(GPU)).float().cpu() - expected).norm() <= 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["humming", "gemlite", "cuda_int4"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +125,14 @@ def test_limits_are_said(
     here()
     found = KERNELS[name].why_not(spec, shape, device, dtype, g_idx)
     assert found is None if reason is None else reason in (found or "")
+
+
+@either
+def test_the_extra_begins_at_the_version_that_was_read(name: str) -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = tomllib.loads(text)["project"]["optional-dependencies"]["gpu"]
+    read = PRETEND[name][0].library
+    assert any(line.startswith(f"{read.package}>={read.read},<") for line in wanted)
 
 
 @either
