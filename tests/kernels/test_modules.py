@@ -167,6 +167,8 @@ def test_refused_kernels_are_remembered_and_described():
     assert told.refusals == {
         "cpu: it takes float32, bfloat16 and float16, not torch.float64": 1,
         "cpu_int4: it takes 4 bits, not 8": 1,
+        "humming: it runs on a GPU, not on cpu": 1,
+        "gemlite: it runs on a GPU, not on cpu": 1,
         "cuda_int4: it runs on an NVIDIA GPU, not on cpu": 1,
     }
     assert told.packed_weights == 64 * 128
