@@ -33,11 +33,9 @@ def drawn(spec: QuantSpec, ordered: bool = False) -> QuantizedWeight:
     return QuantizedWeight(weight.codes, weight.scales, weight.zeros, spec, g_idx)
 
 
-ALL = [
-    *itertools.product(
-        [2, 3, 4, 8], GROUPS, DTYPES, [k for k in KERNELS if not k.endswith("_int4")]
-    )
-]
+ON_A_GPU = ("humming", "gemlite", "cuda_int4")
+EVERYTHING = [k for k in KERNELS if k not in (*ON_A_GPU, "cpu_int4")]
+ALL = [*itertools.product([2, 3, 4, 8], GROUPS, DTYPES, EVERYTHING)]
 INT4 = [(4, group, torch.bfloat16, "cpu_int4") for group in ("row", "g32")]  # all that it takes
 
 

@@ -44,6 +44,7 @@ def test_weight_rows_and_product(
         assert torch.equal(kernel.weight(prepared, spec, shape, dtype), weight.dequantize(dtype))
     ids = torch.tensor([191, 0, 63, 64, 0])
     assert torch.equal(kernel.rows(prepared, ids, spec, shape), weight.dequantize()[ids])
+    assert kernel.rows(prepared, ids[:0], spec, shape).shape == (0, 96)
     for lead in ((), (1,), (2, 3), (0,)):
         x = torch.randn(*lead, 96).to(BF16)
         expected = (x.float() @ weight.dequantize().T).to(BF16)

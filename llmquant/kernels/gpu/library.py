@@ -174,6 +174,8 @@ class LibraryKernel(ABC):
     def rows(
         self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
     ) -> Tensor:
+        if not len(ids):
+            return torch.empty(0, shape[1], device=ids.device)
         taken, count, which = self._take(prepared, ids, spec)
         return self.weight(taken, spec, (count, shape[1]), torch.float32)[which]
 
