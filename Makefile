@@ -94,6 +94,8 @@ GPU := out/gpu
 gpu:  ## on a GPU: tests of its kernels, then bench/gpu; WHEELS=DIR has what GPU_PYTHON lacks, GPU_MODELS="DIR DIR" are measured
 	mkdir -p $(GPU)
 	$(if $(WHEELS),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(GPU)/site $(WHEELS)/*.whl)
+	mkdir -p $(GPU)/site/llmquant.dist-info  # its version is asked for, and it is not installed
+	printf 'Metadata-Version: 2.1\nName: llmquant\nVersion: %s\n' "$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" > $(GPU)/site/llmquant.dist-info/METADATA
 	export PYTHONPATH=$(CURDIR):$(CURDIR)/eval:$(CURDIR)/serve:$(CURDIR)/$(GPU)/site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1; \
 	$(GPU_PYTHON) hatch_build.py; failed=0; \
 	timeout -s INT -k 10 200 $(GPU_PYTHON) -m pytest -W default -m gpu tests/gpu --durations 20 --junitxml $(GPU)/tests.xml || failed=$$?; \

@@ -6,10 +6,9 @@ import gc
 
 import pytest
 import torch
-from pretend_device import NAME, WaitedError, install, ledger, no_waiting, on_device
+from pretend_device import NAME, WaitedError, ledger, no_waiting, on_device
 from torch import nn
 
-install()
 pytestmark = pytest.mark.device
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_device import LEDGER, NAME, WaitedError, install, ledger, no_waiting
+from pretend_device import LEDGER, NAME, WaitedError, ledger, no_waiting
 
 from llmquant.algorithms import block_tuning
 from llmquant.checkpoint.reader import CheckpointReader, sha256_file
@@ -24,7 +24,6 @@ from llmquant.quantization.steps import rounding
 from llmquant.recipe import Recipe
 from llmquant.stats import InputStats, PairStats
 
-install()
 pytestmark = pytest.mark.device
 columns = sys.modules["llmquant.algorithms.gptq"]  # the package has a function of that name
 TUNE = {"steps": 4, "lr": 0.01, "scale_lr": 0.002, "batch_size": 2, "checks": 2, "patience": 2}

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from children import Run
-from pretend_device import NAME, install, ledger, no_waiting, on_device
+from pretend_device import NAME, ledger, no_waiting, on_device
 
 from llmquant.models.load import load
 from llmquant_serve.engines.base import Sampling
 from llmquant_serve.engines.local import LocalEngine
 
-install()
 pytestmark = pytest.mark.device
 IDS = torch.randint(6, 4096, (1, 12), generator=torch.Generator().manual_seed(1))
 KERNEL = "reference"  # the one that both have

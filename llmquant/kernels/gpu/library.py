@@ -222,7 +222,7 @@ def _disproof(
     exact = weight.dequantize(torch.float64)
     generator = torch.Generator().manual_seed(1)
     for rows in (1, 5, 80):
-        x = torch.randn(rows, in_features, generator=generator).to(device, dtype)
+        x = torch.randn(rows, in_features, generator=generator, device="cpu").to(device, dtype)
         with torch.no_grad():
             y = kernel.linear(x, ours, spec, weight.shape).to(torch.float64)
         bound = _ROUNDINGS * DTYPES[dtype] * (x.to(torch.float64).abs() @ exact.abs().T)
@@ -235,10 +235,10 @@ def _probe(shape: tuple[int, int], spec: QuantSpec) -> QuantizedWeight:
     """Drawn codes, zero-points and scales."""
     generator = torch.Generator().manual_seed(0)
     groups = (shape[0], spec.groups(shape[1]))
-    zeros = torch.randint(0, spec.levels, groups, generator=generator).to(torch.uint8)
+    zeros = torch.randint(0, spec.levels, groups, generator=generator, device="cpu").to(torch.uint8)
     return QuantizedWeight(
-        torch.randint(0, spec.levels, shape, generator=generator).to(torch.uint8),
-        portable(torch.rand(groups, generator=generator) * 0.01 + 0.001),
+        torch.randint(0, spec.levels, shape, generator=generator, device="cpu").to(torch.uint8),
+        portable(torch.rand(groups, generator=generator, device="cpu") * 0.01 + 0.001),
         torch.full_like(zeros, spec.middle) if spec.symmetric else zeros,
         spec,
     )

@@ -65,7 +65,7 @@ def unpack(packed: Tensor) -> Tensor:
 def agrees(device: torch.device) -> bool:
     """Whether torch's own packing on that device gives these bytes."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (16, 256), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 16, (16, 256), generator=generator, dtype=torch.uint8, device="cpu")
     bytes_ = (codes[:, ::2] << 4 | codes[:, 1::2]).to(device)  # the even column is the high half
     theirs = torch.ops.aten._convert_weight_to_int4pack(bytes_, 8)
     return torch.equal(theirs.cpu(), pack(codes))
