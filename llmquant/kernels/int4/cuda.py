@@ -21,8 +21,8 @@ from llmquant.kernels.int4.parameters import exact_scales, operator_group
 from llmquant.spec import QuantSpec
 
 GEMM_ROWS = 384
-"""Rows from which the weight is dequantized. The operator's time grows with the rows; on an H100 both
-take as long at 384, for 4096 and 14336 rows of a weight (docs/gpu.md)."""
+"""Rows from which the weight is dequantized. The operator's time grows with the rows; on an H100
+both take as long at 384, for weights of 4096 and 14336 rows (docs/gpu.md)."""
 
 _LEAST_CAPABILITY = (8, 0)  # bf16 tensor cores, which the operator is compiled for
 
