@@ -16,8 +16,9 @@ from serving import TEXTS, TINY, greedy, serving_process
 from transformers import AutoTokenizer
 
 from llmquant_serve.api import logprobs
-from llmquant_serve.engines import batcher, job, row_cache
+from llmquant_serve.engines import batcher, row_cache
 from llmquant_serve.engines.isolation import isolated
+from llmquant_serve.engines.jobs import job
 from llmquant_serve.engines.sampling import Chooser
 from llmquant_serve.generation import detokenize, pieces
 
