@@ -71,7 +71,7 @@ def test_json_is_one_object_with_the_same_facts() -> None:
         assert list(facts["not"]) == before, "every kernel that is preferred says why not"
     assert {"total", "available", "swap", "swap_free"} == told["memory"].keys()
     assert told["disk"]["free"] > 0
-    assert {"eval", "serve", "ONNX exports", "llama.cpp"} == told["extras"].keys()
+    assert {"eval", "serve", "gpu", "ONNX exports", "llama.cpp"} == told["extras"].keys()
 
 
 @pytest.mark.parametrize(
