@@ -9,7 +9,8 @@ everything computes the same numbers, and what a real one would refuse or wait f
 
 It is torch's PrivateUse1 backend in Python: operators without a tensor come through a fallback,
 those with one through the wrapper's ``__torch_dispatch__``. Scratch inside an operator is not
-counted.
+counted. A refusal in a backward pass comes at its end: torch's guard of streams ends the process
+if an exception passes through it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Ledger:
         live, peak: bytes now, and at most.
         to_device, to_host: transfers.
         waits: synchronizations, by operator.
+        refused: the first refusal in a backward pass that is not over.
     """
 
     cap: int | None = None
@@ -61,11 +63,17 @@ class Ledger:
     to_host: int = 0
     waits: Counter[str] = field(default_factory=Counter)
     waiting_allowed: bool = True
+    refused: Exception | None = None
     _storages: dict[int, list[int]] = field(default_factory=dict)
+
+    def refuse(self, error: Exception) -> None:
+        if torch._C._current_autograd_node() is None:
+            raise error
+        self.refused = self.refused or error
 
     def wait(self, what: str) -> None:
         if not self.waiting_allowed:
-            raise WaitedError(f"{what} waits for the device")
+            self.refuse(WaitedError(f"{what} waits for the device"))
         self.waits[what] += 1
 
     def hold(self, raw: Tensor) -> int:
@@ -76,9 +84,8 @@ class Ledger:
             self._storages[at][0] += 1
             return at
         if self.cap is not None and self.live + nbytes > self.cap:
-            raise torch.OutOfMemoryError(
-                f"{NAME} out of memory. Tried to allocate {nbytes} bytes; {self.live} of {self.cap} are in use."
-            )
+            said = f"Tried to allocate {nbytes} bytes; {self.live} of {self.cap} are in use."
+            self.refuse(torch.OutOfMemoryError(f"{NAME} out of memory. {said}"))
         self._storages[at] = [1, nbytes]
         self.live += nbytes
         self.peak = max(self.peak, self.live)
@@ -122,6 +129,12 @@ class PretendTensor(Tensor):
             if parts is not NotImplemented:
                 return parts
         return _run(func, args, kwargs or {})
+
+    def backward(self, *args: Any, **options: Any) -> None:
+        super().backward(*args, **options)
+        refused, LEDGER.refused = LEDGER.refused, None
+        if refused is not None:
+            raise refused
 
     def tolist(self) -> Any:
         LEDGER.wait("tolist")
@@ -199,9 +212,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = [t for t in tensors if on_device(t)]
     strangers = [t for t in tensors if not on_device(t) and t.dim() > 0]
     if here and strangers and name not in _TAKES_HOST_INDICES:
-        raise RuntimeError(
-            f"{name}: expected all tensors to be on the same device, but found {NAME}:0 and cpu"
-        )
+        said = f"expected all tensors to be on the same device, but found {NAME}:0 and cpu"
+        LEDGER.refuse(RuntimeError(f"{name}: {said}"))
     by_mask = name == "aten::index" and any(
         isinstance(i, Tensor) and i.dtype is torch.bool for i in args[1]
     )

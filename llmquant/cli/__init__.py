@@ -124,8 +124,12 @@ def main() -> None:
         sys.stderr.write(f"error: the operating system refused: {e}\n")
         raise SystemExit(1) from None
     except (MemoryError, RuntimeError) as e:
-        # torch has no kind of its own for this on a CPU
-        if isinstance(e, RuntimeError) and "allocate memory" not in str(e):
+        from llmquant.runtime.memory import out_of_memory
+
+        if not out_of_memory(e):
             raise
-        sys.stderr.write(f"error: this machine has no more memory: {e}\n")
+        said = str(e).splitlines()[0] if str(e) else type(e).__name__
+        sys.stderr.write(
+            f"error: there is no memory left: {said}; close other programs, or ask for less at once (smaller batches, shorter windows)\n"
+        )
         raise SystemExit(1) from None

@@ -25,8 +25,7 @@ from torch import Tensor
 from llmquant.kernels import int4pack
 from llmquant.kernels.base import Prepared
 from llmquant.kernels.int4.operator import Int4Operator
-from llmquant.kernels.int4.parameters import exact_scales, operator_group
-from llmquant.spec import QuantSpec
+from llmquant.kernels.int4.parameters import exact_scales
 
 # Rows from which dequantize + GEMM is faster, median over shapes and thread counts:
 # bench/results/crossover.json.
@@ -43,23 +42,11 @@ class CpuInt4(Int4Operator):
     """torch's int4 CPU operator. ``packed`` is uint8 ``[rows, in/2]``, rows = out padded to 64."""
 
     name = "cpu_int4"
+    crossover = CROSSOVER_ROWS
 
-    def why_not(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        device: torch.device,
-        dtype: torch.dtype,
-        g_idx: bool = False,
-    ) -> str | None:
+    def _why_not_here(self, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"
-        if spec.bits != 4:
-            return f"it takes 4 bits, not {spec.bits}"
-        if dtype is not torch.bfloat16:
-            return f"torch's int4 operator is slow (30 to 60 times) in {dtype}; it takes torch.bfloat16"
-        if operator_group(spec.width(shape[1])) is None:
-            return f"groups of {spec.width(shape[1])} columns are not a multiple of 32"
         if int4pack.block_rows() is None:
             capability = torch.backends.cpu.get_cpu_capability()
             return f"torch's int4 layout on this CPU ({capability}) is not one it can read back"
@@ -87,9 +74,6 @@ class CpuInt4(Int4Operator):
         operator: Callable[[Tensor, Tensor, int, Tensor], Tensor] | None = _operator
         assert operator is not None
         return operator
-
-    def _crossover(self) -> int:
-        return CROSSOVER_ROWS
 
     def _many(self, x: Tensor, prepared: Prepared) -> Tensor:
         """By a GEMM over tiles of the dequantized weight."""

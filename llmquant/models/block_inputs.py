@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from llmquant.errors import ArchitectureError
+from llmquant.runtime.memory import out_of_memory
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -86,6 +87,8 @@ def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> BlockInp
         try:
             caught = _catch(model, blocks, ids, hand_on)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            if out_of_memory(e):
+                raise
             failed = e
             continue
         if all(hidden is caught[0][0] for hidden, _ in caught):

@@ -17,6 +17,7 @@ from pathlib import Path
 from llmquant.checkpoint.manifest import prove_modules
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
+from llmquant.quantization.blocks.full_device import full_device
 from llmquant.quantization.blocks.hidden_states import StateStore
 from llmquant.quantization.finish import store, write_config
 from llmquant.quantization.memory import placement
@@ -60,7 +61,12 @@ def time_blocks(
     calibration = calibration_of(plan, options.evaluation)
     windows = calibration.windows if calibration else ()
     seconds: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, deterministic(recipe.seed):
+    left = "nothing was kept of the blocks that were timed"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        deterministic(recipe.seed),
+        full_device(plan, lambda: left),
+    ):
         where = placement(plan, windows, options.max_memory)
         store = StateStore(plan.device, Path(folder), placement=where)
         began = time.perf_counter()

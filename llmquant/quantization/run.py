@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import check_destination, refuse_source
@@ -25,9 +24,10 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
-from llmquant.errors import LlmquantError, UsageError
+from llmquant.errors import UsageError
 from llmquant.formats.engines import on_this_cpu
 from llmquant.models.reading.stored_dtype import StoredReader
+from llmquant.quantization.blocks.full_device import full_device
 from llmquant.quantization.blocks.hidden_states import Placement
 from llmquant.quantization.finish import base_name, carry, describe, prove, store_block
 from llmquant.quantization.memory import placement
@@ -202,26 +202,14 @@ class _Run:
             return
         steps = self.plan.blocks + (self.plan.embedding is not None)
         start = min(saved.blocks, steps)
-        try:
+        with full_device(self.plan, lambda: self._reached(saved)):
             for block in walk(self.plan, self.windows, self.events.on_progress, saved.store, start):
                 done = store_block(block, self.plan, writer)
                 saved.block_done(done)
                 log.block(saved, done)
-        except torch.OutOfMemoryError as e:
-            raise LlmquantError(self._no_memory(e, saved)) from e
 
-    def _no_memory(self, error: torch.OutOfMemoryError, saved: SavedRun) -> str:
-        """What a full device leaves, and what needs less of it."""
-        said, text = str(error).splitlines()[0].rstrip("."), self.plan.recipe.calibration
-        less = (
-            f"calibration.batch_size (now {text.batch_size}) or --seqlen (now {text.seqlen})"
-            if self.windows
-            else "model, or --device cpu,"
-        )
-        return (
-            f"{self.plan.device} has no memory left for block {saved.blocks + 1} of {saved.total} ({said}); "
-            f"{saved.progress()}. A smaller {less} needs less, and begins anew"
-        )
+    def _reached(self, saved: SavedRun) -> str:
+        return f"in block {saved.blocks + 1} of {saved.total}: {saved.progress()}"
 
     def _finish(self, writer: CheckpointWriter, saved: SavedRun, log: RunLog) -> None:
         """Everything after the blocks: other tensors, other files, the proof, the name."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmquant.checkpoint.atomic import disk, remove
 from llmquant.errors import UsageError
+from llmquant.quantization.blocks.full_device import full_device
 from llmquant.quantization.blocks.hidden_states import Placement, StateStore
 from llmquant.quantization.plan import WalkPlan, batched
 from llmquant.quantization.state.resume import kept_blocks
@@ -65,8 +66,12 @@ def assist(
         windows: likewise; the walk takes its share.
         destination: what the first process makes; files for hidden states stand beside it.
         placement: where hidden states are kept.
+
+    Raises:
+        LlmquantError: this process's device has no memory left.
     """
-    with _states(plan, destination, placement) as store:
+    left = f"process {plan.world.rank} of {plan.world.size} ends, and the run with it"
+    with _states(plan, destination, placement) as store, full_device(plan, lambda: left):
         for _ in walk(plan, windows, lambda _: None, store):
             pass
 

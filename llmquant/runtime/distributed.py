@@ -32,6 +32,7 @@ from torch import Tensor
 
 from llmquant.errors import ParallelError, UsageError
 from llmquant.runtime.devices import AUTO, parse_device
+from llmquant.runtime.memory import out_of_memory
 from llmquant.stats import InputStats
 
 T = TypeVar("T")
@@ -224,6 +225,8 @@ def _reached(world: World) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:  # what every backend raises for a lost connection
+        if out_of_memory(e):
+            raise
         raise ParallelError(
             f"process {world.rank} of {world.size} lost contact with the other processes; see the error of the one that failed ({str(e).splitlines()[0]})"
         ) from e

@@ -29,3 +29,16 @@ def peak_resident_bytes() -> int:
         pass  # not Linux: ru_maxrss has no such inheritance there
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+# What torch and the libraries that it calls say in a plain RuntimeError: CUDA itself, cuBLAS and
+# cuSOLVER for their own work space, the allocator of a CPU.
+_FULL = ("out of memory", "STATUS_ALLOC_FAILED", "allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, on a device or here. torch's
+    ``OutOfMemoryError`` is a RuntimeError too."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in _FULL)
+    )

@@ -86,6 +86,32 @@ def test_more_than_it_has_is_refused() -> None:
     x.clone()
 
 
+@pytest.mark.parametrize("act", ["allocate", "wait", "mix"])
+def test_a_backward_pass_is_watched_too(act: str) -> None:
+    class Faulty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            if act == "allocate":
+                gradient = gradient.repeat(64).view(64, -1).sum(0)
+            elif act == "wait":
+                gradient = gradient * gradient.sum().item()
+            else:
+                gradient = gradient + torch.ones(len(gradient))
+            return gradient
+
+    x = torch.ones(256, device=NAME, requires_grad=True)
+    loss = Faulty.apply(x).sum()
+    gc.collect()
+    expected = {"allocate": torch.OutOfMemoryError, "wait": WaitedError, "mix": RuntimeError}[act]
+    with ledger(cap=16_384), no_waiting(), pytest.raises(expected):
+        loss.backward()
+    loss.detach() + 1  # it is over
+
+
 def test_its_numbers_cannot_be_read_from_the_host() -> None:
     with pytest.raises(TypeError, match="convert pretend device type tensor to numpy"):
         torch.ones(3, device=NAME).numpy()

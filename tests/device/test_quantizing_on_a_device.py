@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_device import LEDGER, NAME, WaitedError, ledger, no_waiting
+from pretend_device import NAME, WaitedError, ledger, no_waiting
 
 from llmquant.algorithms import block_tuning
 from llmquant.checkpoint.reader import CheckpointReader, sha256_file
-from llmquant.errors import LlmquantError
-from llmquant.quantization.options import Events, QuantizeOptions
-from llmquant.quantization.plan import Progress
+from llmquant.quantization.options import QuantizeOptions
 from llmquant.quantization.run import quantize
 from llmquant.quantization.steps import rounding
 from llmquant.recipe import Recipe
@@ -170,35 +168,3 @@ def test_a_second_copy_of_a_block_is_caught(
     with ledger() as seen:
         quantize(model, tmp_path / "hoarded", gptq, QuantizeOptions(device=NAME))
     assert seen.peak > alone + block_bytes(model) / 2
-
-
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
-def test_a_full_device_is_a_sentence(
-    share: float, gptq: Recipe, model: Path, tmp_path: Path
-) -> None:
-    peak = peak_of(gptq, model, tmp_path / "whole")
-    with ledger(cap=int(peak * share)), pytest.raises(LlmquantError) as refused:
-        quantize(model, tmp_path / "out", gptq, QuantizeOptions(device=NAME))
-    said = str(refused.value)
-    assert f"{NAME} has no memory left for block 1 of 2 (pretend out of memory" in said
-    assert "A smaller calibration.batch_size (now 8) or --seqlen (now 32) needs less" in said
-    assert not any(p.name.startswith((".out", "out")) for p in tmp_path.iterdir())
-
-
-def test_a_run_that_filled_the_device_resumes(gptq: Recipe, model: Path, tmp_path: Path) -> None:
-    options = QuantizeOptions(device=NAME)
-    whole = quantize(model, tmp_path / "whole", gptq, options).path
-
-    def fill(at: Progress) -> None:
-        if at.block == 1:
-            LEDGER.cap = LEDGER.live
-
-    with ledger(), pytest.raises(LlmquantError) as refused:
-        quantize(model, tmp_path / "out", gptq, options, Events(on_progress=fill))
-    assert "for block 2 of 2" in str(refused.value)
-    assert "1 of 2 blocks are saved next to out; run the same command to resume" in str(
-        refused.value
-    )
-    again = quantize(model, tmp_path / "out", gptq, options)
-    assert again.resumed == 1
-    assert hashes(again.path) == hashes(whole)

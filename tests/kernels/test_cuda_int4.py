@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquant.kernels import KERNELS, choose
-from llmquant.kernels.int4 import cuda, cuda_layout
+from llmquant.kernels.gpu import device as gpu_device
+from llmquant.kernels.gpu.device import Gpu
+from llmquant.kernels.int4 import cuda_layout
 from llmquant.kernels.int4.cuda import GEMM_ROWS, CudaInt4
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -164,6 +166,12 @@ def test_what_bf16_does_not_hold_of_a_zero_point_is_put_back() -> None:
     assert found.abs().mean() < 0.5 * lost.abs().mean()
 
 
+def on_any_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU that the operator knows."""
+    monkeypatch.setattr(gpu_device, "find", lambda _: Gpu(amd=False, capability=(9, 0)))
+    monkeypatch.setattr(cuda_layout, "agrees", lambda _: True)
+
+
 @pytest.mark.parametrize(
     ("spec", "shape", "device", "dtype", "reason"),
     [
@@ -177,7 +185,7 @@ def test_what_it_cannot_take_is_said(
     spec: QuantSpec, shape: tuple[int, int], device: Any, dtype: Any, reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cuda, "why_not_device", lambda _: None)
+    on_any_gpu(monkeypatch)
     assert reason in (KERNEL.why_not(spec, shape, device, dtype) or "")
 
 
@@ -199,12 +207,12 @@ def test_the_machine_is_looked_at(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(cuda_layout, "agrees", lambda _: known)
-    found = cuda.why_not_device(CUDA)
+    found = KERNEL.why_not(QuantSpec(4, 128), (64, 256), CUDA, BF16)
     assert found is None if reason is None else reason in (found or "")
 
 
 def test_auto_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "why_not_device", lambda _: None)
+    on_any_gpu(monkeypatch)
     kernel, refused = choose(QuantSpec(4, 128), (64, 256), CUDA, BF16)
     assert kernel is KERNELS["cuda_int4"]
     assert list(refused) == ["cpu", "cpu_int4", "humming", "gemlite"]

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from llmquant.errors import UsageError
 from llmquant.kernels.base import Prepared
-from llmquant.kernels.int4.parameters import exact_scales, parameters_of, why_not_numbers
+from llmquant.kernels.int4.parameters import (
+    exact_scales,
+    operator_group,
+    parameters_of,
+    why_not_numbers,
+)
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -27,16 +32,12 @@ class Int4Operator(ABC):
     name: str
     any_dtype = False
     rounds_inputs = False
+    crossover: int
+    """Rows from which :meth:`_many` is taken."""
 
     @abstractmethod
-    def why_not(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        device: torch.device,
-        dtype: torch.dtype,
-        g_idx: bool = False,
-    ) -> str | None: ...
+    def _why_not_here(self, device: torch.device) -> str | None:
+        """Why the operator cannot be run on a device, or None."""
 
     @abstractmethod
     def _pack(self, codes: Tensor) -> Tensor:
@@ -64,12 +65,25 @@ class Int4Operator(ABC):
         ``[M, rows]``."""
 
     @abstractmethod
-    def _crossover(self) -> int:
-        """Rows from which :meth:`_many` is taken."""
-
-    @abstractmethod
     def _many(self, x: Tensor, prepared: Prepared) -> Tensor:
         """``[M, in]`` in the stored order → ``[M, rows]`` by a matrix product."""
+
+    def why_not(
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+        g_idx: bool = False,
+    ) -> str | None:
+        width = spec.width(shape[1])
+        if spec.bits != 4:
+            return f"it takes 4 bits, not {spec.bits}"
+        if dtype is not torch.bfloat16:
+            return f"torch's int4 operator takes torch.bfloat16, not {dtype}"
+        if operator_group(width) is None:
+            return f"groups of {width} columns are not a multiple of 32"
+        return self._why_not_here(device)
 
     def why_not_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> str | None:
         return why_not_numbers(weight)
@@ -93,7 +107,7 @@ class Int4Operator(ABC):
         rows = x.reshape(-1, in_features)
         columns = prepared.get("columns")
         rows = rows.contiguous() if columns is None else rows.index_select(1, columns)
-        few = rows.shape[0] < self._crossover()
+        few = rows.shape[0] < self.crossover
         y = self._few(rows, prepared) if few else self._many(rows, prepared)
         if y.shape[1] != out_features:
             y = y[:, :out_features].contiguous()
@@ -102,17 +116,27 @@ class Int4Operator(ABC):
     def weight(
         self, prepared: Prepared, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        packed, columns = prepared["packed"], prepared.get("columns")
-        assert packed is not None
-        scales, shift = exact_scales(prepared).to(torch.float32), prepared.get("shift")
-        codes = self._unpack(packed).to(torch.float32).sub_(8.0)
-        grouped = codes.view(codes.shape[0], scales.shape[0], codes.shape[1] // scales.shape[0])
-        if shift is not None:
-            grouped.add_(shift.T.unsqueeze(-1))
-        weight = grouped.mul_(scales.T.unsqueeze(-1)).view(codes.shape)[: shape[0]].to(dtype)
+        columns = prepared.get("columns")
+        weight = self._dequantized(prepared, torch.float32)[: shape[0]].to(dtype)
         return (
             weight if columns is None else torch.empty_like(weight).index_copy_(1, columns, weight)
         )
+
+    def _dequantized(self, prepared: Prepared, dtype: torch.dtype) -> Tensor:
+        """The weight ``[rows, in]`` in the stored order of columns, rows of padding included.
+
+        Args:
+            dtype: of the arithmetic; it holds the scales exactly. Integers up to 15 are exact in
+                any, so that the one rounding is that of the product.
+        """
+        packed, shift = prepared["packed"], prepared.get("shift")
+        assert packed is not None
+        scales = exact_scales(prepared).to(dtype)
+        codes = self._unpack(packed).to(dtype).sub_(8)
+        grouped = codes.view(codes.shape[0], scales.shape[0], -1)
+        if shift is not None:
+            grouped.add_(shift.T.unsqueeze(-1).to(dtype))
+        return grouped.mul_(scales.T.unsqueeze(-1)).view(codes.shape)
 
     def rows(
         self, prepared: Prepared, ids: Tensor, spec: QuantSpec, shape: tuple[int, int]
