@@ -180,10 +180,10 @@ def poisoned(kind, monkeypatch):
         case "not a number":
             real_advance = job.Job.advance
 
-            def advance(self, best, logits):
+            def advance(self, best, largest, logits):
                 if of_job(self):
-                    logits = torch.full_like(logits, torch.nan)
-                return real_advance(self, best, logits)
+                    largest, logits = torch.nan, torch.full_like(logits, torch.nan)
+                return real_advance(self, best, largest, logits)
 
             monkeypatch.setattr(job.Job, "advance", advance)
     return GOOD | {

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from llmquant_serve.engines.row_cache import RowCache
 
@@ -66,3 +67,26 @@ def test_a_row_that_was_alone_or_is_again_is_written_where_it_is():
     assert torch.equal(values[:, :, :held], long.layers[0].values)
     cache.leave(0)
     assert layer.in_place() is None
+
+
+@pytest.mark.parametrize("leaving", [0, 1, 2])
+def test_what_a_row_leaves_harms_no_other(leaving: int) -> None:
+    """One that overflowed to NaN is masked, and a masked NaN is still a NaN."""
+    cache, lengths = RowCache(LAYERS, 4), [7, 9, 3]
+    sources = [prefilled(n) for n in lengths]
+    for layer in sources[leaving].layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.values is not None
+        layer.values.fill_(torch.nan)
+    for source, n in zip(sources, lengths, strict=True):
+        cache.join(source, n)
+    cache.leave(leaving)
+    cache.join(prefilled(2), 2)
+    for layer in cache.rows:
+        keys, values = layer.update(
+            random_states(1).repeat(3, 1, 1, 1), torch.zeros(3, HEADS, 1, WIDTH)
+        )
+        weights = cache.mask(keys.device)[:, None, None].float()
+        assert (weights @ values).isfinite().all()
+        padding = (keys[row, :, : -1 - n] for row, n in enumerate(cache.lengths))
+        assert all(p.eq(0).all() for p in padding)

@@ -35,6 +35,7 @@ from llmquant_serve.engines.jobs.job import Job
 from llmquant_serve.engines.jobs.thread import JobThread
 from llmquant_serve.engines.row_cache import RowCache
 from llmquant_serve.engines.sampling import described_all
+from llmquant_serve.engines.step_graph import Recorder, StepGraphs, given_up
 
 PROMPT_CHUNK = 256
 PROMPT_AT_ONCE = 4096  # bounds the memory of one pass, and the delay until a cancellation
@@ -47,17 +48,22 @@ class Batcher(JobThread):
     Args:
         model: in eval mode; nothing else may use it from now on.
         max_rows: sequences decoded together.
+        record: records steps, see :mod:`llmquant_serve.engines.step_graph`; None: each is run anew.
     """
 
-    def __init__(self, model: PreTrainedModel, max_rows: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_rows: int, record: Recorder | None = None
+    ) -> None:
         super().__init__("llmquant-batcher")
         self._model: Any = model
         self._max_rows = max_rows
+        self._record = record
+        self._graphs: StepGraphs | None = None
         self._cache = self._empty_cache()
         self._prefilling: list[Job] = []
         self._rows: list[Job] = []
 
-    def load(self) -> Load:
+    def _load(self) -> Load:
         prefilling = list(self._prefilling)
         cached = sum(self._cache.lengths) + sum(job.prefilled for job in prefilling)
         return Load(len(self._rows) + len(prefilling), len(self._waiting), cached)
@@ -138,7 +144,8 @@ class Batcher(JobThread):
         if job.sampling.max_tokens == 0:
             job.deliver(Step(finish="length"))
             return False
-        return not job.advance(int(job.logits.argmax()), job.logits)
+        (best,), (largest,) = _largest(job.logits[None])
+        return not job.advance(best, largest, job.logits)
 
     def _join(self, job: Job) -> None:
         """Make a prompt that was read a row; the cache of all rows may have to move for it."""
@@ -158,9 +165,8 @@ class Batcher(JobThread):
         except LlmquantError as e:
             self._end_rows(e)
             return
-        best = logits.argmax(-1).tolist()
-        rows = enumerate(self._rows)
-        self._remove([row for row, job in rows if job.advance(best[row], logits[row])])
+        rows = list(zip(self._rows, *_largest(logits), logits, strict=True))
+        self._remove([i for i, (job, *found) in enumerate(rows) if job.advance(*found)])
 
     def _end_rows(self, error: LlmquantError) -> None:
         """Fail all rows: what they share, the cache, may be half written."""
@@ -172,6 +178,13 @@ class Batcher(JobThread):
     def _step(self) -> Tensor:
         """Float32 logits ``[rows, vocab]`` after the newest token of every row."""
         self._cache.before_step()
+        if self._graphs is not None:
+            logits = self._graphs.step([job.last for job in self._rows])
+            self._cache.after_step()
+            if self._graphs.failed:
+                given_up(self._graphs.failed)
+                self._graphs = self._record = None
+            return logits
         ids = self._tensor([[job.last] for job in self._rows])
         positions = self._tensor([[n] for n in self._cache.lengths])
         out = self._model(
@@ -179,15 +192,17 @@ class Batcher(JobThread):
             past_key_values=self._cache, use_cache=True,
         )  # fmt: skip
         self._cache.after_step()
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+        return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
     def _check_model(self) -> None:
         """Put one token through the model, after a failure. What this raises ends the engine."""
         self._model(input_ids=self._tensor([[0]]), use_cache=False)
 
     def _empty_cache(self) -> RowCache:
-        return RowCache(self._model.config.get_text_config().num_hidden_layers, self._max_rows)
+        cache = RowCache(self._model.config.get_text_config().num_hidden_layers, self._max_rows)
+        if self._record is not None:
+            self._graphs = StepGraphs(self._model, cache, self._record)
+        return cache
 
     def _remove(self, rows: Iterable[int]) -> None:
         """Free rows; the last row takes the place of each."""
@@ -198,3 +213,11 @@ class Batcher(JobThread):
 
     def _tensor(self, ids: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self._model.device)
+
+
+def _largest(logits: Tensor) -> tuple[list[int], list[float]]:
+    """Of every row of ``[rows, vocab]`` the token of the largest logit, and that logit; waits for a
+    device once."""
+    best = logits.argmax(-1, keepdim=True)
+    both = torch.cat((best.double(), logits.gather(-1, best).double()), dim=1).tolist()
+    return [int(token) for token, _ in both], [largest for _, largest in both]

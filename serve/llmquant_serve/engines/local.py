@@ -10,6 +10,7 @@ from llmquant.errors import ArchitectureError
 from llmquant_serve.engines.base import ModelInfo
 from llmquant_serve.engines.batcher import Batcher
 from llmquant_serve.engines.jobs.engine import JobEngine
+from llmquant_serve.engines.step_graph import recorder_for
 
 
 class LocalEngine(JobEngine):
@@ -29,7 +30,7 @@ class LocalEngine(JobEngine):
     ) -> None:
         _check_states(model)
         info = ModelInfo.of(model.config, model.generation_config, context)
-        super().__init__("local", info, Batcher(model, max_streams))
+        super().__init__("local", info, Batcher(model, max_streams, recorder_for(model)))
 
 
 def _check_states(model: PreTrainedModel) -> None:

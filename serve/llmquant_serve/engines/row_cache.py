@@ -5,7 +5,7 @@ Sequences are rows of one buffer and are aligned to the *right*: the newest toke
 stands in the same column.
 
     column      0  1  2  3  4  5 │ end
-    row 0       .  a  b  c  d  e │        "." is padding: zeros or leftovers, always masked
+    row 0       .  a  b  c  d  e │        "." is padding: zeros, always masked
     row 1       .  .  .  x  y  z │
 
 A step then writes one column of all rows in place, and transformers' own mask code is right for
@@ -40,7 +40,7 @@ class RowLayer(CacheLayerMixin):
         self.window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Zeros, because a masked NaN is still a NaN."""
+        """Of zeros, as all padding."""
         self.keys = key_states.new_zeros(
             (self.window.max_rows, key_states.shape[1], self.window.columns, key_states.shape[3])
         )
@@ -53,17 +53,22 @@ class RowLayer(CacheLayerMixin):
             )
         )
         self.is_initialized = True
+        self.window.moves += 1
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the new column ``[rows, heads, 1, head_dim]``; returns all columns in use and the
-        new one."""
+        new one, or all that there are where the new one's number is in a tensor."""
         w = self.window
         rows, used = len(w.lengths), slice(w.begin, w.end + 1)
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
+        if w.column is not None:
+            keys[:rows].index_copy_(2, w.column, key_states)
+            values[:rows].index_copy_(2, w.column, value_states)
+            return keys[:rows], values[:rows]
         keys[:rows, :, w.end] = key_states[:, :, 0]
         values[:rows, :, w.end] = value_states[:, :, 0]
         return keys[:rows, :, used], values[:rows, :, used]
@@ -99,6 +104,9 @@ class Window:
     Attributes:
         lengths: tokens in the cache, per row.
         end: the column that the next token goes to.
+        column: the same as a tensor ``[1]``, while a step reads it there
+            (:mod:`llmquant_serve.engines.step_graph`).
+        moves: how often the buffers became others.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -106,6 +114,8 @@ class Window:
         self.columns = _FIRST_COLUMNS
         self.lengths: list[int] = []
         self.end = 0
+        self.column: Tensor | None = None
+        self.moves = 0
 
     @property
     def begin(self) -> int:
@@ -147,12 +157,12 @@ class RowCache(Cache):
     def leave(self, row: int) -> None:
         """Forget a row; the last row takes its place (and its number)."""
         w = self.window
-        last = len(w.lengths) - 1
-        if row != last:
-            used = slice(w.end - w.lengths[last], w.end)
-            for layer in self.rows:
-                for buffer in layer.buffers():
+        last, used = len(w.lengths) - 1, slice(w.begin, w.end)
+        for layer in self.rows:
+            for buffer in layer.buffers():
+                if row != last:
                     buffer[row, :, used] = buffer[last, :, used]
+                buffer[last, :, used] = 0  # a masked NaN is still a NaN
         w.lengths[row] = w.lengths[last]
         w.lengths.pop()
         if not w.lengths:
@@ -173,7 +183,7 @@ class RowCache(Cache):
         """int64 ``[rows, columns in use + 1]``, 1 where a row has a token; the step's own column
         included."""
         lengths = torch.tensor(self.window.lengths, device=device)
-        width = int(lengths.max()) + 1
+        width = max(self.window.lengths) + 1
         return (torch.arange(width, device=device) >= width - 1 - lengths[:, None]).long()
 
     def _reserve(self, longest: int) -> None:
@@ -193,6 +203,7 @@ class RowCache(Cache):
                     _moved(t, columns, begin, width, end) for t in layer.buffers()
                 )
         w.columns, w.end = columns, end
+        w.moves += 1
 
     def _release(self) -> None:
         """An idle server should not keep the memory of its longest conversation."""

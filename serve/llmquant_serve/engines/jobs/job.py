@@ -49,18 +49,19 @@ class Job:
     def __post_init__(self) -> None:
         self.chooser = Chooser(self.sampling, self.prompt, self.eos)
 
-    def advance(self, best: int, logits: Tensor) -> bool:
+    def advance(self, best: int, largest: float, logits: Tensor) -> bool:
         """Choose, append and deliver the next token; returns whether the job has ended: by its last
         token, or because this failed.
 
         Args:
             best: the token of the largest of ``logits``, float32 ``[vocab]``.
+            largest: that logit.
         """
         try:
             with isolated("this request failed while choosing a token"):
-                if not math.isfinite(float(logits[best])):
+                if not math.isfinite(largest):
                     raise EngineError(
-                        f"the model computed the logit {float(logits[best])} after "
+                        f"the model computed the logit {largest} after "
                         f"{len(self.prompt) + self.generated} tokens; another --dtype may avoid that"
                     )
                 token = best if self.chooser.greedy else self.chooser.choose(logits)

@@ -23,12 +23,12 @@ class JobThread(ABC):
     def __init__(self, name: str) -> None:
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
-        self._closing = False
+        self._closing = self._ended = False
         self.error: str | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @abstractmethod
-    def load(self) -> Load:
+    def _load(self) -> Load:
         """What it works on; any thread."""
 
     @abstractmethod
@@ -50,6 +50,10 @@ class JobThread(ABC):
         Raises:
             LlmquantError: the engine cannot go on. A job's own failure is the job's.
         """
+
+    def load(self) -> Load:
+        """What it works on, nothing once it has ended; any thread."""
+        return Load(0, 0, 0) if self._ended else self._load()
 
     def start(self) -> None:
         self._thread.start()
@@ -93,6 +97,7 @@ class JobThread(ABC):
             self._closing = True
             remaining = [*self._waiting, *self._running()]
             self._waiting.clear()
+            self._ended = True
         for job in remaining:
             job.deliver(StoppedError(self.error or "the engine is shutting down"))
 

@@ -33,7 +33,7 @@ class Sequences(JobThread):
         self._worker, self._max_running = worker, max_running
         self._numbers: dict[Job, int | None] = {}  # to its number in the worker, once it has one
 
-    def load(self) -> Load:
+    def _load(self) -> Load:
         jobs = list(self._numbers)
         cached = sum(job.prefilled + job.generated for job in jobs)
         return Load(len(jobs), len(self._waiting), cached)
@@ -84,7 +84,7 @@ class Sequences(JobThread):
         if job.prefilled < len(job.prompt):
             return self._prefill(job, number)
         logits = self._worker.append(number, [job.last])
-        return job.advance(int(logits.argmax()), logits)
+        return job.advance(int(logits.argmax()), float(logits.max()), logits)
 
     def _prefill(self, job: Job, number: int) -> bool:
         """Read a part of a prompt, all of it where no other job waits; returns whether the job has
@@ -105,7 +105,7 @@ class Sequences(JobThread):
         if job.sampling.max_tokens == 0:
             job.deliver(Step(finish="length"))
             return True
-        return job.advance(int(logits.argmax()), logits)
+        return job.advance(int(logits.argmax()), float(logits.max()), logits)
 
     def _check_worker(self) -> None:
         """Put one token through the model, after a failure. What this raises ends the engine."""
