@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pretend_device import NAME, install
+
 from llmquant.checkpoint.manifest import read_manifest
 from llmquant.errors import LlmquantError, QuantizationError
 from llmquant.quantization import calibrated
@@ -28,7 +30,9 @@ def _fail(*_: Any) -> Any:
 def work(world: World, request: dict[str, Any]) -> None:
     """The runs of a request, one after the other."""
     for run in request["runs"]:
-        options = QuantizeOptions(world=world, max_memory=run["max_memory"])
+        if run["device"] == NAME:
+            install()
+        options = QuantizeOptions(run["device"], world=world, max_memory=run["max_memory"])
         result = quantize(
             request["model"], run["output"], Recipe.model_validate(run["recipe"]), options
         )

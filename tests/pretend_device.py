@@ -16,11 +16,13 @@ if an exception passes through it.
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,20 +52,26 @@ class Ledger:
 
     Attributes:
         cap: bytes that it has; None: without limit.
-        live, peak: bytes now, and at most.
+        live: bytes now.
+        base, peak: of them, when counting began; and the most since then beside those.
         to_device, to_host: transfers.
         waits: synchronizations, by operator.
         refused: the first refusal in a backward pass that is not over.
+        made: tensors that were made on it so far.
+        streams: what takes copies that need not be waited for; see ``pretend_streams``.
     """
 
     cap: int | None = None
     live: int = 0
+    base: int = 0
     peak: int = 0
     to_device: int = 0
     to_host: int = 0
     waits: Counter[str] = field(default_factory=Counter)
     waiting_allowed: bool = True
     refused: Exception | None = None
+    made: int = 0
+    streams: Any = None
     _storages: dict[int, list[int]] = field(default_factory=dict)
 
     def refuse(self, error: Exception) -> None:
@@ -88,7 +96,7 @@ class Ledger:
             self.refuse(torch.OutOfMemoryError(f"{NAME} out of memory. {said}"))
         self._storages[at] = [1, nbytes]
         self.live += nbytes
-        self.peak = max(self.peak, self.live)
+        self.peak = max(self.peak, self.live - self.base)
         return at
 
     def release(self, at: int) -> None:
@@ -106,6 +114,7 @@ class PretendTensor(Tensor):
     """A tensor of the device; ``raw`` is its memory."""
 
     raw: Tensor
+    number: int  # in the order of making
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> PretendTensor:
@@ -117,6 +126,8 @@ class PretendTensor(Tensor):
                 dtype=raw.dtype, device=torch.device(NAME, 0),
             )  # fmt: skip
         tensor.raw = raw
+        LEDGER.made += 1
+        tensor.number = LEDGER.made
         weakref.finalize(tensor, LEDGER.release, held)
         return tensor
 
@@ -135,6 +146,9 @@ class PretendTensor(Tensor):
         refused, LEDGER.refused = LEDGER.refused, None
         if refused is not None:
             raise refused
+
+    def record_stream(self, stream: Any) -> None:
+        """Memory is not given away here while somebody has it."""
 
     def tolist(self) -> Any:
         LEDGER.wait("tolist")
@@ -174,7 +188,8 @@ def install() -> torch.device:
 def ledger(cap: int | None = None) -> Iterator[Ledger]:
     """Counts from zero, and a device of ``cap`` bytes beside what is in use."""
     install()
-    LEDGER.peak = LEDGER.live
+    gc.collect()  # what an earlier test has left
+    LEDGER.base, LEDGER.peak = LEDGER.live, 0
     LEDGER.to_device = LEDGER.to_host = 0
     LEDGER.waits.clear()
     LEDGER.cap = None if cap is None else LEDGER.live + cap
@@ -205,7 +220,7 @@ def _raw(value: Any) -> Any:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
     if name == "aten::copy_":
-        return _copy(*args[:2])
+        return _copy(*args, **kwargs)
     if name == "aten::_to_copy":
         return _to_copy(func, args[0], kwargs)
     tensors = [a for a in tree_iter((args, kwargs)) if isinstance(a, Tensor)]
@@ -231,13 +246,21 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(back, out)
 
 
-def _copy(to: Tensor, source: Tensor) -> Tensor:
-    if on_device(source) and not on_device(to):
-        LEDGER.wait("copy to the host")
-        LEDGER.to_host += 1
-    elif on_device(to) and not on_device(source):
+def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    crosses = on_device(to) != on_device(source)
+    host = source if on_device(to) else to
+    beside = crosses and non_blocking and LEDGER.streams is not None and host.is_pinned()
+    if crosses and on_device(to):
         LEDGER.to_device += 1
-    _raw(to).copy_(_raw(source))
+    elif crosses:
+        LEDGER.to_host += 1
+        if not beside:
+            LEDGER.wait("copy to the host")
+    make = partial(_raw(to).copy_, _raw(source))
+    if beside:
+        LEDGER.streams.copy(to, source, make)
+    else:
+        make()
     return to
 
 

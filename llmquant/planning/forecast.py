@@ -28,6 +28,7 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
@@ -45,7 +46,7 @@ _ANY = torch.bfloat16  # mixtures of experts run without weights in this dtype o
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Bytes of a run on a CPU.
+    """Bytes of a run.
 
     Attributes:
         phases: phase → bytes that the process has in RAM at its worst moment, libraries included.
@@ -55,7 +56,8 @@ class Forecast:
         output: of weight files.
         scratch: on the output's disk beside the result while the run lasts: a shard's side file,
             saved hidden states.
-        accelerator: on the device if the run is on one: the phases without libraries and states.
+        on_device: phase → bytes on the device at its worst moment, if the run is on one. Hidden
+            states are on the CPU, but for the batch that is worked on and the one on its way.
     """
 
     phases: Mapping[str, int]
@@ -63,7 +65,11 @@ class Forecast:
     replay: int
     output: int
     scratch: int
-    accelerator: int
+    on_device: Mapping[str, int]
+
+    @property
+    def device_peak(self) -> int:
+        return max(self.on_device.values())
 
     @property
     def peak(self) -> int:
@@ -96,8 +102,38 @@ def forecast(
         replay=work.replay,
         output=plan.bytes_on_disk,
         scratch=shard + 2 * work.states,
-        accelerator=max(work.phases.values()) - work.states,
+        on_device=work.on_device,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A device with so many bytes of memory, and with what a run fits in them: as it is (an empty
+    string), with a change, or None: not at all."""
+
+    memory: int
+    fits_with: str | None
+
+
+def on_card(plan: Plan, recipe: Recipe, itemsize: int, memory: int) -> Card:
+    """Whether a run fits on a device, or the first change that makes it fit.
+
+    Args:
+        plan: of the same recipe.
+        recipe: what is done.
+        itemsize: bytes of the dtype in which blocks run.
+        memory: of the device, in bytes.
+    """
+    key = "calibration.batch_size" if recipe.tune is None else "tune.batch_size"
+    half, one = "--dtype bfloat16", f"{key} 1 in the recipe"
+    ways: list[tuple[str, dict[str, Any], int]] = [("", {}, itemsize)]
+    if recipe.needs_text:
+        ways += [(half, {}, 2), (one, {key: 1}, itemsize), (f"{half} and {one}", {key: 1}, 2)]
+    for name, changes, size in ways:
+        changed = recipe.updated(changes) if changes else recipe
+        if forecast(plan, changed, size).device_peak <= memory:
+            return Card(memory, name)
+    return Card(memory, None)
 
 
 def running_bytes(model: str | os.PathLike[str], weights: int, tokens: int | None = None) -> int:

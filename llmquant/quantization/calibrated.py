@@ -29,7 +29,7 @@ from llmquant.quantization.steps.finders import scaled
 from llmquant.quantization.steps.rounding import Rounded, Rounding, weight_error
 from llmquant.quantization.steps.tuning import tune_block
 from llmquant.records import TuneReport
-from llmquant.runtime.finite import all_finite
+from llmquant.runtime.finite import finite_there
 from llmquant.stats import InputStats
 from llmquant.weight import QuantizedWeight
 
@@ -104,7 +104,8 @@ class Calibrated:
                 reference.enter(
                     block, at.linears, self._inputs, tails if self._pairs is not None else ()
                 )
-            with Replay(block, tails, at.linears) as replay:
+            transfers = self._store.transfers
+            with Replay(block, tails, at.linears, transfers=transfers) as replay:
                 results = self._rounded(at, sets, replay, scaling)
                 if self.plan.recipe.tune is None:
                     self._advance(at, replay.batch)
@@ -227,14 +228,16 @@ class Calibrated:
         self._inputs.block += 1
 
     def _outputs(self, at: _Block, context: BatchContext) -> Iterator[Tensor]:
+        finite = torch.ones((), dtype=torch.bool, device=self.plan.device)
         for number, batch in enumerate(self._inputs):
             with context(number):
                 hidden = run_block(at.module, batch)
-            if not all_finite(hidden):
-                raise QuantizationError(
-                    f"block {at.index} gave NaN or Inf on the calibration text at {self.plan.dtype}; use --dtype float32"
-                )
+            finite &= finite_there(hidden)
             yield hidden
+        if not bool(finite):  # asked once: every question waits for the device
+            raise QuantizationError(
+                f"block {at.index} gave NaN or Inf on the calibration text at {self.plan.dtype}; use --dtype float32"
+            )
 
 
 @contextmanager

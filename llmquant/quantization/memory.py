@@ -174,6 +174,19 @@ class Work:
         }
 
     @property
+    def on_device(self) -> dict[str, int]:
+        """Phase → bytes on an accelerator at its worst moment: what is not kept by the CPU, and the
+        batch that is on its way."""
+        if not self.recipe.needs_text:
+            return {"rounding": self._data_free_rounding}
+        ahead = self.batch_tokens * self.hidden * self.itemsize
+        held = self.block * self.itemsize + ahead
+        return {
+            "embedding": self.outer * self.itemsize + ahead,
+            **{name: nbytes + held for name, nbytes in self._calibrated().items()},
+        }
+
+    @property
     def embedding_bytes(self) -> int:
         """Of everything before the blocks, and of the packed embeddings' codes."""
         return self.outer * self.itemsize + self.embedding

@@ -94,6 +94,13 @@ def parse_device(device: str | torch.device | None = AUTO) -> torch.device:
     return where
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has; None where torch does not tell."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def parse_dtype(
     dtype: str | torch.dtype | None = AUTO,
     device: str | torch.device | None = "cpu",

@@ -117,7 +117,7 @@ def test_what_needs_less_is_of_this_run(
     changes: dict[str, Any], dtype: str, expected: list[str], gptq: Recipe, model: Path
 ) -> None:
     plan = prepare(model, gptq.updated(changes), NAME, dtype)
-    assert less(plan) == [*expected, "--device cpu"]
+    assert less(plan.recipe, plan.dtype) == [*expected, "--device cpu"]
 
 
 def test_the_command_ends_with_one(run: Run, wide: Path, text: Path) -> None:

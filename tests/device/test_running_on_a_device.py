@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 from children import Run
 from pretend_device import NAME, ledger, no_waiting, on_device
 
+from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.load import load
+from llmquant.quantization.run import quantize
+from llmquant.recipe import Recipe
 from llmquant_serve.engines.base import Sampling
 from llmquant_serve.engines.local import LocalEngine
 
@@ -33,6 +37,22 @@ def there(quantized: Path) -> torch.nn.Module:
 def test_everything_is_on_the_device(there: torch.nn.Module) -> None:
     tensors = {**dict(there.named_parameters()), **dict(there.named_buffers())}
     assert {n for n, t in tensors.items() if not on_device(t)} == set()
+
+
+def test_loading_holds_no_second_copy(
+    make_model: Callable[..., Path], gptq: Recipe, tmp_path: Path
+) -> None:
+    """Beside the model there is at most what one linear takes while it is packed."""
+    rtn = gptq.updated({"method": "rtn", "calibration.source": None})
+    path = quantize(make_model(num_hidden_layers=6), tmp_path / "out", rtn).path
+    with ledger() as seen:
+        loaded = load(path, dtype="float32", device=NAME, kernel=KERNEL)
+        held = seen.live - seen.base
+    largest = max(
+        m.in_features * m.out_features for m in loaded.modules() if isinstance(m, PackedLinear)
+    )
+    assert held > 20 * largest
+    assert seen.peak < held + 8 * largest
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_device import NAME
 from torch import Tensor, nn
 
 from llmquant.checkpoint.manifest import Manifest, file_hashes, read_manifest, verify
@@ -83,7 +84,13 @@ def runs(batched: Recipe) -> dict[str, tuple[Recipe, int | None]]:
         "asymmetric": (batched.updated(ASYMMETRIC), None),
         "awq": (batched.updated({"awq.grid": 4}), None),
         "head": (batched.updated({"ignore": ()}), None),
+        "gptq on a device": (batched, None),
+        "awq on a device": (batched.updated({"awq.grid": 4}), 1),
     }
+
+
+def device_of(run: str) -> str:
+    return NAME if "device" in run else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +106,7 @@ def together(
             "output": str(folder / name),
             "recipe": recipe.model_dump(mode="json"),
             "max_memory": limit,
+            "device": device_of(name),
         }
         for name, (recipe, limit) in runs.items()
     ]
@@ -203,6 +211,12 @@ def test_a_data_free_method_gives_the_same_files_in_two_processes(
 @pytest.mark.parametrize("other", ["again", "spilled"])
 def test_two_processes_give_the_same_files_again(together: Path, other: str) -> None:
     assert file_hashes(together / other) == file_hashes(together / "gptq")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_two_processes_give_the_same_weights_on_a_device(together: Path, method: str) -> None:
+    """The pretend one, with hidden states in files for AWQ."""
+    assert digests(together / f"{method} on a device") == digests(together / method)
 
 
 def test_the_head_sees_the_tokens_of_all_processes(together: Path) -> None:

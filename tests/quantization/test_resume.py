@@ -393,7 +393,7 @@ def recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
         stream = opened(self, saved)
         return InMemory(
             (stream.stored(i).to(torch.bfloat16).to(torch.float32) for i in range(len(stream))),
-            self.device,
+            self.transfers,
         )
 
     monkeypatch.setattr(StateStore, "_opened", close_by)

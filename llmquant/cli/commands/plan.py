@@ -36,9 +36,10 @@ from llmquant.cli.options import (
 )
 from llmquant.cli.overrides import default_of, recipe_of
 from llmquant.cli.screen import fact_table, screen
+from llmquant.cli.sizes import parse_size
 
 if TYPE_CHECKING:
-    from llmquant.planning.forecast import Forecast
+    from llmquant.planning.forecast import Card, Forecast
     from llmquant.planning.preview import Plan
     from llmquant.planning.timing import Timing
     from llmquant.recipe import Recipe
@@ -50,6 +51,14 @@ _Measure = Annotated[
     typer.Option(
         "--measure",
         help="Time two blocks on this machine (reads their weights; may need --calibration).",
+    ),
+]
+_GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Say whether quantizing fits on a GPU with so much memory, as 24GiB [default: the GPU's of --device].",
+        show_default=False,
     ),
 ]
 _Modules = Annotated[bool, typer.Option("--modules", help="One row per linear.")]
@@ -72,6 +81,7 @@ def plan_command(
     measure: _Measure = False,
     calibration: CalibrationOption = None,
     device: DeviceOption = "auto",
+    gpu_memory: _GpuMemory = None,
     dtype: CalibrationDtypeOption = "auto",
     store_dtype: StoreDtypeOption = "auto",
     threads: ThreadsOption = None,
@@ -84,10 +94,10 @@ def plan_command(
     Size, memory, disk, time and what refuses it. Reads the headers of the weight files only.
     """
     given = dict(locals())
-    from llmquant.planning.forecast import forecast
+    from llmquant.planning.forecast import forecast, on_card
     from llmquant.planning.preview import make_plan
     from llmquant.runtime.computing import Computing
-    from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
+    from llmquant.runtime.devices import CALIBRATION, device_memory, parse_device, parse_dtype
     from llmquant.runtime.threads import set_threads
 
     set_threads(threads)
@@ -98,17 +108,19 @@ def plan_command(
         return
     chosen = recipe_of(given, default)
     on, passes = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
+    memory = device_memory(on) if gpu_memory is None else parse_size("--gpu-memory", gpu_memory)
     plan = make_plan(model, chosen, store_dtype, tokenizer=True)
     needs = forecast(plan, chosen, passes.itemsize)
+    card = None if memory is None else on_card(plan, chosen, passes.itemsize, memory)
     computing = Computing.of(on, passes)
     timing = _timed(model, chosen, computing) if measure else None
     if as_json:
         facts = {"chosen_recipe": default.name if default else None}
-        facts |= _as_dict(plan, needs, timing, computing)
+        facts |= _as_dict(plan, needs, timing, computing, card)
         sys.stdout.write(json.dumps(facts) + "\n")
     else:
         reason = [] if default is None else [("recipe", default.sentence)]
-        _show(plan, modules, [*reason, *_needs(needs, timing, computing)])
+        _show(plan, modules, [*reason, *_needs(needs, timing, computing, card)])
 
 
 def _timed(model: str, recipe: Recipe, computing: Computing) -> Timing:
@@ -120,7 +132,7 @@ def _timed(model: str, recipe: Recipe, computing: Computing) -> Timing:
 
 
 def _as_dict(
-    plan: Plan, needs: Forecast, timing: Timing | None, computing: Computing
+    plan: Plan, needs: Forecast, timing: Timing | None, computing: Computing, card: Card | None
 ) -> dict[str, Any]:
     return {
         "model_type": plan.model_type,
@@ -148,14 +160,18 @@ def _as_dict(
         "phases": dict(needs.phases),
         "hidden_states_bytes": needs.states,
         "replay_bytes": needs.replay,
-        "device_bytes": needs.accelerator,
+        "device_bytes": needs.device_peak,
+        "device_memory_bytes": card and card.memory,
+        "device_fits_with": card and card.fits_with,
         "disk_bytes": needs.disk,
         "seconds": None if timing is None else timing.total,
         "notes": list(plan.notes),
     }
 
 
-def _needs(needs: Forecast, timing: Timing | None, computing: Computing) -> list[tuple[str, str]]:
+def _needs(
+    needs: Forecast, timing: Timing | None, computing: Computing, card: Card | None
+) -> list[tuple[str, str]]:
     """Rows about how it would be quantized: on what, memory, disk and time."""
     worst = max(needs.phases, key=lambda phase: needs.phases[phase])
     states = (
@@ -172,13 +188,26 @@ def _needs(needs: Forecast, timing: Timing | None, computing: Computing) -> list
     rows.append(
         ("memory", f"about {_size(needs.peak)} at most, while {_DOING[worst]}{states}{kept}")
     )
-    if not computing.device.startswith("cpu"):
-        rows.append((computing.device, f"about {_size(needs.accelerator)}"))
+    if card is not None or not computing.device.startswith("cpu"):
+        rows.append(_on_device(needs, computing, card))
     rows.append(("disk", f"{_size(needs.disk)} while it runs, {_size(needs.output)} afterwards"))
     if timing is None:
         return [*rows, ("time", "not measured; --measure times two blocks here")]
     blocks = f"{timing.blocks} blocks, {timing.first:.1f} s for the first and {timing.later:.1f} s for the second"
     return [*rows, ("time", f"about {_spoken(timing.total)}: {blocks}")]
+
+
+def _on_device(needs: Forecast, computing: Computing, card: Card | None) -> tuple[str, str]:
+    """The row about a device's memory."""
+    worst = max(needs.on_device, key=lambda phase: needs.on_device[phase])
+    text = f"about {_size(needs.device_peak)} at most, while {_DOING[worst]}"
+    if card is None:
+        return computing.device, text
+    name = "GPU" if computing.device.startswith("cpu") else computing.device
+    if card.fits_with == "":
+        return name, f"{text}: fits in {_size(card.memory)}"
+    way = "quantize on the CPU" if card.fits_with is None else f"it would with {card.fits_with}"
+    return name, f"{text}: does not fit in {_size(card.memory)}; {way}"
 
 
 def _size(nbytes: int) -> str:

@@ -2,8 +2,8 @@
 block.
 
 They depend on the windows' lengths alone, so nearly all batches have equal ones: each distinct
-tensor is held once, on the CPU. A walk that is continued computes them again, and their digest
-tells whether this machine gives what the first one gave.
+tensor is held once, on the CPU, and those of the last batch on the device. A walk that is continued
+computes them again, and their digest tells whether this machine gives what the first one gave.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Calls:
     def __init__(self) -> None:
         self._of: list[tuple[Call, ...]] = []
         self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._there: dict[int, tuple[Tensor, Tensor]] = {}  # of the last batch asked for
         self._digest = hashlib.sha256()
 
     def add(self, calls: tuple[Call, ...]) -> None:
@@ -47,9 +48,16 @@ class Calls:
 
     def of(self, batch: int, block: int, device: torch.device) -> tuple[Call, ...]:
         """The arguments of one block as a one-item tuple; empty behind the last block."""
-        calls: tuple[Call, ...] = _mapped(
-            self._of[batch][block : block + 1], lambda tensor: tensor.to(device)
-        )
+        before, self._there = self._there, {}
+
+        def there(tensor: Tensor) -> Tensor:
+            known = before.get(id(tensor))
+            if known is None or known[1].device.type != device.type:
+                known = tensor, tensor.to(device)
+            self._there[id(tensor)] = known
+            return known[1]
+
+        calls: tuple[Call, ...] = _mapped(self._of[batch][block : block + 1], there)
         return calls
 
     def settle(self, before: str | None) -> str:

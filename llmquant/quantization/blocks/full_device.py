@@ -13,6 +13,7 @@ import torch
 
 from llmquant.errors import LlmquantError
 from llmquant.quantization.plan import WalkPlan
+from llmquant.recipe import Recipe
 from llmquant.runtime.memory import out_of_memory
 
 
@@ -34,24 +35,31 @@ def full_device(plan: WalkPlan, reached: Callable[[], str]) -> Iterator[None]:
         said = str(e).splitlines()[0].rstrip(".")
         raise LlmquantError(
             f"{plan.device} has no memory left ({said}); {reached()}. "
-            f"Less is needed with {' or '.join(less(plan))}: another run, which begins anew"
+            f"Less is needed with {' or '.join(less(plan.recipe, plan.dtype))}: another run, which begins anew"
         ) from e
 
 
-def less(plan: WalkPlan) -> list[str]:
-    """What makes the need for memory on the device smaller, most of it first, and how large it is
-    now."""
-    recipe = plan.recipe
+def less(recipe: Recipe, dtype: torch.dtype) -> list[str]:
+    """What makes the need for memory on a device smaller, and how large it is now.
+
+    Args:
+        recipe: of the run.
+        dtype: in which blocks run.
+    """
     if recipe.calibration.source is None:
         return ["--device cpu"]
-    whose = "calibration" if recipe.tune is None else "tune"
+    whose, batch = (
+        ("calibration", recipe.calibration.batch_size)
+        if recipe.tune is None
+        else ("tune", recipe.tune.batch_size)
+    )
     found = []
-    if plan.batch_size > 1:
-        found.append(f"{whose}.batch_size below {plan.batch_size} in the recipe")
+    if batch > 1:
+        found.append(f"{whose}.batch_size below {batch} in the recipe")
     if recipe.calibration.seqlen > 1:
         found.append(f"--seqlen below {recipe.calibration.seqlen}")
     if not recipe.gptq.true_sequential:
         found.append("gptq.true_sequential (one Hessian at a time)")
-    if plan.dtype == torch.float32:
+    if dtype == torch.float32:
         found.append("--dtype bfloat16")
     return [*found, "--device cpu"]

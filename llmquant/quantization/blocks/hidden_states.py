@@ -3,8 +3,8 @@ that, saved for a later run.
 
 A *stream* is one tensor per calibration batch: what the quantized model's blocks deliver
 (``hidden``) and, for methods that aim at the original model, what its own blocks deliver
-(``reference``). Streams stay on the CPU; a batch goes to the device when it is asked for, so a GPU
-holds the block and one batch.
+(``reference``). Streams stay on the CPU; a batch goes to the device when it is asked for, or on a
+GPU when the one before it was (:mod:`llmquant.quantization.blocks.transfers`).
 
 A stream in a file is never rewritten: its successor goes to a new file, and the old one stays until
 the journal of the run no longer names it. So the spilled streams *are* the saved state, and a crash
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from llmquant.checkpoint.atomic import fsync_path
 from llmquant.errors import CheckpointError
+from llmquant.quantization.blocks.transfers import Transfers, behind, transfers_of
 
 _ALIGN = 64  # bytes; torch's own allocations
 
@@ -61,9 +62,9 @@ class SavedStream:
 
 
 class Stream(Sequence[Tensor]):
-    """One tensor per batch, on ``device`` when indexed."""
+    """One tensor per batch, on the device of ``transfers`` when it is asked for."""
 
-    device: torch.device
+    transfers: Transfers
 
     def replaced(self, tensors: Iterable[Tensor], store: StateStore) -> Stream:
         """The stream that holds ``tensors``; item ``i`` of this one is read no more once the
@@ -77,22 +78,21 @@ class Stream(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self.stored(index).to(self.device)
+        return self.stored(index).to(self.transfers.device, non_blocking=True)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return behind(self.transfers.send(self.stored(i)) for i in range(len(self)))
 
     def stored(self, index: int) -> Tensor:
         raise NotImplementedError
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
-
-
 class InMemory(Stream):
     """A list of tensors, replaced item by item so that no second set is held."""
 
-    def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
-        self.device = device
-        self._tensors = [_plain(t) for t in tensors]
+    def __init__(self, tensors: Iterable[Tensor], transfers: Transfers) -> None:
+        self.transfers = transfers
+        self._tensors = list(behind(map(transfers.fetch, tensors)))
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -101,16 +101,18 @@ class InMemory(Stream):
         return self._tensors[index]
 
     def replaced(self, tensors: Iterable[Tensor], store: StateStore) -> Stream:
-        for i, tensor in enumerate(tensors):
-            self._tensors[i] = _plain(tensor)
+        fetch, before = self.transfers.fetch, self._tensors
+        arrivals = (fetch(tensor, before[i]) for i, tensor in enumerate(tensors))
+        for i, tensor in enumerate(behind(arrivals)):
+            self._tensors[i] = tensor
         return self
 
 
 class InFile(Stream):
     """Tensors of a file, each mapped (copy on write) for as long as it is held."""
 
-    def __init__(self, folder: Path, saved: SavedStream, device: torch.device) -> None:
-        self.device, self.saved = device, saved
+    def __init__(self, folder: Path, saved: SavedStream, transfers: Transfers) -> None:
+        self.transfers, self.saved = transfers, saved
         self.path = folder / saved.file
 
     def __len__(self) -> int:
@@ -130,7 +132,7 @@ class InFile(Stream):
 
 
 def write_stream(path: Path, tensors: Iterable[Tensor]) -> SavedStream:
-    """Write a stream to a new file, not yet durably.
+    """Write a stream of contiguous tensors of the CPU to a new file, not yet durably.
 
     Raises:
         OSError: the disk refused.
@@ -138,8 +140,7 @@ def write_stream(path: Path, tensors: Iterable[Tensor]) -> SavedStream:
     placed: list[Placed] = []
     digest, end = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for tensor in tensors:
-            flat = _plain(tensor)
+        for flat in tensors:
             placed.append(Placed(str(flat.dtype).removeprefix("torch."), tuple(flat.shape), end))
             nbytes = flat.numel() * flat.element_size()
             data: memoryview = (
@@ -201,6 +202,7 @@ class StateStore:
     ) -> None:
         assert folder is not None or not placement.spill
         self.device, self.folder, self.placement = device, folder, placement
+        self.transfers = transfers_of(device)
         self.calls: str | None = (
             None  # digest of what blocks are called with beside the states; None: not known yet
         )
@@ -213,12 +215,12 @@ class StateStore:
     def _opened(self, saved: SavedStream) -> Stream:
         assert self.folder is not None
         check_stream(self.folder, saved)
-        stream = InFile(self.folder, saved, self.device)
+        stream = InFile(self.folder, saved, self.transfers)
         # Copies: the file may go before the tensors do.
         return (
             stream
             if self.placement.spill
-            else InMemory((stream.stored(i).clone() for i in range(len(stream))), self.device)
+            else InMemory((stream.stored(i).clone() for i in range(len(stream))), self.transfers)
         )
 
     def _new_path(self) -> Path:
@@ -232,9 +234,10 @@ class StateStore:
     def scratch(self, tensors: Iterable[Tensor]) -> Stream:
         """A stream without a name, to be dropped by who made it."""
         if not self.placement.spill:
-            return InMemory(tensors, self.device)
+            return InMemory(tensors, self.transfers)
         assert self.folder is not None
-        return InFile(self.folder, write_stream(self._new_path(), tensors), self.device)
+        here = behind(map(self.transfers.fetch, tensors))
+        return InFile(self.folder, write_stream(self._new_path(), here), self.transfers)
 
     def name(self, name: str, stream: Stream) -> None:
         """Give a stream a name, under which it is saved; what had the name before is dropped."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
+
+from torch import Tensor
 
 from llmquant.models.block_inputs import BlockInput
 from llmquant.quantization.blocks.calls import Calls
@@ -15,7 +17,7 @@ STREAM = "hidden"
 
 class Inputs(Sequence[BlockInput]):
     """Every batch's way into ``block``, put together when it is asked for: a GPU holds one batch of
-    states, not all."""
+    states, and where it can the next, not all."""
 
     def __init__(self, store: StateStore, calls: Calls, block: int) -> None:
         self.store, self.calls, self.block = store, calls, block
@@ -30,6 +32,11 @@ class Inputs(Sequence[BlockInput]):
     def __getitem__(self, index: int | slice) -> BlockInput | list[BlockInput]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return BlockInput(
-            self.store.streams[STREAM][index], self.calls.of(index, self.block, self.store.device)
-        )
+        return self._input(index, self.store.streams[STREAM][index])
+
+    def __iter__(self) -> Iterator[BlockInput]:
+        for index, hidden in enumerate(self.store.streams[STREAM]):
+            yield self._input(index, hidden)
+
+    def _input(self, index: int, hidden: Tensor) -> BlockInput:
+        return BlockInput(hidden, self.calls.of(index, self.block, self.store.device))

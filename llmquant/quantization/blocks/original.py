@@ -64,7 +64,9 @@ class Reference:
             f"{name}.weight": linear.weight.detach().clone() for name, linear in linears.items()
         }
         self._replay = (
-            self._entered.enter_context(Replay(block, tails, linears, original=True))
+            self._entered.enter_context(
+                Replay(block, tails, linears, original=True, transfers=self._store.transfers)
+            )
             if tails
             else None
         )

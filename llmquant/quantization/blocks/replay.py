@@ -19,9 +19,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmquant.models.experts import ExpertList
+from llmquant.quantization.blocks.transfers import Arrival, Transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class Replay:
             they are. A part with one of them before its last linear is run.
         original: the passes are with original weights, which do not change, so what the last linear
             reads is kept early.
+        transfers: of what is kept; default: a CPU's.
     """
 
     def __init__(
@@ -106,10 +109,12 @@ class Replay:
         waiting: Collection[str],
         *,
         original: bool = False,
+        transfers: Transfers | None = None,
     ) -> None:
         self._block, self._tails, self._original = block, tails, original
+        self._transfers = transfers or Transfers(torch.device("cpu"))
         self._waiting = set(waiting)
-        self._inputs: dict[tuple[str, int], Tensor] = {}
+        self._inputs: dict[tuple[str, int], Arrival] = {}
         self._batch: int | None = None
         self._entered = ExitStack()
 
@@ -143,14 +148,14 @@ class Replay:
             kept = None if self._batch is None else self._inputs.get((tail.part, self._batch))
             if kept is None or tail.before & self._waiting:
                 return run(*args, **kwargs)
-            out = linear(kept.to(next(linear.parameters()).device))
+            out = linear(kept().to(next(linear.parameters()).device, non_blocking=True))
             return out if tail.more is None else (out, *tail.more)
 
         def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
             key = (tail.part, self._batch) if self._batch is not None else None
             final = self._original or not tail.before & self._waiting
             if key is not None and final and key not in self._inputs:
-                self._inputs[key] = args[0].detach().to("cpu", copy=True)
+                self._inputs[key] = self._transfers.fetch(args[0], final=False)
 
         self._entered.callback(linear.register_forward_pre_hook(keep).remove)
         before = part.__dict__.get("forward")  # of another walk through the same block
