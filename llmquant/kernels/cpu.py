@@ -186,7 +186,8 @@ def rows_for_torch(dtype: torch.dtype) -> int:
     """From how many rows on ``torch.mm`` over decoded tiles is faster here; measured where it can
     be, which takes some 50 ms."""
     processor = this_processor()
-    # In float32 it never is by much, and a choice by the clock would make results depend on it.
+    # In float32 it never is by much, and a choice by the clock would make results depend on it. In
+    # bfloat16 it may be several times as fast (AMX), or slower: that is known by trying alone.
     fast = ("amx_bf16", "avx512_bf16", "bf16") if dtype is torch.bfloat16 else ()
     if not any(processor.has(name) for name in fast):
         return _NEVER
