@@ -42,11 +42,10 @@ class CpuInt4(Int4Operator):
     """torch's int4 CPU operator. ``packed`` is uint8 ``[rows, in/2]``, rows = out padded to 64."""
 
     name = "cpu_int4"
+    runs_on = ("cpu", "the CPU")
     crossover = CROSSOVER_ROWS
 
     def _why_not_here(self, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"it runs on the CPU, not on {device}"
         if int4pack.block_rows() is None:
             capability = torch.backends.cpu.get_cpu_capability()
             return f"torch's int4 layout on this CPU ({capability}) is not one it can read back"

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -428,17 +429,17 @@ def test_a_full_disk_costs_the_log_and_no_answer(
     log.close()
 
 
+@dataclass(frozen=True)
 class Stuck(Hooks):
-    """Tells of one alarm, and hangs at the next."""
+    """Tells of one alarm, and hangs at the next until it is set free."""
+
+    told: list[str] = field(default_factory=list)
+    free: threading.Event = field(default_factory=threading.Event)
 
     def tell(self, alarm: Any) -> None:
-        TOLD.append(alarm["alarm"]["statistic"])
-        if len(TOLD) == 2:
-            assert FREE.wait(60)
-
-
-TOLD: list[str] = []
-FREE = threading.Event()
+        self.told.append(alarm["alarm"]["statistic"])
+        if len(self.told) == 2:
+            assert self.free.wait(60)
 
 
 def test_a_hook_that_hangs_holds_up_no_shutdown_and_is_run_again(
@@ -447,21 +448,21 @@ def test_a_hook_that_hangs_holds_up_no_shutdown_and_is_run_again(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(hooking, "_CLOSE_SECONDS", 0.5)
     path, profile = tmp_path / "log.jsonl", made(tokenizer)
-    recorder = Recorder(DriftLog(path, profile, ALPHA), Stuck())
+    stuck, again = Stuck(), Stuck()
+    recorder = Recorder(DriftLog(path, profile, ALPHA), stuck)
     for _ in range(40):  # other words in prompts and answers
         recorder.record(request(prompt_words={7: 30}, answer_words={7: 70}))
     alarms = [alarm.statistic for alarm in recorder.report().alarms]
     assert len(alarms) > 2
     asyncio.run(recorder.close())
     assert "are told at the next start" in capsys.readouterr().err
-    assert alarms[:2] == TOLD
-    FREE.set()
+    assert alarms[:2] == stuck.told
     log = DriftLog(path, profile, ALPHA)
     assert [alarm.told for alarm in log.monitor.alarms] == [True] + [False] * (len(alarms) - 1)
-    TOLD.clear()
-    again = Recorder(log, Stuck())
-    asyncio.run(again.close())
-    assert alarms[1:] == TOLD
+    again.free.set()
+    asyncio.run(Recorder(log, again).close())
+    assert alarms[1:] == again.told
+    stuck.free.set()  # its thread is the process's
 
 
 @pytest.mark.parametrize(

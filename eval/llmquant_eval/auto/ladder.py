@@ -23,6 +23,7 @@ LADDER = (
     "gptq-w3g32",
     "gptq-w4g32-asym",
     "best-w4g128",
+    "best-w4g32-asym",
     "best-w3g128",
     "best-w2g32",
     "mixed:3.5",

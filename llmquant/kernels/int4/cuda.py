@@ -30,11 +30,10 @@ class CudaInt4(Int4Operator):
     :mod:`~llmquant.kernels.int4.cuda_layout`, rows = out padded to 8."""
 
     name = "cuda_int4"
+    runs_on = ("cuda", "an NVIDIA GPU")
     crossover = GEMM_ROWS
 
     def _why_not_here(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"it runs on an NVIDIA GPU, not on {device}"
         gpu = gpu_device.find(device)
         if gpu is None:
             return "torch finds no GPU"

@@ -32,12 +32,14 @@ class Int4Operator(ABC):
     name: str
     any_dtype = False
     rounds_inputs = False
+    runs_on: tuple[str, str]
+    """The type of its device, and that in words."""
     crossover: int
     """Rows from which :meth:`_many` is taken."""
 
     @abstractmethod
     def _why_not_here(self, device: torch.device) -> str | None:
-        """Why the operator cannot be run on a device, or None."""
+        """Why the operator cannot be run on a device of its type, or None."""
 
     @abstractmethod
     def _pack(self, codes: Tensor) -> Tensor:
@@ -76,7 +78,9 @@ class Int4Operator(ABC):
         dtype: torch.dtype,
         g_idx: bool = False,
     ) -> str | None:
-        width = spec.width(shape[1])
+        width, (kind, words) = spec.width(shape[1]), self.runs_on
+        if device.type != kind:
+            return f"it runs on {words}, not on {device}"
         if spec.bits != 4:
             return f"it takes 4 bits, not {spec.bits}"
         if dtype is not torch.bfloat16:
@@ -133,7 +137,8 @@ class Int4Operator(ABC):
         assert packed is not None
         scales = exact_scales(prepared).to(dtype)
         codes = self._unpack(packed).to(dtype).sub_(8)
-        grouped = codes.view(codes.shape[0], scales.shape[0], -1)
+        groups = scales.shape[0]
+        grouped = codes.view(codes.shape[0], groups, codes.shape[1] // groups)
         if shift is not None:
             grouped.add_(shift.T.unsqueeze(-1).to(dtype))
         return grouped.mul_(scales.T.unsqueeze(-1)).view(codes.shape)

@@ -41,7 +41,12 @@ from llmquant.spec import QuantSpec
 ORIGINAL = "original"
 _CONTEXT = 4096
 _FORMAT = "compressed-tensors"
-_FINER = ("gptq-w4g32-asym", "best-w4g128", "gptq-w8")  # what to try where the first misses
+_FINER = (
+    "gptq-w4g32-asym",
+    "best-w4g128",
+    "best-w4g32-asym",
+    "gptq-w8",
+)  # what to try where the first misses
 _SMALLER = ("gptq-w3g32", "best-w2g32")
 
 
