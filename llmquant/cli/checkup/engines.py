@@ -6,8 +6,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,11 @@ def vllm(environment: Mapping[str, str]) -> dict[str, Any]:
     """Whether vLLM can be imported in its environment; asked in another process, because it is
     never imported into this one."""
     asked = environment.get("LLMQUANT_VLLM_PYTHON", "")
-    python = Path(asked) if asked else Path(".venv-vllm") / "bin" / "python"
+    here = sys.executable if find_spec("vllm") else None
+    python = Path(asked or here or Path(".venv-vllm") / "bin" / "python")
     facts: dict[str, Any] = {"ready": False, "python": str(python)}
-    install = "make vllm-env (in llmquant's sources), or pip install vllm in an environment of its own; name its Python in "
-    install += "LLMQUANT_VLLM_PYTHON"
+    install = "pip install 'llmquant[vllm]' (for a GPU), or make vllm-env (in llmquant's sources, for a CPU), or name the "
+    install += "Python of an environment that has it in LLMQUANT_VLLM_PYTHON"
     if not python.is_file():
         return {**facts, "reason": f"{python} is not there", "install": install}
     try:

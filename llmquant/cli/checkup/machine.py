@@ -164,7 +164,8 @@ def _requirements(extras: dict[str, dict[str, Any]]) -> list[str]:
             problems.append(
                 f"{what} is needed and not there: pip install '{requirement.name}{requirement.specifier}'"
             )
-    for name in ("dev", "docs"):  # of those who change llmquant, not of those who use it
+    # Of those who change llmquant, not of those who use it; vLLM is an engine, which is asked.
+    for name in ("dev", "docs", "vllm"):
         extras.pop(name, None)
     return problems
 

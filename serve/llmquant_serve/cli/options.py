@@ -39,7 +39,7 @@ VllmPythonOption = Annotated[
     str | None,
     typer.Option(
         "--vllm-python",
-        help="Start vLLM with this Python, from the environment that has it.",
+        help="Start vLLM with this Python, from the environment that has it [default: this one].",
         envvar="LLMQUANT_VLLM_PYTHON",
     ),
 ]

@@ -16,7 +16,7 @@ class ModelOptions:
         threads: of torch, for the local engine; None leaves torch's own number.
         context: an upper limit on the model's context; None sets none.
         vllm_url: a running vLLM; None starts one.
-        vllm_python: the Python of the environment that has vLLM.
+        vllm_python: the Python of the environment that has vLLM; None: this one.
         vllm_args: passed to vLLM's server as they are.
     """
 

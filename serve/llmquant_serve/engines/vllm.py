@@ -13,7 +13,9 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +208,7 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
     """The engine of the command line's options.
 
     Raises:
-        UsageError: neither a URL nor a Python with vLLM is given.
+        UsageError: neither a URL nor a Python with vLLM is given, and vLLM is not installed here.
         CheckpointError: the model's config cannot be read.
     """
     path = llmquant.resolve(options.model)
@@ -219,10 +221,11 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
             )
         url = options.vllm_url.rstrip("/").removesuffix("/v1")
         return VllmEngine(info, None, url, os.environ.get("VLLM_API_KEY"), None)
-    if not options.vllm_python:
+    python = options.vllm_python or (sys.executable if find_spec("vllm") else None)
+    if not python:
         raise UsageError(
-            "--engine vllm needs --vllm-python (the Python of an environment with vLLM) or "
-            "--vllm-url (a running vLLM)"
+            "--engine vllm needs vLLM: pip install 'llmquant[vllm]', or name another environment's "
+            "Python with --vllm-python, or a running vLLM with --vllm-url"
         )
     arguments = ["--max-num-seqs", str(max_streams)]
     if options.dtype != "auto":
@@ -230,5 +233,5 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
     if options.context is not None:
         arguments += ["--max-model-len", str(options.context)]
     arguments += options.vllm_args  # last, so that they win
-    child = VllmChild(ChildOptions(Path(options.vllm_python), path, _NAME, tuple(arguments)))
+    child = VllmChild(ChildOptions(Path(python), path, _NAME, tuple(arguments)))
     return VllmEngine(info, child, None, None, _NAME)
