@@ -70,8 +70,9 @@ def chat_tab(service: Service, settings: list[gr.components.Component], runs: Ru
     for ended in running:
         ended.then(talk.settle, [turns], [chat], **UNQUEUED)
     stop.click(talk.stop, [box, turns], [box, chat], **UNQUEUED)
+    # Queued, so that it comes behind what the reply has already sent, by the same way.
     clear.click(talk.stop_reply, [box], None, cancels=running, **UNQUEUED).then(
-        lambda: (transcript([], service.model), "", []), None, [chat, status, turns], **UNQUEUED
+        lambda: (transcript([], service.model), "", []), None, [chat, status, turns], **UNLIMITED
     )
     export.click(_exported, [turns, settings[0]], exported, **UNQUEUED).then(
         None, [exported], None, js=_EXPORT, api_visibility="private"
