@@ -24,7 +24,7 @@ never worse than it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,11 +150,7 @@ def tune(
         raise QuantizationError(
             f"{module} gave NaN or Inf on the calibration text before tuning; use --dtype float32"
         )
-    groups = [
-        {"params": [latent.u for latent in latents.values()], "lr": options.lr},
-        {"params": [latent.factor for latent in latents.values()], "lr": options.scale_lr},
-    ]
-    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    optimizer = _optimizer(latents.values(), options)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / options.steps, options.steps)
     batches = _shuffled(len(targets), options)
     every, waited, taken = max(1, options.steps // options.checks), 0, 0
@@ -182,6 +178,14 @@ def tune(
         if waited == options.patience:
             break
     return Tuned(kept, before, best, step, taken)
+
+
+def _optimizer(latents: Collection[_Latent], options: TuneOptions) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [latent.u for latent in latents], "lr": options.lr},
+        {"params": [latent.factor for latent in latents], "lr": options.scale_lr},
+    ]
+    return torch.optim.Adam(groups, betas=_BETAS)
 
 
 def _squared_error(output: Tensor, target: Tensor) -> Tensor:

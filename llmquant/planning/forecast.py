@@ -107,15 +107,21 @@ def forecast(
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """A device with so many bytes of memory, and with what a run fits in them: as it is (an empty
-    string), with a change, or None: not at all."""
+class DeviceFit:
+    """Whether a run fits on a device.
+
+    Attributes:
+        memory: of the device, in bytes.
+        fits: as it is.
+        change: the first one that makes it fit; None: none is needed, or none does.
+    """
 
     memory: int
-    fits_with: str | None
+    fits: bool
+    change: str | None = None
 
 
-def on_card(plan: Plan, recipe: Recipe, itemsize: int, memory: int) -> Card:
+def device_fit(plan: Plan, recipe: Recipe, itemsize: int, memory: int) -> DeviceFit:
     """Whether a run fits on a device, or the first change that makes it fit.
 
     Args:
@@ -126,14 +132,14 @@ def on_card(plan: Plan, recipe: Recipe, itemsize: int, memory: int) -> Card:
     """
     key = "calibration.batch_size" if recipe.tune is None else "tune.batch_size"
     half, one = "--dtype bfloat16", f"{key} 1 in the recipe"
-    ways: list[tuple[str, dict[str, Any], int]] = [("", {}, itemsize)]
+    ways: list[tuple[str | None, dict[str, Any], int]] = [(None, {}, itemsize)]
     if recipe.needs_text:
         ways += [(half, {}, 2), (one, {key: 1}, itemsize), (f"{half} and {one}", {key: 1}, 2)]
-    for name, changes, size in ways:
+    for change, changes, size in ways:
         changed = recipe.updated(changes) if changes else recipe
         if forecast(plan, changed, size).device_peak <= memory:
-            return Card(memory, name)
-    return Card(memory, None)
+            return DeviceFit(memory, change is None, change)
+    return DeviceFit(memory, fits=False)
 
 
 def running_bytes(model: str | os.PathLike[str], weights: int, tokens: int | None = None) -> int:

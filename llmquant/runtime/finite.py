@@ -11,7 +11,8 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether every element is finite; any real dtype and shape."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float16)
+    # bfloat16 holds what any of 8 bits does, scales that are powers of two among them.
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.bfloat16)
     return bool(finite_there(wide))
 
 

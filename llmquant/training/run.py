@@ -10,7 +10,8 @@ done is continued and ends with the same bytes.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from llmquant.checkpoint.atomic import check_destination, lock_folder
@@ -74,21 +75,24 @@ def qat(
         stack.callback(log.close)
         for line in prepared.text.lines:
             events.on_note(line)
-        try:
-            with deterministic(seed):
-                return prepared.execute(Path(output), saved, log, events)
-        except BaseException as e:
-            kept = saved.load()
-            if first and kept is None and isinstance(e, UsageError | QuantizationError):
-                saved.remove()  # the same command would meet it again, so that nothing is kept
-            if interruption.stops(e):
-                taken = 0 if kept is None else kept[0].step
-                raise KeyboardInterrupt(_resuming(taken, section, destination)) from e
+        with _kept(saved, section, destination, first=first), deterministic(seed):
+            return prepared.execute(Path(output), saved, log, events)
+
+
+@contextmanager
+def _kept(saved: SavedTraining, section: QAT, destination: Path, *, first: bool) -> Iterator[None]:
+    """What a training that ends early leaves: nothing where the same command would meet the same
+    again; after an interruption, the sentence that says how far it came."""
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as e:  # native code makes others of an interruption
+        kept = saved.load()
+        if first and kept is None and isinstance(e, UsageError | QuantizationError):
+            saved.remove()
+        if not interruption.stops(e):
             raise
-
-
-def _resuming(taken: int, section: QAT, destination: Path) -> str:
-    return (
-        f"{taken} of {section.steps} steps are saved next to {destination.name}; run the same command to "
-        "resume, or add --restart to start over"
-    )
+        taken = 0 if kept is None else kept[0].step
+        raise KeyboardInterrupt(
+            f"{taken} of {section.steps} steps are saved next to {destination.name}; "
+            "run the same command to resume, or add --restart to start over"
+        ) from e

@@ -70,15 +70,7 @@ def quantize(
     destination = Path(os.path.abspath(output))
     check_destination(destination, options.overwrite)
     start = destination.with_name(f".{destination.name}.start")
-    rounding = recipe.updated({"qat": None})
-    key = _key(model, rounding, options)
-    if options.restart or not _made_before(start, key):
-        _forget(start)
-        rounded = round_only(model, start, rounding, replace(options, overwrite=True), events)
-        _key_of(start).write_text(key, encoding="utf-8")
-    else:
-        events.on_note("the linears were rounded before the run was interrupted; training them")
-        rounded = _recorded(start, model)
+    rounded = _rounded(model, start, recipe.updated({"qat": None}), options, events)
     how = replace(how, overwrite=options.overwrite, restart=options.restart)
     recipe = recipe.with_training_text()
     assert recipe.qat is not None
@@ -95,6 +87,24 @@ def quantize(
         warnings=(*rounded.warnings, *done.warnings),
         trained=done.record,
     )
+
+
+def _rounded(
+    model: str | os.PathLike[str],
+    start: Path,
+    recipe: Recipe,
+    options: QuantizeOptions,
+    events: Events,
+) -> QuantizeResult:
+    """The folder that is trained; made now, or by the run that is resumed."""
+    key = _key(model, recipe, options)
+    if not options.restart and _made_before(start, key):
+        events.on_note("the linears were rounded before the run was interrupted; training them")
+        return _recorded(start, model)
+    _forget(start)
+    rounded = round_only(model, start, recipe, replace(options, overwrite=True), events)
+    _key_of(start).write_text(key, encoding="utf-8")
+    return rounded
 
 
 def rerun(

@@ -13,7 +13,7 @@ from children import Run
 from large_layout import seventy_billion
 from pretend_device import NAME, ledger
 
-from llmquant.planning.forecast import forecast, on_card
+from llmquant.planning.forecast import DeviceFit, device_fit, forecast
 from llmquant.planning.preview import make_plan
 from llmquant.quantization.options import QuantizeOptions
 from llmquant.quantization.run import quantize
@@ -55,24 +55,23 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "memory", "with_what"),
+    ("changes", "memory", "fits", "change"),
     [
-        ({}, 24 * 2**30, ""),
-        ({}, 21 * GB, "--dtype bfloat16"),
-        ({}, 20 * GB, "--dtype bfloat16 and calibration.batch_size 1 in the recipe"),
-        ({}, 8 * GB, None),
-        ({"method": "rtn"}, 8 * GB, ""),
-        ({"method": "rtn"}, 1 * GB, None),
+        ({}, 24 * 2**30, True, None),
+        ({}, 21 * GB, False, "--dtype bfloat16"),
+        ({}, 20 * GB, False, "--dtype bfloat16 and calibration.batch_size 1 in the recipe"),
+        ({}, 8 * GB, False, None),
+        ({"method": "rtn"}, 8 * GB, True, None),
+        ({"method": "rtn"}, 1 * GB, False, None),
     ],
     ids=["24 GiB", "21 GB", "20 GB", "8 GB", "8 GB without a text", "1 GB"],
 )
 def test_a_block_of_70b_on_one_card(
-    changes: dict[str, Any], memory: int, with_what: str | None, large: Path
+    changes: dict[str, Any], memory: int, fits: bool, change: str | None, large: Path
 ) -> None:
     recipe = Recipe().updated(changes)
-    told = on_card(make_plan(large, recipe), recipe, 4, memory)
-    assert told.memory == memory
-    assert told.fits_with == with_what
+    told = device_fit(make_plan(large, recipe), recipe, 4, memory)
+    assert told == DeviceFit(memory, fits, change)
 
 
 def test_the_command_says_it(run: Run, model: Path) -> None:
@@ -81,7 +80,8 @@ def test_the_command_says_it(run: Run, model: Path) -> None:
     assert "fits in 25.77 GB" in " ".join(told.out.split())
     told = run("plan", model, "--group-size", "32", "--gpu-memory", "1MB", "--json")
     facts = json.loads(told.out)
-    assert (facts["device_memory_bytes"], facts["device_fits_with"]) == (1_000_000, None)
+    told_of_it = [facts[f"device_{what}"] for what in ("memory_bytes", "fits", "fits_with")]
+    assert told_of_it == [1_000_000, False, None]
     told = run("plan", model, "--group-size", "32", "--gpu-memory", "1MB")
     assert "does not fit in 1.00 MB; quantize on the CPU" in " ".join(told.out.split())
 

@@ -26,6 +26,10 @@ def test_eight_bits_are_looked_at_too() -> None:
     assert all_finite(tensor)
     tensor.view(torch.uint8)[2] = 0b0_11111_00  # infinity
     assert not all_finite(tensor)
+    powers = torch.tensor([0, 127, 254], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    assert all_finite(powers)
+    powers.view(torch.uint8)[1] = 255  # NaN
+    assert not all_finite(powers)
 
 
 def test_integers_and_nothing_are_finite() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -18,10 +17,8 @@ from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompleti
 from serving import NAME, TEXTS, TINY, running
 
 import llmquant
-from llmquant.errors import UsageError
 from llmquant.formats.engines import VLLM_NO_AVX512, vllm_here
 from llmquant_serve.build import build_engine
-from llmquant_serve.engines import vllm
 from llmquant_serve.engines.options import ModelOptions
 from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
@@ -187,27 +184,3 @@ def test_a_crash_is_seen_and_the_child_restarted(live):
         assert (
             client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
         )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        pytest.param({}, r"llmquant\[vllm\].*--vllm-python", id="no vLLM"),
-        pytest.param({"vllm_python": "/nowhere/python"}, "/nowhere/python", id="a wrong Python"),
-        pytest.param({"vllm_url": "localhost:8000"}, "http://", id="no URL"),
-    ],
-)
-def test_misuse(packed, changes, message, monkeypatch):
-    monkeypatch.setattr(vllm, "find_spec", lambda _: None)
-    with pytest.raises(UsageError, match=message):
-        build_engine(ModelOptions(model=str(packed), engine="vllm", **changes), 8)
-
-
-def test_vllm_of_this_environment_is_found(packed, monkeypatch):
-    monkeypatch.setattr(vllm, "find_spec", lambda name: name == "vllm")
-    made = []
-    monkeypatch.setattr(vllm, "VllmChild", made.append)
-    build_engine(ModelOptions(model=str(packed), engine="vllm"), 8)
-    assert str(made[0].python) == sys.executable
-    build_engine(ModelOptions(model=str(packed), engine="vllm", vllm_python="/bin/sh"), 8)
-    assert str(made[1].python) == "/bin/sh"

@@ -49,8 +49,9 @@ def vllm(environment: Mapping[str, str]) -> dict[str, Any]:
     """Whether vLLM can be imported in its environment; asked in another process, because it is
     never imported into this one."""
     asked = environment.get("LLMQUANT_VLLM_PYTHON", "")
-    here = sys.executable if find_spec("vllm") else None
-    python = Path(asked or here or Path(".venv-vllm") / "bin" / "python")
+    # A folder named vllm on the path is found too, but has no origin.
+    here = getattr(find_spec("vllm"), "origin", None)
+    python = Path(asked or (sys.executable if here else Path(".venv-vllm") / "bin" / "python"))
     facts: dict[str, Any] = {"ready": False, "python": str(python)}
     install = "pip install 'llmquant[vllm]' (for a GPU), or make vllm-env (in llmquant's sources, for a CPU), or name the "
     install += "Python of an environment that has it in LLMQUANT_VLLM_PYTHON"

@@ -39,7 +39,7 @@ from llmquant.cli.screen import fact_table, screen
 from llmquant.cli.sizes import parse_size
 
 if TYPE_CHECKING:
-    from llmquant.planning.forecast import Card, Forecast
+    from llmquant.planning.forecast import DeviceFit, Forecast
     from llmquant.planning.preview import Plan
     from llmquant.planning.timing import Timing
     from llmquant.recipe import Recipe
@@ -94,7 +94,7 @@ def plan_command(
     Size, memory, disk, time and what refuses it. Reads the headers of the weight files only.
     """
     given = dict(locals())
-    from llmquant.planning.forecast import forecast, on_card
+    from llmquant.planning.forecast import device_fit, forecast
     from llmquant.planning.preview import make_plan
     from llmquant.runtime.computing import Computing
     from llmquant.runtime.devices import CALIBRATION, device_memory, parse_device, parse_dtype
@@ -111,16 +111,16 @@ def plan_command(
     memory = device_memory(on) if gpu_memory is None else parse_size("--gpu-memory", gpu_memory)
     plan = make_plan(model, chosen, store_dtype, tokenizer=True)
     needs = forecast(plan, chosen, passes.itemsize)
-    card = None if memory is None else on_card(plan, chosen, passes.itemsize, memory)
+    fit = None if memory is None else device_fit(plan, chosen, passes.itemsize, memory)
     computing = Computing.of(on, passes)
     timing = _timed(model, chosen, computing) if measure else None
     if as_json:
         facts = {"chosen_recipe": default.name if default else None}
-        facts |= _as_dict(plan, needs, timing, computing, card)
+        facts |= _as_dict(plan, needs, timing, computing, fit)
         sys.stdout.write(json.dumps(facts) + "\n")
     else:
         reason = [] if default is None else [("recipe", default.sentence)]
-        _show(plan, modules, [*reason, *_needs(needs, timing, computing, card)])
+        _show(plan, modules, [*reason, *_needs(needs, timing, computing, fit)])
 
 
 def _timed(model: str, recipe: Recipe, computing: Computing) -> Timing:
@@ -132,7 +132,7 @@ def _timed(model: str, recipe: Recipe, computing: Computing) -> Timing:
 
 
 def _as_dict(
-    plan: Plan, needs: Forecast, timing: Timing | None, computing: Computing, card: Card | None
+    plan: Plan, needs: Forecast, timing: Timing | None, computing: Computing, fit: DeviceFit | None
 ) -> dict[str, Any]:
     return {
         "model_type": plan.model_type,
@@ -161,8 +161,9 @@ def _as_dict(
         "hidden_states_bytes": needs.states,
         "replay_bytes": needs.replay,
         "device_bytes": needs.device_peak,
-        "device_memory_bytes": card and card.memory,
-        "device_fits_with": card and card.fits_with,
+        "device_memory_bytes": fit and fit.memory,
+        "device_fits": fit and fit.fits,
+        "device_fits_with": fit and fit.change,
         "disk_bytes": needs.disk,
         "seconds": None if timing is None else timing.total,
         "notes": list(plan.notes),
@@ -170,7 +171,7 @@ def _as_dict(
 
 
 def _needs(
-    needs: Forecast, timing: Timing | None, computing: Computing, card: Card | None
+    needs: Forecast, timing: Timing | None, computing: Computing, fit: DeviceFit | None
 ) -> list[tuple[str, str]]:
     """Rows about how it would be quantized: on what, memory, disk and time."""
     worst = max(needs.phases, key=lambda phase: needs.phases[phase])
@@ -188,8 +189,8 @@ def _needs(
     rows.append(
         ("memory", f"about {_size(needs.peak)} at most, while {_DOING[worst]}{states}{kept}")
     )
-    if card is not None or not computing.device.startswith("cpu"):
-        rows.append(_on_device(needs, computing, card))
+    if fit is not None or not computing.device.startswith("cpu"):
+        rows.append(_on_device(needs, computing, fit))
     rows.append(("disk", f"{_size(needs.disk)} while it runs, {_size(needs.output)} afterwards"))
     if timing is None:
         return [*rows, ("time", "not measured; --measure times two blocks here")]
@@ -197,17 +198,17 @@ def _needs(
     return [*rows, ("time", f"about {_spoken(timing.total)}: {blocks}")]
 
 
-def _on_device(needs: Forecast, computing: Computing, card: Card | None) -> tuple[str, str]:
+def _on_device(needs: Forecast, computing: Computing, fit: DeviceFit | None) -> tuple[str, str]:
     """The row about a device's memory."""
     worst = max(needs.on_device, key=lambda phase: needs.on_device[phase])
     text = f"about {_size(needs.device_peak)} at most, while {_DOING[worst]}"
-    if card is None:
+    if fit is None:
         return computing.device, text
     name = "GPU" if computing.device.startswith("cpu") else computing.device
-    if card.fits_with == "":
-        return name, f"{text}: fits in {_size(card.memory)}"
-    way = "quantize on the CPU" if card.fits_with is None else f"it would with {card.fits_with}"
-    return name, f"{text}: does not fit in {_size(card.memory)}; {way}"
+    if fit.fits:
+        return name, f"{text}: fits in {_size(fit.memory)}"
+    way = f"it would with {fit.change}" if fit.change else "quantize on the CPU"
+    return name, f"{text}: does not fit in {_size(fit.memory)}; {way}"
 
 
 def _size(nbytes: int) -> str:

@@ -65,9 +65,8 @@ class OnnxEnvironment:
             ) as process:
                 try:
                     code = process.wait()
-                except BaseException:
-                    process.kill()
-                    raise
+                finally:
+                    process.kill()  # nothing, once it has ended
             out.seek(0)
             said = out.read().decode(errors="replace")
             if code == 0:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -79,11 +80,10 @@ class OnnxWorker:
             env=clean_environment(),
         )
         self._end = weakref.finalize(self, _end, self._process, self._stderr)
-        try:
+        with ExitStack() as failed:
+            failed.callback(self.close)
             ready, _ = self._receive()
-        except BaseException:
-            self.close()
-            raise
+            failed.pop_all()
         self.load_seconds = float(ready["loaded"])
         self.floor_bytes = int(ready["floor"])
         self.version = str(ready["version"])

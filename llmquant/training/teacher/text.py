@@ -136,16 +136,14 @@ def read_text(
     shown = min(len(left), options.steps * options.batch_size)  # more would be asked for in vain
     order = draw(len(left), min(options.nsamples or shown, shown), seed + _SALT)
     chosen = [left[i] for i in order]
+    of = f" of {apart}" if apart else ""
     lines = [
         f"text       {source}",
         f"  training {len(chosen):,} of {len(windows):,} windows of {options.seqlen:,} tokens",
-        f"  held out {len(kept_out):,} windows{f' of {apart}' if apart else ''}",
+        f"  held out {len(kept_out):,} windows{of}",
+        *([f"  dropped  {counted(facts.dropped)}"] if facts.dropped else []),
+        *_overlap([c[0] for c in chosen], evaluation, tokenizer),
     ]
-    if facts.dropped:
-        lines.append(f"  dropped  {counted(facts.dropped)}")
-    if evaluation is not None:
-        overlap = measure_overlap([c[0] for c in chosen], read_documents(evaluation), tokenizer)
-        lines += [f"  {line}" for line in overlap.lines()]
     return TrainingText(
         tuple(map(_window, chosen)),
         tuple(map(_window, kept_out)),
@@ -154,6 +152,16 @@ def read_text(
         _sha256([*chosen, *kept_out], len(chosen)),
         tuple(lines),
     )
+
+
+def _overlap(
+    windows: list[Ids], evaluation: str | None, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """How much of the text that the model will be judged by is trained on, as lines."""
+    if evaluation is None:
+        return []
+    overlap = measure_overlap(windows, read_documents(evaluation), tokenizer)
+    return [f"  {line}" for line in overlap.lines()]
 
 
 def _held_out(

@@ -221,7 +221,9 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
             )
         url = options.vllm_url.rstrip("/").removesuffix("/v1")
         return VllmEngine(info, None, url, os.environ.get("VLLM_API_KEY"), None)
-    python = options.vllm_python or (sys.executable if find_spec("vllm") else None)
+    # A folder named vllm on the path is found too, but has no origin.
+    here = getattr(find_spec("vllm"), "origin", None)
+    python = options.vllm_python or (sys.executable if here else None)
     if not python:
         raise UsageError(
             "--engine vllm needs vLLM: pip install 'llmquant[vllm]', or name another environment's "
