@@ -8,7 +8,7 @@ numbers are for, absolute times drift.
     python bench/crossover.py [--threads 1,2] [--seconds 0.2] [--out bench/results/crossover.json]
 
 The crossover of a shape is the smallest measured row count from which dequantize + GEMM stays
-faster. ``CROSSOVER_ROWS`` in llmquant/kernels/cpu_int4.py is the median over shapes and thread
+faster. ``CROSSOVER_ROWS`` in llmquant/kernels/int4/cpu.py is the median over shapes and thread
 counts.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from llmquant.kernels.cpu_int4 import CpuInt4
+from llmquant.kernels.int4.cpu import CpuInt4
 from llmquant.planning.advice.in_turn import in_turn, random_weight
 from llmquant.spec import QuantSpec
 

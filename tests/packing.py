@@ -15,13 +15,13 @@ from llmquant.algorithms import rtn
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.formats import FORMATS, Scheme
-from llmquant.kernels import int4pack
+from llmquant.kernels.int4 import cpu_layout
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, portable
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama"
 needs_int4 = pytest.mark.skipif(
-    int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
+    cpu_layout.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
 )
 
 

@@ -15,11 +15,11 @@ import torch
 from llmquant.errors import UsageError
 from llmquant.kernels.base import Kernel, Prepared
 from llmquant.kernels.cpu import Cpu
-from llmquant.kernels.cpu_int4 import CpuInt4
 from llmquant.kernels.cpu_int8 import CpuInt8
 from llmquant.kernels.dense import Dense
 from llmquant.kernels.gpu.gemlite import Gemlite
 from llmquant.kernels.gpu.humming import Humming
+from llmquant.kernels.int4.cpu import CpuInt4
 from llmquant.kernels.int4.cuda import CudaInt4
 from llmquant.kernels.reference import Reference
 from llmquant.spec import QuantSpec

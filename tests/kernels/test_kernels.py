@@ -15,9 +15,10 @@ from tolerances import ROUNDOFF, dot_bound
 from torch import Tensor
 
 from llmquant.errors import UsageError
-from llmquant.kernels import KERNELS, choose, int4pack
-from llmquant.kernels import cpu_int4 as cpu_int4_module
-from llmquant.kernels.cpu_int4 import CROSSOVER_ROWS, CpuInt4
+from llmquant.kernels import KERNELS, choose
+from llmquant.kernels.int4 import cpu as cpu_int4_module
+from llmquant.kernels.int4 import cpu_layout
+from llmquant.kernels.int4.cpu import CROSSOVER_ROWS, CpuInt4
 from llmquant.kernels.int4.parameters import operator_group
 from llmquant.kernels.reference import narrowest
 from llmquant.runtime import native_library
@@ -204,11 +205,11 @@ def test_a_strided_input_is_read_as_it_is():
 @pytest.mark.parametrize("rows", [1, 64, 100, 128, 1100])
 def test_int4_layout_reads_back(rows):
     codes = torch.randint(0, 16, (rows, 96), dtype=torch.uint8)
-    packed = int4pack.pack(codes)
-    block = int4pack.block_rows()
+    packed = cpu_layout.pack(codes)
+    block = cpu_layout.block_rows()
     assert block is not None
-    assert packed.shape == (int4pack.padded_rows(rows), 48)
-    unpacked = int4pack.unpack(packed, block)
+    assert packed.shape == (cpu_layout.padded_rows(rows), 48)
+    unpacked = cpu_layout.unpack(packed, block)
     assert torch.equal(unpacked[:rows], codes)
     assert not bool(unpacked[rows:].any())
 

@@ -27,7 +27,8 @@ from llmquant.kernels import native
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding import speed_up as decoding
 from llmquant.models.decoding import steps as decoder_steps
-from llmquant.models.decoding.speed_up import HalfEmbedding, HalfLinear, speed_up
+from llmquant.models.decoding.half_head import HalfEmbedding, HalfLinear
+from llmquant.models.decoding.speed_up import speed_up
 from llmquant.spec import QuantSpec
 
 SIZES: dict[str, Any] = {

@@ -30,7 +30,7 @@ from llmquant.errors import (
     LlmquantError,
     UsageError,
 )
-from llmquant.kernels import int4pack
+from llmquant.kernels.int4 import cpu_layout
 from llmquant.kernels.packed_linear import PackedLinear, describe
 from llmquant.models.load import load
 from llmquant.models.transformers import TAKEN_OVER, PackedConfig
@@ -44,7 +44,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 IDS = torch.randint(6, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 BF16, FP16 = torch.bfloat16, torch.float16
 needs_int4 = pytest.mark.skipif(
-    int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
+    cpu_layout.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
 )
 FOLDERS = sorted(
     p.parent.name

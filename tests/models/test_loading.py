@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from llmquant.checkpoint.hub import resolve
 from llmquant.errors import ArchitectureError, CheckpointError, FormatError, UsageError
-from llmquant.kernels import int4pack
+from llmquant.kernels.int4 import cpu_layout
 from llmquant.kernels.packed_linear import PackedLinear, describe
 from llmquant.models.load import load
 from llmquant.runtime.devices import parse_dtype
@@ -28,7 +28,7 @@ from llmquant.spec import QuantSpec
 BF16 = torch.bfloat16
 GOLDEN = Path(__file__).parents[1] / "golden"
 needs_int4 = pytest.mark.skipif(
-    int4pack.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
+    cpu_layout.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
 )
 IDS = torch.randint(6, 4096, (2, 48), generator=torch.Generator().manual_seed(0))
 Q_PROJ = "model.layers.2.self_attn.q_proj"

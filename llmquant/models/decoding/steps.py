@@ -23,7 +23,8 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from llmquant.errors import LlmquantError
-from llmquant.kernels.block import Step, Steps
+from llmquant.kernels.block import Step
+from llmquant.kernels.block_steps import Steps
 from llmquant.kernels.cpu import eager, rows_for_torch
 
 _SPARE = "llmquant_spare"  # attribute of a cache layer

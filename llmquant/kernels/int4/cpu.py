@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmquant.kernels import int4pack
 from llmquant.kernels.base import Prepared
+from llmquant.kernels.int4 import cpu_layout
 from llmquant.kernels.int4.operator import Int4Operator
 from llmquant.kernels.int4.parameters import exact_scales
 
@@ -46,22 +46,22 @@ class CpuInt4(Int4Operator):
     crossover = CROSSOVER_ROWS
 
     def _why_not_here(self, device: torch.device) -> str | None:
-        if int4pack.block_rows() is None:
+        if cpu_layout.block_rows() is None:
             capability = torch.backends.cpu.get_cpu_capability()
             return f"torch's int4 layout on this CPU ({capability}) is not one it can read back"
         return None
 
     def _pack(self, codes: Tensor) -> Tensor:
-        return int4pack.pack(codes)
+        return cpu_layout.pack(codes)
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        return int4pack.unpack(packed, self._block())
+        return cpu_layout.unpack(packed, self._block())
 
     def _padded(self, out_features: int) -> int:
-        return int4pack.padded_rows(out_features)
+        return cpu_layout.padded_rows(out_features)
 
     def _block(self) -> int:
-        block = int4pack.block_rows()
+        block = cpu_layout.block_rows()
         assert block is not None, "prepared on a machine whose layout is not known"
         return block
 
@@ -82,12 +82,12 @@ class CpuInt4(Int4Operator):
         scales, block = exact_scales(prepared), self._block()
         # Tiles of equal size, each a multiple of 64 rows.
         tiles = -(-rows * in_features * 2 // _TILE_BYTES)
-        step = int4pack.padded_rows(-(-rows // tiles))
+        step = cpu_layout.padded_rows(-(-rows // tiles))
         y = torch.empty(x.shape[0], rows, dtype=x.dtype)
         for start in range(0, rows, step):
             tile = slice(start, min(start + step, rows))
             shifts = None if shift is None else shift[:, tile].to(torch.bfloat16)
-            weight = int4pack.dequantize_tile(
+            weight = cpu_layout.dequantize_tile(
                 packed, block, tile, scales[:, tile].contiguous(), shifts
             )
             y[:, tile] = torch.mm(x, weight)
