@@ -67,10 +67,11 @@ def chat_tab(service: Service, settings: list[gr.components.Component], runs: Ru
             *((example.click, example, talk.make_way, talk.ask_example) for example in examples),
         )
     ]
+    # What follows a reply is queued, so that it comes behind all that the reply has sent, by the
+    # same way.
     for ended in running:
-        ended.then(talk.settle, [turns], [chat], **UNQUEUED)
+        ended.then(talk.settle, [turns], [chat], **UNLIMITED)
     stop.click(talk.stop, [box, turns], [box, chat], **UNQUEUED)
-    # Queued, so that it comes behind what the reply has already sent, by the same way.
     clear.click(talk.stop_reply, [box], None, cancels=running, **UNQUEUED).then(
         lambda: (transcript([], service.model), "", []), None, [chat, status, turns], **UNLIMITED
     )
