@@ -81,7 +81,7 @@ def test_a_full_card_is_a_sentence(model: Path, gptq: Recipe, tmp_path: Path) ->
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-5)
     try:
-        with pytest.raises(LlmquantError, match="cuda has no memory left"):
+        with pytest.raises(LlmquantError, match=r"cuda(:\d+)? has no memory left"):
             quantize(model, tmp_path / "out", gptq, QuantizeOptions(device=DEVICE))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

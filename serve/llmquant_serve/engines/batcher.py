@@ -58,10 +58,11 @@ class Batcher(JobThread):
         self._model: Any = model
         self._max_rows = max_rows
         self._record = record
-        self._graphs: StepGraphs | None = None
-        self._cache = self._empty_cache()
         self._prefilling: list[Job] = []
-        self._rows: list[Job] = []
+        self._rows: list[Job]
+        self._cache: RowCache
+        self._graphs: StepGraphs | None
+        self._clear()
 
     def _load(self) -> Load:
         prefilling = list(self._prefilling)
@@ -172,7 +173,7 @@ class Batcher(JobThread):
         """Fail all rows: what they share, the cache, may be half written."""
         for job in self._rows:
             job.fail(error)
-        self._rows, self._cache = [], self._empty_cache()
+        self._clear()
         self._check_model()
 
     def _step(self) -> Tensor:
@@ -198,11 +199,14 @@ class Batcher(JobThread):
         """Put one token through the model, after a failure. What this raises ends the engine."""
         self._model(input_ids=self._tensor([[0]]), use_cache=False)
 
-    def _empty_cache(self) -> RowCache:
-        cache = RowCache(self._model.config.get_text_config().num_hidden_layers, self._max_rows)
+    def _clear(self) -> None:
+        """No rows, an empty cache, and no recorded steps over it."""
+        layers = self._model.config.get_text_config().num_hidden_layers
+        self._rows = []
+        self._cache = RowCache(layers, self._max_rows)
+        self._graphs = None
         if self._record is not None:
-            self._graphs = StepGraphs(self._model, cache, self._record)
-        return cache
+            self._graphs = StepGraphs(self._model, self._cache, self._record)
 
     def _remove(self, rows: Iterable[int]) -> None:
         """Free rows; the last row takes the place of each."""
