@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from nearly_equal import check_nearly_equal
 from pretend_device import NAME, WaitedError, ledger, no_waiting
 
 from llmquant.algorithms import block_tuning
-from llmquant.checkpoint.reader import CheckpointReader, sha256_file
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.quantization.options import QuantizeOptions
 from llmquant.quantization.run import quantize
 from llmquant.quantization.steps import rounding
@@ -50,16 +51,14 @@ def recipe(request: pytest.FixtureRequest, gptq: Recipe) -> Recipe:
     return gptq.updated(request.param)
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: sha256_file(p) for p in folder.iterdir() if p.suffix == ".safetensors"}
-
-
-def test_the_weights_are_those_of_the_cpu(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+def test_the_weights_are_nearly_those_of_the_cpu(
+    recipe: Recipe, model: Path, tmp_path: Path
+) -> None:
     here = quantize(model, tmp_path / "cpu", recipe, QuantizeOptions(device="cpu")).path
     with ledger() as seen:
         there = quantize(model, tmp_path / "device", recipe, QuantizeOptions(device=NAME)).path
     assert seen.to_device > 0
-    assert hashes(there) == hashes(here)
+    check_nearly_equal(there, here)
 
 
 @pytest.fixture

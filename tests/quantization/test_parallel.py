@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from nearly_equal import check_nearly_equal
 from pretend_device import NAME
 from torch import Tensor, nn
 
@@ -214,9 +215,11 @@ def test_two_processes_give_the_same_files_again(together: Path, other: str) -> 
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_two_processes_give_the_same_weights_on_a_device(together: Path, method: str) -> None:
+def test_two_processes_give_nearly_the_same_weights_on_a_device(
+    together: Path, method: str
+) -> None:
     """The pretend one, with hidden states in files for AWQ."""
-    assert digests(together / f"{method} on a device") == digests(together / method)
+    check_nearly_equal(together / f"{method} on a device", together / method)
 
 
 def test_the_head_sees_the_tokens_of_all_processes(together: Path) -> None:
