@@ -86,12 +86,14 @@ def watching(
         yield server
 
 
-def ask(server: Server, texts: list[str]) -> None:
+def ask(server: Server, texts: list[str], at_once: int = 1) -> None:
+    """One after the other: what is told of a stream depends on its order."""
+
     def one(place: int) -> None:
         body = {"prompt": texts[place], "max_tokens": TOKENS, "temperature": 1, "seed": place}
         httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(one, range(len(texts))))
     server.until_idle()
 
@@ -105,7 +107,7 @@ def served_log(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:  # fmt: skip
-    """The log of a server that had any profile; read-only."""
+    """The log of a server that had any profile; read-only. A profile depends on its order."""
     log = tmp_path_factory.mktemp("drift") / "first.jsonl"
     with watching(model, log, made(tokenizer)) as server:
         ask(server, prompts[:REQUESTS])
@@ -166,14 +168,19 @@ def listener() -> Iterator[Listener]:
     server.server_close()
 
 
-def test_every_request_is_a_line_without_text(served_log: Path, prompts: list[str]) -> None:
-    _, entries = read_log(served_log)
+def test_every_request_is_a_line_without_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tmp_path: Path
+) -> None:
+    log = tmp_path / "log.jsonl"
+    with watching(model, log, made(tokenizer)) as server:
+        ask(server, prompts[:REQUESTS], at_once=8)
+    _, entries = read_log(log)
     seen = list(entries)
     assert len(seen) == REQUESTS
     assert all(e.logprob is not None and e.entropy is not None and e.entropy > 0 for e in seen)
     assert {e.answer_length for e in seen} <= set(range(1, TOKENS + 1))
     words = set(" ".join(prompts).split()) - {"model", "tiny"}
-    assert not [w for w in words if len(w) > 5 and f'"{w}"' in served_log.read_text()]
+    assert not [w for w in words if len(w) > 5 and f'"{w}"' in log.read_text()]
 
 
 def test_a_stream_like_the_profile_raises_no_alarm(
