@@ -87,6 +87,7 @@ PEERS = {
     "llm-compressor gptq": ("llmcompressor", "llmcompressor-gptq"),
     "llm-compressor awq": ("llmcompressor", "llmcompressor-awq"),
     "autoround 200": ("autoround", "autoround"),
+    "autoround 40": ("autoround", "autoround-40"),
     "gptqmodel gptq": ("gptqmodel", "gptqmodel"),
 }
 

@@ -70,7 +70,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | llmquant best | recipe `best-w4g128` with the scheme of the table; "2 bits" is `best-w2g32` |
 | llmquant gptq; mixed within the same size | `--target-bpw`: each linear has its own width, the size of the folder is the same |
 | llm-compressor | 0.14.0.1, its GPTQ, AWQ and round-to-nearest |
-| autoround 200 | AutoRound 0.15.1 with its default of 200 iterations |
+| autoround 200, autoround 40 | AutoRound 0.15.1 with its default of 200 iterations; with 40 |
 | gptqmodel gptq | GPTQModel 7.6.0 with its default, group-aware act-order |
 
 The small models are calibrated on 160 TinyStories and evaluated on 157 others. Both models are float32, and most tools store

@@ -105,6 +105,8 @@ class Ledger:
         if entry[0] == 0:
             self.live -= entry[1]
             del self._storages[at]
+            if self.streams is not None:
+                self.streams.given_away(at)
 
 
 LEDGER = Ledger()
@@ -148,7 +150,7 @@ class PretendTensor(Tensor):
             raise refused
 
     def record_stream(self, stream: Any) -> None:
-        """Memory is not given away here while somebody has it."""
+        stream.uses.add(self.raw.untyped_storage().data_ptr())
 
     def tolist(self) -> Any:
         LEDGER.wait("tolist")

@@ -1,6 +1,8 @@
 """Streams of work for the pretend device, as lazy as a real one may be: a copy that need not be
 waited for is made only when somebody waits for it, and until then its target holds NaN.
 
+* A copy of memory that was given away before the copy was made raises :class:`RaceError`, unless
+  ``record_stream`` was told of it.
 * A copy on a stream of a tensor that the computation made, before that stream was told to wait for
   the computation, raises :class:`RaceError`.
 * Memory counts as pinned if :func:`streaming`'s maker gave it. A copy from or to other memory of
@@ -25,16 +27,26 @@ from llmquant.quantization.blocks import transfers
 
 
 class RaceError(AssertionError):
-    """A copy that may run before what it copies is there."""
+    """A copy that may run before what it copies is there, or after it is gone."""
+
+
+@dataclass
+class Copy:
+    """``source``: the address of the device's memory that is copied from, if it is that."""
+
+    make: Callable[[], object]
+    source: int | None
+    lost: bool = False
 
 
 @dataclass
 class Stream:
     """Copies in the order in which they were asked for; ``seen``: how many of the computation's
-    tensors it waits for."""
+    tensors it waits for; ``uses``: addresses that are not given away before its work is done."""
 
     device: torch.device | None = None
-    waiting: list[Callable[[], object]] = field(default_factory=list)
+    waiting: list[Copy] = field(default_factory=list)
+    uses: set[int] = field(default_factory=set)
     made: int = 0
     seen: int = 0
 
@@ -48,8 +60,11 @@ class Stream:
 
     def run(self, until: int) -> None:
         while self.made < until:
-            self.waiting.pop(0)()
+            copy = self.waiting.pop(0)
             self.made += 1
+            if copy.lost:
+                raise RaceError("what is copied was given away before")
+            copy.make()
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class Module:
 
     def __init__(self) -> None:
         self._current = COMPUTATION
+        self._all: list[Stream] = []
         self.copies = 0
 
     def current_stream(self, _device: Any = None) -> Stream:
@@ -97,7 +113,19 @@ class Module:
         if isinstance(source, PretendTensor) and source.number > stream.seen:
             raise RaceError("the copy does not wait for the computation of what it copies")
         (to.raw if isinstance(to, PretendTensor) else to).fill_(torch.nan)
-        stream.waiting.append(make)
+        there = isinstance(source, PretendTensor)
+        stream.waiting.append(
+            Copy(make, source.raw.untyped_storage().data_ptr() if there else None)
+        )
+        if not any(known is stream for known in self._all):
+            self._all.append(stream)
+
+    def given_away(self, at: int) -> None:
+        """Memory at this address may be another tensor's from now on."""
+        for stream in self._all:
+            for copy in stream.waiting:
+                copy.lost |= copy.source == at and at not in stream.uses
+            stream.uses.discard(at)
 
 
 @contextmanager

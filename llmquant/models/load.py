@@ -39,6 +39,7 @@ from llmquant.checkpoint.weights.exported import is_onnx
 from llmquant.errors import CheckpointError, UsageError
 from llmquant.kernels import AUTO, check_name
 from llmquant.kernels.embedding.packed_embedding import PackedEmbedding
+from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
 from llmquant.models.from_folder import read_generation_config
@@ -46,7 +47,7 @@ from llmquant.models.reading.dense import load_dense
 from llmquant.models.reading.embeddings import scale_of, shape_of
 from llmquant.models.reading.fit import fitted, matrix_at
 from llmquant.runtime.devices import AUTO as AUTO_DTYPE
-from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
+from llmquant.runtime.devices import ChosenDtype, make_current, parse_device, parse_dtype
 from llmquant.runtime.finite import some
 from llmquant.weight import QuantizedWeight
 
@@ -81,6 +82,8 @@ def load(
     )  # an unquantized model takes none, but a misspelt one should not pass there either
     reader = as_floats(CheckpointReader(resolve(model)))
     where = parse_device(device)
+    make_current(where)
+    use_grouped_sdpa(where)
     torch_dtype = parse_dtype(dtype, where, stored=_stored_dtype(reader)).dtype
     quantization = quantization_of(reader)
     if quantization:

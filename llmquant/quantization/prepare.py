@@ -18,6 +18,7 @@ from llmquant.data.calibration import Calibration, calibrate, check_numbers
 from llmquant.data.sources import read_documents
 from llmquant.errors import SourceError, UsageError
 from llmquant.formats import layout_of
+from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.models import architectures
 from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
 from llmquant.models.reading.engine_names import engine_names
@@ -30,7 +31,7 @@ from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
 from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.recipe import Recipe
-from llmquant.runtime.devices import CALIBRATION, parse_device, parse_dtype
+from llmquant.runtime.devices import CALIBRATION, make_current, parse_device, parse_dtype
 from llmquant.runtime.distributed import ALONE, World
 
 
@@ -64,6 +65,8 @@ def prepare(
     architectures.refuse_kind(stored.config, model_type)
     layout_of(recipe.format)
     on, precision = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
+    make_current(on)
+    use_grouped_sdpa(on)
     fit = fitted(stored, precision.dtype)
     if fit.tower is None:
         architecture = architectures.find(fit.model, model_type)

@@ -95,10 +95,18 @@ def parse_device(device: str | torch.device | None = AUTO) -> torch.device:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU has; None where torch does not tell."""
+    """Bytes of a GPU that nobody has; None where torch does not tell."""
     if device.type != "cuda":
         return None
-    return int(torch.cuda.get_device_properties(device).total_memory)
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def make_current(device: torch.device) -> None:
+    """Make a GPU the one that this thread's kernels go to: those of Triton and of other compilers
+    ask the thread, not the tensors."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def parse_dtype(

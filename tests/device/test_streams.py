@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pretend_device import NAME, WaitedError, ledger, no_waiting
+from pretend_device import NAME, PretendTensor, WaitedError, ledger, no_waiting
 from pretend_streams import Module, RaceError, streaming
 
 from llmquant.checkpoint.reader import sha256_file
@@ -85,6 +87,54 @@ def test_a_copy_that_does_not_wait_for_its_source_is_caught(
     monkeypatch.setattr(moving._copies, "wait_event", lambda _: None)
     with pytest.raises(RaceError):
         moving.fetch(torch.ones(3, device=NAME) * 2)
+
+
+@pytest.mark.parametrize("named", [NAME, f"{NAME}:0"])
+def test_memory_is_not_given_away_while_it_is_copied(named: str, streams: Module) -> None:
+    moving = Streamed(torch.device(named))
+    arrival = moving.fetch(torch.ones(3, device=NAME) * 2)
+    assert torch.equal(arrival(), torch.full((3,), 2.0))
+
+
+def test_memory_that_is_given_away_while_it_is_copied_is_caught(
+    gptq: Recipe, model: Path, tmp_path: Path, streams: Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretendTensor, "record_stream", lambda *_: None)
+    recipe = gptq.updated({"calibration.batch_size": 2, "gptq.asymmetric": 0.5})
+    with pytest.raises(RaceError, match="given away"):
+        quantize(model, tmp_path / "out", recipe, QuantizeOptions(device=NAME))
+
+
+def test_python_is_at_most_two_batches_ahead(
+    streams: Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving, done = Streamed(torch.device(NAME)), list[int]()
+
+    @dataclass(frozen=True)
+    class Numbered:
+        number: int
+
+        def synchronize(self) -> None:
+            done.append(self.number)
+
+    events = map(Numbered, itertools.count())
+    monkeypatch.setattr(type(streams.current_stream()), "record_event", lambda _: next(events))
+    batches = map(torch.tensor, range(5))
+    assert [(int(t), len(done)) for t in moving.paced(batches)] == [
+        (0, 0), (1, 0), (2, 1), (3, 2), (4, 3),
+    ]  # fmt: skip
+
+
+def test_without_memory_to_pin_a_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.empty
+
+    def empty(*args: Any, pin_memory: bool = False, **more: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return plain(*args, **more)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert transfers.pinned(torch.ones(3)).tolist() == [1, 1, 1]
 
 
 def test_memory_that_is_not_pinned_is_waited_for(streams: Module) -> None:

@@ -81,7 +81,8 @@ class Stream(Sequence[Tensor]):
         return self.stored(index).to(self.transfers.device, non_blocking=True)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return behind(self.transfers.send(self.stored(i)) for i in range(len(self)))
+        sent = (self.transfers.send(self.stored(i)) for i in range(len(self)))
+        return self.transfers.paced(behind(sent))
 
     def stored(self, index: int) -> Tensor:
         raise NotImplementedError

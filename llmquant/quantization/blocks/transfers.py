@@ -9,10 +9,14 @@ for. Both move the same bytes.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, get_device_module
+
+_AHEAD = 2  # batches whose work may be asked for and not done
 
 Arrival = Callable[[], Tensor]
 """A tensor that may still be on its way; to call it is to wait for it."""
@@ -41,6 +45,10 @@ class Transfers:
         """
         here = tensor.detach().to("cpu", copy=not final).contiguous()
         return lambda: here
+
+    def paced(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same, none of which is given out while the work on one long before is not done."""
+        return iter(tensors)
 
 
 class Streamed(Transfers):
@@ -78,7 +86,7 @@ class Streamed(Transfers):
         with self._of.stream(self._copies if final else current):
             here.copy_(source, non_blocking=True)
             done = self._of.current_stream(self.device).record_event()
-        if final and source.device == self.device:
+        if final and source.device.type == self.device.type:
             source.record_stream(self._copies)
 
         def receive() -> Tensor:
@@ -86,6 +94,14 @@ class Streamed(Transfers):
             return here
 
         return receive
+
+    def paced(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        begun: deque[Any] = deque()
+        for tensor in tensors:
+            if len(begun) == _AHEAD:
+                begun.popleft().synchronize()
+            yield tensor
+            begun.append(self._of.current_stream(self.device).record_event())
 
 
 def transfers_of(device: torch.device) -> Transfers:
@@ -95,8 +111,12 @@ def transfers_of(device: torch.device) -> Transfers:
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
-    """An unset tensor of the CPU that a device can read and write by itself."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    """An unset tensor of the CPU that a device can read and write by itself, as far as the system
+    gives such memory."""
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:  # the system gives no more: copies wait, from and to other memory too
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def pinned(tensor: Tensor) -> Tensor:
