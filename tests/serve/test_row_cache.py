@@ -90,3 +90,59 @@ def test_what_a_row_leaves_harms_no_other(leaving: int) -> None:
         assert (weights @ values).isfinite().all()
         padding = (keys[row, :, : -1 - n] for row, n in enumerate(cache.lengths))
         assert all(p.eq(0).all() for p in padding)
+
+
+def sized(cache: RowCache) -> tuple[int, int]:
+    """Rows and columns of the buffers."""
+    keys = cache.rows[0].keys
+    assert keys is not None
+    return keys.shape[0], keys.shape[2]
+
+
+@pytest.mark.parametrize("tokens", [200, 300, 1000, 4096, 5000])
+def test_a_sequence_alone_takes_little_more_than_it_needs(tokens: int) -> None:
+    cache = RowCache(LAYERS, 8)
+    cache.join(prefilled(tokens), tokens)
+    rows, columns = sized(cache)
+    assert rows == 1
+    assert tokens < columns <= max(256, 2 * tokens)
+
+
+def test_there_are_rows_for_as_many_as_there_were_at_once() -> None:
+    cache = RowCache(LAYERS, 6)
+    for count, rows in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 6), (6, 6)):
+        cache.join(prefilled(3), 3)
+        assert (len(cache.lengths), sized(cache)[0]) == (count, rows)
+
+
+def test_a_move_within_the_buffer_is_no_other_buffer() -> None:
+    """What is recorded over it stays right."""
+    cache = RowCache(LAYERS, 4)
+    long, short = prefilled(190), prefilled(3)
+    for source, n in ((long, 190), (short, 3)):
+        cache.join(source, n)
+    cache.leave(0)
+    moves, (layer, _) = cache.window.moves, cache.rows
+    before = layer.keys
+    assert before is not None
+    for _ in range(70):
+        cache.before_step()
+        layer.update(random_states(1), random_states(1))
+        cache.rows[1].update(random_states(1), random_states(1))
+        cache.after_step()
+    keys, _ = layer.update(random_states(1), random_states(1))
+    assert (cache.window.moves, layer.keys is before) == (moves, True)
+    assert cache.window.end < 90
+    assert torch.equal(keys[:, :, :3], short.layers[0].keys)
+    assert before[:, :, 90:].eq(0).all()
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(9, True), (300, False)])
+def test_an_idle_cache_keeps_the_first_columns_alone(tokens: int, kept: bool) -> None:
+    cache = RowCache(LAYERS, 4)
+    cache.join(prefilled(tokens), tokens)
+    moves = cache.window.moves
+    cache.leave(0)
+    assert (cache.rows[0].keys is not None) == kept
+    cache.join(prefilled(5), 5)
+    assert (cache.window.moves == moves, sized(cache)) == (kept, (1, 256))

@@ -64,6 +64,13 @@ class Batcher(JobThread):
         self._graphs: StepGraphs | None
         self._clear()
 
+    def _run(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.set_device(
+                self._model.device
+            )  # of the thread, for kernels of other compilers
+        super()._run()
+
     def _load(self) -> Load:
         prefilling = list(self._prefilling)
         cached = sum(self._cache.lengths) + sum(job.prefilled for job in prefilling)

@@ -13,9 +13,10 @@ every kind of attention, since differences of columns are differences of positio
 included). One row alone has no padding, needs no mask, and so runs the very arithmetic of
 ``model.generate``.
 
-A row that leaves is replaced by the last one; a row that joins is copied in at the right. The
-buffer moves its contents left, or doubles, when its last column is reached: amortized, a token is
-moved a constant number of times.
+A row that leaves is replaced by the last one; a row that joins is copied in at the right. When its
+last column is reached the buffer's contents move left, within it while the longest row leaves a
+fifth of it free, else to one of half as many columns again: amortized, a token is moved a constant
+number of times. It has rows for as many sequences as there were at once, by powers of two.
 """
 
 from __future__ import annotations
@@ -41,16 +42,9 @@ class RowLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Of zeros, as all padding."""
-        self.keys = key_states.new_zeros(
-            (self.window.max_rows, key_states.shape[1], self.window.columns, key_states.shape[3])
-        )
-        self.values = value_states.new_zeros(
-            (
-                self.window.max_rows,
-                value_states.shape[1],
-                self.window.columns,
-                value_states.shape[3],
-            )
+        rows, columns = self.window.rows, self.window.columns
+        self.keys, self.values = (
+            t.new_zeros((rows, t.shape[1], columns, t.shape[3])) for t in (key_states, value_states)
         )
         self.is_initialized = True
         self.window.moves += 1
@@ -59,7 +53,7 @@ class RowLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the new column ``[rows, heads, 1, head_dim]``; returns all columns in use and the
-        new one, or all that there are where the new one's number is in a tensor."""
+        new one, or the first ``window.read`` where the new one's number is in a tensor."""
         w = self.window
         rows, used = len(w.lengths), slice(w.begin, w.end + 1)
         keys, values = self.keys, self.values
@@ -68,7 +62,7 @@ class RowLayer(CacheLayerMixin):
         if w.column is not None:
             keys[:rows].index_copy_(2, w.column, key_states)
             values[:rows].index_copy_(2, w.column, value_states)
-            return keys[:rows], values[:rows]
+            return keys[:rows, :, : w.read], values[:rows, :, : w.read]
         keys[:rows, :, w.end] = key_states[:, :, 0]
         values[:rows, :, w.end] = value_states[:, :, 0]
         return keys[:rows, :, used], values[:rows, :, used]
@@ -102,19 +96,22 @@ class Window:
     """Which rows and columns are in use; shared by all layers.
 
     Attributes:
+        rows, columns: that the buffers have.
         lengths: tokens in the cache, per row.
         end: the column that the next token goes to.
         column: the same as a tensor ``[1]``, while a step reads it there
             (:mod:`llmquant_serve.engines.step_graph`).
+        read: how many columns such a step reads.
         moves: how often the buffers became others.
     """
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
-        self.columns = _FIRST_COLUMNS
+        self.rows, self.columns = 1, _FIRST_COLUMNS
         self.lengths: list[int] = []
         self.end = 0
         self.column: Tensor | None = None
+        self.read = 0
         self.moves = 0
 
     @property
@@ -142,7 +139,7 @@ class RowCache(Cache):
         assert row < w.max_rows
         if not w.lengths:
             w.end = length
-        self._reserve(max(length, max(w.lengths, default=0)))
+        self._reserve(max(length, max(w.lengths, default=0)), row + 1)
         for layer, source in zip(self.rows, prefilled.layers, strict=True):
             assert isinstance(source, DynamicLayer)
             assert source.keys is not None
@@ -170,7 +167,7 @@ class RowCache(Cache):
 
     def before_step(self) -> None:
         """Make sure that there is a column for the next token."""
-        self._reserve(max(self.window.lengths))
+        self._reserve(max(self.window.lengths), len(self.window.lengths))
 
     def after_step(self) -> None:
         """The column written by a forward pass becomes part of every row."""
@@ -186,36 +183,59 @@ class RowCache(Cache):
         width = max(self.window.lengths) + 1
         return (torch.arange(width, device=device) >= width - 1 - lengths[:, None]).long()
 
-    def _reserve(self, longest: int) -> None:
-        """Make sure that ``longest`` columns fit before the newest token's end and that one more is
-        free; moves the contents if not."""
+    def _reserve(self, longest: int, rows: int) -> None:
+        """Make sure that ``longest`` columns fit before the newest token's end, that one more is
+        free, and that there are so many rows; moves the contents if not."""
         w = self.window
-        if longest <= w.end < w.columns:
+        if longest <= w.end < w.columns and rows <= w.rows:
             return
-        columns = w.columns
-        while columns < 2 * longest + 2:  # half empty after a move, so that the next one is far
-            columns *= 2
-        end, begin = longest, w.begin
-        width = w.end - begin
+        size, columns = w.rows, w.columns
+        while size < rows:
+            size = min(2 * size, w.max_rows)
+        if longest * 5 >= columns * 4:  # so that the next move is far
+            columns = column_step(longest + longest // 3 + 1)
+        begin, width = w.begin, w.end - w.begin
         for layer in self.rows:
             if layer.is_initialized:
                 layer.keys, layer.values = (
-                    _moved(t, columns, begin, width, end) for t in layer.buffers()
+                    _moved(t, size, columns, slice(begin, begin + width), longest)
+                    for t in layer.buffers()
                 )
-        w.columns, w.end = columns, end
-        w.moves += 1
+        w.moves += (size, columns) != (w.rows, w.columns)
+        w.rows, w.columns, w.end = size, columns, longest
 
     def _release(self) -> None:
-        """An idle server should not keep the memory of its longest conversation."""
-        self.window.columns, self.window.end = _FIRST_COLUMNS, 0
+        """An idle server should not keep the memory of its longest conversation. The first columns
+        stay, and with them what was recorded over them."""
+        w = self.window
+        w.end = 0
+        if w.columns <= _FIRST_COLUMNS:
+            return
+        w.rows, w.columns = 1, _FIRST_COLUMNS
         for layer in self.rows:
             layer.keys = layer.values = None
             layer.is_initialized = False
 
 
-def _moved(buffer: Tensor, columns: int, begin: int, width: int, end: int) -> Tensor:
-    """A buffer of ``columns`` columns with the ``width`` columns from ``begin``, moved to end at
-    ``end``."""
-    moved = buffer.new_zeros((*buffer.shape[:2], columns, buffer.shape[3]))
-    moved[:, :, end - width : end] = buffer[:, :, begin : begin + width]
+def column_step(least: int) -> int:
+    """The first of 1, 1.5, 2, 3, 4, 6, 8 … times the first columns that is at least so much."""
+    size = _FIRST_COLUMNS
+    while size < least:
+        size += size // 2
+        if size < least:
+            size += size // 3
+    return size
+
+
+def _moved(buffer: Tensor, rows: int, columns: int, used: slice, end: int) -> Tensor:
+    """A buffer of such a size whose columns in use end at ``end``; the same one if it has that
+    size."""
+    part = buffer[:, :, used]
+    if buffer.shape[0] == rows and buffer.shape[2] == columns:
+        part = part.clone()
+        buffer[:, :, used] = 0
+        moved = buffer
+    else:
+        moved = buffer.new_zeros((rows, buffer.shape[1], columns, buffer.shape[3]))
+    moved[: len(part), :, end - part.shape[2] : end] = part
     return moved

@@ -4,9 +4,10 @@ once and repeat it.
 A step of one token is some hundred small kernels, and Python takes longer to launch them than the
 GPU to run them. A CUDA graph is launched at once, but it repeats the very kernels on the very
 memory. So what differs from step to step stands in one tensor that is written to before each: ids,
-positions, each row's first column, and the column of the new token. The cache gives all its
-columns, and a mask says which of them count. There is a graph for every number of rows; when the
-cache's buffers move, all are recorded anew.
+positions, each row's first column, and the column of the new token. The cache gives more columns
+than are in use, and a mask says which of them count. There is a graph for every number of rows and
+of columns given (1, 1.5, 2, 3, 4 … times 256); when the cache's buffers become others, all are
+recorded anew.
 
 It is the arithmetic of :class:`~llmquant_serve.engines.batcher.Batcher`'s own step, which stays for
 every other device, but that attention also sums over columns whose weight is zero.
@@ -17,8 +18,11 @@ does later, steps are run anew.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,33 +30,91 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmquant_serve.engines.row_cache import RowCache
+from llmquant_serve.engines.row_cache import RowCache, column_step
 
 _LOG = logging.getLogger(__name__)
 # Of the largest logit. The kernels are the same, so only sums whose order is not fixed may differ.
 _SAME = 0.02
+_ONE_AT_A_TIME = threading.Lock()  # CUDA permits one recording at a time, of all engines
 
 Replay = Callable[[], Tensor]
 Recorder = Callable[[Callable[[], Tensor]], Replay]
 """Runs something once and returns what repeats it, on the same memory."""
 
 
-def cuda_graph(run: Callable[[], Tensor]) -> Replay:
-    """A recorder for NVIDIA and AMD GPUs."""
-    beside, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    beside.wait_stream(current)
-    with torch.cuda.stream(beside):
-        run()  # what libraries do at their first call cannot be recorded
-    current.wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # two engines may share a GPU
-        result = run()
+class CudaGraphs:
+    """Records for NVIDIA and AMD GPUs: one stream and one pool of memory for all recordings, whose
+    results are read before the next one is repeated.
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
+    The first time, what waits for the device is found before it is recorded, since a recording that
+    fails leaves torch in a bad state. Nothing else may use a GPU of this process then.
 
-    return replay
+    Args:
+        device: the thread's current one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._beside = torch.cuda.Stream(self._device)
+        self._checked = False
+
+    def __call__(self, run: Callable[[], Tensor]) -> Replay:
+        """Raises RuntimeError for what cannot be recorded."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        with _ONE_AT_A_TIME, _no_collection():
+            self._beside.wait_stream(current)
+            with torch.cuda.stream(self._beside):
+                run()  # what libraries do at their first call cannot be recorded
+                if not self._checked:
+                    _check_waits(run)
+                    self._checked = True
+                torch.cuda.synchronize(self._device)
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = run()
+                except BaseException:
+                    self._abandon(graph)
+                    raise
+                graph.capture_end()
+            current.wait_stream(self._beside)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    def _abandon(self, graph: Any) -> None:
+        """End a recording that failed. torch raises at its end too, and then the allocator would go
+        on to think that one is under way."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            torch._C._cuda_endAllocateToPool(self._device, self._pool)
+
+
+def _check_waits(run: Callable[[], Tensor]) -> None:
+    """Raises RuntimeError if it waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as e:
+        raise RuntimeError(f"a step waits for the device: {e}") from e
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Freed objects may do to the device what a recording does not permit."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def recorder_for(model: PreTrainedModel) -> Recorder | None:
@@ -63,11 +125,12 @@ def recorder_for(model: PreTrainedModel) -> Recorder | None:
     if reason is not None:
         _LOG.info("steps are not recorded as CUDA graphs: %s", reason)
         return None
-    reason = trial(model, cuda_graph)
+    record = CudaGraphs(model.device)
+    reason = trial(model, record)
     if reason is not None:
         given_up(reason)
         return None
-    return cuda_graph
+    return record
 
 
 def given_up(reason: str) -> None:
@@ -90,21 +153,23 @@ class StaticStep:
     """One step of ``rows`` sequences; see the module text.
 
     Attributes:
+        columns: of the cache that attention reads; a mask says which of them count.
         numbers: int64 ``[3 * rows + 1]``: ids, positions, first columns, the new column.
     """
 
     model: Any
     cache: RowCache
     rows: int
+    columns: int
     numbers: Tensor
 
     def run(self) -> Tensor:
         """Float32 logits ``[rows, vocab]``; waits for nothing."""
         ids, positions, first = self.numbers[:-1].view(3, self.rows, 1)
         window, column = self.cache.window, self.numbers[-1:]
-        columns = torch.arange(window.columns, device=self.numbers.device)
+        columns = torch.arange(self.columns, device=self.numbers.device)
         mask = (columns >= first) & (columns <= column)
-        window.column = column
+        window.column, window.read = column, self.columns
         try:
             out = self.model(
                 input_ids=ids, attention_mask=mask[:, None, None], position_ids=positions,
@@ -117,7 +182,7 @@ class StaticStep:
 
 
 class StepGraphs:
-    """Recorded steps of a model over a cache, by their number of rows.
+    """Recorded steps of a model over a cache, by their numbers of rows and columns.
 
     Args:
         record: the recorder.
@@ -128,13 +193,13 @@ class StepGraphs:
 
     def __init__(self, model: PreTrainedModel, cache: RowCache, record: Recorder) -> None:
         self._model, self._cache, self._record = model, cache, record
-        self._recorded: dict[int, tuple[StaticStep, Replay]] = {}
+        self._recorded: dict[tuple[int, int], tuple[StaticStep, Replay]] = {}
         self._moves = cache.window.moves
         self.failed: str | None = None
 
     def step(self, last: Sequence[int]) -> Tensor:
         """Float32 logits ``[rows, vocab]`` after the newest token of every row; they are
-        overwritten by the next step of as many rows."""
+        overwritten by the next step."""
         window = self._cache.window
         if self._moves != window.moves:
             self._recorded.clear()
@@ -142,22 +207,23 @@ class StepGraphs:
         rows = len(last)
         numbers = [*last, *window.lengths, *(window.end - n for n in window.lengths), window.end]
         now = torch.tensor(numbers, dtype=torch.int64)
-        if rows not in self._recorded:
-            step = StaticStep(self._model, self._cache, rows, now.to(self._model.device))
+        size = rows, min(column_step(window.end + 1), window.columns)
+        if size not in self._recorded:
+            step = StaticStep(self._model, self._cache, *size, now.to(self._model.device))
             try:
-                self._recorded[rows] = step, self._record(step.run)
+                self._recorded[size] = step, self._record(step.run)
             except RuntimeError as e:  # what torch raises for all that a capture does not permit
                 self.failed = str(e).splitlines()[0]
                 self._recorded.clear()
                 return step.run()
-        step, replay = self._recorded[rows]
+        step, replay = self._recorded[size]
         step.numbers.copy_(now, non_blocking=True)
         return replay()
 
 
 def trial(model: PreTrainedModel, record: Recorder) -> str | None:
-    """Why recorded steps cannot be trusted, or None: steps of two short sequences, of which one is
-    replaced and one leaves, beside the same steps run anew."""
+    """Why recorded steps cannot be trusted, or None: six steps of a short sequence that another one
+    joins, that is replaced, and that leaves, beside the same steps run anew."""
     try:
         anew = _trial_steps(model, lambda run: run)
         repeated = _trial_steps(model, record)
@@ -174,7 +240,12 @@ def _trial_steps(model: Any, record: Recorder) -> Tensor:
     """Logits ``[steps of all rows, vocab]``."""
     cache = RowCache(model.config.get_text_config().num_hidden_layers, 2)
     graphs, found = StepGraphs(model, cache, record), []
-    for joins, leaves, steps in (((4, 2), False, 2), ((6,), True, 1), ((), True, 2)):
+    for joins, leaves, steps in (
+        ((4,), False, 1),
+        ((2,), False, 2),
+        ((6,), True, 1),
+        ((), True, 2),
+    ):
         if leaves:
             cache.leave(0)
         for length in joins:
