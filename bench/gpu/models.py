@@ -15,9 +15,12 @@ from transformers.cache_utils import DynamicCache
 
 import llmquant
 from llmquant.errors import LlmquantError
+from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.planning.advice.in_turn import random_weight
 from llmquant.spec import QuantSpec
+from llmquant_serve.engines import step_graph
+from llmquant_serve.engines.row_cache import RowCache
 
 WINDOWS, WINDOW = 2, 256
 PREFILL, PROMPT = 512, 64
@@ -64,6 +67,7 @@ def random_llama(
     config: dict[str, Any], spec: QuantSpec, device: torch.device, dtype: torch.dtype, kernel: str
 ) -> LlamaForCausalLM:
     """A Llama with drawn packed linears in its blocks; head and embeddings dense."""
+    use_grouped_sdpa(device)
     with device:
         model = LlamaForCausalLM(LlamaConfig(**config, num_hidden_layers=1)).to(dtype)
         layer = type(model.model.layers[0])
@@ -86,9 +90,9 @@ def packed_block(
     return block.to(dtype)
 
 
-def speeds(model: Any, prefill: int = PREFILL, prompt: int = PROMPT) -> dict[str, float]:
+def speeds(model: Any, prefill: int = PREFILL, prompt: int = PROMPT) -> dict[str, float | str]:
     """Tokens per second of one decoded token behind ``prompt`` others, and of a prompt; as Python
-    calls them, without a graph."""
+    calls them, and of a token as the server decodes it."""
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (1, prefill), device=model.device)
     cache = DynamicCache(config=model.config)
@@ -106,7 +110,25 @@ def speeds(model: Any, prefill: int = PREFILL, prompt: int = PROMPT) -> dict[str
         return {
             "decode_tokens_per_second": 1 / seconds(decode, model.device),
             "prefill_tokens_per_second": prefill / seconds(read, model.device),
+            **served(model, ids[:, :prompt]),
         }
+
+
+def served(model: Any, prompt: Tensor) -> dict[str, float | str]:
+    """Tokens per second of one row behind ``prompt`` as ``llmquant serve`` decodes it: recorded as
+    a CUDA graph, or the same step run anew where nothing is recorded."""
+    record = step_graph.recorder_for(model)
+    cache = RowCache(model.config.num_hidden_layers, 1)
+    cache.join(model(prompt, use_cache=True).past_key_values, prompt.shape[1])
+    cache.before_step()
+    graphs = step_graph.StepGraphs(model, cache, record or (lambda run: run))
+
+    def step() -> object:
+        return graphs.step([0])
+
+    step()
+    how = graphs.failed or ("recorded" if record else "run anew")
+    return {"served_tokens_per_second": 1 / seconds(step, model.device), "served": how}
 
 
 def each_kernel(

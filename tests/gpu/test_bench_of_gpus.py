@@ -50,6 +50,8 @@ def test_every_step_says_what_it_is_there_for(told: dict[str, Any]) -> None:
     assert abs(kl["reference"] - kl["cpu float32"]) < 0.2 * kl["cpu float32"]
     for speeds in (found["speeds"]["reference"], told["large"]["cpu"]):
         assert speeds["decode_tokens_per_second"] > 0
+        assert speeds["served_tokens_per_second"] > 0
+        assert speeds["served"] == "run anew"  # not on a GPU
         assert speeds["prefill_tokens_per_second"] > 0
     assert told["block"]["block_seconds"] == sum(told["block"]["seconds"].values())
 
