@@ -98,6 +98,8 @@ class QatRecord(Record):
         step: after how many of ``steps`` taken that was; 0 is the start.
         stopped: why it ended early, else None.
         norms: gains that were trained.
+        codes, codes_changed: of the trained linears, and how many are not the start's; both 0 in a
+            record of an earlier version.
         device, dtype: that products were computed on and in.
         processes: that shared the work.
     """
@@ -118,6 +120,8 @@ class QatRecord(Record):
     steps: int
     stopped: str | None = None
     norms: int = 0
+    codes: int = 0
+    codes_changed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
     processes: int = 1

@@ -179,6 +179,8 @@ def trained_card(
         "codes": "codes and scales were trained",
         "lora": "codes were trained through adapters, which are merged, and scales",
     }[str(qat.options["size"])]
+    if qat.codes and qat.options["size"] != "scales":
+        what += f" ({qat.codes_changed:,} of {qat.codes:,} codes changed)"
     norms = f" {qat.norms} norms were trained too." if qat.norms else ""
     return f"""{_head(manifest, scheme, layout, inherited)}
 # {name}, {scheme}, trained

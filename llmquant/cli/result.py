@@ -96,6 +96,8 @@ def _trained(result: QuantizeResult) -> list[tuple[str, str]]:
     if t is None:
         return []
     said = f"{t.options['size']}: held-out KL {t.before:.5f} → {t.after:.5f}, step {t.step} of {t.steps}"
+    if t.options["size"] != "scales":
+        said += f"; {t.codes_changed:,} of {t.codes:,} codes changed"
     return [("trained", said)]
 
 

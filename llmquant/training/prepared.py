@@ -29,7 +29,7 @@ from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
 from llmquant.training.history import TrainingLog, draw_losses
 from llmquant.training.loop import Training, accelerator_for
 from llmquant.training.options import QatEvents, QatOptions, QatResult
-from llmquant.training.result import target_of, trained_recipe, write_trained
+from llmquant.training.result import changed_codes, target_of, trained_recipe, write_trained
 from llmquant.training.saved import Course, SavedTraining
 from llmquant.training.student import Student, make_student, wants_checkpointing
 from llmquant.training.teacher.targets import TargetFile, TargetSource, Teacher, Wanted
@@ -166,7 +166,7 @@ class Prepared:
     ) -> QatResult:
         """The folder and the curve."""
         recipe = trained_recipe(self.start, self.section)
-        record = self._record(course, len(student.norms))
+        record = self._record(course, student)
         checked, nbytes = write_trained(
             self.start,
             student,
@@ -177,7 +177,7 @@ class Prepared:
             overwrite=self.options.overwrite,
             on_progress=events.on_phase,
         )
-        warnings = list(_warnings(course))
+        warnings = list(_warnings(course, record))
         if self.options.plot is not None:
             without = draw_losses(course, self.options.plot)
             if without is not None:
@@ -210,7 +210,8 @@ class Prepared:
         self.accelerator.wait_for_everyone()
         return file
 
-    def _record(self, course: Course, norms: int) -> QatRecord:
+    def _record(self, course: Course, student: Student) -> QatRecord:
+        codes, changed = changed_codes(self.start, student)
         return QatRecord(
             options=self.section.model_dump(mode="json")
             | {
@@ -234,14 +235,16 @@ class Prepared:
             step=course.best_step,
             steps=course.step,
             stopped=course.stopped,
-            norms=norms,
+            norms=len(student.norms),
+            codes=codes,
+            codes_changed=changed,
             device=self.device.type,
             dtype=self.dtype.name,
             processes=self.accelerator.num_processes,
         )
 
 
-def _warnings(course: Course) -> list[str]:
+def _warnings(course: Course, record: QatRecord) -> list[str]:
     warnings = []
     if course.stopped is not None:
         warnings.append(course.stopped)
@@ -249,5 +252,11 @@ def _warnings(course: Course) -> list[str]:
         warnings.append(
             "no state was better than the start on the held-out text, so the result has the start's numbers; "
             "try a smaller learning rate, more steps or more text"
+        )
+    elif record.options["size"] != "scales" and not record.codes_changed:
+        rate = "--lora-lr" if record.options["size"] == "lora" else "--codes-lr"
+        warnings.append(
+            f"no code changed: the result is that of --size scales, which takes less memory; a larger {rate} or more "
+            "steps would change codes"
         )
     return warnings

@@ -101,6 +101,16 @@ def trained_recipe(start: Source, section: QAT) -> Recipe | None:
     return recipe.updated({"qat": section.model_dump(mode="json")})
 
 
+def changed_codes(start: Source, student: Student) -> tuple[int, int]:
+    """How many codes the trained linears have, and how many of them are not the start's."""
+    total = changed = 0
+    for name, layer in student.layers.items():
+        total += layer.shape[0] * layer.shape[1]
+        if len(layer.trained()) > 1:  # else nothing moves them
+            changed += int((layer.codes().cpu() != start.weight(name).codes).sum())
+    return total, changed
+
+
 def scale_dtype(start: Source) -> torch.dtype:
     """That scales have in the start's files."""
     floats = set(DTYPES.values())

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from llmquant.activations import Activations
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.source import Source
-from llmquant.errors import CheckpointError
+from llmquant.errors import CheckpointError, QuantizationError
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.from_folder import read_config
 from llmquant.models.load import load, put_module
@@ -114,6 +114,7 @@ def make_student(
     Raises:
         what :func:`llmquant.load` raises.
         CheckpointError: the folder has no linear to train.
+        QuantizationError: a linear's numbers cannot be trained from where they are.
     """
     model = load(source.reader.path, dtype=torch.float32, device=device, kernel="reference")
     make = _maker(options, original, seed)
@@ -124,6 +125,11 @@ def make_student(
             continue  # packed embeddings stay as they are
         weight = source.weight(name).to(device)
         layers[name] = make(name, weight, before.bias, before.activations)
+        if not torch.equal(layers[name].weight(), weight.dequantize()):
+            raise QuantizationError(
+                f"{source.reader.path}: training of {name} would not begin with its own weights; its scales are of a "
+                f"size that --size {options.size} cannot train, so quantize the model anew"
+            )
         put_module(model, name, layers[name])
     if not layers:
         raise CheckpointError(f"{source.reader.path} has no packed linear that could be trained")

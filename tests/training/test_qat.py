@@ -89,7 +89,7 @@ def test_scales_leave_codes_alone_and_codes_do_not(
     train: Train, tmp_path: Path, quantized: Path
 ) -> None:
     train(tmp_path / "scales")
-    train(tmp_path / "codes", size="codes", codes_lr=0.04)
+    told = train(tmp_path / "codes", size="codes", codes_lr=0.04).record
     start, scales, codes = (
         PackedCheckpoint(CheckpointReader(f))
         for f in (quantized, tmp_path / "scales", tmp_path / "codes")
@@ -98,9 +98,29 @@ def test_scales_leave_codes_alone_and_codes_do_not(
     other = [torch.equal(start.weight(n).codes, codes.weight(n).codes) for n in start.schemes]
     assert all(same)
     assert not all(other)
+    pairs = [(start.weight(n).codes, codes.weight(n).codes) for n in start.schemes]
+    assert told.codes == sum(a.numel() for a, _ in pairs)
+    assert told.codes_changed == sum(int((a != b).sum()) for a, b in pairs)
+    assert read_manifest(tmp_path / "scales").qat.codes_changed == 0
     assert not any(
         torch.equal(start.weight(n).scales, scales.weight(n).scales) for n in start.schemes
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "rate"),
+    [
+        pytest.param("codes", "codes_lr", id="codes"),
+        pytest.param("lora", "lora_lr", id="lora"),
+        pytest.param("scales", "codes_lr", id="scales"),
+    ],
+)
+def test_codes_that_should_have_changed_and_did_not_are_told(
+    train: Train, tmp_path: Path, size: str, rate: str
+) -> None:
+    done = train(tmp_path / "out", size=size, steps=2, checks=1, **{rate: 1e-9})
+    assert done.record.codes_changed == 0
+    assert any("no code changed" in w for w in done.warnings) == (size != "scales")
 
 
 def test_the_loaded_folder_has_the_held_out_kl_that_was_recorded(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmquant.algorithms import rtn
 from llmquant.spec import QuantSpec
-from llmquant.training.layers.latent import AdapterLinear, LatentLinear
+from llmquant.training.layers.latent import AdapterLinear, LatentLinear, offsets
 from llmquant.training.layers.linear import TrainedLinear, rounding_of
 from llmquant.training.layers.norms import norms_of, train_norm
 from llmquant.weight import QuantizedWeight, eight_bits, is_portable, portable
@@ -107,6 +107,25 @@ class Straight(torch.autograd.Function):
         return grad, None
 
 
+class Inward(torch.autograd.Function):
+    """A clamp whose gradient passes where a step would not lead further out."""
+
+    @staticmethod
+    def forward(ctx, x, top):
+        ctx.save_for_backward(x)
+        ctx.top = top
+        return x.clamp(0, top)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        passes = [
+            [0 < u < ctx.top or (g < 0 if u <= 0 else g > 0) for u, g in zip(*rows, strict=True)]
+            for rows in zip(x.tolist(), grad.tolist(), strict=True)
+        ]
+        return grad * torch.tensor(passes), None
+
+
 def twin(layer: TrainedLinear) -> tuple[Tensor, list[Tensor]]:
     """The weight by autograd's own operations, rounding passed straight through; and the
     parameters."""
@@ -124,7 +143,7 @@ def twin(layer: TrainedLinear) -> tuple[Tensor, list[Tensor]]:
         # w = (u - z) s f with u = W / s + z: the factor reaches the merged matrix.
     else:
         latent = layer.codes().float()
-    clamped = latent.clamp(0, layer.spec.max_code)
+    clamped = Inward.apply(latent, layer.spec.max_code)
     codes = Straight.apply(clamped, clamped.detach().round())
     return (codes - zeros[:, group]) * scales[:, group], parameters
 
@@ -144,6 +163,71 @@ def test_gradients_are_the_estimators(spec: QuantSpec, ordered: bool) -> None:
         torch.testing.assert_close(x.grad, wanted_x.grad)
         for found, wanted in zip(layer.trained(), parameters, strict=True):
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+def ladder(scale: float = 0.1) -> QuantizedWeight:
+    """Two rows with every code of 3 bits, the second with a negative scale."""
+    codes = torch.arange(8, dtype=torch.uint8).expand(2, -1).clone()
+    zeros = torch.full((2, 1), 4, dtype=torch.uint8)
+    return QuantizedWeight(codes, torch.tensor([[scale], [-scale]]), zeros, QuantSpec(3, 8, True))
+
+
+def at(start: QuantizedWeight, offset: Tensor) -> Tensor:
+    """The weight that lies so many codes from the start's."""
+    return (start.codes - 4.0 + offset) * start.scales
+
+
+def test_latents_keep_their_distances_and_step_0_is_the_start() -> None:
+    start = ladder()
+    offset = torch.tensor([0.5, 0.49, 0.41, 0.3, 0.0, -0.2, -0.45, -0.5]).expand(2, -1)
+    found = offsets(start, at(start, offset))
+    torch.testing.assert_close(found, 0.98 * offset, rtol=1e-4, atol=1e-5)
+    for layer in (
+        LatentLinear(start, original=at(start, offset)),
+        AdapterLinear(start, original=at(start, offset), rank=2, seed=0),
+    ):
+        assert layer.quantized().digest() == start.digest()
+
+
+def test_beyond_the_grid_a_latent_starts_at_the_end_code_and_may_only_come_back() -> None:
+    start = ladder()
+    offset = torch.zeros(2, 8)
+    offset[:, 0], offset[:, 7] = -0.7, 0.2
+    layer = LatentLinear(start, original=at(start, offset))
+    assert torch.equal(layer.u.detach(), start.codes.float())
+    for direction in (1.0, -1.0):
+        layer.zero_grad()
+        (layer(torch.eye(8)) * direction).sum().backward()
+        slope = layer.u.grad
+        assert slope is not None
+        # dL/du is the scale times the direction; a step goes against it.
+        upwards = torch.tensor([[-direction], [direction]]) > 0
+        assert torch.equal(slope[:, :1] != 0, upwards)
+        assert torch.equal(slope[:, 7:] != 0, ~upwards)
+        assert bool((slope[:, 1:7] != 0).all())
+
+
+@pytest.mark.parametrize("scale", [2.0**-20 * 1.25, 2.0**-24 * 515, 2.0**-24, 0.0], ids=str)
+def test_tiny_scales_and_none_begin_at_the_start(scale: float) -> None:
+    """Subnormal numbers of float16 stay what they are, and what has the scale 0 stays 0."""
+    start = ladder(0.1).to("cpu")
+    start.scales[0] = torch.tensor(scale if scale else 0.0)
+    start.scales[1] = torch.tensor(0.1).half().float()
+    original = start.dequantize() + 1e-3
+    layers = [
+        TrainedLinear(start),
+        LatentLinear(start, original=original),
+        AdapterLinear(start, original=original, rank=2, seed=0),
+    ]
+    for layer in layers:
+        assert torch.equal(layer.weight(), start.dequantize())
+        layer(torch.eye(8)).sum().backward()
+        for parameter in layer.trained():
+            assert parameter.grad is not None
+            assert bool(parameter.isfinite().all() & parameter.grad.isfinite().all())
+        moved(layer)
+        assert layer.weight().isfinite().all()
+        assert bool(layer.weight()[0].any()) == (scale != 0)
 
 
 def shapes_kept(layer: TrainedLinear, x: Tensor) -> list[torch.Size]:

@@ -5,13 +5,14 @@ rounding. What they multiply by is what would be stored, as in
 A latent ``u`` is in units of codes::
 
     code = clamp(round(u), 0, max_code)
-    dL/du = dL/dw * scale   where 0 <= u <= max_code, else 0          (straight-through)
+    dL/du = dL/dw * scale   where 0 < u < max_code, or a step leads further in; else 0
 
-It starts at the original weight's place, no nearer to the next code than a tenth: step 0 is exactly
-the start, and weights near a boundary cross it first. Where the start's code is not the nearest
-(GPTQ chose it to make up for others) the latent starts at the code; at the boundary the first
-noise would undo what GPTQ did. So it does where the original as a whole is not near the start (a
-rotated model, scaled channels, another tool's folder).
+which is the straight-through estimator. The latent starts at the original weight's place, drawn a
+little towards its code: step 0 is exactly the start, and weights near a boundary cross it first, a
+few at a time. A weight beyond the grid starts at the end code. Where the start's code is not the
+nearest (GPTQ chose it to make up for others) the latent starts at the code; at the boundary the
+first noise would undo what GPTQ did. So it does where the original as a whole is not near the start
+(a rotated model, scaled channels, another tool's folder).
 
 An adapter changes the latent by a product of low rank, ``u = u0 + (b @ a) / scale``: the matrix
 that is rounded is the original's with the adapter merged. ``u0`` is kept as float16 offsets.
@@ -27,13 +28,13 @@ from llmquant.activations import Activations
 from llmquant.training.layers.linear import TrainedLinear
 from llmquant.weight import QuantizedWeight
 
-_INSIDE = 0.4  # how far from its code a latent may start; at 0.5 it would round to the neighbour
+_DRAWN = 0.98  # offsets are times this: at half a code a latent would round to the neighbour
 _NEAR = 0.5  # the largest |W - Q|² / |W|² at which W is what was rounded to Q
 
 
 def offsets(start: QuantizedWeight, original: Tensor | None) -> Tensor:
     """float32 ``[out, in]``: where the original lies from the start's codes, in codes; zeros where
-    it is unknown or not near."""
+    it is unknown or not near, and in groups whose scale is 0."""
     if original is None:
         return torch.zeros_like(start.codes, dtype=torch.float32)
     w = original.to(torch.float32)
@@ -43,10 +44,10 @@ def offsets(start: QuantizedWeight, original: Tensor | None) -> Tensor:
     group = start.column_groups()
     place = w / start.scales[:, group] + start.zeros[:, group]
     offset = place.sub_(start.codes)
-    # Beyond the last code there is none to cross to.
-    nearest = (offset.abs() <= 0.5) | (offset < 0) & (start.codes == 0)
-    nearest |= (offset > 0) & (start.codes == start.spec.max_code)
-    return offset.mul_(nearest).clamp_(-_INSIDE, _INSIDE)
+    nearest = offset.abs() <= 0.5
+    nearest &= (offset >= 0) | (start.codes > 0)
+    nearest &= (offset <= 0) | (start.codes < start.spec.max_code)
+    return torch.where(nearest, offset * _DRAWN, 0.0)
 
 
 class _Rounded(TrainedLinear):
@@ -62,10 +63,13 @@ class _Rounded(TrainedLinear):
     def codes(self) -> Tensor:
         return self.levels().to(torch.uint8)
 
-    def _inside(self, of_weight: Tensor) -> Tensor:
-        """``dL/dw`` where the latent is within the codes, else 0."""
+    def _inward(self, of_weight: Tensor) -> Tensor:
+        """``dL/dw`` without what would move a latent at an end of the codes, or beyond it, further
+        out. In place."""
         latent = self.latent()
-        return of_weight * ((latent >= 0) & (latent <= self.spec.max_code))
+        slope = self.times(of_weight.sign(), self.scales().sign())  # of the loss over the latent
+        outward = (latent <= 0) & (slope > 0) | (latent >= self.spec.max_code) & (slope < 0)
+        return of_weight.masked_fill_(outward, 0.0)
 
 
 class LatentLinear(_Rounded):
@@ -93,8 +97,8 @@ class LatentLinear(_Rounded):
         return self.u.detach().clone()
 
     def gradients(self, of_weight: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
-        of_latent = self.times(self._inside(of_weight), self.scales())
-        return self._of_factor(of_weight, steps), of_latent
+        of_factor = self._of_factor(of_weight, steps)
+        return of_factor, self.times(self._inward(of_weight), self.scales())
 
 
 class AdapterLinear(_Rounded):
@@ -129,11 +133,14 @@ class AdapterLinear(_Rounded):
     def latent(self) -> Tensor:
         start = bitpack.unpack(self.get_buffer("packed"), self.spec.bits, self.shape[1])
         moved = self.b.detach() @ self.a.detach()
-        moved = self.times(moved, self.get_buffer("start_scales").reciprocal())
+        start_scales = self.get_buffer("start_scales")
+        per_code = torch.where(start_scales == 0, 0.0, start_scales.reciprocal())
+        moved = self.times(moved, per_code)
         return moved.add_(start).add_(self.get_buffer("offset"))
 
     def gradients(self, of_weight: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+        of_factor = self._of_factor(of_weight, steps)
         # The trained scale over the start's is the factor, up to its rounding.
-        merged = self.times(self._inside(of_weight), self.factor.detach())
-        of_a, of_b = self.b.detach().T @ merged, merged @ self.a.detach().T
-        return self._of_factor(of_weight, steps), of_a, of_b
+        share = torch.where(self.get_buffer("start_scales") == 0, 0.0, self.factor.detach())
+        merged = self.times(self._inward(of_weight), share)
+        return of_factor, self.b.detach().T @ merged, merged @ self.a.detach().T

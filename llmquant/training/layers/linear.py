@@ -11,7 +11,8 @@ gradient passes ``round`` as if it were not there (straight-through)::
 
     dL/dfactor[o, g] = scale[o, g] * sum over the group's columns j of dL/dw[o, j] * (code - zero)
 
-which is the exact derivative of a scale whose codes stand. ``weight()`` equals
+which is the exact derivative of a scale whose codes stand. A group whose scale is 0 stays 0.
+``weight()`` equals
 ``quantized().dequantize()`` bit for bit: one function computes both.
 """
 
@@ -71,7 +72,8 @@ class TrainedLinear(nn.Module):
 
     def scales(self) -> Tensor:
         """``[out, groups]`` as they would be stored."""
-        return self.rounding(self.get_buffer("start_scales") * self.factor.detach())
+        start = self.get_buffer("start_scales")
+        return torch.where(start == 0, start, self.rounding(start * self.factor.detach()))
 
     def column_groups(self) -> Tensor | None:
         """int64 ``[in]``, or None where groups are consecutive columns."""
@@ -161,7 +163,8 @@ class _Product(torch.autograd.Function):
 
 def rounding_of(scales: Tensor) -> Rounding:
     """How trained scales are rounded so that whatever holds these holds them: to portable ones,
-    else to the narrowest dtype that has these exactly."""
+    else to the narrowest dtype that has these exactly. Those that are 0 are never rounded."""
+    scales = scales[scales != 0]
     if is_portable(scales):
         return portable
     if torch.equal(eight_bits(scales), scales):
@@ -172,9 +175,11 @@ def rounding_of(scales: Tensor) -> Rounding:
 
 
 def _half(scales: Tensor) -> Tensor:
-    """To float16's normal range and precision; a scale keeps its sign and never becomes 0."""
+    """To float16's range and precision, subnormal numbers too; a scale keeps its sign and never
+    becomes 0."""
     limits = torch.finfo(torch.float16)
-    size = scales.abs().clamp(limits.tiny, limits.max).to(torch.float16).to(torch.float32)
+    size = scales.abs().clamp(limits.smallest_normal * limits.eps, limits.max)
+    size = size.to(torch.float16).to(torch.float32)
     return torch.where(scales < 0, -size, size)
 
 

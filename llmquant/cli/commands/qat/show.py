@@ -22,6 +22,7 @@ def show_trained(facts: Mapping[str, Any]) -> None:
             f"{qat['before']:.5f} → {qat['after']:.5f} nats a token ({change:.0%} less), kept from step {qat['step']} "
             f"of {qat['steps']}",
         ),
+        *_codes(qat),
         ("text", f"{qat['windows']} windows, {qat['tokens']:,} tokens; {qat['heldout']} held out"),
         (
             "size",
@@ -35,6 +36,14 @@ def show_trained(facts: Mapping[str, Any]) -> None:
     console = screen()
     console.print(str(facts["path"]))
     console.print(fact_table(rows))
+
+
+def _codes(qat: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row about the codes, where they were trained."""
+    if qat["options"]["size"] == "scales":
+        return []
+    share = qat["codes_changed"] / max(qat["codes"], 1)
+    return [("codes", f"{qat['codes_changed']:,} of {qat['codes']:,} changed ({share:.2%})")]
 
 
 def _norms(count: int) -> str:
