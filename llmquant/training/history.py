@@ -66,6 +66,8 @@ def draw_losses(course: Course, path: Path) -> str | None:
     axes.set_ylabel("nats per token")
     axes.set_yscale("log")
     axes.legend(frameon=False)
-    with disk(path):
+    try:
         figure.savefig(path, dpi=_RESOLUTION, metadata={"Software": None})
+    except (OSError, ValueError) as e:
+        return f"no loss curve was drawn into {path}: {getattr(e, 'strerror', None) or e}"
     return None

@@ -6,7 +6,7 @@ moves float32 masters; products are in the accelerator's dtype.
 
 At certain steps the held-out KL is measured with exactly the numbers that would be stored, and the
 best state is kept; the start is one of them, so the result is never worse than it. A loss that is
-NaN or infinite ends the run with what was best before.
+NaN or infinite, or such a gradient, ends the run with what was best before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from llmquant.errors import QuantizationError
@@ -47,7 +47,12 @@ def accelerator_for(device: torch.device, dtype: torch.dtype) -> Accelerator:
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+            # A step may route no token to an expert; and processes hold out unequal numbers of
+            # windows, so they do not wait for each other to share buffers that never change.
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+        ],
     )
 
 
@@ -89,10 +94,10 @@ class Training:
         resumed, begun, tokens = course.step, time.monotonic(), 0
         measure_at = measured_at(self.options)
         while course.step < self.options.steps and course.stopped is None:
-            loss, seen = self._step(model, optimizer, course.step)
-            if not math.isfinite(loss):
+            loss, seen, problem = self._step(model, optimizer, course.step)
+            if problem is not None:
                 course.stopped = (
-                    f"the loss of step {course.step + 1} was {loss:g}; the state of step {course.best_step} was kept. "
+                    f"{problem}; the state of step {course.best_step} was kept. "
                     "A smaller learning rate may help"
                 )
                 break
@@ -180,9 +185,9 @@ class Training:
             )
         return best
 
-    def _step(self, model: nn.Module, optimizer: Any, step: int) -> tuple[float, int]:
-        """One step; its loss and how many tokens it saw. A loss that is not finite moves
-        nothing."""
+    def _step(self, model: nn.Module, optimizer: Any, step: int) -> tuple[float, int, str | None]:
+        """One step: its loss, how many tokens it saw, and what was not finite, if anything was;
+        then nothing moved."""
         count, size = len(self.text.training), self.options.batch_size
         chosen = windows_of(step, count, size, self.seed)
         total = sum(float(self.text.training[i].counts.sum()) for i in chosen)
@@ -202,13 +207,14 @@ class Training:
                 self.accelerator.backward(sum_ * self.accelerator.num_processes)
             loss += sum_.detach()
         value = float(self.accelerator.reduce(loss, "sum"))
-        if math.isfinite(value):
-            parameters = list(self.student.parameters().values())
-            norm = self.accelerator.clip_grad_norm_(parameters, self.options.clip)
-            if norm is not None and not math.isfinite(float(norm)):
-                return float(norm), 0
-            optimizer.step()
-        return value, sum(len(self.text.training[i].ids) for i in chosen)
+        if not math.isfinite(value):
+            return value, 0, f"the loss of step {step + 1} was {value:g}"
+        parameters = list(self.student.parameters().values())
+        norm = self.accelerator.clip_grad_norm_(parameters, self.options.clip)
+        if norm is not None and not math.isfinite(float(norm)):
+            return value, 0, f"the gradient of step {step + 1} was {float(norm):g}"
+        optimizer.step()
+        return value, sum(len(self.text.training[i].ids) for i in chosen), None
 
     def _loss(self, model: nn.Module, part: Sequence[int]) -> Tensor:
         """Summed over the tokens of some windows that count."""

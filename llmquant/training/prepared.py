@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,27 +14,42 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from llmquant.checkpoint.atomic import refuse_source
-from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.conversion.check import check
 from llmquant.conversion.source import Source, open_source
 from llmquant.errors import UsageError
 from llmquant.formats import Format
-from llmquant.models.from_folder import load_tokenizer, read_config
+from llmquant.models.from_folder import load_tokenizer
 from llmquant.models.load import load
 from llmquant.quantization.finish import base_name, portable_source
 from llmquant.quantization.state.fingerprint import Facts, flat, machine_facts, model_facts
 from llmquant.recipe_sections import QAT
 from llmquant.records import QatRecord
 from llmquant.runtime.computing import Computing
-from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
+from llmquant.runtime.devices import ChosenDtype
+from llmquant.training.beforehand import (
+    check_hidden,
+    check_seed,
+    original_of,
+    target_file,
+    text_of,
+    wanted_of,
+    where_of,
+)
 from llmquant.training.history import TrainingLog, draw_losses
 from llmquant.training.loop import Training, accelerator_for
 from llmquant.training.options import QatEvents, QatOptions, QatResult
-from llmquant.training.result import changed_codes, target_of, trained_recipe, write_trained
+from llmquant.training.result import (
+    changed_codes,
+    scale_dtype,
+    target_of,
+    trained_recipe,
+    write_trained,
+)
 from llmquant.training.saved import Course, SavedTraining
 from llmquant.training.student import Student, make_student, wants_checkpointing
-from llmquant.training.teacher.targets import TargetFile, TargetSource, Teacher, Wanted
-from llmquant.training.teacher.text import Calibrated, TrainingText, read_text
+from llmquant.training.teacher.targets import TargetSource, Teacher
+from llmquant.training.teacher.text import Calibrated, TrainingText
 from llmquant.training.teacher.vocabulary import same_vocabulary
 
 
@@ -45,6 +61,7 @@ def prepare(
     seed: int,
     layout: str | None,
     options: QatOptions,
+    on_phase: Callable[[str, int, int], None],
 ) -> Prepared:
     """Look at everything that can be refused; the arguments are those of
     :func:`llmquant.training.run.qat`.
@@ -52,34 +69,22 @@ def prepare(
     Raises:
         UsageError, CheckpointError, ArchitectureError, FormatError: as there.
     """
-    device = parse_device(options.device)
-    dtype = parse_dtype(options.dtype, device, stored=torch.bfloat16)
-    if dtype.dtype == torch.float16:
-        raise UsageError("training in float16 loses small gradients; give float32 or bfloat16")
-    if section.source is None:
-        raise UsageError("training needs a text; give --data SOURCE, or qat.source in the recipe")
+    device, dtype = where_of(options)
+    check_seed(seed)
     start = open_source(model, None)
-    teacher = CheckpointReader(resolve(reference))
+    teacher = original_of(reference)
     for folder in (start.reader.path, teacher.path):
         refuse_source(destination, folder)
     target = target_of(start, layout)
-    tokenizer = load_tokenizer(start.reader.path)
-    vocab_size = same_vocabulary(start.reader.path, teacher.path, tokenizer)
-    config = read_config(start.reader.path).get_text_config()
-    text = read_text(
-        section,
-        section.source,
-        tokenizer,
-        seed=seed,
-        vocab_size=vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None),
-        evaluation=options.evaluation,
-        calibrated=Calibrated.of(start.manifest),
-    )
-    if section.hidden_loss and start.manifest is not None and start.manifest.rotation is not None:
-        raise UsageError(
-            f"{start.reader.path} is rotated, so its hidden states are not the reference's; leave out --hidden-loss"
-        )
+    same_vocabulary(start.reader.path, teacher.path, load_tokenizer(start.reader.path))
+    rotated = start.manifest is not None and start.manifest.rotation is not None
+    check_hidden(section, start.reader.path, rotated=rotated)
+    text = text_of(section, start.reader.path, seed, options, Calibrated.of(start.manifest))
+    if section.top_k:
+        wanted = wanted_of(section, text)
+        target_file(Path(), wanted, teacher.path, device).check_size(options.max_cache)
+    # Trained scales are rounded to what holds the start's, so what refuses the result refuses this.
+    check(start, target, scale_dtype(start), False, on_phase)
     return Prepared(
         start, teacher, os.fspath(reference), target, text, section, seed, device, dtype, options,
         accelerator_for(device, dtype.dtype),
@@ -189,22 +194,15 @@ class Prepared:
 
     def _targets(self, saved: SavedTraining, events: QatEvents) -> TargetSource:
         """What the teacher says, from its file where one is kept."""
-        o = self.section
-        wanted = Wanted(
-            (*self.text.heldout, *self.text.training), len(self.text.heldout), o.top_k,
-            o.temperature, o.hidden_loss > 0,
-        )  # fmt: skip
+        wanted = wanted_of(self.section, self.text)
 
         def teacher() -> TargetSource:
             model = load(self.teacher.path, dtype=self.dtype.dtype, device=self.device)
             return Teacher(model, wanted)
 
-        if o.top_k == 0:
+        if self.section.top_k == 0:
             return teacher()
-        config = read_config(self.teacher.path).get_text_config()
-        width = int(getattr(config, "hidden_size", 0))
-        file = TargetFile(saved.teacher, wanted, int(config.vocab_size), width, self.device)
-        file.check_size(self.options.max_cache)
+        file = target_file(saved.teacher, wanted, self.teacher.path, self.device)
         if self.accelerator.is_main_process:
             file.fill(teacher, events.on_phase)
         self.accelerator.wait_for_everyone()

@@ -1,7 +1,8 @@
 """qat: from a quantized folder and its original to a proved folder that is nearer to the original.
 
 Everything that can be refused is refused before a weight is trained: the destination, a teacher
-with another vocabulary, too little text, targets that take more disk than allowed
+that is quantized or has another vocabulary, too little text, targets that take more disk than
+allowed, a layout that cannot hold the result
 (:mod:`llmquant.training.prepared`). Then the teacher is asked once, the loop runs
 (:mod:`llmquant.training.loop`), and the best state is written and proved. What a killed run had
 done is continued and ends with the same bytes.
@@ -50,8 +51,9 @@ def qat(
         events: callbacks.
 
     Raises:
-        UsageError: the request is impossible as written (destination, text, a reference with
-            another tokenizer or vocabulary), or what is to be resumed was another run.
+        UsageError: the request is impossible as written (destination, text, a reference that is
+            quantized or has another tokenizer or vocabulary), or what is to be resumed was
+            another run.
         CheckpointError, ArchitectureError, FormatError: a model that cannot be read, or a layout
             that cannot hold the result.
         QuantizationError: the start or the reference gives NaN or infinite logits.
@@ -60,7 +62,9 @@ def qat(
     options, events = options or QatOptions(), events or QatEvents()
     destination = Path(os.path.abspath(output))
     check_destination(destination, options.overwrite)
-    prepared = prepare(model, destination, section, reference, seed, layout, options)
+    prepared = prepare(
+        model, destination, section, reference, seed, layout, options, events.on_phase
+    )
     prepared = prepared.together()
     saved, first = SavedTraining(destination), prepared.accelerator.is_main_process
     with ExitStack() as stack:

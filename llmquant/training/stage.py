@@ -28,6 +28,7 @@ from llmquant.recipe import Recipe, load_recipe
 from llmquant.records import ModuleReport, PairReport, TuneReport
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import parse_dtype
+from llmquant.training.beforehand import check_recipe
 from llmquant.training.options import QatEvents, QatOptions
 from llmquant.training.run import qat
 
@@ -70,10 +71,11 @@ def quantize(
     destination = Path(os.path.abspath(output))
     check_destination(destination, options.overwrite)
     start = destination.with_name(f".{destination.name}.start")
-    rounded = _rounded(model, start, recipe.updated({"qat": None}), options, events)
-    how = replace(how, overwrite=options.overwrite, restart=options.restart)
     recipe = recipe.with_training_text()
     assert recipe.qat is not None
+    check_recipe(model, recipe, how)
+    rounded = _rounded(model, start, recipe.updated({"qat": None}), options, events)
+    how = replace(how, overwrite=options.overwrite, restart=options.restart)
     done = qat(
         start, output, recipe.qat, reference=model, seed=recipe.seed, options=how, events=told
     )

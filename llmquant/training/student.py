@@ -2,7 +2,7 @@
 
 It is loaded as any folder is, then every packed linear becomes a
 :class:`llmquant.training.layers.linear.TrainedLinear` (or one that trains codes), and norms get
-masters where they are trained. Everything else stands still. Blocks can be run under gradient
+factors where they are trained. Everything else stands still. Blocks can be run under gradient
 checkpointing: what is between them is kept, what is inside is computed again.
 """
 
@@ -29,7 +29,7 @@ from llmquant.recipe_sections import QAT
 from llmquant.runtime.host import available_bytes
 from llmquant.training.layers.latent import AdapterLinear, LatentLinear
 from llmquant.training.layers.linear import TrainedLinear
-from llmquant.training.layers.norms import norms_of, train_norm
+from llmquant.training.layers.norms import Gain, norms_of, train_norm
 from llmquant.weight import QuantizedWeight
 
 _INSIDE_A_BLOCK = 34  # numbers per token and hidden channel that a block keeps for its gradients
@@ -47,11 +47,12 @@ class Student:
 
     model: PreTrainedModel
     layers: dict[str, TrainedLinear]
-    norms: dict[str, nn.Parameter] = field(default_factory=dict)
+    norms: dict[str, Gain] = field(default_factory=dict)
 
     def groups(self, options: QAT) -> list[dict[str, Any]]:
         """Parameters by learning rate, for an optimizer. Only latents and adapters decay."""
-        factors = [layer.factor for layer in self.layers.values()] + list(self.norms.values())
+        factors = [layer.factor for layer in self.layers.values()]
+        factors += [gain.factor for gain in self.norms.values()]
         rest = [p for layer in self.layers.values() for p in layer.trained()[1:]]
         rate = options.lora_lr if options.size == "lora" else options.codes_lr
         groups: list[dict[str, Any]] = [{"params": factors, "lr": options.lr, "weight_decay": 0.0}]
@@ -67,7 +68,7 @@ class Student:
             for name, layer in self.layers.items()
             for kind, parameter in layer.named_parameters(recurse=False)
         }
-        return found | dict(self.norms)
+        return found | {name: gain.factor for name, gain in self.norms.items()}
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what is trained."""
@@ -87,8 +88,8 @@ class Student:
     def changed(self, reader: CheckpointReader) -> dict[str, Tensor]:
         """The norms as they would be stored, in the dtype they have in the folder."""
         return {
-            name: master.detach().to("cpu", reader.info(name).dtype)
-            for name, master in self.norms.items()
+            name: gain.stored().to("cpu", reader.info(name).dtype)
+            for name, gain in self.norms.items()
         }
 
 

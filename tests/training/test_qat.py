@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from children import Run
+from training_kit import SHORT, Train, in_two_processes
 
 import llmquant
 from llmquant.checkpoint.atomic import lock_folder
@@ -27,45 +29,9 @@ from llmquant.recipe import Recipe
 from llmquant.recipe_sections import QAT
 from llmquant.training.layers.latent import LatentLinear
 from llmquant.training.layers.linear import TrainedLinear
-from llmquant.training.options import QatEvents, QatOptions, QatResult, TrainingStep
-from llmquant.training.run import qat
+from llmquant.training.options import QatEvents, QatOptions, TrainingStep
 from llmquant.training.saved import Course, SavedTraining, moments, put_moments
 from llmquant.training.stage import quantize, rerun
-
-SHORT: dict[str, Any] = {
-    "steps": 6, "batch_size": 4, "micro_batch": 2, "seqlen": 32, "heldout": 4, "checks": 3,
-    "lr": 0.01, "codes_lr": 0.02, "lora_lr": 0.01, "rank": 4, "top_k": 32,
-}  # fmt: skip
-Train = Callable[..., QatResult]
-
-
-@pytest.fixture(scope="module")
-def quantized(model: Path, rtn: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """W3 g32 between the extremes of each group, which leaves much to win back; read-only."""
-    output = tmp_path_factory.mktemp("start") / "small-w3"
-    return quantize(model, output, rtn.updated({"weights.bits": 3})).path
-
-
-@pytest.fixture
-def train(model: Path, quantized: Path, text: Path) -> Train:
-    """Train the quantized folder; ``changes`` go into the section."""
-
-    def train_(
-        output: Path,
-        start: Path = quantized,
-        events: QatEvents | None = None,
-        reference: Path = model,
-        options: QatOptions | None = None,
-        layout: str | None = None,
-        **changes: Any,
-    ) -> QatResult:
-        section = QAT.model_validate({**SHORT, "source": f"file:{text}", **changes})
-        return qat(
-            start, output, section, reference=reference, events=events, options=options,
-            layout=layout,
-        )  # fmt: skip
-
-    return train_
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -169,8 +135,10 @@ def test_asymmetric_grids_train_norms_too(
     done = train(tmp_path / "out", start, lr=0.003)
     assert done.record.step > 0
     assert done.record.norms == 5
+    kept = train(tmp_path / "kept", start, steps=1, lr=1e-12)
     name = "model.norm.weight"
     before, after = (CheckpointReader(f).read(name) for f in (start, tmp_path / "out"))
+    assert torch.equal(CheckpointReader(kept.path).read(name), before)
     assert before.dtype == after.dtype
     assert not torch.equal(before, after)
     train(tmp_path / "alone", start, norms="off")
@@ -252,34 +220,12 @@ def test_a_killed_run_ends_with_the_same_bytes(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
-SHARED = """
-import json, sys
-from pathlib import Path
-from llmquant.recipe_sections import QAT
-from llmquant.training.run import qat
-job = json.loads(sys.argv[1])
-done = qat(job["start"], job["output"], QAT.model_validate(job["section"]), reference=job["model"])
-print("AFTER", done.record.after)
-"""
-
-
 def test_two_processes_do_what_one_does_up_to_rounding(
     train: Train, tmp_path: Path, model: Path, quantized: Path, text: Path
 ) -> None:
     alone = train(tmp_path / "alone", steps=4)
     section = {**SHORT, "steps": 4, "source": f"file:{text}"}
-    job = {"start": str(quantized), "output": str(tmp_path / "out"), "model": str(model)}
-    (tmp_path / "run.py").write_text(SHARED)
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(tmp_path / "run.py")),
-            json.dumps({**job, "section": section}),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ended = in_two_processes(tmp_path, quantized, model, section)
     assert ended.returncode == 0, ended.stderr[-2000:]
     after = [float(x.split()[1]) for x in ended.stdout.splitlines() if x.startswith("AFTER")]
     assert len(after) == 2
@@ -287,6 +233,21 @@ def test_two_processes_do_what_one_does_up_to_rounding(
     assert read_manifest(tmp_path / "out").qat.processes == 2
     verify(tmp_path / "out")
     assert not list(tmp_path.glob(".out.*"))
+
+
+def test_two_processes_share_a_mixture(tmp_path: Path, text: Path, rtn: Recipe) -> None:
+    """Steps in which an expert gets no token, more than one, and unequal held-out parts."""
+    original = tiny_models.save("mixtral", tmp_path / "moe", vocab_size=4096)
+    for name in tiny_models.TOKENIZER:
+        shutil.copyfile(tiny_models.EXAMPLE / name, original / name)
+    start = quantize(original, tmp_path / "start", rtn.updated({"weights.bits": 3})).path
+    few = {"steps": 4, "batch_size": 3, "seqlen": 8, "heldout": 3, "source": f"file:{text}"}
+    ended = in_two_processes(tmp_path, start, original, {**SHORT, **few})
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.count("AFTER") == 2
+    record = read_manifest(tmp_path / "out").qat
+    assert (record.steps, record.processes, record.stopped) == (4, 2, None)
+    verify(tmp_path / "out")
 
 
 def test_an_optimizer_is_saved_whole(tmp_path: Path) -> None:
@@ -351,9 +312,38 @@ def test_a_loss_that_is_nan_ends_with_the_last_good_state(
 
     monkeypatch.setattr(loop, "divergence", broken)
     done = train(tmp_path / "out")
+    assert "the loss of step" in str(done.record.stopped)
     assert "was nan" in str(done.record.stopped)
     assert 0 < done.record.step < 6
     assert verify(tmp_path / "out").qat == done.record
+
+
+def test_a_gradient_that_is_nan_is_told_as_one(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llmquant.training.loop as loop
+
+    real = loop.divergence
+
+    def broken(*args: Any) -> torch.Tensor:
+        kl = real(*args)
+        if kl.requires_grad:
+            kl.register_hook(lambda g: g * float("nan"))
+        return kl
+
+    monkeypatch.setattr(loop, "divergence", broken)
+    done = train(tmp_path / "out")
+    assert "the gradient of step 1 was nan; the state of step 0" in str(done.record.stopped)
+
+
+def test_a_curve_that_cannot_be_drawn_is_a_note(train: Train, tmp_path: Path) -> None:
+    notes: list[str] = []
+    (tmp_path / "curve.png").mkdir()
+    options = QatOptions(plot=tmp_path / "curve.png")
+    done = train(tmp_path / "out", events=QatEvents(on_note=notes.append), options=options, steps=1)
+    assert verify(done.path).qat == done.record
+    assert any("no loss curve was drawn" in n and "curve.png" in n for n in notes)
+    assert not (tmp_path / ".out.qat").exists()
 
 
 def test_a_start_that_gives_nan_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -61,6 +62,28 @@ def test_nothing_is_lost_to_oneself_and_gradients_are_finite(k: int) -> None:
         assert float(kl.detach().abs().max()) < 1e-4
         assert q.grad is not None
         assert float(q.grad.abs().max()) < 1e-3
+
+
+def test_a_tiny_rest_has_its_value_and_its_gradient() -> None:
+    """The student's rest is far below what float32 has left of 1 less the others."""
+    p, q = logits(0, 3), logits(1, 3)
+    q[:] = -40.0
+    ids = p.topk(5).indices
+    q.scatter_(-1, ids, p.gather(-1, ids))
+    rows = [x.clone().requires_grad_() for x in (q, q.double())]
+    targets = make_targets(p, 5, 1.0, None)
+    found = divergence(targets, rows[0])
+    log_q = rows[1].log_softmax(-1)
+    others = log_q.scatter(-1, ids, float("-inf")).logsumexp(-1)
+    rest = targets.rest.double()
+    said = (targets.logprobs.double().exp() * (targets.logprobs - log_q.gather(-1, ids))).sum(-1)
+    wanted = said + rest.exp() * (rest - others)
+    assert float(others.detach().max()) < -30
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    found.sum().backward()
+    wanted.sum().backward()
+    torch.testing.assert_close(rows[0].grad.double(), rows[1].grad, rtol=1e-4, atol=1e-7)
+    assert float(rows[0].grad.scatter(-1, ids, 0.0).sum()) < -1e-3  # the rest is to grow
 
 
 def test_the_hidden_error_is_relative() -> None:
@@ -168,6 +191,56 @@ def test_what_the_start_was_calibrated_on_is_not_held_out(text: Path) -> None:
         calibrated=Calibrated("another", 48, tuple(seen)),
     )
     assert other.sha256 != found.sha256
+
+
+def windows_in(source: str) -> list[bytes]:
+    ids = load_tokenizer(EXAMPLE)(Path(source.removeprefix("file:")).read_text())["input_ids"]
+    cut = [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
+    return [torch.tensor(c).numpy().tobytes() for c in cut]
+
+
+def as_bytes(windows: tuple[Window, ...]) -> set[bytes]:
+    return {w.ids.numpy().tobytes() for w in windows}
+
+
+def test_the_same_text_to_hold_out_is_split(text: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(text.read_bytes())
+    plain = text_of(f"file:{text}")
+    for other in (text, copy):
+        found = text_of(f"file:{text}", heldout_source=f"file:{other}")
+        assert found.sha256 == plain.sha256
+        assert as_bytes(found.training).isdisjoint(as_bytes(found.heldout))
+        assert any("is the same text" in line for line in found.lines)
+
+
+def test_windows_that_are_held_out_too_are_not_trained_on(text: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part.txt"
+    part.write_text(text.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    found = text_of(f"file:{text}", heldout_source=f"file:{part}", heldout=5)
+    held = as_bytes(found.heldout)
+    assert held <= set(windows_in(f"file:{text}"))
+    assert as_bytes(found.training) == set(windows_in(f"file:{text}")) - held
+    assert any("5 windows that are held out" in line for line in found.lines), found.lines
+    (tmp_path / "short.txt").write_text("Once upon a time.", encoding="utf-8")
+    with pytest.raises(SourceError, match=r"gives .* need 160 tokens"):
+        text_of(f"file:{text}", heldout_source=f"file:{tmp_path / 'short.txt'}", heldout=5)
+
+
+def test_chats_with_few_answers_need_more_than_they_have(tmp_path: Path) -> None:
+    """What is asked for is more than there is, by the share of windows that can be used."""
+    said = "Tell me a long story about a cat and a dog. " * 40
+    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": "No."}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(2 * (json.dumps({"messages": chat}) + "\n"), encoding="utf-8")
+    with pytest.raises(SourceError) as told:
+        text_of(f"jsonl:{path}")
+    has, windows, needed = (
+        int(re.search(pattern, str(told.value))[1].replace(",", ""))
+        for pattern in (r"gives ([\d,]+) tokens", r"tokens, ([\d,]+) windows", r"about ([\d,]+)")
+    )
+    assert 0 < windows < 5
+    assert needed == pytest.approx(has / windows * 5, rel=0.1)
 
 
 def test_too_little_text_is_refused_with_what_is_needed(tmp_path: Path) -> None:

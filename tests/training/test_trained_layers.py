@@ -283,10 +283,33 @@ def test_int8_activations_are_rounded_and_the_gradient_passes() -> None:
 def test_the_model_sees_the_stored_norm_and_the_master_learns() -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
     assert [name for name, _ in norms_of(model)] == ["0"]
-    master = train_norm(model[0], torch.bfloat16)
+    gain = train_norm(model[0], torch.bfloat16)
     with torch.no_grad():
-        master.fill_(1.001)
+        gain.factor.fill_(1.001)
     assert torch.equal(model[0].weight, torch.full((4,), 1.0))
     model[0].weight.sum().backward()
-    assert torch.equal(master.grad, torch.ones(4))
-    assert float(master.detach()[0]) == pytest.approx(1.001)
+    assert torch.equal(gain.factor.grad, torch.ones(4))
+    assert float(gain.factor.detach()[0]) == pytest.approx(1.001)
+
+
+def test_a_rate_moves_gains_by_a_share_and_zeros_by_itself() -> None:
+    norm = nn.LayerNorm(5)
+    start = torch.tensor([0.02, -1.0, 30.0, 0.0, -0.0])
+    start = start.to(torch.bfloat16).float()
+    norm.weight.data = start.clone()
+    gain = train_norm(norm, torch.bfloat16)
+    assert torch.equal(norm.weight, start)
+    bits = gain.stored().view(torch.int16)
+    assert torch.equal(bits, start.to(torch.bfloat16).view(torch.int16))
+    assert gain.stored().dtype == torch.bfloat16
+    norm.weight.sum().backward()
+    assert torch.equal(gain.factor.grad, torch.where(start == 0, 1.0, start))
+    with torch.no_grad():
+        gain.factor.fill_(1.25)
+    assert torch.equal(
+        gain.stored().float(),
+        torch.tensor([1, 1, 1, 0.25, 0.25]).where(
+            start == 0, (1.25 * start).to(torch.bfloat16).float()
+        ),
+    )
+    assert torch.equal(norm.weight, gain.stored().float())

@@ -5,6 +5,7 @@ Kullback-Leibler divergence over these ``k + 1`` outcomes::
 
     KL = sum_i p_i * (log p_i - log q_i) + p_rest * (log p_rest - log q_rest)
 
+where the rest is summed over its own logits, as exact where it is small as where it is large. It
 is never more than that over the whole vocabulary (data processing), and equals it where ``k`` is
 all of it. At a temperature T both are softmax(logits / T), and the loss is times T², so that its
 gradient keeps its size.
@@ -16,9 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-# The rest of the student's distribution is at least this: log(1 - sum) has no more in float32.
-_LEAST_REST = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +47,18 @@ def make_targets(logits: Tensor, k: int, temperature: float, hidden: Tensor | No
 
 def divergence(targets: Targets, logits: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher ‖ student) in nats at every position, ``[n]``, for logits ``[n, vocabulary]``."""
-    logits = logits.to(torch.float32) / temperature
-    total = logits.logsumexp(-1, keepdim=True)
-    whole = targets.ids.shape[-1] == logits.shape[-1]
-    q = (logits if whole else logits.gather(-1, targets.ids)) - total
+    logits = logits.to(torch.float32)
+    logits = logits if temperature == 1 else logits / temperature
+    if targets.ids.shape[-1] == logits.shape[-1]:
+        q = logits - logits.logsumexp(-1, keepdim=True)
+        return (targets.logprobs.exp() * (targets.logprobs - q)).sum(-1) * temperature**2
+    head = logits.gather(-1, targets.ids)
+    others = logits.scatter(-1, targets.ids, float("-inf")).logsumexp(-1)
+    total = torch.logaddexp(head.logsumexp(-1), others)
+    q = head - total.unsqueeze(-1)
     kl = (targets.logprobs.exp() * (targets.logprobs - q)).sum(-1)
-    if not whole:
-        head = q.logsumexp(-1).exp()
-        q_rest = (1 - head).clamp(min=_LEAST_REST).log()
-        p_rest = targets.rest.exp()
-        kl = kl + torch.where(p_rest > 0, p_rest * (targets.rest - q_rest), 0.0)
+    p_rest = targets.rest.exp()
+    kl = kl + torch.where(p_rest > 0, p_rest * (targets.rest - (others - total)), 0.0)
     return kl * temperature**2
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +29,7 @@ from llmquant.recipe_sections import QAT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_Pair = tuple[Ids, Learned]
 _SALT = 1  # held-out windows and those trained on are drawn by different seeds
 
 
@@ -120,23 +121,18 @@ def read_text(
             f"qat.seqlen={options.seqlen} is more than the model's {max_positions} positions; "
             f"give {max_positions} or less"
         )
-    apart = options.heldout_source
     windows, facts = _windows(source, options, tokenizer, vocab_size)
-    kept = 0 if apart is not None else options.heldout
-    wanted = options.nsamples or options.batch_size
-    if len(windows) < wanted + kept:
-        raise SourceError(_too_little(facts, len(windows), wanted, kept, options.seqlen))
-    if apart is None:
-        held = _held_out(len(windows), facts, options, calibrated, seed)
-        kept_out = [windows[i] for i in held]
-        left = [windows[i] for i in sorted(set(range(len(windows))) - set(held))]
+    apart = options.heldout_source
+    others = None if apart is None else _windows(apart, options, tokenizer, vocab_size)
+    same = others is not None and others[1].sha256 == facts.sha256
+    of = f" of it; {apart} is the same text" if same else f" of {apart}" if apart else ""
+    if others is None or same:
+        kept_out, left = _split(windows, facts, options, calibrated, seed)
     else:
-        kept_out = _apart(apart, options, tokenizer, vocab_size, seed)
-        left = windows
+        kept_out, left, facts = _apart(windows, facts, *others, options, seed)
     shown = min(len(left), options.steps * options.batch_size)  # more would be asked for in vain
     order = draw(len(left), min(options.nsamples or shown, shown), seed + _SALT)
     chosen = [left[i] for i in order]
-    of = f" of {apart}" if apart else ""
     lines = [
         f"text       {source}",
         f"  training {len(chosen):,} of {len(windows):,} windows of {options.seqlen:,} tokens",
@@ -164,6 +160,43 @@ def _overlap(
     return [f"  {line}" for line in overlap.lines()]
 
 
+def _split(
+    windows: list[_Pair], facts: _Facts, options: QAT, calibrated: Calibrated | None, seed: int
+) -> tuple[list[_Pair], list[_Pair]]:
+    """Windows of one text: those that are held out, and the others."""
+    wanted = options.nsamples or options.batch_size
+    if len(windows) < wanted + options.heldout:
+        raise SourceError(_too_little(facts, len(windows), wanted, options.heldout, options.seqlen))
+    held = _held_out(len(windows), facts, options, calibrated, seed)
+    left = sorted(set(range(len(windows))) - set(held))
+    return [windows[i] for i in held], [windows[i] for i in left]
+
+
+def _apart(
+    windows: list[_Pair],
+    facts: _Facts,
+    others: list[_Pair],
+    of_others: _Facts,
+    options: QAT,
+    seed: int,
+) -> tuple[list[_Pair], list[_Pair], _Facts]:
+    """Held-out windows of a text of their own, and those of the first that are not among them; and
+    what the first has lost by that."""
+    wanted = options.nsamples or options.batch_size
+    if len(others) < options.heldout:
+        raise SourceError(_too_little(of_others, len(others), 0, options.heldout, options.seqlen))
+    held = [others[i] for i in draw(len(others), options.heldout, seed)]
+    known = {ids.tobytes() for ids, _ in held}
+    left = [w for w in windows if w[0].tobytes() not in known]
+    twice = len(windows) - len(left)
+    if twice:
+        lost = {**facts.dropped, "windows that are held out": twice}
+        facts = replace(facts, dropped=lost)
+    if len(left) < wanted:
+        raise SourceError(_too_little(facts, len(left), wanted, 0, options.seqlen))
+    return held, left, facts
+
+
 def _held_out(
     windows: int, facts: _Facts, options: QAT, calibrated: Calibrated | None, seed: int
 ) -> list[int]:
@@ -173,19 +206,6 @@ def _held_out(
         fresh = calibrated.unseen(facts.places, options.seqlen)
         unseen = fresh if len(fresh) >= options.heldout else unseen
     return [unseen[i] for i in draw(len(unseen), options.heldout, seed)]
-
-
-def _apart(
-    source: str, options: QAT, tokenizer: PreTrainedTokenizerBase, vocab_size: int, seed: int
-) -> list[tuple[Ids, Learned]]:
-    """Held-out windows of a text of their own."""
-    windows, _ = _windows(source, options, tokenizer, vocab_size)
-    if len(windows) < options.heldout:
-        raise SourceError(
-            f"{source} gives {len(windows):,} windows of {options.seqlen:,} tokens; {options.heldout:,} held-out ones "
-            f"need {options.heldout * options.seqlen:,} tokens"
-        )
-    return [windows[i] for i in draw(len(windows), options.heldout, seed)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +222,7 @@ class _Facts:
 
 def _windows(
     source: str, options: QAT, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> tuple[list[tuple[Ids, Learned]], _Facts]:
+) -> tuple[list[_Pair], _Facts]:
     """All windows with something to learn in them, in order."""
     documents = read_documents(source)
     dropped = Counter(documents.dropped)
@@ -227,20 +247,26 @@ def _windows(
 
 
 def _too_little(facts: _Facts, has: int, wanted: int, kept: int, seqlen: int) -> str:
+    """A sentence: ``wanted`` windows are for training, and ``kept`` to be held out."""
     lost = f" (left out: {counted(facts.dropped)})" if facts.dropped else ""
-    held = f" and {kept:,} held-out ones" if kept else ""
+    parts = [f"{wanted:,} windows to train on"] if wanted else []
+    parts += [f"{kept:,} held-out ones"] if kept else []
+    cut = facts.tokens // seqlen
+    # Where only some windows can be used, more text has as many of them in proportion.
+    needed = -(-(wanted + kept) * max(cut, 1) // max(has, 1)) if cut else wanted + kept
+    more = "more than " if cut and not has else "about " if has < cut else ""
     return (
-        f"{facts.source} gives {facts.tokens:,} tokens, {has:,} windows of {seqlen:,}{lost}; {wanted:,} windows to train on"
-        f"{held} need {(wanted + kept) * seqlen:,} tokens; give more text, a smaller --seqlen, --batch-size or --heldout"
+        f"{facts.source} gives {facts.tokens:,} tokens, {has:,} windows of {seqlen:,}{lost}; {' and '.join(parts)} "
+        f"need {more}{needed * seqlen:,} tokens; give more text, a smaller --seqlen, --batch-size or --heldout"
     )
 
 
-def _window(pair: tuple[Ids, Learned]) -> Window:
+def _window(pair: _Pair) -> Window:
     ids, learned = pair
     return Window(torch.from_numpy(ids.copy()), torch.from_numpy(learned[1:].astype(np.float32)))
 
 
-def _sha256(windows: list[tuple[Ids, Learned]], training: int) -> str:
+def _sha256(windows: list[_Pair], training: int) -> str:
     digest = hashlib.sha256(training.to_bytes(8, "little"))
     for ids, learned in windows:
         digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
