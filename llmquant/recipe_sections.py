@@ -223,7 +223,7 @@ class QAT(Strict):
     batch_size: int = Field(8, ge=1)
     micro_batch: int = Field(1, ge=1)
     lr: float = Field(0.002, gt=0, le=1)
-    codes_lr: float = Field(0.002, gt=0, le=1)
+    codes_lr: float = Field(0.01, gt=0, le=1)
     lora_lr: float = Field(0.0005, gt=0, le=1)
     rank: int = Field(16, ge=1)
     norms: Literal["auto", "on", "off"] = "auto"

@@ -2,8 +2,8 @@
 position, whether its next token counts.
 
 Rows are laid end to end and cut into windows of exactly ``seqlen`` tokens, as calibration does it.
-Held-out windows are drawn first; a window is one or the other. Of chats only the assistant's
-answers count.
+Held-out windows are drawn first; a window is one or the other, also where those come from a text
+of their own. Of chats only the assistant's answers count.
 """
 
 from __future__ import annotations

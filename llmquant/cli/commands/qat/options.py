@@ -75,7 +75,7 @@ RateOption = Annotated[
     float | None, typer.Option("--lr", help="Of scales and norms, as a share [default: 0.002].")
 ]
 CodesRateOption = Annotated[
-    float | None, typer.Option("--codes-lr", help="Of latents, in codes [default: 0.002].")
+    float | None, typer.Option("--codes-lr", help="Of latents, in codes [default: 0.01].")
 ]
 LoraRateOption = Annotated[
     float | None, typer.Option("--lora-lr", help="Of adapters [default: 0.0005].")
