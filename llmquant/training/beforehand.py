@@ -21,7 +21,7 @@ from llmquant.errors import UsageError
 from llmquant.models.from_folder import load_tokenizer, read_config
 from llmquant.recipe import Recipe
 from llmquant.recipe_sections import QAT
-from llmquant.runtime.devices import ChosenDtype, parse_device, parse_dtype
+from llmquant.runtime.devices import ChosenDtype, make_current, parse_device, parse_dtype
 from llmquant.training.options import QatOptions
 from llmquant.training.teacher.targets import TargetFile, Wanted
 from llmquant.training.teacher.text import Calibrated, TrainingText, read_text
@@ -56,6 +56,7 @@ def where_of(options: QatOptions) -> tuple[torch.device, ChosenDtype]:
         UsageError: there is no such device or dtype, or it is float16.
     """
     device = parse_device(options.device)
+    make_current(device)
     dtype = parse_dtype(options.dtype, device, stored=torch.bfloat16)
     if dtype.dtype == torch.float16:
         raise UsageError("training in float16 loses small gradients; give float32 or bfloat16")
