@@ -17,7 +17,7 @@ from llmquant.checkpoint.gguf.header import shards_of
 from llmquant.runtime.host import user_cache
 
 log = logging.getLogger(__name__)
-_IMPORTER = 1  # changes where the same file gives another folder
+_IMPORTER = 2  # changes where the same file gives another folder
 
 
 def cached_folder(path: Path) -> Path:

@@ -3,26 +3,22 @@
 transformers' table (``GGUF_CONFIG_MAPPING``) says what llama.cpp's keys are called there. It leaves
 out much that changes what a model computes, and then the config class's default counts in silence:
 rotary scaling, Gemma's soft caps and attention scale, widths of experts and heads, biases, the ids
-of special tokens. Those are added here. Metadata of the architecture that neither knows is listed
-in a note.
-
-Llama 3's rotary scaling is in no metadata: llama.cpp stores what each frequency is divided by
-(``rope_freqs.weight``), and :func:`_llama3` finds the four numbers that give these factors.
+of special tokens. Those are added here; where llama.cpp has a default, it counts, and not the
+config class's. Metadata of the architecture that nobody read is listed in a note.
 """
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from llmquant.checkpoint.gguf.header import GgufFile
+from llmquant.checkpoint.gguf.rope import rope_of
+from llmquant.checkpoint.gguf.stated import Stated
 from llmquant.errors import CheckpointError, LayoutError
 
-ROPE_FACTORS = "rope_freqs.weight"
 # llama.cpp's architecture → transformers' model type, of those that are held against the original
 # model in tests/checkpoint/test_gguf_architectures.py.
 MODEL_TYPES = {
@@ -39,6 +35,7 @@ MODEL_TYPES = {
     "gpt2": "gpt2",
 }
 _MIXTRAL = "mixtral"
+_PARTLY = ("stablelm", "phi3")  # rotate a part of each head
 # Where transformers' table is called otherwise than both.
 _TABLES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 # Beside transformers' table: what a config class has under these names is set from the file.
@@ -55,17 +52,16 @@ _MORE = {
     "expert_weights_norm": "norm_topk_prob",
     "use_parallel_residual": "use_parallel_residual",
 }
-# Says nothing that a config has a place for, or is read elsewhere.
+# Says nothing that a config has a place for.
 _SILENT = {
-    *("vocab_size", "tensor_data_layout", "rope.dimension_count", "attention.value_length"),
-    *("attention.key_length", "expert_group_count", "expert_gating_func", "attention.causal"),
-    *("rope.scaling.finetuned", "feed_forward_length", "context_length", "expert_weights_scale"),
+    *("vocab_size", "tensor_data_layout", "attention.value_length", "expert_group_count"),
+    *("expert_gating_func", "attention.causal", "rope.scaling.finetuned", "feed_forward_length"),
+    *("context_length", "expert_weights_scale"),
 }
+_THETA = 10000.0  # llama.cpp's, where a file says none
 # A whole model's layers → the number that llama.cpp derives its attention scale from is hidden size
 # over heads, and not the width of a head (llama.cpp, llama-model.cpp: LLM_TYPE_27B).
 _SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}
-# (factor, low, high, original context) as Llama 3.1 and 3.2 have them.
-_LLAMA3_KNOWN = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 # Names of tokens that end a turn, from llama.cpp (llama-vocab.cpp, special_eog_ids).
 _ENDS = frozenset(
     {
@@ -103,34 +99,32 @@ def config_of(model: GgufFile) -> GgufConfig:
     from transformers import AutoConfig
     from transformers.integrations import ggml
 
-    name, stated = model.architecture, model.of_architecture()
+    name, stated = model.architecture, Stated(model)
     if name not in MODEL_TYPES:
         raise LayoutError(
             f"{model.path}: models of architecture {name!r} are not imported; these are: {', '.join(MODEL_TYPES)}"
         )
-    kind = _MIXTRAL if name == "llama" and stated.get("expert_count") else MODEL_TYPES[name]
+    kind = MODEL_TYPES[name]
+    if name == "llama" and stated.count("expert_count"):
+        kind = _MIXTRAL
     table: Any = ggml.GGUF_CONFIG_MAPPING[_TABLES.get(name, name)]
     defaults: Any = ggml.GGUF_CONFIG_DEFAULTS_MAPPING.get(_TABLES.get(name, name), {})
     _require(model, stated, table)
     config: dict[str, Any] = {**defaults}
-    config |= {table[k]: _one(model, k, v) for k, v in stated.items() if table.get(k)}
+    config |= {table[k]: stated.checked(k) for k in stated if table.get(k)}
     known = AutoConfig.for_model(kind)
     config |= {
-        name: _one(model, k, stated[k])
+        name: stated.checked(k)
         for k, name in _MORE.items()
         if k in stated and (hasattr(known, name) or name == "rope_theta")
     }
     config["model_type"] = kind
-    config["vocab_size"] = _embeddings(model)
+    config["vocab_size"] = _embeddings(model, stated)
     config["tie_word_embeddings"] = "output.weight" not in model.tensors
     config |= _ids(model)
     config |= _of_kind(model, stated, known)
-    rope = _rope(model, stated, config)
-    unknown = sorted(
-        k
-        for k in stated.keys() - table.keys() - _MORE.keys() - _SILENT
-        if not k.startswith("rope.scaling.")
-    )
+    rope = rope_of(model, stated, config)
+    unknown = [k for k in stated.unread() if k not in _SILENT]
     notes = []
     if unknown:
         notes.append(
@@ -139,56 +133,62 @@ def config_of(model: GgufFile) -> GgufConfig:
     return GgufConfig({**config, **rope}, tuple(notes))
 
 
-def _require(model: GgufFile, stated: Mapping[str, Any], table: Mapping[str, Any]) -> None:
-    needed = [k for k in ("block_count", "embedding_length", "attention.head_count") if k in table]
-    missing = [f"{model.architecture}.{k}" for k in needed if k not in stated]
+def _require(model: GgufFile, stated: Stated, table: Mapping[str, Any]) -> None:
+    needed = ["block_count", "embedding_length", "attention.head_count"]
+    needed += [k for k in table if k.endswith("_epsilon")]
+    missing = [stated.name(k) for k in needed if k not in stated]
     if missing:
         raise CheckpointError(
             f"{model.path} lacks metadata that a config needs: {', '.join(missing)}; fetch a newer conversion of the model"
         )
 
 
-def _one(model: GgufFile, key: str, value: Any) -> Any:
-    """One number for all layers."""
-    if not isinstance(value, list):
-        return value
-    if len(set(value)) != 1:
-        raise LayoutError(
-            f"{model.path}: {model.architecture}.{key} differs from layer to layer, which no config says"
+def _embeddings(model: GgufFile, stated: Stated) -> int:
+    """How many rows the embeddings have."""
+    table = model.tensors.get("token_embd.weight")
+    if table is None:
+        raise CheckpointError(f"{model.path} has no embeddings (token_embd.weight)")
+    wide = stated.count("embedding_length")
+    if len(table.shape) != 2 or table.shape[1] != wide:
+        raise CheckpointError(
+            f"{model.path}: {table.name} is {list(table.shape)}, the metadata makes it {wide} wide; "
+            "fetch it again, or another conversion"
         )
-    return value[0]
-
-
-def _embeddings(model: GgufFile) -> int:
-    try:
-        return model.tensors["token_embd.weight"].shape[0]
-    except KeyError as e:
-        raise CheckpointError(f"{model.path} has no embeddings (token_embd.weight)") from e
+    return table.shape[0]
 
 
 def _ids(model: GgufFile) -> dict[str, Any]:
     keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    return {
-        f"{k}_token_id": model.metadata.get(f"tokenizer.ggml.{v}_token_id") for k, v in keys.items()
-    }
+    return {f"{k}_token_id": _id(model, v) for k, v in keys.items()}
 
 
-def _of_kind(model: GgufFile, stated: Mapping[str, Any], known: Any) -> dict[str, Any]:
+def _id(model: GgufFile, token: str) -> int | None:
+    key = f"tokenizer.ggml.{token}_token_id"
+    found = model.metadata.get(key)
+    if found is None or type(found) is int:
+        return found
+    raise CheckpointError(f"{model.path}: {key} is {found!r:.60}, not a whole number")
+
+
+def _of_kind(model: GgufFile, stated: Stated, known: Any) -> dict[str, Any]:
     """What follows from tensors, or what llama.cpp has built in for an architecture."""
     has, more = model.tensors.__contains__, dict[str, Any]()
     if hasattr(known, "attention_bias") and has("blk.0.attn_q.bias"):
         more["attention_bias"] = True
     if hasattr(known, "mlp_bias") and has("blk.0.ffn_down.bias"):
         more["mlp_bias"] = True
-    heads = int(_one(model, "attention.head_count", stated["attention.head_count"]))
-    hidden = int(stated["embedding_length"])
-    width = int(stated.get("attention.key_length") or hidden // heads)
+    heads = stated.count("attention.head_count")
+    hidden = stated.count("embedding_length")
+    width = stated.count("attention.key_length") or hidden // heads
+    if model.architecture == "llama" and "attention.key_length" not in stated:
+        width = stated.count("rope.dimension_count") or width  # as transformers reads it
+    if hasattr(known, "num_key_value_heads") and "attention.head_count_kv" not in stated:
+        more["num_key_value_heads"] = heads
     if hasattr(known, "query_pre_attn_scalar"):
-        by_hidden = (model.architecture, stated["block_count"]) in _SCALED_BY_HIDDEN
+        by_hidden = (model.architecture, stated.get("block_count")) in _SCALED_BY_HIDDEN
         more["query_pre_attn_scalar"] = hidden // heads if by_hidden else width
-    rotated = stated.get("rope.dimension_count")
-    if rotated and hasattr(known, "rope_parameters") and model.architecture in ("stablelm", "phi3"):
-        more["partial_rotary_factor"] = rotated / width
+    if hasattr(known, "rope_parameters"):
+        more |= _rotated(model, stated, width)
     match model.architecture:
         case "stablelm":
             more["use_qkv_bias"] = has("blk.0.attn_q.bias")
@@ -197,83 +197,45 @@ def _of_kind(model: GgufFile, stated: Mapping[str, Any], known: Any) -> dict[str
         case "starcoder2":
             more["use_bias"] = has("blk.0.attn_q.bias")
         case "gpt2":
-            more["n_positions"] = stated.get("context_length", 1024)
+            more["n_positions"] = stated.count("context_length") or 1024
         case "gemma3" if "rope.freq_base_swa" in stated:
-            more["rope_local_base_freq"] = stated["rope.freq_base_swa"]
+            more["rope_local_base_freq"] = stated.number("rope.freq_base_swa")
     return more
 
 
-def _rope(model: GgufFile, stated: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_scaling`` where the rotary frequencies are scaled."""
-    kind = stated.get("rope.scaling.type", "none")
-    factor = stated.get("rope.scaling.factor")
-    if kind not in ("none", "linear", "yarn") or any("rope_factors_" in n for n in model.tensors):
-        said = kind if kind != "none" else "long and short factors"
-        raise LayoutError(
-            f"{model.path}: rotary scaling {said!r} is not imported; none, linear, yarn and Llama 3's are"
-        )
-    if ROPE_FACTORS in model.tensors:
-        return {"rope_scaling": _llama3(model, config)}
-    if kind == "none" or factor in (None, 0.0, 1.0):
-        return {}
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    original = stated.get("rope.scaling.original_context_length")
-    if kind == "yarn" and original:
-        scaling["original_max_position_embeddings"] = original
-    for key, name in (("attn_factor", "attention_factor"), ("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):  # fmt: skip
-        if kind == "yarn" and f"rope.scaling.{key}" in stated:
-            scaling[name] = stated[f"rope.scaling.{key}"]
-    return {"rope_scaling": scaling}
-
-
-def _llama3(model: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Llama 3's four numbers, from what the frequencies are divided by.
-
-    Between the two wavelengths ``context / high`` and ``context / low`` the inverse factor is
-    linear in ``context / wavelength``. Only ``context / (high - low)`` and ``low / (high - low)``
-    can be seen in factors, so where no known model fits, low is 1.
+def _rotated(model: GgufFile, stated: Stated, width: int) -> dict[str, Any]:
+    """The base of the frequencies where the file leaves it to llama.cpp, and how much of a head is
+    rotated.
 
     Raises:
-        LayoutError: other factors than Llama 3's.
+        LayoutError: a part of a head in an architecture whose config has no place for that.
     """
-    tensor = model.tensors[ROPE_FACTORS]
-    factors = tensor.values().reshape(-1).astype(np.float64)
-    theta = float(config.get("rope_theta") or 10000.0)
-    frequencies = 1.0 / theta ** (np.arange(len(factors)) / len(factors))
-    longest = round(float(factors.max()), 4)
-    tried = [k for k in _LLAMA3_KNOWN if k[0] == longest]
-    inside = (factors > 1.0) & (factors < factors.max())
-    smooth = (1 / factors[inside] - 1 / longest) / (1 - 1 / longest) if longest > 1 else factors[:0]
-    turning = frequencies[inside] / (2 * math.pi)
-    if len(smooth) > 1:
-        slope, offset = np.polyfit(turning, smooth, 1)
-        high = 1.0 - 1.0 / offset  # smooth = (context * f - low) / (high - low), low = 1
-        tried.append((longest, 1.0, round(high, 3), round(slope * (high - 1.0))))
-    elif len(smooth) == 1:  # of a small head: as wide as Llama's own
-        tried.append((longest, 1.0, 4.0, round((1 + 3 * smooth[0]) / turning[0])))
-    elif longest > 1 and factors.min() == 1:
-        least = frequencies[factors == 1].min() / (2 * math.pi)
-        tried.append((longest, 1.0, 4.0, math.ceil(4 / least)))
-    for known in tried:
-        if np.allclose(llama3_factors(frequencies, *known), factors, rtol=1e-4):
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # fmt: skip
-            return {"rope_type": "llama3", **dict(zip(names, known, strict=True))}
-    raise LayoutError(
-        f"{model.path}: {ROPE_FACTORS} divides the rotary frequencies as no Llama 3 does, and no config says so"
-    )
+    more: dict[str, Any] = {}
+    if "rope.freq_base" not in stated:
+        more["rope_theta"] = _THETA
+    rotated = stated.count("rope.dimension_count")
+    if not rotated:
+        return more
+    if model.architecture in _PARTLY:
+        more["partial_rotary_factor"] = rotated / width
+    elif rotated != width:
+        raise LayoutError(
+            f"{model.path}: {stated.name('rope.dimension_count')} is {rotated} of heads that are {width} wide, "
+            f"which no config of a {model.architecture} says"
+        )
+    return more
 
 
-def llama3_factors(
-    frequencies: np.ndarray, factor: float, low: float, high: float, context: float
-) -> np.ndarray:
-    """What Llama 3.1's scaling divides each frequency by, ``[head_dim / 2]``.
-
-    Source: transformers' ``_compute_llama3_parameters``.
-    """
-    turns = context * frequencies / (2 * math.pi)
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    factors: np.ndarray = 1.0 / ((1 - smooth) / factor + smooth)
-    return factors
+def stored_config(config: Any) -> dict[str, Any]:
+    """config.json of a transformers config: what differs from its class's defaults. What is None
+    here and a number there is such a difference too, which transformers leaves out."""
+    stored: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    stored.pop("_name_or_path", None)
+    usual = type(config)().to_dict()
+    stored |= {k: None for k, v in usual.items() if v is not None and getattr(config, k, 0) is None}
+    ids = (f"{k}_token_id" for k in ("bos", "eos", "pad"))
+    stored |= {key: getattr(config, key) for key in ids}
+    return stored | {"tie_word_embeddings": bool(config.tie_word_embeddings)}
 
 
 def generation_config(model: GgufFile) -> dict[str, Any]:
@@ -281,7 +243,7 @@ def generation_config(model: GgufFile) -> dict[str, Any]:
     said, found = model.metadata, {k: v for k, v in _ids(model).items() if v is not None}
     tokens = said.get("tokenizer.ggml.tokens") or ()
     types = said.get("tokenizer.ggml.token_type") or ()
-    first = [said.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")]
+    first = [_id(model, k) for k in ("eos", "eot", "eom")]
     named = [
         i
         for i, (token, kind) in enumerate(zip(tokens, types, strict=False))

@@ -11,7 +11,6 @@ those that were trained; the card says so.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections import Counter
@@ -26,9 +25,10 @@ from torch import Tensor
 
 from llmquant.checkpoint.atomic import check_destination, refuse_source
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
-from llmquant.checkpoint.gguf.config import config_of, generation_config
+from llmquant.checkpoint.gguf.config import config_of, generation_config, stored_config
 from llmquant.checkpoint.gguf.header import GgufFile, read_gguf
 from llmquant.checkpoint.gguf.names import Placed, places
+from llmquant.checkpoint.gguf.running import refuse_idle
 from llmquant.checkpoint.gguf.tokenizer import save_tokenizer
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.checkpoint.writer import CheckpointWriter
@@ -117,6 +117,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufSource:
             f"{file.path}: its metadata makes no {stated.model_type} model: {first_line(e)}"
         ) from e
     placed = places(file, empty)
+    refuse_idle(file.path, empty)
     return GgufSource(file, placed, config, (type(empty).__name__,), stated.notes)
 
 
@@ -234,15 +235,9 @@ def write_beside(
     quantization: Mapping[str, Any] | None = None,
 ) -> tuple[str, ...]:
     """config.json, generation_config.json and the tokenizer's files; returns notes."""
-    config = json.loads(opened.config.to_json_string(use_diff=True))
-    config.pop("_name_or_path", None)
+    config = stored_config(opened.config)
     config |= {"architectures": list(opened.architectures)}
     config |= {"dtype": str(dtype).removeprefix("torch.")}
-    # A difference to a class's defaults leaves out what is None here and a number there.
-    config |= {
-        f"{k}_token_id": getattr(opened.config, f"{k}_token_id") for k in ("bos", "eos", "pad")
-    }
-    config |= {"tie_word_embeddings": bool(opened.config.tie_word_embeddings)}
     config |= {"quantization_config": dict(quantization)} if quantization else {}
     writer.write_json("config.json", config)
     writer.write_json("generation_config.json", generation_config(opened.file))

@@ -15,13 +15,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmquant.checkpoint.gguf.config import ROPE_FACTORS
 from llmquant.checkpoint.gguf.cursor import GgufTensor
 from llmquant.checkpoint.gguf.header import GgufFile
+from llmquant.checkpoint.gguf.rope import ROPE_FACTORS
 from llmquant.errors import CheckpointError, LayoutError
 from llmquant.runtime.finite import some
 
@@ -32,7 +33,10 @@ _EXPERTS = {
     "qwen3_moe": _QWEN,
     "mixtral": "model.layers.{block}.block_sparse_moe.experts.{expert}.{part}.weight",
 }
+# Whose matrices transformers stores transposed (Conv1D).
+TURNED = frozenset({"gpt2"})
 _MIXTRAL_PARTS = {"gate": "w1", "up": "w3", "down": "w2"}
+_WRONG_WAY = "{}: {} is {} for a place of {}; fetch it again, or another conversion"
 _MIXTRAL_ROUTER = (".mlp.gate.", ".block_sparse_moe.gate.")
 
 
@@ -57,8 +61,10 @@ class Placed:
     Attributes:
         places: in the order of the file.
         model_type: transformers'.
+        path: of the file.
     """
 
+    path: Path
     places: tuple[Place, ...]
     model_type: str
     _processor: Any = field(repr=False)
@@ -90,8 +96,19 @@ class Placed:
         )
         if result.name is None:  # GPT-2's processor keeps the head's itself
             (kept,) = parsed["tensors"].values()
-            return np.asarray(kept.numpy()).reshape(place.shape)
-        return np.asarray(result.weights).reshape(place.shape)
+            return self.shaped(place, np.asarray(kept.numpy()))
+        return self.shaped(place, np.asarray(result.weights))
+
+    def shaped(self, place: Place, values: np.ndarray) -> np.ndarray:
+        """Values in the folder's shape, which may have other dimensions of 1 and no others: a
+        reshape would scramble a matrix that lies the wrong way round.
+
+        Raises:
+            CheckpointError: another shape.
+        """
+        if not _alike(values.shape, place.shape):
+            raise CheckpointError(_WRONG_WAY.format(self.path, place.tensor.name, list(values.shape), list(place.shape)))  # fmt: skip
+        return values.reshape(place.shape)
 
 
 def places(model: GgufFile, empty: Any) -> Placed:
@@ -143,7 +160,7 @@ def places(model: GgufFile, empty: Any) -> Placed:
         raise CheckpointError(
             f"{model.path} lacks tensors of a {kind} model: {some(missing)}; fetch it again, or another conversion"
         )
-    return Placed(tuple(found), kind, processor, mapping)
+    return Placed(model.path, tuple(found), kind, processor, mapping)
 
 
 def _as_in_checkpoint(name: str, kind: str) -> str:
@@ -182,8 +199,13 @@ def _complete(memory: str, found: list[Place]) -> bool:
     return all(f"blk.{block}.ffn_{part}_exps.weight" in have for part in parts)
 
 
+def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return [n for n in one if n != 1] == [n for n in other if n != 1]
+
+
 def _check_size(model: GgufFile, tensor: GgufTensor, shape: tuple[int, ...]) -> None:
-    if sorted(n for n in tensor.shape if n != 1) != sorted(n for n in shape if n != 1):
+    turned = model.architecture in TURNED and _alike(tensor.shape[::-1], shape)
+    if not turned and not _alike(tensor.shape, shape):
         raise CheckpointError(
             f"{model.path}: {tensor.name} is {list(tensor.shape)}, the metadata makes it {list(shape)}; "
             "fetch it again, or another conversion"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.gguf.folder import FLOATS, GgufSource, OnProgress
-from llmquant.checkpoint.gguf.names import Place
+from llmquant.checkpoint.gguf.names import TURNED, Place
 from llmquant.checkpoint.manifest import packed_bytes
 from llmquant.errors import FormatError, LayoutError
 from llmquant.formats import Format, Scheme
@@ -19,6 +20,7 @@ from llmquant.records import ModuleRecord
 from llmquant.runtime.finite import some
 from llmquant.weight import QuantizedWeight
 
+_IN_BLOCK = re.compile(r"(model\.layers|transformer\.h)\.\d+\.")
 _UNKEPT = {
     "Q4_1": "its minimum is a float and no whole number of scales",
     "Q5_0": "5-bit codes have no layout here",
@@ -26,6 +28,11 @@ _UNKEPT = {
 }
 _BEYOND = (
     "its scales are themselves quantized or its codes index a table, which no layout here says"
+)
+
+
+_TRANSPOSED = (
+    "transformers stores it transposed (Conv1D), and groups of codes cannot be turned with it"
 )
 
 
@@ -87,7 +94,7 @@ def _is_linear(opened: GgufSource, place: Place) -> bool:
     if name in HEADS:
         return True
     router = name.endswith((".mlp.gate", ".block_sparse_moe.gate", ".shared_expert_gate"))
-    return name.startswith("model.layers.") and not router
+    return bool(_IN_BLOCK.match(name)) and not router
 
 
 def _keep(
@@ -100,6 +107,8 @@ def _keep(
 ) -> str | None:
     """Take one linear in, or say why not."""
     place, part = where
+    if opened.file.architecture in TURNED and module not in HEADS:
+        return _TRANSPOSED
     if place.tensor.kind not in blocks.BLOCK_BYTES:
         return _UNKEPT.get(place.tensor.kind, _BEYOND)
     kept.places[module] = (place, part if len(place.names) > 1 else None)

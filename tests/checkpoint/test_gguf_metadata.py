@@ -1,0 +1,131 @@
+"""What a GGUF file's metadata says is what the imported model computes, or the import says why not:
+zeros that mean "none", rotary scaling, numbers that are no numbers, keys that nobody reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf_kit
+import numpy as np
+import pytest
+import torch
+from tiny_models import CONFIGS, random_model
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from llmquant.checkpoint.gguf.folder import FolderOptions, ImportResult, write_folder
+from llmquant.conversion.gguf.importing import ImportOptions, import_gguf
+from llmquant.errors import CheckpointError, LayoutError, LlmquantError
+
+_OWN = {"vocab_size": gguf_kit.VOCAB, "bos_token_id": None, "eos_token_id": gguf_kit.EOS, "pad_token_id": None}  # fmt: skip
+_IDS = torch.tensor([[5, 70, 200, 33, 9, 41, 41, 7, 100, 3, 250, 64, 12, 44, 99, 120, 7, 8]])
+_FP32 = FolderOptions(dtype="float32")
+_LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+_SAID_YARN = {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0, "llama__rope__scaling__original_context_length": 16}  # fmt: skip
+_GLOBAL = {"rope_type": "default", "rope_theta": 1e6}
+_GEMMA = {
+    "num_hidden_layers": 6,
+    "tie_word_embeddings": True,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    "sliding_window": 4,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "full_attention": _GLOBAL,
+    },
+}
+
+# name: kind of tiny model, llama.cpp's architecture, the model's config, what the file says
+SAME: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "window of 0": ("phi3", "phi3", {"sliding_window": None}, {"phi3__attention__sliding_window": 0}),
+    "soft caps of 0": ("gemma2", "gemma2", {"tie_word_embeddings": True, "attn_logit_softcapping": None, "final_logit_softcapping": None}, {"gemma2__attn_logit_softcapping": 0.0, "gemma2__final_logit_softcapping": 0.0}),
+    "factor without a type": ("llama", "llama", _LINEAR, {"llama__rope__scaling__factor": 4.0}),
+    "old name of a factor": ("llama", "llama", _LINEAR, {"llama__rope__scale_linear": 4.0}),
+    "factor of type none": ("llama", "llama", {}, {"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}),
+    "yarn": ("llama", "llama", {"rope_parameters": _YARN}, _SAID_YARN),
+    "yarn_attn_factor": ("llama", "llama", {"rope_parameters": {**_YARN, "attention_factor": 0.7}}, {**_SAID_YARN, "llama__rope__scaling__yarn_attn_factor": 0.7}),
+    "attn_factor multiplies": ("llama", "llama", {"rope_parameters": {**_YARN, "attention_factor": 0.5 * (0.1 * np.log(4.0) + 1)}}, {**_SAID_YARN, "llama__rope__scaling__attn_factor": 0.5}),
+    "no base": ("mixtral", "llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"llama__rope__freq_base": None}),
+    "no head_count_kv": ("qwen3", "qwen3", {"num_key_value_heads": 4}, {"qwen3__attention__head_count_kv": None}),
+    "base of sliding layers": ("gemma3_text", "gemma3", _GEMMA, {"gemma3__rope__freq_base_swa": 500.0}),
+}  # fmt: skip
+
+
+def imported(tmp_path: Path, kind: str, arch: str, changes: dict[str, Any], **said: Any) -> tuple[Any, ImportResult]:  # fmt: skip
+    model = random_model(kind, **{**_OWN, **changes}).eval()
+    path = gguf_kit.file_of(tmp_path / "m.gguf", model, arch, **said)
+    return model, write_folder(path, tmp_path / "m", _FP32)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_model_is_what_the_metadata_says(tmp_path: Path, name: str) -> None:
+    kind, arch, changes, said = SAME[name]
+    original, result = imported(tmp_path, kind, arch, changes, **said)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = original(_IDS).logits, ours(_IDS).logits
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert result.notes == ()
+
+
+def test_none_is_written_where_the_class_has_a_number(tmp_path: Path) -> None:
+    kind, arch, changes, said = SAME["soft caps of 0"]
+    imported(tmp_path, kind, arch, changes, **said)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert [config[f"{k}_logit_softcapping"] for k in ("attn", "final")] == [None, None]
+
+
+def test_keys_that_nobody_read_are_named(tmp_path: Path) -> None:
+    more = {"llama__rope__scaling__yarn_log_multiplier": 0.1, "llama__something": 3}
+    _, result = imported(tmp_path, "llama", "llama", {"rope_parameters": _YARN}, **_SAID_YARN, **more)  # fmt: skip
+    (note,) = result.notes
+    assert note.endswith("left out: rope.scaling.yarn_log_multiplier, something")
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[LlmquantError], str]] = {
+    "no heads": ({"llama__attention__head_count": 0}, CheckpointError, "llama.attention.head_count is 0, not a positive whole number"),
+    "heads as text": ({"llama__attention__head_count": "x"}, CheckpointError, "head_count is 'x'"),
+    "width as text": ({"llama__embedding_length": "x"}, CheckpointError, "embedding_length is 'x'"),
+    "another width": ({"llama__embedding_length": 48}, CheckpointError, "token_embd.weight is [268, 32], the metadata makes it 48 wide"),
+    "more layers than tensors": ({"llama__block_count": 4294967295}, CheckpointError, "more than any tensor of the file has"),
+    "no epsilon": ({"llama__attention__layer_norm_rms_epsilon": None}, CheckpointError, "lacks metadata that a config needs: llama.attention.layer_norm_rms_epsilon"),
+    "negative epsilon": ({"llama__attention__layer_norm_rms_epsilon": -1.5}, CheckpointError, "is -1.5, not a positive number"),
+    "base as a flag": ({"llama__rope__freq_base": True}, CheckpointError, "rope.freq_base is True"),
+    "factor as text": ({"llama__rope__scaling__factor": "x"}, CheckpointError, "rope.scaling.factor is 'x'"),
+    "list of ids": ({"tokenizer__ggml__eos_token_id": [1, 2]}, CheckpointError, "tokenizer.ggml.eos_token_id is [1, 2], not a whole number"),
+    "half a head": ({"llama__attention__key_length": 8, "llama__rope__dimension_count": 4}, LayoutError, "rope.dimension_count is 4 of heads that are 8 wide"),
+    "other extrapolation": ({**_SAID_YARN, "llama__rope__scaling__yarn_ext_factor": 0.5}, LayoutError, "yarn_ext_factor is 0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_metadata_that_makes_no_model(tmp_path: Path, name: str) -> None:
+    said, error, message = WRONG[name]
+    with pytest.raises(error) as told:
+        imported(tmp_path, "llama", "llama", {}, **said)
+    assert message in str(told.value)
+    assert "m.gguf" in str(told.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf"]
+
+
+def test_a_config_that_cannot_run_is_found(tmp_path: Path) -> None:
+    """A Gemma whose sliding layers have no window can be built, and fails at its first token."""
+    with pytest.raises(LayoutError, match="makes a gemma2 model that does not run"):
+        imported(tmp_path, "gemma2", "gemma2", {"tie_word_embeddings": True}, gemma2__attention__sliding_window=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_a_transposed_matrix_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, packed: bool
+) -> None:
+    monkeypatch.setitem(CONFIGS, "gpt2", GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    model = random_model(arch, **{**_OWN, **({"tie_word_embeddings": True} if arch == "gpt2" else {})})  # fmt: skip
+    stored = gguf_kit.tensors(model, arch)
+    stored["blk.0.ffn_up.weight"] = np.ascontiguousarray(stored["blk.0.ffn_up.weight"].T)
+    said = {**gguf_kit.metadata(model, arch), **gguf_kit.tokenizer()}
+    path = gguf_kit.write(tmp_path / "m.gguf", stored, said, arch, "Q8_0")
+    with pytest.raises(LlmquantError, match="blk.0.ffn_up.weight is" if not packed or arch == "llama" else "Conv1D"):  # fmt: skip
+        import_gguf(path, tmp_path / "m", ImportOptions(packed=packed))
+    assert not (tmp_path / "m").exists()
