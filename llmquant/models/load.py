@@ -43,6 +43,7 @@ from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
 from llmquant.models.from_folder import read_generation_config
+from llmquant.models.names import put_head
 from llmquant.models.reading.dense import load_dense
 from llmquant.models.reading.embeddings import scale_of, shape_of
 from llmquant.models.reading.fit import fitted, matrix_at
@@ -196,9 +197,14 @@ def share_embedding(model: PreTrainedModel, *, tied: bool) -> None:
     is left that transformers could tie."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, PackedEmbedding):
-        if tied:
-            model.set_output_embeddings(embedding.table)
-        untie(model)
+        share_table(model, embedding.table, tied=tied)
+
+
+def share_table(model: PreTrainedModel, table: nn.Module, *, tied: bool) -> None:
+    """The same for a model whose embeddings have been replaced by a look-up in ``table``."""
+    if tied:
+        put_head(model, table)
+    untie(model)
 
 
 def untie(model: PreTrainedModel) -> None:

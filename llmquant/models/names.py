@@ -66,6 +66,18 @@ def as_in_checkpoint(
                 _unstack(module, name, architecture.experts)
 
 
+def put_head(model: PreTrainedModel, module: nn.Module) -> None:
+    """Replace the output head under its own name. transformers' ``set_output_embeddings`` makes
+    another module called ``lm_head`` of it, also where the checkpoint's name is another."""
+    head = model.get_output_embeddings()
+    name = next((n for n, m in model.named_modules() if m is head and n), None)
+    if name is None:
+        model.set_output_embeddings(module)
+        return
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
 def _as_linears(model: nn.Module, pattern: str) -> None:
     """Put Linears in the place of Conv1D modules, over the same numbers."""
     found = {n: m for n, m in model.named_modules() if fnmatch.fnmatchcase(n, pattern)}

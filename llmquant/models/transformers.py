@@ -52,7 +52,7 @@ from llmquant.models.load import (
     share_embedding,
     untie,
 )
-from llmquant.models.names import as_in_checkpoint
+from llmquant.models.names import as_in_checkpoint, put_head
 from llmquant.models.reading.embeddings import Matrix, shape_of
 from llmquant.models.reading.fit import matrix_at
 
@@ -166,7 +166,7 @@ class PackedQuantizer(HfQuantizer):
             model.config.get_text_config().tie_word_embeddings
         )
         if self._tied:
-            model.set_output_embeddings(nn.Identity())
+            put_head(model, nn.Identity())
         if self._tied or any(m is head for m in found):
             untie(model)
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
@@ -22,12 +23,14 @@ from llmquant.errors import LlmquantError, ProofError
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.architectures import blocks_of
 from llmquant.models.block_inputs import BlockInput, first_inputs, run_block
-from llmquant.models.load import put_module
-from llmquant.models.reading.fit import fitted, linear_at
+from llmquant.models.load import put_module, share_table
+from llmquant.models.reading.embeddings import embedding_of
+from llmquant.models.reading.fit import Fitted, fitted, linear_at
 from llmquant.quantization.blocks.materialize import materialized, outer_names
 from llmquant.quantization.blocks.whole_model import set_parameter
 from llmquant.quantization.plan import WalkPlan
 from llmquant.runtime.devices import ChosenDtype
+from llmquant.runtime.finite import some
 from llmquant.weight import QuantizedWeight
 
 _TOKENS = 4
@@ -45,6 +48,14 @@ def prove_loading(written: CheckpointReader, plan: WalkPlan) -> None:
     except LlmquantError as e:
         raise ProofError(f"what was written cannot be loaded: {e}") from e
     assert fit.packed is not None  # a packed folder was given
+    _prove_block(written, fit, fit.packed, plan)
+    _prove_full(written, fit.model, fit.packed)
+
+
+def _prove_block(
+    written: CheckpointReader, fit: Fitted, stored: PackedCheckpoint, plan: WalkPlan
+) -> None:
+    """The first block of packed linears computes what was quantized."""
     here = replace(
         plan,
         source=replace(plan.source, model=fit.model, reader=fit.reader),
@@ -53,18 +64,41 @@ def prove_loading(written: CheckpointReader, plan: WalkPlan) -> None:
     )
     blocks = blocks_of(here.model, plan.architecture)
     names = {
-        i: [n for n in fit.packed.schemes if n.startswith(f"{plan.architecture.blocks}.{i}.")]
+        i: [n for n in stored.schemes if n.startswith(f"{plan.architecture.blocks}.{i}.")]
         for i in range(len(blocks))
     }
     index = next((i for i, inside in names.items() if inside), None)
     if index is None:
         return  # the head alone is quantized
     prefix = f"{plan.architecture.blocks}.{index}."
-    weights = {n.removeprefix(prefix): fit.packed.weight(n) for n in names[index]}
+    weights = {n.removeprefix(prefix): stored.weight(n) for n in names[index]}
     inputs = _inputs(here, blocks, index)
     plain, packed = (_run(here, blocks[index], prefix, weights, inputs, k) for k in (False, True))
     if not torch.allclose(plain, packed, rtol=1e-4, atol=1e-5 * float(plain.abs().max())):
         raise ProofError(f"{written.path}: block {index} does not compute what was quantized")
+
+
+def _prove_full(
+    written: CheckpointReader, model: PreTrainedModel, packed: PackedCheckpoint
+) -> None:
+    """With every packed module in place, and the head that shares packed embeddings, the folder has
+    a tensor for whatever is left. The model is not one that runs behind this.
+
+    Raises:
+        ProofError: naming what would have no values.
+    """
+    own, tied = embedding_of(model), bool(model.config.get_text_config().tie_word_embeddings)
+    for name in packed.schemes:
+        put_module(model, name, nn.Identity())
+    if own is not None and own[0] in packed.schemes:
+        share_table(model, nn.Identity(), tied=tied)
+    shared = model.get_expanded_tied_weights_keys(all_submodels=True)
+    every = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    empty = [n for n in every if n not in packed.reader and n not in shared]
+    if empty:
+        raise ProofError(
+            f"{written.path} leaves {some(empty)} of {type(model).__name__} without values"
+        )
 
 
 def _inputs(plan: WalkPlan, blocks: nn.ModuleList, index: int) -> BlockInput:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmquant.kernels import native
+from llmquant.models.names import put_head
 
 
 class HalfLinear(nn.Module):
@@ -96,6 +97,6 @@ def halve_head(model: PreTrainedModel) -> None:
         False  # neither has a parameter to share; what they share is a buffer
     )
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    model.set_output_embeddings(halved)
+    put_head(model, halved)
     if tied:
         model.set_input_embeddings(HalfEmbedding(halved, torch.float32))
