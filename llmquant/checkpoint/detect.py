@@ -20,11 +20,11 @@ import torch
 
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import CheckpointReader, TensorInfo, read_json
-from llmquant.checkpoint.sources.floats import as_floats, small_floats
+from llmquant.checkpoint.sources.floats import as_floats, refuse_mixture, small_floats
+from llmquant.checkpoint.sources.label import labels, without_label
 from llmquant.checkpoint.weights.files import CHOSEN, SINGLE
 from llmquant.errors import CheckpointError, FormatError, UsageError
 
-_KEYS = ("quantization_config", "compression_config")
 _SIDE_FILES = ("quantize_config.json", "quant_config.json")
 # The last parts of names that only quantized modules have.
 _PARTS = frozenset(
@@ -59,6 +59,7 @@ def quantization_of(reader: CheckpointReader) -> dict[str, Any] | None:
     """
     kind = small_floats(reader)
     if kind is not None:
+        refuse_mixture(reader)
         raise UsageError(
             f"{reader.path} has {kind.upper()} weights, which are numbers with scales and no layout to convert; llmquant "
             "quantize reads them as a model to quantize"
@@ -107,12 +108,8 @@ def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
         CheckpointError: a side file that is no JSON.
     """
     check_label(reader.path / "config.json", reader.config)
-    text = reader.config.get("text_config")
-    for place in (reader.config, text if isinstance(text, dict) else {}):
-        for key in _KEYS:
-            found = place.get(key)
-            if found:
-                return _with_method(found, reader.path / "config.json")
+    for _, found in labels(reader.config):
+        return _with_method(found, reader.path / "config.json")
     if any(n.endswith(".qweight") for n in reader.tensors):
         for name in _SIDE_FILES:
             if (reader.path / name).is_file():
@@ -123,19 +120,14 @@ def quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json as that of an unquantized model with weight files of the usual names, in the same
     order."""
-    plain = {k: v for k, v in config.items() if k not in (*_KEYS, CHOSEN)}
-    if isinstance(plain.get("text_config"), dict):
-        plain["text_config"] = {k: v for k, v in plain["text_config"].items() if k not in _KEYS}
-    return plain
+    return {k: v for k, v in without_label(config).items() if k != CHOSEN}
 
 
 def check_label(file: Path, config: Mapping[str, Any]) -> None:
     """Raises FormatError where a config's quantization is no mapping."""
-    text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
-        for key in _KEYS:
-            if place.get(key) and not isinstance(place[key], dict):
-                raise FormatError(f"{file}: {key} is {place[key]!r:.60}, not a mapping")
+    for key, found in labels(config):
+        if not isinstance(found, dict):
+            raise FormatError(f"{file}: {key} is {found!r:.60}, not a mapping")
 
 
 def _with_method(label: dict[str, Any], file: Path) -> dict[str, Any]:

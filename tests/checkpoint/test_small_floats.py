@@ -30,7 +30,12 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [48, 32]}
 # label, the scale's ending, how its grid is got of a weight's shape, what is stored beside it
 KINDS: dict[str, tuple[dict[str, Any], str, Any, tuple[str, ...]]] = {
     "blocks": (BLOCKS, "_scale_inv", lambda o, i: (-(-o // 48), -(-i // 32)), ()),
-    "blocks of the grid": ({"quant_method": "fp8"}, "_scale_inv", lambda o, i: (2, 2), ()),
+    "blocks of the grid": (
+        {"quant_method": "fp8"},
+        "_scale_inv",
+        lambda o, i: (-(-o // 32), -(-i // 32)),
+        (),
+    ),
     "one": ({"quant_method": "fp8"}, "_scale", lambda o, i: (), ("input_scale",)),
     "one, Mistral": (
         {"quant_method": "fp8"},
@@ -134,11 +139,13 @@ def test_blocks_equal_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [[0, 0], [-1, 32], ["48", 32]], ids=str)
-def test_blocks_of_no_size_are_those_of_the_grid(size: list[object], tmp_path: Path) -> None:
+def test_blocks_of_no_size_are_the_power_of_two_that_fits(
+    size: list[object], tmp_path: Path
+) -> None:
     weight, scale = torch.randn(96, 64).to(FP8), torch.rand(2, 2)
     label = {"quant_method": "fp8", "weight_block_size": size}
     floats = floats_of(tmp_path, label, w=weight, w_scale_inv=scale)
-    assert torch.equal(floats.read("w"), plain(weight, scale, 48, 32).to(torch.bfloat16))
+    assert torch.equal(floats.read("w"), plain(weight, scale, 64, 32).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (3, 1, 1), (3, 1, 8), (3, 2, 2)], ids=str)
@@ -159,7 +166,7 @@ def test_one_expert_of_a_stacked_fp8_tensor(shape: tuple[int, ...], tmp_path: Pa
         pytest.param(lambda t, n: t.pop(f"{n}_scale"), "is in FP8 and has no scale", id="no scale"),
         pytest.param(
             lambda t, n: t.update({f"{n}_scale": torch.ones(7, 1)}),
-            "which gives no blocks of",
+            "no power of two is a block of rows which gives the scales of",
             id="another grid",
         ),
     ],

@@ -177,5 +177,7 @@ def test_a_folder_without_the_text_part_of_its_model_is_refused(tmp_path: Path) 
     Gemma3Config().save_pretrained(tmp_path)
     save_file({"vision_tower.a": torch.zeros(1)}, tmp_path / "model.safetensors")
     told = r"the text part of model type 'gemma3' is not where checkpoints keep it \(language_model"
-    with pytest.raises(ArchitectureError, match=told):
+    with pytest.raises(ArchitectureError, match=told) as refused:
         make_plan(tmp_path, Recipe(method="rtn"))
+    places = str(refused.value).partition(" (")[2].partition(")")[0].split(", ")
+    assert len(places) == len(set(places)) > 1

@@ -61,6 +61,9 @@ _ANEW = frozenset(
         "recipe.yaml",
         "quantize_config.json",
         "quant_config.json",
+        "hf_quant_config.json",
+        "quantization_config.json",
+        "quant_cfg.json",
     }
 )
 # Beside a whole model these make transformers load an adapter, whose weights are not carried.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.reader import CheckpointReader, ReaderView
+from llmquant.errors import QuantizationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,21 @@ class Made:
     dtype: torch.dtype
     part: int | None = None
     whole: tuple[str, ...] = ()
+
+
+def rounded(numbers: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """Numbers in a dtype, rounded once.
+
+    Raises:
+        QuantizationError: one is too large for it; begins with ``where``. NaN and Inf of the
+            checkpoint's own are for others to refuse.
+    """
+    result = numbers.to(dtype)
+    if dtype == torch.float16 and bool((~torch.isfinite(result) & torch.isfinite(numbers)).any()):
+        raise QuantizationError(
+            f"{where} has numbers too large for {dtype}, which config.json names; set dtype to bfloat16 there"
+        )
+    return result
 
 
 class DerivedReader(ReaderView):

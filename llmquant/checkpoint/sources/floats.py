@@ -8,9 +8,12 @@ import torch
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources import float8, mxfp4
 from llmquant.checkpoint.sources.derived import DerivedReader, Made
+from llmquant.checkpoint.sources.label import labels, without_label
+from llmquant.errors import UsageError
 
 FP8, MXFP4 = "fp8", "mxfp4"
-_KEYS = ("quantization_config", "compression_config")
+# Names of codes, which are packed under a layout of their own.
+_CODES = (".weight_packed", ".qweight", ".weight")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -26,26 +29,47 @@ def as_floats(reader: CheckpointReader) -> CheckpointReader:
     it has no small floats. One tensor at a time is dequantized, when it is read.
 
     Raises:
-        UsageError, CheckpointError: weights without scales, or with scales that do not fit.
+        UsageError, CheckpointError: weights without scales, or with scales that do not fit; FP8
+            beside packed integers.
     """
     kind = small_floats(reader)
     if kind is None:
         return reader
+    refuse_mixture(reader)
     dtype = _dtype(reader)
-    label = next((found for k in _KEYS if isinstance(found := reader.config.get(k), dict)), {})
+    label = next((found for _, found in labels(reader.config) if isinstance(found, dict)), {})
     found = [
         *(float8.made_of(reader, label, dtype) if kind == FP8 else ()),
         *mxfp4.made_of(reader, dtype),
     ]
     made: dict[str, Made] = {name: one for name, one, _ in found}
     floats = DerivedReader(reader, made, {n for _, _, used in found for n in used})
-    floats.config = {k: v for k, v in reader.config.items() if k not in _KEYS}
+    floats.config = without_label(reader.config)
     name = str(dtype).removeprefix("torch.")
     floats.notes = (
         *reader.notes,
         f"{len(made)} weights are in {kind.upper()}; they are read as the {name} numbers that they and their scales mean",
     )
     return floats
+
+
+def refuse_mixture(reader: CheckpointReader) -> None:
+    """Raises UsageError for FP8 weights beside packed integers: either is read, but not both in one
+    checkpoint."""
+    packed = next(
+        (
+            n
+            for n, i in reader.tensors.items()
+            if not i.dtype.is_floating_point and n.endswith(_CODES)
+        ),
+        None,
+    )
+    fp8 = float8.weights_of(reader)
+    if packed is not None and fp8:
+        raise UsageError(
+            f"{reader.path} has FP8 weights ({fp8[0]}) beside packed integers ({packed}); a mixture of the two is not read; "
+            "give the original FP16 or BF16 model"
+        )
 
 
 def _dtype(reader: CheckpointReader) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.checkpoint.sources.derived import Made
+from llmquant.checkpoint.sources.derived import Made, rounded
 from llmquant.errors import CheckpointError
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -52,12 +52,18 @@ def made_of(
                 "not [experts, out, in/32, 16] and [experts, out, in/32]"
             )
         whole = (shape[0], shape[2] * 32, shape[1])
-        yield name, Made((blocks, scales), partial(_numbers, dtype), whole, dtype), (blocks, scales)
+        made = Made(
+            (blocks, scales),
+            partial(_numbers, f"{reader.path}: tensor {name}", dtype),
+            whole,
+            dtype,
+        )
+        yield name, made, (blocks, scales)
 
 
-def _numbers(dtype: torch.dtype, blocks: Tensor, scales: Tensor) -> Tensor:
+def _numbers(where: str, dtype: torch.dtype, blocks: Tensor, scales: Tensor) -> Tensor:
     table = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], dtype=torch.float32)
     codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).long()
     powers = torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
     numbers = (table[codes] * powers.unsqueeze(-1)).flatten(-2)
-    return numbers.transpose(-1, -2).to(dtype).contiguous()
+    return rounded(numbers.transpose(-1, -2), dtype, where).contiguous()

@@ -127,7 +127,7 @@ def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None
         return Tower(text, base, next(stored, heads[0]))
     raise ArchitectureError(
         f"{reader.path}: the text part of model type {config.model_type!r} is not where checkpoints keep it "
-        f"({', '.join(base for base, _ in PLACES)}); quantize a text-only checkpoint of the family"
+        f"({', '.join(dict.fromkeys(base for base, _ in PLACES))}); quantize a text-only checkpoint of the family"
     )
 
 

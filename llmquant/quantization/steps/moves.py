@@ -134,6 +134,8 @@ class Moves:
             0, channel, _largest(self._now(f"{self._name(modules[1])}.weight"), 0), "amax"
         )
         together = rows * columns
+        if not bool(torch.isfinite(together).all()):
+            return
         counts = together > _COUNTS * _middle(together)
         if not bool(counts.any()):
             return
@@ -192,8 +194,9 @@ def _largest(weight: Tensor, dim: int) -> Tensor:
 
 
 def _middle(values: Tensor) -> float:
-    """The median of those that are not 0; 0 where all are."""
-    there = values[values > 0]
+    """The median of those that are not 0; 0 where all are. Infinite ones are for whoever rounds the
+    tensor to refuse."""
+    there = values[(values > 0) & torch.isfinite(values)]
     return float(there.median()) if there.numel() else 0.0
 
 
