@@ -11,15 +11,17 @@ import torch
 
 from llmquant.checkpoint.reader import sha256_file
 from llmquant.errors import LlmquantError
+from llmquant.kernels.gpu.attention import grouped_sdpa
 from llmquant.models.load import load
 from llmquant.quantization.blocks import hidden_states
-from llmquant.quantization.blocks.transfers import Streamed, Transfers, transfers_of
+from llmquant.quantization.blocks.transfers import Streamed, Transfers, behind, transfers_of
 from llmquant.quantization.options import QuantizeOptions
 from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 from llmquant_serve.engines import local
 from llmquant_serve.engines.base import Sampling
 from llmquant_serve.engines.local import LocalEngine
+from llmquant_serve.engines.step_graph import CudaGraphs
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -86,3 +88,33 @@ def test_a_full_card_is_a_sentence(model: Path, gptq: Recipe, tmp_path: Path) ->
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_waits_is_told_and_spoils_no_recording() -> None:
+    record, ones = CudaGraphs(torch.device(DEVICE)), torch.ones(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="a step waits for the device"):
+        record(lambda: ones * ones.sum().item())
+    assert record(lambda: ones * 2)().tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError, match="captur"):  # no longer looked for: CUDA refuses it
+        record(lambda: ones * ones.sum().item())
+    torch.cuda.empty_cache()
+    assert record(lambda: ones * 3)().tolist() == [3, 3, 3]
+
+
+def test_what_is_let_go_while_it_is_copied_arrives_whole() -> None:
+    moving = Streamed(torch.device(DEVICE))  # without a number, as --device cuda names it
+    filled = (torch.full((1 << 24,), float(i), device=DEVICE) for i in range(24))
+    for i, arrived in enumerate(behind(map(moving.fetch, filled))):
+        assert arrived.eq(i).all()
+
+
+def test_a_prompt_in_float32_needs_no_scores_of_all_heads() -> None:
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    query = torch.randn(1, 8, 4096, 64, device=DEVICE)
+    key, value = torch.randn(2, 1, 2, 4096, 64, device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grouped_sdpa(module, query, key, value, None)
+    scores = 8 * 4096**2 * 4
+    assert torch.cuda.max_memory_allocated() - before < scores / 4
