@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import EXAMPLE
 
 from llmquant_eval.models import retrying
+from llmquant_eval.models.kept_answers import KeptAnswers, Prompt
 
 BASE = Path(__file__).parents[1] / "golden" / "base"
 WINDOWS, GOOD = 12, 4
@@ -271,8 +272,15 @@ def test_a_server_with_less_context_starts_over(
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_model_after_a_lost_connection_is_an_error(
-    change: str, words: Path, tmp_path: Path
+    change: str, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plain = KeptAnswers.add
+
+    def slowly(self: KeptAnswers, prompt: Prompt, answer: Any) -> None:
+        time.sleep(0.05)  # while other requests find out
+        plain(self, prompt, answer)
+
+    monkeypatch.setattr(KeptAnswers, "add", slowly)
     with serving(BASE) as fake:
         other = fake_server.FakeServer(changed(tmp_path, change), "ids", None)
 

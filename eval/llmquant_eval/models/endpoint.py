@@ -26,7 +26,7 @@ from typing import Any
 
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.models.answers import QUOTED, choice_of, read_scores
-from llmquant_eval.models.kept_answers import KeptAnswers, Prompt, PromptScores, agree
+from llmquant_eval.models.kept_answers import Answer, KeptAnswers, Prompt, PromptScores, agree
 from llmquant_eval.models.retrying import FIRST_PATIENCE, PATIENCE, Retrying
 from llmquant_eval.models.server import RefusedError, Server
 
@@ -121,34 +121,43 @@ class Endpoint:
         if scores is None:
             with self._asking:
                 scores = self._score(ids)
-            self._check_model()
-            self.kept.add(Prompt(ids), scores)
+            self._keep(Prompt(ids), scores)
         return scores
 
     def _check_model(self) -> None:
         """Does what answers now answer the first kept prompt as before? Asked before answers of an
         earlier run are used, and after a lost connection."""
         with self._checking:
-            if self.kept.first is None:  # no answer yet that could differ
-                self._resuming = self._retrying.reconnected = False
-            resuming = self._resuming
-            if not self._replaced and (resuming or self._retrying.reconnected):
-                same = self._answers_as_before()
-                self._resuming = self._retrying.reconnected = False
-                if not same:
-                    self.kept.discard()
-                if resuming:
-                    self._tell(
-                        f"{self.url}: resumes; {len(self.kept):,} answers of an earlier run are kept"
-                        if same
-                        else f"{self.url}: answers otherwise than in an earlier run, whose answers are not used"
-                    )
-                self._replaced = not same and not resuming
-            if self._replaced:
-                raise LlmquantError(
-                    f"{self.url} came back with another model: it answers a prompt otherwise than before. "
-                    "What it answered is not used; run the command again"
+            self._check()
+
+    def _keep(self, prompt: Prompt, answer: Answer) -> None:
+        """Check the model and keep its answer, with nothing in between: what another thread then
+        discards is all of it."""
+        with self._checking:
+            self._check()
+            self.kept.add(prompt, answer)
+
+    def _check(self) -> None:
+        if self.kept.first is None:  # no answer yet that could differ
+            self._resuming = self._retrying.reconnected = False
+        resuming = self._resuming
+        if not self._replaced and (resuming or self._retrying.reconnected):
+            same = self._answers_as_before()
+            self._resuming = self._retrying.reconnected = False
+            if not same:
+                self.kept.discard()
+            if resuming:
+                self._tell(
+                    f"{self.url}: resumes; {len(self.kept):,} answers of an earlier run are kept"
+                    if same
+                    else f"{self.url}: answers otherwise than in an earlier run, whose answers are not used"
                 )
+            self._replaced = not same and not resuming
+        if self._replaced:
+            raise LlmquantError(
+                f"{self.url} came back with another model: it answers a prompt otherwise than before. "
+                "What it answered is not used; run the command again"
+            )
 
     def _answers_as_before(self) -> bool:
         assert self.kept.first is not None  # asked by the caller
@@ -220,8 +229,7 @@ class Endpoint:
         text = self.kept.text(prompt)
         if text is None:
             text = self._complete(prompt)
-            self._check_model()
-            self.kept.add(prompt, text)
+            self._keep(prompt, text)
         return text
 
     def ask(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
