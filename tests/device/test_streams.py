@@ -125,7 +125,9 @@ def test_python_is_at_most_two_batches_ahead(
     ]  # fmt: skip
 
 
-def test_without_memory_to_pin_a_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_to_pin_a_copy_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     plain = torch.empty
 
     def empty(*args: Any, pin_memory: bool = False, **more: Any) -> torch.Tensor:
@@ -134,7 +136,11 @@ def test_without_memory_to_pin_a_copy_is_waited_for(monkeypatch: pytest.MonkeyPa
         return plain(*args, **more)
 
     monkeypatch.setattr(torch, "empty", empty)
-    assert transfers.pinned(torch.ones(3)).tolist() == [1, 1, 1]
+    for _ in range(2):
+        assert transfers.pinned(torch.ones(3)).tolist() == [1, 1, 1]
+    assert caplog.messages == [
+        "the system gives no more pinned memory (CUDA error: out of memory), so copies are waited for"
+    ]
 
 
 def test_memory_that_is_not_pinned_is_waited_for(streams: Module) -> None:

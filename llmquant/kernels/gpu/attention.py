@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 _ITS_OWN = frozenset({"cpu", "mps", "xpu"})  # have kernels for groups
 
@@ -58,7 +58,7 @@ def grouped_sdpa(
     if groups == 1 or query.device.type in _ITS_OWN or beside:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is None and query.dtype is torch.float32:
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        key, value = (repeat_kv(t, groups) for t in (key, value))
         return sdpa_attention_forward(_Ungrouped(module), query, key, value, None, **options)
     if attention_mask is not None and query.shape[2] == 1 == attention_mask.shape[1]:
         batch, heads, _, width = query.shape

@@ -9,13 +9,16 @@ for. Both move the same bytes.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, get_device_module
 
+log = logging.getLogger(__name__)
 _AHEAD = 2  # batches whose work may be asked for and not done
 
 Arrival = Callable[[], Tensor]
@@ -115,8 +118,15 @@ def pinned_like(tensor: Tensor) -> Tensor:
     gives such memory."""
     try:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    except RuntimeError:  # the system gives no more: copies wait, from and to other memory too
+    except RuntimeError as e:
+        _no_more_pinned(str(e).splitlines()[0])
         return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+@cache
+def _no_more_pinned(reason: str) -> None:
+    """Said once."""
+    log.warning("the system gives no more pinned memory (%s), so copies are waited for", reason)
 
 
 def pinned(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,10 @@ class CudaGraphs:
                     self._checked = True
                 torch.cuda.synchronize(self._device)
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
+                with ExitStack() as failed:
+                    failed.callback(self._abandon, graph)
                     result = run()
-                except BaseException:
-                    self._abandon(graph)
-                    raise
+                    failed.pop_all()
                 graph.capture_end()
             current.wait_stream(self._beside)
 
