@@ -16,7 +16,8 @@ included). One row alone has no padding, needs no mask, and so runs the very ari
 A row that leaves is replaced by the last one; a row that joins is copied in at the right. When its
 last column is reached the buffer's contents move left: within it while the longest row leaves a
 fifth of it free, else to one with a third more columns than that row, rounded up. Amortized, a
-token is moved a constant number of times. It has rows for as many sequences as there were at once, by powers of two.
+token is moved a constant number of times. It has rows for as many sequences as there were at once,
+by powers of two.
 """
 
 from __future__ import annotations
