@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from llmquant.errors import QuantizationError
+from llmquant.models.experts import ExpertList
 from llmquant.recipe_sections import QAT
 from llmquant.runtime import signals as interruption
 from llmquant.training.options import QatEvents, TrainingStep
@@ -47,12 +49,7 @@ def accelerator_for(device: torch.device, dtype: torch.dtype) -> Accelerator:
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=_PATIENCE),
-            # A step may route no token to an expert; and processes hold out unequal numbers of
-            # windows, so they do not wait for each other to share buffers that never change.
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
 
 
@@ -89,7 +86,15 @@ class Training:
         """
         optimizer = torch.optim.AdamW(self.student.groups(self.options), betas=_BETAS)
         names = self._names(optimizer)
-        model, optimizer = self.accelerator.prepare(self.student.model, optimizer)
+        if any(isinstance(m, ExpertList) for m in self.student.model.modules()):
+            # A step may route no token to an expert; and processes hold out unequal numbers of
+            # windows, so they do not wait for each other to share buffers that never change.
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(
+                find_unused_parameters=True, broadcast_buffers=False
+            )
+        with warnings.catch_warnings():  # its newer name is not in every torch that is supported
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model, optimizer = self.accelerator.prepare(self.student.model, optimizer)
         course, best = self._begin(optimizer, names, events)
         resumed, begun, tokens = course.step, time.monotonic(), 0
         measure_at = measured_at(self.options)

@@ -228,6 +228,7 @@ def test_two_processes_do_what_one_does_up_to_rounding(
     section = {**SHORT, "steps": 4, "source": f"file:{text}"}
     ended = in_two_processes(tmp_path, quantized, model, section)
     assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "Warning" not in ended.stderr
     after = [float(x) for x in re.findall(r"AFTER ([\d.]+)", ended.stdout)]  # two may share a line
     assert len(after) == 2
     assert after[0] == after[1] == pytest.approx(alone.record.after, rel=1e-2)
