@@ -215,6 +215,20 @@ def test_a_conversation(page, page_server):
     expect(bot(page)).to_have_count(0)
 
 
+def test_clear_empties_the_page_at_any_moment_of_a_reply(page):
+    configure(page, 12)
+    for wait_ms in (0, 50, 100, 150, 200, 300, 400):
+        page.locator("#box textarea").fill("And then?")
+        page.locator("#box textarea").press("Enter")
+        expect(bot(page)).to_have_count(1)
+        page.wait_for_timeout(wait_ms)
+        page.locator("#clear").click()
+        expect(page.locator("#chat .empty")).to_be_visible()
+        page.wait_for_timeout(400)
+        expect(page.locator("#chat .empty")).to_be_visible()
+        expect(page.locator("#stop")).to_be_hidden()
+
+
 def test_stop_frees_the_slot(page, page_server):
     configure(page, 1800)
     page.locator("#box textarea").fill("Tell me a very long story.")
@@ -225,6 +239,8 @@ def test_stop_frees_the_slot(page, page_server):
     page.locator("#stop").click()
     page_server.until_idle(60)
     assert page_server.steps - before < 1700
+    expect(page.locator("#chat [aria-busy=true]")).to_have_count(0)
+    expect(bot(page)).to_have_count(1)
     look(page, "stopped")
 
 

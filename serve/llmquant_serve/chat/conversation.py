@@ -7,6 +7,7 @@ stopped before them, it is in the box again.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -28,10 +29,11 @@ _EXPORT = """(text) => {
   link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
   link.download = "conversation.json"; link.click(); URL.revokeObjectURL(link.href);
 }"""
+_ON_THE_WAY_SECONDS = 0.3
 Turn = dict[str, str]
 
 
-def chat_tab(service: Service, settings: list[gr.components.Component], runs: Runs[Any]) -> None:
+def chat_tab(service: Service, settings: list[gr.components.Component]) -> Conversation:
     """The widgets of the tab, and what happens when they are used."""
     chat = gr.HTML(transcript([], service.model), elem_id="chat")
     turns, exported = gr.State([]), gr.Textbox(visible="hidden")
@@ -55,29 +57,27 @@ def chat_tab(service: Service, settings: list[gr.components.Component], runs: Ru
         regenerate = gr.Button("Regenerate", size="sm", scale=0, min_width=90, elem_id="regenerate")
         clear = gr.Button("Clear", size="sm", scale=0, min_width=60, elem_id="clear")
         export = gr.Button("Export", size="sm", scale=0, min_width=60, elem_id="export")
-    talk = Conversation(service, runs)
-    running: list[Any] = [
-        event(ready, [said], None, **UNQUEUED)
-        .then(ask, [said, turns], [box, chat, status], **UNQUEUED)
-        .then(talk.answer, [turns, *settings], [box, chat, status, turns], **UNLIMITED)
-        for event, said, ready, ask in (
-            (send.click, box, talk.make_way, talk.ask),
-            (box.submit, box, talk.make_way, talk.ask),
-            (regenerate.click, box, talk.stop_reply, talk.ask_again),
-            *((example.click, example, talk.make_way, talk.ask_example) for example in examples),
-        )
-    ]
-    # What follows a reply is queued, so that it comes behind all that the reply has sent, by the
-    # same way.
-    for ended in running:
-        ended.then(talk.settle, [turns], [chat], **UNLIMITED)
+    talk = Conversation(service)
+    for event, said, ready, ask in (
+        (send.click, box, talk.make_way, talk.ask),
+        (box.submit, box, talk.make_way, talk.ask),
+        (regenerate.click, box, talk.stop_reply, talk.ask_again),
+        *((example.click, example, talk.make_way, talk.ask_example) for example in examples),
+    ):
+        event(ready, [said], None, **UNQUEUED).then(
+            ask, [said, turns], [box, chat, status], **UNQUEUED
+        ).then(talk.answer, [turns, *settings], [box, chat, status, turns], **UNLIMITED)
     stop.click(talk.stop, [box, turns], [box, chat], **UNQUEUED)
-    clear.click(talk.stop_reply, [box], None, cancels=running, **UNQUEUED).then(
-        lambda: (transcript([], service.model), "", []), None, [chat, status, turns], **UNLIMITED
+    # Not by Gradio's queue: its page closes the queue's stream when a reply has ended, and may miss
+    # what is sent in that moment. So ``cancels`` is not used either.
+    emptied = [chat, status, turns]
+    clear.click(talk.clear, [box], emptied, **UNQUEUED).then(
+        talk.still_clear, None, emptied, **UNQUEUED
     )
     export.click(_exported, [turns, settings[0]], exported, **UNQUEUED).then(
         None, [exported], None, js=_EXPORT, api_visibility="private"
     )
+    return talk
 
 
 @dataclass
@@ -93,8 +93,9 @@ class Conversation:
     """What the buttons do; ``turns`` are a visitor's conversation as the page keeps it."""
 
     service: Service
-    runs: Runs[Any]
+    runs: Runs[Any] = field(default_factory=Runs)
     asked: dict[str, Asked] = field(default_factory=dict)  # by visitor
+    cleared: set[str] = field(default_factory=set)  # visitors who asked nothing since Clear
 
     async def make_way(self, request: gr.Request, text: str | None) -> None:
         """Stop the reply before this message; an empty box (a second click) stops nothing."""
@@ -122,7 +123,7 @@ class Conversation:
         """The message of the box is on its way."""
         if not text or not text.strip():
             return gr.skip(), gr.skip(), gr.skip()
-        self.asked[visitor(request)] = asked = Asked([*turns, {"role": "user", "content": text}])
+        asked = self._ask(request, [*turns, {"role": "user", "content": text}])
         return "", self._transcript(asked.turns, busy=True), ""
 
     async def ask_example(
@@ -139,14 +140,33 @@ class Conversation:
         while turns and turns[-1]["role"] != "user":
             turns = turns[:-1]
         if turns:
-            self.asked[visitor(request)] = Asked(turns)
+            self._ask(request, turns)
         return gr.skip(), self._transcript(turns, busy=bool(turns)), ""
 
-    async def settle(self, request: gr.Request, turns: list[Turn]) -> Any:
-        """A reply has ended, by itself or by Stop: nothing is being written any more."""
-        if visitor(request) in self.asked or self.runs.running(visitor(request)):
-            return gr.skip()
-        return self._transcript(turns)
+    async def clear(self, request: gr.Request, text: str | None) -> tuple[str, str, list[Turn]]:
+        """No conversation, and no reply to it."""
+        await self.stop_reply(request, text)
+        self.cleared.add(visitor(request))
+        return self._transcript([]), "", []
+
+    async def still_clear(self, request: gr.Request) -> tuple[Any, Any, Any]:
+        """The same once more, a moment later: the last words of the stopped reply were on their
+        way to the page."""
+        await asyncio.sleep(_ON_THE_WAY_SECONDS)
+        if visitor(request) not in self.cleared:
+            return gr.skip(), gr.skip(), gr.skip()
+        return self._transcript([]), "", []
+
+    async def leave(self, request: gr.Request) -> None:
+        """A visitor has closed the page."""
+        await self.stop_reply(request, None)
+        self.cleared.discard(visitor(request))
+
+    def _ask(self, request: gr.Request, turns: list[Turn]) -> Asked:
+        """These turns are on their way."""
+        self.cleared.discard(visitor(request))
+        self.asked[visitor(request)] = asked = Asked(turns)
+        return asked
 
     def _transcript(self, turns: list[Turn], *, busy: bool = False) -> str:
         return transcript(turns, self.service.model, busy=busy)
@@ -162,14 +182,20 @@ class Conversation:
         if asked is None or asked.taken:
             return
         asked.taken = True
+        longer, finished = asked.turns, True
         try:
             work = reply(self.service, with_system(system, asked.turns), sampling_of(numbers))
             async with aclosing(self.runs.follow(who, work)) as growing:
                 async for now in growing:
+                    if who in self.cleared:  # the reply was ready before
+                        return
                     self._arrived(who, asked)
                     longer = [*asked.turns, {"role": "assistant", "content": now.text}]
-                    shown = self._transcript(longer, busy=not now.finished)
+                    finished = now.finished
+                    shown = self._transcript(longer, busy=not finished)
                     yield gr.skip(), shown, now.status, longer
+            if not finished and who not in self.cleared and who not in self.asked:  # stopped
+                yield gr.skip(), self._transcript(longer), gr.skip(), gr.skip()
         except LlmquantError as e:
             yield _unsent(asked.turns, turns), self._transcript(turns), "", turns
             raise notice(e) from e

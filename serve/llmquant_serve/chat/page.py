@@ -85,7 +85,6 @@ def mount(
 
 def build_page(service: Service, reference: Service | None, facts: Facts) -> gr.Blocks:
     """The page: what it talks to, chat, A/B if there is a reference, and the measured table."""
-    chats: Runs[Any] = Runs()
     comparisons: Runs[Any] = Runs()
     with gr.Blocks(
         title=f"{service.model} · llmquant", analytics_enabled=False, fill_height=True
@@ -94,14 +93,14 @@ def build_page(service: Service, reference: Service | None, facts: Facts) -> gr.
         settings = settings_panel()
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Chat"):
-                chat_tab(service, settings, chats)
+                talk = chat_tab(service, settings)
             if reference is not None:
                 with gr.Tab("A/B"):
                     compare_tab(service, reference, settings, comparisons)
             with gr.Tab("Measured"):
                 gr.Markdown(facts.table or _NOT_MEASURED, elem_id="measured")
-        for runs in (chats, comparisons):
-            page.unload(stopper(runs))
+        page.unload(talk.leave)
+        page.unload(stopper(comparisons))
     built: gr.Blocks = page
     return built
 
