@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -38,7 +40,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import CheckpointError, FormatError, UsageError
+from llmquant.errors import ArchitectureError, CheckpointError, FormatError, UsageError
 from llmquant.formats import for_config
 from llmquant.kernels import AUTO, KERNELS
 from llmquant.kernels.packed_linear import PackedLinear
@@ -107,6 +109,7 @@ class PackedQuantizer(HfQuantizer):
         for_config(quantization_config.stored_config)
         self._kernel = quantization_config.kernel
         self._packed: PackedCheckpoint | None = None
+        self._places: dict[str, str] = {}  # packed module, as stored -> where the model has it
         self._dtype = torch.bfloat16
         self._tied = False  # whether the head is to be the packed embeddings
 
@@ -138,8 +141,10 @@ class PackedQuantizer(HfQuantizer):
         self._packed = packed = PackedCheckpoint(reader, self.quantization_config.stored_config)
         packed.require_modules()
         as_in_checkpoint(model, str(reader.config.get("model_type")))
-        self._untie(model, packed)
-        if type(model.get_input_embeddings()) is not nn.Embedding:
+        self._places = _places(model, packed)
+        self._untie(model)
+        embeddings = model.get_input_embeddings()
+        if type(embeddings) is not nn.Embedding and embeddings in self._packed_modules(model):
             # Computed buffers are without numbers here, and a scale of the rows is one.
             with torch.device("cpu"):
                 like = causal_model(reader, self._dtype).get_input_embeddings()
@@ -149,26 +154,33 @@ class PackedQuantizer(HfQuantizer):
             empty = {
                 s: torch.empty(i.shape, dtype=i.dtype, device="meta") for s, i in headers.items()
             }
-            put_module(model, name, _Stored(matrix_at(model, name, reader), empty))
+            place = self._places[name]
+            put_module(model, place, _Stored(matrix_at(model, place, reader), empty))
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel
     ) -> list[Any]:
-        """None: the model's modules have the checkpoint's names, and experts stay apart."""
-        return []
+        """None: the model's modules have the checkpoint's names, and experts stay apart. Of a model
+        that also sees, transformers' own."""
+        return weight_conversions if _sees(model) else []
 
-    def _untie(self, model: PreTrainedModel, packed: PackedCheckpoint) -> None:
+    def _untie(self, model: PreTrainedModel) -> None:
         """Neither a packed head nor packed embeddings have a weight to share. A head that is tied
         to these waits without one."""
-        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-        found = [m for n, m in model.named_modules() if n in packed.schemes]
-        self._tied = any(m is embeddings for m in found) and bool(
-            model.config.get_text_config().tie_word_embeddings
+        head, found = model.get_output_embeddings(), self._packed_modules(model)
+        shared = {name.removesuffix(".weight") for name in model.all_tied_weights_keys}
+        self._tied = model.get_input_embeddings() in found and any(
+            m is head for n, m in model.named_modules() if n in shared
         )
         if self._tied:
             put_head(model, nn.Identity())
-        if self._tied or any(m is head for m in found):
+        if self._tied or head in found:
             untie(model)
+
+    def _packed_modules(self, model: PreTrainedModel) -> list[nn.Module]:
+        """Those of the model that the folder has packed."""
+        places = set(self._places.values())
+        return [m for n, m in model.named_modules() if n in places]
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -184,7 +196,7 @@ class PackedQuantizer(HfQuantizer):
         # of this check.
         packed.refuse_shifted_zeros()
         for name, scheme in packed.schemes.items():
-            place = model.get_submodule(name)
+            place = model.get_submodule(self._places[name])
             assert isinstance(place, _Stored)
             weight = packed.unpack(name, place.stored())
             check_shape(weight, place.shape, f"{path}: {name}")
@@ -199,7 +211,7 @@ class PackedQuantizer(HfQuantizer):
                 )
             except UsageError as e:
                 raise UsageError(f"{name}: {e}") from e
-            put_packed(model, name, linear, place.__dict__["replaced"])
+            put_packed(model, self._places[name], linear, place.__dict__["replaced"])
         share_embedding(model, tied=self._tied)
         model.requires_grad_(False)
         speed_up(model)
@@ -212,6 +224,31 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _sees(model: PreTrainedModel) -> bool:
+    """Whether a text model is only part of this one."""
+    return model.config.get_text_config() is not model.config
+
+
+def _places(model: PreTrainedModel, packed: PackedCheckpoint) -> dict[str, str]:
+    """Packed module, as stored -> its path in the model. A model that also sees has names of its
+    own in memory, which transformers' loader finds by renaming."""
+    if not _sees(model):
+        return {name: name for name in packed.tensors}
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    stored = {
+        name: rename_source_key(f"{name}.weight", renamings, [])[0] for name in packed.tensors
+    }
+    places = {name: place.removesuffix(".weight") for name, place in stored.items()}
+    modules = {n for n, _ in model.named_modules()}
+    missing = next((name for name, place in places.items() if place not in modules), None)
+    if missing is not None:
+        raise ArchitectureError(
+            f"{packed.reader.path} has packed weights for {missing}, and {type(model).__name__} has no such linear "
+            "(experts are stacked there); llmquant.load loads its text part"
+        )
+    return places
 
 
 def register_with_transformers(kernel: str = AUTO) -> None:

@@ -23,7 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmquant import inspect, load
+from llmquant import inspect, load, register_with_transformers, unregister_from_transformers
+from llmquant.errors import ArchitectureError
+from llmquant.kernels.packed_linear import PackedLinear
 
 IDS = torch.randint(10, 4000, (2, 10), generator=torch.Generator().manual_seed(1))
 TEXT: dict[str, Any] = {
@@ -167,6 +169,38 @@ def test_linears_of_several_schemes_are_found_by_their_names(
     assert difference < 1e-4 * largest
     refused = run("convert", packed, "--to", "gptq", "-o", again)
     assert (refused.code, "write it as compressed-tensors" in refused.err) == (2, True), refused
+
+
+@pytest.mark.parametrize("more", [(), ("--embeddings", "8")], ids=["linears", "embeddings too"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_transformers_keeps_the_text_part_packed(
+    kind: str, more: tuple[str, ...], tmp_path: Path, run: Run
+) -> None:
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    dense = write(kind, source)
+    rtn = ("--method", "rtn", "--group-size", "16", *more)
+    assert run("quantize", source, "-o", packed, *rtn).code == 0
+    register_with_transformers(kernel="reference")
+    try:
+        if kind == "llama4":
+            with pytest.raises(ArchitectureError, match=r"llmquant\.load loads its text part"):
+                AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32)
+            return
+        whole = AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32).eval()
+    finally:
+        unregister_from_transformers()
+    with torch.no_grad():
+        ours = load(packed, dtype="float32", kernel="reference")(IDS).logits
+        assert torch.equal(whole(input_ids=IDS).logits, ours)
+    assert sum(isinstance(m, PackedLinear) for m in whole.modules()) >= 14
+    theirs = dict(whole.named_parameters()) | dict(whole.named_buffers())
+    kept = [
+        (name, tensor)
+        for name, tensor in (*dense.named_parameters(), *dense.named_buffers())
+        if "language_model" not in name and "lm_head" not in name
+    ]
+    assert kept
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in kept)
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
