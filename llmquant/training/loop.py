@@ -184,9 +184,11 @@ class Training:
             course.waited += 1
         self.log("heldout", step=course.step, kl=kl, best=course.best)
         if course.waited >= self.options.patience and course.step < self.options.steps:
+            more = {"scales": "", "codes": " and --codes-lr", "lora": " and --lora-lr"}
             course.stopped = (
                 f"the held-out KL did not fall in {course.waited} measurements; "
-                f"ended after step {course.step} of {self.options.steps}"
+                f"ended after step {course.step} of {self.options.steps}; smaller --lr{more[self.options.size]}, or "
+                "more tokens a step (--batch-size), may come further"
             )
         return best
 
