@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from llmquant.errors import ArchitectureError
@@ -64,6 +67,39 @@ def as_in_checkpoint(
                 f".{architecture.experts.inside}"
             ):
                 _unstack(module, name, architecture.experts)
+
+
+def text_is_a_part(model: PreTrainedModel) -> bool:
+    """Whether a text model is only part of this one, which also sees or hears."""
+    return model.config.get_text_config() is not model.config
+
+
+def places_in_memory(model: PreTrainedModel, stored: Iterable[str], path: Path) -> dict[str, str]:
+    """Where transformers' own model has the modules of a checkpoint: stored name → name in memory.
+    They differ in models that also see, whose tensors transformers' loader renames.
+
+    Args:
+        model: of transformers' class; a text model after ``as_in_checkpoint``.
+        stored: names of packed modules.
+        path: of the folder.
+
+    Raises:
+        ArchitectureError: a model that also sees lacks one.
+    """
+    if not text_is_a_part(model):
+        return {name: name for name in stored}
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    modules = {n for n, _ in model.named_modules()}
+    places = {}
+    for name in stored:
+        place = rename_source_key(f"{name}.weight", renamings, [])[0].removesuffix(".weight")
+        if place not in modules:
+            raise ArchitectureError(
+                f"{path} has packed weights for {name}, and {type(model).__name__} has no such linear "
+                "(experts are stacked there); llmquant.load loads its text part"
+            )
+        places[name] = place
+    return places
 
 
 def put_head(model: PreTrainedModel, module: nn.Module) -> None:

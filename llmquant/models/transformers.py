@@ -28,8 +28,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -40,7 +38,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import ArchitectureError, CheckpointError, FormatError, UsageError
+from llmquant.errors import CheckpointError, FormatError, UsageError
 from llmquant.formats import for_config
 from llmquant.kernels import AUTO, KERNELS
 from llmquant.kernels.packed_linear import PackedLinear
@@ -54,7 +52,7 @@ from llmquant.models.load import (
     share_embedding,
     untie,
 )
-from llmquant.models.names import as_in_checkpoint, put_head
+from llmquant.models.names import as_in_checkpoint, places_in_memory, put_head, text_is_a_part
 from llmquant.models.reading.embeddings import Matrix, shape_of
 from llmquant.models.reading.fit import matrix_at
 
@@ -141,7 +139,7 @@ class PackedQuantizer(HfQuantizer):
         self._packed = packed = PackedCheckpoint(reader, self.quantization_config.stored_config)
         packed.require_modules()
         as_in_checkpoint(model, str(reader.config.get("model_type")))
-        self._places = _places(model, packed)
+        self._places = places_in_memory(model, packed.tensors, reader.path)
         self._untie(model)
         embeddings = model.get_input_embeddings()
         if type(embeddings) is not nn.Embedding and embeddings in self._packed_modules(model):
@@ -162,7 +160,7 @@ class PackedQuantizer(HfQuantizer):
     ) -> list[Any]:
         """None: the model's modules have the checkpoint's names, and experts stay apart. Of a model
         that also sees, transformers' own."""
-        return weight_conversions if _sees(model) else []
+        return weight_conversions if text_is_a_part(model) else []
 
     def _untie(self, model: PreTrainedModel) -> None:
         """Neither a packed head nor packed embeddings have a weight to share. A head that is tied
@@ -224,31 +222,6 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _sees(model: PreTrainedModel) -> bool:
-    """Whether a text model is only part of this one."""
-    return model.config.get_text_config() is not model.config
-
-
-def _places(model: PreTrainedModel, packed: PackedCheckpoint) -> dict[str, str]:
-    """Packed module, as stored -> its path in the model. A model that also sees has names of its
-    own in memory, which transformers' loader finds by renaming."""
-    if not _sees(model):
-        return {name: name for name in packed.tensors}
-    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-    stored = {
-        name: rename_source_key(f"{name}.weight", renamings, [])[0] for name in packed.tensors
-    }
-    places = {name: place.removesuffix(".weight") for name, place in stored.items()}
-    modules = {n for n, _ in model.named_modules()}
-    missing = next((name for name, place in places.items() if place not in modules), None)
-    if missing is not None:
-        raise ArchitectureError(
-            f"{packed.reader.path} has packed weights for {missing}, and {type(model).__name__} has no such linear "
-            "(experts are stacked there); llmquant.load loads its text part"
-        )
-    return places
 
 
 def register_with_transformers(kernel: str = AUTO) -> None:
