@@ -104,7 +104,7 @@ gpu:  ## on a GPU: tests of its kernels, then bench/gpu; WHEELS=DIR has what GPU
 
 # What pyproject.toml allows at least, but for torch, of which a machine often has one build only: TORCH=2.11.0 takes another.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
-OLDEST := tests/serve/test_serve_api.py tests/serve/test_serve_clients.py tests/field/test_serve_names.py \
+OLDEST := tests/cli/test_names_of_options.py tests/cli/test_options.py tests/serve/test_serve_api.py tests/serve/test_serve_clients.py tests/field/test_serve_names.py \
   tests/field/test_serve_messages.py tests/test_recipe.py tests/test_weight.py tests/checkpoint tests/formats/test_format_gptq.py
 
 test-oldest: .venv-oldest/.installed  ## fast tests with the oldest versions that pyproject.toml allows

@@ -140,6 +140,7 @@ FolderOrFileOption = Annotated[
 RecipeOption = Annotated[
     str | None,
     typer.Option(
+        "--recipe",
         metavar="RECIPE",
         help="Recipe file, or a name from `llmquant recipes` [default: by the model's size; see --explain].",
         callback=from_home,
@@ -155,6 +156,7 @@ ExplainOption = Annotated[
 MethodOption = Annotated[
     str | None,
     typer.Option(
+        "--method",
         metavar="METHOD",
         help="rtn or gptq. Prefix awq+ or smooth+ to scale channels first; suffix +tune to tune whole blocks.",
     ),

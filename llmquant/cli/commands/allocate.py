@@ -66,6 +66,7 @@ _Output = Annotated[
 _Recipe = Annotated[
     str | None,
     typer.Option(
+        "--recipe",
         metavar="RECIPE",
         help="Recipe to start from; its overrides pin their linears.",
         callback=from_home,

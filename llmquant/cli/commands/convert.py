@@ -38,6 +38,7 @@ _To = Annotated[
 _Dtype = Annotated[
     str,
     typer.Option(
+        "--dtype",
         metavar="DTYPE",
         help="Of a dense result: auto (the model's), bfloat16/bf16, float16/fp16, float32/fp32.",
     ),

@@ -31,6 +31,7 @@ _File = Annotated[
 _Dtype = Annotated[
     str,
     typer.Option(
+        "--dtype",
         metavar="DTYPE",
         help="Of the folder's tensors: auto (float16; bfloat16 or float32 where the file's matrices are), "
         "bfloat16/bf16, float16/fp16, float32/fp32.",

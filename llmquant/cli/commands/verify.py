@@ -21,7 +21,9 @@ _Rerun = Annotated[
 _Model = Annotated[
     str | None,
     typer.Option(
-        metavar="MODEL", help="With --rerun: the original model, if not found by its recorded name."
+        "--model",
+        metavar="MODEL",
+        help="With --rerun: the original model, if not found by its recorded name.",
     ),
 ]
 _Calibration = Annotated[
@@ -34,6 +36,7 @@ _Calibration = Annotated[
 _Device = Annotated[
     str | None,
     typer.Option(
+        "--device",
         metavar="DEVICE",
         help="With --rerun: auto, cpu, cuda, cuda:0 … [default: the recorded one].",
     ),
