@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,19 +244,68 @@ def test_a_gpus_recorder_is_what_a_gpu_gets(
     assert caplog.messages == ["steps are run anew, not repeated as CUDA graphs: it is off"]
 
 
+class PretendGraph:
+    """As on an H100: a pool has to be new or to have a graph that lives, random numbers are told of
+    a recording first of all, and one that failed fails again when it is ended."""
+
+    def __init__(self, cuda: PretendCuda) -> None:
+        self.cuda, self.pool = cuda, None
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        self.cuda.random.recording = True
+        if pool in self.cuda.users and not self.cuda.users[pool]:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        self.cuda.users.setdefault(pool, weakref.WeakSet()).add(self)
+        self.cuda.under_way = pool
+        self.cuda.said.append(f"begin {pool}")
+
+    def capture_end(self) -> None:
+        self.cuda.said.append("end")
+        if self.cuda.broken or self.cuda.under_way is None:
+            raise RuntimeError("failed due to a previous error during capture")
+        self.cuda.under_way, self.cuda.random.recording = None, False
+
+    def replay(self) -> None:
+        self.cuda.said.append("replay")
+
+
+class PretendRandom:
+    """A generator that is recorded until a recording ends well, or its state is another one."""
+
+    recording = False
+
+    def clone_state(self) -> PretendRandom:
+        return PretendRandom()
+
+    def graphsafe_set_state(self, state: PretendRandom) -> None:
+        self.recording = state.recording
+
+
 class PretendCuda:
-    """What of ``torch.cuda`` a recorder calls, in a list; ``broken``: a recording that failed
-    fails again when it is ended, as CUDA's do."""
+    """What of ``torch.cuda`` a recorder calls, in a list.
+
+    Attributes:
+        broken: a recording is going to fail.
+        users: living graphs by the pool they were begun with.
+        under_way: the pool of the recording that memory is taken for.
+    """
 
     def __init__(self) -> None:
         self.said: list[str] = []
         self.broken = False
+        self.users: dict[Any, weakref.WeakSet[PretendGraph]] = {}
+        self.under_way: Any = None
+        self.random = PretendRandom()
+        self.default_generators = (PretendRandom(), self.random)
+        self.pools = 6
 
     def current_device(self) -> int:
         return 1
 
     def graph_pool_handle(self) -> tuple[int, int]:
-        return (0, 7)
+        self.pools += 1
+        return (0, self.pools)
 
     def current_stream(self, _device: Any) -> Any:
         return SimpleNamespace(wait_stream=lambda _: None)
@@ -277,17 +327,15 @@ class PretendCuda:
     def set_sync_debug_mode(self, mode: str) -> None:
         self.said.append(f"waits: {mode}")
 
-    def CUDAGraph(self) -> Any:  # noqa: N802
-        def end() -> None:
-            self.said.append("end")
-            if self.broken:
-                raise RuntimeError("failed due to a previous error during capture")
+    def CUDAGraph(self) -> PretendGraph:  # noqa: N802
+        return PretendGraph(self)
 
-        return SimpleNamespace(
-            capture_begin=lambda pool, capture_error_mode: self.said.append(f"begin {pool}"),
-            capture_end=end,
-            replay=lambda: self.said.append("replay"),
-        )
+    def give_up(self, device: int, pool: Any) -> None:
+        """``torch._C._cuda_endAllocateToPool``."""
+        if self.under_way != pool:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.under_way = None
+        self.said.append(f"given up {device} {pool}")
 
 
 @pytest.fixture
@@ -295,9 +343,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> PretendCuda:
     pretend = PretendCuda()
     monkeypatch.setattr(step_graph.torch, "cuda", pretend)
     monkeypatch.setattr(
-        step_graph.torch._C, "_cuda_endAllocateToPool",
-        lambda device, pool: pretend.said.append(f"given up {device} {pool}"), raising=False,
-    )  # fmt: skip
+        step_graph.torch._C, "_cuda_endAllocateToPool", pretend.give_up, raising=False
+    )
     return pretend
 
 
@@ -324,8 +371,15 @@ def test_what_waits_is_found_before_it_is_recorded(cuda: PretendCuda) -> None:
     assert cuda.said == ["stream", "waits: error", "waits: default", "back"]
 
 
+@pytest.mark.parametrize("before", [0, 1], ids=["the first", "a later one"])
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_recording_that_fails_leaves_nothing_under_way(broken: bool, cuda: PretendCuda) -> None:
+def test_a_recording_that_fails_leaves_nothing_under_way(
+    broken: bool, before: int, cuda: PretendCuda
+) -> None:
+    record = CudaGraphs(torch.device("cuda"))
+    for _ in range(before):
+        record(lambda: torch.ones(1))
+    cuda.said.clear()
     cuda.broken = broken
 
     def run() -> torch.Tensor:
@@ -333,11 +387,39 @@ def test_a_recording_that_fails_leaves_nothing_under_way(broken: bool, cuda: Pre
             raise RuntimeError("operation not permitted when stream is capturing")
         return torch.ones(1)
 
-    record = CudaGraphs(torch.device("cuda"))
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         record(run)
     assert cuda.said[-3:] == (["end", "given up 1 (0, 7)", "back"] if broken else ["begin (0, 7)", "end", "back"])  # fmt: skip
     assert gc.isenabled()
-    cuda.said.clear()
+    assert (cuda.under_way, cuda.random.recording) == (None, False)
     cuda.broken = False
-    record(lambda: torch.ones(1))  # nothing is locked
+    assert record(lambda: torch.ones(1))() == torch.ones(1)  # nothing is locked, nor the pool dead
+
+
+def test_a_recording_whose_end_fails_leaves_nothing_under_way(cuda: PretendCuda) -> None:
+    cuda.broken = True
+    record = CudaGraphs(torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="previous error"):
+        record(lambda: torch.ones(1))
+    assert (cuda.under_way, cuda.random.recording) == (None, False)
+
+
+def test_a_recording_that_cannot_begin_leaves_random_numbers_as_they_were(
+    cuda: PretendCuda,
+) -> None:
+    record = CudaGraphs(torch.device("cuda"))
+    cuda.users[record._pool] = weakref.WeakSet()
+    with pytest.raises(RuntimeError, match="use_count"):
+        record(lambda: torch.ones(1))
+    assert not cuda.random.recording
+    record(lambda: torch.ones(1))
+
+
+def test_recordings_that_are_let_go_leave_a_pool_for_the_next(cuda: PretendCuda) -> None:
+    """As the trial's are, and all of them when the cache moves: torch refuses a pool without users.
+    So it was on an H100."""
+    record = CudaGraphs(torch.device("cuda"))
+    for _ in range(3):
+        replay = record(lambda: torch.ones(1))
+        del replay
+    assert {s for s in cuda.said if s.startswith("begin")} == {"begin (0, 7)"}

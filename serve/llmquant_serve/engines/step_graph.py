@@ -22,7 +22,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = torch.cuda.current_device() if device.index is None else device.index
         self._pool: Any = torch.cuda.graph_pool_handle()
+        self._last: Any = None  # torch refuses a pool whose graphs are all gone
         self._beside = torch.cuda.Stream(self._device)
         self._checked = False
 
@@ -70,12 +71,13 @@ class CudaGraphs:
                     _check_waits(run)
                     self._checked = True
                 torch.cuda.synchronize(self._device)
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 with ExitStack() as failed:
                     failed.callback(self._abandon, graph)
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     result = run()
+                    graph.capture_end()
                     failed.pop_all()
-                graph.capture_end()
+                self._last = graph
             current.wait_stream(self._beside)
 
         def replay() -> Tensor:
@@ -85,12 +87,17 @@ class CudaGraphs:
         return replay
 
     def _abandon(self, graph: Any) -> None:
-        """End a recording that failed. torch raises at its end too, and then the allocator would go
-        on to think that one is under way."""
+        """End a recording that failed. torch raises at its end too, and then its allocator and its
+        random numbers would go on to think that one is under way."""
         try:
             graph.capture_end()
         except RuntimeError:
-            torch._C._cuda_endAllocateToPool(self._device, self._pool)
+            with suppress(RuntimeError):  # it had not begun
+                torch._C._cuda_endAllocateToPool(self._device, self._pool)
+            random = torch.cuda.default_generators[self._device]
+            random.graphsafe_set_state(random.clone_state())
+        if self._last is None:
+            self._pool = torch.cuda.graph_pool_handle()
 
 
 def _check_waits(run: Callable[[], Tensor]) -> None:
