@@ -144,7 +144,7 @@ class Prepared:
             self.device,
             original=original,
             seed=self.seed,
-            checkpointing=wants_checkpointing(self.start, self.section)
+            checkpointing=wants_checkpointing(self.start, self.section, self.device)
             if self.options.checkpointing is None
             else self.options.checkpointing,
         )

@@ -26,6 +26,7 @@ from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.from_folder import read_config
 from llmquant.models.load import load, put_module
 from llmquant.recipe_sections import QAT
+from llmquant.runtime.devices import device_memory
 from llmquant.runtime.host import available_bytes
 from llmquant.training.layers.latent import AdapterLinear, LatentLinear
 from llmquant.training.layers.linear import TrainedLinear
@@ -145,14 +146,15 @@ def make_student(
     return student
 
 
-def wants_checkpointing(source: Source, options: QAT) -> bool:
-    """Whether what blocks keep for their gradients would take more than a quarter of the free
-    memory."""
+def wants_checkpointing(source: Source, options: QAT, device: torch.device) -> bool:
+    """Whether what blocks keep for their gradients would take more than a quarter of the device's
+    free memory."""
     config = read_config(source.reader.path).get_text_config()
     tokens = options.micro_batch * options.seqlen
     layers = int(getattr(config, "num_hidden_layers", 1))
     inside = 4 * tokens * int(getattr(config, "hidden_size", 1)) * _INSIDE_A_BLOCK * layers
-    return inside > available_bytes() // 4
+    free = device_memory(device)
+    return inside > (available_bytes() if free is None else free) // 4
 
 
 def _maker(

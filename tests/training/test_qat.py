@@ -368,7 +368,7 @@ def test_a_weight_that_is_not_what_was_trained_is_not_published(
     monkeypatch.setattr(
         kind,
         "weight",
-        lambda self: self.times(
+        lambda self, scales=None: self.times(
             self.steps(), self.get_buffer("start_scales") * self.factor.detach()
         ),
     )

@@ -247,7 +247,7 @@ def shapes_kept(layer: TrainedLinear, x: Tensor) -> list[torch.Size]:
 def test_nothing_dense_waits_for_the_backward_pass(spec: QuantSpec) -> None:
     x = drawn(5, 32).requires_grad_()
     for layer in layers_of(spec):
-        assert shapes_kept(layer, x) == [x.shape]
+        assert shapes_kept(layer, x) == [x.shape, layer.factor.shape]  # and the scales
 
 
 def test_an_original_that_is_not_near_is_not_believed() -> None:

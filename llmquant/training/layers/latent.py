@@ -63,11 +63,11 @@ class _Rounded(TrainedLinear):
     def codes(self) -> Tensor:
         return self.levels().to(torch.uint8)
 
-    def _inward(self, of_weight: Tensor) -> Tensor:
+    def _inward(self, of_weight: Tensor, scales: Tensor) -> Tensor:
         """``dL/dw`` without what would move a latent at an end of the codes, or beyond it, further
         out. In place."""
         latent = self.latent()
-        slope = self.times(of_weight.sign(), self.scales().sign())  # of the loss over the latent
+        slope = self.times(of_weight.sign(), scales.sign())  # of the loss over the latent
         outward = (latent <= 0) & (slope > 0) | (latent >= self.spec.max_code) & (slope < 0)
         return of_weight.masked_fill_(outward, 0.0)
 
@@ -96,9 +96,9 @@ class LatentLinear(_Rounded):
     def latent(self) -> Tensor:
         return self.u.detach().clone()
 
-    def gradients(self, of_weight: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+    def gradients(self, of_weight: Tensor, steps: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
         of_factor = self._of_factor(of_weight, steps)
-        return of_factor, self.times(self._inward(of_weight), self.scales())
+        return of_factor, self.times(self._inward(of_weight, scales), scales)
 
 
 class AdapterLinear(_Rounded):
@@ -138,9 +138,9 @@ class AdapterLinear(_Rounded):
         moved = self.times(moved, per_code)
         return moved.add_(start).add_(self.get_buffer("offset"))
 
-    def gradients(self, of_weight: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+    def gradients(self, of_weight: Tensor, steps: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
         of_factor = self._of_factor(of_weight, steps)
         # The trained scale over the start's is the factor, up to its rounding.
         share = torch.where(self.get_buffer("start_scales") == 0, 0.0, self.factor.detach())
-        merged = self.times(self._inward(of_weight), share)
+        merged = self.times(self._inward(of_weight, scales), share)
         return of_factor, self.b.detach().T @ merged, merged @ self.a.detach().T

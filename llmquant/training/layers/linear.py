@@ -108,13 +108,14 @@ class TrainedLinear(nn.Module):
         levels.view(*zeros.shape, -1).sub_(zeros.unsqueeze(-1))
         return levels
 
-    def weight(self) -> Tensor:
-        """``[out, in]`` exactly as it would be dequantized."""
-        return self.times(self.steps(), self.scales())
+    def weight(self, scales: Tensor | None = None) -> Tensor:
+        """``[out, in]`` exactly as it would be dequantized; by :meth:`scales` that the caller has
+        already."""
+        return self.times(self.steps(), self.scales() if scales is None else scales)
 
-    def gradients(self, of_weight: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
-        """From ``dL/dw`` ``[out, in]`` to those of :meth:`trained`. Both arguments may be
-        overwritten."""
+    def gradients(self, of_weight: Tensor, steps: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        """From ``dL/dw`` ``[out, in]`` to those of :meth:`trained`, given :meth:`steps` and
+        :meth:`scales`. The first two arguments may be overwritten."""
         return (self._of_factor(of_weight, steps),)
 
     def _of_factor(self, of_weight: Tensor, steps: Tensor) -> Tensor:
@@ -141,24 +142,26 @@ class TrainedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """``x @ w.T`` that keeps ``x`` and makes ``w`` anew for the backward pass."""
+    """``x @ w.T`` that keeps ``x`` and the rounded scales, and makes ``w`` anew for the backward
+    pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: TrainedLinear, *trained: Tensor) -> Tensor:
         ctx.layer = layer
-        ctx.save_for_backward(x)
-        return torch.nn.functional.linear(x, layer.weight().to(x.dtype))
+        scales = layer.scales()  # dozens of small operators: what a step on a GPU waits for
+        ctx.save_for_backward(x, scales)
+        return torch.nn.functional.linear(x, layer.weight(scales).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        (x,) = ctx.saved_tensors
+        x, scales = ctx.saved_tensors
         layer: TrainedLinear = ctx.layer
         steps, of_x = layer.steps(), None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ layer.times(steps.clone(), layer.scales()).to(grad.dtype)
+            of_x = grad @ layer.times(steps.clone(), scales).to(grad.dtype)
         of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        return of_x, None, *layer.gradients(of_weight.to(layer.factor.dtype), steps)
+        return of_x, None, *layer.gradients(of_weight.to(layer.factor.dtype), steps, scales)
 
 
 def rounding_of(scales: Tensor) -> Rounding:
