@@ -63,6 +63,7 @@ GRIDS = {
         Grid(4, 32, symmetric=False),
         Grid(4, -1),
         Grid(3, 32),
+        Grid(3, 64),
         Grid(3, 128),
         Grid(2, 32),
         Grid(8, -1),
