@@ -132,6 +132,7 @@ def wanted_of(section: QAT, text: TrainingText) -> Wanted:
         section.top_k,
         section.temperature,
         section.hidden_loss > 0,
+        section.micro_batch,
     )
 
 

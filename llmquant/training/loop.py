@@ -229,8 +229,8 @@ class Training:
         windows = [self.text.training[i] for i in part]
         logits, hidden = self._forward(model, windows, hidden=o.hidden_loss > 0)
         loss = torch.zeros((), device=logits.device)
-        for row, (i, window) in enumerate(zip(part, windows, strict=True)):
-            targets = self.targets.targets(held + i)
+        asked = self.targets.targets([held + i for i in part])
+        for row, (targets, window) in enumerate(zip(asked, windows, strict=True)):
             each = divergence(targets, logits[row], o.temperature)
             if hidden is not None:
                 each = each + o.hidden_loss * hidden_error(targets, hidden[row])
@@ -254,13 +254,16 @@ class Training:
         """Mean KL over the held-out tokens that count."""
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         count = len(self.text.heldout)
-        for i in range(self.accelerator.process_index, count, self.accelerator.num_processes):
-            events.on_phase("held-out text", i, count)
-            window = self.text.heldout[i]
-            logits, _ = self._forward(model, [window])
-            kl = divergence(self.targets.targets(i), logits[0]).to(torch.float64)
-            counts = window.counts.to(kl.device, torch.float64)
-            total += torch.stack([(kl * counts).sum(), counts.sum()])
+        mine = range(self.accelerator.process_index, count, self.accelerator.num_processes)
+        size = self.options.micro_batch
+        for part in (mine[i : i + size] for i in range(0, len(mine), size)):
+            events.on_phase("held-out text", part[0], count)
+            windows = [self.text.heldout[i] for i in part]
+            logits, _ = self._forward(model, windows)
+            for row, targets in enumerate(self.targets.targets(part)):
+                kl = divergence(targets, logits[row]).to(torch.float64)
+                counts = windows[row].counts.to(kl.device, torch.float64)
+                total += torch.stack([(kl * counts).sum(), counts.sum()])
         summed: Tensor = self.accelerator.reduce(total, "sum")
         return float(summed[0] / summed[1])
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +15,12 @@ from tiny_models import EXAMPLE
 
 from llmquant.data.answers import learned_rows
 from llmquant.data.sources import Documents, read_documents
-from llmquant.errors import SourceError, UsageError
+from llmquant.errors import QuantizationError, SourceError, UsageError
 from llmquant.models.from_folder import load_tokenizer
 from llmquant.recipe_sections import QAT
 from llmquant.training.schedule import measured_at, rate, windows_of
 from llmquant.training.teacher.loss import divergence, hidden_error, make_targets
-from llmquant.training.teacher.targets import TargetFile, Wanted
+from llmquant.training.teacher.targets import TargetFile, Teacher, Wanted
 from llmquant.training.teacher.text import Calibrated, Window, read_text
 
 VOCABULARY = 50
@@ -92,22 +94,24 @@ def test_the_hidden_error_is_relative() -> None:
     torch.testing.assert_close(hidden_error(targets, 1.5 * hidden), torch.full((3,), 0.25))
 
 
-def wanted_windows(count: int, hidden: bool = False) -> Wanted:
+def wanted_windows(count: int, hidden: bool = False, together: int = 1) -> Wanted:
     windows = [Window(torch.arange(8) + i, torch.ones(7)) for i in range(count)]
-    return Wanted(windows, 1, 5, 1.0, hidden)
+    return Wanted(windows, 1, 5, 1.0, hidden, together)
 
 
 class Asked:
     """A teacher of drawn logits that notes what it was asked."""
 
     def __init__(self, hidden: bool = False) -> None:
-        self.indices: list[int] = []
+        self.indices: list[list[int]] = []
         self._hidden = hidden
 
-    def targets(self, index: int):
-        self.indices.append(index)
-        hidden = logits(index)[:, :6] if self._hidden else None
-        return make_targets(logits(index), 5, 1.0, hidden)
+    def targets(self, indices: Sequence[int]):
+        self.indices.append(list(indices))
+        return [
+            make_targets(logits(i), 5, 1.0, logits(i)[:, :6] if self._hidden else None)
+            for i in indices
+        ]
 
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["logits", "hidden states too"])
@@ -117,8 +121,7 @@ def test_the_file_gives_back_what_the_teacher_said(tmp_path: Path, hidden: bool)
     )
     file.fill(lambda: Asked(hidden), lambda *_: None)
     assert (tmp_path / "t.bin").stat().st_size == file.nbytes
-    for i in range(3):
-        found, said = file.targets(i), Asked(hidden).targets(i)
+    for found, said in zip(file.targets(range(3)), Asked(hidden).targets(range(3)), strict=True):
         assert torch.equal(found.ids, said.ids)
         assert torch.equal(found.logprobs, said.logprobs)
         assert torch.equal(found.rest, said.rest)
@@ -126,19 +129,55 @@ def test_the_file_gives_back_what_the_teacher_said(tmp_path: Path, hidden: bool)
             assert torch.equal(found.hidden, said.hidden.half())
 
 
-def test_a_torn_file_is_filled_from_its_last_whole_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("together", "asked"), [(1, [[3], [4]]), (2, [[2, 3], [4]]), (8, [[0, 1, 2, 3, 4]])]
+)
+def test_a_torn_file_is_filled_from_its_last_whole_record(
+    together: int, asked: list[list[int]], tmp_path: Path
+) -> None:
+    """What a run without a break asks for at once is asked for at once again."""
     path = tmp_path / "t.bin"
-    file = TargetFile(path, wanted_windows(4), VOCABULARY, 6, torch.device("cpu"))
+    wanted = wanted_windows(5, together=together)
+    file = TargetFile(path, wanted, VOCABULARY, 6, torch.device("cpu"))
     file.fill(lambda: Asked(), lambda *_: None)
     whole = path.read_bytes()
-    size = len(whole) // 4
-    damaged = bytearray(whole[: 3 * size + 11])
-    damaged[2 * size + 40] ^= 255
+    size = len(whole) // 5
+    damaged = bytearray(whole[: 4 * size + 11])
+    damaged[3 * size + 40] ^= 255
     path.write_bytes(damaged)
     again = Asked()
     file.fill(lambda: again, lambda *_: None)
-    assert again.indices == [2, 3]
+    assert again.indices == asked
     assert path.read_bytes() == whole
+
+
+class Drawn(torch.nn.Module):
+    """Logits of a window that depend on its first token; ``bad``: of this one NaN."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, bad: int | None = None) -> None:
+        super().__init__()
+        self.bad, self.sizes = bad, []
+
+    def forward(self, ids: torch.Tensor, **_: object) -> object:
+        self.sizes.append(len(ids))
+        rows = [logits(int(row[0]), 8) for row in ids]
+        for row, first in zip(rows, ids[:, 0].tolist(), strict=True):
+            row[3, 2] += float("nan") if first == self.bad else 0.0
+        return SimpleNamespace(logits=torch.stack(rows), hidden_states=None)
+
+
+def test_windows_asked_for_at_once_are_those_asked_for_one_by_one() -> None:
+    wanted, model = wanted_windows(4), Drawn()
+    teacher = Teacher(model, wanted)
+    alone = [teacher.targets([i])[0] for i in (0, 3, 2)]
+    for found, said in zip(teacher.targets([0, 3, 2]), alone, strict=True):
+        assert torch.equal(found.ids, said.ids)
+        assert torch.equal(found.logprobs, said.logprobs)
+    assert model.sizes == [1, 1, 1, 3]
+    with pytest.raises(QuantizationError, match="NaN or infinite"):
+        Teacher(Drawn(bad=3), wanted).targets([0, 3, 2])
 
 
 def test_a_file_larger_than_allowed_is_refused_with_a_k_that_fits(tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ _UINT16 = 1 << 16
 
 
 class TargetSource(Protocol):
-    """Targets of a window by its number: held-out windows first, then those trained on."""
+    """Targets of windows by their numbers: held-out windows first, then those trained on."""
 
-    def targets(self, index: int) -> Targets:
-        """Of all positions of a window but its last."""
+    def targets(self, indices: Sequence[int]) -> list[Targets]:
+        """Of all positions of each window but its last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Wanted:
         k: logits per position; 0: all.
         temperature: of the windows trained on.
         hidden: whether hidden states are wanted too.
+        together: windows that the teacher is asked for at once.
     """
 
     windows: Sequence[Window]
@@ -53,6 +54,7 @@ class Wanted:
     k: int
     temperature: float
     hidden: bool
+    together: int = 1
 
     def at(self, index: int) -> float:
         """The temperature of a window's targets."""
@@ -70,12 +72,19 @@ class Teacher:
         self._model, self._wanted = model, wanted
 
     @torch.no_grad()
-    def targets(self, index: int) -> Targets:
-        ids = self._wanted.windows[index].ids.to(self._model.device).unsqueeze(0)
+    def targets(self, indices: Sequence[int]) -> list[Targets]:
+        ids = torch.stack([self._wanted.windows[i].ids for i in indices]).to(self._model.device)
         out = self._model(ids, use_cache=False, output_hidden_states=self._wanted.hidden)
-        hidden = out.hidden_states[-1][0, :-1] if self._wanted.hidden else None
-        found = make_targets(out.logits[0, :-1], self._wanted.k, self._wanted.at(index), hidden)
-        if not bool(torch.isfinite(found.logprobs).all()):
+        found = [
+            make_targets(
+                out.logits[row, :-1],
+                self._wanted.k,
+                self._wanted.at(index),
+                out.hidden_states[-1][row, :-1] if self._wanted.hidden else None,
+            )
+            for row, index in enumerate(indices)
+        ]
+        if not bool(torch.stack([torch.isfinite(t.logprobs).all() for t in found]).all()):
             raise QuantizationError(
                 "the reference model gives NaN or infinite logits on the training text; use --dtype float32, "
                 "or another reference"
@@ -147,16 +156,18 @@ class TargetFile:
         Raises:
             DiskError: the disk refused.
         """
-        done, total = self.filled(), len(self._wanted.windows)
+        done, total, size = self.filled(), len(self._wanted.windows), self._wanted.together
         if done == total:
             return
+        done -= done % size  # the same windows are asked for at once as in a run without a break
         asked = teacher()
         with disk(self._path), self._path.open("r+b" if done else "wb") as file:
             file.truncate(done * self._dtype.itemsize)
             file.seek(0, os.SEEK_END)
-            for i in range(done, total):
+            for i in range(done, total, size):
                 on_progress("asking the reference", i, total)
-                file.write(self._record(asked.targets(i)).tobytes())
+                for targets in asked.targets(range(i, min(i + size, total))):
+                    file.write(self._record(targets).tobytes())
                 file.flush()
             os.fsync(file.fileno())
 
@@ -170,7 +181,10 @@ class TargetFile:
         record["crc"] = _checksum(record)
         return record
 
-    def targets(self, index: int) -> Targets:
+    def targets(self, indices: Sequence[int]) -> list[Targets]:
+        return [self._read(i) for i in indices]
+
+    def _read(self, index: int) -> Targets:
         if self._map is None:
             self._map = np.memmap(self._path, self._dtype, "r", shape=(len(self._wanted.windows),))
         record = self._map[index]
