@@ -41,6 +41,18 @@ def measured(**kl: float) -> SizeClass:
             id="the closest",
         ),
         pytest.param(
+            "compressed-tensors",
+            {"gptq_w4g128": 0.3, "gptq_w4g32_asym": 0.1, "awq_gptq_w4g32_asym": 0.09},
+            "awq-gptq-w4g32-asym",
+            id="the closest takes longer",
+        ),
+        pytest.param(
+            "compressed-tensors",
+            {"gptq_w4g32_asym": 0.02, "awq_gptq_w4g32_asym": 0.01},
+            "gptq-w4g32-asym",
+            id="the quicker of two that are close enough",
+        ),
+        pytest.param(
             "gptq",
             {"gptq_w4g128": 0.3, "gptq_w4g32": 0.2, "gptq_w4g32_asym": 0.1},
             "gptq-w4g32",

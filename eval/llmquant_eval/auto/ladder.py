@@ -22,6 +22,7 @@ LADDER = (
     "awq-w4g128",
     "gptq-w3g32",
     "gptq-w4g32-asym",
+    "awq-gptq-w4g32-asym",
     "best-w4g128",
     "best-w4g32-asym",
     "best-w3g128",

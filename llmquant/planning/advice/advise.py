@@ -171,9 +171,9 @@ def _context(config: PreTrainedConfig, wanted: int | None) -> int:
 def _recipes(default: DefaultRecipe) -> dict[str, Recipe]:
     """From 8 bits down; the default among them, and with its embeddings in 8 bits."""
     wider = load_recipe("gptq-w8")
-    four = {default.name: default.recipe}
-    if default.name != "gptq-w4g32-asym":
-        four = {"gptq-w4g32-asym": load_recipe("gptq-w4g32-asym"), **four}
+    four, finer = {default.name: default.recipe}, load_recipe("gptq-w4g32-asym")
+    if default.recipe.weights != finer.weights:
+        four = {"gptq-w4g32-asym": finer, **four}
     small = default.recipe.updated({"embeddings": {"bits": 8}})
     return {
         "gptq-w8": wider,
