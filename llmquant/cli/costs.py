@@ -107,7 +107,7 @@ def _default_facts(default: DefaultRecipe) -> Iterator[tuple[str, str]]:
     yield "because", default.reason
     yield (
         "rule",
-        f"of {', '.join(CANDIDATES)} (smallest files first) the first with a KL of at most {CLOSE:g}, else the closest; "
+        f"of {', '.join(CANDIDATES)} (smallest files first, then the quickest) the first with a KL of at most {CLOSE:g}, else the closest; "
         "none that vLLM's kernels refuse in this format",
     )
     if size_class.model is not None:

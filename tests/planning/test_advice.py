@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from llmquant.errors import LayoutError, UsageError
+from llmquant.planning import defaults
 from llmquant.planning.advice import ORIGINAL, Advice, Target, advise, other_kind
 from llmquant.planning.advice.widths import measure_widths
+from llmquant.planning.costs import size_classes
 from llmquant.planning.forecast import cache_bytes
 from llmquant.planning.preview import Plan, make_plan
 from llmquant.recipe import Recipe, load_recipe
@@ -52,6 +55,30 @@ def test_the_smallest_that_is_close_enough_comes_first(
     assert advice.first.name == first
     assert first not in advice.then
     assert advice.then[-1] == ORIGINAL
+
+
+def test_what_is_to_be_tried_next_loses_less(model: Path) -> None:
+    """As far as was measured on a model of its size; else it has as many bits."""
+    measured = advice_of(model, max_kl=0.008)
+    assert measured.first is not None
+    assert measured.first.name == "gptq-w4g32-asym"  # KL 0.0079; best-w4g128 has 0.0097
+    assert measured.then == ("best-w4g32-asym", "gptq-w8", ORIGINAL)
+
+
+def test_what_was_not_measured_is_to_be_tried_next_if_it_has_as_many_bits(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = next(c for c in size_classes() if c.name == "small")
+    monkeypatch.setattr(defaults, "class_of", lambda _: small)
+    advice = advice_of(model)
+    assert advice.first is not None
+    assert advice.first.name == "awq-gptq-w4g32-asym"
+    assert advice.then == ("best-w4g32-asym", "gptq-w8", ORIGINAL)
+    unmeasured = replace(small, costs={})
+    monkeypatch.setattr(defaults, "class_of", lambda _: unmeasured)
+    assert advice_of(model).then == (
+        "gptq-w4g32-asym", "best-w4g128", "best-w4g32-asym", "gptq-w8", ORIGINAL,
+    )  # fmt: skip
 
 
 def test_what_does_not_fit_is_not_advised(model: Path) -> None:

@@ -40,6 +40,7 @@ from llmquant.spec import QuantSpec
 
 ORIGINAL = "original"
 _CONTEXT = 4096
+_WIDTH = 4096  # of the linears by which bits per weight of recipes are compared
 _FORMAT = "compressed-tensors"
 _FINER = (
     "gptq-w4g32-asym",
@@ -153,7 +154,7 @@ def advise(
         refused=refused,
         first=first,
         why=why,
-        then=_then(options, first),
+        then=_then(options, first, default),
         busy=busy and measure is not False,
     )
 
@@ -265,10 +266,29 @@ def _first(
     return own, f"the default; at 4 bits nothing measured reaches a KL of {max_kl:g} at this size"
 
 
-def _then(options: Sequence[Option], first: Option | None) -> tuple[str, ...]:
-    """What to try if the first misses the bound: finer, then wider, then the original."""
+def _then(
+    options: Sequence[Option], first: Option | None, default: DefaultRecipe
+) -> tuple[str, ...]:
+    """What to try if the first misses the bound: what is closer, then the original."""
     if first is None:
         return ()
     fitting = {o.name for o in options if o.fits}
-    finer = [n for n in _FINER if n != first.name and (n in fitting or n.startswith("best-"))]
+    finer = [
+        n
+        for n in _FINER
+        if n != first.name
+        and (n in fitting or n.startswith("best-"))
+        and _closer(n, first, default.size_class.costs)
+    ]
     return (*finer, *([ORIGINAL] if ORIGINAL in fitting else []))
+
+
+def _closer(name: str, first: Option, costs: Mapping[str, Cost]) -> bool:
+    """Whether a recipe is expected to lose less; where that was not measured, whether it has as
+    many bits."""
+    if first.cost is not None and name in costs:
+        return costs[name].kl < first.cost.kl
+    ours, its = (
+        load_recipe(n).weights.spec.bits_per_weight(_WIDTH) for n in (name, first.name.split()[0])
+    )
+    return ours >= its
