@@ -13,8 +13,9 @@ is missing is measured. Ours and the peers' calibration windows of one seed are 
 ``--tools``, ``--grids`` and ``--seeds`` narrow it down; ``--model``, ``--calibration`` and
 ``--text`` take another model, which gets a section of its folder's name. The table
 gives the mean over seeds and, where there are several, the range. Cost is counted in processor
-seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which hardly
-depend on what else the machine does.
+seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which
+depend less than wall time on what else the machine does: GPTQ of SmolLM2 took 178 on a
+busy machine and 92 in another run.
 """
 
 from __future__ import annotations
@@ -197,15 +198,9 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         environments = dict(e.split("=", 1) for e in args.environment)
         setting = Setting(
-            args.model,
-            args.calibration,
-            args.nsamples,
-            args.seqlen,
-            args.text,
-            args.windows,
-            environments,
-            Path(scratch),
-        )
+            args.model, args.calibration, args.nsamples, args.seqlen, args.text, args.windows,
+            environments, Path(scratch),
+        )  # fmt: skip
         known = {(c["tool"], c["grid"], c["seed"], c["model"]): c for c in report["cells"]}
         for tool, grid, seed in wanted(args, environments):
             measured = known.get((tool, grid, seed, Path(args.model).name))
@@ -266,13 +261,9 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
     cost = quantized(command, setting.scratch / "log")
     result = {
-        "tool": tool,
-        "grid": grid,
-        "seed": seed,
-        "model": Path(setting.model).name,
-        **cost,
-        **evaluated(output, setting),
-    }
+        "tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name,
+        **cost, **evaluated(output, setting),
+    }  # fmt: skip
     shutil.rmtree(output)
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result

@@ -62,7 +62,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | perplexity ratio | perplexity over the original's |
 | top-1 | share of positions at which both models rank the same token first |
 | bits per weight | mean over the quantized linears, scales and zero-points included |
-| CPU s | processor time of the quantizing process on one thread, with start and imports |
+| CPU s | processor time of the quantizing process on one thread, with start and imports; other work beside it makes it longer (GPTQ of SmolLM2: 178, and 92 in another run), so it compares tools roughly |
 | GB | its peak resident memory |
 
 | tool | what was run |
