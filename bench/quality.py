@@ -108,6 +108,7 @@ class Setting:
     windows: int
     environments: dict[str, str]
     scratch: Path
+    keep: Path | None
 
 
 def ours(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> list[str]:
@@ -199,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
         environments = dict(e.split("=", 1) for e in args.environment)
         setting = Setting(
             args.model, args.calibration, args.nsamples, args.seqlen, args.text, args.windows,
-            environments, Path(scratch),
+            environments, Path(scratch), args.keep,
         )  # fmt: skip
         known = {(c["tool"], c["grid"], c["seed"], c["model"]): c for c in report["cells"]}
         for tool, grid, seed in wanted(args, environments):
@@ -264,9 +265,17 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
         "tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name,
         **cost, **evaluated(output, setting),
     }  # fmt: skip
-    shutil.rmtree(output)
+    if setting.keep is None:
+        shutil.rmtree(output)
+    else:
+        shutil.move(output, setting.keep / kept(result))
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
+
+
+def kept(cell: dict[str, Any]) -> str:
+    """The name of a cell's folder below ``--keep``."""
+    return "-".join(str(cell[k]).replace(" ", "_") for k in ("model", "tool", "grid", "seed"))
 
 
 def main() -> None:
@@ -283,6 +292,7 @@ def main() -> None:
     first.add_argument("--tools")
     first.add_argument("--grids")
     first.add_argument("--seeds", default="0,1,2")
+    first.add_argument("--keep", type=Path, help="keep the quantized folders below this one")
     first.set_defaults(run=run)
     second = commands.add_parser("table", help="render the results")
     second.set_defaults(

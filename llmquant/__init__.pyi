@@ -29,6 +29,7 @@ from .conversion.onnx.model import OnnxModel as OnnxModel
 from .conversion.onnx.options import OnnxOptions as OnnxOptions
 from .conversion.onnx.worker import OnnxTimes as OnnxTimes
 from .conversion.onnx.worker import OnnxWorker as OnnxWorker
+from .data.answers import learned_rows as learned_rows
 from .data.calibration import Calibration as Calibration
 from .data.calibration import calibrate as calibrate
 from .data.chats import Chat as Chat

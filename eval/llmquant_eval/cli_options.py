@@ -37,8 +37,8 @@ ProtocolOption = Annotated[
     list[str] | None,
     typer.Option(
         "--protocol",
-        help="ppl/gptq[-N], ppl/strided[-N[-STRIDE]], ppl/word[-N] or ppl/word-wikitext[-N], with N the "
-        "window; several as A,B [default: ppl/gptq].",
+        help="ppl/gptq[-N], ppl/strided[-N[-STRIDE]], ppl/word[-N], ppl/word-wikitext[-N] or, for the "
+        "answers in chats, ppl/chat[-N], with N the window; several as A,B [default: ppl/gptq].",
     ),
 ]
 WindowOption = Annotated[

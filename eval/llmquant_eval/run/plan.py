@@ -7,6 +7,7 @@ paths: every model must cut the text into the same tokens and take windows of th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,7 +116,7 @@ def make_plan(request: Request, tell: Callable[[str], None] = tell_nobody) -> Ev
         tokenizers,
         request.text,
         None if documents is None else documents.sha256,
-        None if documents is None else _rows(documents),
+        None if documents is None else _rows(documents, streams),
         streams,
         tasks,
         chosen.name,
@@ -242,12 +243,15 @@ def _check_ids(streams: Sequence[TokenStream], models: Sequence[AnyModel]) -> No
             )
 
 
-def _rows(documents: Documents) -> TextRows:
+def _rows(documents: Documents, streams: Sequence[TokenStream]) -> TextRows:
+    """What became of the rows, those that a protocol had no use for among them."""
+    useless = max((s.dropped for s in streams), key=lambda d: sum(d.values()), default={})
+    dropped = Counter(documents.dropped) + Counter(useless)
     return TextRows(
         read=documents.rows_read,
-        used=len(documents.rows),
-        empty=documents.empty,
-        dropped=dict(sorted(documents.dropped.items())),
+        used=len(documents.rows) - sum(useless.values()),
+        empty=documents.empty - useless.get("empty", 0),
+        dropped=dict(sorted(dropped.items())),
     )
 
 

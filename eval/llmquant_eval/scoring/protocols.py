@@ -21,6 +21,9 @@ only.
   (BOS, else EOS), all its tokens are scored, N predictions at a time; the last window is filled up
   with context from before. ``ppl/word-wikitext-N`` is the same over text put through lm-eval's
   WikiText detokenizer, words and bytes counted before it.
+* ``ppl/chat-N``: the assistant's answers in chats. Every chat stands alone, as the model's chat
+  template writes it; the tokens of its answers are scored, the end of the turn among them, each
+  answer in a window of its own with what stands before it in the chat, N tokens at most.
 
 ``-bos`` after any of them (``ppl/gptq-512-bos``) puts a BOS token in front of *every* window, for
 models that lose their bearings without one (Gemma). The windows and the scored tokens are those of
@@ -39,10 +42,10 @@ from typing import Protocol
 from llmquant.errors import UsageError
 
 _ID = re.compile(
-    r"ppl/(gptq|strided|word-wikitext|word)(?:-([1-9][0-9]*))?(?:-([1-9][0-9]*))?(-bos)?"
+    r"ppl/(gptq|strided|word-wikitext|word|chat)(?:-([1-9][0-9]*))?(?:-([1-9][0-9]*))?(-bos)?"
 )
 KNOWN = (
-    "ppl/gptq-N, ppl/strided-N[-STRIDE], ppl/word-N or ppl/word-wikitext-N with N the window in tokens, "
+    "ppl/gptq-N, ppl/strided-N[-STRIDE], ppl/word-N, ppl/word-wikitext-N or ppl/chat-N with N the window in tokens, "
     "and -bos after it for a BOS token in every window"
 )
 
@@ -231,6 +234,57 @@ class WordProtocol:
         return windows
 
 
+@dataclass(frozen=True, slots=True)
+class ChatProtocol:
+    """The answers of one chat, each scored ``window`` predictions at a time after what stands
+    before it.
+
+    Raises:
+        UsageError: a window below 2.
+    """
+
+    window: int
+    bos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise UsageError(
+                f"a window of {self.window} tokens has no context to speak of; choose 2 or more"
+            )
+
+    @property
+    def _name(self) -> str:
+        return f"chat-{self.window}{_suffix(self.bos)}"
+
+    @property
+    def perplexity_id(self) -> str:
+        return f"ppl/{self._name}"
+
+    @property
+    def divergence_id(self) -> str:
+        return f"kl/top-{self._name}"
+
+    @property
+    def overlapping(self) -> bool:
+        """What a later answer of a chat reaches back to is context, not scored again."""
+        return False
+
+    def windows(self, tokens: int) -> Sequence[TokenWindow]:
+        """Those of a chat that is an answer from its second token on."""
+        return self.answer(1, tokens)
+
+    def answer(self, start: int, end: int) -> list[TokenWindow]:
+        """The windows of an answer at ``[start, end)`` of its chat. A chat's very first token has
+        nothing to be predicted from."""
+        windows: list[TokenWindow] = []
+        scored = max(1, start)
+        while scored < end:
+            last = min(scored + self.window, end)
+            windows.append(TokenWindow(max(0, last - 1 - self.window), last, scored))
+            scored = last
+        return windows
+
+
 def _suffix(bos: bool) -> str:
     return "-bos" if bos else ""
 
@@ -249,6 +303,8 @@ def parse_protocol(text: str, window: int, bos: bool = False) -> WindowProtocol:
     bos = bos or match.group(4) is not None
     if family == "gptq":
         return GptqProtocol(length, bos)
+    if family == "chat":
+        return ChatProtocol(length, bos)
     if family == "strided":
         return StridedProtocol(length, int(match.group(3) or max(1, length // 2)), bos)
     return WordProtocol(length, family == "word-wikitext", bos)

@@ -11,6 +11,9 @@ counted in the document as it was before any detokenizer. A document's words and
 out evenly over its scored tokens: sums over whole documents are exact, and windows of one document
 can still be distinguished for the standard error.
 
+For ``ppl/chat`` every row is a chat, written by the tokenizer's template, which puts the special
+tokens; the answers in it are found as training finds them. Rows without one are counted.
+
 A protocol with a BOS in every window tokenizes without special tokens, and its stream has the
 windows one after another, each with its BOS: what windows share is in it more than once.
 """
@@ -18,15 +21,21 @@ windows one after another, each with its BOS: what windows share is in it more t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmquant.errors import SourceError, UnfitModelError, UsageError
 from llmquant_eval.report.statistics import Floats
-from llmquant_eval.scoring.protocols import TokenWindow, WindowProtocol, WordProtocol
+from llmquant_eval.scoring.protocols import (
+    ChatProtocol,
+    TokenWindow,
+    WindowProtocol,
+    WordProtocol,
+)
 from llmquant_eval.scoring.window_layout import WindowLayout
 from llmquant_eval.texts.tokens import encode
 from llmquant_eval.texts.wikitext import wikitext_detokenize
@@ -43,7 +52,7 @@ class TokenStream:
     ``bytes_`` per scored token.
 
     ``words`` and ``bytes_`` are None where the protocol does not count them. ``tokens`` are those
-    of the text; ``ids`` may repeat some.
+    of the text; ``ids`` may repeat some. ``dropped``: rows that gave no window, by reason.
     """
 
     protocol: WindowProtocol
@@ -53,6 +62,7 @@ class TokenStream:
     words: Floats | None = None
     bytes_: Floats | None = None
     text_tokens: int | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -76,7 +86,8 @@ def make_stream(
     """The stream of a text for one protocol, at most ``limit`` windows of it.
 
     Raises:
-        SourceError: the text is empty or shorter than one window.
+        SourceError: the text is empty or shorter than one window; for ``ppl/chat`` a row that is no
+            chat, or no answer in any.
         UsageError: a limit below 1, or a BOS in every window of a tokenizer that has none.
         CheckpointError: the protocol wants a prefix token and the tokenizer has none.
     """
@@ -84,8 +95,10 @@ def make_stream(
         raise UsageError(f"--max-windows {limit} leaves nothing to score; give 1 or more")
     if isinstance(protocol, WordProtocol):
         whole = _by_document(protocol, tokenizer, documents, source)
+    elif isinstance(protocol, ChatProtocol):
+        whole = _by_answer(protocol, tokenizer, documents, source)
     else:
-        ids = encode(tokenizer, documents.text(), source, specials=not protocol.bos)
+        ids = encode(tokenizer, _plain_text(documents), source, specials=not protocol.bos)
         windows = protocol.windows(len(ids))
         whole = TokenStream(protocol, ids, windows, len(windows))
     if not whole.windows:
@@ -124,6 +137,54 @@ def _with_bos(stream: TokenStream, tokenizer: Any) -> TokenStream:
     return replace(stream, ids=torch.cat(parts), windows=windows, text_tokens=stream.tokens)
 
 
+def _plain_text(documents: Documents) -> str:
+    """All rows as one text.
+
+    Raises:
+        SourceError: rows are chats.
+    """
+    chats = sum(not isinstance(row, str) for row in documents.rows)
+    if chats:
+        raise SourceError(
+            f"{documents.source}: {chats} of {len(documents.rows)} rows are chats, not plain text; score their answers "
+            "with --protocol ppl/chat, or name a field of plain text"
+        )
+    return documents.text()
+
+
+def _by_answer(
+    protocol: ChatProtocol, tokenizer: Any, documents: Documents, source: str
+) -> TokenStream:
+    """A stream of chats, one after another, whose windows score the answers."""
+    import torch
+
+    import llmquant
+
+    plain = sum(isinstance(row, str) for row in documents.rows)
+    if plain:
+        raise SourceError(
+            f"{source}: {plain} of {len(documents.rows)} rows are plain text, not chats, and {protocol.perplexity_id} scores "
+            "an assistant's answers; name the field with the messages, or choose another protocol"
+        )
+    dropped: Counter[str] = Counter()
+    ids: list[Any] = []
+    windows: list[TokenWindow] = []
+    start = 0
+    for row, scored in llmquant.learned_rows(documents, tokenizer, dropped):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], scored.astype(np.int8), [0]])))
+        for first, end in edges.reshape(-1, 2).tolist():
+            windows += [w.moved(start) for w in protocol.answer(first, end)]
+        ids.append(row)
+        start += len(row)
+    if not windows:
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise SourceError(
+            f"{source} has no answer of an assistant to score{f' ({why})' if why else ''}; give chats with one"
+        )
+    stream = torch.from_numpy(np.concatenate(ids))
+    return TokenStream(protocol, stream, windows, len(windows), dropped=dict(dropped))
+
+
 def prefix_token(tokenizer: Any) -> int:
     """What stands before a document: BOS, else EOS.
 
@@ -145,7 +206,7 @@ def _by_document(
 ) -> TokenStream:
     import torch
 
-    documents.text()  # refuses chats
+    _plain_text(documents)
     if not any(isinstance(row, str) and row.strip() for row in documents.rows):
         raise SourceError(f"{source} has no text in it; give a source with some")
     prefix = prefix_token(tokenizer)
