@@ -306,3 +306,14 @@ def test_results_on_other_items_are_not_paired() -> None:
     with pytest.raises(UsageError, match="cannot be paired"):
         paired_metric("10", "100")
     assert math.isclose(mcnemar(1, 1), 1.0)
+
+
+def test_nothing_is_said_outside_a_git_repository(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluate(Request((str(tiny_llama),), dtype="float32", cost=False, tasks=ARC, limit=1))
+    assert "git" not in capfd.readouterr().err

@@ -106,7 +106,7 @@ def _lm_eval_errors(configs: Sequence[str | dict[str, Any]]) -> Iterator[None]:
     from jinja2 import TemplateError
 
     try:
-        with warnings.catch_warnings(action="ignore"), _without_bars(), _without_programs():
+        with warnings.catch_warnings(action="ignore"), _without_output(), _without_programs():
             yield
     except (
         AssertionError,
@@ -148,19 +148,21 @@ def _without_programs() -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def _without_output() -> Iterator[None]:
     """lm-eval draws bars on stderr without a switch, across ours and in spite of --quiet; so do the
-    data sets."""
+    data sets. And it asks git for a commit, which says ``fatal`` outside a repository."""
     import datasets
+    from lm_eval import evaluator
     from lm_eval.api import task
 
     datasets.disable_progress_bars()
-    bar = getattr(task, "tqdm", None)
+    bar, commit = getattr(task, "tqdm", None), getattr(evaluator, "get_git_commit_hash", None)
     task.tqdm = lambda items, **_: items
+    evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
-        task.tqdm = bar
+        task.tqdm, evaluator.get_git_commit_hash = bar, commit
 
 
 def _local_file(name: str) -> Path:
