@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import quality_further
+from quality_further import kept, measured
 from quality_table import render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,16 +178,9 @@ def evaluated(folder: Path, setting: Setting) -> dict[str, float]:
     """Metrics of a quantized folder against the original."""
     options = [
         "--reference", setting.model, "--text", setting.text, "--window", str(setting.seqlen),
-        "--max-windows", str(setting.windows), "--dtype", "float32", "--kernel", "dense",
-        "--no-cost", "--no-noise-floor", "--json",
+        "--max-windows", str(setting.windows), "--no-noise-floor",
     ]  # fmt: skip
-    main = "from llmquant.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", main, "eval", str(folder), *options],
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    model = next(m for m in json.loads(done.stdout)["models"] if m["role"] == "candidate")
+    model = measured(folder, options, "candidate")
     return {name: model["metrics"][name]["value"] for name in METRICS} | {
         "bits_per_weight": model["bits_per_weight"]
     }
@@ -204,11 +199,11 @@ def run(args: argparse.Namespace) -> None:
         )  # fmt: skip
         known = {(c["tool"], c["grid"], c["seed"], c["model"]): c for c in report["cells"]}
         for tool, grid, seed in wanted(args, environments):
-            measured = known.get((tool, grid, seed, Path(args.model).name))
-            if measured is not None and "cpu_seconds" in measured:
+            before = known.get((tool, grid, seed, Path(args.model).name))
+            if before is not None and "cpu_seconds" in before:
                 continue
-            if measured is not None:
-                report["cells"].remove(measured)
+            if before is not None:
+                report["cells"].remove(before)
             report["cells"].append(cell(tool, grid, seed, setting))
             report["settings"][Path(args.model).name] = shared(args)
             partial = args.out.with_suffix(".partial")
@@ -273,11 +268,6 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     return result
 
 
-def kept(cell: dict[str, Any]) -> str:
-    """The name of a cell's folder below ``--keep``."""
-    return "-".join(str(cell[k]).replace(" ", "_") for k in ("model", "tool", "grid", "seed"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -298,7 +288,9 @@ def main() -> None:
     second.set_defaults(
         run=lambda args: print(render(json.loads(args.out.read_text()), list(GRIDS)))
     )
-    for command in (first, second):
+    third = commands.add_parser("further", help="measure kept folders on more texts and tasks")
+    quality_further.add_options(third)
+    for command in (first, second, third):
         command.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.run(args)
