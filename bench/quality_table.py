@@ -29,7 +29,52 @@ def render(report: dict[str, Any], grids: Sequence[str]) -> str:
                 _row(t, rows[t])
                 for t in sorted(rows, key=lambda t: statistics.fmean(c["kl_mean"] for c in rows[t]))
             ]
+        lines += _further(setting, [c for c in cells if c["model"] == model], grids)
     return "\n".join(lines)
+
+
+def _further(
+    setting: dict[str, Any], cells: Sequence[dict[str, Any]], grids: Sequence[str]
+) -> list[str]:
+    """The table of further texts and tasks, where any were measured."""
+    asked = setting.get("further")
+    rows = [c for c in cells if "texts" in c or "tasks" in c]
+    if not asked or not rows:
+        return []
+    texts, tasks = list(asked["texts"]), asked["tasks"]
+    names = ", ".join(f"{name}: `{source}`" for name, source in asked["texts"].items())
+    head = ["scheme", "tool", *(f"{t}: KL" for t in texts), *(f"{t}: ratio" for t in texts), *tasks]
+    right = setting["original"]["tasks"]
+    original = ["", "original", *([""] * 2 * len(texts)), *(_score(right[t], None) for t in tasks)]
+    rows.sort(key=lambda c: (list(grids).index(c["grid"]), c["kl_mean"], c["seed"]))
+    table = [head, ["---"] * len(head), original]
+    for c in rows:
+        numbers = [c["texts"][t] for t in texts]
+        table.append(
+            [
+                c["grid"], c["tool"], *(f"{n['kl_mean']:.4f}" for n in numbers),
+                *(f"{n['perplexity_ratio']:.4f}" for n in numbers),
+                *(_score(c["tasks"][t], right[t]) for t in tasks),
+            ]
+        )  # fmt: skip
+    items = (
+        f" Tasks: the first {asked['limit']} items each, share of right answers; in brackets the items that only the "
+        "original had right, and those that only this one had."
+        if tasks
+        else ""
+    )
+    return [
+        "\n### Other texts and tasks\n",
+        f"The first {asked['windows']} windows of each text ({names}); of chats the answers alone, a window each.{items}\n",
+        *(f"| {' | '.join(row)} |" for row in table),
+    ]
+
+
+def _score(task: dict[str, Any], original: dict[str, Any] | None) -> str:
+    if original is None:
+        return f"{task['score']:.3f} ±{task['standard_error']:.3f}"
+    pairs = list(zip(original["correct"], task["correct"], strict=True))
+    return f"{task['score']:.3f} ({pairs.count(('1', '0'))}, {pairs.count(('0', '1'))})"
 
 
 def _row(tool: str, cells: Sequence[dict[str, Any]]) -> str:

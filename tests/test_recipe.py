@@ -19,7 +19,7 @@ SHIPPED = {
     "gptq-w4g32": ("gptq", QuantSpec(4, 32)),
     "gptq-w4g32-asym": ("gptq", QuantSpec(4, 32, symmetric=False)),
     "awq-gptq-w4g32-asym": ("awq+gptq", QuantSpec(4, 32, symmetric=False)),
-    "small-w4g32-asym": ("gptq", QuantSpec(4, 32, symmetric=False)),
+    "small-w4g32-asym": ("awq+gptq", QuantSpec(4, 32, symmetric=False)),
     "gptq-w8": ("gptq", QuantSpec(8, 128)),
     "gptq-w3g32": ("gptq", QuantSpec(3, 32)),
     "awq-w4g128": ("awq+rtn", QuantSpec(4, 128)),

@@ -351,6 +351,33 @@ def test_calibration_from_a_source_of_its_own(model, text, tmp_path):
     assert "of the calibration windows" in (tmp_path / "out.auto" / "report.md").read_text()
 
 
+def test_chats_are_judged_by_their_answers(model, text, tmp_path):
+    talking = tmp_path / "talking"
+    shutil.copytree(model, talking)
+    (talking / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    words = text.read_text(encoding="utf-8").split()
+    pieces = [" ".join(words[i : i + 8]) for i in range(0, 60 * 8, 8)]
+    chats = tmp_path / "chats.jsonl"
+    with chats.open("w") as file:
+        for piece in pieces:
+            turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": piece}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    data = ["--data", f"jsonl:{chats}#messages", "--max-kl", "100", "--rung", "gptq-w8"]
+    ended = run_here("auto", str(talking), "-o", str(tmp_path / "out"), *data, *WINDOWS)
+    assert ended.code == 0, ended.err
+    report = report_of(tmp_path / "out")
+    assert report.split.chats
+    assert report.split.calibration.documents + report.split.heldout.documents == len(set(pieces))
+    measured = report.rungs[0].measured
+    assert measured is not None
+    metric = measured.model.metrics["kl_mean"]
+    assert (metric.protocol, metric.error_method) == ("kl/top-chat-48", "by chat")
+    assert "--protocol ppl/chat" in report.evaluate
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -84,7 +84,18 @@ def test_with_a_calibration_source_all_is_held_out_but_what_it_has(tmp_path, man
         pytest.param(["one line"], None, "cannot be divided", id="nowhere to cut"),
         pytest.param(["a", "b"], ["b", "a"], "every document is in --calibration", id="all shared"),
         pytest.param([" "], None, "no row of text", id="empty"),
-        pytest.param([[{"role": "user", "content": "Hi"}]], None, "chats", id="chats"),
+        pytest.param(
+            [[{"role": "user", "content": "Hi"}]],
+            None,
+            "has 1 different chats; give",
+            id="one chat",
+        ),
+        pytest.param(
+            [[{"role": "user", "content": "Hi"}], "plain"],
+            None,
+            "1 of 2 documents are chats",
+            id="chats beside text",
+        ),
     ],
 )
 def test_too_little_is_refused(tmp_path, rows, calibration, message):
@@ -120,3 +131,28 @@ def test_twenty_documents_are_many(tmp_path):
     rows = [f"{i}\n\n{i}{i}" for i in range(FEW)]
     split = make_split([jsonl(tmp_path / "d.jsonl", rows)], None, tmp_path / "data")
     assert set(rows_of(split.heldout.source)) < set(rows)
+
+
+def test_chats_are_divided_whole_tools_and_all(tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
+    turns = [
+        [
+            {"role": "user", "content": f"{i}?"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+        ]
+        for i in range(6)
+    ]
+    path = tmp_path / "chats.jsonl"
+    lines = [{"messages": t, "tools": tools} for t in [*turns, turns[2]]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    source = f"jsonl:{path}#messages"
+    split = make_split([source], None, tmp_path / "data")
+    assert split.chats
+    first, second = rows_of(split.calibration.source), rows_of(split.heldout.source)
+    assert {*first, *second} == set(rows_of(source))
+    assert len(first) + len(second) == 6
+    check_disjoint(split)
+    whole = make_split([source], split.calibration.source, tmp_path / "again")
+    assert whole.shared == len(first)
+    assert rows_of(whole.heldout.source) == [r for r in rows_of(source)[:6] if r in second]

@@ -154,6 +154,19 @@ def test_the_method_follows_from_the_windows(windows: int, overlapping: bool, me
     assert layout.mean(values).value == pytest.approx(float(values.mean()), rel=1e-12)
 
 
+def test_windows_of_one_chat_are_one_draw() -> None:
+    """Of 20 chats with three answers each that are equally hard, the error is that of 20 windows,
+    not of 60."""
+    chats = np.random.default_rng(3).normal(size=20)
+    values = np.repeat(chats, 3 * 5)
+    answers = WindowLayout(np.full(60, 5), units=np.arange(0, 60, 3))
+    found, whole = answers.mean(values), WindowLayout(np.full(20, 15)).mean(values)
+    assert (found.value, found.standard_error) == (whole.value, whole.standard_error)
+    assert found.method == "by chat"
+    few = WindowLayout(np.full(60, 5), units=np.arange(0, 60, 4))
+    assert few.mean(values).method == "block bootstrap"
+
+
 def test_a_layout_of_ragged_windows() -> None:
     windows = [TokenWindow(0, 5, 1), TokenWindow(3, 8, 5), TokenWindow(6, 9, 8)]
     layout = WindowLayout.of(windows, overlapping=True)

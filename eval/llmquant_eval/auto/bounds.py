@@ -23,6 +23,7 @@ from llmquant.errors import UsageError
 from llmquant_eval.auto.schema import Check
 from llmquant_eval.decide.flips import Flips
 from llmquant_eval.report.results import Metric, PairedMetric, TaskResult
+from llmquant_eval.scoring.window_layout import FEW_WINDOWS
 
 _PREFERRED = ("acc", "exact_match")
 """Of a task's metrics, the one to go by; else its first one with a right and wrong per item."""
@@ -93,6 +94,8 @@ def quantile(metric: Metric, alpha: float) -> float:
     draws = metric.windows
     if metric.error_method == "block bootstrap":
         draws = round(metric.tokens / math.ceil(math.sqrt(metric.tokens)))
+    elif metric.error_method == "by chat":  # of which there are at least so many
+        draws = FEW_WINDOWS
     return float(t.isf(alpha, max(draws - 1, 1)))
 
 

@@ -41,11 +41,13 @@ class Part(Strict):
 class Split(Strict):
     """How the text was divided.
 
-    ``how`` says it in words; ``shared`` counts documents of the held-out text that were left out
-    because the calibration text has them too.
+    ``how`` says it in words; ``chats``: the documents are chats, whose answers are judged;
+    ``shared`` counts documents of the held-out text that were left out because the calibration text
+    has them too.
     """
 
     how: str
+    chats: bool = False
     calibration: Part
     heldout: Part
     shared: int = 0

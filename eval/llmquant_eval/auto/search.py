@@ -150,11 +150,13 @@ def _texts(request: AutoRequest, work: Work) -> Texts:
     available = _available(model, split, request.nsamples or 1, seqlen, longest)
     nsamples = request.nsamples or min(default.nsamples, available)
     plan = _plan(request, work, split)
-    windows = len(plan.streams[0].windows)
-    if windows < FEWEST_WINDOWS:
+    stream = plan.streams[0]
+    found = len(stream.windows if stream.chats is None else stream.chats)
+    if found < FEWEST_WINDOWS:
+        few = f"windows of {stream.protocol.window} tokens" if stream.chats is None else "chats"
         raise SourceError(
-            f"--data {', '.join(request.data)}: the held-out part has {windows} windows of {plan.streams[0].protocol.window} "
-            f"tokens, and {FEWEST_WINDOWS} are the fewest that tell an error; give more text or a smaller --window"
+            f"--data {', '.join(request.data)}: the held-out part has {found} {few}, and {FEWEST_WINDOWS} are the fewest that "
+            f"tell an error; give more {'chats' if stream.chats else 'text or a smaller --window'}"
         )
     return Texts(split, nsamples, seqlen, plan)
 
@@ -192,6 +194,7 @@ def _evaluation(request: AutoRequest, work: Work, split: Split) -> Request:
     return Request(
         (request.model,),
         text=split.heldout.source,
+        protocol="ppl/chat" if split.chats else None,
         reference=request.model,
         window=request.window,
         bos=request.bos,

@@ -3,7 +3,8 @@
 No document is in both. Documents are ordered by the hash of their content, equal ones once, and the
 first half of the characters calibrates: the division depends on the texts and on nothing else, and
 either half is a fair sample of all. Fewer than :data:`FEW` documents make no fair halves, so each
-is cut in two at a blank line near its middle: the beginning calibrates, the end is held out.
+is cut in two at a blank line near its middle: the beginning calibrates, the end is held out. A chat
+is a document too, and is never cut.
 
 With a calibration source of its own all of the text is held out, without the documents that the
 source has too. Both parts are written as JSON Lines into the work folder, and their hashes go into
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from llmquant_eval.auto.schema import Part, Split
 from llmquant_eval.report.files import write_file
 
 if TYPE_CHECKING:
-    from llmquant import Documents
+    from llmquant import Chat, Documents
 
 FEW = 20
 """Documents below which each is cut in two."""
@@ -37,17 +38,22 @@ def make_split(sources: Sequence[str], calibration: str | None, folder: Path) ->
     """Divide the text and write the parts into ``folder``.
 
     Raises:
-        SourceError: a source that cannot be read, is a chat or has too little text.
+        SourceError: a source that cannot be read or has too little text; chats beside plain text.
     """
-    rows = [row for source in sources for row in _texts(source)]
+    rows = [row for source in sources for row in _rows(source)]
     where = ", ".join(sources)
+    chats = sum(not isinstance(row, str) for row in rows)
+    if 0 < chats < len(rows):
+        raise SourceError(
+            f"--data {where}: {chats} of {len(rows)} documents are chats, the others plain text; give one kind"
+        )
     if calibration is None:
         first, second, how = _halves(rows, where)
         part = _written(first, folder / "calibration.jsonl")
         shared = 0
     else:
         known = llmquant.read_documents(calibration)
-        taken = {_hash(row) for row in known.rows if isinstance(row, str)}
+        taken = {_hash(row) for row in known.rows}
         second = [row for row in dict.fromkeys(rows) if _hash(row) not in taken]
         shared = len(set(rows)) - len(second)
         how = "calibration from a source of its own; all of --data is held out"
@@ -57,7 +63,7 @@ def make_split(sources: Sequence[str], calibration: str | None, folder: Path) ->
                 f"--data {where}: every document is in --calibration {calibration} too; give other text"
             )
     heldout = _written(second, folder / "heldout.jsonl")
-    return Split(how=how, calibration=part, heldout=heldout, shared=shared)
+    return Split(how=how, chats=chats > 0, calibration=part, heldout=heldout, shared=shared)
 
 
 def check_disjoint(split: Split) -> None:
@@ -81,31 +87,37 @@ def check_disjoint(split: Split) -> None:
         )
 
 
-def _texts(source: str) -> list[str]:
-    """The rows of a source that hold text."""
-    documents = llmquant.read_documents(source)
-    documents.text()  # refuses chats, which have no perplexity of their own
-    return [row for row in documents.rows if isinstance(row, str) and row.strip()]
+def _rows(source: str) -> list[str | Chat]:
+    """The rows of a source that hold anything."""
+    rows = llmquant.read_documents(source).rows
+    return [r for r in rows if (r.strip() if isinstance(r, str) else not r.empty)]
 
 
-def _halves(rows: Sequence[str], where: str) -> tuple[list[str], list[str], str]:
+def _halves(
+    rows: Sequence[str | Chat], where: str
+) -> tuple[list[str | Chat], list[str | Chat], str]:
+    texts = [row for row in rows if isinstance(row, str)]
+    first: list[str | Chat]
+    second: list[str | Chat]
     distinct = sorted(dict.fromkeys(rows), key=_hash)
-    if len(distinct) < FEW:
-        pairs = [_cut(row) for row in dict.fromkeys(rows)]
-        first, second = ([p[side] for p in pairs if p[side].strip()] for side in (0, 1))
+    if texts and len(distinct) < FEW:
+        pairs = [_cut(text) for text in dict.fromkeys(texts)]
+        first = [start for start, _ in pairs if start.strip()]
+        second = [end for _, end in pairs if end.strip()]
         overlap = set(first) & set(second)
         second = [row for row in second if row not in overlap]
         how = "each document was cut at a blank line near its middle: the beginning calibrates, the end is held out"
     else:
-        half, first, done = sum(map(len, distinct)) / 2, [], 0
+        half, count, done = sum(map(len, distinct)) / 2, 0, 0
         while done < half:
-            first.append(distinct[len(first)])
-            done += len(first[-1])
-        second = distinct[len(first) :]
+            done += len(distinct[count])
+            count += 1
+        first, second = distinct[:count], distinct[count:]
         how = "half of the documents calibrates, the other half is held out, by the hash of each"
     if not first or not second:
+        kind = "documents without a blank line to cut at" if texts else "different chats"
         raise SourceError(
-            f"--data {where} cannot be divided: it has {len(distinct)} documents without a blank line to cut at; "
+            f"--data {where} cannot be divided: it has {len(distinct)} {kind}; "
             "give more text, or name the calibration text with --calibration"
         )
     return first, second, how
@@ -126,14 +138,21 @@ def _hash(row: Any) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
-def _written(rows: Iterable[str], path: Path) -> Part:
+def _written(rows: Sequence[str | Chat], path: Path) -> Part:
     """The rows as a file; left alone where it has them already."""
-    text = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(_line(row), ensure_ascii=False) + "\n" for row in rows)
     if not path.is_file() or path.read_bytes() != text.encode():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text)
-    source = f"jsonl:{path}#text"
+    field = "text" if isinstance(rows[0], str) else "messages"
+    source = f"jsonl:{path}#{field}"
     return _part(llmquant.read_documents(source), source)
+
+
+def _line(row: str | Chat) -> dict[str, Any]:
+    if isinstance(row, str):
+        return {"text": row}
+    return {"messages": row.plain()} | ({"tools": json.loads(row.tools)} if row.tools else {})
 
 
 def _part(documents: Documents, source: str) -> Part:

@@ -17,7 +17,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Role = Literal["reference", "candidate"]
 
-ErrorMethod = Literal["by window", "block bootstrap"]
+ErrorMethod = Literal["by window", "by chat", "block bootstrap"]
 
 
 class Strict(BaseModel):

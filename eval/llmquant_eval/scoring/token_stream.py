@@ -53,6 +53,7 @@ class TokenStream:
 
     ``words`` and ``bytes_`` are None where the protocol does not count them. ``tokens`` are those
     of the text; ``ids`` may repeat some. ``dropped``: rows that gave no window, by reason.
+    ``chats``: the window, by number, that each chat begins with.
     """
 
     protocol: WindowProtocol
@@ -63,6 +64,7 @@ class TokenStream:
     bytes_: Floats | None = None
     text_tokens: int | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
+    chats: Sequence[int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -70,14 +72,15 @@ class TokenStream:
 
     @property
     def layout(self) -> WindowLayout:
-        return WindowLayout.of(self.windows, self.protocol.overlapping)
+        return WindowLayout.of(self.windows, self.protocol.overlapping, self.chats)
 
     def first(self, windows: int) -> TokenStream:
         """The same stream with its first ``windows`` windows alone."""
         kept = self.windows[:windows]
         scored = sum(w.predictions for w in kept)
         words, bytes_ = (None if a is None else a[:scored] for a in (self.words, self.bytes_))
-        return replace(self, windows=kept, words=words, bytes_=bytes_)
+        chats = None if self.chats is None else [c for c in self.chats if c < windows]
+        return replace(self, windows=kept, words=words, bytes_=bytes_, chats=chats)
 
 
 def make_stream(
@@ -169,9 +172,11 @@ def _by_answer(
     dropped: Counter[str] = Counter()
     ids: list[Any] = []
     windows: list[TokenWindow] = []
+    chats: list[int] = []
     start = 0
     for row, scored in llmquant.learned_rows(documents, tokenizer, dropped):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], scored.astype(np.int8), [0]])))
+        chats.append(len(windows))
         for first, end in edges.reshape(-1, 2).tolist():
             windows += [w.moved(start) for w in protocol.answer(first, end)]
         ids.append(row)
@@ -182,7 +187,7 @@ def _by_answer(
             f"{source} has no answer of an assistant to score{f' ({why})' if why else ''}; give chats with one"
         )
     stream = torch.from_numpy(np.concatenate(ids))
-    return TokenStream(protocol, stream, windows, len(windows), dropped=dict(dropped))
+    return TokenStream(protocol, stream, windows, len(windows), dropped=dict(dropped), chats=chats)
 
 
 def prefix_token(tokenizer: Any) -> int:

@@ -5,7 +5,8 @@ so per-token values are flat arrays ``[tokens]`` in stream order and a layout sa
 window's begin. It also takes means over them with the standard error that fits:
 
 * **by window** where there are at least :data:`FEW_WINDOWS` windows that do not overlap: tokens of
-  one window share their context, windows nearly are independent.
+  one window share their context, windows nearly are independent. Windows of one chat are not, so
+  of chats the error is by chat.
 * **block bootstrap** over tokens where windows are fewer, or overlap and so are correlated: see
   :func:`llmquant_eval.report.statistics.block_bootstrap`.
 """
@@ -13,7 +14,7 @@ window's begin. It also takes means over them with the standard error that fits:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +30,19 @@ FEW_WINDOWS = 20
 @dataclass(frozen=True, slots=True, eq=False)
 class WindowLayout:
     """Scored tokens per window ``counts`` int64 ``[windows]``, none of them 0, and whether windows
-    overlap."""
+    overlap. ``units``: the windows, by number, that begin what is independent of the rest; None:
+    every window does."""
 
     counts: NDArray[np.int64]
     overlapping: bool = False
+    units: NDArray[np.int64] | None = None
 
     @classmethod
-    def of(cls, windows: Sequence[TokenWindow], overlapping: bool) -> WindowLayout:
-        return cls(np.array([w.predictions for w in windows], dtype=np.int64), overlapping)
+    def of(
+        cls, windows: Sequence[TokenWindow], overlapping: bool, units: Sequence[int] | None = None
+    ) -> WindowLayout:
+        counts = np.array([w.predictions for w in windows], dtype=np.int64)
+        return cls(counts, overlapping, None if units is None else np.array(units, dtype=np.int64))
 
     @property
     def windows(self) -> int:
@@ -59,11 +65,12 @@ class WindowLayout:
         """``Σ values / Σ weights`` over flat arrays ``[tokens]``; weights are 1 where none are
         given."""
         weights = np.ones_like(values) if weights is None else weights
-        if self.overlapping or self.windows < FEW_WINDOWS:
+        starts = self.starts if self.units is None else self.starts[self.units]
+        if self.overlapping or len(starts) < FEW_WINDOWS:
             return block_bootstrap(values, weights)
-        return ratio_of_sums(
-            np.add.reduceat(values, self.starts), np.add.reduceat(weights, self.starts)
-        )
+        sums = (np.add.reduceat(values, starts), np.add.reduceat(weights, starts))
+        found = ratio_of_sums(*sums)
+        return found if self.units is None else replace(found, method="by chat")
 
 
 def context_lengths(windows: Sequence[TokenWindow]) -> NDArray[np.int64]:

@@ -173,8 +173,9 @@ def _method(report: AutoReport) -> Iterator[str]:
         f"Calibration: {report.calibration_windows:,} windows of {report.calibration_window:,} tokens of "
         f"{_documents(split.calibration)} (rows sha256 {split.calibration.rows_sha256[:16]}…)."
     )
+    windows = "windows of answers, of at most" if split.chats else "windows of"
     yield (
-        f"Held out: the first {report.heldout_windows:,} of {report.heldout_windows_available:,} windows of "
+        f"Held out: the first {report.heldout_windows:,} of {report.heldout_windows_available:,} {windows} "
         f"{report.heldout_window:,} tokens of {_documents(split.heldout)} (rows sha256 {split.heldout.rows_sha256[:16]}…); nothing else was done with them."
     )
     overlaps = [m.overlap for r in report.rungs if (m := r.measured) and m.overlap is not None]
