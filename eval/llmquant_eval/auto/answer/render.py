@@ -181,9 +181,13 @@ def _method(report: AutoReport) -> Iterator[str]:
     overlaps = [m.overlap for r in report.rungs if (m := r.measured) and m.overlap is not None]
     if overlaps:
         yield f"At most {100 * max(overlaps):.2g} % of the calibration windows' runs of 13 tokens stand in the held-out part."
+    shared = (
+        f"The level is {report.alpha:g}"
+        if report.looks == 1
+        else f"The level of {report.alpha:g} is shared by the {report.looks} rungs that could be tried: {report.alpha_each:.3g} for each"
+    )
     yield (
-        f"A bound is met if the upper confidence limit of the loss is not above it. The level of {report.alpha:g} is shared by the "
-        f"{report.looks} rungs that could be tried: {report.alpha_each:.3g} for each. So the probability that the chosen model's "
+        f"A bound is met if the upper confidence limit of the loss is not above it. {shared}. So the probability that the chosen model's "
         f"true loss is above the bound is at most {report.alpha:g}, on text like this."
     )
     yield f"{report.hardware.processor}, {report.hardware.threads} threads; " + ", ".join(
