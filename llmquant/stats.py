@@ -4,6 +4,11 @@ GPTQ needs ``H = X^T X`` over all calibration tokens; activation-weighted scale 
 diagonal; AWQ needs mean magnitudes. All are sums over tokens, so they accumulate batch by batch and
 merge across devices by addition, and linears that share an input share one object. Rows holding NaN
 or Inf would poison every entry: they are counted and left out.
+
+The first token of a window can count for more in ``H``. It is what later tokens look at when they
+need to look at nothing (the attention sink, arXiv:2309.17453), so an error in it reaches them all,
+and yet it is one row in thousands. RSQ (arXiv:2503.01820) weighs tokens by the attention they get;
+here it is by the place alone.
 """
 
 from __future__ import annotations
@@ -24,6 +29,11 @@ _WIDE, _BLOCKS = (
 class InputStats:
     """Sums over calibration tokens of one input of width ``in_features``.
 
+    Args:
+        first_token_share: of activations ``[windows, positions, in]`` the first position counts in
+            the Hessian as this share of the window's positions, and at least as one; 0: as any
+            other. Activations of fewer dimensions (an expert's) have no positions.
+
     Attributes:
         hessian: float32 ``[in, in]``, the sum of ``x x^T`` (no factor 2, not divided by the count).
     """
@@ -33,7 +43,9 @@ class InputStats:
         in_features: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        first_token_share: float = 0.0,
     ) -> None:
+        self._first_token_share = first_token_share
         self.hessian = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self._abs_sum = torch.zeros(in_features, dtype=dtype, device=device)
         self._rows = 0
@@ -58,12 +70,26 @@ class InputStats:
             raise QuantizationError(
                 f"activations {list(x.shape)} do not have {self.in_features} channels"
             )
-        rows = x.reshape(-1, self.in_features).to(self.hessian.dtype)
-        self._rows += rows.shape[0]
+        rows = x.reshape(-1, self.in_features)
         if not _known_finite(rows):
             (rows,) = self._only_finite(rows)
-        _add_gram(self.hessian, rows)
+        self._add_rows(rows, self._weights(x))
+
+    def _add_rows(self, rows: Tensor, weights: Tensor | None) -> None:
+        """Finite rows ``[tokens, in]``, each with its weight in the Hessian ``[tokens, 1]``."""
+        rows = rows.to(self.hessian.dtype)
+        self._rows += rows.shape[0]
         self._abs_sum += rows.abs().sum(dim=0)
+        _add_gram(self.hessian, rows if weights is None else rows * weights.sqrt())
+
+    def _weights(self, x: Tensor) -> Tensor | None:
+        """How much each row of activations counts, ``[tokens, 1]``; None: all the same."""
+        first = self._first_token_share * x.shape[1] if x.dim() == 3 else 0.0
+        if first <= 1:
+            return None
+        weights = torch.ones(*x.shape[:2], 1, dtype=self.hessian.dtype, device=x.device)
+        weights[:, 0] = first
+        return weights.reshape(-1, 1)
 
     def _only_finite(self, *sides: Tensor) -> list[Tensor]:
         """The rows, those with NaN or Inf on any side as zeros, which add nothing to a sum; they
@@ -144,8 +170,9 @@ class PairStats(InputStats):
         in_features: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        first_token_share: float = 0.0,
     ) -> None:
-        super().__init__(in_features, device, dtype)
+        super().__init__(in_features, device, dtype, first_token_share)
         self.cross = torch.zeros_like(self.hessian)
 
     @property
@@ -167,8 +194,11 @@ class PairStats(InputStats):
         beside = original.reshape(-1, x.shape[-1])
         if not (_known_finite(rows) and _known_finite(beside)):
             rows, beside = self._only_finite(rows, beside)
-        self.add(rows)
-        self.cross.addmm_(beside.to(self.cross.dtype).T, rows.to(self.cross.dtype))
+        weights = self._weights(x)
+        self._add_rows(rows, weights)
+        rows = rows.to(self.cross.dtype)
+        rows = rows if weights is None else rows * weights
+        self.cross.addmm_(beside.to(self.cross.dtype).T, rows)
 
     def merge(self, other: InputStats) -> None:
         """Add another accumulator of pairs of the same width."""

@@ -52,6 +52,47 @@ def test_importance_and_mean_magnitude_are_per_token():
     torch.testing.assert_close(stats.mean_abs, x.abs().mean(0))
 
 
+def counted(windows: torch.Tensor, share: float) -> torch.Tensor:
+    """Windows with as many copies of the first token as it counts for, by hand."""
+    copies = int(share * windows.shape[1])
+    return torch.cat([windows[:, :1].expand(-1, copies, -1), windows[:, 1:]], dim=1)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_first_token_that_counts_is_there_several_times(share):
+    windows, original = activations(3, 16).double(), activations(3, 16, seed=1).double()
+    stats = InputStats(WIDTH, dtype=torch.float64, first_token_share=share)
+    stats.add(windows)
+    torch.testing.assert_close(
+        stats.hessian, of(counted(windows, share), dtype=torch.float64).hessian
+    )
+    torch.testing.assert_close(stats.mean_abs, of(windows, dtype=torch.float64).mean_abs)
+    assert stats.tokens == 48
+    pairs = PairStats(WIDTH, dtype=torch.float64, first_token_share=share)
+    pairs.add_pair(windows, original)
+    by_hand = PairStats(WIDTH, dtype=torch.float64)
+    by_hand.add_pair(counted(windows, share), counted(original, share))
+    torch.testing.assert_close(pairs.hessian, by_hand.hessian)
+    torch.testing.assert_close(pairs.cross, by_hand.cross)
+
+
+def test_a_first_token_counts_at_least_as_any_other():
+    windows = activations(3, 16)
+    for x, share in ((windows, 0.01), (windows.reshape(-1, WIDTH), 0.5), (windows, 0.0)):
+        stats = InputStats(WIDTH, first_token_share=share)
+        stats.add(x)
+        assert torch.equal(stats.hessian, of(x).hessian)
+
+
+def test_a_first_token_that_is_not_finite_is_dropped_all_the_same():
+    windows = activations(2, 8)
+    windows[0, 0, 3] = float("nan")
+    stats = InputStats(WIDTH, first_token_share=0.5)
+    stats.add(windows)
+    assert bool(stats.hessian.isfinite().all())
+    assert (stats.tokens, stats.dropped) == (15, 1)
+
+
 def test_of_no_tokens_everything_is_zero():
     stats = InputStats(WIDTH)
     assert stats.tokens == 0

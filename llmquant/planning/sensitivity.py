@@ -168,7 +168,8 @@ class _Pass:
                     materialized(self.plan, norm, f"{self.plan.architecture.norm}.")
                 )
                 resident.enter_context(materialized(self.plan, head, f"{name}."))
-            stats = InputStats(head.in_features, self.plan.device)
+            share = self.plan.first_token_share
+            stats = InputStats(head.in_features, self.plan.device, first_token_share=share)
             with torch.no_grad():
                 for batch in self.inputs:
                     stats.add(norm(batch.hidden))
@@ -184,7 +185,10 @@ class _Pass:
         by_leaf = {n.removeprefix(prefix): m for n, m in linears.items()}
         everything = self.plan.all_experts
         sets = stages(block, by_leaf, self.inputs[0], everything)
-        stats = observe(block, {s[0]: by_leaf[s[0]] for s in sets}, self.inputs, everything)
+        stats = observe(
+            block, {s[0]: by_leaf[s[0]] for s in sets}, self.inputs, everything,
+            first_token_share=self.plan.first_token_share,
+        )  # fmt: skip
         return {f"{prefix}{leaf}": stats[s[0]] for s in sets for leaf in s}
 
     def _judge(

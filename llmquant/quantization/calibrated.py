@@ -120,7 +120,11 @@ class Calibrated:
 
     def head(self, name: str) -> BlockResult:
         norm = norm_of(self.plan.model, self.plan.architecture)
-        stats = InputStats(self.plan.reader.info(f"{name}.weight").shape[1], self.plan.device)
+        stats = InputStats(
+            self.plan.reader.info(f"{name}.weight").shape[1],
+            self.plan.device,
+            first_token_share=self.plan.first_token_share,
+        )
         with materialized(self.plan, norm, f"{self.plan.architecture.norm}."), torch.no_grad():
             for batch in self._inputs:
                 stats.add(norm(batch.hidden))
@@ -172,13 +176,12 @@ class Calibrated:
         self, at: _Block, names: Sequence[str], context: BatchContext
     ) -> Mapping[str, InputStats]:
         wanted = {name: at.linears[name] for name in names}
+        how = (self.plan.all_experts, context, self.plan.first_token_share)
         stats: Mapping[str, InputStats]
         if self._pairs is None:
-            stats = observe(at.module, wanted, self._inputs, self.plan.all_experts, context)
+            stats = observe(at.module, wanted, self._inputs, *how)
         else:
-            stats = self._pairs.observe(
-                at.module, wanted, self._inputs, self.plan.all_experts, context
-            )
+            stats = self._pairs.observe(at.module, wanted, self._inputs, *how)
         for share in stats.values():
             self.plan.world.all_reduce(share)
         return stats

@@ -200,6 +200,11 @@ class WalkPlan:
         return bool(self.recipe.calibration.all_experts)
 
     @property
+    def first_token_share(self) -> float:
+        """How much the first token of a window counts in statistics; see :class:`InputStats`."""
+        return self.recipe.calibration.first_token_share
+
+    @property
     def gptq_options(self) -> GPTQOptions:
         g = self.recipe.gptq
         return GPTQOptions(g.block_size, g.damping, g.act_order, self.search)

@@ -44,9 +44,9 @@ def items_of(plan: WalkPlan, head: bool = False) -> list[Item]:
 
 
 def run(
-    folder: Path, kind: Kind, *, head: bool = False, method: str = "gptq"
+    folder: Path, kind: Kind, *, head: bool = False, method: str = "gptq", share: float = 0.0
 ) -> tuple[list[Item], Damages]:
-    plan = prepare(folder, recipe_of(method=method))
+    plan = prepare(folder, recipe_of(**{"method": method, "calibration.first_token_share": share}))
     items = items_of(plan, head)
     return items, measure(plan, items, WINDOWS, Probe(kind, PROBE), lambda _: None)
 
@@ -64,7 +64,7 @@ def block_outputs(model: PreTrainedModel, index: int) -> Iterator[list[torch.Ten
 
 
 def plain(
-    folder: Path, items: list[Item], kind: Kind, method: str = "gptq"
+    folder: Path, items: list[Item], kind: Kind, method: str = "gptq", share: float = 0.0
 ) -> list[dict[QuantSpec, tuple[float, float]]]:
     """Layer error per token and damage of every item and scheme, each from whole forward passes."""
     plan = prepare(folder, recipe_of(method=method))
@@ -73,7 +73,7 @@ def plain(
         .eval()
         .requires_grad_(False)
     )
-    stats = statistics(model, [n for item in items for n in item.names], 2)
+    stats = statistics(model, [n for item in items for n in item.names], 2, share)
     found = []
     for item in items:
         table = {}
@@ -160,6 +160,13 @@ def test_rounding_to_nearest_is_judged_as_such(tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "model")
     items, damages = run(folder, "kl", method="rtn")
     assert disagreement(damages, plain(folder, items, "kl", "rtn")) < 2e-3
+
+
+def test_first_tokens_that_count_count_here_too(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    items, damages = run(folder, "kl", head=True, share=0.25)
+    assert disagreement(damages, plain(folder, items, "kl", share=0.25)) < 2e-3
+    assert disagreement(damages, plain(folder, items, "kl")) > 2e-3
 
 
 def test_a_tied_head_sees_the_embeddings(tmp_path: Path) -> None:

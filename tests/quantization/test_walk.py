@@ -61,10 +61,15 @@ def digests(weights: Weights) -> dict[str, str]:
     return {name: weight.digest() for name, weight in weights.items()}
 
 
-def statistics(model: PreTrainedModel, names: list[str], batch_size: int) -> dict[str, InputStats]:
+def statistics(
+    model: PreTrainedModel, names: list[str], batch_size: int, share: float = 0.0
+) -> dict[str, InputStats]:
     """Input statistics of linears from whole forward passes of the whole model."""
     linears = {name: model.get_submodule(name) for name in names}
-    stats = {name: InputStats(linear.in_features) for name, linear in linears.items()}
+    stats = {
+        name: InputStats(linear.in_features, first_token_share=share)
+        for name, linear in linears.items()
+    }
     handles = [
         linear.register_forward_pre_hook(lambda _m, args, name=name: stats[name].add(args[0]))
         for name, linear in linears.items()
@@ -88,7 +93,8 @@ def naive(folder: Path, plan: WalkPlan, steps: list[list[str]]) -> Weights:
     as_in_checkpoint(model, model.config.model_type)
     options, done = plan.gptq_options, {}
     for names in steps:
-        stats = statistics(model, names, plan.recipe.calibration.batch_size)
+        wanted = plan.recipe.calibration
+        stats = statistics(model, names, wanted.batch_size, wanted.first_token_share)
         for name in names:
             linear = model.get_submodule(name)
             factor = factorize(stats[name].hessian, options)
@@ -255,6 +261,16 @@ def test_the_head_is_calibrated_on_the_normed_output_of_the_quantized_blocks(lla
     expected = naive(llama, plan, [*steps_of(plan, STAGES["llama"], together=False), ["lm_head"]])
     assert digests(results(plan, WINDOWS)) == digests(expected)
     assert norm_of(plan.model, plan.architecture).weight.is_meta
+
+
+def test_first_tokens_that_count_count_everywhere(llama):
+    share = {"calibration.first_token_share": 0.25}
+    plan = plan_of(llama, recipe_of(**share), head=True)
+    expected = naive(llama, plan, [*steps_of(plan, STAGES["llama"], together=False), ["lm_head"]])
+    got = digests(results(plan, WINDOWS))
+    assert got == digests(expected)
+    plain = digests(results(plan_of(llama, recipe_of(), head=True), WINDOWS))
+    assert all(plain[name] != got[name] for name in got)
 
 
 def test_reports_say_what_was_done(llama):

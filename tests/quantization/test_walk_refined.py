@@ -77,11 +77,14 @@ def inputs_of(
 
 
 @pytest.mark.parametrize(
-    ("strength", "passes"), [(1.0, 0), (0.5, 2)], ids=["asymmetric", "half asymmetric, two passes"]
+    ("strength", "passes", "share"),
+    [(1.0, 0, 0.0), (0.5, 2, 0.0), (0.5, 0, 0.25)],
+    ids=["asymmetric", "half asymmetric, two passes", "half asymmetric, first tokens count"],
 )
 @pytest.mark.parametrize("sequential", [True, False], ids=["true_sequential", "a block at once"])
-def test_the_walk_equals_the_naive_run_of_both_models(llama, strength, passes, sequential):
+def test_the_walk_equals_the_naive_run_of_both_models(llama, strength, passes, share, sequential):
     changes = {
+        "calibration.first_token_share": share,
         "gptq.asymmetric": strength,
         "gptq.passes": passes,
         "gptq.true_sequential": sequential,
@@ -98,7 +101,7 @@ def test_the_walk_equals_the_naive_run_of_both_models(llama, strength, passes, s
             read, wanted = inputs_of(model, names, batches), inputs_of(original, names, batches)
             for name in names:
                 linear = model.get_submodule(name)
-                stats = PairStats(linear.in_features)
+                stats = PairStats(linear.in_features, first_token_share=share)
                 for x, f in zip(read[name], wanted[name], strict=True):
                     stats.add_pair(x, f)
                 factor = factorize(stats.hessian, plan.gptq_options)

@@ -16,9 +16,11 @@ from llmquant.errors import ProofError
 from llmquant.models.architectures import blocks_of
 from llmquant.models.block_inputs import run_block
 from llmquant.quantization import run as pipeline
+from llmquant.quantization.blocks.capture import observe
 from llmquant.quantization.blocks.materialize import materialized
 from llmquant.quantization.calibrated import Calibrated, _Block
 from llmquant.quantization.run import quantize
+from llmquant.quantization.steps import finders
 from llmquant.quantization.steps.rounding import Rounding
 from llmquant.recipe import Recipe
 
@@ -78,6 +80,24 @@ def test_the_folder_holds_the_scaled_norms(tmp_path, recipe, name):
         name = f"{pair.producer}.weight"
         assert after.read(name).dtype == before.read(name).dtype
         assert torch.equal(after.read(name), before.read(name)) == (pair.reason is not None)
+
+
+def test_first_tokens_that_count_count_in_the_search_for_scales(tmp_path):
+    folder = save("llama", tmp_path / "model")
+    seen = []
+    for share in (0.0, 0.9):
+        awq = {"method": "rtn", "awq": {"grid": 4}, "calibration.first_token_share": share}
+        plan = plan_of(folder, **awq)
+        block, prefix = blocks_of(plan.model, plan.architecture)[0], "model.layers.0"
+        inputs = Calibrated(Rounding(plan, lambda _: None), WINDOWS)._inputs
+        with materialized(plan, block, f"{prefix}."):
+            finder = finders._finder(plan, block, prefix, STAGES["llama"], inputs)
+            linears = {n: block.get_submodule(n) for (n, *_) in STAGES["llama"]}
+            wanted = observe(block, linears, inputs, first_token_share=share)
+        for name, stats in wanted.items():
+            assert torch.equal(finder._stats[name].hessian, stats.hessian)
+        seen.append(wanted["self_attn.q_proj"].hessian)
+    assert not torch.equal(*seen)
 
 
 @pytest.mark.parametrize("pairs", ["norms", "all"])

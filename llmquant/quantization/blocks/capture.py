@@ -89,14 +89,18 @@ def observe(
     batches: Sequence[BlockInput],
     all_experts: bool = False,
     context: BatchContext = no_context,
+    first_token_share: float = 0.0,
 ) -> dict[str, InputStats]:
     """Input statistics of each wanted linear over all batches. A pass ends once the last wanted
     linear is reached.
 
     An expert's are those of the tokens that the router sends to it, or with ``all_experts`` of all
-    tokens.
+    tokens. ``first_token_share`` as for :class:`InputStats`.
     """
-    stats = {name: InputStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
+    stats = {
+        name: InputStats(m.in_features, device=m.weight.device, first_token_share=first_token_share)
+        for name, m in wanted.items()
+    }
     waiting: set[str] = set()
 
     def see(name: str, x: Tensor) -> None:
@@ -122,6 +126,7 @@ def observe_pairs(
     all_experts: bool = False,
     context: BatchContext = no_context,
     context_of_originals: BatchContext = no_context,
+    first_token_share: float = 0.0,
 ) -> dict[str, PairStats]:
     """Input statistics of each wanted linear beside what the original model reads there.
 
@@ -138,8 +143,12 @@ def observe_pairs(
         all_experts: as for :func:`observe`.
         context: entered around the quantized block's passes, by the number of the batch.
         context_of_originals: likewise around those with its original parameters.
+        first_token_share: as for :class:`InputStats`.
     """
-    stats = {name: PairStats(m.in_features, device=m.weight.device) for name, m in wanted.items()}
+    stats = {
+        name: PairStats(m.in_features, device=m.weight.device, first_token_share=first_token_share)
+        for name, m in wanted.items()
+    }
     for number, (batch, hidden) in enumerate(zip(batches, reference, strict=True)):
         watch = Watch(all_experts)
         with context(number):

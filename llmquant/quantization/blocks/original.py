@@ -96,11 +96,13 @@ class Reference:
         inputs: Sequence[BlockInput],
         all_experts: bool = False,
         context: BatchContext = no_context,
+        first_token_share: float = 0.0,
     ) -> dict[str, PairStats]:
         """See :func:`llmquant.quantization.blocks.capture.observe_pairs`."""
         return observe_pairs(
-            block, wanted, inputs, self._originals, self.hidden, all_experts, context, self._context
-        )
+            block, wanted, inputs, self._originals, self.hidden, all_experts, context, self._context,
+            first_token_share,
+        )  # fmt: skip
 
     @property
     def _context(self) -> BatchContext:

@@ -82,6 +82,7 @@ class AWQFinder:
         options: AWQ's.
         all_experts: as for :func:`llmquant.quantization.blocks.capture.observe`.
         world: the processes whose inputs count; each must make a finder.
+        first_token_share: as for :class:`llmquant.stats.InputStats`.
     """
 
     method = "awq"
@@ -97,10 +98,12 @@ class AWQFinder:
         options: AWQOptions,
         all_experts: bool = False,
         world: World = ALONE,
+        first_token_share: float = 0.0,
     ) -> None:
         self._stats = observe(
-            block, {s[0]: _linear(block, s[0]) for s in sets}, inputs, all_experts
-        )
+            block, {s[0]: _linear(block, s[0]) for s in sets}, inputs, all_experts,
+            first_token_share=first_token_share,
+        )  # fmt: skip
         for share in self._stats.values():
             world.all_reduce(share)
         self._specs, self._search, self._options = specs, search, options

@@ -79,5 +79,13 @@ def _finder(
     if awq is None:
         return None
     return AWQFinder(
-        block, sets, inputs, plan.specs, plan.search, awq, plan.all_experts, plan.world
+        block,
+        sets,
+        inputs,
+        plan.specs,
+        plan.search,
+        awq,
+        plan.all_experts,
+        plan.world,
+        plan.first_token_share,
     )
