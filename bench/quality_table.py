@@ -38,10 +38,16 @@ def _further(
 ) -> list[str]:
     """The table of further texts and tasks, where any were measured."""
     asked = setting.get("further")
-    rows = [c for c in cells if "texts" in c or "tasks" in c]
-    if not asked or not rows:
+    if not asked:
         return []
     texts, tasks = list(asked["texts"]), asked["tasks"]
+    rows = [
+        c
+        for c in cells
+        if c.get("texts", {}).keys() >= set(texts) and c.get("tasks", {}).keys() >= set(tasks)
+    ]
+    if not rows:
+        return []
     names = ", ".join(f"{name}: `{source}`" for name, source in asked["texts"].items())
     head = ["scheme", "tool", *(f"{t}: KL" for t in texts), *(f"{t}: ratio" for t in texts), *tasks]
     right = setting["original"]["tasks"]
