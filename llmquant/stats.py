@@ -32,7 +32,7 @@ class InputStats:
     Args:
         first_token_share: of activations ``[windows, positions, in]`` the first position counts in
             the Hessian as this share of the window's positions, and at least as one; 0: as any
-            other. Activations of fewer dimensions (an expert's) have no positions.
+            other. Activations ``[tokens, in]`` (an expert's) have no positions.
 
     Attributes:
         hessian: float32 ``[in, in]``, the sum of ``x x^T`` (no factor 2, not divided by the count).

@@ -159,6 +159,41 @@ def test_observed_statistics_are_those_of_the_whole_model():
         assert torch.equal(stats.hessian, expected[name].hessian), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", "self_attn.q_proj"),
+        ("opt", "fc1"),  # reads [tokens, hidden]
+        ("deepseek_v3", "self_attn.kv_b_proj"),  # reads [windows, 1, positions, rank]
+        ("llama4_text", "feed_forward.shared_expert.up_proj"),  # reads [tokens, hidden]
+        ("mixtral", "block_sparse_moe.experts.0.w1"),  # reads the tokens sent to it
+    ],
+)
+def test_first_positions_are_known_whatever_shape_a_block_gives_its_inputs(kind, name):
+    model = random_model(kind)
+    blocks = blocks_in(model)
+    inputs = first_inputs(model, blocks, BATCHES)
+    linear = linears_of(block := blocks[0])[name]
+    (got,), (plain,) = (
+        observe(block, {name: linear}, inputs, first_token_share=share).values()
+        for share in (0.5, 0.0)
+    )
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        handle = linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        for batch in inputs:
+            run_block(block, batch)
+        handle.remove()
+    first = torch.zeros_like(plain.hessian)
+    for x, batch in zip(seen, inputs, strict=True):
+        windows, positions = batch.hidden.shape[:2]
+        if x.numel() == windows * positions * x.shape[-1]:
+            rows = x.reshape(windows, positions, -1)[:, 0]
+            first += (0.5 * positions - 1) * rows.T @ rows
+    assert bool(first.any()) == ("experts.0" not in name)
+    torch.testing.assert_close(got.hessian, plain.hessian + first)
+
+
 def test_a_pass_ends_at_the_last_wanted_linear_and_leaves_no_hook():
     model = random_model("llama")
     blocks = blocks_in(model)

@@ -104,7 +104,7 @@ def observe(
     waiting: set[str] = set()
 
     def see(name: str, x: Tensor) -> None:
-        stats[name].add(x)
+        stats[name].add(_in_windows(x, batch))
         waiting.discard(name)
         if not waiting:
             raise _EnoughSeen
@@ -157,8 +157,18 @@ def observe_pairs(
         with context_of_originals(number):
             beside = linear_inputs(block, wanted, BlockInput(hidden, batch.calls), originals, again)
         for name, pair in stats.items():
-            pair.add_pair(seen[name], beside[name])
+            pair.add_pair(_in_windows(seen[name], batch), _in_windows(beside[name], batch))
     return stats
+
+
+def _in_windows(x: Tensor, batch: BlockInput) -> Tensor:
+    """Activations as ``[windows, positions, in]`` if they are of all positions of the batch,
+    whatever shape the block gave them on the way (OPT flattens them for its MLP, DeepSeek splits
+    heads); else, an expert's, as ``[tokens, in]``."""
+    rows = x.reshape(-1, x.shape[-1])
+    windows, positions = batch.hidden.shape[:2]
+    everything = rows.shape[0] == windows * positions
+    return rows.reshape(windows, positions, -1) if everything else rows
 
 
 def linear_inputs(
