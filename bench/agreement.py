@@ -31,15 +31,6 @@ PROMPTS = (
     "What is the sum of 12 and 30?",
     "It was the best of times, it was the worst of",
 )
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "0",
-}
 TOP = 20
 Told = list[dict[str, float]]
 """Per position of a prompt but the first, the log-probabilities of its likeliest tokens."""
@@ -50,8 +41,8 @@ def prompts_of(folder: Path) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
 
 
-def in_vllm(folders: list[Path], python: str, scratch: Path) -> dict[Path, list[Told] | None]:
-    """What vLLM says of each folder; None where it does not run it."""
+def in_vllm(folders: list[Path], python: str, scratch: Path) -> dict[Path, list[Told] | str]:
+    """What vLLM says of each folder; the end of what it printed where it does not run it."""
     jobs = [
         {
             "folder": str(folder), "dtype": "float16", "prompts": prompts_of(folder),
@@ -62,13 +53,15 @@ def in_vllm(folders: list[Path], python: str, scratch: Path) -> dict[Path, list[
     lines = "".join(json.dumps(job) + "\n" for job in jobs)
     probe = [python, str(ROOT / "tests" / "vllm" / "probe.py"), "as-it-is"]
     subprocess.run(
-        probe, input=lines, text=True, check=True, env=os.environ | ENVIRONMENT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        probe, input=lines, text=True, check=True, stdout=subprocess.DEVNULL,
+        env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS")},
     )  # fmt: skip
-    found: dict[Path, list[Told] | None] = {}
+    found: dict[Path, list[Told] | str] = {}
     for folder, job in zip(folders, jobs, strict=True):
-        result = Path(str(job["result"]))
-        found[folder] = json.loads(result.read_text()) if result.exists() else None
+        result, log = Path(str(job["result"])), Path(str(job["log"]))
+        found[folder] = (
+            json.loads(result.read_text()) if result.exists() else log.read_text()[-500:]
+        )
     return found
 
 
@@ -110,15 +103,12 @@ def main() -> None:
     for folder in args.folders:
         prompts, answer = prompts_of(folder), told[folder]
         half = llmquant.load(folder, dtype=torch.float16)
-        print(
-            folder.name,
-            "vllm:",
-            "refused" if answer is None else differences(answer, half, prompts),
-        )
+        vllm = answer if isinstance(answer, str) else differences(answer, half, prompts)
+        print(folder.name, "vllm:", vllm, flush=True)
         try:
             theirs = of_transformers(folder, prompts)
-        except Exception as e:  # noqa: BLE001 - a folder that transformers does not take is a result
-            print(folder.name, "transformers: refused,", type(e).__name__)
+        except (ImportError, RuntimeError, ValueError) as e:
+            print(folder.name, "transformers: refused,", e, flush=True)
             continue
         whole = llmquant.load(folder, dtype=torch.float32)
         print(folder.name, "transformers:", differences(theirs, whole, prompts), flush=True)

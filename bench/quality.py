@@ -33,8 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import quality_further
-from quality_further import kept, measured
+from quality_further import add_options, kept, measured
 from quality_table import render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,6 +262,7 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     if setting.keep is None:
         shutil.rmtree(output)
     else:
+        shutil.rmtree(setting.keep / kept(result), ignore_errors=True)
         shutil.move(output, setting.keep / kept(result))
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
@@ -289,7 +289,7 @@ def main() -> None:
         run=lambda args: print(render(json.loads(args.out.read_text()), list(GRIDS)))
     )
     third = commands.add_parser("further", help="measure kept folders on more texts and tasks")
-    quality_further.add_options(third)
+    add_options(third)
     for command in (first, second, third):
         command.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

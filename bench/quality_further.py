@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 METRICS = ("perplexity_ratio", "kl_mean", "top1_agreement")
-# The score of a task that is shown: the one that its paper gives.
-SCORES = {"arc_easy_local": "acc", "piqa_local": "acc", "lambada_local": "acc"}
 
 
 def kept(cell: dict[str, Any]) -> str:
@@ -33,12 +31,16 @@ def further(args: argparse.Namespace) -> None:
     report = json.loads(args.out.read_text())
     name = Path(args.model).name
     setting = report["settings"][name]
-    setting["further"] = {
+    asked = {
         "texts": dict(t.split("=", 1) for t in [*args.text, *args.chat]),
         "tasks": [t.partition("=")[0] for t in args.task],
         "windows": args.windows,
         "limit": args.limit,
     }
+    if setting.setdefault("further", asked) != asked:
+        raise SystemExit(
+            f"{args.out} has {name} measured on {setting['further']}; use another --out"
+        )
     original = setting.setdefault("original", {})
     cells = [c for c in report["cells"] if c["model"] == name]
     there = [(c, args.keep / kept(c)) for c in cells if (args.keep / kept(c)).is_dir()]
@@ -72,7 +74,7 @@ def on_task(folder: Path, task: str, args: argparse.Namespace) -> dict[str, Any]
     """A folder's score, and which items it had right, a digit each."""
     options = ["--tasks", task, "--limit", str(args.limit)]
     result = measured(folder, options, "candidate")["tasks"][0]
-    score = result["metrics"][SCORES[result["task"]]]
+    score = result["metrics"]["acc"]
     return {
         "items": result["items"],
         "score": score["value"],

@@ -50,7 +50,7 @@ def _further(
         return []
     names = ", ".join(f"{name}: `{source}`" for name, source in asked["texts"].items())
     head = ["scheme", "tool", *(f"{t}: KL" for t in texts), *(f"{t}: ratio" for t in texts), *tasks]
-    right = setting["original"]["tasks"]
+    right = setting["original"].get("tasks", {})
     original = ["", "original", *([""] * 2 * len(texts)), *(_score(right[t], None) for t in tasks)]
     rows.sort(key=lambda c: (list(grids).index(c["grid"]), c["kl_mean"], c["seed"]))
     table = [head, ["---"] * len(head), original]

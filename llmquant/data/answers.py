@@ -1,11 +1,11 @@
 """Where in a chat, as the template writes it, an assistant's answers stand: what training learns
-from.
+from, and what an evaluation of chats scores.
 
 A template is asked three times for each answer: for what comes before it, ending with what an
 answer begins with; for the same with the answer; and for the whole chat. Where each is the
 beginning of the next, the answer is what is between the first two, its end-of-turn token included.
 A template that writes earlier turns otherwise once later ones follow (it cuts what was thought) is
-no such beginning; such an answer is left out, and a chat without any is counted by the caller.
+no such beginning; such an answer is left out and counted, and so is a chat without any.
 """
 
 from __future__ import annotations
@@ -55,10 +55,14 @@ def answer_spans(
 
 
 def learned_rows(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, dropped: Counter[str]
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    dropped: Counter[str],
+    partly: Counter[str],
 ) -> list[tuple[Ids, Learned]]:
     """Token ids of every row with, for each token, whether it is one to learn to predict: all of a
-    plain text, of a chat those of the answers. Rows that give none are counted in ``dropped``.
+    plain text, of a chat those of the answers. Rows that give none are counted in ``dropped``, and
+    in ``partly`` what is left out of the others.
 
     Raises:
         SourceError: a chat, and the tokenizer has no chat template or cannot tell where in a text
@@ -74,13 +78,15 @@ def learned_rows(
             learned = np.ones(len(ids), np.bool_)
         else:
             try:
-                ids, learned = _chat_row(row, tokenizer, documents.source)
+                ids, learned, lost = _chat_row(row, tokenizer, documents.source)
             except NotRenderedError as e:
                 dropped[str(e)] += 1
                 continue
             if not learned.any():
                 dropped["chats without an answer that can be told from the rest"] += 1
                 continue
+            if lost:
+                partly["answers that cannot be told from the rest"] += lost
         if not len(ids):
             dropped["no tokens"] += 1
             continue
@@ -88,7 +94,10 @@ def learned_rows(
     return rows
 
 
-def _chat_row(chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[Ids, Learned]:
+def _chat_row(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str
+) -> tuple[Ids, Learned, int]:
+    """Token ids, which of them are of answers, and how many answers are left out."""
     text, spans = answer_spans(chat, tokenizer, source)
     if not tokenizer.is_fast:
         raise SourceError(
@@ -101,4 +110,5 @@ def _chat_row(chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str) -> tu
     learned = np.zeros(len(ids), np.bool_)
     for start, end in spans:
         learned |= (places[:, 0] >= start) & (places[:, 1] <= end) & (places[:, 1] > places[:, 0])
-    return ids, learned
+    answers = sum(m.role == _ANSWERS for m in chat.messages[1:])
+    return ids, learned, answers - len(spans)

@@ -22,7 +22,7 @@ import llmquant
 from llmquant.errors import SourceError
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.request import Request
-from llmquant_eval.scoring.protocols import ChatProtocol, parse_protocol
+from llmquant_eval.scoring.protocols import RollingProtocol, parse_protocol
 from llmquant_eval.scoring.token_stream import make_stream
 
 TEMPLATE = (
@@ -117,7 +117,7 @@ def test_every_token_of_an_answer_is_scored_once_after_what_fits(
     window: int, start: int, length: int
 ) -> None:
     end = start + length
-    windows = ChatProtocol(window).answer(start, end)
+    windows = RollingProtocol("chat", window).between(start, end)
     scored = [t for w in windows for t in range(w.scored, w.end)]
     assert scored == list(range(max(1, start), end))
     for w in windows:
@@ -141,6 +141,47 @@ def test_rows_without_an_answer_are_counted(chatty: Path, tmp_path: Path) -> Non
     assert counted is not None
     assert (counted.rows.read, counted.rows.used) == (3, 2)
     assert counted.rows.dropped == {"chats without an answer that can be told from the rest": 1}
+
+
+def test_an_answer_that_the_template_changes_later_is_counted(chatty: Path, tmp_path: Path) -> None:
+    """Templates of models that think cut what an earlier turn thought, so that turn's answer is not
+    what the model was asked for."""
+    folder = tmp_path / "thinking"
+    shutil.copytree(chatty, folder)
+    (folder / "chat_template.jinja").write_text(
+        TEMPLATE.replace(
+            "{{ m.content }}{{ eos_token }}", "{{ m.content if loop.last else 'cut' }}"
+        )
+    )
+    request = Request(
+        candidates=(str(folder),), text=written(tmp_path, CHATS), protocol="ppl/chat-256",
+        dtype="float32", cost=False,
+    )  # fmt: skip
+    report = evaluate(request)
+    assert report.text is not None
+    assert report.text.rows.partly == {"answers that cannot be told from the rest": 1}
+    assert report.passes[0].windows == 2
+    assert str(report.text.lost()).endswith(
+        "2 of 2 rows used; left out of these: 1 answers that cannot be told from the rest"
+    )
+
+
+def test_each_window_can_begin_with_bos(chatty: Path, tmp_path: Path) -> None:
+    """Where it is the beginning of a chat, whose template wrote one, there is not a second."""
+    documents = llmquant.read_documents(written(tmp_path, CHATS))
+    tokenizer = llmquant.load_tokenizer(chatty)
+    plain, with_bos = (
+        make_stream(parse_protocol(name, 12), tokenizer, documents, "chats", None)
+        for name in ("ppl/chat-12", "ppl/chat-12-bos")
+    )
+    assert len(with_bos.windows) == len(plain.windows)
+    assert with_bos.chats == plain.chats
+    for window, same in zip(with_bos.windows, plain.windows, strict=True):
+        fed = with_bos.ids[window.begin : window.end - 1].tolist()
+        assert fed[0] == tokenizer.bos_token_id
+        assert fed[1:2] != [tokenizer.bos_token_id]
+        scored = [s.ids[w.scored : w.end].tolist() for s, w in ((with_bos, window), (plain, same))]
+        assert scored[0] == scored[1]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_dropped_rows_are_counted(bad: str, reason: str, protocol: str, tmp_path
     assert f"Not all of the text: {lost}." in " ".join(ran.out.split())
     assert f"warning: {lost}" in ran.err
     assert json.loads(output.read_text())["text"]["rows"] == {
-        "read": 100, "used": 10, "empty": 0, "dropped": {reason: 90},
+        "read": 100, "used": 10, "empty": 0, "dropped": {reason: 90}, "partly": {},
     }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def test_nothing_is_said_where_nothing_was_lost(tmp_path: Path) -> None:
     )
     assert (ran.code, "dropped" in ran.out + ran.err) == (0, False)
     assert json.loads(output.read_text())["text"]["rows"] == {
-        "read": 10, "used": 10, "empty": 0, "dropped": {},
+        "read": 10, "used": 10, "empty": 0, "dropped": {}, "partly": {},
     }  # fmt: skip
 
 

@@ -162,7 +162,7 @@ def test_rounding_to_nearest_is_judged_as_such(tmp_path: Path) -> None:
     assert disagreement(damages, plain(folder, items, "kl", "rtn")) < 2e-3
 
 
-def test_first_tokens_that_count_count_here_too(tmp_path: Path) -> None:
+def test_a_heavier_first_token_is_heavier_here_too(tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "model")
     items, damages = run(folder, "kl", head=True, share=0.25)
     assert disagreement(damages, plain(folder, items, "kl", share=0.25)) < 2e-3

@@ -263,7 +263,7 @@ def test_the_head_is_calibrated_on_the_normed_output_of_the_quantized_blocks(lla
     assert norm_of(plan.model, plan.architecture).weight.is_meta
 
 
-def test_first_tokens_that_count_count_everywhere(llama):
+def test_a_heavier_first_token_is_heavier_everywhere(llama):
     share = {"calibration.first_token_share": 0.25}
     plan = plan_of(llama, recipe_of(**share), head=True)
     expected = naive(llama, plan, [*steps_of(plan, STAGES["llama"], together=False), ["lm_head"]])

@@ -82,7 +82,7 @@ def test_the_folder_holds_the_scaled_norms(tmp_path, recipe, name):
         assert torch.equal(after.read(name), before.read(name)) == (pair.reason is not None)
 
 
-def test_first_tokens_that_count_count_in_the_search_for_scales(tmp_path):
+def test_a_heavier_first_token_is_heavier_in_the_search_for_scales(tmp_path):
     folder = save("llama", tmp_path / "model")
     seen = []
     for share in (0.0, 0.9):

@@ -302,7 +302,7 @@ def test_of_chats_the_answers_count(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats), encoding="utf-8")
     tokenizer = load_tokenizer(EXAMPLE)
     dropped: Counter[str] = Counter()
-    rows = learned_rows(read_documents(f"jsonl:{path}"), tokenizer, dropped)
+    rows = learned_rows(read_documents(f"jsonl:{path}"), tokenizer, dropped, dropped)
     assert not dropped
     for (ids, learned), name in zip(rows, ("Lily", "Tom"), strict=True):
         said = tokenizer.decode(ids[learned])
@@ -317,7 +317,7 @@ def test_a_chat_without_answers_is_counted() -> None:
 
     chat = parse_chat([{"role": "user", "content": "Hello there"}])
     dropped: Counter[str] = Counter()
-    assert learned_rows(Documents.of([chat], "x"), load_tokenizer(EXAMPLE), dropped) == []
+    assert learned_rows(Documents.of([chat], "x"), load_tokenizer(EXAMPLE), dropped, dropped) == []
     assert list(dropped.values()) == [1]
 
 

@@ -1,5 +1,4 @@
-"""Run by the vLLM environment's Python, never imported by ours: prompt log-probabilities of models
-in the real vLLM.
+"""Run by the vLLM environment's Python: prompt log-probabilities of models in the real vLLM.
 
     python probe.py HELD < jobs
 
@@ -23,8 +22,21 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # One core: models are tiny, and threads that wait for each other wait long when anything else
+    # runs here.
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
+}
+
 
 def main() -> None:
+    os.environ |= ENVIRONMENT
     if sys.argv[1] == "no-avx512":
         import torch
 

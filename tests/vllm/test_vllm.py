@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from probe import ENVIRONMENT
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,17 +54,6 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-llama"
 PYTHON = Path(os.environ.get("LLMQUANT_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 RESULTS = Path(__file__).parent / "results.json"
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    # One core: models are tiny, and threads that wait for each other wait long when anything else
-    # runs here.
-    "VLLM_CPU_OMP_THREADS_BIND": "0",
-}
 # Kinds of CPU: what probe.py calls them, and the engine table.
 CPUS = {"avx512": VLLM_AVX512, "no-avx512": VLLM_NO_AVX512}
 HERE = {VLLM_AVX512: ("avx512", "no-avx512"), VLLM_NO_AVX512: ("no-avx512",)}.get(

@@ -48,13 +48,15 @@ class ProtocolPass(Strict):
 class TextRows(Strict):
     """The rows of the evaluation text: ``used + sum(dropped) == read``.
 
-    ``empty`` of the used ones hold nothing but white space. ``dropped`` counts by reason.
+    ``empty`` of the used ones hold nothing but white space. ``dropped`` counts by reason, and so
+    does ``partly`` what is left out of used ones.
     """
 
     read: int
     used: int
     empty: int
     dropped: dict[str, int]
+    partly: dict[str, int] = Field(default_factory=dict)
 
 
 class ReportText(Strict):
@@ -73,12 +75,16 @@ class ReportText(Strict):
 
     def lost(self) -> str | None:
         """The text and what of it was dropped, in words; None if nothing is known to be."""
-        if self.rows is None or not self.rows.dropped:
+        rows = self.rows
+        if rows is None or not (rows.dropped or rows.partly):
             return None
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rows.dropped.items())
-        return (
-            f"{self.source}: {self.rows.used:,} of {self.rows.read:,} rows used; dropped: {reasons}"
+        lost = {"dropped": rows.dropped, "left out of these": rows.partly}
+        reasons = (
+            f"; {what}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}"
+            for what, counts in lost.items()
+            if counts
         )
+        return f"{self.source}: {rows.used:,} of {rows.read:,} rows used{''.join(reasons)}"
 
 
 class Missing(Strict):

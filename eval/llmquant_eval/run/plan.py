@@ -252,6 +252,7 @@ def _rows(documents: Documents, streams: Sequence[TokenStream]) -> TextRows:
         used=len(documents.rows) - sum(useless.values()),
         empty=documents.empty - useless.get("empty", 0),
         dropped=dict(sorted(dropped.items())),
+        partly=dict(streams[0].partly if streams else {}),
     )
 
 

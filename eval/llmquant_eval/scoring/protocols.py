@@ -186,63 +186,20 @@ class StridedProtocol:
 
 
 @dataclass(frozen=True, slots=True)
-class WordProtocol:
-    """lm-eval's rolling windows over one document, of which :meth:`windows` counts the tokens
-    without the prefix.
+class RollingProtocol:
+    """Windows that roll over one document: ``window`` predictions at a time, and as much of what
+    stands before them as fits.
 
-    The positions are those of the document *with* its prefix at 0. ``detokenized``: the text goes
-        through the WikiText
-    detokenizer first.
-    """
-
-    window: int
-    detokenized: bool = False
-    bos: bool = False
-
-    def __post_init__(self) -> None:
-        if self.window < 2:
-            raise UsageError(
-                f"a window of {self.window} tokens has no context to speak of; choose 2 or more"
-            )
-
-    @property
-    def _name(self) -> str:
-        name = "word-wikitext" if self.detokenized else "word"
-        return f"{name}-{self.window}{_suffix(self.bos)}"
-
-    @property
-    def perplexity_id(self) -> str:
-        return f"ppl/{self._name}"
-
-    @property
-    def divergence_id(self) -> str:
-        return f"kl/top-{self._name}"
-
-    @property
-    def overlapping(self) -> bool:
-        """Only the last window of a document reaches back, and what it reaches is context, not
-        scored again."""
-        return False
-
-    def windows(self, tokens: int) -> Sequence[TokenWindow]:
-        windows: list[TokenWindow] = []
-        predicted = 0
-        while predicted < tokens:
-            end = min(predicted + self.window, tokens)
-            windows.append(TokenWindow(max(0, end - self.window), end + 1, predicted + 1))
-            predicted = end
-        return windows
-
-
-@dataclass(frozen=True, slots=True)
-class ChatProtocol:
-    """The answers of one chat, each scored ``window`` predictions at a time after what stands
-    before it.
+    Attributes:
+        family: ``word`` and ``word-wikitext`` (lm-eval's; the text of the latter goes through the
+            WikiText detokenizer first) score a whole document after its prefix, ``chat`` the
+            answers in a chat.
 
     Raises:
         UsageError: a window below 2.
     """
 
+    family: str
     window: int
     bos: bool = False
 
@@ -254,7 +211,7 @@ class ChatProtocol:
 
     @property
     def _name(self) -> str:
-        return f"chat-{self.window}{_suffix(self.bos)}"
+        return f"{self.family}-{self.window}{_suffix(self.bos)}"
 
     @property
     def perplexity_id(self) -> str:
@@ -266,16 +223,16 @@ class ChatProtocol:
 
     @property
     def overlapping(self) -> bool:
-        """What a later answer of a chat reaches back to is context, not scored again."""
+        """What a window reaches back to is context, not scored again."""
         return False
 
     def windows(self, tokens: int) -> Sequence[TokenWindow]:
-        """Those of a chat that is an answer from its second token on."""
-        return self.answer(1, tokens)
+        """Of a document of ``tokens`` tokens after a prefix, which is at position 0."""
+        return self.between(1, tokens + 1)
 
-    def answer(self, start: int, end: int) -> list[TokenWindow]:
-        """The windows of an answer at ``[start, end)`` of its chat. A chat's very first token has
-        nothing to be predicted from."""
+    def between(self, start: int, end: int) -> list[TokenWindow]:
+        """The windows that score ``[start, end)`` of a document; its very first token has nothing
+        to be predicted from."""
         windows: list[TokenWindow] = []
         scored = max(1, start)
         while scored < end:
@@ -303,11 +260,9 @@ def parse_protocol(text: str, window: int, bos: bool = False) -> WindowProtocol:
     bos = bos or match.group(4) is not None
     if family == "gptq":
         return GptqProtocol(length, bos)
-    if family == "chat":
-        return ChatProtocol(length, bos)
     if family == "strided":
         return StridedProtocol(length, int(match.group(3) or max(1, length // 2)), bos)
-    return WordProtocol(length, family == "word-wikitext", bos)
+    return RollingProtocol(family, length, bos)
 
 
 def has_window(text: str) -> bool:

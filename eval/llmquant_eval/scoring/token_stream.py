@@ -30,12 +30,7 @@ import numpy as np
 
 from llmquant.errors import SourceError, UnfitModelError, UsageError
 from llmquant_eval.report.statistics import Floats
-from llmquant_eval.scoring.protocols import (
-    ChatProtocol,
-    TokenWindow,
-    WindowProtocol,
-    WordProtocol,
-)
+from llmquant_eval.scoring.protocols import RollingProtocol, TokenWindow, WindowProtocol
 from llmquant_eval.scoring.window_layout import WindowLayout
 from llmquant_eval.texts.tokens import encode
 from llmquant_eval.texts.wikitext import wikitext_detokenize
@@ -52,7 +47,8 @@ class TokenStream:
     ``bytes_`` per scored token.
 
     ``words`` and ``bytes_`` are None where the protocol does not count them. ``tokens`` are those
-    of the text; ``ids`` may repeat some. ``dropped``: rows that gave no window, by reason.
+    of the text; ``ids`` may repeat some. ``dropped``: rows that gave no window, by reason;
+    ``partly``: what is left out of others.
     ``chats``: the window, by number, that each chat begins with.
     """
 
@@ -64,6 +60,7 @@ class TokenStream:
     bytes_: Floats | None = None
     text_tokens: int | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
+    partly: Mapping[str, int] = field(default_factory=dict)
     chats: Sequence[int] | None = None
 
     @property
@@ -96,10 +93,9 @@ def make_stream(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--max-windows {limit} leaves nothing to score; give 1 or more")
-    if isinstance(protocol, WordProtocol):
-        whole = _by_document(protocol, tokenizer, documents, source)
-    elif isinstance(protocol, ChatProtocol):
-        whole = _by_answer(protocol, tokenizer, documents, source)
+    if isinstance(protocol, RollingProtocol):
+        make = _by_answer if protocol.family == "chat" else _by_document
+        whole = make(protocol, tokenizer, documents, source)
     else:
         ids = encode(tokenizer, _plain_text(documents), source, specials=not protocol.bos)
         windows = protocol.windows(len(ids))
@@ -146,17 +142,14 @@ def _plain_text(documents: Documents) -> str:
     Raises:
         SourceError: rows are chats.
     """
-    chats = sum(not isinstance(row, str) for row in documents.rows)
-    if chats:
-        raise SourceError(
-            f"{documents.source}: {chats} of {len(documents.rows)} rows are chats, not plain text; score their answers "
-            "with --protocol ppl/chat, or name a field of plain text"
-        )
-    return documents.text()
+    try:
+        return documents.text()
+    except SourceError as e:
+        raise SourceError(f"{e}, or score the answers with --protocol ppl/chat") from e
 
 
 def _by_answer(
-    protocol: ChatProtocol, tokenizer: Any, documents: Documents, source: str
+    protocol: RollingProtocol, tokenizer: Any, documents: Documents, source: str
 ) -> TokenStream:
     """A stream of chats, one after another, whose windows score the answers."""
     import torch
@@ -169,16 +162,16 @@ def _by_answer(
             f"{source}: {plain} of {len(documents.rows)} rows are plain text, not chats, and {protocol.perplexity_id} scores "
             "an assistant's answers; name the field with the messages, or choose another protocol"
         )
-    dropped: Counter[str] = Counter()
+    dropped, partly = Counter[str](), Counter[str]()
     ids: list[Any] = []
     windows: list[TokenWindow] = []
     chats: list[int] = []
     start = 0
-    for row, scored in llmquant.learned_rows(documents, tokenizer, dropped):
+    for row, scored in llmquant.learned_rows(documents, tokenizer, dropped, partly):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], scored.astype(np.int8), [0]])))
         chats.append(len(windows))
         for first, end in edges.reshape(-1, 2).tolist():
-            windows += [w.moved(start) for w in protocol.answer(first, end)]
+            windows += [w.moved(start) for w in protocol.between(first, end)]
         ids.append(row)
         start += len(row)
     if not windows:
@@ -187,7 +180,9 @@ def _by_answer(
             f"{source} has no answer of an assistant to score{f' ({why})' if why else ''}; give chats with one"
         )
     stream = torch.from_numpy(np.concatenate(ids))
-    return TokenStream(protocol, stream, windows, len(windows), dropped=dict(dropped), chats=chats)
+    return TokenStream(
+        protocol, stream, windows, len(windows), dropped=dropped, partly=partly, chats=chats
+    )
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -207,7 +202,7 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def _by_document(
-    protocol: WordProtocol, tokenizer: Any, documents: Documents, source: str
+    protocol: RollingProtocol, tokenizer: Any, documents: Documents, source: str
 ) -> TokenStream:
     import torch
 
@@ -223,7 +218,7 @@ def _by_document(
         assert isinstance(row, str)
         tokens = _document_tokens(
             tokenizer,
-            wikitext_detokenize(row) if protocol.detokenized else row,
+            wikitext_detokenize(row) if protocol.family == "word-wikitext" else row,
             prefix,
             specials=not protocol.bos,
         )

@@ -226,7 +226,7 @@ def _windows(
     """All windows with something to learn in them, in order."""
     documents = read_documents(source)
     dropped = Counter(documents.dropped)
-    rows = learned_rows(documents, tokenizer, dropped)
+    rows = learned_rows(documents, tokenizer, dropped, dropped)
     stream = np.concatenate([ids for ids, _ in rows]) if rows else np.zeros(0, np.int64)
     learned = np.concatenate([mask for _, mask in rows]) if rows else np.zeros(0, np.bool_)
     if len(stream) and int(stream.max()) >= vocab_size:
