@@ -9,10 +9,10 @@ from llmquant import Documents, load_tokenizer
 from llmquant.errors import CheckpointError, SourceError, UsageError
 from llmquant_eval.scoring.protocols import (
     GptqProtocol,
+    RollingProtocol,
     StridedProtocol,
     TokenWindow,
     WindowProtocol,
-    WordProtocol,
     default_window,
     has_window,
     parse_protocol,
@@ -76,19 +76,21 @@ def test_strided_windows(
     ],
 )
 def test_word_windows(window: int, tokens: int, expected: list[tuple[int, int, int]]) -> None:
-    assert WordProtocol(window).windows(tokens) == [TokenWindow(*w) for w in expected]
+    assert RollingProtocol("word", window).windows(tokens) == [TokenWindow(*w) for w in expected]
 
 
 @pytest.mark.parametrize(
     ("protocol", "first"),
-    [(StridedProtocol(16, 5), 1), (StridedProtocol(16, 15), 1), (WordProtocol(16), 1)],
+    [(StridedProtocol(16, 5), 1), (StridedProtocol(16, 15), 1), (RollingProtocol("word", 16), 1)],
     ids=["strided", "longest stride", "word"],
 )
 @pytest.mark.parametrize("tokens", [15, 16, 17, 160, 161, 997])
 def test_each_token_is_scored_once(protocol: WindowProtocol, first: int, tokens: int) -> None:
     windows = protocol.windows(tokens)
     scored = [i for w in windows for i in range(w.scored, w.end)]
-    assert scored == list(range(first, tokens + (1 if isinstance(protocol, WordProtocol) else 0)))
+    assert scored == list(
+        range(first, tokens + (1 if isinstance(protocol, RollingProtocol) else 0))
+    )
     assert all(0 <= w.begin < w.scored and w.fed <= 16 for w in windows)
 
 
@@ -216,7 +218,7 @@ def test_documents_stand_alone_and_share_out_their_words(tiny_llama) -> None:
         "",
         "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich " * 4,
     ]
-    found = make_stream(WordProtocol(16), tokenizer, Documents.of(rows, "x"), "x", None)
+    found = make_stream(RollingProtocol("word", 16), tokenizer, Documents.of(rows, "x"), "x", None)
     tokens = [tokenizer(row)["input_ids"] for row in rows]
     bos = tokenizer.bos_token_id
     assert found.ids.tolist() == [t for document in tokens for t in [bos, *document]]
@@ -233,7 +235,11 @@ def test_documents_stand_alone_and_share_out_their_words(tiny_llama) -> None:
 
 def test_an_empty_row_still_counts_its_word(base_model) -> None:
     found = make_stream(
-        WordProtocol(16), load_tokenizer(base_model), Documents.of(["w5 w6", ""], "x"), "x", None
+        RollingProtocol("word", 16),
+        load_tokenizer(base_model),
+        Documents.of(["w5 w6", ""], "x"),
+        "x",
+        None,
     )
     assert found.words is not None
     assert len(found.ids) == 3  # this tokenizer adds nothing, so the empty row has no tokens
@@ -243,7 +249,11 @@ def test_an_empty_row_still_counts_its_word(base_model) -> None:
 def test_a_document_that_begins_with_the_prefix_gets_no_second(tiny_llama) -> None:
     tokenizer = load_tokenizer(tiny_llama)
     found = make_stream(
-        WordProtocol(16), tokenizer, Documents.of([tokenizer.bos_token + "one"], "x"), "x", None
+        RollingProtocol("word", 16),
+        tokenizer,
+        Documents.of([tokenizer.bos_token + "one"], "x"),
+        "x",
+        None,
     )
     assert (
         found.ids.tolist()

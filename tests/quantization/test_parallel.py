@@ -36,6 +36,7 @@ from llmquant.runtime.distributed import ALONE, World, joined
 from llmquant.stats import InputStats
 
 TESTS = Path(__file__).parents[1]
+AWQ = {"awq.grid": 4, "calibration.first_token_share": 0.25}
 ASYMMETRIC = {"gptq.asymmetric": 0.5}
 SMOOTH = {
     "smooth": {},
@@ -83,10 +84,10 @@ def runs(batched: Recipe) -> dict[str, tuple[Recipe, int | None]]:
         "again": (batched, None),
         "spilled": (batched, 1),
         "asymmetric": (batched.updated(ASYMMETRIC), None),
-        "awq": (batched.updated({"awq.grid": 4}), None),
+        "awq": (batched.updated(AWQ), None),
         "head": (batched.updated({"ignore": ()}), None),
         "gptq on a device": (batched, None),
-        "awq on a device": (batched.updated({"awq.grid": 4}), 1),
+        "awq on a device": (batched.updated(AWQ), 1),
     }
 
 
@@ -140,12 +141,16 @@ def summed_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process that sums as two do."""
 
     def shares(
-        block: nn.Module, wanted: Mapping[str, nn.Linear], batches: Sequence[BlockInput], *more: Any
+        block: nn.Module,
+        wanted: Mapping[str, nn.Linear],
+        batches: Sequence[BlockInput],
+        *more: Any,
+        **named: Any,
     ) -> Any:
         return by_shares(
             batches,
             lambda share: observe(
-                block, wanted, [batches[i] for i in share], *renumbered(more, share)
+                block, wanted, [batches[i] for i in share], *renumbered(more, share), **named
             ),
         )
 
