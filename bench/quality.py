@@ -77,7 +77,7 @@ OURS: dict[str, list[str]] = {
     "llmquant rtn": ["--method", "rtn"],
     "llmquant gptq": ["--method", "gptq"],
     "llmquant awq": ["--recipe", "awq-w4g128"],
-    "llmquant awq+gptq": ["--method", "awq+gptq"],
+    "llmquant awq+gptq": ["--recipe", "awq-gptq-w4g32-asym"],
     "llmquant best": ["--recipe", "best-w4g128"],
     "llmquant best with awq": ["--recipe", "best-w4g128", "--method", "awq+gptq+tune"],
     "llmquant best; 2 bits": ["--recipe", "best-w2g32"],

@@ -193,9 +193,11 @@ class Recipe(Strict):
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
-        """Of what the recipe says. A section that is off is left out, so that a later version's new
-        ones change no hash."""
+        """Of what the recipe says. What is off is left out, so that a later version's new sections
+        and keys change no hash."""
         content = self.model_dump(mode="json", exclude_none=True)
+        if not (self.needs_text and self.calibration.first_token_share):
+            del content["calibration"]["first_token_share"]
         return hashlib.sha256(
             yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
         ).hexdigest()
@@ -287,3 +289,17 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     except UsageError as e:
         raise RecipeError(str(e)) from e
     return _validate(data if data is not None else {}, str(path))
+
+
+def recorded_recipe(path: str | Path, sha256: str | None) -> Recipe:
+    """The recipe that a run wrote down, where its manifest has this hash.
+
+    A file from before ``calibration.first_token_share`` does not name it, and in that run it was
+    off; the hash tells.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    recipe = load_recipe(path)
+    off = recipe.updated({"calibration.first_token_share": 0.0})
+    return off if sha256 == off.sha256() else recipe

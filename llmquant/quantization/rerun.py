@@ -24,7 +24,7 @@ from llmquant.errors import ProofError, UsageError
 from llmquant.models.reading.stored_dtype import SOURCE
 from llmquant.quantization.options import Events, QuantizeOptions
 from llmquant.quantization.run import quantize
-from llmquant.recipe import Recipe, load_recipe
+from llmquant.recipe import Recipe, recorded_recipe
 
 Run = Callable[[Path, Path, Recipe, QuantizeOptions, Events | None], object]
 
@@ -79,7 +79,7 @@ def rerun(
         raise UsageError(
             f"{folder} was not written by a run of quantize (it is a conversion); rerun the folder it came from"
         )
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = recorded_recipe(folder / "recipe.yaml", then.recipe_sha256)
     if calibration is not None:
         if recipe.calibration.source is None:
             raise UsageError(
@@ -105,7 +105,8 @@ def rerun(
         run(source, Path(scratch) / folder.name, recipe, options, events)
         now = read_manifest(Path(scratch) / folder.name)
     _same_text(folder, then, now)
-    return _compare(then, now, ignore=() if calibration is None else ("recipe.yaml",))
+    same = calibration is not None or then.recipe_sha256 == now.recipe_sha256  # in other words too
+    return _compare(then, now, ignore=("recipe.yaml",) if same else ())
 
 
 def _same_text(folder: Path, then: Manifest, now: Manifest) -> None:

@@ -15,6 +15,7 @@ from llmquant.checkpoint.manifest import MANIFEST, file_hashes
 from llmquant.cli import main
 from llmquant.errors import ProofError, UsageError
 from llmquant.quantization.rerun import demand_same, rerun
+from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 
 
@@ -61,6 +62,24 @@ def test_numbers_that_the_recipe_does_not_give_are_found_and_named(
     told = rf"linears {name} differ \(also different: {manifest['threads']} threads then, {manifest['threads'] - 1} now\)"
     with pytest.raises(ProofError, match=told):
         demand_same(tampered, found)
+
+
+def test_a_recipe_from_before_a_key_was_there_is_repeated_as_it_was(
+    model: Path, gptq: Recipe, tmp_path: Path
+) -> None:
+    """A folder of a version that knew no share of first tokens."""
+    windows = {"calibration.seqlen": 128, "calibration.nsamples": 2}
+    off = gptq.updated({**windows, "calibration.first_token_share": 0.0})
+    folder = quantize(model, tmp_path / "off", off).path
+    path = folder / "recipe.yaml"
+    before = path.read_text(encoding="utf-8")
+    after = before.replace("  first_token_share: 0.0\n", "")
+    assert before != after
+    path.write_text(after, encoding="utf-8")
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"] = file_hashes(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert rerun(folder, model).same
 
 
 def test_a_recipe_that_was_edited_afterwards_shows(tampered: Path, model: Path) -> None:
