@@ -289,17 +289,3 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     except UsageError as e:
         raise RecipeError(str(e)) from e
     return _validate(data if data is not None else {}, str(path))
-
-
-def recorded_recipe(path: str | Path, sha256: str | None) -> Recipe:
-    """The recipe that a run wrote down, where its manifest has this hash.
-
-    A file from before ``calibration.first_token_share`` does not name it, and in that run it was
-    off; the hash tells.
-
-    Raises:
-        RecipeError: as :func:`load_recipe`.
-    """
-    recipe = load_recipe(path)
-    off = recipe.updated({"calibration.first_token_share": 0.0})
-    return off if sha256 == off.sha256() else recipe

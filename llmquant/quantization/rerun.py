@@ -24,7 +24,7 @@ from llmquant.errors import ProofError, UsageError
 from llmquant.models.reading.stored_dtype import SOURCE
 from llmquant.quantization.options import Events, QuantizeOptions
 from llmquant.quantization.run import quantize
-from llmquant.recipe import Recipe, recorded_recipe
+from llmquant.recipe import Recipe, load_recipe
 
 Run = Callable[[Path, Path, Recipe, QuantizeOptions, Events | None], object]
 
@@ -46,6 +46,21 @@ class Comparison:
     @property
     def same(self) -> bool:
         return not self.files and not self.modules
+
+
+def recorded_recipe(folder: Path, manifest: Manifest) -> Recipe:
+    """The recipe that a run wrote into its folder.
+
+    One from before ``calibration.first_token_share`` does not name it, and in that run it was off:
+    the manifest's hash tells.
+
+    Raises:
+        RecipeError: as :func:`llmquant.load_recipe`.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    off = recipe.updated({"calibration.first_token_share": 0.0})
+    before = recipe.sha256() != manifest.recipe_sha256 == off.sha256()
+    return off if before else recipe
 
 
 def rerun(
@@ -79,7 +94,7 @@ def rerun(
         raise UsageError(
             f"{folder} was not written by a run of quantize (it is a conversion); rerun the folder it came from"
         )
-    recipe = recorded_recipe(folder / "recipe.yaml", then.recipe_sha256)
+    recipe = recorded_recipe(folder, then)
     if calibration is not None:
         if recipe.calibration.source is None:
             raise UsageError(

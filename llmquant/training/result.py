@@ -29,7 +29,8 @@ from llmquant.conversion.run import write_weights
 from llmquant.conversion.source import Source, model_dtype
 from llmquant.errors import LayoutError, ProofError
 from llmquant.formats import FORMATS, Format, layout_of
-from llmquant.recipe import Recipe, recorded_recipe
+from llmquant.quantization.rerun import recorded_recipe
+from llmquant.recipe import Recipe
 from llmquant.recipe_sections import QAT
 from llmquant.records import ModuleRecord, QatRecord
 from llmquant.runtime.devices import DTYPES
@@ -95,7 +96,7 @@ def trained_recipe(start: Source, section: QAT) -> Recipe | None:
     path, before = start.reader.path / "recipe.yaml", start.manifest
     if before is None or before.recipe_sha256 is None or not path.is_file():
         return None
-    recipe = recorded_recipe(path, before.recipe_sha256)
+    recipe = recorded_recipe(path.parent, before)
     if recipe.sha256() != before.recipe_sha256:
         return None
     return recipe.updated({"qat": section.model_dump(mode="json")})

@@ -22,9 +22,9 @@ from llmquant.errors import UsageError
 from llmquant.quantization import rerun as repetition
 from llmquant.quantization.options import Events, QuantizeOptions, QuantizeResult
 from llmquant.quantization.plan import Progress
-from llmquant.quantization.rerun import Comparison
+from llmquant.quantization.rerun import Comparison, recorded_recipe
 from llmquant.quantization.run import quantize as round_only
-from llmquant.recipe import Recipe, recorded_recipe
+from llmquant.recipe import Recipe
 from llmquant.records import ModuleReport, PairReport, TuneReport
 from llmquant.runtime.computing import Computing
 from llmquant.runtime.devices import parse_dtype
@@ -141,7 +141,7 @@ def rerun(
     ) -> None:
         told = told or Events()
         if then.qat is not None and recipe.qat is not None and calibration is not None:
-            before = recorded_recipe(folder / "recipe.yaml", then.recipe_sha256)
+            before = recorded_recipe(folder, then)
             if before.qat is not None and before.qat.source == before.calibration.source:
                 recipe = recipe.updated({"qat.source": calibration})
         how = _options(options)
@@ -219,7 +219,7 @@ def _recorded(start: Path, model: str | os.PathLike[str]) -> QuantizeResult:
     dtype = parse_dtype(made.dtype)
     return QuantizeResult(
         path=start,
-        recipe=recorded_recipe(start / "recipe.yaml", made.recipe_sha256),
+        recipe=recorded_recipe(start, made),
         modules=tuple(
             ModuleReport.model_validate({"name": n, **m.model_dump()})
             for n, m in made.modules.items()

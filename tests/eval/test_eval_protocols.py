@@ -287,3 +287,11 @@ def test_the_tokenizer_hash_is_the_vocabulary_s(base_model, tiny_llama) -> None:
     assert tokenizer_sha256(one) != tokenizer_sha256(other)
     one.add_tokens(["<new>"])
     assert tokenizer_sha256(one) != tokenizer_sha256(load_tokenizer(base_model))
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(1, 2), (32, 2), (33, 3), (48, 3), (10_000, 5)])
+def test_as_many_windows_as_hold_so_many_tokens(base_model, tokens: int, windows: int) -> None:
+    text = Documents.of([" ".join(f"w{i % 50}" for i in range(80))], "x")
+    found = make_stream(GptqProtocol(16), load_tokenizer(base_model), text, "x", None)
+    assert len(found.windows) == 5
+    assert found.reaching(tokens) == windows

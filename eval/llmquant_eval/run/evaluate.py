@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import llmquant
@@ -252,9 +251,7 @@ class _Run:
             dtype == "bfloat16"
             and llmquant.parse_dtype("auto", self.plan.device, stored=dtype).name == "float32"
         )
-        fed = np.cumsum([w.fed + 1 for w in whole.windows])
-        enough = int(np.searchsorted(fed, NOISE_TOKENS_SLOW if slow else NOISE_TOKENS)) + 1
-        stream = whole.first(max(2, enough))
+        stream = whole.first(whole.reaching(NOISE_TOKENS_SLOW if slow else NOISE_TOKENS))
         other = f"{reference.label} in {dtype}"
         twins = {other: load_model(reference.path, dtype, self.plan.device, "auto")}
         if cached[0] is None:

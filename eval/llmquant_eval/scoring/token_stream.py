@@ -71,6 +71,11 @@ class TokenStream:
     def layout(self) -> WindowLayout:
         return WindowLayout.of(self.windows, self.protocol.overlapping, self.chats)
 
+    def reaching(self, tokens: int) -> int:
+        """How many windows, at least two, hold so many tokens; all of them if they hold fewer."""
+        held = np.cumsum([w.fed + 1 for w in self.windows])
+        return min(max(2, int(np.searchsorted(held, tokens)) + 1), len(self.windows))
+
     def first(self, windows: int) -> TokenStream:
         """The same stream with its first ``windows`` windows alone."""
         kept = self.windows[:windows]
