@@ -113,7 +113,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | perplexity ratio | perplexity over the original's |
 | top-1 | share of positions at which both models rank the same token first |
 | bits per weight | mean over the quantized linears, scales and zero-points included |
-| CPU s | processor time of the quantizing process on one thread, with start and imports; other work beside it makes it longer (GPTQ of SmolLM2: 178, and 92 in another run), so it compares tools roughly. Of the real models the rows "gptq", "best with awq", autoround 200 and gptqmodel of W4 g64, and Qwen's "gptq", are of a Zen 4, the others of a Xeon |
+| CPU s | processor time of the quantizing process on one thread, with start and imports; other work beside it makes it longer (GPTQ of SmolLM2: 178, and 92 in another run), so it compares tools roughly. Of the real models the rows "rtn", "gptq", "best with awq", autoround 200 and gptqmodel of W4 g64, and Qwen's "gptq", are of a Zen 4, the others of a Xeon |
 | GB | its peak resident memory |
 
 | tool | what was run |
