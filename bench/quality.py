@@ -36,6 +36,8 @@ from typing import Any
 from quality_further import add_options, kept, measured
 from quality_table import render
 
+import llmquant
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.json"
 EXAMPLE = "examples/tiny-llama"
@@ -257,7 +259,7 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     cost = quantized(command, setting.scratch / "log")
     result = {
         "tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name,
-        **cost, **evaluated(output, setting),
+        "processor": processor(), **cost, **evaluated(output, setting),
     }  # fmt: skip
     if setting.keep is None:
         shutil.rmtree(output)
@@ -266,6 +268,12 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
         shutil.move(output, setting.keep / kept(result))
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
+
+
+def processor() -> str:
+    """The CPU and its widest instructions: seconds of two of them do not compare."""
+    here = llmquant.this_processor()
+    return ", ".join([here.name, *here.instruction_sets[:1]])
 
 
 def main() -> None:

@@ -91,11 +91,12 @@ def _row(tool: str, cells: Sequence[dict[str, Any]]) -> str:
         measured = [c[name] for c in cells if name in c]
         return f"{statistics.fmean(measured) / unit:.{digits}f}" if measured else "–"
 
+    processors = " / ".join(sorted({c.get("processor", "–") for c in cells}))
     kls = [c["kl_mean"] for c in cells]
     spread = f" ({min(kls):.5f} – {max(kls):.5f})" if len(kls) > 1 else ""
     return (
         f"| {tool} | {mean('kl_mean'):.5f}{spread} | {mean('kl_p99'):.3f} | {mean('perplexity_ratio'):.4f} "
-        f"| {mean('top1_agreement'):.3f} | {mean('bits_per_weight'):.3f} | {' | '.join(cost(*c) for c in _COST)} | {len(kls)} |"
+        f"| {mean('top1_agreement'):.3f} | {mean('bits_per_weight'):.3f} | {' | '.join(cost(*c) for c in _COST)} | {processors} | {len(kls)} |"
     )
 
 
@@ -113,8 +114,9 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | perplexity ratio | perplexity over the original's |
 | top-1 | share of positions at which both models rank the same token first |
 | bits per weight | mean over the quantized linears, scales and zero-points included |
-| CPU s | processor time of the quantizing process on one thread, with start and imports; other work beside it makes it longer (GPTQ of SmolLM2: 178, and 92 in another run), so it compares tools roughly. Of the real models the rows "rtn", "gptq", "best with awq", autoround 200 and gptqmodel of W4 g64, and Qwen's "gptq", are of a Zen 4, the others of a Xeon |
+| CPU s | processor time of the quantizing process on one thread, with start and imports; other work beside it makes it longer (GPTQ of SmolLM2: 178, and 92 in another run), so it compares tools roughly |
 | GB | its peak resident memory |
+| processor | what the seconds are of, and its widest instructions; – where that was not recorded. Seconds of two processors do not compare |
 
 | tool | what was run |
 |---|---|
@@ -129,5 +131,5 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 The small models are calibrated on 160 TinyStories and evaluated on 157 others. Both models are float32, and most tools store
 float32 scales for them. stories260K has linears with 172 rows or columns, which no usual group size divides. AutoRound leaves
 these unquantized, so it has no row there."""
-_COLUMNS = """| tool | KL | KL p99 | perplexity ratio | top-1 | bits per weight | CPU s | GB | seeds |
-|---|---|---|---|---|---|---|---|---|"""
+_COLUMNS = """| tool | KL | KL p99 | perplexity ratio | top-1 | bits per weight | CPU s | GB | processor | seeds |
+|---|---|---|---|---|---|---|---|---|---|"""

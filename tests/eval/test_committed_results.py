@@ -106,10 +106,10 @@ def test_the_readme_shows_the_real_model() -> None:
     cells = [c for c in report["cells"] if c["model"] == "SmolLM2-135M-Instruct"]
     rows = [
         f"| {c['grid']} | {c['tool']} | {c['bits_per_weight']:.3f} | {c['perplexity_ratio']:.3f} "
-        f"| {c['kl_mean']:.4f} | {c['top1_agreement']:.3f} | {c['cpu_seconds']:.0f} |\n"
+        f"| {c['kl_mean']:.4f} | {c['top1_agreement']:.3f} | {c['cpu_seconds']:.0f} | {c.get('processor', '–')} |\n"
         for c in sorted(cells, key=lambda c: (c["bits_per_weight"], c["grid"], c["kl_mean"]))
     ]
-    head = "| scheme | made by | bits | perplexity ratio | KL | top-1 | CPU s |\n|---|---|---|---|---|---|---|\n"
+    head = "| scheme | made by | bits | perplexity ratio | KL | top-1 | CPU s | processor |\n|---|---|---|---|---|---|---|---|\n"
     check_readme("| scheme | made by |", head + "".join(rows))
 
 

@@ -148,7 +148,7 @@ def test_tied_embeddings_stay_one_tensor_and_generation_config_is_read(packed):
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [
-        ("auto", parse_dtype("auto").dtype),
+        ("auto", None),
         ("bf16", BF16),
         ("float16", torch.float16),
         (torch.float32, torch.float32),
@@ -156,6 +156,8 @@ def test_tied_embeddings_stay_one_tensor_and_generation_config_is_read(packed):
     ids=str,
 )
 def test_dtype_is_as_asked_and_the_processors_by_default(packed, dtype, expected):
+    # "auto" may be measured, and a name of a test must be the same in every process that collects it
+    expected = expected or parse_dtype("auto").dtype
     for folder in (packed[0], TINY):
         model = load(folder, dtype=dtype)
         assert {p.dtype for p in model.parameters()} == {expected}
