@@ -11,8 +11,9 @@ nothing of llmquant:
 
 Weights have 4 bits, symmetric, in groups of 128 unless ``--bits``, ``--asymmetric`` and
 ``--group-size`` (-1: a row) say otherwise; ``lm_head`` is left alone; all run on the CPU.
-``llmcompressor-gptq`` has act-order with static groups and computes in the checkpoint's dtype, ``llmcompressor-awq`` its default grid,
-``autoround`` its default 200 iterations and ``autoround-40`` a fifth of them;
+``llmcompressor-gptq`` has act-order with static groups and computes in the checkpoint's dtype,
+``llmcompressor-awq`` its default grid, ``autoround`` its default 200 iterations and
+``autoround-40`` a fifth of them;
 ``llmcompressor-rtn`` looks at no text. llm-compressor's AWQ pins memory for transfers to an
 accelerator, which stops without one: here that step is left out, which changes no number. It
 searches in float32, because in float16 on a CPU it meets NaN and stops. ``gptqmodel`` has its

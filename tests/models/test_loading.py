@@ -156,7 +156,7 @@ def test_tied_embeddings_stay_one_tensor_and_generation_config_is_read(packed):
     ids=str,
 )
 def test_dtype_is_as_asked_and_the_processors_by_default(packed, dtype, expected):
-    # "auto" may be measured, and a name of a test must be the same in every process that collects it
+    # "auto" may be measured, and every process that collects this must give it the same name
     expected = expected or parse_dtype("auto").dtype
     for folder in (packed[0], TINY):
         model = load(folder, dtype=dtype)
