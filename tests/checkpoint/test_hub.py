@@ -44,7 +44,10 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "half",
     ],
 )
-def test_what_is_neither_folder_nor_name(name: str) -> None:
+def test_what_is_neither_folder_nor_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # beside a clone there may well be an m
     with pytest.raises(UsageError, match="is neither a folder nor a hub name like org/model"):
         resolve(name)
 
