@@ -78,6 +78,7 @@ MIXED = "llmquant gptq; mixed within the same size"
 OURS: dict[str, list[str]] = {
     "llmquant rtn": ["--method", "rtn"],
     "llmquant gptq": ["--method", "gptq"],
+    "llmquant gptq; rotated": ["--method", "gptq", "--rotate"],
     "llmquant awq": ["--recipe", "awq-w4g128"],
     "llmquant awq+gptq": ["--recipe", "awq-gptq-w4g32-asym"],
     "llmquant best": ["--recipe", "best-w4g128"],
