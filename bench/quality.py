@@ -13,9 +13,8 @@ is missing is measured. Ours and the peers' calibration windows of one seed are 
 ``--tools``, ``--grids`` and ``--seeds`` narrow it down; ``--model``, ``--calibration`` and
 ``--text`` take another model, which gets a section of its folder's name. The table
 gives the mean over seeds and, where there are several, the range. Cost is counted in processor
-seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which
-depend less than wall time on what else the machine does: GPTQ of SmolLM2 took 178 on a
-busy machine and 92 in another run.
+seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which depend less
+than wall time on what else the machine does.
 """
 
 from __future__ import annotations
@@ -144,13 +143,10 @@ def peer(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> li
     if not windows.exists():
         draw = [
             sys.executable, peers, "windows", setting.model, "--calibration",
-            setting.calibration, "--seed", str(seed),
+            setting.calibration, "--seed", str(seed), "--nsamples", str(setting.nsamples),
+            "--seqlen", str(setting.seqlen), "-o", str(windows),
         ]  # fmt: skip
-        sizes = [
-            "--nsamples", str(setting.nsamples), "--seqlen", str(setting.seqlen), "-o",
-            str(windows),
-        ]  # fmt: skip
-        subprocess.run([*draw, *sizes], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(draw, check=True, stdout=subprocess.DEVNULL)
     scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size), "--seed", str(seed)]
     scheme += [] if grid.symmetric else ["--asymmetric"]
     python = setting.environments[environment]
@@ -258,9 +254,10 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     output = setting.scratch / "model"
     command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
     cost = quantized(command, setting.scratch / "log")
+    here = llmquant.this_processor()  # seconds of two processors do not compare
     result = {
         "tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name,
-        "processor": processor(), **cost, **evaluated(output, setting),
+        "processor": ", ".join([here.name, *here.instruction_sets[:1]]), **cost, **evaluated(output, setting),
     }  # fmt: skip
     if setting.keep is None:
         shutil.rmtree(output)
@@ -269,12 +266,6 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
         shutil.move(output, setting.keep / kept(result))
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
-
-
-def processor() -> str:
-    """The CPU and its widest instructions: seconds of two of them do not compare."""
-    here = llmquant.this_processor()
-    return ", ".join([here.name, *here.instruction_sets[:1]])
 
 
 def main() -> None:

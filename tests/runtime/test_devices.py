@@ -110,6 +110,15 @@ def test_arm_with_bf16(platform, dtype, measured, monkeypatch):
     assert dtype_for(arm("neon", "dotprod", "i8mm", "bf16")).dtype is dtype
 
 
+def test_the_probe_times_both_dtypes_in_turn(monkeypatch):
+    """One after the other, what disturbs the machine meanwhile would decide."""
+    seen, linear = [], devices.F.linear
+    monkeypatch.setattr(devices.F, "linear", lambda x, w: seen.append(x.dtype) or linear(x, w))
+    devices.probe()
+    assert len(seen) > 4
+    assert seen == [FP32, BF16] * (len(seen) // 2)
+
+
 def test_the_probe_measures_this_processor_and_auto_asks_once(monkeypatch):
     assert devices.probe() > 0
     calls = []
