@@ -15,6 +15,7 @@ from llmquant.spec import QuantSpec
 SHIPPED = {
     "rtn-w4g128": ("rtn", QuantSpec(4, 128)),
     "gptq-w4g128": ("gptq", QuantSpec(4, 128)),
+    "rotate-gptq-w4g128": ("gptq", QuantSpec(4, 128)),
     "gptq-w4g64-asym": ("gptq", QuantSpec(4, 64, symmetric=False)),
     "gptq-w4g32": ("gptq", QuantSpec(4, 32)),
     "gptq-w4g32-asym": ("gptq", QuantSpec(4, 32, symmetric=False)),
@@ -27,6 +28,7 @@ SHIPPED = {
     "w8a8": ("gptq", QuantSpec(8, None)),
     "smoothquant-w8a8": ("smooth+gptq", QuantSpec(8, None)),
     "best-w4g128": ("gptq+tune", QuantSpec(4, 128)),
+    "best-rotate-w4g128": ("gptq+tune", QuantSpec(4, 128)),
     "best-w4g32-asym": ("awq+gptq+tune", QuantSpec(4, 32, symmetric=False)),
     "best-w3g128": ("gptq+tune", QuantSpec(3, 128)),
     "best-w2g32": ("gptq+tune", QuantSpec(2, 32)),
@@ -41,6 +43,7 @@ def test_shipped_recipes_are_what_their_names_say(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.steps, recipe.weights.spec) == SHIPPED[name]
     assert recipe.description
+    assert (recipe.rotation is not None) == ("rotate" in name)
     assert recipe == load_recipe(shipped()[name])
 
 

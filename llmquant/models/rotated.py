@@ -117,6 +117,17 @@ class RotatedReader(ReaderView):
             untied=untied,
         )
 
+    @property
+    def growth(self) -> str | None:
+        """What people should know of the folder's size, where the head was tied."""
+        if not self.report.untied:
+            return None
+        size = self.info(f"{_HEAD}.weight").nbytes / 1e6
+        return (
+            f"rotation: the head is tied to the embeddings, and becomes a tensor of its own: {size:,.2f} MB more where it is not "
+            "packed (--embeddings 8 packs both)"
+        )
+
     def read(self, name: str) -> Tensor:
         """One tensor, rotated in float64 and rounded once to the dtype it is stored in."""
         tensor = super().read(self._source.get(name, name))

@@ -25,7 +25,7 @@ from llmquant.models.reading.engine_names import engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
-from llmquant.models.rotated import rotated
+from llmquant.models.rotated import RotatedReader, rotated
 from llmquant.models.selection import fit_groups, select
 from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
@@ -77,6 +77,7 @@ def prepare(
     seen = rotated(fit.reader, recipe)
     # A rotated model has a head of its own.
     skeleton = fit.model if seen is fit.reader else empty_model(seen, precision.dtype)
+    growth = seen.growth if isinstance(seen, RotatedReader) else None
     rescaled = RescaledReader(seen, architecture, recipe)
     source = SourceModel(
         fit.reader,
@@ -87,7 +88,7 @@ def prepare(
         linears_of(skeleton, placeless(fit)),
         engine_names(fit),
         fit.leftovers,
-        fit.notes,
+        fit.notes if growth is None else (*fit.notes, growth),
     )
     return WalkPlan(source, recipe, on, precision, world=world)
 

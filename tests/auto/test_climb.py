@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from auto_kit import ZERO, model_result
+from tiny_models import save
 
 import llmquant
 from llmquant_eval.auto.bounds import Bounds
 from llmquant_eval.auto.climb import Climb
-from llmquant_eval.auto.ladder import STRENGTH, Step
+from llmquant_eval.auto.ladder import STRENGTH, Step, make_ladder
 from llmquant_eval.auto.request import AutoRequest
 from llmquant_eval.auto.schema import Measured, Spent
 from llmquant_eval.auto.trials.watch import BudgetSpentError
@@ -237,6 +238,26 @@ def test_training_takes_no_more_of_a_text_than_there_is():
     assert changes["qat.heldout"] + changes["qat.batch_size"] <= 6
     recipe = llmquant.load_recipe("qat-w4g128").updated(text | changes)
     assert recipe.qat.source == "file:x"
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"), [("llama", set()), ("gemma2", {"rotate-gptq-w4g128"})]
+)
+def test_a_model_that_cannot_be_rotated_has_the_other_rungs(kind, refused, tmp_path):
+    request = AutoRequest(
+        model=str(save(kind, tmp_path / "model", tie_word_embeddings=True)),
+        output=tmp_path / "out",
+        data=("file:x",),
+        bounds=Bounds(kl=0.02),
+        rungs=("gptq-w4g128", "rotate-gptq-w4g128", "rtn-w4g128"),
+    )
+    text = {"calibration.source": "file:x", "calibration.nsamples": 2, "calibration.seqlen": 16}
+    steps = make_ladder(request, text)
+    assert {step.name for step in steps if step.refused is not None} == refused
+    assert all("cannot be rotated" in step.refused for step in steps if step.name in refused)
+    sizes = {step.name: step.nbytes for step in steps}
+    if not refused:  # the head is tied, and rotation gives it a tensor of its own
+        assert sizes["rotate-gptq-w4g128"] > sizes["gptq-w4g128"]
 
 
 def test_every_shipped_rung_has_a_known_stage():

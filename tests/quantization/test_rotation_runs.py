@@ -23,6 +23,7 @@ from llmquant.errors import ArchitectureError, ProofError
 from llmquant.models.load import load
 from llmquant.models.rotated import rotated
 from llmquant.planning.allocate import AllocateOptions, allocate
+from llmquant.planning.preview import make_plan
 from llmquant.quantization import run as pipeline
 from llmquant.quantization.options import Events
 from llmquant.quantization.plan import Progress
@@ -60,6 +61,7 @@ def distances(model: Path, recipe: Recipe, folder: Path) -> tuple[float, float]:
 
 STEPS = {
     "rtn": {"method": "rtn"},
+    "embeddings and head": {"method": "rtn", "embeddings": {"bits": 8}},
     "awq+gptq+tune": {
         "awq": {"grid": 2},
         "tune": {"steps": 2, "checks": 1},
@@ -163,6 +165,15 @@ def test_refused_before_anything_is_written(rtn, tmp_path):
     with pytest.raises(ArchitectureError, match="cannot be rotated"):
         quantize(tmp_path / "m", tmp_path / "q", rtn.updated({"rotation": {}}))
     assert not (tmp_path / "q").exists()
+
+
+def test_a_plan_says_what_the_head_of_its_own_takes(tied, make_model, rtn):
+    plain, turned = (make_plan(tied, rtn.updated({"rotation": r})) for r in (None, {}))
+    grown = turned.bytes_on_disk - plain.bytes_on_disk
+    (note,) = set(turned.notes) - set(plain.notes)
+    assert f"{grown / 1e6:,.2f} MB more" in note
+    (untied,) = {make_plan(make_model(), rtn.updated({"rotation": r})).notes for r in (None, {})}
+    assert not any("rotation" in note for note in untied)
 
 
 def test_an_allocation_measures_the_rotated_model(tied, gptq):

@@ -13,17 +13,26 @@ from dataclasses import dataclass, replace
 
 import llmquant
 from llmquant import Plan, Recipe
-from llmquant.errors import LayoutError, LlmquantError, RecipeError, SpecError, UsageError
+from llmquant.errors import (
+    ArchitectureError,
+    LayoutError,
+    LlmquantError,
+    RecipeError,
+    SpecError,
+    UsageError,
+)
 from llmquant_eval.auto.request import AutoRequest
 
 LADDER = (
     "rtn-w4g128",
     "gptq-w4g128",
+    "rotate-gptq-w4g128",
     "awq-w4g128",
     "gptq-w3g32",
     "gptq-w4g32-asym",
     "awq-gptq-w4g32-asym",
     "best-w4g128",
+    "best-rotate-w4g128",
     "best-w4g32-asym",
     "best-w3g128",
     "best-w2g32",
@@ -154,7 +163,9 @@ def _planned(step: Step, request: AutoRequest) -> Step:
     """With its forecast, or why it is refused."""
     try:
         plan = llmquant.make_plan(request.model, step.recipe, "auto")
-    except (LayoutError, SpecError, RecipeError) as e:
+    except (ArchitectureError, LayoutError, SpecError, RecipeError) as e:
+        if isinstance(e, ArchitectureError) and step.recipe.rotation is None:
+            raise  # no other rung could be made either
         return replace(step, refused=f"cannot be made: {e}")
     nbytes, bits = _size(plan, step.target)
     running = llmquant.running_bytes(request.model, nbytes)
