@@ -63,6 +63,22 @@ def rotated(reader: CheckpointReader, recipe: Recipe) -> CheckpointReader:
     return reader if recipe.rotation is None else RotatedReader(reader, recipe.rotation)
 
 
+def growth(seen: CheckpointReader, stored: CheckpointReader) -> tuple[str, ...]:
+    """What people should know of the folder's size: a head that was tied.
+
+    Args:
+        seen: from :func:`rotated`.
+        stored: the same in the dtype that is stored.
+    """
+    if not isinstance(seen, RotatedReader) or not seen.report.untied:
+        return ()
+    size = stored.info(f"{_HEAD}.weight").nbytes / 1e6
+    return (
+        f"rotation: the head is tied to the embeddings, and becomes a tensor of its own: {size:,.2f} MB more where it is not "
+        "packed (--embeddings 8 packs both)",
+    )
+
+
 class RotatedReader(ReaderView):
     """A :class:`CheckpointReader` that gives rotated tensors, and a head of its own where it was
     tied.
@@ -115,17 +131,6 @@ class RotatedReader(ReaderView):
             seed=wanted.seed,
             norms=norms,
             untied=untied,
-        )
-
-    @property
-    def growth(self) -> str | None:
-        """What people should know of the folder's size, where the head was tied."""
-        if not self.report.untied:
-            return None
-        size = self.info(f"{_HEAD}.weight").nbytes / 1e6
-        return (
-            f"rotation: the head is tied to the embeddings, and becomes a tensor of its own: {size:,.2f} MB more where it is not "
-            "packed (--embeddings 8 packs both)"
         )
 
     def read(self, name: str) -> Tensor:

@@ -25,7 +25,7 @@ from llmquant.models.reading.engine_names import engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
-from llmquant.models.rotated import RotatedReader, rotated
+from llmquant.models.rotated import growth, rotated
 from llmquant.models.selection import fit_groups, select
 from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
@@ -58,37 +58,37 @@ def prepare(
         UsageError: the model is quantized, or there is no such format, device or dtype.
         CheckpointError, ArchitectureError: the model cannot be read or walked.
     """
-    stored = unquantized(model)
-    model_type = str(stored.config.get("model_type"))
-    read_config(stored.path)  # values that cannot be are no kind of model
+    given = unquantized(model)
+    model_type = str(given.config.get("model_type"))
+    read_config(given.path)  # values that cannot be are no kind of model
     # Of such a model tensors have other names too; that would be the symptom.
-    architectures.refuse_kind(stored.config, model_type)
+    architectures.refuse_kind(given.config, model_type)
     layout_of(recipe.format)
     on, precision = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
     make_current(on)
     use_grouped_sdpa(on)
-    fit = fitted(stored, precision.dtype)
+    fit = fitted(given, precision.dtype)
     if fit.tower is None:
         architecture = architectures.find(fit.model, model_type)
     else:
         kind = fit.tower.config.model_type
         architecture = architectures.find(fit.model, kind, fit.tower.placed)
-    check_side_files(stored.path)
+    check_side_files(given.path)
     seen = rotated(fit.reader, recipe)
     # A rotated model has a head of its own.
     skeleton = fit.model if seen is fit.reader else empty_model(seen, precision.dtype)
-    growth = seen.growth if isinstance(seen, RotatedReader) else None
     rescaled = RescaledReader(seen, architecture, recipe)
+    stored = as_stored(rescaled, store_dtype, frozenset(fit.leftovers))
     source = SourceModel(
         fit.reader,
         rescaled,
-        as_stored(rescaled, store_dtype, frozenset(fit.leftovers)),
+        stored,
         skeleton,
         architecture,
         linears_of(skeleton, placeless(fit)),
         engine_names(fit),
         fit.leftovers,
-        fit.notes if growth is None else (*fit.notes, growth),
+        (*fit.notes, *growth(seen, stored)),
     )
     return WalkPlan(source, recipe, on, precision, world=world)
 
