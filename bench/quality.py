@@ -79,7 +79,7 @@ OURS: dict[str, list[str]] = {
     "llmquant gptq": ["--method", "gptq"],
     "llmquant gptq; rotated": ["--method", "gptq", "--rotate"],
     "llmquant awq+gptq; rotated": ["--recipe", "awq-gptq-w4g32-asym", "--rotate"],
-    "llmquant best; rotated": ["--recipe", "best-rotate-w4g128"],
+    "llmquant best; rotated": ["--recipe", str(ROOT / "bench" / "best-rotated.yaml")],
     "llmquant awq": ["--recipe", "awq-w4g128"],
     "llmquant awq+gptq": ["--recipe", "awq-gptq-w4g32-asym"],
     "llmquant best": ["--recipe", "best-w4g128"],

@@ -32,7 +32,6 @@ LADDER = (
     "gptq-w4g32-asym",
     "awq-gptq-w4g32-asym",
     "best-w4g128",
-    "best-rotate-w4g128",
     "best-w4g32-asym",
     "best-w3g128",
     "best-w2g32",
