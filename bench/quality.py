@@ -118,16 +118,12 @@ class Setting:
 
 def ours(tool: str, grid: Grid, seed: int, setting: Setting, output: Path) -> list[str]:
     """The command line of one of our methods."""
-    scheme = [
-        "--bits", str(grid.bits), "--group-size", str(grid.group_size),
-        "--sym" if grid.symmetric else "--asym",
-    ]  # fmt: skip
+    scheme = ["--bits", str(grid.bits), "--group-size", str(grid.group_size)]
+    scheme.append("--sym" if grid.symmetric else "--asym")
     if tool == MIXED:
         scheme = ["--target-bpw", str(grid.bits + 16 / grid.group_size)]
-    text = [
-        "--calibration", setting.calibration, "--nsamples", str(setting.nsamples), "--seqlen",
-        str(setting.seqlen),
-    ]  # fmt: skip
+    text = ["--calibration", setting.calibration, "--nsamples", str(setting.nsamples)]
+    text += ["--seqlen", str(setting.seqlen)]
     text = [] if tool == "llmquant rtn" else text
     main = "from llmquant.cli import main; main()"
     run = [

@@ -63,14 +63,15 @@ def rotated(reader: CheckpointReader, recipe: Recipe) -> CheckpointReader:
     return reader if recipe.rotation is None else RotatedReader(reader, recipe.rotation)
 
 
-def growth(seen: CheckpointReader, stored: CheckpointReader) -> tuple[str, ...]:
-    """What people should know of the folder's size: a head that was tied.
+def growth(seen: CheckpointReader, stored: CheckpointReader, recipe: Recipe) -> tuple[str, ...]:
+    """What people should know of the folder's size: a head that was tied. Nothing where the recipe
+    packs the embeddings.
 
     Args:
         seen: from :func:`rotated`.
         stored: the same in the dtype that is stored.
     """
-    if not isinstance(seen, RotatedReader) or not seen.report.untied:
+    if not isinstance(seen, RotatedReader) or not seen.report.untied or recipe.embeddings:
         return ()
     size = stored.info(f"{_HEAD}.weight").nbytes / 1e6
     return (

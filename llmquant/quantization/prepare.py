@@ -88,7 +88,7 @@ def prepare(
         linears_of(skeleton, placeless(fit)),
         engine_names(fit),
         fit.leftovers,
-        (*fit.notes, *growth(seen, stored)),
+        (*fit.notes, *growth(seen, stored, recipe)),
     )
     return WalkPlan(source, recipe, on, precision, world=world)
 

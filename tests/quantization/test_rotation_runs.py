@@ -174,6 +174,8 @@ def test_a_plan_says_what_the_head_of_its_own_takes(dtype, tied, rtn):
     grown = turned.bytes_on_disk - plain.bytes_on_disk
     (note,) = set(turned.notes) - set(plain.notes)
     assert f"{grown / 1e6:,.2f} MB more" in note
+    packed_too = recipes[1].updated({"embeddings": {"bits": 8}})
+    assert not any("rotation" in note for note in make_plan(tied, packed_too).notes)
 
 
 def test_of_a_head_that_is_not_tied_nothing_is_said(make_model, rtn):
