@@ -47,7 +47,7 @@ def _memories(values: Any) -> set[int]:
 
 
 def fake_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A recorder, as :class:`llmquant_serve.engines.step_graph.CudaGraphs` is one."""
+    """A recorder, as :class:`llmquant_serve.engines.batching.step_graph.CudaGraphs` is one."""
     run()
     graph = FakeGraph()
     with graph:

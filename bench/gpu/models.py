@@ -19,8 +19,8 @@ from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.planning.advice.in_turn import random_weight
 from llmquant.spec import QuantSpec
-from llmquant_serve.engines import step_graph
-from llmquant_serve.engines.row_cache import RowCache
+from llmquant_serve.engines.batching import step_graph
+from llmquant_serve.engines.batching.row_cache import RowCache
 
 WINDOWS, WINDOW = 2, 256
 PREFILL, PROMPT = 512, 64

@@ -20,7 +20,8 @@ from llmquant.checkpoint.sources.floats import as_floats, small_floats
 from llmquant.checkpoint.weights.exported import DATA, MODEL, is_onnx
 from llmquant.errors import UnfitModelError
 from llmquant.formats.base import is_embedding
-from llmquant.formats.engines import Beside, cautions, refusals
+from llmquant.formats.engines import cautions, refusals
+from llmquant.formats.rules import Beside
 from llmquant.records import GroupSizeRecord
 
 

@@ -26,7 +26,8 @@ from llmquant.conversion.source import (
 )
 from llmquant.errors import UsageError
 from llmquant.formats import FORMATS, Format
-from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, Beside, refusals, vllm_here
+from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
+from llmquant.formats.rules import Beside
 from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype
 
 

@@ -117,7 +117,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
     linears = linears_of(fit.model, placeless(fit))
     known = manifest.skipped if manifest else {}
     routers = dict.fromkeys(linears.routers, ROUTER)
-    skipped = routers | dict.fromkeys(linears.placeless, PLACELESS)
+    skipped = {**routers, **linears.left, **dict.fromkeys(linears.placeless, PLACELESS)}
     table = None if linears.embedding is None else linears.embedding[0]
     tied = dict.fromkeys(linears.shared if table in schemes else (), SHARED)
     skipped |= {

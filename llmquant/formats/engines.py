@@ -13,91 +13,19 @@ than the one that serves it; :func:`vllm_here` says which of them this one is.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from llmquant.formats import Scheme
 from llmquant.formats.base import is_embedding
+from llmquant.formats.rules import NOTHING, Beside, Rule, is_expert
 from llmquant.runtime.processor import Processor, this_processor
 
 VLLM_AVX512 = "vllm (CPU with AVX-512)"
 VLLM_NO_AVX512 = "vllm (CPU without AVX-512)"
 
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One refusal: of which layouts, of which schemes, and why.
-
-    Attributes:
-        layouts: names of formats.
-        refuses: of these schemes.
-        reason: why, for people.
-        experts: only of experts' linears.
-        embeddings: only of token embeddings, for which there are no other rules.
-        lacking: only on a processor without this instruction set, one of
-            :data:`llmquant.runtime.processor.INSTRUCTION_SETS`.
-        models: only of these model types; of every type where it is empty.
-        but: not of these model types.
-        plain_experts: only where some experts' linears are not packed.
-    """
-
-    layouts: frozenset[str]
-    refuses: Callable[[Scheme], bool]
-    reason: str
-    experts: bool = False
-    embeddings: bool = False
-    lacking: str | None = None
-    models: frozenset[str] = frozenset()
-    but: frozenset[str] = frozenset()
-    plain_experts: bool = False
-
-    def concerns(self, layout: str, module: str, model: Beside) -> bool:
-        """Whether it is about a module of this name."""
-        return (
-            layout in self.layouts
-            and self.embeddings == is_embedding(module)
-            and (not self.experts or _EXPERT.search(module) is not None)
-            and (not self.models or bool(self.models & model.types))
-            and not self.but & model.types
-            and (not self.plain_experts or model.plain_experts)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """What rules ask of a model beside its packed modules.
-
-    Attributes:
-        types: its model type, and that of its text part.
-        plain_experts: some experts' linears are not packed.
-    """
-
-    types: frozenset[str] = frozenset()
-    plain_experts: bool = False
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], unpacked: Iterable[str]) -> Beside:
-        """Of a model's config and the names of what is not packed; blocks behind the last one
-        (further prediction heads) do not count, since engines do not build them here."""
-        text = config.get("text_config")
-        parts = (config, text if isinstance(text, dict) else {})
-        blocks = next((n for p in parts if isinstance(n := p.get("num_hidden_layers"), int)), None)
-        places = (m for name in unpacked if (m := _EXPERT.search(name)))
-        before = (re.findall(r"\.(\d+)\.", m.string[: m.start() + 1])[:1] for m in places)
-        return cls(
-            frozenset(str(p["model_type"]) for p in parts if "model_type" in p),
-            any(blocks is None or not index or int(index[0]) < blocks for index in before),
-        )
-
-
-NOTHING = Beside()
-
 _GPTQ = frozenset({"gptq", "gptq_v2"})
 _CT = frozenset({"compressed-tensors", "int-quantized"})
 _ALL = _GPTQ | _CT | {"awq", "auto-round"}
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
 def _weights_only(scheme: Scheme) -> bool:
@@ -105,6 +33,12 @@ def _weights_only(scheme: Scheme) -> bool:
 
 
 _VLLM_CPU = (
+    Rule(
+        _ALL,
+        lambda s: True,
+        "its CPU build runs no model that carries states besides keys and values, unquantized or not",
+        stateful=True,
+    ),
     Rule(
         _CT,
         lambda s: True,
@@ -150,7 +84,18 @@ _VLLM_CPU = (
     ),
 )
 
-_STACKED = frozenset({"granitemoe", "gpt_oss", "aria_text"})
+_STACKED = frozenset(
+    {
+        *("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
+        *("gpt_oss", "aria_text", "nemotron_h"),
+    }
+)
+_OWN_CODE = frozenset(
+    {
+        *("falcon", "gpt2", "gpt_bigcode", "nanochat", "modernbert-decoder"),
+        *("mamba", "mamba2", "falcon_mamba", "xlstm"),
+    }
+)
 _TRANSFORMERS = (
     Rule(
         _ALL,
@@ -162,7 +107,7 @@ _TRANSFORMERS = (
         _ALL,
         lambda s: True,
         "its own code for this model type does not find the weights of packed linears",
-        models=frozenset({"falcon", "gpt2", "gpt_bigcode", "nanochat"}),
+        models=_OWN_CODE,
     ),
     Rule(
         _GPTQ | {"awq", "auto-round"}, lambda s: True, "it asks for the compiled gptqmodel package"
@@ -244,8 +189,7 @@ def refusals(
     """Engine → the distinct reasons why it would refuse a model of these modules; none means that
     it takes it."""
     kinds = {
-        (scheme, _EXPERT.search(name) is not None, is_embedding(name)): name
-        for name, scheme in schemes.items()
+        (scheme, is_expert(name), is_embedding(name)): name for name, scheme in schemes.items()
     }
     return {
         engine: tuple(

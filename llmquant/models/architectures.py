@@ -6,11 +6,11 @@ linears whose outputs another one reads channel by channel. Which linears share 
 what order they run, is observed in :mod:`llmquant.quantization.blocks.capture`.
 
 All names are those of the *checkpoint*. Where transformers names a module otherwise in memory, or
-keeps the experts of a block in stacked tensors, the table says so, and :mod:`llmquant.models.names`
-gives the model the checkpoint's names.
+keeps the experts of a block in stacked tensors, the table says so, and
+:mod:`llmquant.models.naming.names` gives the model the checkpoint's names.
 
 A model type that is not in the table is walked by its one list of equal blocks, if it has exactly
-one.
+one, under the names that transformers saves it by (:mod:`llmquant.models.naming.conversions`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from llmquant.errors import ArchitectureError
+from llmquant.models.experts import ExpertList
 from llmquant.models.rows.architecture import Architecture, Experts, Stacked
-from llmquant.models.rows.table import ARCHITECTURES
+from llmquant.models.rows.table import ARCHITECTURES, derived
 from llmquant.models.rows.towers import SENSES
 
-# Keys that only configs of recurrent mixers have (Mamba, RWKV, RecurrentGemma, Falcon-H1, LFM2 …).
-_STATES = (
-    "state_size", "ssm_cfg", "mamba_d_state", "ssm_state_size", "attention_hidden_size",
-    "lru_width", "linear_conv_kernel_dim", "conv_L_cache", "chunkwise_kernel", "short_conv_kernel_size",
-)  # fmt: skip
-# Of layer_types.
-_STATELESS = ("attention", "dense", "moe", "sparse")
 _TRANSPOSED = ("openai-gpt", "imagegpt")
 
 
@@ -73,10 +68,11 @@ def find(
     outer = [
         name
         for name, blocks in lists.items()
-        if not any(name.startswith(f"{o}.") for o in lists)
-        and len(blocks) > 1
-        and len({type(m) for m in blocks}) == 1
+        if not any(name.startswith(f"{o}.") for o in lists) and len(blocks) > 1
     ]
+    equal = [name for name in outer if len({type(m) for m in lists[name]}) == 1]
+    # Of two classes in a model with two kinds of layers, such as Jamba.
+    outer = equal or [name for name in outer if _related(lists[name])]
     strange = sorted({type(m).__name__ for m in model.modules() if has_matrix(m)} - {"Linear"})
     if not outer and strange:
         raise ArchitectureError(
@@ -90,7 +86,36 @@ def find(
         )
     parent = outer[0].rpartition(".")[0]
     norms = [n for n, _ in (_get(model, parent) or model).named_children() if "norm" in n]
-    return Architecture(outer[0], f"{parent}.{norms[-1]}".lstrip(".") if norms else "", ())
+    norm = f"{parent}.{norms[-1]}".lstrip(".") if norms else ""
+    return derived(outer[0], norm, _experts_of(lists[outer[0]]), _outside(model, outer[0]))
+
+
+def _related(blocks: nn.ModuleList) -> bool:
+    """Whether modules are of classes of one model's code, all with linears inside."""
+    return len({type(m).__module__ for m in blocks}) == 1 and all(
+        any(isinstance(part, nn.Linear) for part in block.modules() if part is not block)
+        for block in blocks
+    )
+
+
+def _outside(model: nn.Module, blocks: str) -> tuple[str, ...]:
+    """Linears beside the blocks that are not the head."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and not name.startswith(f"{blocks}.")
+    )
+
+
+def _experts_of(blocks: nn.Module) -> Experts | None:
+    """Where blocks have experts that were taken apart."""
+    for name, module in blocks.named_modules():
+        if isinstance(module, ExpertList):
+            inside, _, leaf = name.partition(".")[2].rpartition(".")
+            gate, up, down = ("", *module.names)[-3:]
+            return Experts(inside, gate, up, down, experts=leaf)
+    return None
 
 
 def has_matrix(module: nn.Module) -> bool:
@@ -101,28 +126,16 @@ def has_matrix(module: nn.Module) -> bool:
 
 
 def refuse_kind(config: Mapping[str, Any], model_type: str) -> None:
-    """Refuse what is no decoder of attention blocks with plain linears.
+    """Refuse what is no text decoder with plain linears.
 
     Raises:
-        ArchitectureError: it also reads images or sound, carries a state from token to token, or
-            keeps its weights transposed.
+        ArchitectureError: it also reads images or sound, or keeps its weights transposed.
     """
     parts = [part for part in SENSES if config.get(part)]
     if parts and not isinstance(config.get("text_config"), dict):
         raise ArchitectureError(
             f"model type {model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
             "not reach the rest; quantize a text-only checkpoint of the family"
-        )
-    kinds = {
-        str(kind)
-        for kind in config.get("layer_types") or ()
-        if not any(word in str(kind) for word in _STATELESS)
-    }
-    states = [key for key in _STATES if config.get(key)] + sorted(kinds)
-    if states:
-        raise ArchitectureError(
-            f"model type {model_type!r} is recurrent (its config has {', '.join(states)}): its blocks carry a state that "
-            "calibration does not follow; quantize a model of attention blocks"
         )
     if model_type in _TRANSPOSED:
         raise ArchitectureError(
@@ -138,6 +151,11 @@ def _refuse_experts(model: nn.Module, model_type: str) -> None:
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
     ]
+    if stacked and not any("expert" in name for name in stacked):
+        raise ArchitectureError(
+            f"model type {model_type!r} keeps weights in {len(stacked)} three-dimensional tensors (such as {stacked[0]}), and "
+            "layouts for quantized linears hold matrices; quantize a model with plain linears"
+        )
     if stacked:
         raise ArchitectureError(
             f"model type {model_type!r} stacks its experts' weights in {len(stacked)} three-dimensional tensors (such as "

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from llmquant.models.rows.architecture import Stacked
 
+GATED, UNGATED = ("gate_up_proj", "down_proj"), ("up_proj", "down_proj")
+"""Tensors of transformers' modules of experts."""
 UNSEEN = "no calibration token was sent to this expert"
 
 
@@ -63,19 +65,19 @@ class Watch:
 
 
 class Expert(nn.Module):
-    """One gated expert; its linears have the checkpoint's names.
+    """One expert; its linears have the checkpoint's names.
 
     Args:
-        weights: of its gate, up and down by their names.
+        weights: of its gate, if it has one, up and down by their names.
         biases: of the same; empty where they have none.
-        combine: of the outputs of gate and up, what down reads.
+        combine: of the outputs of all but down, what down reads.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
         biases: Mapping[str, Tensor],
-        combine: Callable[[Tensor, Tensor], Tensor],
+        combine: Callable[..., Tensor],
     ) -> None:
         super().__init__()
         self._names = tuple(weights)
@@ -88,8 +90,8 @@ class Expert(nn.Module):
             self.add_module(name, linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (self.get_submodule(name) for name in self._names)
-        result: Tensor = down(self._combine(gate(x), up(x)))
+        *first, down = (self.get_submodule(name) for name in self._names)
+        result: Tensor = down(self._combine(*(linear(x) for linear in first)))
         return result
 
 
@@ -98,15 +100,19 @@ class ExpertList(nn.ModuleList):
 
     Args:
         stacked: transformers' module of them.
-        names: of an expert's gate, up and down linear.
+        names: of an expert's gate, if it has one, up and down linear.
         layout: how that module keeps its tensors.
         weighs_inputs: a token's weight multiplies what its expert reads, not what it gives.
+
+    Attributes:
+        names: as given.
+        watch: how the experts are called at present, if not only for the output.
     """
 
     def __init__(
         self,
         stacked: nn.Module,
-        names: tuple[str, str, str],
+        names: tuple[str, ...],
         layout: Stacked,
         weighs_inputs: bool = False,
     ) -> None:
@@ -121,6 +127,7 @@ class ExpertList(nn.ModuleList):
             )
             for three in weights
         )
+        self.names = names
         self.watch: Watch | None = None
         self._weighs_inputs = weighs_inputs
 
@@ -152,13 +159,11 @@ class ExpertList(nn.ModuleList):
         return in_order.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
-def _apart(
-    stacked: nn.Module, suffix: str, layout: Stacked
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _apart(stacked: nn.Module, suffix: str, layout: Stacked) -> tuple[tuple[Tensor, ...], ...]:
     """Gates, ups and downs, a tensor for each expert; the rows of all are its linear's rows."""
-    gate_up, down = (
-        stacked.get_parameter(f"{n}{suffix}").detach() for n in ("gate_up_proj", "down_proj")
-    )
+    if not is_gated(stacked):
+        return tuple(tuple(stacked.get_parameter(n).detach()) for n in UNGATED)
+    gate_up, down = (stacked.get_parameter(f"{n}{suffix}").detach() for n in GATED)
     if layout.transposed and not suffix:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     gates, ups = (
@@ -167,8 +172,16 @@ def _apart(
     return tuple(gates), tuple(ups), tuple(down)
 
 
-def _combining(stacked: nn.Module, interleaved: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def is_gated(stacked: nn.Module) -> bool:
+    """Whether transformers' module of experts has gates."""
+    return bool(getattr(stacked, "has_gate", True))
+
+
+def _combining(stacked: nn.Module, interleaved: bool) -> Callable[..., Tensor]:
     """What the model does between an expert's linears: its own function, where it brings one."""
+    if not is_gated(stacked):
+        plain: Callable[[Tensor], Tensor] = stacked.act_fn  # type: ignore[assignment]
+        return plain
     own = getattr(type(stacked), "_apply_gate", None)
     if own is None or own.__module__ != type(stacked).__module__:
         act: Any = stacked.act_fn

@@ -34,7 +34,7 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import SIDE_FILES, CheckpointReader, read_json
 from llmquant.checkpoint.weights.headers import stranger
 from llmquant.errors import ArchitectureError, CheckpointError, UnfitModelError
-from llmquant.models.names import as_in_checkpoint
+from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.models.reading.tower import tower_of
 from llmquant.models.tensor_check import check_side_files
 

@@ -43,7 +43,7 @@ from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
 from llmquant.models.from_folder import read_generation_config
-from llmquant.models.names import put_head
+from llmquant.models.naming.names import put_head
 from llmquant.models.reading.dense import load_dense
 from llmquant.models.reading.embeddings import scale_of, shape_of
 from llmquant.models.reading.fit import fitted, matrix_at

@@ -108,6 +108,7 @@ def select(
     shared = linears.shared if table else frozenset()
     schemes: dict[str, Scheme] = {}
     skipped: dict[str, str] = dict.fromkeys(linears.routers, ROUTER)
+    skipped |= linears.left
     skipped |= {n: f"a {kind}, not a plain Linear" for n, kind in linears.strange.items()}
     skipped |= dict.fromkeys(linears.placeless, PLACELESS)
     for name, shape in linears.shapes.items():
@@ -206,7 +207,7 @@ def _check_patterns(recipe: Recipe, linears: Linears) -> None:
     )
     for pattern in written:
         # What stays as it is may be ignored by a pattern; any other pattern would not have its way.
-        others = (*linears.routers, *linears.strange, *linears.placeless)
+        others = (*linears.routers, *linears.left, *linears.strange, *linears.placeless)
         known = [*names, *others] if pattern in recipe.ignore else names
         if not any(matches(pattern, name) for name in known):
             some = ", ".join(list(linears.shapes)[:3])

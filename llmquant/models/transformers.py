@@ -52,7 +52,12 @@ from llmquant.models.load import (
     share_embedding,
     untie,
 )
-from llmquant.models.names import as_in_checkpoint, places_in_memory, put_head, text_is_a_part
+from llmquant.models.naming.names import (
+    as_in_checkpoint,
+    places_in_memory,
+    put_head,
+    text_is_a_part,
+)
 from llmquant.models.reading.embeddings import Matrix, shape_of
 from llmquant.models.reading.fit import matrix_at
 

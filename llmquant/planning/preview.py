@@ -23,7 +23,8 @@ from llmquant.checkpoint.reader import TensorInfo
 from llmquant.checkpoint.shards import Stored, header
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.formats import Scheme
-from llmquant.formats.engines import Beside, cautions, refusals
+from llmquant.formats.engines import cautions, refusals
+from llmquant.formats.rules import Beside
 from llmquant.kernels import choose
 from llmquant.models.architectures import Architecture
 from llmquant.models.from_folder import load_tokenizer

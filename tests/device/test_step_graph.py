@@ -18,11 +18,11 @@ from pretend_device import NAME, ledger, no_waiting
 from tiny_models import save
 
 from llmquant.models.load import load
-from llmquant_serve.engines import local, row_cache, step_graph
+from llmquant_serve.engines import local
 from llmquant_serve.engines.base import Sampling, Token
-from llmquant_serve.engines.local import LocalEngine
-from llmquant_serve.engines.row_cache import RowCache
-from llmquant_serve.engines.step_graph import (
+from llmquant_serve.engines.batching import row_cache, step_graph
+from llmquant_serve.engines.batching.row_cache import RowCache
+from llmquant_serve.engines.batching.step_graph import (
     CudaGraphs,
     StaticStep,
     StepGraphs,
@@ -30,6 +30,7 @@ from llmquant_serve.engines.step_graph import (
     trial,
     why_not,
 )
+from llmquant_serve.engines.local import LocalEngine
 
 pytestmark = pytest.mark.device
 DRAWN = torch.Generator().manual_seed(3)

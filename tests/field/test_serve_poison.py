@@ -16,7 +16,7 @@ from serving import TEXTS, TINY, greedy, serving_process
 from transformers import AutoTokenizer
 
 from llmquant_serve.api import logprobs
-from llmquant_serve.engines import batcher, row_cache
+from llmquant_serve.engines.batching import batcher, row_cache
 from llmquant_serve.engines.isolation import isolated
 from llmquant_serve.engines.jobs import job
 from llmquant_serve.engines.sampling import Chooser
@@ -265,7 +265,7 @@ def test_what_ends_more_than_a_request_is_let_through(end):
 
 
 DEAD = """
-from llmquant_serve.engines import batcher
+from llmquant_serve.engines.batching import batcher
 real = batcher.Batcher._prefill_chunk
 def broken(self, job, budget):
     self._model = None  # nothing can be computed any more

@@ -20,6 +20,7 @@ from llmquant.conversion import convert
 from llmquant.errors import UsageError
 from llmquant.formats import Scheme, engines
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here, why_not
+from llmquant.formats.rules import Beside
 from llmquant.planning.candidates import AllocateOptions, choices_of
 from llmquant.quantization.options import Events
 from llmquant.quantization.prepare import prepare
@@ -71,6 +72,15 @@ def test_which_vllm_a_processor_has(
     assert vllm_here(processor) == engine
     machine(processor)
     assert vllm_here() == engine
+
+
+@pytest.mark.parametrize("text", [True, False], ids=["the text part's", "its own"])
+def test_vllms_cpu_build_runs_no_model_with_states(text: bool) -> None:
+    config = {"linear_conv_kernel_dim": 4}
+    model = Beside.of({"text_config": config} if text else config, ())
+    told = {e: why_not(e, "gptq", W4, "a", model) for e in (VLLM_AVX512, VLLM_NO_AVX512)}
+    assert all(reason and "carries states" in reason for reason in told.values())
+    assert why_not(VLLM_AVX512, "gptq", W4, "a", Beside.of({"conv_L_cache": None}, ())) is None
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 from llmquant_serve.engines import local
 from llmquant_serve.engines.base import Sampling
+from llmquant_serve.engines.batching.step_graph import CudaGraphs
 from llmquant_serve.engines.local import LocalEngine
-from llmquant_serve.engines.step_graph import CudaGraphs
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -58,7 +58,21 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _DEEPSEEK,
     "longcat_flash": _DEEPSEEK,
     "nemotron": {"num_key_value_heads": 2},
-    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    # Of each kind of layer one: with states, and with keys and values.
+    **{kind: {"layer_types": ["full_attention", "conv"]} for kind in ("lfm2", "lfm3")},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
+    **{
+        kind: {"layer_types": ["linear_attention", "full_attention"]}
+        for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
+    },
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 0,
+    },
     "glm_moe_dsa": _DEEPSEEK,
     "ernie4_5_moe": {"moe_layer_end_index": 1},
     "bert": {"is_decoder": True},

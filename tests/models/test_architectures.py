@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from llmquant.errors import ArchitectureError
 from llmquant.models.architectures import ARCHITECTURES, blocks_of, find, norm_of, refuse_kind
-from llmquant.models.names import as_in_checkpoint
+from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.planning.preview import make_plan
 from llmquant.recipe import Recipe
 
@@ -69,7 +69,10 @@ def test_every_row_of_the_table_fits_its_model(kind):
 def test_a_model_that_is_not_in_the_table_is_searched(kind, blocks, norm):
     model = on_meta(kind)
     architecture = find(model, "new")
-    assert (architecture.blocks, architecture.norm, architecture.fused) == (blocks, norm, ())
+    assert (architecture.blocks, architecture.norm, architecture.scaled) == (blocks, norm, ())
+    assert architecture.fused_with("self_attn.k_proj") == tuple(
+        f"self_attn.{name}_proj" for name in "qkv"
+    )
     assert len(blocks_of(model, architecture)) == 2
     assert norm_of(model, architecture) is model.get_submodule(norm)
 

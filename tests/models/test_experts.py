@@ -30,7 +30,7 @@ from llmquant.models.block_inputs import first_inputs, run_block
 from llmquant.models.experts import UNSEEN, Expert, ExpertList, Watch, passes_of, place_of, watched
 from llmquant.models.from_folder import empty_model
 from llmquant.models.load import load
-from llmquant.models.names import as_in_checkpoint
+from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.models.reading.fit import fitted
 from llmquant.planning.allocate import allocate
 from llmquant.planning.candidates import AllocateOptions

@@ -23,7 +23,7 @@ from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.models.architectures import ARCHITECTURES
 from llmquant.models.load import load
-from llmquant.models.names import as_in_checkpoint
+from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.planning.preview import make_plan
 from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe

@@ -13,8 +13,9 @@ pytestmark = pytest.mark.skipif(
     not __version__.startswith(f"{VERSION}."),
     reason=f"the page is about the model types of transformers {VERSION}",
 )
-# One of each habit: plain, fused and turned matrices, stacked experts, a type that is refused.
-FEW = ("gptj", "gpt2", "granitemoe", "mamba")
+# One of each habit: plain, fused and turned matrices, stacked experts, experts and names found by
+# transformers' own table, states beside attention, experts without a gate, a type that is refused.
+FEW = ("gptj", "gpt2", "granitemoe", "hy_v3", "qwen3_next", "nemotron_h", "rwkv")
 
 
 def listed() -> list[str]:

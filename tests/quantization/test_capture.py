@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmquant.errors import ArchitectureError
 from llmquant.models.architectures import blocks_of, find
 from llmquant.models.block_inputs import BlockInput, first_inputs, run_block
-from llmquant.models.names import as_in_checkpoint
+from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.models.reading.linears import linears_of as find_linears
 from llmquant.quantization.blocks.capture import observe, stages
 from llmquant.stats import InputStats

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmquant.models.architectures import blocks_of, find
 from llmquant.models.block_inputs import first_inputs, run_block
-from llmquant.models.names import as_in_checkpoint
+from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.quantization.blocks.hidden_states import Placement, StateStore
 from llmquant.quantization.blocks.inputs import STREAM
 from llmquant.quantization.blocks.replay import Replay, Tail, Tails

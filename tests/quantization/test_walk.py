@@ -21,7 +21,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, CheckpointError, QuantizationError
 from llmquant.models.architectures import find, norm_of
 from llmquant.models.from_folder import empty_model
-from llmquant.models.names import as_in_checkpoint
+from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.quantization.plan import BlockResult, Progress, WalkPlan, batched
 from llmquant.quantization.walk import walk
 from llmquant.recipe import Recipe

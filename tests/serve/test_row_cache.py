@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from llmquant_serve.engines.row_cache import RowCache
+from llmquant_serve.engines.batching.row_cache import RowCache
 
 LAYERS, HEADS, WIDTH = 2, 3, 4
 

@@ -12,17 +12,24 @@ from serving import StepCounter, collect, greedy, with_engine
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.cache_utils import DynamicCache
 
 from llmquant.errors import ArchitectureError
 from llmquant_serve.engines.base import EngineError, Load, Sampling
-from llmquant_serve.engines.batcher import PROMPT_CHUNK
+from llmquant_serve.engines.batching.batcher import PROMPT_CHUNK
 from llmquant_serve.engines.local import LocalEngine
 
 GREEDY = Sampling(max_tokens=40, temperature=0.0, logprobs=5)
@@ -194,6 +201,23 @@ OTHERS = {
             **GQA, head_dim=16, use_sliding_window=True, sliding_window=16, max_window_layers=1
         )
     ),
+    "lfm2, short convolutions": lambda: Lfm2ForCausalLM(
+        Lfm2Config(**GQA, block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"])
+    ),
+    "qwen3.5, linear attention": lambda: Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(
+            **GQA,
+            head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+        )
+    ),
+    "jamba, Mamba": lambda: JambaForCausalLM(
+        JambaConfig(**GQA, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, num_experts=1)
+    ),
     "gpt2, learned positions": lambda: GPT2LMHeadModel(
         GPT2Config(**SMALL, n_positions=256, n_embd=64, n_layer=2, n_head=4)
     ),
@@ -218,8 +242,51 @@ def test_a_model_with_recurrent_states_is_refused():
     model = MambaForCausalLM(
         MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
     )
-    with pytest.raises(ArchitectureError, match="cannot batch"):
+    told = r"cannot batch \(LinearAttentionLayer\), nor serve in turn: it has no layer of keys"
+    with pytest.raises(ArchitectureError, match=told):
         LocalEngine(model)
+
+
+@pytest.mark.parametrize("error", [ValueError("it has a cache of its own\nand more"), None])
+def test_states_that_are_not_carried_are_refused(error: Exception | None, monkeypatch):
+    """By transformers' own error, or by what a sequence computes in parts."""
+    torch.manual_seed(0)
+    model = OTHERS["lfm2, short convolutions"]().eval().requires_grad_(False)
+    attend = model.forward
+
+    def forward(input_ids, past_key_values=None, **options):
+        if past_key_values is not None and error is not None:
+            raise error
+        if input_ids.shape[1] == 1:  # as if nothing stood before
+            past_key_values = DynamicCache(config=model.config)
+        return attend(input_ids=input_ids, past_key_values=past_key_values, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
+    told = "computes something else" if error is None else "it has a cache of its own; use"
+    with pytest.raises(ArchitectureError, match=told):
+        LocalEngine(model)
+
+
+def test_sequences_in_turn_are_cancelled_and_scored(prompts):
+    """What is left of a row goes with it, and log-probabilities of a prompt are the model's."""
+    torch.manual_seed(0)
+    model = OTHERS["lfm2, short convolutions"]().eval().requires_grad_(False)
+    scored = Sampling(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+    endless = Sampling(max_tokens=2000, temperature=0.0, ignore_eos=True)
+
+    async def work(engine):
+        stream = engine.generate(prompts[0], endless)
+        await anext(stream)
+        steps = [step async for step in engine.generate(prompts[1], scored)]
+        await stream.aclose()
+        await idle(engine)
+        return steps[0].prompt, engine.load()
+
+    told, load = with_engine(model, work)
+    assert (load.running, load.cached_tokens) == (0, 0)
+    rows = model(torch.tensor([prompts[1]])).logits[0].log_softmax(-1)
+    wanted = [float(rows[i, token]) for i, token in enumerate(prompts[1][1:])]
+    assert [t.logprob for t in told[1:]] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_leaving_frees_the_slot_at_once(model, prompts):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmquant.kernels import native
-from llmquant.models.names import put_head
+from llmquant.models.naming.names import put_head
 
 
 class HalfLinear(nn.Module):

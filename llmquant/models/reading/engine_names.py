@@ -10,12 +10,13 @@ these an engine would fill the place of a packed linear with random numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmquant.errors import LayoutError
 from llmquant.formats.base import Format, Scheme
 from llmquant.models.architectures import ARCHITECTURES, Architecture
+from llmquant.models.naming.conversions import in_memory, moved_modules
 from llmquant.models.reading.fit import Fitted
 from llmquant.models.reading.tower import Tower
 
@@ -28,11 +29,13 @@ class EngineNames:
         architecture: its row of the table, if it has one.
         tower: where it keeps the text part, if it is more than that.
         elsewhere: modules outside the text part.
+        moved: modules that transformers' own table of conversions moves: its name → the file's.
     """
 
     architecture: Architecture | None
     tower: Tower | None
     elsewhere: tuple[str, ...]
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     def config(
         self, layout: Format, schemes: Mapping[str, Scheme], skipped: Mapping[str, str]
@@ -46,6 +49,7 @@ class EngineNames:
         ignored = list(skipped)
         if self.architecture is not None:
             ignored += self.architecture.in_memory(skipped)
+        ignored += in_memory(skipped, self.moved)
         if tower is not None:
             ignored += [p for n in skipped if (p := tower.pattern(n)) is not None]
             ignored += tower.patterns(self.elsewhere)
@@ -81,4 +85,5 @@ def engine_names(fit: Fitted) -> EngineNames:
         tower.placed(row) if tower and row else row,
         tower,
         tuple(dict.fromkeys(n.rpartition(".")[0] for n in outside)),
+        moved_modules(fit.model),
     )

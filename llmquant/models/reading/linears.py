@@ -3,6 +3,7 @@ these."""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from torch import nn
 from llmquant.models.architectures import has_matrix
 from llmquant.models.experts import ExpertList
 from llmquant.models.reading.embeddings import embedding_of, shape_of, tied_to, why_not_packed
+from llmquant.models.rows.table import LEFT_ALONE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +31,7 @@ class Linears:
         tied: whether the head shares the embeddings' weights.
         routers: what chooses experts; never quantized, since a wrong choice costs more than these
             few weights.
+        left: linears that are left alone → why.
         strange: modules with a matrix that is no plain Linear's → their class.
         placeless: modules of the folder that the model has no place for.
         embedding: the token embeddings' name and shape ``(tokens, width)``.
@@ -40,6 +43,7 @@ class Linears:
     head: str | None
     tied: bool
     routers: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
     strange: Mapping[str, str] = field(default_factory=dict)
     placeless: tuple[str, ...] = ()
     embedding: tuple[str, tuple[int, int]] | None = None
@@ -68,7 +72,8 @@ def linears_of(model: PreTrainedModel, placeless: tuple[str, ...] = ()) -> Linea
     head = next((n for n, m in found.items() if m is model.get_output_embeddings()), None)
     shapes = {n: (m.out_features, m.in_features) for n, m in found.items()}
     routers = tuple(_routers(model))
-    shapes = {n: shape for n, shape in shapes.items() if n not in routers}
+    left = {n: why for p, why in LEFT_ALONE.items() for n in fnmatch.filter(shapes, p)}
+    shapes = {n: shape for n, shape in shapes.items() if n not in routers and n not in left}
     strange = {n: type(m).__name__ for n, m in model.named_modules() if has_matrix(m)}
     strange = {n: kind for n, kind in strange.items() if n not in (*found, *routers)}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -78,6 +83,7 @@ def linears_of(model: PreTrainedModel, placeless: tuple[str, ...] = ()) -> Linea
         head,
         tied,
         routers,
+        left,
         strange,
         placeless,
         None if table is None else (table[0], shape_of(table[1])),

@@ -5,10 +5,10 @@ observed, quantized and written.
 each. So a stacked tensor ends here; the tensors made of it have the names that the table gives.
 
 **Conv1D**, as in GPT-2, keeps ``[in, out]`` and computes what a Linear of the transposed matrix
-does, so the model has Linears in its place (:mod:`llmquant.models.names`). Packed weights are
-always the Linear's, since layouts hold nothing else. By its source vLLM 0.32 turns what is called
-``.weight`` in a GPT-2 and nothing packed; no packed GPT-2 was loaded there. What stays unquantized
-goes back the way it came (:func:`as_kept`).
+does, so the model has Linears in its place (:mod:`llmquant.models.naming.names`). Packed weights
+are always the Linear's, since layouts hold nothing else. By its source vLLM 0.32 turns what is
+called ``.weight`` in a GPT-2 and nothing packed; no packed GPT-2 was loaded there. What stays
+unquantized goes back the way it came (:func:`as_kept`).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from llmquant.models.rows.towers import PLACES, SENSES, TEXT_AS
 
 OUTSIDE_TEXT = "not part of the text model"
 _IN_MEMORY = ("model", "lm_head")
-_PREFIXES = ("", "model", "language_model")
+_PREFIXES = ("", "model", "language_model", "text_model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,12 @@ class Tower:
 
     def pattern(self, module: str) -> str | None:
         """A regular expression for what engines call a module of the text model; None of any
-        other. All of them have a ``language_model``, in a place of their own."""
+        other. All of them have a ``language_model`` or ``text_model``, in a place of their own."""
         inside = self.text_name(f"{module}.")
         if inside is None:
             return None
         rest = inside.removesuffix(".").removeprefix("model.")
-        place = "" if rest == inside.removesuffix(".") else r"language_model\.(model\.)?"
+        place = "" if rest == inside.removesuffix(".") else r"(language|text)_model\.(model\.)?"
         return f"re:.*{place}{re.escape(rest)}$"
 
     def patterns(self, modules: Iterable[str]) -> list[str]:

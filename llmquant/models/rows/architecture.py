@@ -29,13 +29,13 @@ class Stacked:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A block's experts: ``down(act(gate(x)) * up(x))`` for the tokens that the router sends to
-    each.
+    """A block's experts: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``, for the tokens
+    that the router sends to each.
 
     Attributes:
         inside: path (relative to a block) of the module that holds the router and the list of
             experts.
-        gate, up, down: an expert's linears.
+        gate, up, down: an expert's linears; no gate: "".
         experts: that module's list of them.
         stacked: how the checkpoint keeps them, where it has no matrix for each; the names above are
             then those that engines read packed experts by.
@@ -53,12 +53,14 @@ class Experts:
     def linears(self) -> tuple[str, ...]:
         """Patterns (relative to a block) of all the experts' linears."""
         return tuple(
-            f"{self.inside}.{self.experts}.*.{linear}" for linear in (self.gate, self.up, self.down)
+            f"{self.inside}.{self.experts}.*.{linear}"
+            for linear in (self.gate, self.up, self.down)
+            if linear
         )
 
     def scaled(self) -> tuple[str, str]:
         """An expert's up and down."""
-        _, up, down = self.linears()
+        *_, up, down = self.linears()
         return up, down
 
 

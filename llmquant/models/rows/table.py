@@ -1,9 +1,9 @@
 """The rows of the table: one for each family of model types.
 
 Sets of linears that engines fuse are those of vLLM's models: attention's three, a gated MLP's two,
-the two matrices that DeepSeek's latent attention reads the hidden states with, and all the experts
-of a block, which are one tensor there. A row beyond attention and MLP changes nothing for a model
-that lacks those linears, so types of one family share one.
+the two matrices that DeepSeek's latent attention reads the hidden states with, two of Qwen's gated
+delta rule, and all the experts of a block, which are one tensor there. A row beyond attention and
+MLP changes nothing for a model that lacks those linears, so types of one family share one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ from llmquant.models.rows.architecture import Architecture, Experts, Stacked
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LATENT = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 _GATED_MLP = ("mlp.gate_proj", "mlp.up_proj")
+_GATED = (
+    _GATED_MLP,
+    ("feed_forward.gate_proj", "feed_forward.up_proj"),
+    ("feed_forward.w1", "feed_forward.w3"),
+)
+_DELTA = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z")
 _SCALED = (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"))
 _LLAMA = Architecture("model.layers", "model.norm", (_ATTENTION, _GATED_MLP), _SCALED)
 
@@ -35,16 +41,40 @@ def _mixture(
     return Architecture("model.layers", "model.norm", fused, scaled, renamed, experts)
 
 
+def derived(
+    blocks: str, norm: str, experts: Experts | None, outside: tuple[str, ...]
+) -> Architecture:
+    """A row for a model type that the table lacks: with the sets that engines fuse in most models,
+    and no pairs that scale one another, of which nothing is known."""
+    sets = (_ATTENTION, _LATENT, *_GATED, _DELTA, *([experts.linears()] if experts else []))
+    return Architecture(blocks, norm, sets, experts=experts, outside=outside)
+
+
 _MIXTRAL = Experts("block_sparse_moe", gate="w1", up="w3", down="w2")
 _QWEN = Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj")
 # One tensor for the gates and ups of all experts, and one for their downs.
 _GRANITE = replace(_MIXTRAL, stacked=Stacked("input_linear.weight", "output_linear.weight"))
+_GRANITE_SWA = replace(_MIXTRAL, stacked=Stacked("experts.gate_up_proj", "experts.down_proj"))
 _ARIA = replace(_QWEN, stacked=Stacked("experts.fc1.weight", "experts.fc2.weight", transposed=True))
 _ONE_TENSOR = Stacked("experts.gate_up_proj", "experts.down_proj", transposed=True)
 _GPT_OSS = replace(_QWEN, stacked=replace(_ONE_TENSOR, interleaved=True, biased=True))
 _LLAMA4 = replace(_QWEN, inside="feed_forward", stacked=_ONE_TENSOR, weighs_inputs=True)
 _DEEPSEEK = _mixture(_QWEN, "mlp.shared_experts")
 _SHARED_GRANITE = (("model.layers.*.block_sparse_moe.router", "router.layer"),)
+
+_DIRECT = "the model's own code reads its weight"
+_GATE = "a gate of one row for each head"
+# Linears that are left alone, by patterns of their names, and why. What reads a weight past its
+# linear does not find a packed one: Mamba's step sizes, and the index over tokens of DeepSeek's
+# sparse attention, where vLLM also merges two unpacked.
+LEFT_ALONE = {
+    "*.dt_proj": _DIRECT,
+    "*.indexer.weights_proj": _DIRECT,
+    "*.indexer.wk": "vLLM merges it with indexer.weights_proj, unpacked",
+    "*.linear_attn.in_proj_a": _GATE,
+    "*.linear_attn.in_proj_b": _GATE,
+    "*.linear_attn.in_proj_ba": _GATE,
+}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
@@ -101,7 +131,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         _DEEPSEEK,
     ),
-    "granitemoe": _mixture(_GRANITE, renamed=_SHARED_GRANITE),
+    # The shared expert's gate and up are one matrix in the checkpoint.
+    **dict.fromkeys(
+        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        _mixture(_GRANITE, renamed=_SHARED_GRANITE),
+    ),
+    "granitemoe_swa": _mixture(_GRANITE_SWA),
     "gpt_oss": _mixture(_GPT_OSS),
     "aria_text": _mixture(_ARIA, "mlp.shared_experts"),
     "llama4_text": _mixture(_LLAMA4, "feed_forward.shared_expert"),

@@ -18,6 +18,7 @@ PLACES = (
     ("language_model.model", "language_model.lm_head"),
     ("model.language_model", "lm_head"),
     ("model.language_model", "model.lm_head"),
+    ("model.text_model", "lm_head"),
     ("model", "lm_head"),
 )
 SENSES = ("vision_config", "audio_config")

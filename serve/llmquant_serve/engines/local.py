@@ -1,5 +1,5 @@
 """The ``local`` engine: a model loaded by ``llmquant.load`` in this process, packed if the folder
-is, with continuous batching."""
+is, with continuous batching, or sequences in turn where states cannot be batched."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from llmquant.errors import ArchitectureError
 from llmquant_serve.engines.base import ModelInfo
-from llmquant_serve.engines.batcher import Batcher
+from llmquant_serve.engines.batching.batcher import Batcher
+from llmquant_serve.engines.batching.step_graph import recorder_for
+from llmquant_serve.engines.batching.turns import TurnBatcher, carries
 from llmquant_serve.engines.jobs.engine import JobEngine
-from llmquant_serve.engines.step_graph import recorder_for
 
 
 class LocalEngine(JobEngine):
@@ -22,23 +23,26 @@ class LocalEngine(JobEngine):
         context: an upper limit on the model's context, to bound memory.
 
     Raises:
-        ArchitectureError: the model keeps a state other than keys and values.
+        ArchitectureError: the model keeps states that cannot be carried from token to token.
     """
 
     def __init__(
         self, model: PreTrainedModel, max_streams: int = 8, context: int | None = None
     ) -> None:
-        _check_states(model)
         info = ModelInfo.of(model.config, model.generation_config, context)
-        super().__init__("local", info, Batcher(model, max_streams, recorder_for(model)))
+        super().__init__("local", info, _batcher(model, max_streams))
 
 
-def _check_states(model: PreTrainedModel) -> None:
-    """Rows join and move as keys and values per token, which recurrent states do not have."""
+def _batcher(model: PreTrainedModel, max_streams: int) -> Batcher:
+    """Rows join and move as keys and values per token; sequences with other states take turns."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    batched = (DynamicLayer, DynamicSlidingWindowLayer)
-    others = sorted(kind.__name__ for kind in kinds if kind not in batched)
-    if others:
+    others = sorted(k.__name__ for k in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    if not others:
+        return Batcher(model, max_streams, recorder_for(model))
+    why = carries(model)
+    if why is not None:
         raise ArchitectureError(
-            f"{type(model).__name__} keeps states that the local engine cannot batch ({', '.join(others)}); use --engine vllm"
+            f"{type(model).__name__} keeps states that the local engine cannot batch ({', '.join(others)}), nor serve in turn: "
+            f"{why}; use --engine vllm"
         )
+    return TurnBatcher(model, max_streams)

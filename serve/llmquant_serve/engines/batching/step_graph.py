@@ -9,8 +9,8 @@ than are in use, and a mask says which of them count. There is a graph for every
 of columns given (1, 1.5, 2, 3, 4 … times 256); when the cache's buffers become others, all are
 recorded anew.
 
-It is the arithmetic of :class:`~llmquant_serve.engines.batcher.Batcher`'s own step, which stays for
-every other device, but that attention also sums over columns whose weight is zero.
+It is the arithmetic of :class:`~llmquant_serve.engines.batching.batcher.Batcher`'s own step, which
+stays for every other device, but that attention also sums over columns whose weight is zero.
 
 Recordings are trusted after a trial on the device and model at hand. Where it fails, or a recording
 does later, steps are run anew.
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmquant_serve.engines.row_cache import RowCache, column_step
+from llmquant_serve.engines.batching.row_cache import RowCache, column_step
 
 _LOG = logging.getLogger(__name__)
 # Of the largest logit. The kernels are the same, so only sums whose order is not fixed may differ.

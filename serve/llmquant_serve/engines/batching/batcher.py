@@ -21,7 +21,7 @@ was read, one token is put through the model: only if that fails too is the engi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,16 +30,30 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llmquant.errors import LlmquantError
 from llmquant_serve.engines.base import Load, Step, Token
+from llmquant_serve.engines.batching.row_cache import RowCache
+from llmquant_serve.engines.batching.step_graph import Recorder, StepGraphs, given_up
 from llmquant_serve.engines.isolation import isolated
 from llmquant_serve.engines.jobs.job import Job
 from llmquant_serve.engines.jobs.thread import JobThread
-from llmquant_serve.engines.row_cache import RowCache
 from llmquant_serve.engines.sampling import described_all
-from llmquant_serve.engines.step_graph import Recorder, StepGraphs, given_up
 
 PROMPT_CHUNK = 256
 PROMPT_AT_ONCE = 4096  # bounds the memory of one pass, and the delay until a cancellation
 SCORED_CHUNK = 512  # where logits of every position are needed
+
+
+class Rows(Protocol):
+    """What the rows' sequences are kept in."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each."""
+
+    def join(self, prefilled: Cache, length: int) -> None:
+        """Take in a sequence as the last row."""
+
+    def leave(self, row: int) -> None:
+        """Forget a row; the last takes its place."""
 
 
 class Batcher(JobThread):
@@ -48,7 +62,8 @@ class Batcher(JobThread):
     Args:
         model: in eval mode; nothing else may use it from now on.
         max_rows: sequences decoded together.
-        record: records steps, see :mod:`llmquant_serve.engines.step_graph`; None: each is run anew.
+        record: records steps, see :mod:`llmquant_serve.engines.batching.step_graph`; None: each is
+            run anew.
     """
 
     def __init__(
@@ -60,7 +75,7 @@ class Batcher(JobThread):
         self._record = record
         self._prefilling: list[Job] = []
         self._rows: list[Job]
-        self._cache: RowCache
+        self._cache: Rows
         self._graphs: StepGraphs | None
         self._clear()
 
@@ -121,7 +136,7 @@ class Batcher(JobThread):
         """Prefill a part of a prompt, and keep the logits at its end. Returns the number of
         tokens."""
         scored, begin = job.sampling.prompt_logprobs, job.prefilled
-        size = min(budget, len(job.prompt) - begin, budget if scored is None else SCORED_CHUNK)
+        size = min(self._chunk(job, budget), len(job.prompt) - begin)
         end = begin + size
         ids = self._tensor([job.prompt[begin:end]])
         mask = torch.ones((1, end), dtype=torch.long, device=ids.device)
@@ -141,6 +156,10 @@ class Batcher(JobThread):
         job.prefilled = end
         job.logits = logits[-1].float()
         return size
+
+    def _chunk(self, job: Job, budget: int) -> int:
+        """The most tokens of a prompt that one pass reads."""
+        return budget if job.sampling.prompt_logprobs is None else min(budget, SCORED_CHUNK)
 
     def _begin(self, job: Job) -> bool:
         """Deliver the prompt's log-probabilities and the first token; returns whether more are
@@ -185,6 +204,7 @@ class Batcher(JobThread):
 
     def _step(self) -> Tensor:
         """Float32 logits ``[rows, vocab]`` after the newest token of every row."""
+        assert isinstance(self._cache, RowCache)
         self._cache.before_step()
         if self._graphs is not None:
             logits = self._graphs.step([job.last for job in self._rows])
@@ -208,12 +228,14 @@ class Batcher(JobThread):
 
     def _clear(self) -> None:
         """No rows, an empty cache, and no recorded steps over it."""
-        layers = self._model.config.get_text_config().num_hidden_layers
         self._rows = []
-        self._cache = RowCache(layers, self._max_rows)
+        self._cache = self._new_cache()
         self._graphs = None
-        if self._record is not None:
+        if self._record is not None and isinstance(self._cache, RowCache):
             self._graphs = StepGraphs(self._model, self._cache, self._record)
+
+    def _new_cache(self) -> Rows:
+        return RowCache(self._model.config.get_text_config().num_hidden_layers, self._max_rows)
 
     def _remove(self, rows: Iterable[int]) -> None:
         """Free rows; the last row takes the place of each."""

@@ -25,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from llmquant.errors import ArchitectureError
 from llmquant.models.architectures import ARCHITECTURES, Architecture, Experts, Stacked
 from llmquant.models.experts import ExpertList, WeighsInputs
+from llmquant.models.naming.conversions import follow_conversions
+from llmquant.models.naming.moves import rename, rename_ties
 
 
 def as_in_checkpoint(
@@ -33,7 +35,7 @@ def as_in_checkpoint(
     moved: tuple[tuple[str, str], ...] = (),
     placed: Callable[[Architecture], Architecture] = lambda a: a,
 ) -> None:
-    """Change the model; does nothing for types whose names are equal, or that the table lacks.
+    """Change the model; does nothing for types whose names are equal.
 
     Args:
         model: under transformers' names.
@@ -44,16 +46,18 @@ def as_in_checkpoint(
     Raises:
         ArchitectureError: the experts are not stacked as the table's types stack them.
     """
-    for old, new in moved:
-        _rename(model, old, new)
     architecture = ARCHITECTURES.get(model_type)
+    if architecture is None and not text_is_a_part(model):
+        follow_conversions(model)
+    for old, new in moved:
+        rename(model, old, new)
     architecture = None if architecture is None else placed(architecture)
     renamed = architecture.renamed if architecture is not None else ()
     for pattern, name in renamed:
         wanted = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
         for path in [n for n, _ in model.named_modules() if wanted.fullmatch(n)]:
-            _rename(model, path, name)
-    _rename_ties(model, (*moved, *renamed))
+            rename(model, path, name)
+    rename_ties(model, (*moved, *renamed))
     if architecture is None:
         return
     for module in model.modules():
@@ -125,82 +129,6 @@ def _as_linears(model: nn.Module, pattern: str) -> None:
             setattr(linear, name, nn.Parameter(tensor, requires_grad=module.weight.requires_grad))
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
-
-
-def _rename(model: nn.Module, path: str, name: str) -> None:
-    """Give a module the name ``name``; if that has parts (``router.layer``), modules that do
-    nothing are between."""
-    parent, _, leaf = path.rpartition(".")
-    owner = model.get_submodule(parent)
-    first, *inner = name.split(".")
-    holder = owner._modules.get(first) if first != leaf else None
-    modules = [
-        (first, _within(m, inner, holder)) if n == leaf else (n, m)
-        for n, m in owner._modules.items()
-    ]
-    owner._modules.clear()
-    owner._modules.update(modules)
-    kind: Any = type(owner)  # typeshed does not count a module's class as hashable
-    owner.__class__ = _reachable(kind, leaf, name)
-    if inner and first == leaf:  # the old name is also the first part of the new one
-        found = owner.get_submodule(leaf)
-        own: Any = type(found)
-        found.__class__ = _itself(own, inner[0])
-
-
-@cache
-def _itself(kind: Any, name: str) -> type[nn.Module]:
-    """The class with a name for the module itself: ``router.layer`` is found from ``router``, as
-    which the model's own code gets the module at the path's end."""
-    return type(
-        kind.__name__, (kind,), {name: property(lambda self: self), "__module__": kind.__module__}
-    )
-
-
-def _within(
-    module: nn.Module | None, names: list[str], holder: nn.Module | None = None
-) -> nn.Module | None:
-    """The module at the end of a path of modules that do nothing, of which the first may be
-    there."""
-    if not names:
-        return module
-    holder = holder or nn.Module()
-    holder.add_module(names[0], _within(module, names[1:]))
-    return holder
-
-
-@cache
-def _reachable(kind: Any, old: str, new: str) -> type[nn.Module]:
-    """The class with one more name for a submodule, looked up each time, since modules are replaced
-    by packed ones."""
-
-    def found(self: nn.Module) -> nn.Module | None:
-        module: nn.Module | None = self
-        for part in new.split("."):
-            module = module._modules[part] if module is not None else None
-        return module
-
-    return type(kind.__name__, (kind,), {old: property(found), "__module__": kind.__module__})
-
-
-def _rename_ties(model: PreTrainedModel, pairs: tuple[tuple[str, str], ...]) -> None:
-    ties: Any = getattr(model, "_tied_weights_keys", None)
-    renamed = {
-        f"{old}.": f"{old.removesuffix(old.split('.')[-1])}{new}."
-        for old, new in pairs
-        if "*" not in old
-    }
-    if not renamed or not isinstance(ties, dict):
-        return
-
-    def in_memory(name: str) -> str:
-        return next(
-            (new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)),
-            name,
-        )
-
-    model._tied_weights_keys = {in_memory(n): in_memory(s) for n, s in ties.items()}
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _unstack(module: nn.Module, name: str, experts: Experts) -> None:

@@ -101,7 +101,7 @@ class Window:
         lengths: tokens in the cache, per row.
         end: the column that the next token goes to.
         column: the same as a tensor ``[1]``, while a step reads it there
-            (:mod:`llmquant_serve.engines.step_graph`).
+            (:mod:`llmquant_serve.engines.batching.step_graph`).
         read: how many columns such a step reads.
         moves: how often the buffers became others.
     """

@@ -1,0 +1,102 @@
+"""What a rule of :mod:`llmquant.formats.engines` says, and what it asks of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmquant.formats.base import Scheme, is_embedding
+
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module of this name is part of an expert."""
+    return _EXPERT.search(module) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One refusal: of which layouts, of which schemes, and why.
+
+    Attributes:
+        layouts: names of formats.
+        refuses: of these schemes.
+        reason: why, for people.
+        experts: only of experts' linears.
+        embeddings: only of token embeddings, for which there are no other rules.
+        lacking: only on a processor without this instruction set, one of
+            :data:`llmquant.runtime.processor.INSTRUCTION_SETS`.
+        models: only of these model types; of every type where it is empty.
+        but: not of these model types.
+        plain_experts: only where some experts' linears are not packed.
+        stateful: only of models that carry states besides keys and values.
+    """
+
+    layouts: frozenset[str]
+    refuses: Callable[[Scheme], bool]
+    reason: str
+    experts: bool = False
+    embeddings: bool = False
+    lacking: str | None = None
+    models: frozenset[str] = frozenset()
+    but: frozenset[str] = frozenset()
+    plain_experts: bool = False
+    stateful: bool = False
+
+    def concerns(self, layout: str, module: str, model: Beside) -> bool:
+        """Whether it is about a module of this name."""
+        return (
+            layout in self.layouts
+            and self.embeddings == is_embedding(module)
+            and (not self.experts or is_expert(module))
+            and (not self.models or bool(self.models & model.types))
+            and not self.but & model.types
+            and (not self.plain_experts or model.plain_experts)
+            and (not self.stateful or model.stateful)
+        )
+
+
+# Keys that only configs of models with states have (Mamba, gated delta rule, short convolutions …).
+_STATES = frozenset(
+    {
+        *("state_size", "ssm_cfg", "mamba_d_state", "ssm_state_size", "attention_hidden_size"),
+        *("lru_width", "linear_conv_kernel_dim", "conv_L_cache", "chunkwise_kernel"),
+        *("short_conv_kernel_size",),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What rules ask of a model beside its packed modules.
+
+    Attributes:
+        types: its model type, and that of its text part.
+        plain_experts: some experts' linears are not packed.
+        stateful: it carries states besides keys and values.
+    """
+
+    types: frozenset[str] = frozenset()
+    plain_experts: bool = False
+    stateful: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], unpacked: Iterable[str]) -> Beside:
+        """Of a model's config and the names of what is not packed; blocks behind the last one
+        (further prediction heads) do not count, since engines do not build them here."""
+        text = config.get("text_config")
+        parts = (config, text if isinstance(text, dict) else {})
+        blocks = next((n for p in parts if isinstance(n := p.get("num_hidden_layers"), int)), None)
+        places = (m for name in unpacked if (m := _EXPERT.search(name)))
+        before = (re.findall(r"\.(\d+)\.", m.string[: m.start() + 1])[:1] for m in places)
+        return cls(
+            frozenset(str(p["model_type"]) for p in parts if "model_type" in p),
+            any(blocks is None or not index or int(index[0]) < blocks for index in before),
+            any(part.get(key) for part in parts for key in _STATES),
+        )
+
+
+NOTHING = Beside()

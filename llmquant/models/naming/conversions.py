@@ -1,0 +1,112 @@
+"""The checkpoint's names for a model that the table of architectures lacks: those that transformers
+saves it by.
+
+transformers' table of conversions says of each model type which tensors it renames when it reads a
+file, and which experts it stacks. Turned round, it is asked here what a file calls each tensor, and
+the model is changed to that; what it does to experts is seen in numbers that go through it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
+
+from llmquant.models.experts import GATED, UNGATED, ExpertList, is_gated
+from llmquant.models.naming.moves import relocate, rename_ties
+from llmquant.models.rows.architecture import Stacked
+
+_MOVED = "_in_memory"
+_PLAIN = Stacked("gate_up_proj", "down_proj")
+# Of transformers' modules of experts that do what ExpertList does.
+_PLAIN_TRAITS = {
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+}
+
+
+def follow_conversions(model: PreTrainedModel) -> None:
+    """Change a model, under transformers' names, to what files call its modules and tensors; does
+    nothing where the two are equal."""
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        return
+    apart = {}
+    for path, module in list(model.named_modules()):
+        linears = _stored_linears(model, path, module)
+        if linears is not None:
+            apart[path] = ExpertList(module, linears, _PLAIN)
+    for path, experts in apart.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, experts)
+    moves = relocate(model, _saved_names(model))
+    model.__dict__[_MOVED] = moves
+    rename_ties(model, tuple((old, new.rpartition(".")[2]) for old, new in moves.items()))
+
+
+def moved_modules(model: nn.Module) -> Mapping[str, str]:
+    """What :func:`follow_conversions` has moved: transformers' name → the file's."""
+    moves: Mapping[str, str] = model.__dict__.get(_MOVED, {})
+    return moves
+
+
+def in_memory(names: Iterable[str], moved: Mapping[str, str]) -> list[str]:
+    """What transformers calls modules of these names, where they are inside moved ones."""
+    return [
+        f"{old}{name.removeprefix(new)}"
+        for name in names
+        for old, new in moved.items()
+        if name == new or name.startswith(f"{new}.")
+    ]
+
+
+def _saved_names(model: PreTrainedModel) -> dict[str, str]:
+    """Every tensor in memory → its name in a file."""
+    marks = {n: torch.empty(t.shape, device="meta") for n, t in model.state_dict().items()}
+    saved = revert_weight_conversion(model, dict(marks))
+    names = {id(mark): name for name, mark in saved.items()}
+    # What is stored otherwise than as it is in memory has no one name.
+    return {name: names.get(id(mark), name) for name, mark in marks.items()}
+
+
+def _stored_linears(model: PreTrainedModel, path: str, module: nn.Module) -> tuple[str, ...] | None:
+    """What files call gate (if there is one), up and down of stacked experts, if they hold a matrix
+    for each; None of any other module, and of experts that compute something else than
+    :class:`~llmquant.models.experts.ExpertList`."""
+    first, second = GATED if is_gated(module) else UNGATED
+    shapes = {n: p.shape for n, p in module.named_parameters()}
+    if shapes.keys() != {first, second} or any(
+        getattr(module, name, None) is not value for name, value in _PLAIN_TRAITS.items()
+    ):
+        return None
+    count, halves = shapes[second][0], 2 if first == GATED[0] else 1
+    numbers = torch.arange(count * halves * 3.0).view(count, halves, 3)
+    ups = _reverted(model, f"{path}.{first}", numbers, halves)
+    downs = _reverted(model, f"{path}.{second}", numbers[:, :1], 1)
+    if ups is None or downs is None:
+        return None
+    found = [*ups.values(), *downs.values()]
+    right = all(map(torch.equal, found, (*numbers.split(1, dim=1), numbers[:, :1])))
+    return (*ups, *downs) if right else None
+
+
+def _reverted(
+    model: PreTrainedModel, name: str, stacked: Tensor, linears: int
+) -> dict[str, Tensor] | None:
+    """Names of an expert's linears in a file → what a stacked tensor gives each, stacked; None
+    where a file has anything but a matrix for each."""
+    found: dict[str, list[Tensor]] = {}
+    for stored, tensor in revert_weight_conversion(model, {name: stacked}).items():
+        place = re.fullmatch(r".+\.(\d+)\.(\w+)\.weight", stored)
+        if place is None or int(place[1]) != len(found.setdefault(place[2], [])):
+            return None
+        found[place[2]].append(tensor)
+    if [len(tensors) for tensors in found.values()] != [len(stacked)] * linears:
+        return None
+    return {linear: torch.stack(tensors) for linear, tensors in found.items()}

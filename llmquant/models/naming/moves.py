@@ -1,0 +1,171 @@
+"""Modules and tensors of a model under other names, still found by the old ones.
+
+A model's own code uses the names that transformers gave; reader, walk, formats and engines use the
+checkpoint's. What is moved is registered under the new name alone, and the old one is a property
+that looks it up each time, since modules are replaced by packed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_ELSEWHERE = "_elsewhere"
+
+
+def rename(model: nn.Module, path: str, name: str) -> None:
+    """Give a module the name ``name``; if that has parts (``router.layer``), modules that do
+    nothing are between."""
+    parent, _, leaf = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    first, *inner = name.split(".")
+    holder = owner._modules.get(first) if first != leaf else None
+    modules = [
+        (first, _within(m, inner, holder)) if n == leaf else (n, m)
+        for n, m in owner._modules.items()
+    ]
+    owner._modules.clear()
+    owner._modules.update(modules)
+    kind: Any = type(owner)  # typeshed does not count a module's class as hashable
+    owner.__class__ = _reachable(kind, leaf, name)
+    if inner and first == leaf:  # the old name is also the first part of the new one
+        found = owner.get_submodule(leaf)
+        own: Any = type(found)
+        found.__class__ = _itself(own, inner[0])
+
+
+@cache
+def _itself(kind: Any, name: str) -> type[nn.Module]:
+    """The class with a name for the module itself: ``router.layer`` is found from ``router``, as
+    which the model's own code gets the module at the path's end."""
+    return type(
+        kind.__name__, (kind,), {name: property(lambda self: self), "__module__": kind.__module__}
+    )
+
+
+def _within(
+    module: nn.Module | None, names: list[str], holder: nn.Module | None = None
+) -> nn.Module | None:
+    """The module at the end of a path of modules that do nothing, of which the first may be
+    there."""
+    if not names:
+        return module
+    holder = holder or nn.Module()
+    holder.add_module(names[0], _within(module, names[1:]))
+    return holder
+
+
+@cache
+def _reachable(kind: Any, old: str, new: str) -> type[nn.Module]:
+    """The class with one more name for a submodule, looked up each time, since modules are replaced
+    by packed ones."""
+
+    def found(self: nn.Module) -> nn.Module | None:
+        module: nn.Module | None = self
+        for part in new.split("."):
+            module = module._modules[part] if module is not None else None
+        return module
+
+    return type(kind.__name__, (kind,), {old: property(found), "__module__": kind.__module__})
+
+
+def rename_ties(model: PreTrainedModel, pairs: tuple[tuple[str, str], ...]) -> None:
+    ties: Any = getattr(model, "_tied_weights_keys", None)
+    renamed = {
+        f"{old}.": f"{old.removesuffix(old.split('.')[-1])}{new}."
+        for old, new in pairs
+        if "*" not in old
+    }
+    if not renamed or not isinstance(ties, dict):
+        return
+
+    def in_memory(name: str) -> str:
+        return next(
+            (new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)),
+            name,
+        )
+
+    model._tied_weights_keys = {in_memory(n): in_memory(s) for n, s in ties.items()}
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def relocate(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """Move modules, and tensors of modules that stay, so that every tensor has its new name.
+
+    Args:
+        names: of all tensors of the model: old → new. Two names that are exchanged are left.
+
+    Returns:
+        the highest modules that moved, and tensors that moved by themselves: old → new.
+    """
+    moves = dict(_highest(model, "", names))
+    taken = {n for n, _ in model.named_modules()} | names.keys()
+    if any(new in taken for new in moves.values()):
+        return {}
+    owners = {old: model.get_submodule(old.rpartition(".")[0]) for old in moves}
+    beside = {o: n for o, n in moves.items() if o.rpartition(".")[0] == n.rpartition(".")[0]}
+    for old, new in beside.items():
+        if old not in names:
+            rename(model, old, new.rpartition(".")[2])
+    for old, new in moves.items():
+        if old in names or old not in beside:
+            _move(model, owners[old], old.rpartition(".")[2], new)
+    return moves
+
+
+def _highest(module: nn.Module, path: str, names: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """The moves that give the tensors inside a module their new names."""
+    inside = len(path) and len(path) + 1
+    wholes = {
+        new.removesuffix(f".{old[inside:]}") if new.endswith(f".{old[inside:]}") else ""
+        for old, new in names.items()
+    }
+    if path and len(wholes) == 1 and "" not in wholes:
+        return [(path, new) for new in wholes if new != path]
+    children: dict[str, dict[str, str]] = {}
+    moves = []
+    for old, new in names.items():
+        child, _, rest = old[inside:].partition(".")
+        if rest:
+            children.setdefault(child, {})[old] = new
+        elif old != new:
+            moves.append((old, new))
+    for child, within in children.items():
+        name = f"{path}.{child}".lstrip(".")
+        moves += _highest(module.get_submodule(child), name, within)
+    return moves
+
+
+def _move(model: nn.Module, owner: nn.Module, leaf: str, new: str) -> None:
+    """Move a module or a tensor to a place that need not be there yet."""
+    parent, _, last = new.rpartition(".")
+    holder = model
+    for part in parent.split(".") if parent else ():
+        if part not in holder._modules:
+            holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    if leaf in owner._modules:
+        holder.add_module(last, owner._modules.pop(leaf))
+    elif leaf in owner._parameters:
+        holder.register_parameter(last, owner._parameters.pop(leaf))
+    else:
+        holder.register_buffer(last, owner._buffers.pop(leaf))
+    owner.__dict__.setdefault(_ELSEWHERE, {})[leaf] = (holder, last)
+    kind: Any = type(owner)
+    owner.__class__ = _elsewhere(kind, leaf)
+
+
+@cache
+def _elsewhere(kind: Any, leaf: str) -> type[nn.Module]:
+    """The class with a name for what another module holds now."""
+
+    def found(self: nn.Module) -> nn.Module | Tensor:
+        holder, name = self.__dict__[_ELSEWHERE][leaf]
+        result: nn.Module | Tensor = getattr(holder, name)
+        return result
+
+    return type(kind.__name__, (kind,), {leaf: property(found), "__module__": kind.__module__})

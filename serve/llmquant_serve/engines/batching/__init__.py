@@ -1,0 +1,1 @@
+"""Several sequences through one transformers model: together, or in turn."""

@@ -1,0 +1,105 @@
+"""TurnBatcher: one token for each sequence in turn, for models whose layers keep more than keys and
+values.
+
+Keys and values of several sequences fit side by side into one cache; the states of linear
+attention, Mamba and short convolutions, and indices over tokens, do not, as transformers keeps
+them. So each sequence keeps the cache in which its prompt was read. A prompt is read in one pass,
+as ``model.generate`` reads it: some models (Jamba, in transformers 5.23) forget their state where
+several tokens follow one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from llmquant_serve.engines.batching.batcher import Batcher
+from llmquant_serve.engines.jobs.job import Job
+
+_TRIED = (6, 2)  # tokens of a prompt, and one by one behind it
+_CLOSE = 0.05  # of the largest logit; half precision rounds by a tenth of that
+
+
+class OwnCaches:
+    """Each row's cache; what :class:`~llmquant_serve.engines.batching.row_cache.RowCache` is for
+    rows together."""
+
+    def __init__(self) -> None:
+        self.caches: list[Cache] = []
+        self.lengths: list[int] = []
+
+    def join(self, prefilled: Cache, length: int) -> None:
+        """Take over the cache of a sequence of ``length`` tokens, as the last row."""
+        self.caches.append(prefilled)
+        self.lengths.append(length)
+
+    def leave(self, row: int) -> None:
+        """Forget a row; the last row takes its place (and its number)."""
+        for kept in (self.caches, self.lengths):
+            kept[row] = kept[-1]  # type: ignore[assignment]
+            kept.pop()
+
+
+class TurnBatcher(Batcher):
+    """A :class:`Batcher` whose rows are decoded in turn."""
+
+    def _take(self, job: Job) -> None:
+        job.cache = DynamicCache(config=self._model.config)
+        self._prefilling.append(job)
+
+    def _chunk(self, job: Job, budget: int) -> int:
+        return len(job.prompt)
+
+    def _new_cache(self) -> OwnCaches:
+        return OwnCaches()
+
+    def _step(self) -> Tensor:
+        own = self._cache
+        assert isinstance(own, OwnCaches)
+        rows = zip(self._rows, own.caches, own.lengths, strict=True)
+        logits = [step(self._model, [job.last], cache, n)[-1].float() for job, cache, n in rows]
+        own.lengths = [n + 1 for n in own.lengths]
+        return torch.stack(logits)
+
+
+def step(model: PreTrainedModel, ids: Sequence[int], cache: Cache, before: int) -> Tensor:
+    """Logits ``[tokens, vocab]`` of tokens behind ``before`` others that are in the cache."""
+    device = model.device
+    total = before + len(ids)
+    out = model(
+        input_ids=torch.tensor([ids], device=device),
+        attention_mask=torch.ones((1, total), dtype=torch.long, device=device),
+        position_ids=torch.arange(before, total, device=device)[None],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits: Tensor = out.logits[0]
+    return logits
+
+
+@torch.inference_mode()
+def carries(model: PreTrainedModel) -> str | None:
+    """Why a model's states cannot be carried from token to token; None where they can.
+
+    A few tokens are put through it, once together and once as a sequence is served.
+    """
+    layers = DynamicCache(config=model.config).layers
+    if not any(isinstance(layer, DynamicLayer) for layer in layers):
+        return "it has no layer of keys and values"
+    prompt, more = _TRIED
+    ids = [i % model.config.get_text_config().vocab_size for i in range(1, prompt + more + 1)]
+    try:
+        together = step(model, ids, DynamicCache(config=model.config), 0)
+        cache = DynamicCache(config=model.config)
+        parts = [step(model, ids[:prompt], cache, 0)]
+        parts += [step(model, ids[n : n + 1], cache, n) for n in range(prompt, prompt + more)]
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        return f"transformers fails with a cache of them: {str(e).splitlines()[0]}"
+    difference = float((torch.cat(parts) - together).abs().max())
+    if not difference <= _CLOSE * float(together.abs().max()):
+        return "token by token it computes something else than of all tokens together"
+    return None

@@ -1,0 +1,152 @@
+"""Model types that the table lacks get the names of their files from transformers' own table of
+conversions: the names are those that it saves, and the model computes what it did."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from small_kinds import small
+from sweep import built, kl, logits
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmquant import inspect, load
+from llmquant.errors import ArchitectureError
+from llmquant.models.architectures import find
+from llmquant.models.experts import ExpertList
+from llmquant.models.naming.conversions import follow_conversions, in_memory, moved_modules
+from llmquant.models.naming.moves import relocate
+from llmquant.models.naming.names import as_in_checkpoint
+from llmquant.quantization.run import quantize
+from llmquant.recipe import Recipe
+
+# A renamed router and shared expert, a tensor of another module, a tensor with another name, a
+# renamed model and experts without a gate, states beside attention, renamed experts.
+KINDS = (
+    *("hy_v3", "exaone_moe", "ernie4_5_moe", "flint", "nemotron_h", "qwen3_next", "jamba"),
+    *("minimax", "kolibri1", "laguna"),
+)
+
+
+def dense(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(small(kind), dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_are_those_that_transformers_saves(kind: str, tmp_path: Path) -> None:
+    model = dense(kind)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    as_in_checkpoint(model, kind)
+    assert {n for n, _ in model.named_parameters()} <= saved
+    assert set(model.state_dict()) == saved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_renamed_model_computes_what_it_did(kind: str) -> None:
+    model = dense(kind)
+    before = logits(model)
+    as_in_checkpoint(model, kind)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(logits(again), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_replaced_module_is_found_by_its_old_name() -> None:
+    model = dense("hy_v3")
+    as_in_checkpoint(model, "hy_v3")
+    moved = moved_modules(model)
+    old = next(n for n in moved if n.endswith("shared_experts"))
+    identity = nn.Identity()
+    parent, _, leaf = moved[old].rpartition(".")
+    setattr(model.get_submodule(parent), leaf, identity)
+    parent, _, leaf = old.rpartition(".")
+    assert getattr(model.get_submodule(parent), leaf) is identity
+    inside = f"{moved[old]}.up_proj"
+    assert in_memory([inside, "lm_head"], moved) == [f"{old}.up_proj"]
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+def test_names_that_are_exchanged_are_left() -> None:
+    model = Pair()
+    names = {f"{m}.{t}": f"{n}.{t}" for m, n in ("ab", "ba") for t in ("weight", "bias")}
+    before = dict(model.named_parameters())
+    assert relocate(model, names) == {}
+    assert dict(model.named_parameters()) == before
+
+
+def test_a_tensor_and_a_module_go_to_places_that_were_not_there() -> None:
+    model = Pair()
+    weight, b = model.a.weight, model.b
+    names = {n: n for n in model.state_dict()} | {"a.weight": "c.d.matrix"}
+    names |= {f"b.{t}": f"c.e.{t}" for t in ("weight", "bias")}
+    assert relocate(model, names) == {"a.weight": "c.d.matrix", "b": "c.e"}
+    assert set(model.state_dict()) == {"a.bias", "c.d.matrix", "c.e.weight", "c.e.bias"}
+    assert model.a.weight is weight
+    assert model.b is b
+    model.get_submodule("c.d").matrix = nn.Parameter(torch.ones(2, 2))
+    assert torch.equal(model.a(torch.ones(1, 2)), 2 + model.a.bias.unsqueeze(0))
+
+
+@pytest.mark.parametrize(
+    "trait", ["has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated"]
+)
+def test_experts_that_compute_something_else_stay_stacked_and_are_refused(trait: str) -> None:
+    model = dense("jamba")
+    for module in model.modules():
+        if hasattr(module, trait):
+            setattr(module, trait, not getattr(module, trait))
+    follow_conversions(model)
+    assert not any(isinstance(m, ExpertList) for m in model.modules())
+    with pytest.raises(ArchitectureError, match="stacks its experts' weights"):
+        find(model, "jamba")
+
+
+def test_fused_layers_and_experts_of_a_derived_row_share_a_scheme() -> None:
+    model = dense("qwen3_5_moe_text")
+    as_in_checkpoint(model, "qwen3_5_moe_text")
+    row = find(model, "qwen3_5_moe_text")
+    assert row.experts is not None
+    assert row.fused_with("mlp.experts.3.up_proj") == row.experts.linears()
+    together = row.fused_with("linear_attn.in_proj_z")
+    assert together == ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z")
+
+
+def test_what_the_models_own_code_reads_is_left_alone(tmp_path: Path) -> None:
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    assert built("jamba", source) is None
+    recipe = {"method": "rtn", "weights": {"bits": 8, "group_size": 16}}
+    result = quantize(source, packed, Recipe.model_validate(recipe))
+    left = {
+        n for n, why in result.skipped.items() if why == "the model's own code reads its weight"
+    }
+    assert left == {"model.layers.0.mamba.dt_proj"}
+    assert not any("dt_proj" in n for n in result.modules)
+
+
+def test_ignored_linears_have_transformers_names_in_the_config_too(tmp_path: Path) -> None:
+    """Else transformers would look for a packed weight in their place."""
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    assert built("hy_v3", source) is None
+    values = {"method": "rtn", "ignore": ["lm_head", "*.shared_mlp.*"]}
+    weights = {"weights": {"bits": 8, "group_size": 16}}
+    quantize(source, packed, Recipe.model_validate(values | weights))
+    assert not inspect(packed).engines["transformers"]
+    theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
+    ours = load(packed, dtype="float32", kernel="reference")
+    assert kl(logits(ours), logits(theirs)) < 1e-6
