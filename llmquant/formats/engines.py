@@ -231,10 +231,12 @@ def answers(
     return rows
 
 
-def on_this_cpu(layout: str, schemes: Mapping[str, Scheme]) -> tuple[list[str], list[str]]:
+def on_this_cpu(
+    layout: str, schemes: Mapping[str, Scheme], model: Beside = NOTHING
+) -> tuple[list[str], list[str]]:
     """What vLLM on CPUs says of a model of these modules: what no CPU takes, and what only this
     machine's does not, or worse."""
-    reasons = refusals(layout, schemes)
+    reasons = refusals(layout, schemes, model)
     everywhere = reasons[VLLM_AVX512]
     here: list[str] = []
     if vllm_here() == VLLM_NO_AVX512:

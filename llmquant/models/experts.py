@@ -83,16 +83,25 @@ class Expert(nn.Module):
         self._names = tuple(weights)
         self._combine = combine
         for name, weight in weights.items():
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            if name in biases:
-                linear.bias = nn.Parameter(biases[name], requires_grad=False)
-            self.add_module(name, linear)
+            self.add_module(name, _linear(weight, biases.get(name)))
 
     def forward(self, x: Tensor) -> Tensor:
         *first, down = (self.get_submodule(name) for name in self._names)
         result: Tensor = down(self._combine(*(linear(x) for linear in first)))
         return result
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear over these numbers, made without the random ones of its own, which take half of the
+    time where there are tens of thousands of experts."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter(
+        "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
+    )
+    return linear
 
 
 class ExpertList(nn.ModuleList):

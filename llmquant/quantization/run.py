@@ -26,6 +26,7 @@ from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
 from llmquant.errors import UsageError
 from llmquant.formats.engines import on_this_cpu
+from llmquant.formats.rules import Beside
 from llmquant.models.reading.stored_dtype import StoredReader
 from llmquant.quantization.blocks.full_device import full_device
 from llmquant.quantization.blocks.hidden_states import Placement
@@ -107,7 +108,8 @@ def _checked(
     plan = prepare(model, recipe, device, options.dtype, options.store_dtype, options.world)
     refuse_source(Path(os.path.abspath(output)), plan.reader.path)
     plan = selected(plan)
-    warnings, notes = on_this_cpu(plan.layout.name, plan.selection.schemes)
+    beside = Beside.of(plan.reader.config, plan.selection.skipped)
+    warnings, notes = on_this_cpu(plan.layout.name, plan.selection.schemes, beside)
     if isinstance(plan.reader, StoredReader):
         notes = [plan.reader.note(), *notes]
     notes = [*map(str, plan.selection.regrouped), *notes]

@@ -37,14 +37,15 @@ def follow_conversions(model: PreTrainedModel) -> None:
     nothing where the two are equal."""
     if not get_model_conversion_mapping(model, add_legacy=False):
         return
-    apart = {}
+    known: dict[object, tuple[str, ...] | None] = {}  # modules that are alike are asked about once
     for path, module in list(model.named_modules()):
-        linears = _stored_linears(model, path, module)
+        kind = (type(module), *(p.shape for p in module.parameters(recurse=False)))
+        if _is_plain(module) and kind not in known:
+            known[kind] = _stored_linears(model, path, module)
+        linears = known.get(kind) if _is_plain(module) else None
         if linears is not None:
-            apart[path] = ExpertList(module, linears, _PLAIN)
-    for path, experts in apart.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, experts)
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, ExpertList(module, linears, _PLAIN))
     moves = relocate(model, _saved_names(model))
     model.__dict__[_MOVED] = moves
     rename_ties(model, tuple((old, new.rpartition(".")[2]) for old, new in moves.items()))
@@ -67,25 +68,35 @@ def in_memory(names: Iterable[str], moved: Mapping[str, str]) -> list[str]:
 
 
 def _saved_names(model: PreTrainedModel) -> dict[str, str]:
-    """Every tensor in memory → its name in a file."""
-    marks = {n: torch.empty(t.shape, device="meta") for n, t in model.state_dict().items()}
+    """Every tensor in memory → its name in a file; of experts those of the first one in each list,
+    since what is moved is the list."""
+    lists = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, ExpertList))
+    firsts = tuple(f"{name}0." for name in lists)
+    marks = {
+        name: torch.empty(tensor.shape, device="meta")
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(lists) or name.startswith(firsts)
+    }
     saved = revert_weight_conversion(model, dict(marks))
     names = {id(mark): name for name, mark in saved.items()}
     # What is stored otherwise than as it is in memory has no one name.
     return {name: names.get(id(mark), name) for name, mark in marks.items()}
 
 
-def _stored_linears(model: PreTrainedModel, path: str, module: nn.Module) -> tuple[str, ...] | None:
-    """What files call gate (if there is one), up and down of stacked experts, if they hold a matrix
-    for each; None of any other module, and of experts that compute something else than
-    :class:`~llmquant.models.experts.ExpertList`."""
-    first, second = GATED if is_gated(module) else UNGATED
-    shapes = {n: p.shape for n, p in module.named_parameters()}
-    if shapes.keys() != {first, second} or any(
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is stacked experts that do what
+    :class:`~llmquant.models.experts.ExpertList` does."""
+    own = {n for n, _ in module.named_parameters()}
+    return own == set(GATED if is_gated(module) else UNGATED) and not any(
         getattr(module, name, None) is not value for name, value in _PLAIN_TRAITS.items()
-    ):
-        return None
-    count, halves = shapes[second][0], 2 if first == GATED[0] else 1
+    )
+
+
+def _stored_linears(model: PreTrainedModel, path: str, module: nn.Module) -> tuple[str, ...] | None:
+    """What files call gate (if there is one), up and down of plain stacked experts, if they hold a
+    matrix for each."""
+    first, second = GATED if is_gated(module) else UNGATED
+    count, halves = module.get_parameter(second).shape[0], 2 if first == GATED[0] else 1
     numbers = torch.arange(count * halves * 3.0).view(count, halves, 3)
     ups = _reverted(model, f"{path}.{first}", numbers, halves)
     downs = _reverted(model, f"{path}.{second}", numbers[:, :1], 1)
