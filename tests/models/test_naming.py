@@ -90,6 +90,17 @@ def test_names_that_are_exchanged_are_left() -> None:
     assert dict(model.named_parameters()) == before
 
 
+def test_a_list_that_would_lose_a_module_is_left() -> None:
+    """The model walks through it, and would skip what is elsewhere."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([Pair(), Pair()]), "norm": nn.LayerNorm(2)})
+    names = {n: n.replace("layers.0", "blocks.0") for n in model.state_dict()}
+    assert relocate(model, names) == {}
+    whole = {n: n.replace("layers", "blocks") for n in model.state_dict()}
+    del whole["layers.1.a.weight"]  # a name that is not known goes with the others
+    assert relocate(model, whole) == {"layers": "blocks"}
+    assert {n.partition(".")[0] for n in model.state_dict()} == {"blocks", "norm"}
+
+
 def test_a_tensor_and_a_module_go_to_places_that_were_not_there() -> None:
     model = Pair()
     weight, b = model.a.weight, model.b

@@ -24,12 +24,7 @@ from llmquant.models.rows.architecture import Stacked
 _MOVED = "_in_memory"
 _PLAIN = Stacked("gate_up_proj", "down_proj")
 # Of transformers' modules of experts that do what ExpertList does.
-_PLAIN_TRAITS = {
-    "has_bias": False,
-    "has_post_expert_norm": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-}
+_PLAIN_TRAITS = {"has_bias": False, "is_transposed": False, "is_concatenated": True}
 
 
 def follow_conversions(model: PreTrainedModel) -> None:
@@ -68,8 +63,9 @@ def in_memory(names: Iterable[str], moved: Mapping[str, str]) -> list[str]:
 
 
 def _saved_names(model: PreTrainedModel) -> dict[str, str]:
-    """Every tensor in memory → its name in a file; of experts those of the first one in each list,
-    since what is moved is the list."""
+    """Tensors in memory → their names in a file. What is stored otherwise than as it is in memory
+    has no one name; of experts the first one in each list does, since what is moved is the list.
+    """
     lists = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, ExpertList))
     firsts = tuple(f"{name}0." for name in lists)
     marks = {
@@ -79,16 +75,18 @@ def _saved_names(model: PreTrainedModel) -> dict[str, str]:
     }
     saved = revert_weight_conversion(model, dict(marks))
     names = {id(mark): name for name, mark in saved.items()}
-    # What is stored otherwise than as it is in memory has no one name.
-    return {name: names.get(id(mark), name) for name, mark in marks.items()}
+    return {name: names[id(mark)] for name, mark in marks.items() if id(mark) in names}
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is stacked experts that do what
     :class:`~llmquant.models.experts.ExpertList` does."""
     own = {n for n, _ in module.named_parameters()}
-    return own == set(GATED if is_gated(module) else UNGATED) and not any(
-        getattr(module, name, None) is not value for name, value in _PLAIN_TRAITS.items()
+    return (
+        own == set(GATED if is_gated(module) else UNGATED)
+        and all(getattr(module, name, None) is value for name, value in _PLAIN_TRAITS.items())
+        # Newer than the others, so that an earlier transformers has none.
+        and not getattr(module, "has_post_expert_norm", False)
     )
 
 
@@ -97,13 +95,14 @@ def _stored_linears(model: PreTrainedModel, path: str, module: nn.Module) -> tup
     matrix for each."""
     first, second = GATED if is_gated(module) else UNGATED
     count, halves = module.get_parameter(second).shape[0], 2 if first == GATED[0] else 1
-    numbers = torch.arange(count * halves * 3.0).view(count, halves, 3)
+    # Two rows for each linear: transformers 5.17 drops dimensions of one.
+    numbers = torch.arange(count * halves * 6.0).view(count, halves * 2, 3)
     ups = _reverted(model, f"{path}.{first}", numbers, halves)
-    downs = _reverted(model, f"{path}.{second}", numbers[:, :1], 1)
+    downs = _reverted(model, f"{path}.{second}", numbers[:, :2], 1)
     if ups is None or downs is None:
         return None
     found = [*ups.values(), *downs.values()]
-    right = all(map(torch.equal, found, (*numbers.split(1, dim=1), numbers[:, :1])))
+    right = all(map(torch.equal, found, (*numbers.split(2, dim=1), numbers[:, :2])))
     return (*ups, *downs) if right else None
 
 

@@ -96,8 +96,11 @@ def rename_ties(model: PreTrainedModel, pairs: tuple[tuple[str, str], ...]) -> N
 def relocate(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     """Move modules, and tensors of modules that stay, so that every tensor has its new name.
 
+    Nothing is moved where a new name is taken, as where two are exchanged, or where a list would
+    lose a module, since models walk through their lists.
+
     Args:
-        names: of all tensors of the model: old → new. Two names that are exchanged are left.
+        names: of tensors of the model: old → new. Others go with the modules that hold them.
 
     Returns:
         the highest modules that moved, and tensors that moved by themselves: old → new.
@@ -107,6 +110,8 @@ def relocate(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     if any(new in taken for new in moves.values()):
         return {}
     owners = {old: model.get_submodule(old.rpartition(".")[0]) for old in moves}
+    if any(isinstance(owner, (nn.ModuleList, nn.Sequential)) for owner in owners.values()):
+        return {}
     beside = {o: n for o, n in moves.items() if o.rpartition(".")[0] == n.rpartition(".")[0]}
     for old, new in beside.items():
         if old not in names:
