@@ -33,7 +33,8 @@ _TRANSPOSED = ("openai-gpt", "imagegpt")
 def find(
     model: nn.Module, model_type: str, placed: Callable[[Architecture], Architecture] = lambda a: a
 ) -> Architecture:
-    """The table's entry, or one derived from the only list of two or more equal blocks.
+    """The table's entry, or one derived from the only list of two or more blocks: of one class, or
+    of classes of one model's code.
 
     Args:
         model: without weights, under the checkpoint's names.

@@ -228,6 +228,8 @@ REFUSED = [
     Row("gptq-w8", grid(8, layout="gptq")),
     Row("gptq-g16", grid(group=16, layout="gptq")),
     *(Row(f"ct-{kind}", grid(group=32), model=kind) for kind in ("mixtral", "qwen3_moe")),
+    # The unquantized ones fail there too.
+    *(Row(f"ct-{kind}", grid(group=32), model=kind) for kind in ("lfm2", "qwen3_5_text")),
     Row("gptq-desc_act", {**grid(layout="gptq"), **BY_GROUP}),
 ]
 
@@ -349,6 +351,13 @@ MODELS = {
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=256,
+    ),
+    "lfm2": of_type("lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention"]),
+    "qwen3_5_text": of_type(
+        "qwen3_5_text",
+        num_key_value_heads=2,
+        head_dim=64,
+        layer_types=["linear_attention", "full_attention"],
     ),
 }
 

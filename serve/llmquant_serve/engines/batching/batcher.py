@@ -138,18 +138,10 @@ class Batcher(JobThread):
         scored, begin = job.sampling.prompt_logprobs, job.prefilled
         size = min(self._chunk(job, budget), len(job.prompt) - begin)
         end = begin + size
-        ids = self._tensor([job.prompt[begin:end]])
-        mask = torch.ones((1, end), dtype=torch.long, device=ids.device)
-        positions = torch.arange(begin, end, device=ids.device)[None]
-        out = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=job.cache,
-            use_cache=True,
-            logits_to_keep=1 if scored is None else 0,
+        assert job.cache is not None
+        logits = logits_of(
+            self._model, job.prompt[begin:end], job.cache, begin, keep=1 if scored is None else 0
         )
-        logits: Tensor = out.logits[0]
         if scored is not None:
             following = list(job.prompt[begin + 1 : end + 1])
             job.scores += described_all(following, logits[: len(following)], scored)
@@ -246,6 +238,24 @@ class Batcher(JobThread):
 
     def _tensor(self, ids: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self._model.device)
+
+
+def logits_of(
+    model: PreTrainedModel, ids: Sequence[int], cache: Cache, before: int, keep: int = 0
+) -> Tensor:
+    """Logits ``[tokens, vocab]`` of a sequence's tokens behind ``before`` others in its cache; of
+    the last ``keep``, or of all."""
+    total, device = before + len(ids), model.device
+    out = model(
+        input_ids=torch.tensor([ids], dtype=torch.long, device=device),
+        attention_mask=torch.ones((1, total), dtype=torch.long, device=device),
+        position_ids=torch.arange(before, total, device=device)[None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=keep,
+    )
+    logits: Tensor = out.logits[0]
+    return logits
 
 
 def _largest(logits: Tensor) -> tuple[list[int], list[float]]:

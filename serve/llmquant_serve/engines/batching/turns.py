@@ -10,18 +10,15 @@ several tokens follow one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from llmquant_serve.engines.batching.batcher import Batcher
+from llmquant_serve.engines.batching.batcher import Batcher, logits_of
 from llmquant_serve.engines.jobs.job import Job
 
 _TRIED = (6, 2)  # tokens of a prompt, and one by one behind it
-_CLOSE = 0.05  # of the largest logit; half precision rounds by a tenth of that
 
 
 class OwnCaches:
@@ -61,31 +58,17 @@ class TurnBatcher(Batcher):
         own = self._cache
         assert isinstance(own, OwnCaches)
         rows = zip(self._rows, own.caches, own.lengths, strict=True)
-        logits = [step(self._model, [job.last], cache, n)[-1].float() for job, cache, n in rows]
+        logits = [logits_of(self._model, [job.last], cache, n)[-1] for job, cache, n in rows]
         own.lengths = [n + 1 for n in own.lengths]
-        return torch.stack(logits)
-
-
-def step(model: PreTrainedModel, ids: Sequence[int], cache: Cache, before: int) -> Tensor:
-    """Logits ``[tokens, vocab]`` of tokens behind ``before`` others that are in the cache."""
-    device = model.device
-    total = before + len(ids)
-    out = model(
-        input_ids=torch.tensor([ids], device=device),
-        attention_mask=torch.ones((1, total), dtype=torch.long, device=device),
-        position_ids=torch.arange(before, total, device=device)[None],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    logits: Tensor = out.logits[0]
-    return logits
+        return torch.stack(logits).float()
 
 
 @torch.inference_mode()
 def carries(model: PreTrainedModel) -> str | None:
     """Why a model's states cannot be carried from token to token; None where they can.
 
-    A few tokens are put through it, once together and once as a sequence is served.
+    A few tokens are put through it, once together and once as a sequence is served. The two may
+    differ by the root of the dtype's rounding, in shares of the largest logit.
     """
     layers = DynamicCache(config=model.config).layers
     if not any(isinstance(layer, DynamicLayer) for layer in layers):
@@ -93,13 +76,14 @@ def carries(model: PreTrainedModel) -> str | None:
     prompt, more = _TRIED
     ids = [i % model.config.get_text_config().vocab_size for i in range(1, prompt + more + 1)]
     try:
-        together = step(model, ids, DynamicCache(config=model.config), 0)
+        together = logits_of(model, ids, DynamicCache(config=model.config), 0)
         cache = DynamicCache(config=model.config)
-        parts = [step(model, ids[:prompt], cache, 0)]
-        parts += [step(model, ids[n : n + 1], cache, n) for n in range(prompt, prompt + more)]
+        parts = [logits_of(model, ids[:prompt], cache, 0)]
+        parts += [logits_of(model, ids[n : n + 1], cache, n) for n in range(prompt, prompt + more)]
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         return f"transformers fails with a cache of them: {str(e).splitlines()[0]}"
     difference = float((torch.cat(parts) - together).abs().max())
-    if not difference <= _CLOSE * float(together.abs().max()):
+    close = torch.finfo(together.dtype).eps ** 0.5
+    if not difference <= close * float(together.abs().max()):
         return "token by token it computes something else than of all tokens together"
     return None
