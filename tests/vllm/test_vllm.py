@@ -46,6 +46,7 @@ from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion import convert
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here
+from llmquant.formats.rules import Beside
 from llmquant.recipe import Recipe
 
 pytestmark = pytest.mark.vllm
@@ -458,8 +459,8 @@ def table_says(folder: Path, cpu: str) -> list[str]:
     if quantization_config(reader) is None:
         return []
     packed = PackedCheckpoint(reader)
-    layout, schemes = packed.layout, packed.schemes
-    return refusals(layout.name, schemes)[CPUS[cpu]]
+    model = Beside.of(reader.config, ())
+    return refusals(packed.layout.name, packed.schemes, model)[CPUS[cpu]]
 
 
 @pytest.mark.parametrize("row", TAKEN, ids=lambda r: r.name)
