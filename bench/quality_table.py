@@ -125,7 +125,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | llmquant qat | recipe `qat-w4g128`, `qat-w3g128` or `qat-w2g32`: the same, then 48 steps of training on the whole calibration text, not only its windows |
 | llmquant gptq; rotated | `--rotate`, at W4 g128 the recipe `rotate-gptq-w4g128`: folded into the weights; a tied head is a tensor of its own then (SmolLM2 at W4 g64: 170 MB instead of 113) |
 | llmquant awq+gptq; rotated | recipe `awq-gptq-w4g32-asym` with `--rotate` |
-| llmquant best; rotated | `bench/best-rotated.yaml` with the scheme of the table: `best-w4g128` of the rotated model; first tokens count as 1/64. Qwen's seconds are of two processes: it was stopped once and resumed |
+| llmquant best; rotated | recipe `rotate-best-w4g128` with the scheme of the table; first tokens count as 1/64. Qwen's seconds are of two processes: it was stopped once and resumed |
 | llmquant gptq; mixed within the same size | `--target-bpw`: each linear has its own width, the size of the folder is the same |
 | llm-compressor | 0.14.0.1, its GPTQ, AWQ and round-to-nearest |
 | autoround 200, autoround 40 | AutoRound 0.15.1 with its default of 200 iterations; with 40 |

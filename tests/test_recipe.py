@@ -28,6 +28,7 @@ SHIPPED = {
     "w8a8": ("gptq", QuantSpec(8, None)),
     "smoothquant-w8a8": ("smooth+gptq", QuantSpec(8, None)),
     "best-w4g128": ("gptq+tune", QuantSpec(4, 128)),
+    "rotate-best-w4g128": ("gptq+tune", QuantSpec(4, 128)),
     "best-w4g32-asym": ("awq+gptq+tune", QuantSpec(4, 32, symmetric=False)),
     "best-w3g128": ("gptq+tune", QuantSpec(3, 128)),
     "best-w2g32": ("gptq+tune", QuantSpec(2, 32)),

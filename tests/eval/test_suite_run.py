@@ -31,6 +31,7 @@ from llmquant_eval.report.schema import Report
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.request import Request
 from llmquant_eval.suites import run as suite_run
+from llmquant_eval.suites.outdated import outdated_models
 from llmquant_eval.suites.run import SuiteProgress, run_suite
 from llmquant_eval.suites.schema import Suite
 
@@ -170,6 +171,20 @@ def test_a_recipe_is_applied_again_when_what_it_says_changes(
     assert steps[-1] == f"mine: {PROTOCOL}"
     name = "mine--words--ppl-gptq-64.json"
     assert [r[name].models[1].scheme for r in (first, second)] == ["W4 g32 sym", "W3 g32 sym"]
+
+
+def test_a_result_is_of_the_recipe_as_it_is_now_also_where_the_weights_are_the_same(
+    base_model: Path, words: Path, tmp_path: Path
+) -> None:
+    """Or else what is outdated would stay outdated, however often it is measured."""
+    suite = suite_of(base_model, words, [{"label": "mine", "recipe": str(recipe(tmp_path))}])
+    steps_of(suite, tmp_path / "cache")
+    recipe(tmp_path, f"description: in other words\n{RTN}")
+    reports, _ = steps_of(suite, tmp_path / "cache")
+    (tmp_path / "results").mkdir()
+    for name, report in reports.items():
+        (tmp_path / "results" / name).write_text(report.to_json(), encoding="utf-8")
+    assert outdated_models(suite, tmp_path / "results") == {}
 
 
 def test_killed_in_the_middle_it_goes_on_where_it_was(

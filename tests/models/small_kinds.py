@@ -89,6 +89,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": 2},
     "phimoe": {"router_jitter_noise": 0.0, "num_local_experts": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16},
     "reformer": {"is_decoder": True},
     "kimi_linear": {"num_experts_per_token": 2},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 2},

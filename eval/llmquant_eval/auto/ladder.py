@@ -32,6 +32,7 @@ LADDER = (
     "gptq-w4g32-asym",
     "awq-gptq-w4g32-asym",
     "best-w4g128",
+    "rotate-best-w4g128",
     "best-w4g32-asym",
     "best-w3g128",
     "best-w2g32",

@@ -1,8 +1,8 @@
 """What a suite measures: a request per model and protocol, and the key of its result.
 
-A result's key covers the weights and tokenizers of the model and its reference, the text, the
-protocol, how much of the text, dtype, device, kernel, versions and processor. Labels and paths are
-not in the key. A server tells no weights, so its results have none.
+A result's key covers the weights and tokenizers of the model and its reference, the model's recipe,
+the text, the protocol, how much of the text, dtype, device, kernel, versions and processor. Labels
+and paths are not in the key. A server tells no weights, so its results have none.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ class Measurements:
         if model.weights is None:
             return None
         base = None if reference is None else [reference.weights, reference.tokenizer]
-        return digest([model.weights, model.tokenizer, base, *measured, *self._place()])
+        return digest(
+            [model.weights, model.tokenizer, model.recipe, base, *measured, *self._place()]
+        )
 
     def _place(self) -> list[Any]:
         suite = self.suite

@@ -50,8 +50,9 @@ class PreparedModel:
     """A model as it is measured and as it is shown.
 
     ``source`` is what is evaluated; ``shown`` stands for it in commands; ``made_by`` is the command
-    that makes ``shown``. ``weights`` and ``tokenizer`` are sha256, None for a server, whose results
-    are never taken from the cache.
+    that makes ``shown``. ``weights``, ``tokenizer`` and ``recipe`` are sha256, None for a server,
+    whose results are never taken from the cache; ``recipe`` also where a folder has no record of
+    one.
     """
 
     label: str
@@ -60,6 +61,7 @@ class PreparedModel:
     made_by: str | None
     weights: str | None
     tokenizer: str | None
+    recipe: str | None
 
 
 def digest(value: Any) -> str:
@@ -114,7 +116,7 @@ def _find(label: str, source: str, made_by: str | None) -> PreparedModel:
     import llmquant
 
     if is_url(source):
-        return PreparedModel(label, source, source, made_by, None, None)
+        return PreparedModel(label, source, source, made_by, None, None, None)
     try:
         return _known(label, llmquant.resolve(source), source, source, made_by)
     except (CheckpointError, UsageError) as e:
@@ -124,9 +126,10 @@ def _find(label: str, source: str, made_by: str | None) -> PreparedModel:
 def _known(label: str, path: Path, source: str, shown: str, made_by: str | None) -> PreparedModel:
     import llmquant
 
-    weights = llmquant.inspect(path).weights_sha256
+    found = llmquant.inspect(path)
+    tokenizer = tokenizer_sha256(llmquant.load_tokenizer(path))
     return PreparedModel(
-        label, source, shown, made_by, weights, tokenizer_sha256(llmquant.load_tokenizer(path))
+        *(label, source, shown, made_by), found.weights_sha256, tokenizer, found.recipe_sha256
     )
 
 
