@@ -87,7 +87,7 @@ _VLLM_CPU = (
 _STACKED = frozenset(
     {
         *("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
-        *("gpt_oss", "aria_text", "nemotron_h"),
+        *("gpt_oss", "aria_text", "nemotron_h", "qwen3_vl_moe"),
     }
 )
 _OWN_CODE = frozenset(

@@ -232,6 +232,6 @@ def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel
     if tower is None:
         as_in_checkpoint(model, str(reader.config.get("model_type")))
     else:
-        as_in_checkpoint(model, tower.config.model_type, tower.moved, tower.placed)
+        as_in_checkpoint(model, tower.kind, tower.moved, tower.placed)
     model.eval()
     return model

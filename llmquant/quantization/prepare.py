@@ -71,8 +71,7 @@ def prepare(
     if fit.tower is None:
         architecture = architectures.find(fit.model, model_type)
     else:
-        kind = fit.tower.config.model_type
-        architecture = architectures.find(fit.model, kind, fit.tower.placed)
+        architecture = architectures.find(fit.model, fit.tower.kind, fit.tower.placed)
     check_side_files(given.path)
     seen = rotated(fit.reader, recipe)
     # A rotated model has a head of its own.

@@ -194,7 +194,7 @@ the original: the KL divergence is below {LIMIT} nats per token, the packed mode
 weights do, and transformers loads the folder to the same numbers, or the last column says why not. A type that does not
 work is refused, with the reason. No checkpoint that anyone published was tried here.
 
-Models that also see (`gemma3`, `qwen2_5_vl`, `qwen3_vl`, `qwen3_5`, `mistral3`, `smolvlm`, `llama4`) are in `tests/models/test_towers.py`: the text part is
+Models that also see (`gemma3`, `qwen2_5_vl`, `qwen3_vl`, `qwen3_vl_moe`, `qwen3_5`, `mistral3`, `smolvlm`, `llama4`) are in `tests/models/test_towers.py`: the text part is
 quantized, all else is carried over byte for byte, and transformers loads the result.
 
 `PYTHONPATH=tests python tests/models/sweep.py` writes this page; with model types as arguments it runs those alone and

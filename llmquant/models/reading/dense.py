@@ -21,7 +21,9 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError
 from llmquant.models.from_folder import causal_model, read_config, read_generation_config
 from llmquant.models.reading.leftovers import leftover_notes
+from llmquant.models.reading.matrices import as_in_memory
 from llmquant.models.reading.tower import tower_of
+from llmquant.models.rows.table import ARCHITECTURES
 from llmquant.models.tensor_check import refuse_mismatch
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ def _loaded(
     empty = causal_model(reader, dtype)
     tower = tower_of(reader, read_config(reader.path))
     if tower is not None:
+        row = ARCHITECTURES.get(tower.kind)
+        width = getattr(tower.config, "hidden_size", None)
+        tensors = as_in_memory(tensors, row and tower.placed(row), width)
         named = {n: tower.text_name(n) for n in tensors}
         tensors = {new: tensors[n] for n, new in named.items() if new is not None}
     try:

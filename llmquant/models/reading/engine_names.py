@@ -78,7 +78,7 @@ def _also(tower: Tower, targets: list[str]) -> list[str]:
 def engine_names(fit: Fitted) -> EngineNames:
     """The names of a folder's modules."""
     tower = fit.tower
-    kind = tower.config.model_type if tower else str(fit.reader.config.get("model_type"))
+    kind = tower.kind if tower else str(fit.reader.config.get("model_type"))
     row = ARCHITECTURES.get(kind)
     outside = [n for n in fit.leftovers if tower is not None and not tower.holds(n)]
     return EngineNames(

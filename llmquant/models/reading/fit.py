@@ -66,10 +66,12 @@ def fitted(
     """
     packed = source if isinstance(source, PackedCheckpoint) else None
     reader = source.reader if isinstance(source, PackedCheckpoint) else source
-    tower = tower_of(reader, read_config(reader.path))
+    config = read_config(reader.path)
+    tower = tower_of(reader, config)
     row = _row(reader, tower)
     if packed is None:
-        reader = unstacked(reader, row)
+        text = config if tower is None else tower.config
+        reader = unstacked(reader, row, getattr(text, "hidden_size", None))
     model = empty_model(reader, dtype)
     found = naming(
         reader, model, {} if packed is None else {m: t.values() for m, t in packed.tensors.items()}
@@ -100,7 +102,7 @@ def _row(reader: CheckpointReader, tower: Tower | None) -> Architecture | None:
     """The model's row of the table, under the checkpoint's names."""
     if tower is None:
         return ARCHITECTURES.get(str(reader.config.get("model_type")))
-    row = ARCHITECTURES.get(tower.config.model_type)
+    row = ARCHITECTURES.get(tower.kind)
     return None if row is None else tower.placed(row)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 from torch import Tensor
@@ -25,21 +25,33 @@ from llmquant.checkpoint.sources.derived import DerivedReader, Made
 from llmquant.models.rows.architecture import Architecture, Experts, Stacked
 
 
-def unstacked(reader: CheckpointReader, architecture: Architecture | None) -> CheckpointReader:
-    """The checkpoint with a matrix for each expert; the same reader where it has nothing else."""
+def unstacked(
+    reader: CheckpointReader, architecture: Architecture | None, hidden: int | None
+) -> CheckpointReader:
+    """The checkpoint with a matrix for each expert; the same reader where it has nothing else.
+
+    Args:
+        reader: of the checkpoint.
+        architecture: the model's row of the table.
+        hidden: width of the model's hidden states, if its config has one.
+    """
     if architecture is None or architecture.experts is None or architecture.experts.stacked is None:
         return reader
     made: dict[str, Made] = {}
     gone: set[str] = set()
     for name in reader.tensors:
-        found = dict(_matrices(reader, name, architecture, architecture.experts))
+        found = dict(_matrices(reader, name, architecture, architecture.experts, hidden))
         made |= found
         gone |= {name} if found else set()
     return DerivedReader(reader, made, gone) if made else reader
 
 
 def _matrices(
-    reader: CheckpointReader, name: str, architecture: Architecture, experts: Experts
+    reader: CheckpointReader,
+    name: str,
+    architecture: Architecture,
+    experts: Experts,
+    hidden: int | None,
 ) -> Iterator[tuple[str, Made]]:
     """The matrices, or biases, in the stacked tensor ``name``; none where it is something else."""
     layout = experts.stacked
@@ -49,25 +61,45 @@ def _matrices(
     for leaf, linears in leaves.items():
         for suffix in ("", "_bias"):
             place = re.fullmatch(rf"({inside})\.{re.escape(leaf + suffix)}", name)
-            if place is None or len(reader.info(name).shape) != (2 if suffix else 3):
+            shape = reader.info(name).shape
+            if place is None or len(shape) != (2 if suffix else 3):
                 continue
+            transposed = not suffix and _turned(layout, leaf, shape, hidden)
             path = f"{place[1]}.{experts.experts}"
-            for i in range(reader.info(name).shape[0]):
+            for i in range(shape[0]):
                 for half, linear in enumerate(linears):
                     tensor = f"{path}.{i}.{linear}.{'bias' if suffix else 'weight'}"
-                    yield tensor, _one(reader, name, layout, i, half if len(linears) == 2 else None)
+                    part = half if len(linears) == 2 else None
+                    make = partial(_rows, transposed, layout.interleaved, part)
+                    rows = shape[:0:-1] if transposed else shape[1:]
+                    rows = rows if part is None else (rows[0] // 2, *rows[1:])
+                    yield tensor, Made((name,), make, rows, reader.info(name).dtype, i)
 
 
-def _one(
-    reader: CheckpointReader, name: str, layout: Stacked, index: int, half: int | None
-) -> Made:
-    info = reader.info(name)
-    transposed = layout.transposed and len(info.shape) == 3
-    shape = info.shape[:0:-1] if transposed else info.shape[1:]
-    if half is not None:
-        shape = (shape[0] // 2, *shape[1:])
-    make = partial(_rows, transposed, layout.interleaved, half)
-    return Made((name,), make, shape, info.dtype, index)
+def _turned(layout: Stacked, leaf: str, shape: tuple[int, ...], hidden: int | None) -> bool:
+    """Whether a stacked tensor of three dimensions has its matrices transposed."""
+    if not layout.either_way:
+        return layout.transposed
+    return shape[1 if leaf == layout.down else 2] != hidden
+
+
+def as_in_memory(
+    tensors: Mapping[str, Tensor], architecture: Architecture | None, hidden: int | None
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors, stacked experts turned as transformers has them where it would read
+    them either way."""
+    experts = architecture.experts if architecture is not None else None
+    layout = experts.stacked if experts is not None else None
+    if architecture is None or experts is None or layout is None or not layout.either_way:
+        return dict(tensors)
+    inside = rf"{re.escape(architecture.blocks)}\.\d+\.{re.escape(experts.inside)}"
+    leaves = rf"{re.escape(layout.gate_up)}|{re.escape(layout.down)}"
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        place = re.fullmatch(rf"{inside}\.({leaves})", name)
+        if place and tensor.ndim == 3 and _turned(layout, place[1], tuple(tensor.shape), hidden):
+            found[name] = tensor.transpose(1, 2).contiguous()
+    return found
 
 
 def _rows(transposed: bool, interleaved: bool, half: int | None, stacked: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError
 from llmquant.models.architectures import Architecture
-from llmquant.models.rows.towers import PLACES, SENSES, TEXT_AS
+from llmquant.models.rows.table import ARCHITECTURES
+from llmquant.models.rows.towers import FIXED, PLACES, SENSES, TEXT_AS
 
 OUTSIDE_TEXT = "not part of the text model"
 _IN_MEMORY = ("model", "lm_head")
@@ -32,10 +33,12 @@ class Tower:
 
     Attributes:
         config: the text model's, of a type that has a causal class.
+        kind: its row's name in the table of architectures.
         base, head: the checkpoint's names of ``model`` and ``lm_head``.
     """
 
     config: PreTrainedConfig
+    kind: str
     base: str
     head: str
 
@@ -107,14 +110,15 @@ def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None
     if not senses_of(reader.config) or not isinstance(reader.config.get("text_config"), dict):
         return None
     text = config.get_text_config()
-    kind = TEXT_AS.get(text.model_type, text.model_type)
-    if kind is None or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text is config:
+    own = text.model_type
+    kind = TEXT_AS.get(own, own)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text is config:
         raise ArchitectureError(
-            f"{reader.path}: the text part of model type {config.model_type!r} is a {text.model_type!r}, for which transformers has "
+            f"{reader.path}: the text part of model type {config.model_type!r} is a {own!r}, for which transformers has "
             "no causal model; quantize a text-only checkpoint of the family"
         )
-    if kind != text.model_type:
-        text = CONFIG_MAPPING[kind].from_dict(_plain(text.to_dict()))
+    if kind != own:
+        text = CONFIG_MAPPING[kind].from_dict(_plain(text.to_dict()) | FIXED.get(own, {}))
     text.tie_word_embeddings = bool(
         reader.config.get("tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
     )
@@ -124,7 +128,8 @@ def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None
     if base is not None:
         heads = [head for place, head in PLACES if place == base]
         stored = (h for h in heads if f"{h}.weight" in reader)
-        return Tower(text, base, next(stored, heads[0]))
+        row = own if own in ARCHITECTURES else kind
+        return Tower(text, row, base, next(stored, heads[0]))
     raise ArchitectureError(
         f"{reader.path}: the text part of model type {config.model_type!r} is not where checkpoints keep it "
         f"({', '.join(dict.fromkeys(base for base, _ in PLACES))}); quantize a text-only checkpoint of the family"

@@ -16,6 +16,8 @@ class Stacked:
         gate_up, down: the checkpoint's tensors, named from the module that holds the experts:
             ``[experts, 2*inner, hidden]``, the gates' rows first, and ``[experts, hidden, inner]``.
         transposed: ``[experts, hidden, 2*inner]`` and ``[experts, inner, hidden]``.
+        either_way: transposed or not, as which side is ``hidden`` tells; transformers turns those
+            that are as it reads them.
         interleaved: gates and ups take turns.
         biased: with a bias for each row, in tensors of these names and ``_bias``.
     """
@@ -23,6 +25,7 @@ class Stacked:
     gate_up: str
     down: str
     transposed: bool = False
+    either_way: bool = False
     interleaved: bool = False
     biased: bool = False
 

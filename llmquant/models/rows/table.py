@@ -57,6 +57,9 @@ _GRANITE = replace(_MIXTRAL, stacked=Stacked("input_linear.weight", "output_line
 _GRANITE_SWA = replace(_MIXTRAL, stacked=Stacked("experts.gate_up_proj", "experts.down_proj"))
 _ARIA = replace(_QWEN, stacked=Stacked("experts.fc1.weight", "experts.fc2.weight", transposed=True))
 _ONE_TENSOR = Stacked("experts.gate_up_proj", "experts.down_proj", transposed=True)
+_QWEN_VL = replace(
+    _QWEN, stacked=Stacked("experts.gate_up_proj", "experts.down_proj", either_way=True)
+)
 _GPT_OSS = replace(_QWEN, stacked=replace(_ONE_TENSOR, interleaved=True, biased=True))
 _LLAMA4 = replace(_QWEN, inside="feed_forward", stacked=_ONE_TENSOR, weighs_inputs=True)
 _DEEPSEEK = _mixture(_QWEN, "mlp.shared_experts")
@@ -139,5 +142,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granitemoe_swa": _mixture(_GRANITE_SWA),
     "gpt_oss": _mixture(_GPT_OSS),
     "aria_text": _mixture(_ARIA, "mlp.shared_experts"),
+    "qwen3_vl_moe_text": _mixture(_QWEN_VL),
     "llama4_text": _mixture(_LLAMA4, "feed_forward.shared_expert"),
 }

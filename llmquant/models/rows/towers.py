@@ -2,17 +2,22 @@
 
 Where a family's text model has no causal class of its own in transformers, the model that computes
 the same for text alone is named: the three position indices of Qwen's vision models are equal for
-tokens of text, so theirs is Qwen's own rotation.
+tokens of text, so theirs is Qwen's own rotation. How the checkpoint keeps it is in the table of
+architectures under its own type, where it has a row there.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 TEXT_AS = {
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": None,  # its experts are stacked otherwise than Qwen3's
+    "qwen3_vl_moe_text": "qwen3_moe",
 }
+# What such a text model does that is a choice in the config of the one that is named for it.
+FIXED: dict[str, dict[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
 # Where checkpoints keep the blocks of the text part, and its head; the first that is there counts.
 PLACES = (
     ("language_model.model", "language_model.lm_head"),
