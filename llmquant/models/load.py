@@ -44,6 +44,7 @@ from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.decoding.speed_up import speed_up
 from llmquant.models.from_folder import read_generation_config
 from llmquant.models.naming.names import put_head
+from llmquant.models.precision import dtype_of, stored_buffers
 from llmquant.models.reading.dense import load_dense
 from llmquant.models.reading.embeddings import scale_of, shape_of
 from llmquant.models.reading.fit import fitted, matrix_at
@@ -242,16 +243,18 @@ def _checked(reader: CheckpointReader, name: str, like: Tensor) -> Tensor:
 def _assign(
     model: PreTrainedModel, packed: PackedCheckpoint, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give every remaining parameter its tensor, tie what is tied, move computed buffers."""
+    """Give every remaining parameter and buffer its tensor, tie what is tied, move computed
+    buffers."""
     reader = packed.reader
     wanted: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    wanted |= {n: b for n, b in model.named_buffers() if n in reader}
+    wanted |= {n: b for n, b in stored_buffers(model) if n in reader}
     tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
     for name, like in wanted.items():
         if name not in reader or name in tied or name.rpartition(".")[0] in packed.schemes:
             continue
         tensor = _checked(reader, name, like)
-        value = tensor.to(device, like.dtype if not like.is_floating_point() else dtype)
+        floating = like.is_floating_point()
+        value = tensor.to(device, dtype_of(model, name, dtype) if floating else like.dtype)
         _set(
             model,
             name,

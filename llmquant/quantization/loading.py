@@ -26,7 +26,7 @@ from llmquant.models.block_inputs import BlockInput, first_inputs, run_block
 from llmquant.models.load import put_module, share_table
 from llmquant.models.reading.embeddings import embedding_of
 from llmquant.models.reading.fit import Fitted, fitted, linear_at
-from llmquant.quantization.blocks.materialize import materialized, outer_names
+from llmquant.quantization.blocks.materialize import materialized, outer_names, tensor_names
 from llmquant.quantization.blocks.whole_model import set_parameter
 from llmquant.quantization.plan import WalkPlan
 from llmquant.runtime.devices import ChosenDtype
@@ -104,7 +104,8 @@ def _prove_full(
 def _inputs(plan: WalkPlan, blocks: nn.ModuleList, index: int) -> BlockInput:
     """What the block is called with for a few tokens, with random hidden states."""
     ids = torch.arange(min(_TOKENS, int(plan.model.config.vocab_size))).unsqueeze(0)
-    with _blank(plan.model, outer_names(plan)):
+    parameters = {n for n, _ in plan.model.named_parameters()}
+    with _blank(plan.model, [n for n in outer_names(plan) if n in parameters]):
         (first,) = first_inputs(plan.model, blocks, [ids])
     hidden = torch.randn(first.hidden.shape, generator=torch.Generator().manual_seed(0))
     return BlockInput(hidden, first.calls[index:])
@@ -135,7 +136,8 @@ def _run(
 ) -> Tensor:
     """The block's output with its quantized linears packed or plain."""
     linears = {name: linear_at(block, name, plan.reader) for name in weights}
-    rest = [n for n, _ in block.named_parameters() if n.removesuffix(".weight") not in linears]
+    names = tensor_names(plan, block, prefix)
+    rest = [n for n in names if n.removesuffix(".weight") not in linears]
     with materialized(plan, block, prefix, rest):
         try:
             for name, weight in weights.items():

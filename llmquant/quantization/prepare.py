@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -21,6 +22,7 @@ from llmquant.formats import layout_of
 from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.models import architectures
 from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
+from llmquant.models.precision import stays_float32
 from llmquant.models.reading.engine_names import engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
@@ -77,7 +79,8 @@ def prepare(
     # A rotated model has a head of its own.
     skeleton = fit.model if seen is fit.reader else empty_model(seen, precision.dtype)
     rescaled = RescaledReader(seen, architecture, recipe)
-    stored = as_stored(rescaled, store_dtype, frozenset(fit.leftovers))
+    kept = partial(stays_float32, fit.model, dtype=torch.float16)  # which keeps the most
+    stored = as_stored(rescaled, store_dtype, frozenset(fit.leftovers), kept)
     source = SourceModel(
         fit.reader,
         rescaled,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -29,11 +29,14 @@ SOURCE = "source"
 DEFAULT = torch.bfloat16
 _WIDE = (torch.float32, torch.float64)
 # What models compute in float32 by their own code, whatever the rest is in.
-_KEPT = re.compile(r"(e_score_correction_bias|inv_freq|A_log)$")
+_KEPT = re.compile(r"(e_score_correction_bias|expert_bias|inv_freq|A_log)$")
 
 
 def as_stored(
-    reader: CheckpointReader, wanted: str = AUTO, carried: Collection[str] = ()
+    reader: CheckpointReader,
+    wanted: str = AUTO,
+    carried: Collection[str] = (),
+    kept: Callable[[str], bool] = lambda name: False,
 ) -> CheckpointReader:
     """The checkpoint as it is stored; the same reader where nothing changes.
 
@@ -41,6 +44,7 @@ def as_stored(
         reader: of an unquantized checkpoint.
         wanted: ``auto`` (16 bits where the checkpoint has more), ``source``, or a dtype.
         carried: tensors that go along as they are read, since the model has no place for them.
+        kept: whether the model wants a tensor in float32 whatever the rest is in.
 
     Raises:
         UsageError: no such dtype.
@@ -58,7 +62,7 @@ def as_stored(
         for name, info in reader.tensors.items()
         if info.dtype.is_floating_point
         and info.dtype != dtype
-        and not _KEPT.search(name)
+        and not (_KEPT.search(name) or kept(name))
         and name not in carried
     ]
     return StoredReader(reader, dtype, names) if names else reader

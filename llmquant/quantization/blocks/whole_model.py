@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmquant.quantization.blocks.materialize import materialized
+from llmquant.quantization.blocks.materialize import buffer_names, materialized
 from llmquant.quantization.plan import WalkPlan
 from llmquant.weight import QuantizedWeight
 
@@ -71,6 +71,7 @@ def whole(plan: WalkPlan) -> Iterator[None]:
     model = plan.model
     tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
     names = [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in tied]
+    names += buffer_names(plan, model, "")
     meta = {n: model.get_parameter(n) for n in tied}
     with materialized(plan, model, "", names):
         try:
