@@ -11,6 +11,7 @@ numbers themselves.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from llmquant.weight import FP16_EXACT, QuantizedWeight
 # What checkpoints call the output head. In vLLM it is no Linear, so configs that say which of those
 # are quantized must name it.
 HEADS = ("lm_head", "embed_out")
+EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 # What they call token embeddings, which are no Linear either.
 _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embeddings", "word_embeddings", "wte"})
 
@@ -33,6 +35,11 @@ _EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "embeddings", "word_embeddi
 def is_embedding(module: str) -> bool:
     """Whether a module, by its full name, is the token embeddings."""
     return module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module, by its full name, is part of an expert."""
+    return EXPERT.search(module) is not None
 
 
 def linears_only(modules: Collection[str]) -> str | None:

@@ -14,10 +14,11 @@ than the one that serves it; :func:`vllm_here` says which of them this one is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from llmquant.formats import Scheme
-from llmquant.formats.base import is_embedding
-from llmquant.formats.rules import NOTHING, Beside, Rule, is_expert
+from llmquant.formats.base import is_embedding, is_expert
+from llmquant.formats.rules import NOTHING, Beside, Rule
 from llmquant.runtime.processor import Processor, this_processor
 
 VLLM_AVX512 = "vllm (CPU with AVX-512)"
@@ -137,6 +138,13 @@ _TRANSFORMERS = (
         plain_experts=True,
         but=frozenset({"llama4_text"}),
     ),
+    Rule(
+        _CT,
+        lambda s: True,
+        "it reads all experts by one scheme, and here they have several",
+        experts=True,
+        several=True,
+    ),
 )
 
 ENGINES: Mapping[str, tuple[Rule, ...]] = {
@@ -188,6 +196,7 @@ def refusals(
 ) -> dict[str, tuple[str, ...]]:
     """Engine → the distinct reasons why it would refuse a model of these modules; none means that
     it takes it."""
+    model = replace(model, several=len({s for n, s in schemes.items() if is_expert(n)}) > 1)
     kinds = {
         (scheme, is_expert(name), is_embedding(name)): name for name, scheme in schemes.items()
     }

@@ -7,14 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmquant.formats.base import Scheme, is_embedding
-
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
-
-
-def is_expert(module: str) -> bool:
-    """Whether a module of this name is part of an expert."""
-    return _EXPERT.search(module) is not None
+from llmquant.formats.base import EXPERT, Scheme, is_embedding, is_expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +25,7 @@ class Rule:
         models: only of these model types; of every type where it is empty.
         but: not of these model types.
         plain_experts: only where some experts' linears are not packed.
+        several: only where experts have several schemes.
         stateful: only of models that carry states besides keys and values.
     """
 
@@ -44,6 +38,7 @@ class Rule:
     models: frozenset[str] = frozenset()
     but: frozenset[str] = frozenset()
     plain_experts: bool = False
+    several: bool = False
     stateful: bool = False
 
     def concerns(self, layout: str, module: str, model: Beside) -> bool:
@@ -55,6 +50,7 @@ class Rule:
             and (not self.models or bool(self.models & model.types))
             and not self.but & model.types
             and (not self.plain_experts or model.plain_experts)
+            and (not self.several or model.several)
             and (not self.stateful or model.stateful)
         )
 
@@ -76,11 +72,13 @@ class Beside:
     Attributes:
         types: its model type, and that of its text part.
         plain_experts: some experts' linears are not packed.
+        several: its packed experts have several schemes.
         stateful: it carries states besides keys and values.
     """
 
     types: frozenset[str] = frozenset()
     plain_experts: bool = False
+    several: bool = False
     stateful: bool = False
 
     @classmethod
@@ -90,12 +88,12 @@ class Beside:
         text = config.get("text_config")
         parts = (config, text if isinstance(text, dict) else {})
         blocks = next((n for p in parts if isinstance(n := p.get("num_hidden_layers"), int)), None)
-        places = (m for name in unpacked if (m := _EXPERT.search(name)))
+        places = (m for name in unpacked if (m := EXPERT.search(name)))
         before = (re.findall(r"\.(\d+)\.", m.string[: m.start() + 1])[:1] for m in places)
         return cls(
             frozenset(str(p["model_type"]) for p in parts if "model_type" in p),
             any(blocks is None or not index or int(index[0]) < blocks for index in before),
-            any(part.get(key) for part in parts for key in _STATES),
+            stateful=any(part.get(key) for part in parts for key in _STATES),
         )
 
 

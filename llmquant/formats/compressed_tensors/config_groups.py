@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmquant.errors import FormatError
-from llmquant.formats.base import HEADS, is_embedding
+from llmquant.formats.base import HEADS, is_embedding, is_expert
+
+_EXPERTS = r"re:(.*\.)?experts\.\d+\..*"
 
 
 def groups_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -55,6 +57,22 @@ def group_of(module: str, groups: Collection[Mapping[str, Any]]) -> Mapping[str,
     if not ranked:
         raise FormatError(f"{module} has quantized weights but no config group targets it")
     return min(ranked, key=lambda r: r[:2])[2]
+
+
+def experts_apart(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The groups with all experts in one of its own that finds them by a pattern, where they have
+    one scheme and other linears another: transformers takes such a group for all experts, and for
+    want of it the first one, whatever that says."""
+    kinds = {key: [t for t in group["targets"] if is_expert(t)] for key, group in groups.items()}
+    having = [key for key, experts in kinds.items() if experts]
+    if len(groups) == 1 or len(having) != 1:
+        return dict(groups)
+    (key,) = having
+    rest = [t for t in groups[key]["targets"] if not is_expert(t)]
+    others = [{**group, "targets": rest} if k == key else group for k, group in groups.items()]
+    found = [group for group in others if group["targets"]]
+    found.append({**groups[key], "targets": [_EXPERTS]})
+    return {f"group_{i}": group for i, group in enumerate(found)}
 
 
 def ignore_list(skipped: Collection[str]) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmquant.activations import Activations
 from llmquant.errors import LayoutError
 from llmquant.formats.base import Plain, Scheme
-from llmquant.formats.compressed_tensors.config_groups import groups_of
+from llmquant.formats.compressed_tensors.config_groups import experts_apart, groups_of
 from llmquant.formats.compressed_tensors.int_quantized import IntQuantized, config_group
 from llmquant.formats.compressed_tensors.pack_quantized import CompressedTensors
 from llmquant.weight import QuantizedWeight
@@ -57,7 +57,8 @@ class CompressedFamily(Plain):
         int8 = {n: s for n, s in schemes.items() if s.activations == "int8-dynamic"}
         packed = {n: s for n, s in schemes.items() if n not in int8}
         if not int8 or not packed:
-            return self._for("int8-dynamic" if int8 else "none").config(schemes, ignore)
+            config = self._for("int8-dynamic" if int8 else "none").config(schemes, ignore)
+            return {**config, "config_groups": experts_apart(config["config_groups"])}
         config = self.packed.config(packed, ignore)
         groups = list(config["config_groups"].values())
         if len(groups) == 1:
@@ -69,7 +70,7 @@ class CompressedFamily(Plain):
         return {
             **config,
             "format": "mixed-precision",
-            "config_groups": {f"group_{i}": g for i, g in enumerate(groups)},
+            "config_groups": experts_apart({f"group_{i}": g for i, g in enumerate(groups)}),
         }
 
     def schemes(
