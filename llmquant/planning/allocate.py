@@ -31,8 +31,14 @@ import torch
 from llmquant.errors import SourceError, UsageError
 from llmquant.formats import Scheme
 from llmquant.models.selection import select
-from llmquant.planning.candidates import AllocateOptions, Choice, choices_of, recipe_of_choice
-from llmquant.planning.knapsack import Option, Solution, solve, undominated
+from llmquant.planning.candidates import (
+    AllocateOptions,
+    Choice,
+    cheapest,
+    choices_of,
+    recipe_of_choice,
+)
+from llmquant.planning.knapsack import Option, Solution, undominated
 from llmquant.planning.quality_loss import Damage
 from llmquant.planning.sensitivity import Item, Probe, measure
 from llmquant.quantization.options import Events
@@ -214,7 +220,7 @@ def _decide(
         ]
         for choice, damage in zip(choices, damages, strict=True)
     ]
-    solution = solve(offers, budget)
+    solution = cheapest(choices, offers, budget, options.engine)
     chosen = [list(c.sizes)[i] for c, i in zip(choices, solution.chosen, strict=True)]
     smallest, largest = _range(choices)
     return Allocation(

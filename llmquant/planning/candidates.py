@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.errors import SpecError, UsageError
 from llmquant.formats import Format, Scheme
+from llmquant.formats.base import is_expert
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why_not
 from llmquant.formats.group_sizes import fit_scheme
 from llmquant.models.selection import fused_items
+from llmquant.planning.knapsack import Option, Solution, solve
 from llmquant.planning.sensitivity import Kind
 from llmquant.quantization.plan import WalkPlan
 from llmquant.recipe import Recipe, matches
@@ -190,6 +192,39 @@ def _holds(
     if (size is not None and shape[1] % size) or layout.why_not(scheme, shape):
         return False
     return table is None or why_not(table, layout.name, scheme, module) is None
+
+
+def cheapest(
+    choices: Sequence[Choice], offers: Sequence[Sequence[Option]], budget: int, engine: str
+) -> Solution:
+    """The cheapest choice within the budget (bytes); where transformers is to take it, of those
+    that give all experts one scheme, since it reads them by one.
+
+    Raises:
+        UsageError: none is within the budget.
+    """
+    experts = [i for i, c in enumerate(choices) if any(map(is_expert, c.names))]
+    if engine != "transformers" or not experts:
+        return solve(offers, budget)
+    every = [set(choices[i].sizes) for i in experts]
+    found: list[Solution] = []
+    for scheme in sorted(set.intersection(*every) - {None}, key=str):
+        kept = [
+            [list(c.sizes).index(scheme)] if i in experts else range(len(c.sizes))
+            for i, c in enumerate(choices)
+        ]
+        offered = [[o[k] for k in ks] for o, ks in zip(offers, kept, strict=True)]
+        if sum(min(o.size for o in some) for some in offered) > budget:
+            continue
+        solution = solve(offered, budget)
+        chosen = tuple(ks[pick] for ks, pick in zip(kept, solution.chosen, strict=True))
+        found.append(replace(solution, chosen=chosen))
+    if not found:
+        raise UsageError(
+            "transformers reads all experts by one scheme, and no scheme that fits them all is within the target; raise it, or "
+            "choose another --engine"
+        )
+    return replace(min(found, key=lambda s: s.cost), bound=min(s.bound for s in found))
 
 
 def recipe_of_choice(

@@ -3,6 +3,7 @@ to refuse the folder."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,6 @@ def test_experts_of_several_schemes_are_refused_there(tmp_path: Path) -> None:
     assert "by one scheme" in reason
     try:
         found = difference(packed)
-    except RuntimeError as e:  # of other shapes than it expects
-        assert "conversion" in str(e)
-    else:
-        assert found > 1e-2
+    except RuntimeError:  # of other shapes than it expects
+        found = math.inf
+    assert found > 1e-2

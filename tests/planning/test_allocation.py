@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import EXAMPLE, TOKENIZER, save
 
 from llmquant import quantize
 from llmquant.checkpoint.reader import CheckpointReader
@@ -20,7 +22,8 @@ from llmquant.models.architectures import ARCHITECTURES, Architecture
 from llmquant.planning import allocate as allocation
 from llmquant.planning import candidates as choices
 from llmquant.planning.allocate import AllocateOptions, Allocation, allocate, split_windows
-from llmquant.planning.candidates import Choice, fused_items, recipe_of_choice
+from llmquant.planning.candidates import Choice, cheapest, fused_items, recipe_of_choice
+from llmquant.planning.knapsack import Option
 from llmquant.planning.preview import make_plan
 from llmquant.planning.quality_loss import Damage
 from llmquant.recipe import Recipe
@@ -203,6 +206,48 @@ def test_only_what_the_engine_takes_is_offered(
     monkeypatch.setattr(allocation, "measure", flat)
     allocated(model, gptq, 4.6, engine=engine, **options)
     assert ({s.bits for s in offered}, {s.symmetric for s in offered}) == (widths, symmetric)
+
+
+def test_experts_have_one_scheme_where_transformers_is_to_read_them(
+    gptq: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the second block are worth more bits than those of the first."""
+    mixture = save("qwen3_moe", tmp_path / "model", vocab_size=4096)
+    for name in TOKENIZER:
+        shutil.copyfile(EXAMPLE / name, mixture / name)
+
+    def steep(plan: Any, items: Any, *_: Any) -> list[dict[QuantSpec, Damage]]:
+        experts = [any(".experts." in n for n in item.names) for item in items]
+        weights = [
+            (100.0 if item.block else 1.0) if expert else 0.0
+            for item, expert in zip(items, experts, strict=True)
+        ]
+        return [
+            {s: Damage(w / 4**s.bits, w / 4**s.bits) for s in item.specs}
+            for w, item in zip(weights, items, strict=True)
+        ]
+
+    monkeypatch.setattr(allocation, "measure", steep)
+    options: dict[str, Any] = {"widths": (3, 4, 8), "group_sizes": (16,), "symmetric": True}
+
+    def schemes(engine: str) -> set[Scheme | None]:
+        found = allocated(mixture, gptq, 7.0, engine=engine, **options)
+        assert found.bits_per_weight <= 7.0
+        items = [i for i in found.items if any(".experts." in n for n in i.names)]
+        assert len(items) == 2
+        return {item.scheme for item in items}
+
+    assert len(schemes("any")) == 2
+    assert len(schemes("transformers")) == 1
+    names = ("model.layers.0.mlp.experts.0.up_proj", "model.layers.1.mlp.experts.0.up_proj")
+    apart = [
+        Choice(i, (name,), {Scheme(QuantSpec(4, 16 * (i + 1))): 1}, 1)
+        for i, name in enumerate(names)
+    ]
+    offers = [[Option(1, 0.0)]] * 2
+    assert cheapest(apart, offers, 2, "any").chosen == (0, 0)
+    with pytest.raises(UsageError, match="by one scheme"):
+        cheapest(apart, offers, 2, "transformers")
 
 
 REFUSED = [
