@@ -20,7 +20,12 @@ import torch
 
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import CheckpointReader, TensorInfo, read_json
-from llmquant.checkpoint.sources.floats import as_floats, refuse_mixture, small_floats
+from llmquant.checkpoint.sources.floats import (
+    as_floats,
+    refuse_label,
+    refuse_mixture,
+    small_floats,
+)
 from llmquant.checkpoint.sources.label import labels, without_label
 from llmquant.checkpoint.weights.files import CHOSEN, SINGLE
 from llmquant.errors import CheckpointError, FormatError, UsageError
@@ -52,7 +57,8 @@ def quantization_of(reader: CheckpointReader) -> dict[str, Any] | None:
 
     Raises:
         UsageError: it is in FP8 or MXFP4, and was not read as numbers.
-        FormatError: something that is no mapping.
+        FormatError: something that is no mapping, or a label that says more than what the weights
+            are.
         CheckpointError: a side file that is no JSON; packed tensors without a label or a label
             without packed tensors; an unquantized model in a file that transformers does not look
             for.
@@ -65,6 +71,8 @@ def quantization_of(reader: CheckpointReader) -> dict[str, Any] | None:
             "quantize reads them as a model to quantize"
         )
     label = quantization_config(reader)
+    if label is not None:
+        refuse_label(reader, label)
     if label is not None and any(_packed(n, i, True) for n, i in reader.tensors.items()):
         return label
     if label is not None and not _says_nothing(label):

@@ -19,8 +19,9 @@ from llmquant.checkpoint.manifest import (
 )
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, Checked
-from llmquant.conversion.source import KV_CACHE, Source
+from llmquant.conversion.source import Source
 from llmquant.formats import Format
+from llmquant.formats.compressed_tensors.beyond import KV_CACHE
 from llmquant.records import ModuleRecord
 
 _RECIPE = "recipe.yaml"

@@ -19,6 +19,7 @@ from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
+from llmquant.formats.compressed_tensors.beyond import KV_CACHE, kv_cache
 from llmquant.models.reading.engine_names import EngineNames, engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
@@ -27,10 +28,7 @@ from llmquant.models.selection import PLACELESS, ROUTER, SHARED
 from llmquant.runtime.devices import DTYPES
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
-# Parts of a compressed-tensors config that change what an engine computes. The first can be said by
-# the layouts of that family, the second by none that is written here.
-KV_CACHE = "kv_cache_scheme"
-_BEYOND_WEIGHTS = (KV_CACHE, "sparsity_config")
+# The layouts that can say how keys and values are rounded.
 _FAMILY = ("compressed-tensors", "int-quantized")
 
 
@@ -166,12 +164,8 @@ def refuse_beyond_weights(source: Source, target: str) -> None:
     Raises:
         FormatError: naming it.
     """
-    reader = source.reader
-    for key in _BEYOND_WEIGHTS:
-        section = source.packed.config.get(key)
-        if key == KV_CACHE and target in _FAMILY:
-            continue
-        if section and not (isinstance(section, dict) and section.get("format") == "dense"):
-            raise FormatError(
-                f"{reader.path}: the config's {key} changes what engines compute and cannot be converted to {target}"
-            )
+    key = kv_cache(source.packed.config)
+    if key is not None and not (key == KV_CACHE and target in _FAMILY):
+        raise FormatError(
+            f"{source.reader.path}: the config's {key} changes what engines compute and cannot be converted to {target}"
+        )

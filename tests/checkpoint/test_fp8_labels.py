@@ -16,7 +16,7 @@ from torch import Tensor
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.checkpoint.sources.floats import as_floats
-from llmquant.errors import CheckpointError, QuantizationError, UsageError
+from llmquant.errors import CheckpointError, LayoutError, QuantizationError, UsageError
 
 FP8 = torch.float8_e4m3fn
 _GROUPS = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"block_structure": "48x32"}}}}  # fmt: skip
@@ -131,3 +131,63 @@ def test_infinite_weights_are_named(much: int, make_model: Any, run: Run, tmp_pa
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     told = run("quantize", folder, "-o", tmp_path / "q", "--method", "rtn", "--group-size", "32")
     assert (told.code, "up_proj" in told.err, "NaN or Inf" in told.err) == (1, True, True), told
+
+
+# Hadamards at a linear's input, as compressed-tensors writes them; a storage without zeros.
+_ROTATED = {"transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": [{"targets": ["re:.*down_proj$"], "location": "input"}]}}}}  # fmt: skip
+_SPARSE = {"sparsity_config": {"format": "sparse-24-bitmask"}}
+_FLOATS = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+BEYOND = [
+    pytest.param(_ROTATED, "transform_config rotates activations", id="rotations"),
+    pytest.param(_SPARSE, "sparsity_config stores weights as 'sparse-24-bitmask'", id="sparse"),
+]
+
+
+@pytest.mark.parametrize(("more", "words"), BEYOND)
+@pytest.mark.parametrize("kind", ["FP8", "plain floats", "packed by another method"])
+def test_a_label_that_says_more_than_the_weights(
+    kind: str, more: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """Left out with the label, it would be another model's numbers."""
+    label, tensors = {**_FLOATS, **more}, weights(w=((96, 64), (96, 1)))
+    if kind == "plain floats":
+        label, tensors = {**label, "config_groups": {}}, {"w": torch.ones(96, 64)}
+    if kind == "packed by another method":
+        label = {"quant_method": "awq", "bits": 4, "group_size": 32, **more}
+        tensors = {"w.qweight": torch.zeros(4, 4, dtype=torch.int32)}
+    reader = folder_of(tmp_path, {"quantization_config": label}, tensors)
+    with pytest.raises(LayoutError, match=words) as told:
+        quantization_of(as_floats(reader))
+    assert str(tmp_path) in str(told.value)
+
+
+@pytest.mark.parametrize("more", [{"transform_config": None}, {"sparsity_config": {"format": "dense"}}, {"sparsity_config": {}}])  # fmt: skip
+def test_a_label_whose_sections_say_nothing(more: dict[str, Any], tmp_path: Path) -> None:
+    label = {**_FLOATS, **more}
+    floats = as_floats(folder_of(tmp_path, {"quantization_config": label}, weights(w=((96, 64), (96, 1)))))  # fmt: skip
+    assert len(floats.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("kv_cache_scheme", {"num_bits": 8}), ("kv_cache_quant_algo", "FP8")]
+)
+def test_a_quantized_cache_is_left_out_with_a_note(key: str, value: Any, tmp_path: Path) -> None:
+    label = {"quant_method": "fp8", key: value}
+    floats = as_floats(folder_of(tmp_path, {"quantization_config": label}, weights(w=((96, 64), (96, 1)))))  # fmt: skip
+    assert [n for n in floats.notes if f"config.json's {key} is left out" in n]
+
+
+def test_an_fp8_model_that_rotates_is_not_quantized(
+    make_model: Any, run: Run, tmp_path: Path
+) -> None:
+    folder = make_model()
+    tensors = load_file(folder / SINGLE)
+    for name in [n for n in tensors if n.endswith("down_proj.weight")]:
+        tensors |= {name: tensors[name].to(FP8), f"{name}_scale": torch.ones(tensors[name].shape[0], 1)}  # fmt: skip
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {**_FLOATS, **_ROTATED}}))  # fmt: skip
+    for command in (("quantize", folder, "-o", tmp_path / "q", "--method", "rtn", "--group-size", "32"), ("inspect", folder), ("generate", folder, "a")):  # fmt: skip
+        told = run(*command)
+        assert (told.code, "rotates activations" in told.said) == (2, True), (command, told)
+    assert not (tmp_path / "q").exists()

@@ -3,13 +3,17 @@ they are. To quantize, it is a checkpoint like any other."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources import float8, mxfp4
 from llmquant.checkpoint.sources.derived import DerivedReader, Made
 from llmquant.checkpoint.sources.label import labels, without_label
-from llmquant.errors import UsageError
+from llmquant.errors import FormatError, UsageError
+from llmquant.formats.compressed_tensors.beyond import kv_cache, refuse_computing
 
 FP8, MXFP4 = "fp8", "mxfp4"
 # Names of codes, which are packed under a layout of their own.
@@ -31,6 +35,7 @@ def as_floats(reader: CheckpointReader) -> CheckpointReader:
     Raises:
         UsageError, CheckpointError: weights without scales, or with scales that do not fit; FP8
             beside packed integers.
+        LayoutError: a label that says more than what the weights are.
     """
     kind = small_floats(reader)
     if kind is None:
@@ -38,6 +43,7 @@ def as_floats(reader: CheckpointReader) -> CheckpointReader:
     refuse_mixture(reader)
     dtype = _dtype(reader)
     label = next((found for _, found in labels(reader.config) if isinstance(found, dict)), {})
+    refuse_label(reader, label)
     found = [
         *(float8.made_of(reader, label, dtype) if kind == FP8 else ()),
         *mxfp4.made_of(reader, dtype),
@@ -49,8 +55,28 @@ def as_floats(reader: CheckpointReader) -> CheckpointReader:
     floats.notes = (
         *reader.notes,
         f"{len(made)} weights are in {kind.upper()}; they are read as the {name} numbers that they and their scales mean",
+        *_dropped(label),
     )
     return floats
+
+
+def refuse_label(reader: CheckpointReader, label: Mapping[str, Any]) -> None:
+    """Raises LayoutError, with the folder, for a label under which an engine does not multiply by
+    the weights alone."""
+    try:
+        refuse_computing(label)
+    except FormatError as e:
+        raise e.at(str(reader.path)) from e
+
+
+def _dropped(label: Mapping[str, Any]) -> Iterator[str]:
+    """What a label says that goes with it and changes no weight."""
+    key = kv_cache(label)
+    if key is not None:
+        yield (
+            f"config.json's {key} is left out: llmquant keeps keys and values in 16 or 32 bits, and engines that "
+            "round them answer a little differently"
+        )
 
 
 def refuse_mixture(reader: CheckpointReader) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmquant.activations import Activations
 from llmquant.errors import LayoutError
 from llmquant.formats.base import Plain, Scheme
+from llmquant.formats.compressed_tensors.beyond import refuse_computing
 from llmquant.formats.compressed_tensors.config_groups import experts_apart, groups_of
 from llmquant.formats.compressed_tensors.int_quantized import IntQuantized, config_group
 from llmquant.formats.compressed_tensors.pack_quantized import CompressedTensors
@@ -86,10 +87,7 @@ class CompressedFamily(Plain):
             raise LayoutError(
                 f"compressed-tensors format {others[0]!r} is not one llmquant reads; it reads {readable}"
             )
-        if config.get("transform_config"):
-            raise LayoutError(
-                "the config's transform_config rotates activations as the model runs, which llmquant does not do"
-            )
+        refuse_computing(config)
         found = self.packed.schemes(config, tensor_names)
         if "int-quantized" in stated:
             found |= self.int8.schemes(config, tensor_names)
