@@ -1,7 +1,8 @@
 """Reading model folders: safetensors only, lazily.
 
 ``CheckpointReader`` knows names, shapes and dtypes from the headers and reads a tensor when it is
-asked for, so a 16 GB folder costs nothing to open. Pickle files are refused: unpickling runs code.
+asked for, so a 16 GB folder costs nothing to open. Pickle files are refused, since unpickling runs
+code (:mod:`llmquant.conversion.pickles` turns them into safetensors).
 Its counterpart is :class:`llmquant.checkpoint.writer.CheckpointWriter`.
 """
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,9 +265,10 @@ class CheckpointWriter:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-    def copy_side_files(self, source: Path) -> list[str]:
-        """Carry along everything beside the weights (``companions``); returns the names copied."""
-        names = companions(source).carried
+    def copy_side_files(self, source: Path, also: Collection[str] = ()) -> list[str]:
+        """Carry along everything beside the weights (``companions``), and files of other names
+        where they are; returns the names copied."""
+        names = [*companions(source).carried, *(n for n in also if (source / n).is_file())]
         for name in names:
             target = self.partial / name
             with self._disk():

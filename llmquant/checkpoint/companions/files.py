@@ -52,20 +52,18 @@ WEIGHTS = (
     ".zip",
     ".7z",
 )
-# Written anew for every folder, or a record of another one.
-_ANEW = frozenset(
-    {
-        "config.json",
-        "README.md",
-        "manifest.json",
-        "recipe.yaml",
-        "quantize_config.json",
-        "quant_config.json",
-        "hf_quant_config.json",
-        "quantization_config.json",
-        "quant_cfg.json",
-    }
+# What describes the weights as they are stored, and stays true only where they stay the same.
+DESCRIBING = (
+    "config.json",
+    "README.md",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "quantization_config.json",
+    "quant_cfg.json",
 )
+# Written anew for every folder, or a record of another one.
+_ANEW = frozenset({*DESCRIBING, "manifest.json", "recipe.yaml"})
 # Beside a whole model these make transformers load an adapter, whose weights are not carried.
 _ADAPTER = frozenset({"adapter_config.json", "adapter_model.json"})
 _LARGEST = 1 << 30

@@ -9,20 +9,23 @@ name the later one's counts, whatever the index says: so does ``from_pretrained`
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmquant.checkpoint.weights.json_files import lost, read_json
-from llmquant.errors import CheckpointError, UnfitModelError
+from llmquant.errors import CheckpointError, UnfitModelError, UsageError
 from llmquant.runtime.finite import some
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHOSEN = "transformers_weights"  # config.json's key for a file of another name
 _ADAPTER = "adapter_config.json"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # in transformers' order
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Weights of something else than the model in the folder itself: of an adapter, of Mistral's own
 # layout, of a variant in another precision.
@@ -125,22 +128,66 @@ def weight_names(
         raise CheckpointError(f"{where}/config.json: {CHOSEN} names {name}, which is not there")
     if not name.endswith(".index.json"):
         return WeightNames((name,))
-    weight_map = read_index(name).get("weight_map")
+    weight_map = _weight_map(f"{where}/{name}", read_index(name), exists)
+    return WeightNames(_in_order(weight_map), name, weight_map)
+
+
+def _weight_map(
+    index: str, said: Mapping[str, Any], exists: Callable[[str], bool]
+) -> dict[str, str]:
+    """Tensor → file, as an index says.
+
+    Raises:
+        CheckpointError: it names no files, or some that are not there.
+    """
+    weight_map = said.get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(map(_inside, weight_map.values()))
     ):
         raise CheckpointError(
-            f"{where}/{name} holds no weight_map from tensor names to files of this folder"
+            f"{index} holds no weight_map from tensor names to files of this folder"
         )
-    shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not exists(shard)]
+    missing = [shard for shard in _in_order(weight_map) if not exists(shard)]
     if missing:
         raise CheckpointError(
-            f"{where}/{name} names shards that are not there: {some(missing)}; fetch them too"
+            f"{index} names shards that are not there: {some(missing)}; fetch them too"
         )
-    return WeightNames(tuple(shards), name, weight_map)
+    return weight_map
+
+
+def _in_order(weight_map: Mapping[str, str]) -> tuple[str, ...]:
+    """The files of an index in reading order."""
+    return tuple(sorted(set(weight_map.values())))
+
+
+def pickle_files(folder: Path) -> tuple[Path, ...]:
+    """The pickles that transformers would read of a folder without safetensors, in reading order.
+
+    Raises:
+        UsageError: it has safetensors.
+        UnfitModelError: it has no such pickles.
+        CheckpointError: an index that makes no sense.
+    """
+    here = {path.name for path in folder.iterdir() if path.is_file()}
+    usual = next((name for name in (SINGLE, INDEX) if name in here), None)
+    if usual is not None:
+        raise UsageError(
+            f"{folder} has safetensors weights ({usual}), so there is nothing to import; give the folder itself as MODEL"
+        )
+    name = next((name for name in _PICKLED if name in here), None)
+    if name is None:
+        raise UnfitModelError(
+            f"{folder} has neither {_PICKLED[0]} nor {_PICKLED[1]}, which transformers would look for, so there is "
+            "nothing to import; of a GGUF file give the file itself"
+        )
+    if name == _PICKLED[0]:
+        return (folder / name,)
+    weight_map = _weight_map(
+        f"{folder}/{name}", read_json(folder / name), lambda shard: (folder / shard).is_file()
+    )
+    return tuple(folder / shard for shard in _in_order(weight_map))
 
 
 def _inside(name: object) -> bool:
@@ -171,17 +218,41 @@ def _only(where: str, here: Collection[str], *, local: bool) -> str:
         )
     pickles = sorted(name for name in here if name.endswith(_PICKLES))
     if pickles:
-        raise UnfitModelError(
-            f"{where} holds only pickle files ({some(pickles)}), which can run code when loaded; this writes safetensors "
-            'beside them, and lets no code in them run: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{where}', dtype='auto', weights_only=True).save_pretrained('{where}')\""
-        )
+        usual = any(name in here for name in _PICKLED)
+        raise UnfitModelError(_only_pickles(where, pickles, usual=usual, local=local))
     if any(name.endswith(".onnx") for name in here):
         raise UnfitModelError(
             f"{where} holds an ONNX graph and no safetensors weights; llmquant eval, chat and serve run "
             "what llmquant export --to onnx wrote"
         )
     raise UnfitModelError(f"{where} has no safetensors weights")
+
+
+def _only_pickles(where: str, pickles: list[str], *, usual: bool, local: bool) -> str:
+    """The refusal of pickles, with the way to safetensors.
+
+    Args:
+        usual: transformers would look for some of them.
+    """
+    found = f"{where} holds only pickle files ({some(pickles)})"
+    if not usual:
+        return (
+            f"{found}, which can run code when loaded; none of them is {_PICKLED[0]}, which transformers would look "
+            "for; take a safetensors version of the model"
+        )
+    if not local:
+        repo, _, revision = where.partition("@")
+        at = f" --revision {revision}" if revision else ""
+        return (
+            f"{found}, which can run code when loaded; of a folder that has them (hf download {repo}{at} --local-dir "
+            "DIR) llmquant import writes safetensors, and runs no code in them"
+        )
+    path = where if Path(where).name not in ("", "..") else os.path.abspath(where)
+    path = f"./{path}" if path.startswith("-") else path  # no option
+    return (
+        f"{found}, which can run code when loaded; this writes safetensors of the same tensors, and runs no code in them: "
+        f"llmquant import {shlex.quote(path)} -o {shlex.quote(f'{path}-safetensors')}"
+    )
 
 
 def refuse_adapter(folder: Path) -> None:

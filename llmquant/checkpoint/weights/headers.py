@@ -37,6 +37,8 @@ DTYPES = {
 }
 _MOST = 100_000_000  # bytes of a header that the library reads
 FP8 = tuple(dtype for name, dtype in DTYPES.items() if name.startswith("F8"))
+# What pickles begin with: torch's archives, and the older kinds.
+PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 # What files that are no weights begin with → what they are, and how one gets the weights.
 _STRANGERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     (
@@ -53,8 +55,8 @@ _STRANGERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
         "fetch it again, with `hf download`",
     ),
     (
-        (b"PK\x03\x04", b"\x80\x02", b"\x80\x04"),
-        "a pickle under another name; convert the model to safetensors (save_pretrained)",
+        PICKLED,
+        "a pickle under another name; where it is called pytorch_model.bin, llmquant import converts it",
     ),
     ((b"GGUF",), "a GGUF file under another name; llmquant reads safetensors"),
     ((b"\x1f\x8b",), "a gzip archive; unpack it"),
