@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llmquant import peak_resident_bytes, resident_bytes
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.machine import hardware, versions
 from llmquant_eval.run.cost import CostRun, measure_cost
+from llmquant_eval.speed import process
 from llmquant_eval.speed.process import Clock, generate_once, main
 
 
@@ -32,13 +35,45 @@ def test_a_model_is_measured_apart(base_model: Path) -> None:
     assert 50e6 < cost.memory_floor_bytes < cost.peak_memory_bytes
 
 
-def test_a_failed_process_is_an_error_with_its_last_words(base_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(base_model, folder)
-    weights = folder / "model.safetensors"
+SHORT = CostRun("float32", prompt_tokens=8, new_tokens=2, repeats=1)
+
+
+def test_a_failed_process_is_an_error_with_its_last_words(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fails = process.subprocess.run, "import sys; sys.exit('no more room')"
+    monkeypatch.setattr(
+        process.subprocess, "run", lambda command, **how: real([command[0], "-c", fails], **how)
+    )
+    with pytest.raises(
+        LlmquantError, match=r"failed \(exit 1\)(.|\n)*no more room(.|\n)*--no-cost"
+    ):
+        measure_cost(base_model, SHORT)
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_as_without_its_cost(
+    base_model: Path, tmp_path: Path
+) -> None:
+    """``--no-cost`` would not help it."""
+    damaged, strange = (
+        Path(shutil.copytree(base_model, tmp_path / name)) for name in ("damaged", "strange")
+    )
+    weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(LlmquantError, match=r"broken failed \(exit \d+\)(.|\n)*--no-cost"):
-        measure_cost(folder, CostRun("float32", prompt_tokens=8, new_tokens=2, repeats=1))
+    config = json.loads((strange / "config.json").read_text())
+    label = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (strange / "config.json").write_text(json.dumps({**config, "quantization_config": label}))
+    tensors = load_file(strange / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(4, 4, dtype=torch.uint8)
+    save_file(tensors, strange / "model.safetensors", metadata={"format": "pt"})
+    for folder, code, words in (
+        (damaged, 1, "truncated, damaged or not safetensors"),
+        (strange, 2, "quant_method 'modelopt' is not one llmquant reads"),
+    ):
+        with pytest.raises(LlmquantError, match=words) as told:
+            measure_cost(folder, SHORT)
+        assert (told.value.exit_code, "--no-cost" in str(told.value)) == (code, False)
+        assert "measuring" not in str(told.value)
 
 
 def test_the_prompt_is_shortened_to_the_context(base_model: Path) -> None:
@@ -66,8 +101,6 @@ def test_a_context_without_room_is_misuse(base_model: Path) -> None:
 def test_prefill_ends_with_the_first_new_token_and_decode_begins_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import torch
-
     now = iter([10.0, 12.0, 12.5, 13.0])  # prompt seen, then three tokens
     monkeypatch.setattr("llmquant_eval.speed.process.time.perf_counter", lambda: next(now))
 
@@ -86,8 +119,6 @@ def test_prefill_ends_with_the_first_new_token_and_decode_begins_there(
 
 
 def test_too_few_tokens_are_an_error_rather_than_a_speed() -> None:
-    import torch
-
     class Short:
         def generate(self, streamer: Clock, **options: object) -> None:
             streamer.put(None)

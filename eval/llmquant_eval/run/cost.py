@@ -14,7 +14,7 @@ from pathlib import Path
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.models.resolve import max_positions
 from llmquant_eval.report.results import Cost
-from llmquant_eval.speed.process import Conditions, measure_apart
+from llmquant_eval.speed.process import Conditions, RefusedError, measure_apart
 from llmquant_eval.speed.schema import Point
 
 PROMPT_TOKENS = 512
@@ -36,6 +36,7 @@ def measure_cost(path: Path, run: CostRun) -> Cost:
 
     Raises:
         UsageError: the context is too short for a prompt and the new tokens.
+        RefusedError: the model cannot be loaded.
         LlmquantError: the process failed; carries the end of its stderr.
     """
     prompt_tokens, positions = run.prompt_tokens, max_positions(path)
@@ -48,6 +49,8 @@ def measure_cost(path: Path, run: CostRun) -> Cost:
     point = Point(prompt_tokens=prompt_tokens, batch_size=1)
     try:
         times = measure_apart(path, [point], run)
+    except RefusedError:
+        raise  # so is its quality
     except LlmquantError as e:
         raise LlmquantError(f"{e}\nPass --no-cost to evaluate its quality alone") from e
     timing = times.timings[0]

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,24 @@ class Conditions:
             if value is not None
             for word in (f"--{name.replace('_', '-')}", str(value))
         ]
+
+
+class RefusedError(LlmquantError):
+    """The model cannot be loaded, whoever loads it: says what loading it said, and has its exit
+    code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Errors of what is loaded, apart from those of measuring it."""
+    try:
+        yield
+    except LlmquantError as e:
+        raise RefusedError(str(e), e.exit_code) from e
 
 
 class Clock:
@@ -121,7 +140,8 @@ def measure(path: Path, points: Sequence[Point], conditions: Conditions) -> Proc
     _ = (transformers.AutoModelForCausalLM, llmquant.load)
     floor = llmquant.resident_bytes()
     began = time.perf_counter()
-    model = load_model(path, conditions.dtype, conditions.device, conditions.kernel)
+    with _loading():
+        model = load_model(path, conditions.dtype, conditions.device, conditions.kernel)
     loaded = time.perf_counter() - began
     _plain_greedy(model)
     ordered = sorted(points, key=lambda p: (p.batch_size * p.prompt_tokens, p.batch_size))
@@ -143,7 +163,8 @@ def _measure_onnx(path: Path, points: Sequence[Point], conditions: Conditions) -
         raise LlmquantError(
             f"{path} is an ONNX export, which is measured one sequence at a time, not {crowd}"
         )
-    model = llmquant.OnnxModel(path, conditions.threads)
+    with _loading():
+        model = llmquant.OnnxModel(path, conditions.threads)
     with contextlib.closing(model):
         vocabulary = model.config.get_text_config().vocab_size
         seeded = torch.Generator().manual_seed(_SEED)
@@ -203,6 +224,7 @@ def measure_apart(path: Path, points: Sequence[Point], conditions: Conditions) -
     """Measure one model in a fresh process.
 
     Raises:
+        RefusedError: the model cannot be loaded.
         LlmquantError: the process failed; carries the end of its stderr.
     """
     module = [sys.executable, "-m", "llmquant_eval.speed.process"]
@@ -214,6 +236,8 @@ def measure_apart(path: Path, points: Sequence[Point], conditions: Conditions) -
             f"measuring the speed of {path} was killed, probably by the system for memory; "
             "give it a smaller batch, shorter prompts, or a machine with more memory"
         )
+    if done.returncode != 0 and done.stdout.startswith("{"):
+        raise RefusedError(**json.loads(done.stdout))
     if done.returncode != 0:
         raise LlmquantError(
             f"measuring the speed of {path} failed (exit {done.returncode}); the end of its output:\n"
@@ -233,7 +257,8 @@ def _points(text: str) -> list[Point]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The child process: measure, print one JSON object; errors go to stderr in one line."""
+    """The child process: measure, print one JSON object, of times or of why the model cannot be
+    loaded; other errors go to stderr in one line."""
     parser = argparse.ArgumentParser(
         prog="python -m llmquant_eval.speed.process", description="Measure one model; print JSON."
     )
@@ -248,6 +273,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         llmquant.set_threads(conditions.threads)
         times = measure(path, points, conditions)
+    except RefusedError as e:
+        print(json.dumps({"message": str(e), "exit_code": e.exit_code}))
+        return e.exit_code
     except LlmquantError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return e.exit_code
