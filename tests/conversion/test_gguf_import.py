@@ -257,10 +257,17 @@ def test_misuse(run: Run, tmp_path: Path, q8: Path, arguments: list[str], messag
 
 
 def test_too_large_for_fp16(run: Run, tmp_path: Path) -> None:
-    make = tensors(lambda s: s["blk.1.ffn_up.weight"].__setitem__((0, 0), 1e5))
-    make(tmp_path / "m.gguf")
-    told = run("import", "m.gguf", "-o", "out", "--dtype", "fp16")
-    assert (told.code, "use --dtype bfloat16" in told.err) == (2, True)
+    large = random_model("llama", **OWN)
+    large.model.layers[1].input_layernorm.weight.data[0] = 1e5
+    gguf_kit.file_of(tmp_path / "m.gguf", large, "llama", "Q8_0")
+    for command in (
+        ("import", "m.gguf", "-o", "out", "--dtype", "fp16"),
+        ("generate", "m.gguf", "hi", "--raw", "--max-new-tokens", "2", "--dtype", "bfloat16"),
+        ("quantize", "m.gguf", "-o", "q", "--method", "rtn"),
+    ):  # one advice, which helps wherever the file was given
+        told = run(*command)
+        advice = "too large for float16; llmquant import m.gguf --dtype bfloat16 -o DIR"
+        assert (told.code, advice in told.said) == (2, True), told
     assert run("import", "m.gguf", "-o", "out", "--dtype", "bf16").code == 0
 
 

@@ -12,6 +12,7 @@ those that were trained; the card says so.
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -221,9 +222,11 @@ def _rounded(opened: GgufSource, name: str, values: np.ndarray, dtype: torch.dty
             raise CheckpointError(
                 f"{opened.file.path} is damaged: {name} holds numbers that are not finite; fetch it again"
             )
+        wider = "float32" if dtype == torch.bfloat16 else "bfloat16"
         raise UsageError(
             f"{opened.file.path}: {name} has numbers up to {float(exact.abs().max()):g}, too large for "
-            f"{str(dtype).removeprefix('torch.')}; use --dtype bfloat16"
+            f"{str(dtype).removeprefix('torch.')}; llmquant import {shlex.quote(str(opened.file.path))} "
+            f"--dtype {wider} -o DIR makes a folder of it, which is then the MODEL"
         )
     return tensor
 
