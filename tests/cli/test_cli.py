@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from children import Ended, Run, heeding_interrupts, interrupts
+from safetensors.torch import load_file, save_file
 
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
@@ -263,6 +264,21 @@ def test_the_prompt_can_come_from_a_pipe(
     piped = run("generate", quantized, "-", "--max-new-tokens", "5")
     named = run("generate", quantized, "hello", "--max-new-tokens", "5")
     assert (piped.code, piped.out) == (0, named.out)  # stderr has the time
+
+
+@pytest.mark.parametrize("options", [(), ("--temperature", "1")], ids=["greedy", "drawn"])
+def test_a_model_of_no_numbers_makes_no_text(
+    run: Run, model: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Of NaN the likeliest token is a token too."""
+    broken = Path(shutil.copytree(model, tmp_path / "nan"))
+    tensors = load_file(broken / SINGLE)
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = float("nan")
+    save_file(tensors, broken / SINGLE, metadata={"format": "pt"})
+    ran = run("generate", broken, "hello", "--max-new-tokens", "5", *options)
+    assert (ran.code, ran.out) == (1, "")
+    assert "computed the logit nan after" in ran.said
+    assert "its weights are damaged" in ran.said
 
 
 def test_names_with_brackets_and_colons_are_printed_as_they_are(

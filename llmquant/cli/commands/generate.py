@@ -4,14 +4,16 @@ made."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmquant.cli.options import DeviceOption, DtypeOption, JsonOption, KernelOption, ThreadsOption
-from llmquant.errors import UnfitModelError, UsageError
+from llmquant.errors import QuantizationError, UnfitModelError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,10 +104,26 @@ def _generated(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     mask = torch.ones_like(ids)
     out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=most, streamer=streamer, **sampling
+        ids,
+        attention_mask=mask,
+        max_new_tokens=most,
+        streamer=streamer,
+        logits_processor=[partial(_refuse_no_numbers, ids.shape[1])],
+        **sampling,
     )
     new: Tensor = out[0, ids.shape[1] :]
     return new
+
+
+def _refuse_no_numbers(prompt: int, ids: Tensor, logits: Tensor) -> Tensor:
+    """Logits as they are. Those after the prompt, where damaged weights show, are looked at: the
+    likeliest token of NaN is a token too."""
+    if ids.shape[1] == prompt and not math.isfinite(largest := float(logits.max())):
+        raise QuantizationError(
+            f"the model computed the logit {largest} after {prompt} tokens; another --dtype may avoid that, "
+            "and if none does, its weights are damaged: fetch or make them again"
+        )
+    return logits
 
 
 def _prompt(given: str) -> str:

@@ -62,7 +62,8 @@ class Job:
                 if not math.isfinite(largest):
                     raise EngineError(
                         f"the model computed the logit {largest} after "
-                        f"{len(self.prompt) + self.generated} tokens; another --dtype may avoid that"
+                        f"{len(self.prompt) + self.generated} tokens; another --dtype may avoid that, "
+                        "and if none does, its weights are damaged: fetch or make them again"
                     )
                 token = best if self.chooser.greedy else self.chooser.choose(logits)
                 return self._append(token, logits)
