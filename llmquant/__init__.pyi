@@ -3,9 +3,9 @@
 from .checkpoint.atomic import check_destination as check_destination
 from .checkpoint.atomic import lock_folder as lock_folder
 from .checkpoint.atomic import put_in_place as put_in_place
-from .checkpoint.atomic import refuse_source as refuse_source
 from .checkpoint.card import MEASURED_END as MEASURED_END
 from .checkpoint.card import MEASURED_START as MEASURED_START
+from .checkpoint.companions.originals import refuse_source as refuse_source
 from .checkpoint.gguf.folder import ImportResult as ImportResult
 from .checkpoint.hub import resolve as resolve
 from .checkpoint.inspect import Inspection as Inspection
@@ -37,6 +37,7 @@ from .data.chats import NotAChatError as NotAChatError
 from .data.chats import parse_chat as parse_chat
 from .data.sources import Documents as Documents
 from .data.sources import read_documents as read_documents
+from .data.sources import refuse_texts as refuse_texts
 from .data.template import NotRenderedError as NotRenderedError
 from .data.template import render_chat as render_chat
 from .drift.monitor import DriftAlarm as DriftAlarm

@@ -28,6 +28,14 @@ HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj"
 
 
+def links_to(folder: Path, made: Path) -> Path:
+    """A folder whose files are links to another's."""
+    made.mkdir()
+    for path in folder.iterdir():
+        (made / path.name).symlink_to(path)
+    return made
+
+
 def put(folder: Path, tensors: Mapping[str, Tensor], name: str = SINGLE) -> None:
     """One weight file."""
     (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -94,9 +94,7 @@ def eval_command(
     if card:
         _check_card_folders(request.candidates)
     if output is not None:
-        from llmquant_eval.report.files import check_file
-
-        check_file(output)
+        _check_output(output, request)
     report, failure = _evaluate(request, hidden=quiet or as_json)
     _write(report, output, card, plots)
     if report.text is not None and (lost := report.text.lost()):
@@ -107,6 +105,15 @@ def eval_command(
         _show(report)
     if failure is not None:
         raise failure
+
+
+def _check_output(output: Path, request: Request) -> None:
+    """Raises UsageError where the report cannot be written, or would take the place of the text."""
+    from llmquant import refuse_texts
+    from llmquant_eval.report.files import check_file
+
+    check_file(output)
+    refuse_texts(output, request.text)
 
 
 def _request(given: Mapping[str, Any]) -> Request:

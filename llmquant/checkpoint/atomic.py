@@ -13,7 +13,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from llmquant.errors import CheckpointError, DiskError, UsageError
@@ -80,20 +81,67 @@ def _check_folder(path: Path, overwrite: bool) -> None:
         )
 
 
-def refuse_source(path: Path, source: Path) -> None:
-    """Refuse a destination that is the source, or a folder that holds it: replacing it would delete
-    what is read.
+def refuse_held(path: Path, what: str, files: Iterable[Path]) -> None:
+    """Refuse a destination whose replacement would take away what is read.
+
+    Args:
+        path: a folder that is replaced, or a file that is written over.
+        what: is read, for the message.
+        files: all of it; those that are not there do not count. Links are followed, and every
+            step of their way counts.
 
     Raises:
-        UsageError: it is.
+        UsageError: one of them is the file, or lies in the folder or leads through it.
     """
-    destination, original = path.resolve(), source.resolve()
-    if destination == original:
-        raise UsageError(f"-o {path} is the model itself; choose another folder")
-    if destination in original.parents and (path / "config.json").is_file():
+    there = [f.absolute() for f in files if os.path.exists(f)]  # noqa: PTH110 - never an error
+    if path.is_file():
+        if any(map(path.samefile, there)):
+            raise UsageError(
+                f"{path} belongs to {what}, which would be overwritten; choose another name"
+            )
+        return
+    for place in (path, partial_of(path), _retired_of(path)):
+        if not place.is_dir() or (place == path and not (path / "config.json").is_file()):
+            continue
+        found = _held(place, there)
+        if found is None:
+            continue
+        direct = any(map(place.samefile, found.parents))
+        held = what if direct or place.samefile(found) else f"{what} ({found} leads into it)"
         raise UsageError(
-            f"-o {path} holds the model {source}, which --overwrite would delete; choose another folder"
+            f"-o {path} holds {held}, which --overwrite would delete; choose another folder"
+            if place == path
+            else f"-o {path} would delete {place}, which holds {held}; choose another folder"
         )
+
+
+def _held(folder: Path, files: Iterable[Path]) -> Path | None:
+    """The first of absolute paths that leads to or through a folder."""
+    passed: dict[Path, Path] = {}
+    for file in files:
+        for step in _steps(file):
+            for place in (step, *step.parents):
+                passed.setdefault(place, file)
+    return next((file for place, file in passed.items() if folder.samefile(place)), None)
+
+
+def _steps(path: Path) -> Iterator[Path]:
+    """Where an absolute path leads: every link that it takes, every folder that it leaves again,
+    and at last what it is."""
+    left = deque(path.parts)
+    at = Path(left.popleft())
+    while left:
+        part = left.popleft()
+        if part == "..":
+            yield at
+            at = at.parent
+            continue
+        at = at / part
+        if at.is_symlink():
+            yield at
+            left.extendleft(reversed(at.readlink().parts))
+            at = at.parent
+    yield at
 
 
 def put_in_place(whole: Path, path: Path) -> None:
@@ -102,7 +150,7 @@ def put_in_place(whole: Path, path: Path) -> None:
     Raises:
         OSError: the rename failed; what stood there stands there again.
     """
-    retired = path.with_name(f".{path.name}.replaced")
+    retired = _retired_of(path)
     if path.exists():
         remove(retired)
         path.rename(retired)
@@ -146,29 +194,36 @@ def disk(folder: Path) -> Iterator[None]:
         raise DiskError(f"writing to {folder} failed: {e.strerror or e}; {hint}", full=full) from e
 
 
-def lock_folder(folder: Path) -> int:
+def lock_folder(folder: Path, on_wait: Callable[[], None] | None = None) -> int:
     """Make a folder if need be and lock it; the lock ends when the descriptor that is returned is
     closed or its process dies.
 
+    Args:
+        on_wait: called before another process that holds it is waited for; without it nothing is
+            waited for.
+
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, and ``on_wait`` is None.
         OSError: the folder cannot be made or locked.
     """
     while True:
         if folder.is_symlink():
             folder.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as opened:
+        # Who held it until now may have removed or renamed it meanwhile.
+        with contextlib.ExitStack() as opened, contextlib.suppress(FileNotFoundError):
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             opened.callback(os.close, fd)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
-                raise UsageError(
-                    f"another llmquant process is writing to {folder}; wait for it, or choose another -o"
-                ) from e
-            # Who held it until now may have removed or renamed it meanwhile.
-            if folder.exists() and folder.stat().st_ino == os.fstat(fd).st_ino:
+                if on_wait is None:
+                    raise UsageError(
+                        f"another llmquant process is writing to {folder}; wait for it, or choose another -o"
+                    ) from e
+                on_wait()
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if folder.stat().st_ino == os.fstat(fd).st_ino:
                 opened.pop_all()
                 return fd
 
@@ -176,3 +231,8 @@ def lock_folder(folder: Path) -> int:
 def partial_of(path: Path) -> Path:
     """Where a folder is built before it gets its name."""
     return path.with_name(f".{path.name}.partial")
+
+
+def _retired_of(path: Path) -> Path:
+    """Where what stood at a destination is until its successor has its name."""
+    return path.with_name(f".{path.name}.replaced")

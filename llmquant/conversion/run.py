@@ -12,6 +12,7 @@ import torch
 from llmquant.checkpoint.atomic import check_destination
 from llmquant.checkpoint.companions.code import own_code
 from llmquant.checkpoint.companions.files import companions, left_behind
+from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
@@ -101,12 +102,9 @@ def convert(
     refuse_beyond_weights(source, target.name)
     if target is DENSE:
         refuse_stacked(source)
-    if destination.resolve() == source.reader.path.resolve():
-        raise UsageError(f"-o {output} is the source itself; choose another folder")
-    if destination.resolve() in source.reader.path.resolve().parents:
-        raise UsageError(
-            f"-o {output} contains the source, which replacing it would delete; choose another folder"
-        )
+    refuse_source(destination, model, source.reader.path)
+    if options.base is not None:
+        refuse_source(destination, options.base)
     dtype = _dtype(source, target, options)
     checked = check(source, target, dtype, options.scale_dtype is not None, on_progress)
     size = options.max_shard_size if target is DENSE else sys.maxsize

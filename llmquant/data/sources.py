@@ -36,6 +36,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from llmquant.checkpoint.atomic import refuse_held
 from llmquant.data.chats import Chat, NotAChatError, is_unicode, parse_chat
 from llmquant.data.local_files import MAX_BYTES, file_records, json_records, jsonl_records
 from llmquant.errors import SourceError
@@ -212,6 +213,21 @@ def read_documents(source: str, *, limit: int | None = None) -> Documents:
         raise SourceError(f"{source}: a limit of {limit} rows reads nothing; give 1 or more")
     parsed = parse_source(source)
     return _collect(islice(_records(parsed), limit), parsed)
+
+
+def refuse_texts(path: Path, *sources: str | None) -> None:
+    """Refuse a destination, a folder or a file, that holds a text that is read: replacing it would
+    delete that.
+
+    Args:
+        sources: strings of the grammar above; None stands for no text.
+
+    Raises:
+        UsageError: it does.
+        SourceError: a string that is no source.
+    """
+    for source in filter(None, sources):
+        refuse_held(path, f"the text {source}", [Path(parse_source(source).name)])
 
 
 def _records(source: Source) -> Iterator[object]:

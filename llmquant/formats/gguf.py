@@ -25,8 +25,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError, LayoutError
+from llmquant.errors import FormatError, LayoutError, QuantizationError
 from llmquant.formats.base import Scheme, exact
+from llmquant.runtime.finite import all_finite
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -102,6 +103,7 @@ def unpack(data: Tensor, kind: Kind) -> QuantizedWeight:
     Raises:
         FormatError: rows that are no whole blocks, or a Q4_1 minimum that is no whole zero-point
             times its scale, as other quantizers write it.
+        QuantizationError: a scale or a minimum that is not finite.
     """
     size = BLOCK_BYTES[kind]
     if data.dtype != torch.uint8 or data.ndim != 2 or data.shape[1] == 0 or data.shape[1] % size:
@@ -121,7 +123,10 @@ def unpack(data: Tensor, kind: Kind) -> QuantizedWeight:
         packed = blocks[..., -BLOCK // 2 :]
         codes = torch.cat([packed & 15, packed >> 4], -1)
         if kind == "Q4_1":
-            zeros = _zero_points(scales, _floats(blocks[..., 2:4]))
+            minimum = _floats(blocks[..., 2:4])
+            if not (all_finite(scales) and all_finite(minimum)):
+                raise QuantizationError("a scale or a minimum is NaN or infinite")
+            zeros = _zero_points(scales, minimum)
     return QuantizedWeight(codes.reshape(out_features, -1), scales, zeros, spec)
 
 

@@ -17,13 +17,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmquant.checkpoint.atomic import check_destination, refuse_source
+from llmquant.checkpoint.atomic import check_destination
 from llmquant.checkpoint.companions.code import own_code
 from llmquant.checkpoint.companions.files import companions, left_behind
+from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
+from llmquant.data.sources import refuse_texts
 from llmquant.errors import UsageError
 from llmquant.formats.engines import on_this_cpu
 from llmquant.formats.rules import Beside
@@ -106,7 +108,9 @@ def _checked(
     """Everything that can be refused is refused here; what is worth a note comes with the run."""
     device = options.world.device(options.device)
     plan = prepare(model, recipe, device, options.dtype, options.store_dtype, options.world)
-    refuse_source(Path(os.path.abspath(output)), plan.reader.path)
+    destination = Path(os.path.abspath(output))
+    refuse_source(destination, model, plan.reader.path)
+    refuse_texts(destination, recipe.calibration.source, options.evaluation)
     plan = selected(plan)
     beside = Beside.of(plan.reader.config, plan.selection.skipped)
     warnings, notes = on_this_cpu(plan.layout.name, plan.selection.schemes, beside)

@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from llmquant.checkpoint.atomic import refuse_source
+from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.check import check
 from llmquant.conversion.source import Source, open_source
+from llmquant.data.sources import refuse_texts
 from llmquant.errors import UsageError
 from llmquant.formats import Format
 from llmquant.models.from_folder import load_tokenizer
@@ -73,8 +74,9 @@ def prepare(
     check_seed(seed)
     start = open_source(model, None)
     teacher = original_of(reference)
-    for folder in (start.reader.path, teacher.path):
-        refuse_source(destination, folder)
+    for named, folder in ((model, start.reader.path), (reference, teacher.path)):
+        refuse_source(destination, named, folder)
+    refuse_texts(destination, section.source, section.heldout_source, options.evaluation)
     target = target_of(start, layout)
     same_vocabulary(start.reader.path, teacher.path, load_tokenizer(start.reader.path))
     rotated = start.manifest is not None and start.manifest.rotation is not None

@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmquant.checkpoint.atomic import check_destination, remove
+from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import MANIFEST, read_manifest, versions
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.data.sources import read_documents
+from llmquant.data.sources import read_documents, refuse_texts
 from llmquant.errors import UsageError
 from llmquant.quantization import rerun as repetition
 from llmquant.quantization.options import Events, QuantizeOptions, QuantizeResult
@@ -73,6 +74,7 @@ def quantize(
     start = destination.with_name(f".{destination.name}.start")
     recipe = recipe.with_training_text()
     assert recipe.qat is not None
+    _refuse_read(destination, model, recipe, how)
     check_recipe(model, recipe, how)
     rounded = _rounded(model, start, recipe.updated({"qat": None}), options, events)
     how = replace(how, overwrite=options.overwrite, restart=options.restart)
@@ -89,6 +91,17 @@ def quantize(
         warnings=(*rounded.warnings, *done.warnings),
         trained=done.record,
     )
+
+
+def _refuse_read(
+    destination: Path, model: str | os.PathLike[str], recipe: Recipe, how: QatOptions
+) -> None:
+    """Raises UsageError for a destination that holds the model or a text: what rounds before the
+    training has another."""
+    assert recipe.qat is not None  # it is what trains
+    refuse_source(destination, model)
+    texts = (recipe.calibration.source, recipe.qat.source, recipe.qat.heldout_source)
+    refuse_texts(destination, *texts, how.evaluation)
 
 
 def _rounded(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from children import heeding_interrupts, run_here
+from folder_kit import links_to
 
 import llmquant
 from llmquant_eval.auto.schema import AutoReport
@@ -427,6 +428,17 @@ def test_the_model_itself_is_refused_as_output(model, text):
     ended = run_here(*search(model, text, model, "--max-kl", "1", "--overwrite"))
     assert ended.code == 2
     assert "is the model itself" in ended.said
+
+
+def test_an_output_that_holds_what_is_read_is_refused(model, text, tmp_path):
+    out = shutil.copytree(model, tmp_path / "out")
+    inside, links = shutil.copy(text, out), links_to(out, tmp_path / "links")
+    bound = ("--max-kl", "1", "--overwrite")
+    for given in (search(links, text, out, *bound), search(model, inside, out, *bound)):
+        ended = run_here(*given)
+        assert ended.code == 2
+        assert "which --overwrite would delete" in ended.said
+    assert not (tmp_path / "out.auto").exists()
 
 
 def test_empty_data_is_refused(model, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmquant.checkpoint.atomic import refuse_held
 from llmquant.checkpoint.reader import (
     INDEX,
     SINGLE,
@@ -446,3 +447,68 @@ def test_no_file_is_published_that_is_not_what_was_written(
     ):
         use(tmp_path / "out", corrupt)
     assert nothing_but(tmp_path)
+
+
+@pytest.fixture
+def replaceable(tmp_path: Path) -> Path:
+    """A model folder that a run may replace, with a file in it and one in a folder of it."""
+    folder = tmp_path / "out"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("config.json", "w", "sub/w"):
+        (folder / name).write_text(name, encoding="utf-8")
+    return folder
+
+
+def through_two_links(folder: Path) -> Path:
+    (folder.parent / "second").symlink_to("out/w")
+    (folder.parent / "first").symlink_to("second")
+    return folder.parent / "first"
+
+
+def through_a_folder(folder: Path) -> Path:
+    (folder.parent / "way").symlink_to(folder / "sub")
+    return folder.parent / "way" / "w"
+
+
+def through_a_link_inside(folder: Path) -> Path:
+    """It would lead nowhere, though what it leads to stays."""
+    (folder.parent / "far").write_text("far", encoding="utf-8")
+    (folder / "link").symlink_to(folder.parent / "far")
+    (folder.parent / "near").symlink_to(folder / "link")
+    return folder.parent / "near"
+
+
+def out_of_it_again(folder: Path) -> Path:
+    (folder.parent / "far").write_text("far", encoding="utf-8")
+    (folder.parent / "near").symlink_to("out/sub/../../far")
+    return folder.parent / "near"
+
+
+@pytest.mark.parametrize(
+    "way", [through_two_links, through_a_folder, through_a_link_inside, out_of_it_again]
+)
+def test_what_links_lead_to_is_not_replaced(replaceable: Path, way: Callable[[Path], Path]) -> None:
+    file = way(replaceable)
+    with pytest.raises(UsageError, match=rf"holds the text \({file} leads into it\), which"):
+        refuse_held(replaceable, "the text", [file])
+    (replaceable / "config.json").unlink()  # then it is not replaced at all
+    refuse_held(replaceable, "the text", [file])
+
+
+def test_what_is_beside_or_not_there_is_no_hindrance(replaceable: Path, tmp_path: Path) -> None:
+    (tmp_path / "beside").write_text("x", encoding="utf-8")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "nothing").symlink_to(replaceable / "nothing")
+    files = [tmp_path / n for n in ("beside", "round", "nothing", "none")]
+    refuse_held(replaceable, "the text", files)
+    refuse_held(tmp_path / "new", "the text", files)
+    refuse_held(tmp_path / "beside", "the text", files[1:])
+    with pytest.raises(UsageError, match="belongs to the text, which would be overwritten"):
+        refuse_held(tmp_path / "beside", "the text", files)
+
+
+@pytest.mark.parametrize("name", [".new.partial", ".new.replaced"])
+def test_what_a_run_sweeps_away_holds_no_model(replaceable: Path, name: str) -> None:
+    found = replaceable.rename(replaceable.with_name(name))
+    with pytest.raises(UsageError, match=rf"would delete {found}, which holds the model"):
+        refuse_held(found.with_name("new"), "the model", [found, found / "w"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from children import Run
+from folder_kit import links_to
 
 from llmquant.recipe import load_recipe
 
@@ -140,6 +142,24 @@ def test_mistakes_are_told_in_words(
     assert message in told.err
     assert not Path("new.yaml").exists()
     assert Path("there.yaml").read_text(encoding="utf-8") == "precious"
+
+
+def test_the_recipe_does_not_take_the_place_of_what_is_read(
+    run: Run, model: Path, text: Path
+) -> None:
+    copied, folder = Path(shutil.copy(text, "text.txt")), Path(shutil.copytree(model, "m"))
+    bits = ("--target-bpw", "4.5", "--calibration", f"file:{copied}", "--overwrite", *SHORT)
+    for output in (copied, folder / "config.json"):
+        before = output.read_bytes()
+        told = run("allocate", folder, "-o", output, *bits)
+        assert (told.code, "which would be overwritten" in told.said) == (2, True)
+        assert output.read_bytes() == before
+
+
+def test_a_size_is_not_chosen_for_a_destination_that_holds_the_model(run: Run, model: Path) -> None:
+    links = links_to(Path(shutil.copytree(model, "out")).absolute(), Path("links"))
+    told = run("quantize", links, "-o", "out", "--target-bpw", "4.5", "--overwrite", *SHORT)
+    assert (told.code, "which --overwrite would delete" in told.said) == (2, True)
 
 
 QUANTIZE = [

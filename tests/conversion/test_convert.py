@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from folder_kit import links_to
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -510,11 +511,16 @@ def test_folders_that_cannot_be_source_or_destination(quantized: Path, tmp_path:
         convert(BASE, "awq", tmp_path / "b")
     with pytest.raises(UsageError, match="already exists and is not empty"):
         convert(quantized, "awq", quantized)
-    with pytest.raises(UsageError, match="is the source itself"):
+    with pytest.raises(UsageError, match="is the model itself"):
         convert(quantized, "awq", quantized, ConvertOptions(overwrite=True))
     inner = shutil.copytree(quantized, shutil.copytree(quantized, tmp_path / "outer") / "inner")
-    with pytest.raises(UsageError, match="contains the source"):
+    with pytest.raises(UsageError, match="which --overwrite would delete"):
         convert(inner, "awq", tmp_path / "outer", ConvertOptions(overwrite=True))
+    links = links_to(inner, tmp_path / "links")
+    with pytest.raises(UsageError, match="which --overwrite would delete"):
+        convert(links, "awq", inner, ConvertOptions(overwrite=True))
+    with pytest.raises(UsageError, match="is the model itself"):
+        convert(quantized, "awq", inner, ConvertOptions(overwrite=True, base=inner))
     assert verify(quantized)
     assert verify(inner)
 

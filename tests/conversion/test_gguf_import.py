@@ -4,8 +4,11 @@ a folder is taken."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,3 +288,122 @@ def test_a_file_where_a_folder_is_taken(run: Run, tmp_path: Path, q8: Path) -> N
     assert (told.code, "llmquant import mine.gguf" in told.err) == (2, True)
     told = run("plan", "none.gguf")
     assert (told.code, "none.gguf is not there" in told.err) == (2, True)
+
+
+@pytest.mark.parametrize("more", [[], ["--packed"]], ids=["dequantized", "packed"])
+def test_a_shard_in_the_destination_is_not_deleted(
+    run: Run, tmp_path: Path, q8: Path, more: list[str]
+) -> None:
+    """Nor one that is there by a link."""
+    first, second = shards(q8, tmp_path / "in")
+    assert run("import", first, "-o", "out").code == 0
+    second.symlink_to(second.rename(tmp_path / "out" / second.name))
+    told = run("import", first, "-o", "out", "--overwrite", *more)
+    assert told.code == 2
+    assert f"holds the model {first} ({second} leads into it), which --overwrite would" in told.said
+    assert second.is_file()
+
+
+def test_a_file_that_is_the_model_is_not_deleted(run: Run, tmp_path: Path, q8: Path) -> None:
+    """It was imported into the cache, and is the user's all the same."""
+    assert run("import", q8, "-o", "out").code == 0
+    shutil.copy(q8, "out/m.gguf")
+    rtn = ("--method", "rtn", "--group-size", "32")
+    told = run("quantize", "out/m.gguf", "-o", "out", *rtn, "--overwrite")
+    assert (told.code, "holds the model out/m.gguf, which" in told.said) == (2, True)
+    assert Path("out/m.gguf").is_file()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("number", [b"\x00\x7e", b"\x00\x7c"], ids=["NaN", "infinite"])
+def test_packed_names_a_scale_that_is_no_number(
+    run: Run, tmp_path: Path, kind: str, number: bytes
+) -> None:
+    path = gguf_kit.file_of(tmp_path / "m.gguf", random_model("llama", **OWN), "llama", kind)
+    tensors = gguf.GGUFReader(path).tensors
+    start = next(t.data_offset for t in tensors if t.name == "blk.0.ffn_up.weight")
+    raw = bytearray(path.read_bytes())
+    raw[start : start + 2] = number
+    path.write_bytes(raw)
+    for more in ([], ["--packed"]):
+        told = run("import", "m.gguf", "-o", "out", *more)
+        assert told.code == 1
+        assert (
+            "m.gguf is damaged: model.layers.0.mlp.up_proj.weight holds numbers that are not "
+            "finite; fetch it again"
+        ) in told.said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_several_commands_import_a_file_once(cache: Path, q8: Path) -> None:
+    """All begin at once; one imports, the others wait and take what it made."""
+    begin = cache.parent / "begin"
+    code = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from llmquant.checkpoint.gguf.cached import cached_folder\n"
+        "print('ready', flush=True)\n"
+        f"while not Path({str(begin)!r}).exists(): time.sleep(0.01)\n"
+        f"print(cached_folder(Path({str(q8)!r})))"
+    )
+    asked = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    for process in asked:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    begin.touch()
+    ended = [process.communicate(timeout=300) for process in asked]
+    assert [process.returncode for process in asked] == [0, 0, 0], ended
+    folder = llmquant.resolve(q8)
+    assert {out.strip() for out, _ in ended} == {str(folder)}
+    assert sum(err.count("importing") - err.count("is importing") for _, err in ended) == 1
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["m", "m.files.json"]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["config.json", "model.safetensors", "tokenizer.json", "cut short", "another process's list"],
+)
+def test_a_cached_folder_that_is_not_whole_is_made_again(cache: Path, q8: Path, lost: str) -> None:
+    folder = llmquant.resolve(q8)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    if lost == "cut short":
+        (folder / "model.safetensors").write_bytes(before["model.safetensors"][:-1])
+    elif lost in before:
+        (folder / lost).unlink()
+    else:
+        folder.with_name("m.files.json").write_text("[", encoding="utf-8")
+    assert llmquant.resolve(q8) == folder
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    made = folder.stat().st_ino
+    assert llmquant.resolve(q8).stat().st_ino == made  # and is found there the next time
+
+
+def test_a_file_that_cannot_be_imported_leaves_nothing_in_the_cache(
+    cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(llmquant.CheckpointError):
+        llmquant.resolve(tmp_path / "m.gguf")
+    assert not list((cache / "llmquant" / "gguf").iterdir())
+
+
+def test_a_cache_that_cannot_be_written(
+    cache: Path, q8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.touch()
+    with pytest.raises(llmquant.CheckpointError, match=r"XDG_CACHE_HOME, or run llmquant import"):
+        llmquant.resolve(q8)
+    cache.unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(llmquant.CheckpointError, match="no permission; name another folder"):
+        llmquant.resolve(q8)

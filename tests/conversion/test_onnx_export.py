@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from children import Run
+from folder_kit import links_to
 
 from llmquant import bitpack
 from llmquant.checkpoint.inspect import inspect
@@ -179,6 +182,16 @@ def test_an_export_is_proved_and_recorded(
     assert facts.bits_per_weight is not None
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "onnxruntime-genai" in card
+
+
+def test_a_destination_to_which_the_model_leads_is_refused(
+    quantized: Path, options: OnnxOptions, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(quantized, tmp_path / "out"))
+    links = links_to(out, tmp_path / "links")
+    with pytest.raises(UsageError, match="which --overwrite would delete"):
+        export_onnx(links, out, replace(options, overwrite=True))
+    assert verify(out)
 
 
 def test_a_head_that_the_tools_rounded_is_named(

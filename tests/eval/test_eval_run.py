@@ -415,6 +415,12 @@ def test_the_command_line_of_a_request(options: dict[str, Any], expected: str) -
             ["--output", "no/such/r.json"], UsageError, "does not exist", id="output folder"
         ),
         pytest.param(
+            ["--text", "{short}", "--output", "{short}"],
+            UsageError,
+            "would be overwritten",
+            id="output the text",
+        ),
+        pytest.param(
             ["--card", "someone/some-model"],
             UsageError,
             "some-model is not one",

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import llmquant
 from llmquant.conversion.gguf.file import export_gguf, read_weights
 from llmquant.conversion.gguf.metadata import read_tokenizer, rope_factors
-from llmquant.errors import FormatError, LlmquantError, UsageError
+from llmquant.errors import CheckpointError, FormatError, LlmquantError, UsageError
 from llmquant.recipe import Recipe
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
@@ -135,6 +135,25 @@ def test_an_existing_file_is_kept(packed: Path, written: Path) -> None:
         export_gguf(packed, written)
     assert written.read_bytes() == before
     assert export_gguf(packed, written, overwrite=True).path.read_bytes() == before
+
+
+def test_a_file_of_the_model_is_not_replaced(packed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed, tmp_path / "m"))
+    (tmp_path / "link.gguf").symlink_to(folder / "model.safetensors")
+    for name in ("m/model.safetensors", "m/tokenizer.json", "link.gguf"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UsageError, match="belongs to the model"):
+            export_gguf(folder, tmp_path / name, overwrite=True)
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_scale_that_is_no_number_is_named(written: Path, tmp_path: Path) -> None:
+    tensor = next(t for t in gguf.GGUFReader(written).tensors if t.tensor_type.name == "Q4_0")
+    raw = bytearray(written.read_bytes())
+    raw[tensor.data_offset : tensor.data_offset + 2] = b"\x00\x7e"
+    (tmp_path / "m.gguf").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=f"m.gguf is damaged: {tensor.name} holds numbers"):
+        list(read_weights(tmp_path / "m.gguf"))
 
 
 def test_no_gguf_file_is_refused() -> None:

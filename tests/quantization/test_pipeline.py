@@ -648,6 +648,45 @@ def test_a_destination_that_holds_the_model_is_refused(
     assert (inner / SINGLE).is_file()
 
 
+@pytest.mark.parametrize("name", [SINGLE, "tokenizer.json", "extra/words.txt"])
+def test_a_destination_to_which_a_file_of_the_model_leads_is_refused(
+    model: Path, rtn: Recipe, tmp_path: Path, name: str
+) -> None:
+    folder, out = shutil.copytree(model, tmp_path / "m"), shutil.copytree(model, tmp_path / "out")
+    for path in (folder / name, out / name):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (folder / name).unlink()
+    (folder / name).symlink_to(out / name)
+    before = (out / SINGLE).read_bytes()
+    with pytest.raises(
+        UsageError, match=rf"{name} leads into it\), which --overwrite would delete"
+    ):
+        quantize(folder, out, rtn, QuantizeOptions(overwrite=True))
+    assert (out / SINGLE).read_bytes() == before
+
+
+def test_a_folder_inside_the_model_may_be_replaced(
+    model: Path, rtn: Recipe, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "m"))
+    for _ in range(2):
+        quantize(folder, folder / "q", rtn, QuantizeOptions(overwrite=True))
+
+
+@pytest.mark.parametrize("judged", [False, True], ids=["calibration", "evaluation"])
+def test_a_destination_that_holds_a_text_is_refused(
+    model: Path, gptq: Recipe, text: Path, tmp_path: Path, judged: bool
+) -> None:
+    out = Path(shutil.copytree(model, tmp_path / "out"))
+    source = f"file:{shutil.copy(text, out)}"
+    recipe = gptq if judged else gptq.updated({"calibration.source": source})
+    options = QuantizeOptions(overwrite=True, evaluation=source if judged else None)
+    with pytest.raises(UsageError, match=f"holds the text {source}, which --overwrite would"):
+        quantize(model, out, recipe, options)
+    assert (out / text.name).is_file()
+
+
 def test_an_evaluation_text_needs_a_calibration_text(
     model: Path, rtn: Recipe, text: Path, tmp_path: Path
 ) -> None:

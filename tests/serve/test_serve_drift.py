@@ -183,6 +183,13 @@ def test_every_request_is_a_line_without_text(
     assert not [w for w in words if len(w) > 5 and f'"{w}"' in log.read_text()]
 
 
+def test_a_profile_does_not_take_the_place_of_the_log(run: Run, served_log: Path) -> None:
+    before = served_log.read_bytes()
+    done = run("monitor", served_log, "--profile", served_log, "--overwrite")
+    assert (done.code, "is the log itself" in done.said) == (2, True)
+    assert served_log.read_bytes() == before
+
+
 def test_a_stream_like_the_profile_raises_no_alarm(
     run: Run, model: PreTrainedModel, profile: DriftProfile, texts: list[str], tmp_path: Path
 ) -> None:

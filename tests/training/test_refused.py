@@ -3,16 +3,19 @@ that is not quantized yet is rounded."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from children import Run
+from folder_kit import links_to
 from training_kit import SHORT, Train
 
 import llmquant.training.prepared as prepared
 import llmquant.training.stage as stage
 from llmquant.errors import LayoutError, LlmquantError, UsageError
+from llmquant.quantization.options import QuantizeOptions
 from llmquant.recipe import Recipe
 from llmquant.training.options import QatOptions
 
@@ -107,3 +110,37 @@ def test_the_command_says_it_in_its_own_words(run: Run, model: Path, quantized: 
     ended = run("qat", quantized, "-o", "out", "--reference", model, "--seed", "-1")
     assert ended.code == 2
     assert "seed -1 is not between" in ended.err
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize("held", ["start", "reference", "text", "held-out text"])
+def test_a_destination_that_holds_what_is_read(
+    train: Train, tmp_path: Path, model: Path, quantized: Path, text: Path, held: str
+) -> None:
+    """A model by links, or a text."""
+    original = model if held == "reference" else quantized
+    out = Path(shutil.copytree(original, tmp_path / "out"))
+    shutil.copy(text, out / "text.txt")
+    more: dict[str, Any] = {
+        "start": lambda: {"start": links_to(out, tmp_path / "links")},
+        "reference": lambda: {"reference": links_to(out, tmp_path / "links")},
+        "text": lambda: {"source": f"file:{out / 'text.txt'}"},
+        "held-out text": lambda: {"heldout_source": f"file:{out / 'text.txt'}"},
+    }[held]()
+    with pytest.raises(UsageError, match="which --overwrite would delete"):
+        train(out, options=QatOptions(overwrite=True), **more)
+    assert (out / "text.txt").is_file()
+
+
+@pytest.mark.usefixtures("unasked")
+def test_a_destination_that_holds_what_is_read_before_anything_is_rounded(
+    tmp_path: Path, model: Path, rtn: Recipe, text: Path
+) -> None:
+    out = Path(shutil.copytree(model, tmp_path / "out"))
+    recipe = rtn.updated({"qat": {**SHORT, "source": f"file:{text}"}})
+    options = QuantizeOptions(overwrite=True)
+    with pytest.raises(UsageError, match="which --overwrite would delete"):
+        stage.quantize(links_to(out, tmp_path / "links"), out, recipe, options)
+    recipe = recipe.updated({"qat.source": f"file:{shutil.copy(text, out)}"})
+    with pytest.raises(UsageError, match="which --overwrite would delete"):
+        stage.quantize(model, out, recipe, options)

@@ -226,6 +226,17 @@ def test_finished_results_are_replaced_only_when_asked(run: Run, model: Path, da
     assert len(json.loads(Path("a.json").read_text())["items"]) == 1
 
 
+def test_what_is_read_is_not_replaced(run: Run, model: Path, data: Path) -> None:
+    before = data.read_bytes()
+    for place in (["x.json", "--profile", data], [data]):
+        done = validate(run, model, data, *place, "--overwrite")
+        assert (done.code, "which is read here; give another file" in done.said) == (2, True)
+    assert data.read_bytes() == before
+    Path("a.json").write_text("{}")
+    done = validate(run, model, data, "a.json", "--reference", "a.json", "--overwrite")
+    assert (done.code, "a.json is a.json, which is read here" in done.said) == (2, True)
+
+
 def many(folder: Path) -> Path:
     rows = [{"id": f"q{i}", "prompt": f"Number {i}?", "answer": str(i)} for i in range(24)]
     return write_rows(folder / "many.jsonl", *rows)

@@ -79,7 +79,8 @@ def search(request: AutoRequest, screen: Screen) -> AutoReport:
 
 def _check_output(request: AutoRequest, work: Work) -> None:
     """Refuse a destination that this search could not have made."""
-    llmquant.refuse_source(request.output, llmquant.resolve(request.model))
+    llmquant.refuse_source(request.output, request.model)
+    llmquant.refuse_texts(request.output, *request.data, request.calibration)
     if work.published() is None or not request.output.exists():
         llmquant.check_destination(request.output, request.overwrite)
     if "#" in str(request.work):

@@ -70,7 +70,7 @@ def compare_command(
     from llmquant_eval.report.files import check_file
 
     for path in filter(None, (output, markdown, html)):
-        check_file(path)
+        check_file(path, baseline, candidate)
     general, margins = _margins(margin or [])
     bound = Bound(
         general, margins, alpha=alpha, power=power, metrics=tuple(metric or ()), examples=examples

@@ -9,13 +9,16 @@ from pathlib import Path
 from llmquant.errors import LlmquantError, UsageError
 
 
-def check_file(path: Path) -> None:
-    """Raises UsageError if no file can be written to ``path``: to be asked before any work is done
-    for it."""
+def check_file(path: Path, *read: str | Path | None) -> None:
+    """Raises UsageError if no file can be written to ``path``, or if it is one of those that are
+    ``read``: to be asked before any work is done for it."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give a file, {path / 'results.json'} for example")
     if path.exists() and not path.is_file():
         return  # a device or a pipe
+    for file in read:
+        if file is not None and path.exists() and Path(file).exists() and path.samefile(file):
+            raise UsageError(f"{path} is {file}, which is read here; give another file")
     folder = path.resolve().parent
     if not folder.is_dir():
         raise UsageError(f"{path}: the folder {folder} does not exist; make it first")

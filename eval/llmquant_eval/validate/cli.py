@@ -64,9 +64,9 @@ def validate_command(
     from llmquant_eval.validate.data import read_data
     from llmquant_eval.validate.engines.engine import Generation
 
-    plan.check_output(output, overwrite=overwrite)
+    plan.check_output(output, data, reference, overwrite=overwrite)
     read = read_data(data, limit, system)
-    plan.check_profile(profile, output, read, overwrite=overwrite)
+    plan.check_profile(profile, output, read, reference, overwrite=overwrite)
     baseline = None if reference is None else plan.read_reference(reference, read)
     # fmt: off
     execution = plan.Execution(

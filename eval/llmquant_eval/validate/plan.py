@@ -44,23 +44,25 @@ class Chosen:
     lower: Sequence[str] = ()
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises UsageError where results cannot or must not be written; an unfinished run may go
-    on."""
-    check_file(output)
+def check_output(output: Path, *read: str | None, overwrite: bool) -> None:
+    """Raises UsageError where results cannot or must not be written, among them what is ``read``;
+    an unfinished run may go on."""
+    check_file(output, *read)
     if output.exists() and not overwrite and not journal_of(output).exists():
         raise UsageError(
             f"{output} has results already; give another --output, or --overwrite to replace them"
         )
 
 
-def check_profile(path: Path | None, output: Path, data: Data, *, overwrite: bool) -> None:
+def check_profile(
+    path: Path | None, output: Path, data: Data, reference: str | None, *, overwrite: bool
+) -> None:
     """Raises UsageError where a drift profile cannot or must not be written beside ``output``."""
     from llmquant import DriftProfile
 
     if path is None:
         return
-    check_file(path)
+    check_file(path, data.source, reference)
     if path.resolve() == output.resolve():
         raise UsageError(f"--profile {path} is --output too; give two files")
     if path.exists() and not overwrite:

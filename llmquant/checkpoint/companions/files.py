@@ -145,6 +145,13 @@ def companions(folder: Path, read: Iterable[Path] = ()) -> Companions:
     return found
 
 
+def files_read(folder: Path, weights: Iterable[Path]) -> list[Path]:
+    """All of a model folder that is read or goes along, with its weights; some may not be
+    there."""
+    beside = (*_ANEW, *companions(folder).carried)
+    return [*weights, *folder.glob("*.index.json"), *(folder / name for name in beside)]
+
+
 def _strange(path: Path, is_folder: bool) -> str | None:
     """Why something in a folder cannot go along: neither a file nor a folder of its own."""
     if is_folder:

@@ -50,7 +50,8 @@ class GgufTensor:
         """
         gguf = package()
         data = self.data() if part is None else self.data()[part]
-        found: np.ndarray = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[self.kind])
+        with np.errstate(invalid="ignore"):  # whoever asks looks for what is not finite
+            found: np.ndarray = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[self.kind])
         return found.reshape(self.shape if part is None else self.shape[1:])
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.atomic import check_destination, refuse_source
+from llmquant.checkpoint.atomic import check_destination, refuse_held
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.gguf.config import config_of, generation_config, stored_config
 from llmquant.checkpoint.gguf.header import GgufFile, read_gguf
@@ -145,7 +145,7 @@ def write_folder(
     destination = Path(os.path.abspath(output))
     check_destination(destination, options.overwrite)
     opened = open_gguf(source)
-    refuse_source(destination, opened.file.path.absolute())
+    refuse_held(destination, f"the model {opened.file.path}", opened.file.files)
     dtype = parse_dtype(options.dtype, auto=ChosenDtype(_own_dtype(opened.file))).dtype
     with CheckpointWriter(
         destination, max_shard_size=options.max_shard_size, overwrite=options.overwrite
@@ -219,9 +219,7 @@ def _rounded(opened: GgufSource, name: str, values: np.ndarray, dtype: torch.dty
     tensor = exact.to(dtype)
     if not bool(torch.isfinite(tensor).all()):
         if not bool(torch.isfinite(exact).all()):
-            raise CheckpointError(
-                f"{opened.file.path} is damaged: {name} holds numbers that are not finite; fetch it again"
-            )
+            raise damaged(opened.file.path, name)
         wider = "float32" if dtype == torch.bfloat16 else "bfloat16"
         raise UsageError(
             f"{opened.file.path}: {name} has numbers up to {float(exact.abs().max()):g}, too large for "
@@ -229,6 +227,13 @@ def _rounded(opened: GgufSource, name: str, values: np.ndarray, dtype: torch.dty
             f"--dtype {wider} -o DIR makes a folder of it, which is then the MODEL"
         )
     return tensor
+
+
+def damaged(path: str | os.PathLike[str], name: str) -> CheckpointError:
+    """The error of a tensor with numbers that no file should have."""
+    return CheckpointError(
+        f"{path} is damaged: {name} holds numbers that are not finite; fetch it again"
+    )
 
 
 def write_beside(

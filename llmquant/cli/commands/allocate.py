@@ -120,6 +120,7 @@ def allocate_command(
     given = dict(locals())
     check_output(output, overwrite)
     chosen = recipe_of(given)
+    _check_read(output, model, chosen)
     started = time.perf_counter()
     result = allocated(model, chosen, _options(given), hidden=quiet or as_json)
     seconds = time.perf_counter() - started
@@ -172,6 +173,17 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} exists; --overwrite replaces it")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--output {path}: there is no folder {path.absolute().parent}")
+
+
+def _check_read(path: Path, model: str, recipe: Recipe) -> None:
+    """Raises UsageError for a file of the model, or a text, in whose place the recipe would be
+    written."""
+    if path.is_file():
+        from llmquant.checkpoint.companions.originals import refuse_source
+        from llmquant.data.sources import refuse_texts
+
+        refuse_source(path, model)
+        refuse_texts(path, recipe.calibration.source)
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:

@@ -176,6 +176,8 @@ def _allocated(
 ) -> Recipe:
     """The recipe with each linear's scheme chosen for a size, an engine and a kind of grid."""
     from llmquant.checkpoint.atomic import check_destination
+    from llmquant.checkpoint.companions.originals import refuse_source
+    from llmquant.data.sources import refuse_texts
     from llmquant.planning.candidates import AllocateOptions
 
     if options.world.size > 1:
@@ -183,6 +185,8 @@ def _allocated(
             "--target-bpw does not work with several processes; run `llmquant allocate` first and give its recipe"
         )
     check_destination(output.absolute(), options.overwrite)
+    refuse_source(output.absolute(), model)
+    refuse_texts(output.absolute(), recipe.calibration.source, options.evaluation)
     size, engine, symmetric = target
     wanted = AllocateOptions(
         size,

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import fsync_path
+from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.gguf.cursor import package
+from llmquant.checkpoint.gguf.folder import damaged
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
-from llmquant.errors import FormatError, LayoutError, ProofError, UsageError
+from llmquant.errors import FormatError, LayoutError, ProofError, QuantizationError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats import gguf as blocks
 from llmquant.models.reading.fit import fitted
@@ -79,6 +81,7 @@ def export_gguf(
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder; make it first")
     stored = CheckpointReader(model)
+    refuse_source(path, model, stored.path)
     described = describe(stored)  # what GGUF cannot say is the cause, whatever else is wrong
     fit = fitted(stored if quantization_of(stored) is None else PackedCheckpoint(stored))
     reader, packed = fit.reader, fit.packed
@@ -229,6 +232,7 @@ def read_weights(path: str | os.PathLike[str]) -> Iterator[tuple[str, QuantizedW
 
     Raises:
         FormatError: no GGUF file, or a Q4_1 tensor that is on no integer grid.
+        CheckpointError: a tensor has numbers that are not finite.
     """
     gguf = package()
     try:
@@ -242,3 +246,5 @@ def read_weights(path: str | os.PathLike[str]) -> Iterator[tuple[str, QuantizedW
                 yield tensor.name, blocks.unpack(torch.from_numpy(tensor.data.copy()), kind)
             except FormatError as e:
                 raise e.at(f"{path}: {tensor.name}") from e
+            except QuantizationError as e:
+                raise damaged(path, tensor.name) from e

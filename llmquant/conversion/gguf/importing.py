@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from llmquant.checkpoint.atomic import check_destination, refuse_source
+from llmquant.checkpoint.atomic import check_destination, refuse_held
 from llmquant.checkpoint.card import converted_card
 from llmquant.checkpoint.gguf.folder import (
     FLOATS,
@@ -115,7 +115,7 @@ def _import_packed(
     if target.name not in _LAYOUTS:
         raise UsageError(f"--packed writes {', '.join(_LAYOUTS)}, not {target.name}")
     opened = open_gguf(source)
-    refuse_source(destination, opened.file.path.absolute())
+    refuse_held(destination, f"the model {opened.file.path}", opened.file.files)
     auto = ChosenDtype(torch.float16, "the scales of GGUF are fp16")
     dtype = parse_dtype(options.dtype, auto=auto).dtype
     kept = choose(opened, target, dtype, on_progress)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.gguf.folder import FLOATS, GgufSource, OnProgress
+from llmquant.checkpoint.gguf.folder import FLOATS, GgufSource, OnProgress, damaged
 from llmquant.checkpoint.gguf.names import TURNED, Place
 from llmquant.checkpoint.manifest import packed_bytes
-from llmquant.errors import FormatError, LayoutError
+from llmquant.errors import FormatError, LayoutError, QuantizationError
 from llmquant.formats import Format, Scheme
 from llmquant.formats import gguf as blocks
 from llmquant.formats.base import HEADS
@@ -52,6 +52,7 @@ def choose(opened: GgufSource, target: Format, dtype: torch.dtype, on_progress: 
 
     Raises:
         LayoutError: naming the modules with the reason.
+        CheckpointError: numbers that are not finite.
     """
     kept, refused = Kept(), dict[str, str]()
     for done, place in enumerate(opened.placed.places):
@@ -131,12 +132,20 @@ def _keep(
 
 
 def weight_of(opened: GgufSource, kept: Kept, module: str) -> QuantizedWeight:
-    """A linear's numbers, rows in transformers' order."""
+    """A linear's numbers, rows in transformers' order.
+
+    Raises:
+        FormatError: they are on no integer grid.
+        CheckpointError: they are not finite.
+    """
     place, part = kept.places[module]
     data = place.tensor.data()
     stored = torch.from_numpy((data if part is None else data[part]).copy())
     kind: Any = place.tensor.kind  # one of the block types
-    weight = blocks.unpack(stored, kind)
+    try:
+        weight = blocks.unpack(stored, kind)
+    except QuantizationError as e:
+        raise damaged(opened.file.path, f"{module}.weight") from e
     order = torch.from_numpy(opened.placed.rows(place).copy())
     return QuantizedWeight(
         weight.codes[order], weight.scales[order], weight.zeros[order], weight.spec

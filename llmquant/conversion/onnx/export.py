@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from llmquant.checkpoint.atomic import check_destination, refuse_source
+from llmquant.checkpoint.atomic import check_destination
 from llmquant.checkpoint.companions.files import companions, left_behind
+from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import CheckpointReader
@@ -76,7 +77,7 @@ def export_onnx(
     destination = Path(os.path.abspath(output))
     check_destination(destination, options.overwrite)
     job = _open(resolve(model), options)
-    refuse_source(destination, job.reader.path.absolute())
+    refuse_source(destination, model, job.reader.path)
     with CheckpointWriter(destination, overwrite=options.overwrite) as writer:
         export = _build(job, options, writer.partial, on_progress)
         on_progress("writing", 0, 1)

@@ -61,6 +61,8 @@ def monitor_command(
     check_plot(plot)
     if profile is not None and profile.exists() and not overwrite:
         raise UsageError(f"--profile {profile} is there already; add --overwrite to replace it")
+    if profile is not None and profile.exists() and Path(source).exists():
+        _refuse_log(profile, source)
     report = report_of(source)
     if as_json:
         sys.stdout.write(report.model_dump_json(indent=1) + "\n")
@@ -78,6 +80,12 @@ def monitor_command(
         _write_profile(profile, profile_of(source).to_json())
     if report.alarms:
         raise typer.Exit(DRIFTED)
+
+
+def _refuse_log(profile: Path, source: str) -> None:
+    """Raises UsageError for a profile in place of the log that is read."""
+    if profile.samefile(source):
+        raise UsageError(f"--profile {profile} is the log itself; give another file")
 
 
 def _write_profile(path: Path, text: str) -> None:
