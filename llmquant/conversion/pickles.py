@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.atomic import check_destination, refuse_source
+from llmquant.checkpoint.atomic import check_destination, refuse_held
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
-from llmquant.checkpoint.companions.files import DESCRIBING, companions, left_behind
+from llmquant.checkpoint.companions.files import DESCRIBING, companions, files_read, left_behind
 from llmquant.checkpoint.gguf.folder import ImportResult, OnProgress, prove_weights
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.checkpoint.shards import DTYPE_NAMES
@@ -78,7 +78,7 @@ def import_pickles(
     config = read_json(source / "config.json")
     files = pickle_files(source)
     owners, notes = _owners(files)
-    refuse_source(destination, source.absolute())
+    refuse_held(destination, f"the model {source}", [source, *files_read(source, files)])
     with CheckpointWriter(
         destination, max_shard_size=max_shard_size, overwrite=overwrite
     ) as writer:

@@ -221,7 +221,7 @@ def test_options_of_gguf_files(
 def test_the_folder_itself_is_no_destination(model: Path, run: Run, tmp_path: Path) -> None:
     source = pickled(model, tmp_path / "m")
     told = run("import", source, "-o", source, "--overwrite")
-    assert (told.code, "is the model itself" in told.said) == (2, True), told
+    assert (told.code, "holds the model" in told.said) == (2, True), told
     assert (source / BIN).is_file()
 
 
