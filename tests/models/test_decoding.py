@@ -51,6 +51,7 @@ CONFIGS = {
     "llama with heads of 128": lambda: LlamaConfig(**{**SIZES, "head_dim": 128}),
     "llama, one head for all": lambda: LlamaConfig(**{**SIZES, "num_key_value_heads": 1}),
     "mistral with a short window": lambda: MistralConfig(**SIZES, sliding_window=8),
+    "mistral with a window of 3": lambda: MistralConfig(**SIZES, sliding_window=3),
     "qwen2 (biases)": lambda: Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
     "qwen3 (norms of heads)": lambda: Qwen3Config(**SIZES),
 }
@@ -159,6 +160,21 @@ def test_a_block_with_a_slip_is_caught_by_its_trial(monkeypatch, caplog):
         speed_up(model)
     assert stepped(model) == 1
     assert "layers.1 is stepped by transformers' code: a trial gave other numbers" in caplog.text
+
+
+def test_a_block_whose_trial_fails_keeps_its_code(monkeypatch, caplog):
+    model = packed(CONFIGS["llama"], QuantSpec(4, 32, True))
+
+    def failing(*args: Any) -> None:
+        raise RuntimeError("no such size")
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", failing)
+    with caplog.at_level(logging.DEBUG, "llmquant.models.decoding.speed_up"):
+        speed_up(model)
+    assert stepped(model) == 1
+    (told,) = (r for r in caplog.records if "a trial of block 1 failed" in r.getMessage())
+    assert told.levelno == logging.DEBUG
+    assert "layers.1 is stepped by transformers' code" in caplog.text
 
 
 def test_several_sequences_and_padding_run_transformers_code():
@@ -336,7 +352,7 @@ def test_every_token_is_one_compiled_call(name, monkeypatch):
     plain, fast = pair(name)
     calls = counted(monkeypatch)
     close(logits(fast, TOKENS, 6), logits(plain, TOKENS, 6))
-    sliding = "short window" in name  # its cache is not a plain growing one
+    sliding = "window" in name  # its cache is not a plain growing one
     assert calls == ([] if sliding else [2] * 18)
 
 
