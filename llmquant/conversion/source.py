@@ -20,6 +20,7 @@ from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
 from llmquant.formats.compressed_tensors.beyond import KV_CACHE, kv_cache
+from llmquant.formats.base import is_expert
 from llmquant.models.reading.engine_names import EngineNames, engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
@@ -149,9 +150,10 @@ def model_dtype(reader: CheckpointReader) -> torch.dtype:
 
 
 def refuse_stacked(source: Source) -> None:
-    """Raises UsageError for a model whose unquantized checkpoints stack its experts."""
+    """Raises UsageError for a model with experts whose unquantized checkpoints stack them."""
     row = source.names.architecture
-    if row is not None and row.experts is not None and row.experts.stacked is not None:
+    layout = None if row is None or row.experts is None else row.experts.stacked
+    if layout is not None and any(map(is_expert, (*source.packed.schemes, *source.skipped))):
         raise UsageError(
             f"{source.reader.path}: unquantized checkpoints of its model type stack their experts in one tensor, which convert "
             "does not write; use the original model, or convert to another layout of packed weights"

@@ -97,13 +97,10 @@ _OWN_CODE = frozenset(
         *("mamba", "mamba2", "falcon_mamba", "xlstm"),
     }
 )
+_UNSTACKED = "it reads the experts of this model type only stacked and unquantized, and would put random numbers in their place"
 _TRANSFORMERS = (
-    Rule(
-        _ALL,
-        lambda s: True,
-        "it reads the experts of this model type only stacked and unquantized, and would put random numbers in their place",
-        models=_STACKED,
-    ),
+    Rule(_ALL, lambda s: True, _UNSTACKED, experts=True, models=_STACKED),
+    Rule(_ALL, lambda s: True, _UNSTACKED, plain_experts=True, models=_STACKED),
     Rule(
         _ALL,
         lambda s: True,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_kinds import small
 from test_supported_models import IDS, checkpoint, recipe
 from tiny_models import EXPERTS, STAGES, random_model, save, token_windows
 from tolerances import TWIN_ATOL
@@ -401,6 +402,35 @@ def test_stacked_experts_are_not_made_dense_again(tmp_path: Path) -> None:
     convert(packed, "gptq", tmp_path / "b")
     with pytest.raises(UsageError, match="stack their experts in one tensor, which convert does"):
         convert(packed, "dense", tmp_path / "c")
+
+
+def test_a_type_that_stacks_experts_may_have_none(tmp_path: Path) -> None:
+    """Granite 4's dense models are of a mixture's type."""
+    config = small("granitemoehybrid", num_local_experts=0, num_experts_per_tok=0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "source")
+    assert make_plan(tmp_path / "source", recipe("rtn")).engines["transformers"] == ()
+    packed = quantize(tmp_path / "source", tmp_path / "packed", recipe("rtn")).path
+    assert inspect(packed).engines["transformers"] == ()
+    convert(packed, "dense", tmp_path / "dense")
+    ours = load(packed, dtype="float32", kernel="reference")(IDS).logits
+    for folder in (packed, tmp_path / "dense"):
+        theirs, told = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(told.values())
+        torch.testing.assert_close(theirs(IDS).logits, ours)
+
+
+@pytest.mark.parametrize("only", [(), ("*experts*",)], ids=["packed", "plain"])
+def test_stacked_experts_are_not_read_by_transformers(
+    only: tuple[str, ...], tmp_path: Path
+) -> None:
+    source = checkpoint("granitemoe", tmp_path / "source")
+    changes = {"ignore": ("lm_head", *only)}
+    (first, *_) = make_plan(source, recipe("rtn").updated(changes)).engines["transformers"]
+    assert "only stacked and unquantized" in first
 
 
 @pytest.mark.parametrize(
