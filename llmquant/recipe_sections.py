@@ -23,7 +23,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Weights(Strict):
+class Sized(Strict):
+    """A grid whose group size is the wanted one, or with ``strict_groups`` that one or none."""
+
+    strict_groups: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_false(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Not written where it is off: earlier versions do not know the key, and hashes stay.
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if k != "strict_groups" or v}
+
+
+class Weights(Sized):
     """The grid. ``group_size: -1`` is one group per row; ``activations: int8-dynamic`` tells
     engines to quantize inputs too.
 
@@ -36,13 +48,6 @@ class Weights(Strict):
     group_size: int = 128
     symmetric: bool = True
     activations: Literal["none", "int8-dynamic"] = "none"
-    strict_groups: bool = False
-
-    @model_serializer(mode="wrap")
-    def _without_false(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Not written where it is off: earlier versions do not know the key, and hashes stay.
-        fields: dict[str, Any] = dump(self)
-        return {k: v for k, v in fields.items() if k != "strict_groups" or v}
 
     @property
     def spec(self) -> QuantSpec:
@@ -62,9 +67,10 @@ class Weights(Strict):
         return self
 
 
-class Embeddings(Strict):
+class Embeddings(Sized):
     """The token embeddings, and the head with them; symmetric. Where no group size is given, 8 bits
-    have a scale per row and 4 bits groups of 32.
+    have a scale per row and 4 bits groups of 32. A size that does not divide is fitted as those of
+    ``Weights`` are, by a ``strict_groups`` of this section refused.
 
     A head that is tied to the embeddings shares their packed tensors. One of its own gets the same
     grid as a linear, unless ``head: false`` keeps it as it is or the recipe selects it by itself.

@@ -7,7 +7,9 @@ the manifest writes without them: the same run gives the same bytes.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 
 class Record(BaseModel):
@@ -168,7 +170,7 @@ class RotationRecord(Record):
 
 
 class GroupSizeRecord(Record):
-    """Linears with another group size than the one wanted.
+    """Linears, or the token embeddings, with another group size than the one wanted.
 
     Attributes:
         linears: full names, with ``*`` for the numbers of blocks and experts.
@@ -177,6 +179,7 @@ class GroupSizeRecord(Record):
         wanted: by the recipe.
         used: instead; -1 is one scale per row.
         reason: why.
+        embeddings: whether these are the token embeddings.
     """
 
     linears: tuple[str, ...]
@@ -185,11 +188,19 @@ class GroupSizeRecord(Record):
     wanted: int
     used: int
     reason: str
+    embeddings: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_false(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Not written of linears: earlier versions do not know the key.
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if k != "embeddings" or v}
 
     def __str__(self) -> str:
         leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in self.linears))
         size = "one scale per row" if self.used == -1 else f"groups of {self.used}"
         linears = "1 linear" if self.count == 1 else f"{self.count} linears"
+        linears = "the embeddings" if self.embeddings else linears
         return f"{size} instead of {self.wanted} for {linears} ({leaves}): {self.reason}"
 
 

@@ -67,7 +67,19 @@ class QuantSpec:
         """Columns that share one scale."""
         return in_features if self.group_size is None else self.group_size
 
-    def check(self, in_features: int, module: str, others: Iterable[int] = ()) -> None:
+    def divides(self, in_features: int) -> bool:
+        """Whether rows of ``in_features`` columns fall into whole groups."""
+        return self.group_size is None or in_features % self.group_size == 0
+
+    def check(
+        self,
+        in_features: int,
+        module: str,
+        others: Iterable[int] = (),
+        *,
+        g_idx: bool = False,
+        otherwise: str = "",
+    ) -> None:
         """Refuse a group size that does not divide ``in_features``; name the module and the sizes
         that do.
 
@@ -76,18 +88,23 @@ class QuantSpec:
             module: to be named.
             others: columns of the linears that get the same group size; the sizes that are named
                 divide these too.
+            g_idx: whether columns are stored with the numbers of their groups, which a whole row
+                has none of.
+            otherwise: what can be done in place of another size; default: to ignore the module.
 
         Raises:
             SpecError: naming ``module`` and the divisors that would work.
         """
-        if self.group_size is None or in_features % self.group_size == 0:
+        if self.divides(in_features):
             return
         common = math.gcd(in_features, *others)
         fits = [str(g) for g in range(8, min(common, 1024) + 1) if common % g == 0]
         nearest = ", ".join(fits) or "none of 8 or more"
+        static = " (with act-order static)" if g_idx else ""
         raise SpecError(
             f"{module}: group_size={self.group_size} does not divide its {in_features} input columns; "
-            f"sizes that do: {nearest}, or -1 for one group per row. Choose one of them, or --ignore {module}"
+            f"sizes that do: {nearest}, or -1 for one group per row{static}. Choose one of them, or "
+            f"{otherwise or f'--ignore {module}'}"
         )
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:

@@ -5,7 +5,7 @@ largest of :data:`SIZES` below it that does: engines take groups of 32, 64 and 1
 divisor, and a scale for fewer than 32 weights costs more than half a bit per weight. Where none of
 them divides, a row has one scale, which always fits. Linears that engines fuse get one size, all
 experts of a block too. A layout with one size for all linears (AWQ) gives all of them the largest
-that fits all.
+that fits all. Token embeddings are fitted like linears, together with a head of the same grid.
 
 A size that the layout refuses for another reason, and one for which nothing else fits, is left as
 it is: whoever looks at the schemes next says why it cannot be.
@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llmquant.formats.base import Format, Scheme
+from llmquant.formats.base import Format, Scheme, is_embedding
 from llmquant.recipe import numberless
 from llmquant.records import GroupSizeRecord
 
@@ -41,7 +41,7 @@ def fit_scheme(scheme: Scheme, shapes: Sequence[Shape], layout: Format) -> Schem
     """The scheme with the group size that fits linears ``[out, in]`` that have to share one."""
     wanted = scheme.spec.group_size
     common = math.gcd(*(columns for _, columns in shapes))
-    if wanted is None or common % wanted == 0:
+    if wanted is None or scheme.spec.divides(common):
         return scheme
     for size in (*(s for s in SIZES if s < wanted and common % s == 0), None):
         fitting = _sized(scheme, size)
@@ -55,6 +55,7 @@ def fit_schemes(
     together: Iterable[Sequence[str]],
     shapes: Mapping[str, Shape],
     layout: Format,
+    why_one: str = _FUSED,
 ) -> Fit:
     """Fit the group sizes of all linears.
 
@@ -63,6 +64,7 @@ def fit_schemes(
         together: the same names in sets that share a scheme.
         shapes: ``(out, in)`` by full name.
         layout: that is to hold them.
+        why_one: why a set shares one.
     """
     fitting, reasons = dict(schemes), dict.fromkeys(schemes, "")
     for names in together:
@@ -72,11 +74,12 @@ def fit_schemes(
             fitted = fit_scheme(wanted, [shapes[n] for n in same], layout)
             fitting |= dict.fromkeys(same, fitted)
             reasons |= {
-                n: _FUSED for n in same if fit_scheme(wanted, [shapes[n]], layout) != fitted
+                n: why_one for n in same if fit_scheme(wanted, [shapes[n]], layout) != fitted
             }
     if fitting != schemes and layout.why_not_together(fitting):
         whole = _one_for_all(schemes, shapes, layout)
-        if layout.why_not_together(whole) is None:
+        fits = all(s.spec.divides(shapes[n][1]) for n, s in whole.items())
+        if fits and layout.why_not_together(whole) is None:
             reason = f"format {layout.name} has one group size for all linears"
             reasons |= {n: reason for n in whole if whole[n] != fitting[n]}
             fitting = whole
@@ -101,14 +104,14 @@ def _changes(
     reasons: Mapping[str, str],
 ) -> tuple[GroupSizeRecord, ...]:
     """One record for all linears of which the same is to be said."""
-    found: dict[tuple[int, int, int, str], list[str]] = {}
+    found: dict[tuple[int, int, int, str, bool], list[str]] = {}
     for name, scheme in fitting.items():
         before, after = wanted[name].spec.group_size, scheme.spec.group_size
         if before is None or before == after:
             continue
         columns = shapes[name][1]
         reason = reasons[name] or _reason(before, after, columns)
-        key = before, -1 if after is None else after, columns, reason
+        key = before, -1 if after is None else after, columns, reason, is_embedding(name)
         found.setdefault(key, []).append(numberless(name))
     return tuple(
         GroupSizeRecord(
@@ -118,13 +121,14 @@ def _changes(
             wanted=before,
             used=after,
             reason=reason,
+            embeddings=embeddings,
         )
-        for (before, after, columns, reason), names in found.items()
+        for (before, after, columns, reason, embeddings), names in found.items()
     )
 
 
 def _reason(wanted: int, used: int | None, columns: int) -> str:
-    if used is None:
-        sizes = ", ".join(str(s) for s in (wanted, *(s for s in SIZES if s < wanted)))
-        return f"none of {sizes} divides {columns} columns"
+    smaller = [s for s in SIZES if s < wanted]
+    if used is None and smaller:
+        return f"none of {', '.join(map(str, (wanted, *smaller)))} divides {columns} columns"
     return f"{wanted} does not divide {columns} columns"

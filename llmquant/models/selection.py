@@ -8,12 +8,11 @@ tied head, a recipe that selects nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from llmquant.errors import ArchitectureError, LayoutError, UsageError
 from llmquant.formats.base import Format, Scheme
-from llmquant.formats.group_sizes import fit_schemes
 from llmquant.models.architectures import Architecture
 from llmquant.models.reading.linears import Linears
 from llmquant.recipe import Recipe, matches
@@ -52,6 +51,8 @@ OUTSIDE = "outside the decoder blocks"
 SHARED = "its weights are the packed embeddings'"
 PLACELESS = "no place in the model of config.json"
 
+_HOLDS_ALL = "compressed-tensors"  # which has no demand on shapes
+
 
 def fused_items(
     names: Sequence[str], architecture: Architecture
@@ -66,27 +67,6 @@ def fused_items(
         together = (architecture.fused_with(leaf) if block is not None else None) or name
         found.setdefault((block, together), []).append(name)
     return [(block, tuple(members)) for (block, _), members in found.items()]
-
-
-def fit_groups(
-    linears: Linears, architecture: Architecture, recipe: Recipe, layout: Format
-) -> tuple[Recipe, tuple[GroupSizeRecord, ...]]:
-    """The recipe with group sizes that fit every linear it selects, and what that changed; see
-    :mod:`llmquant.formats.group_sizes`. It says exactly what is done, so it repeats the run."""
-    if recipe.weights.strict_groups:
-        return recipe.updated({"weights.strict_groups": False}), ()
-    names = {n: linears.names(n) for n in linears.shapes if n not in architecture.outside}
-    names = {n: known for n, known in names.items() if recipe.selects(*known)}
-    schemes = {n: _scheme(recipe, recipe.weights_of(*known)) for n, known in names.items()}
-    together = [items for _, items in fused_items(tuple(names), architecture)]
-    fit = fit_schemes(schemes, together, linears.shapes, layout)
-    if not fit.changes:
-        return recipe, ()
-    wanted = {
-        known: recipe.weights_of(*known).with_spec(fit.schemes[n].spec)
-        for n, known in names.items()
-    }
-    return recipe.giving(wanted), fit.changes
 
 
 def select(
@@ -111,7 +91,7 @@ def select(
     skipped |= linears.left
     skipped |= {n: f"a {kind}, not a plain Linear" for n, kind in linears.strange.items()}
     skipped |= dict.fromkeys(linears.placeless, PLACELESS)
-    for name, shape in linears.shapes.items():
+    for name in linears.shapes:
         weights = _weights(recipe, linears, name)
         if name in shared:
             skipped[name] = SHARED
@@ -125,16 +105,16 @@ def select(
                 "both with --embeddings 8"
             )
         else:
-            scheme = _scheme(recipe, weights)
-            scheme.spec.check(shape[1], name, _columns(linears, recipe, architecture))
-            schemes[name] = _held(name, scheme, shape, layout)
+            schemes[name] = scheme_of(recipe, weights)
+    _check_held(schemes, linears, architecture, layout)
+    for name, scheme in schemes.items():
+        columns = _columns(linears, recipe, architecture)
+        scheme.spec.check(linears.shapes[name][1], name, columns, g_idx=scheme.g_idx)
     _check_any(schemes, table, linears, architecture)
     _check_places(schemes, architecture, head)
     _check_fused(schemes, skipped, architecture)
     schemes = table | schemes
-    mixed = layout.why_not_together(schemes, skipped)
-    if mixed:
-        raise LayoutError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
+    _check_mix(layout, schemes, skipped)
     return Selection(
         schemes,
         skipped,
@@ -153,16 +133,59 @@ def _embedding(linears: Linears, recipe: Recipe, layout: Format) -> dict[str, Sc
         raise ArchitectureError(f"{why}; leave out --embeddings")
     name, shape = linears.embedding
     scheme = Scheme(recipe.embeddings.weights.spec)
-    scheme.spec.check(shape[1], name)
-    return {name: _held(name, scheme, shape, layout)}
-
-
-def _held(name: str, scheme: Scheme, shape: tuple[int, int], layout: Format) -> Scheme:
-    """The scheme; raises LayoutError where the layout cannot hold a module of it."""
+    _check_mix(layout, {name: scheme})
     reason = layout.why_not(scheme, shape)
     if reason:
         raise LayoutError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
-    return scheme
+    columns = (width for _, (_, width) in sharing(linears, recipe))
+    scheme.spec.check(
+        shape[1], name, columns, otherwise="leave out strict_groups of the recipe's embeddings"
+    )
+    return {name: scheme}
+
+
+def sharing(linears: Linears, recipe: Recipe) -> Iterator[tuple[str, tuple[int, int]]]:
+    """A head of its own that has the embeddings' grid, and its shape."""
+    head = linears.head
+    if head is None or linears.tied or recipe.selects(*linears.names(head)):
+        return
+    if _weights(recipe, linears, head) is not None:
+        yield head, linears.shapes[head]
+
+
+def _check_mix(
+    layout: Format, schemes: Mapping[str, Scheme], skipped: Collection[str] = ()
+) -> None:
+    """Raises LayoutError where a layout cannot hold modules together."""
+    mixed = layout.why_not_together(schemes, skipped)
+    if mixed:
+        raise LayoutError(f"format {layout.name} cannot hold this recipe's mix: {mixed}")
+
+
+def _check_held(
+    schemes: Mapping[str, Scheme], linears: Linears, architecture: Architecture, layout: Format
+) -> None:
+    """Raises LayoutError for linears that the layout cannot hold. Where the group size does not
+    divide either, another one is no way out, and the message says which ways there are."""
+    shapes = linears.shapes
+    reasons = {n: r for n, s in schemes.items() if (r := layout.why_not(s, shapes[n]))}
+    if not reasons:
+        return
+    name, reason = next(iter(reasons.items()))
+    scheme = schemes[name]
+    row = Scheme(replace(scheme.spec, group_size=None), activations=scheme.activations)
+    other = layout.why_not(row, shapes[name]) is None
+    ways = [] if layout.name == _HOLDS_ALL else [f"use --format {_HOLDS_ALL}"]
+    together = [names for _, names in fused_items(tuple(schemes), architecture)]
+    refused = [n for names in together if not reasons.keys().isdisjoint(names) for n in names]
+    if len(refused) < len(schemes):
+        leaves = dict.fromkeys(n.rpartition(".")[2] for n in refused)
+        ways.append(f"leave out what it cannot hold ({' '.join(f'--ignore {n}' for n in leaves)})")
+    if other or not ways or scheme.spec.divides(shapes[name][1]):
+        raise LayoutError(f"{name}: format {layout.name} cannot hold {scheme.spec}: {reason}")
+    raise LayoutError(
+        f"{name}: format {layout.name} cannot hold this linear in any group size: {reason}; {' or '.join(ways)}"
+    )
 
 
 def _weights(recipe: Recipe, linears: Linears, name: str) -> Weights | None:
@@ -182,7 +205,8 @@ def _columns(linears: Linears, recipe: Recipe, architecture: Architecture) -> It
             yield columns
 
 
-def _scheme(recipe: Recipe, weights: Weights) -> Scheme:
+def scheme_of(recipe: Recipe, weights: Weights) -> Scheme:
+    """What the recipe makes of a linear with these weights."""
     by_group = recipe.method == "gptq" and recipe.gptq.act_order == "group"
     return Scheme(weights.spec, g_idx=by_group, activations=weights.activations)
 

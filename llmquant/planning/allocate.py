@@ -30,6 +30,7 @@ import torch
 
 from llmquant.errors import SourceError, UsageError
 from llmquant.formats import Scheme
+from llmquant.models.groups import fit_groups
 from llmquant.models.selection import select
 from llmquant.planning.candidates import (
     AllocateOptions,
@@ -179,7 +180,9 @@ def _check_layout(choices: Sequence[Choice], plan: WalkPlan) -> None:
             "the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8"
         )
     trial = recipe_of_choice(plan.recipe, choices, chosen)
-    select(plan.source.linears, plan.architecture, trial, plan.layout)
+    linears = plan.source.linears
+    trial, _ = fit_groups(linears, plan.architecture, trial, plan.layout)  # of the embeddings
+    select(linears, plan.architecture, trial, plan.layout)
 
 
 def _budget(choices: Sequence[Choice], target: float) -> int:

@@ -23,12 +23,13 @@ from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.models import architectures
 from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
 from llmquant.models.precision import stays_float32
+from llmquant.models.groups import fit_groups
 from llmquant.models.reading.engine_names import engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
 from llmquant.models.rotated import growth, rotated
-from llmquant.models.selection import fit_groups, select
+from llmquant.models.selection import select
 from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
 from llmquant.quantization.steps.rescaling import RescaledReader

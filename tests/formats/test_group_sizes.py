@@ -52,7 +52,7 @@ def test_what_a_layout_cannot_hold_is_no_choice() -> None:
     assert fit_scheme(scheme(128, g_idx=True), [(64, 192)], CT) == scheme(64, g_idx=True)
 
 
-SHAPES = {"0.q": (64, 192), "0.down": (64, 256), "0.odd": (64, 40)}
+SHAPES = {"0.q": (64, 192), "0.down": (64, 256), "0.odd": (64, 40), "0.short": (60, 192)}
 APART = [(n,) for n in SHAPES]
 
 
@@ -67,7 +67,7 @@ def fitted(
 @pytest.mark.parametrize(
     ("layout", "names", "together", "sizes"),
     [
-        pytest.param("compressed-tensors", [*SHAPES], APART, [64, 128, ROW], id="each its own"),
+        pytest.param("compressed-tensors", [*SHAPES], APART, [64, 128, ROW, 64], id="each its own"),
         pytest.param("gptq", ["0.q", "0.down"], APART, [64, 128], id="gptq has exceptions"),
         pytest.param("awq", ["0.q", "0.down"], APART, [64, 64], id="awq has one for all"),
         pytest.param("awq", ["0.down"], APART[1:2], [128], id="awq where it divides"),
@@ -116,6 +116,12 @@ def test_linears_of_a_model(
                 "one scale per row instead of 128 for 1 linear (odd): none of 128, 64, 32 divides 40 columns"
             ],
             id="per row",
+        ),
+        pytest.param(
+            "awq",
+            [("0.q",), ("0.short",)],
+            ["groups of 64 instead of 128 for 1 linear (q): 128 does not divide 192 columns"],
+            id="one for all, of which the layout can hold one only",
         ),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmquant.errors import ArchitectureError, FormatError, SpecError, UsageError
+from llmquant.errors import ArchitectureError, FormatError, LayoutError, SpecError, UsageError
 from llmquant.formats import FORMATS
 from llmquant.models.architectures import ARCHITECTURES, Architecture
 from llmquant.models.reading.linears import Linears
@@ -30,6 +30,21 @@ def linears(*, tied: bool = False, more: dict[str, tuple[int, int]] | None = Non
     """Two Llama blocks and a head."""
     shapes = {f"model.layers.{i}.{leaf}": shape for i in range(2) for leaf, shape in LEAVES.items()}
     return Linears({**shapes, "lm_head": (128, 64), **(more or {})}, "lm_head", tied)
+
+
+# Of widths that fill neither AWQ's rows of 8 nor GPTQ's words.
+NARROW_LEAVES = {
+    "self_attn.q_proj": (96, 172),
+    "self_attn.k_proj": (48, 172),
+    "self_attn.v_proj": (48, 172),
+    "self_attn.o_proj": (172, 96),
+    "mlp.gate_proj": (100, 172),
+    "mlp.up_proj": (100, 172),
+    "mlp.down_proj": (172, 100),
+}
+NARROW = Linears(
+    {f"model.layers.0.{leaf}": shape for leaf, shape in NARROW_LEAVES.items()}, None, tied=True
+)
 
 
 def chosen(
@@ -115,6 +130,27 @@ REFUSED = [
         FormatError,
         "format awq cannot hold W3 g32 sym",
         id="layout: bits",
+    ),
+    pytest.param(
+        {"of": NARROW, "layout": "gptq"},
+        LayoutError,
+        "^model.layers.0.self_attn.q_proj: format gptq cannot hold this linear in any group size: the input size 172 at "
+        "4 bits does not fill whole 32-bit words; use --format compressed-tensors$",
+        id="layout: no linear",
+    ),
+    pytest.param(
+        {"of": NARROW, "layout": "awq", "weights": {"group_size": 128}},
+        LayoutError,
+        "^model.layers.0.self_attn.o_proj: format awq cannot hold this linear in any group size: the output size 172 is "
+        r"not a multiple of 8; use --format compressed-tensors or leave out what it cannot hold \(--ignore o_proj "
+        r"--ignore gate_proj --ignore up_proj --ignore down_proj\)$",
+        id="layout: some linears",
+    ),
+    pytest.param(
+        {"of": NARROW, "method": "gptq", "gptq": {"act_order": "group"}},
+        SpecError,
+        r"sizes that do: none of 8 or more, or -1 for one group per row \(with act-order static\)\.",
+        id="a row has no order of groups",
     ),
     pytest.param(
         {"layout": "awq", "overrides": [{"match": "*.mlp.*", "group_size": 16}]},

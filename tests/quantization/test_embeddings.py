@@ -31,6 +31,8 @@ from llmquant.quantization.prepare import calibration_of, prepare, selected
 from llmquant.quantization.run import quantize
 from llmquant.quantization.walk import walk
 from llmquant.recipe import Recipe
+from llmquant.recipe_sections import Embeddings
+from llmquant.runtime.yaml_files import read_yaml
 
 EMBED = "model.embed_tokens"
 GRIDS = {"8": "W8 row sym", "4": "W4 g32 sym"}
@@ -236,6 +238,65 @@ def test_resumes_at_every_step(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("width", "wanted", "used", "why"),
+    [
+        pytest.param(172, 32, -1, "32 does not divide 172 columns", id="a row"),
+        pytest.param(96, 128, 32, "128 does not divide 96 columns", id="groups"),
+    ],
+)
+def test_a_group_size_that_does_not_divide_is_fitted(
+    run: Run,
+    make_model: Callable[..., Path],
+    tied: bool,
+    width: int,
+    wanted: int,
+    used: int,
+    why: str,
+) -> None:
+    """As those of linears are: plan, screen, manifest and recipe say so, and packed is dense."""
+    source = make_model(hidden_size=width, head_dim=16, tie_word_embeddings=tied)
+    text = f"method: rtn\nembeddings: {{bits: 4, group_size: {wanted}}}\n"
+    Path("mine.yaml").write_text(text, encoding="utf-8")
+    planned = json.loads(run("plan", source, "--recipe", "mine.yaml", "--json").out)
+    made = run("quantize", source, "-o", "out", "--recipe", "mine.yaml")
+    assert made.code == 0, made.said
+    size = "one scale per row" if used == -1 else f"groups of {used}"
+    told = f"{size} instead of {wanted} for the embeddings (embed_tokens): {why}"
+    assert told in made.err
+    assert "for the embeddings (embed_tokens)" in " ".join(made.out.split())
+    record = json.loads(Path("out/manifest.json").read_text(encoding="utf-8"))
+    assert record["regrouped"] == planned["regrouped"]
+    ours = [r for r in record["regrouped"] if "layers" not in r["linears"][0]]
+    assert [r["linears"] for r in ours] == [[EMBED]] + ([] if tied else [["lm_head"]])
+    assert [r.get("embeddings", False) for r in ours] == [True] + ([] if tied else [False])
+    scheme = "W4 row sym" if used == -1 else f"W4 g{used} sym"
+    assert record["modules"][EMBED]["spec"] == scheme
+    assert Recipe.model_validate(read_yaml(Path("out/recipe.yaml"))).embeddings == Embeddings(
+        bits=4, group_size=used
+    )
+    again = run("quantize", source, "-o", "again", "--recipe", "out/recipe.yaml")
+    assert (again.code, "instead of" in again.said) == (0, False)
+    convert("out", "dense", "dense", ConvertOptions(dtype="float32"))
+    plain = llmquant.load("dense", dtype="float32")
+    for kernel in ("reference", "auto"):
+        packed = llmquant.load("out", dtype="float32", kernel=kernel)
+        assert torch.equal(packed.get_input_embeddings()(IDS), plain.get_input_embeddings()(IDS))
+        torch.testing.assert_close(packed(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_size_of_the_command_line_is_the_linears(
+    run: Run, make_model: Callable[..., Path]
+) -> None:
+    """It does not make that of the embeddings a strict one, which no option could change."""
+    source = make_model(hidden_size=172, head_dim=16)
+    asked = ("--method", "rtn", "--group-size", "-1", "--embeddings", "4", "--json")
+    planned = run("plan", source, *asked)
+    assert planned.code == 0, planned.said
+    assert {m["scheme"] for m in json.loads(planned.out)["modules"]} == {"W4 row sym"}
+
+
 REFUSED = [
     pytest.param(
         {"format": "gptq"},
@@ -245,10 +306,17 @@ REFUSED = [
         id="a layout of linears",
     ),
     pytest.param(
-        {"embeddings": {"bits": 4, "group_size": 48}},
+        {"format": "awq", "embeddings": {"bits": 8}},
+        LayoutError,
+        "its readers look for packed linears only",
+        id="another layout of linears, which has not these bits either",
+    ),
+    pytest.param(
+        {"embeddings": {"bits": 4, "group_size": 48, "strict_groups": True}},
         UsageError,
-        "model.embed_tokens.*48",
-        id="a group that does not divide",
+        "model.embed_tokens: group_size=48 does not divide its 64 .*sizes that do: 8, 16, 32, 64, "
+        "or -1 .* or leave out strict_groups of the recipe's embeddings$",
+        id="a group that does not divide and is meant",
     ),
     pytest.param(
         {"ignore": [], "embeddings": None},

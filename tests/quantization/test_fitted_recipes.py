@@ -14,8 +14,9 @@ from tiny_models import EXAMPLE
 
 from llmquant.formats import FORMATS
 from llmquant.models.architectures import ARCHITECTURES
+from llmquant.models.groups import fit_groups
 from llmquant.models.reading.linears import Linears
-from llmquant.models.selection import fit_groups, select
+from llmquant.models.selection import select
 from llmquant.recipe import Recipe, load_recipe
 
 LLAMA = ARCHITECTURES["llama"]
