@@ -1,4 +1,5 @@
-"""The recipe that a command line means: a file or name, with options laid over it."""
+"""What a command line means: the recipe, a file or name with options laid over it, and what
+``--target-bpw`` may choose."""
 
 from __future__ import annotations
 
@@ -7,9 +8,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from llmquant.cli.method import parse_method
+from llmquant.cli.options import Engine
+from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
+    from llmquant.planning.candidates import AllocateOptions
     from llmquant.planning.defaults import DefaultRecipe
+    from llmquant.quantization.options import QuantizeOptions
     from llmquant.recipe import Recipe
 
 KEYS = {
@@ -90,3 +95,56 @@ def recipe_of(options: Mapping[str, Any], default: DefaultRecipe | None = None) 
     if bits is not None and (recipe.embeddings is None or str(recipe.embeddings.bits) != bits):
         recipe = recipe.updated({"embeddings": None if bits == "none" else {"bits": int(bits)}})
     return recipe if method is None else parse_method(method).applied_to(recipe)
+
+
+def check_together(given: Mapping[str, Any], method: str) -> None:
+    """Raises UsageError for options that have no effect beside each other."""
+    if given["act_order"] is not None and method != "gptq":
+        raise UsageError(
+            f"--act-order applies only to GPTQ, but the method is {method}; leave one of them out"
+        )
+    if given["target_bpw"] is None:
+        if given["engine"] is not None:
+            raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
+    elif given["bits"] is not None or given["group_size"] is not None:
+        raise UsageError(
+            "--target-bpw chooses bits and group sizes itself; leave out --bits and --group-size"
+        )
+
+
+def options_for(
+    size: float, engine: Engine | None, symmetric: bool | None, run: QuantizeOptions
+) -> AllocateOptions:
+    """What ``--target-bpw`` of another command lets be chosen."""
+    from llmquant.planning.candidates import AllocateOptions
+
+    wanted = engine or Engine.any
+    return AllocateOptions(
+        size,
+        widths_of(None, wanted),
+        symmetric=symmetric,
+        engine=wanted.value,
+        device=run.device,
+        dtype=run.dtype,
+        store_dtype=run.store_dtype,
+        evaluation=run.evaluation,
+    )
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """``2,3,4`` as numbers, each once.
+
+    Raises:
+        UsageError: something else stands there.
+    """
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as e:
+        raise UsageError(f"{option} {text!r} must be whole numbers separated by commas") from e
+
+
+def widths_of(widths: str | None, engine: Engine) -> tuple[int, ...]:
+    """The widths asked for; without any, those that make sense for the engine."""
+    if widths is not None:
+        return numbers("--widths", widths)
+    return (4, 8, 16) if engine is Engine.vllm else (2, 3, 4, 8, 16)

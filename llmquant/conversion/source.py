@@ -19,8 +19,8 @@ from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
-from llmquant.formats.compressed_tensors.beyond import KV_CACHE, kv_cache
 from llmquant.formats.base import is_expert
+from llmquant.formats.compressed_tensors.beyond import KV_CACHE, kv_cache
 from llmquant.models.reading.engine_names import EngineNames, engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of

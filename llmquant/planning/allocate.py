@@ -21,30 +21,36 @@ linears (and those fused with them).
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llmquant.errors import SourceError, UsageError
+from llmquant.errors import SourceError
 from llmquant.formats import Scheme
-from llmquant.models.groups import fit_groups
-from llmquant.models.selection import select
+from llmquant.formats.base import is_expert
+from llmquant.models.from_folder import load_tokenizer
 from llmquant.planning.candidates import (
     AllocateOptions,
     Choice,
-    cheapest,
+    budget_of,
+    check_layout,
     choices_of,
     recipe_of_choice,
+    span_of,
 )
-from llmquant.planning.knapsack import Option, Solution, undominated
+from llmquant.planning.knapsack import Option, Solution, solve, solve_alike, undominated
+from llmquant.planning.preview import Plan, make_plan
 from llmquant.planning.quality_loss import Damage
 from llmquant.planning.sensitivity import Item, Probe, measure
 from llmquant.quantization.options import Events
-from llmquant.quantization.plan import WalkPlan
-from llmquant.quantization.prepare import calibration_of, deterministic, prepare
+from llmquant.quantization.prepare import (
+    calibration_of,
+    check_calibration,
+    deterministic,
+    prepare,
+)
 from llmquant.recipe import Recipe
 from llmquant.spec import QuantSpec
 
@@ -105,6 +111,29 @@ class Allocation:
     unit: str
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a run would make that chooses schemes for a size first, as far as no text has to be read
+    for it.
+
+    Attributes:
+        least: the plan of the smallest choice.
+        target_bpw: at most this many bits per selected weight.
+        smallest, largest: what is possible.
+        bytes_on_disk: at most, of a single weight file.
+        items: sets of linears that get a scheme each.
+        schemes: what may be chosen, smallest bits first.
+    """
+
+    least: Plan
+    target_bpw: float
+    smallest: float
+    largest: float
+    bytes_on_disk: int
+    items: int
+    schemes: tuple[str, ...]
+
+
 def allocate(
     model: str | os.PathLike[str],
     recipe: Recipe,
@@ -133,8 +162,8 @@ def allocate(
         )
     plan = prepare(model, recipe, options.device, options.dtype, options.store_dtype)
     choices = choices_of(plan, options)
-    _check_layout(choices, plan)
-    budget = _budget(choices, options.target_bpw)
+    check_layout(choices, plan)
+    budget = budget_of(choices, options.target_bpw)
     calibration = calibration_of(plan, options.evaluation)
     assert calibration is not None
     events.on_calibration(calibration)
@@ -145,6 +174,39 @@ def allocate(
     with deterministic(recipe.seed):
         damages = measure(plan, items, seen, Probe(options.sensitivity, unseen), events.on_progress)
     return _decide(choices, damages, budget, recipe, options)
+
+
+def plan_budget(model: str | os.PathLike[str], recipe: Recipe, options: AllocateOptions) -> Budget:
+    """Plan a run that allocates first.
+
+    Raises:
+        what :func:`llmquant.allocate` raises for the same request before it reads a text, and for
+        a text that is not named nothing.
+    """
+    plan = prepare(model, recipe, options.device, options.dtype, options.store_dtype)
+    load_tokenizer(plan.reader.path)
+    if recipe.calibration.source is not None:
+        check_calibration(plan)
+    choices = choices_of(plan, options)
+    check_layout(choices, plan)
+    nbytes = budget_of(choices, options.target_bpw)
+    least = [min(c.sizes.items(), key=lambda choice: choice[1]) for c in choices]
+    smallest_recipe = recipe_of_choice(recipe, choices, [scheme for scheme, _ in least])
+    made = make_plan(model, smallest_recipe, options.store_dtype)
+    spare = nbytes - sum(size for _, size in least)
+    offered = {scheme for c in choices for scheme in c.sizes}
+    packed = sorted((s for s in offered if s is not None), key=lambda s: (s.spec.bits, str(s)))
+    unpacked = ("unquantized",) if None in offered else ()
+    smallest, largest = span_of(choices)
+    return Budget(
+        made,
+        options.target_bpw,
+        smallest,
+        largest,
+        made.bytes_on_disk + spare,
+        len(choices),
+        (*map(str, packed), *unpacked),
+    )
 
 
 def split_windows(
@@ -164,51 +226,6 @@ def split_windows(
     return list(windows[:-taken] or windows), list(windows[-taken:])
 
 
-def _check_layout(choices: Sequence[Choice], plan: WalkPlan) -> None:
-    """Refuse early what the run would refuse: one allocation with as many different schemes as can
-    be is put to the test.
-
-    Raises:
-        FormatError: the layout holds no such mix.
-    """
-    chosen = []
-    for i, choice in enumerate(choices):
-        schemes: list[Scheme | None] = [s for s in choice.sizes if s is not None] or [None]
-        chosen.append(schemes[i % len(schemes)])
-    if all(s is None for s in chosen):
-        raise UsageError(
-            "the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8"
-        )
-    trial = recipe_of_choice(plan.recipe, choices, chosen)
-    linears = plan.source.linears
-    trial, _ = fit_groups(linears, plan.architecture, trial, plan.layout)  # of the embeddings
-    select(linears, plan.architecture, trial, plan.layout)
-
-
-def _budget(choices: Sequence[Choice], target: float) -> int:
-    """Bytes that the selected linears may take.
-
-    Raises:
-        UsageError: outside the possible range, which the message gives.
-    """
-    weights = sum(c.weights for c in choices)
-    smallest, largest = _range(choices)
-    if not smallest <= target < largest:
-        side = "below the smallest" if target < smallest else "not below the largest"
-        raise UsageError(
-            f"a target of {target:g} bits per weight is {side} possible size; these choices reach from "
-            f"{math.ceil(smallest * 1000) / 1000:g} to {largest:.3f}"
-        )
-    return math.floor(target * weights / 8)
-
-
-def _range(choices: Sequence[Choice]) -> tuple[float, float]:
-    weights = sum(c.weights for c in choices)
-    ends = (sum(end(c.sizes.values()) for c in choices) for end in (min, max))
-    smallest, largest = (8 * nbytes / weights for nbytes in ends)
-    return smallest, largest
-
-
 def _decide(
     choices: Sequence[Choice],
     damages: Sequence[Mapping[QuantSpec, Damage]],
@@ -223,9 +240,12 @@ def _decide(
         ]
         for choice, damage in zip(choices, damages, strict=True)
     ]
-    solution = cheapest(choices, offers, budget, options.engine)
+    # transformers reads all experts by one scheme.
+    alike = options.engine == "transformers"
+    experts = {i: list(c.sizes) for i, c in enumerate(choices) if alike and is_expert(c.names[0])}
+    solution = solve_alike(offers, budget, experts) if experts else solve(offers, budget)
     chosen = [list(c.sizes)[i] for c, i in zip(choices, solution.chosen, strict=True)]
-    smallest, largest = _range(choices)
+    smallest, largest = span_of(choices)
     return Allocation(
         recipe=recipe_of_choice(recipe, choices, chosen, _description(solution, choices, options)),
         items=tuple(
@@ -277,6 +297,8 @@ __all__ = [
     "AllocateOptions",
     "Allocated",
     "Allocation",
+    "Budget",
     "allocate",
+    "plan_budget",
     "split_windows",
 ]

@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.errors import SpecError, UsageError
 from llmquant.formats import Format, Scheme
-from llmquant.formats.base import is_expert
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why_not
 from llmquant.formats.group_sizes import fit_scheme
-from llmquant.models.selection import fused_items
-from llmquant.planning.knapsack import Option, Solution, solve
+from llmquant.models.groups import fit_groups
+from llmquant.models.selection import fused_items, select
 from llmquant.planning.sensitivity import Kind
 from llmquant.quantization.plan import WalkPlan
 from llmquant.recipe import Recipe, matches
@@ -194,39 +193,6 @@ def _holds(
     return table is None or why_not(table, layout.name, scheme, module) is None
 
 
-def cheapest(
-    choices: Sequence[Choice], offers: Sequence[Sequence[Option]], budget: int, engine: str
-) -> Solution:
-    """The cheapest choice within the budget (bytes); where transformers is to take it, of those
-    that give all experts one scheme, since it reads them by one.
-
-    Raises:
-        UsageError: none is within the budget.
-    """
-    experts = [i for i, c in enumerate(choices) if any(map(is_expert, c.names))]
-    if engine != "transformers" or not experts:
-        return solve(offers, budget)
-    every = [set(choices[i].sizes) for i in experts]
-    found: list[Solution] = []
-    for scheme in sorted(set.intersection(*every) - {None}, key=str):
-        kept = [
-            [list(c.sizes).index(scheme)] if i in experts else range(len(c.sizes))
-            for i, c in enumerate(choices)
-        ]
-        offered = [[o[k] for k in ks] for o, ks in zip(offers, kept, strict=True)]
-        if sum(min(o.size for o in some) for some in offered) > budget:
-            continue
-        solution = solve(offered, budget)
-        chosen = tuple(ks[pick] for ks, pick in zip(kept, solution.chosen, strict=True))
-        found.append(replace(solution, chosen=chosen))
-    if not found:
-        raise UsageError(
-            "transformers reads all experts by one scheme, and no scheme that fits them all is within the target; raise it, or "
-            "choose another --engine"
-        )
-    return replace(min(found, key=lambda s: s.cost), bound=min(s.bound for s in found))
-
-
 def recipe_of_choice(
     recipe: Recipe,
     choices: Sequence[Choice],
@@ -258,6 +224,52 @@ def recipe_of_choice(
     )
 
 
+def check_layout(choices: Sequence[Choice], plan: WalkPlan) -> None:
+    """Refuse early what the run would refuse: one allocation with as many different schemes as can
+    be is put to the test.
+
+    Raises:
+        FormatError: the layout holds no such mix.
+    """
+    chosen = []
+    for i, choice in enumerate(choices):
+        schemes: list[Scheme | None] = [s for s in choice.sizes if s is not None] or [None]
+        chosen.append(schemes[i % len(schemes)])
+    if all(s is None for s in chosen):
+        raise UsageError(
+            "the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8"
+        )
+    trial = recipe_of_choice(plan.recipe, choices, chosen)
+    linears = plan.source.linears
+    trial, _ = fit_groups(linears, plan.architecture, trial, plan.layout)  # of the embeddings
+    select(linears, plan.architecture, trial, plan.layout)
+
+
+def budget_of(choices: Sequence[Choice], target: float) -> int:
+    """Bytes that the selected linears may take.
+
+    Raises:
+        UsageError: outside the possible range, which the message gives.
+    """
+    weights = sum(c.weights for c in choices)
+    smallest, largest = span_of(choices)
+    if not smallest <= target < largest:
+        side = "below the smallest" if target < smallest else "not below the largest"
+        raise UsageError(
+            f"a target of {target:g} bits per weight is {side} possible size; these choices reach from "
+            f"{math.ceil(smallest * 1000) / 1000:g} to {largest:.3f}"
+        )
+    return math.floor(target * weights / 8)
+
+
+def span_of(choices: Sequence[Choice]) -> tuple[float, float]:
+    """Bits per weight of the smallest and of the largest allocation."""
+    weights = sum(c.weights for c in choices)
+    ends = (sum(end(c.sizes.values()) for c in choices) for end in (min, max))
+    smallest, largest = (8 * nbytes / weights for nbytes in ends)
+    return smallest, largest
+
+
 def _weights(scheme: Scheme) -> Weights:
     return Weights(activations=scheme.activations).with_spec(scheme.spec)
 
@@ -270,7 +282,10 @@ __all__ = [
     "UNQUANTIZED",
     "AllocateOptions",
     "Choice",
+    "budget_of",
+    "check_layout",
     "choices_of",
     "fused_items",
     "recipe_of_choice",
+    "span_of",
 ]

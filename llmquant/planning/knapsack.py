@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from llmquant.errors import UsageError
@@ -82,6 +82,37 @@ def solve(items: Sequence[Sequence[Option]], budget: int) -> Solution:
     return Solution(
         chosen, size, sum(options[i].cost for options, i in zip(items, chosen, strict=True)), bound
     )
+
+
+def solve_alike(
+    items: Sequence[Sequence[Option]],
+    budget: int,
+    kinds: Mapping[int, Sequence[Hashable]],
+) -> Solution:
+    """The cheapest choice that gives some items options of one kind.
+
+    Args:
+        items, budget: as in :func:`solve`.
+        kinds: index of such an item → the kind of each of its options; None is no kind.
+
+    Raises:
+        UsageError: none is within the budget.
+    """
+    found: list[Solution] = []
+    shared = set.intersection(*map(set, kinds.values())) - {None}
+    for kind in sorted(shared, key=str):
+        kept = [
+            [k for k in range(len(options)) if i not in kinds or kinds[i][k] == kind]
+            for i, options in enumerate(items)
+        ]
+        offered = [[o[k] for k in ks] for o, ks in zip(items, kept, strict=True)]
+        if sum(min(o.size for o in options) for options in offered) <= budget:
+            solution = solve(offered, budget)
+            chosen = tuple(ks[pick] for ks, pick in zip(kept, solution.chosen, strict=True))
+            found.append(replace(solution, chosen=chosen))
+    if not found:
+        raise UsageError("no kind of option that all these items have is within the budget")
+    return replace(min(found, key=lambda s: s.cost), bound=min(s.bound for s in found))
 
 
 def undominated(options: Sequence[Option]) -> list[int]:

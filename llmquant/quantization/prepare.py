@@ -22,8 +22,8 @@ from llmquant.formats import layout_of
 from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.models import architectures
 from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
-from llmquant.models.precision import stays_float32
 from llmquant.models.groups import fit_groups
+from llmquant.models.precision import stays_float32
 from llmquant.models.reading.engine_names import engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -171,12 +172,79 @@ QUANTIZE = [
     pytest.param(
         ("--engine", "vllm"), "--engine limits what --target-bpw may choose", id="--engine alone"
     ),
+    pytest.param(
+        ("--method", "rtn", "--act-order", "group"),
+        "--act-order applies only to GPTQ",
+        id="--act-order of rtn",
+    ),
 ]
 
 
+@pytest.mark.parametrize("command", [("quantize", "-o", "out"), ("plan",)], ids=lambda c: c[0])
 @pytest.mark.parametrize(("arguments", "message"), QUANTIZE)
 def test_options_that_contradict_each_other(
-    run: Run, model: Path, arguments: tuple[str, ...], message: str
+    run: Run, model: Path, command: tuple[str, ...], arguments: tuple[str, ...], message: str
 ) -> None:
-    told = run("quantize", model, "-o", "out", *arguments)
+    told = run(*command, model, *arguments)
     assert (told.code, message in told.err) == (2, True)
+
+
+def test_a_plan_says_what_is_known_before_schemes_are_chosen(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    asked = ("--target-bpw", "4.6", "--method", "rtn", "--engine", "transformers")
+    told = run("plan", model, *asked, "--json")
+    assert told.code == 0, told.err
+    known = json.loads(told.out)
+    calibration = (*SHORT, "--calibration", f"file:{text}")
+    made = run("quantize", model, "-o", "out", *asked, *calibration)
+    assert made.code == 0, made.said
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert 0.9 * known["bytes_on_disk"] < size <= known["bytes_on_disk"] + 2048
+    assert f"(possible: {known['smallest']:.3f} to {known['largest']:.3f})" in made.out
+    assert known["items"] == 8
+    assert {s.split()[-1] for s in known["schemes"]} == {"sym", "unquantized"}
+    said = " ".join(run("plan", model, *asked).out.split())
+    for fact in (
+        f"→ at most {known['bytes_on_disk'] / 1e6:.2f} MB of weight files; at most 4.6 bits per selected weight",
+        "which of W2, W3, W4, W8, unquantized each of 8 sets of linears gets",
+        "`llmquant allocate` chooses them",
+    ):
+        assert fact in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(("--target-bpw", "1"), "below the smallest possible size", id="too small"),
+        pytest.param(("--target-bpw", "4.5", "--format", "awq"), "AWQ has one scheme", id="mix"),
+        pytest.param(("--target-bpw", "4.5", "--ignore", "nothing"), "matches none", id="pattern"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_does(
+    run: Run, model: Path, text: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    calibration = (*SHORT, "--calibration", f"file:{text}")
+    ran = run("quantize", model, "-o", "out", *arguments, *calibration)
+    told = run("plan", model, *arguments)
+    assert (told.code, told.err) == (ran.code, ran.err)
+    assert (told.code, message in told.err) == (2, True)
+
+
+@pytest.mark.parametrize("option", [("--measure",), ("--modules",), ("--gpu-memory", "8GiB")])
+def test_a_plan_for_a_size_has_no_schemes_yet(
+    run: Run, model: Path, option: tuple[str, ...]
+) -> None:
+    told = run("plan", model, "--target-bpw", "4.5", *option)
+    assert told.code == 2
+    assert f"{option[0]} needs each linear's scheme, which --target-bpw chooses" in told.err
+
+
+def test_a_size_is_planned_with_embeddings_of_a_fitted_group_size(
+    run: Run, make_model: Callable[..., Path]
+) -> None:
+    narrow = make_model(hidden_size=172, head_dim=16)
+    told = run("plan", narrow, "--target-bpw", "4.5", "--embeddings", "4", "--json")
+    assert told.code == 0, told.err
+    (first, *_) = json.loads(told.out)["regrouped"]
+    assert first["embeddings"]

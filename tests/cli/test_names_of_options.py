@@ -40,3 +40,15 @@ def test_an_option_that_is_called_as_its_value_says_its_name(command: Callable[.
 def test_all_commands_are_looked_at() -> None:
     names = {c.__name__ for c in COMMANDS}
     assert {"quantize_command", "qat_command", "eval_command", "serve_command"} <= names, names
+
+
+# Where and how a run happens, what it writes beside the weights and what it says.
+OF_A_RUN = {
+    *("output", "eval_text", "base_model", "max_shard_size", "max_memory", "resume", "restart"),
+    *("log", "overwrite", "quiet"),
+}
+
+
+def test_a_plan_takes_every_option_that_changes_what_is_made() -> None:
+    known = {c.__name__: set(inspect.signature(c).parameters) for c in COMMANDS}
+    assert known["quantize_command"] - known["plan_command"] == OF_A_RUN

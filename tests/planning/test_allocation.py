@@ -22,8 +22,8 @@ from llmquant.models.architectures import ARCHITECTURES, Architecture
 from llmquant.planning import allocate as allocation
 from llmquant.planning import candidates as choices
 from llmquant.planning.allocate import AllocateOptions, Allocation, allocate, split_windows
-from llmquant.planning.candidates import Choice, cheapest, fused_items, recipe_of_choice
-from llmquant.planning.knapsack import Option
+from llmquant.planning.candidates import Choice, fused_items, recipe_of_choice
+from llmquant.planning.knapsack import Option, solve, solve_alike
 from llmquant.planning.preview import make_plan
 from llmquant.planning.quality_loss import Damage
 from llmquant.recipe import Recipe
@@ -239,15 +239,10 @@ def test_experts_have_one_scheme_where_transformers_is_to_read_them(
 
     assert len(schemes("any")) == 2
     assert len(schemes("transformers")) == 1
-    names = ("model.layers.0.mlp.experts.0.up_proj", "model.layers.1.mlp.experts.0.up_proj")
-    apart = [
-        Choice(i, (name,), {Scheme(QuantSpec(4, 16 * (i + 1))): 1}, 1)
-        for i, name in enumerate(names)
-    ]
-    offers = [[Option(1, 0.0)]] * 2
-    assert cheapest(apart, offers, 2, "any").chosen == (0, 0)
-    with pytest.raises(UsageError, match="by one scheme"):
-        cheapest(apart, offers, 2, "transformers")
+    offers, kinds = [[Option(1, 0.0)]] * 2, {0: ["a"], 1: ["b"]}
+    assert solve(offers, 2).chosen == (0, 0)
+    with pytest.raises(UsageError, match="no kind of option"):
+        solve_alike(offers, 2, kinds)
 
 
 REFUSED = [

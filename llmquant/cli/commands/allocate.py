@@ -37,7 +37,7 @@ from llmquant.cli.options import (
     ThreadsOption,
     from_home,
 )
-from llmquant.cli.overrides import recipe_of
+from llmquant.cli.overrides import numbers, recipe_of, widths_of
 from llmquant.cli.progress import progress
 from llmquant.cli.screen import fact_table, screen
 from llmquant.cli.stopping import stoppable
@@ -184,25 +184,6 @@ def _check_read(path: Path, model: str, recipe: Recipe) -> None:
 
         refuse_source(path, model)
         refuse_texts(path, recipe.calibration.source)
-
-
-def numbers(option: str, text: str) -> tuple[int, ...]:
-    """``2,3,4`` as numbers, each once.
-
-    Raises:
-        UsageError: something else stands there.
-    """
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as e:
-        raise UsageError(f"{option} {text!r} must be whole numbers separated by commas") from e
-
-
-def widths_of(widths: str | None, engine: Engine) -> tuple[int, ...]:
-    """The widths asked for; without any, those that make sense for the engine."""
-    if widths is not None:
-        return numbers("--widths", widths)
-    return (4, 8, 16) if engine is Engine.vllm else (2, 3, 4, 8, 16)
 
 
 def as_dict(result: Allocation) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmquant.cli.commands.allocate import allocated, widths_of
+from llmquant.cli.commands.allocate import allocated
 from llmquant.cli.costs import explain_default
 from llmquant.cli.options import (
     ActOrderOption,
@@ -52,7 +52,7 @@ from llmquant.cli.options import (
     SymOption,
     ThreadsOption,
 )
-from llmquant.cli.overrides import default_of, recipe_of
+from llmquant.cli.overrides import check_together, default_of, options_for, recipe_of
 from llmquant.cli.progress import progress
 from llmquant.cli.result import result_as_dict, show_result
 from llmquant.cli.sizes import check_shard_size, parse_size
@@ -110,30 +110,15 @@ def quantize_command(
         explain_default(default, as_json=as_json)
         return
     chosen = recipe_of(given, default)
-    _check_together(given, chosen.method)
+    check_together(given, chosen.method)
     options = _options(given)
     if default is not None:
         options = replace(options, note=default.sentence)
     hidden = quiet or as_json or not options.world.first
     if target_bpw is not None:
-        target = target_bpw, engine or Engine.any, sym
+        target = target_bpw, engine, sym
         chosen = _allocated(model, output, chosen, options, target, hidden)
     _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
-
-
-def _check_together(given: Mapping[str, Any], method: str) -> None:
-    """Raises UsageError for options that have no effect beside each other."""
-    if given["act_order"] is not None and method != "gptq":
-        raise UsageError(
-            f"--act-order applies only to GPTQ, but the method is {method}; leave one of them out"
-        )
-    if given["target_bpw"] is None:
-        if given["engine"] is not None:
-            raise UsageError("--engine limits what --target-bpw may choose; give both or neither")
-    elif given["bits"] is not None or given["group_size"] is not None:
-        raise UsageError(
-            "--target-bpw chooses bits and group sizes itself; leave out --bits and --group-size"
-        )
 
 
 def _options(given: Mapping[str, Any]) -> QuantizeOptions:
@@ -171,14 +156,13 @@ def _allocated(
     output: Path,
     recipe: Recipe,
     options: QuantizeOptions,
-    target: tuple[float, Engine, bool | None],
+    target: tuple[float, Engine | None, bool | None],
     hidden: bool,
 ) -> Recipe:
     """The recipe with each linear's scheme chosen for a size, an engine and a kind of grid."""
     from llmquant.checkpoint.atomic import check_destination
     from llmquant.checkpoint.companions.originals import refuse_source
     from llmquant.data.sources import refuse_texts
-    from llmquant.planning.candidates import AllocateOptions
 
     if options.world.size > 1:
         raise UsageError(
@@ -187,17 +171,7 @@ def _allocated(
     check_destination(output.absolute(), options.overwrite)
     refuse_source(output.absolute(), model)
     refuse_texts(output.absolute(), recipe.calibration.source, options.evaluation)
-    size, engine, symmetric = target
-    wanted = AllocateOptions(
-        size,
-        widths_of(None, engine),
-        symmetric=symmetric,
-        engine=engine.value,
-        device=options.device,
-        dtype=options.dtype,
-        store_dtype=options.store_dtype,
-        evaluation=options.evaluation,
-    )
+    wanted = options_for(*target, options)
     return allocated(model, recipe, wanted, hidden=hidden).recipe
 
 
