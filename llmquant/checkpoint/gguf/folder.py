@@ -31,6 +31,7 @@ from llmquant.checkpoint.gguf.header import GgufFile, read_gguf
 from llmquant.checkpoint.gguf.names import Placed, places
 from llmquant.checkpoint.gguf.running import refuse_idle
 from llmquant.checkpoint.gguf.tokenizer import save_tokenizer
+from llmquant.checkpoint.gguf.vocabulary import vocabulary_of
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.errors import CheckpointError, LayoutError, ProofError, UsageError
@@ -109,6 +110,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufSource:
 
     file = read_gguf(Path(path))
     stated = config_of(file)
+    vocabulary_of(file)
     try:
         config = AutoConfig.for_model(**stated.config)
         with init_empty_weights(include_buffers=False):

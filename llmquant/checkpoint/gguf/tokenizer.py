@@ -1,24 +1,42 @@
 """A GGUF file's tokenizer as the files of a model folder.
 
 transformers builds it, of the class that ``AutoTokenizer`` would choose (which itself would read
-the metadata with the slow reader first), and saves it.
+the metadata with the slow reader first), and saves it. It spells tokens that a text holds literally
+in GPT-2's alphabet, and knows neither llama.cpp's defaults for a set of splitting rules nor
+sentencepiece without a space in front: these are put right in what it saved. Then the folder's
+tokenizer is loaded as everybody loads it, and has to have the file's tokens.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.gguf.header import GgufFile
+from llmquant.checkpoint.gguf.vocabulary import NAMED, Vocabulary, vocabulary_of
 from llmquant.checkpoint.weights.json_files import read_json
-from llmquant.errors import CheckpointError, LayoutError
+from llmquant.errors import LayoutError
 
 _TEMPLATE = "tokenizer.chat_template"
 # Splitting rules that are GPT-2's own, or that give the same tokens as these do with merges that
 # were learned with them; transformers knows the others by name, or uses GPT-2's.
 _AS_GPT2 = frozenset({"default", "gpt-2", "smollm", "starcoder", "falcon", "refact", "codeshell"})
+# Splitting rules with which llama.cpp puts BOS in front where a file says nothing, and those with
+# which a whole word that is a token needs no merges (llama-vocab.cpp).
+_LLAMA3 = frozenset(
+    {
+        *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        *("jina-v5-nano", "tekken"),
+    }
+)
+_ADD_BOS = _LLAMA3 | {"chameleon"}
+_IGNORE_MERGES = _LLAMA3 | {"minicpm5", "youtu", "granite-embed-multi-97m"}
+_OWN_ENDS = ("gpt2", "llama")  # tokenizer.ggml.model whose defaults for BOS and EOS are known here
+_GENERIC = "TokenizersBackend"  # transformers' class that takes tokenizer.json as it is
 
 
 def save_tokenizer(model: GgufFile, config: Any, folder: Path) -> tuple[str, ...]:
@@ -31,26 +49,11 @@ def save_tokenizer(model: GgufFile, config: Any, folder: Path) -> tuple[str, ...
         Notes for people.
 
     Raises:
-        CheckpointError: the file has no tokenizer.
-        LayoutError: one that transformers cannot build.
+        CheckpointError: the file has no tokenizer, or one that makes no sense.
+        LayoutError: one that transformers cannot build, or that is another once it is loaded.
     """
-    from transformers import TOKENIZER_MAPPING, PreTrainedTokenizerFast
-
-    said, first = model.metadata, model.files[0]
-    if not said.get("tokenizer.ggml.tokens"):
-        raise CheckpointError(
-            f"{model.path} has no tokenizer (tokenizer.ggml.tokens); fetch a conversion with one"
-        )
-    kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
-    if kind is None or kind.__name__ == "MistralCommonBackend":
-        kind = PreTrainedTokenizerFast
-    try:
-        tokenizer = kind.from_pretrained(str(first.parent), gguf_file=first.name)
-    except CONFUSED as e:
-        what = said.get("tokenizer.ggml.model")
-        raise LayoutError(
-            f"{model.path}: transformers cannot build its tokenizer ({what!r}): {first_line(e)}"
-        ) from e
+    said, vocabulary = model.metadata, vocabulary_of(model)
+    tokenizer = _built(model, config)
     named = {
         key.removeprefix(f"{_TEMPLATE}."): text
         for key, text in said.items()
@@ -60,27 +63,200 @@ def save_tokenizer(model: GgufFile, config: Any, folder: Path) -> tuple[str, ...
         default = {"default": said[_TEMPLATE]} if said.get(_TEMPLATE) else {}
         tokenizer.chat_template = {**default, **named}
     tokenizer.save_pretrained(folder)
-    _only_the_files(folder / "tokenizer.json", len(said["tokenizer.ggml.tokens"]))
-    return _doubts(model)
+    data = _mended(said, vocabulary, read_json(folder / "tokenizer.json"))
+    _write(folder / "tokenizer.json", data)
+    settings = _named(vocabulary, read_json(folder / "tokenizer_config.json"))
+    _write(folder / "tokenizer_config.json", settings)
+    loaded = _loaded(model.path, folder, config)
+    if said.get("tokenizer.ggml.pre") in _known_rules() and not _splits_as(data, loaded):
+        _write(folder / "tokenizer_config.json", {**settings, "tokenizer_class": _GENERIC})
+        loaded = _loaded(model.path, folder, config)
+    _prove(model, vocabulary, loaded)
+    return _doubts(model, data, loaded)
 
 
-def _only_the_files(path: Path, count: int) -> None:
-    """Take out tokens that transformers' classes add on their own (GPT-2's ``<|endoftext|>``):
-    their ids lie past the file's, where a model has no embedding."""
-    data = read_json(path)
-    added = [t for t in data["added_tokens"] if t["id"] < count]
-    if len(added) < len(data["added_tokens"]):
-        text = json.dumps({**data, "added_tokens": added}, indent=2, ensure_ascii=False)
-        path.write_text(text, encoding="utf-8")
+def _built(model: GgufFile, config: Any) -> Any:
+    """The tokenizer as transformers reads it."""
+    from transformers import TOKENIZER_MAPPING, PreTrainedTokenizerFast
+
+    kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    if kind is None or kind.__name__ == "MistralCommonBackend":
+        kind = PreTrainedTokenizerFast
+    first, what = model.files[0], model.metadata.get("tokenizer.ggml.model")
+    with _refusing(f"{model.path}: transformers cannot build its tokenizer ({what!r})"):
+        return kind.from_pretrained(str(first.parent), gguf_file=first.name)
 
 
-def _doubts(model: GgufFile) -> tuple[str, ...]:
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever transformers and tokenizers raise, as a LayoutError."""
+    try:
+        yield
+    except Exception as e:  # tokenizers raises nothing more special
+        if type(e) is not Exception and not isinstance(e, CONFUSED):
+            raise
+        raise LayoutError(f"{what}: {first_line(e)}") from e
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _mended(
+    said: Mapping[str, Any], vocabulary: Vocabulary, data: dict[str, Any]
+) -> dict[str, Any]:
+    """tokenizer.json as the file means it.
+
+    Without what transformers' classes add on their own (GPT-2's ``<|endoftext|>``, Gemma's
+    ``<mask>``): those ids lie past the file's, where a model has no embedding.
+    """
+    model, kind = dict(data["model"]), said.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        model["vocab"] = known = vocabulary.byte_level()
+        # merges into a token that is literal now: its text never gets as far as merges
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [m for m in merges if m[0] in known and m[1] in known and m[0] + m[1] in known]  # fmt: skip
+        model["ignore_merges"] = said.get("tokenizer.ggml.pre") in _IGNORE_MERGES
+    texts = model["vocab"] if isinstance(model["vocab"], dict) else set(vocabulary.tokens)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": i, "content": vocabulary.tokens[i], **flags, "special": special}
+        for i, special in vocabulary.whole.items()
+        if vocabulary.tokens[i] in texts  # Gemma's runs of spaces are found by merges
+    ]
+    data = {**data, "added_tokens": added, "model": model}
+    if kind in _OWN_ENDS:
+        data["post_processor"] = _template(_ends(said, vocabulary), vocabulary)
+    return _without_prefix(data) if said.get("tokenizer.ggml.add_space_prefix") is False else data
+
+
+def _ends(said: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, int]:
+    """Which of bos and eos a text gets, and their ids."""
+    bos = said.get("tokenizer.ggml.model") == "llama" or said.get("tokenizer.ggml.pre") in _ADD_BOS
+    usual = {"bos": bos, "eos": False}
+    return {
+        name: vocabulary.special[name]
+        for name, usually in usual.items()
+        if name in vocabulary.special and said.get(f"tokenizer.ggml.add_{name}_token", usually)
+    }
+
+
+def _template(ends: Mapping[str, int], vocabulary: Vocabulary) -> dict[str, Any]:
+    """bos and eos around a text and around a pair, in the words of tokenizer.json."""
+    texts = {name: vocabulary.tokens[i] for name, i in ends.items()}
+
+    def around(part: str, number: int) -> list[dict[str, Any]]:
+        here = {n: {"SpecialToken": {"id": text, "type_id": number}} for n, text in texts.items()}
+        found = [here.get("bos"), {"Sequence": {"id": part, "type_id": number}}, here.get("eos")]
+        return [piece for piece in found if piece]
+
+    single = around("A", 0)
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, *around("B", 1)],
+        "special_tokens": {
+            text: {"id": text, "ids": [ends[name]], "tokens": [text]}
+            for name, text in texts.items()
+        },
+    }
+
+
+def _without_prefix(data: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json of sentencepiece without the space that it puts in front of a text."""
+
+    def parts(found: Any, key: str) -> list[Any]:
+        return list(found[key]) if found and found["type"] == "Sequence" else [found] if found else []  # fmt: skip
+
+    def whole(found: list[Any], key: str) -> Any:
+        return {"type": "Sequence", key: found} if len(found) > 1 else next(iter(found), None)
+
+    before = parts(data["normalizer"], "normalizers")
+    split = parts(data["pre_tokenizer"], "pretokenizers")
+    after = parts(data["decoder"], "decoders")
+    never = [{**p, "prepend_scheme": "never"} if p["type"] == "Metaspace" else p for p in split]
+    return {
+        **data,
+        "normalizer": whole([p for p in before if p["type"] != "Prepend"], "normalizers"),
+        "pre_tokenizer": whole(never, "pretokenizers"),
+        "decoder": whole([p for p in after if p["type"] != "Strip"], "decoders"),
+    }
+
+
+def _named(vocabulary: Vocabulary, settings: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json with the file's special tokens, and none that it has not."""
+    texts = set(vocabulary.tokens)
+    own = {
+        key: text if text in texts else None
+        for key, text in settings.items()
+        if key.endswith("_token") and isinstance(text, str)
+    }
+    named = {f"{name}_token": vocabulary.named(key) for key, name in NAMED.items()}
+    return {**settings, **own, **named}
+
+
+def _loaded(path: Path, folder: Path, config: Any) -> Any:
+    """The folder's tokenizer, loaded as everybody loads it."""
+    from transformers import AutoTokenizer
+
+    with _refusing(f"{path}: transformers cannot load the tokenizer that it made of it"):
+        return AutoTokenizer.from_pretrained(folder, config=config)
+
+
+def _splits_as(data: Mapping[str, Any], loaded: Any) -> bool:
+    """Whether a loaded tokenizer has the rules of tokenizer.json; some classes have their own."""
+    own, ignoring = loaded.backend_tokenizer, data["model"].get("ignore_merges", False)
+    splits = json.loads(own.pre_tokenizer.__getstate__()) if own.pre_tokenizer else None
+    return (splits, getattr(own.model, "ignore_merges", False)) == (data["pre_tokenizer"], ignoring)
+
+
+def _prove(model: GgufFile, vocabulary: Vocabulary, loaded: Any) -> None:
+    """Hold the loaded tokenizer against the file.
+
+    Raises:
+        LayoutError: naming what it has otherwise.
+    """
+    if found := next(_differences(model, vocabulary, loaded), None):
+        raise LayoutError(
+            f"{model.path}: {found} in the tokenizer that transformers loads; take the original safetensors model"
+        )
+
+
+def _differences(model: GgufFile, vocabulary: Vocabulary, loaded: Any) -> Iterator[str]:
+    texts = [vocabulary.tokens[i] for i in vocabulary.whole]
+    pieces = loaded(texts, add_special_tokens=False)["input_ids"] if texts else []
+    for i, text, ids in zip(vocabulary.whole, texts, pieces, strict=True):
+        if ids != [i]:
+            yield f"its token {i}, {text!r:.60}, is {ids!s:.60}"
+    for key, name in NAMED.items():
+        own, other = vocabulary.special.get(key), getattr(loaded, f"{name}_token_id")
+        if own not in (None, other):
+            yield f"tokenizer.ggml.{key}_token_id is {own} and becomes {other}"
+    if model.metadata.get("tokenizer.ggml.model") in _OWN_ENDS:
+        ends = _ends(model.metadata, vocabulary)
+        front, back = ([ends[name]] if name in ends else [] for name in ("bos", "eos"))
+        plain = loaded("a", add_special_tokens=False).input_ids
+        if loaded("a").input_ids != [*front, *plain, *back]:
+            yield f"a text gets other tokens around it than {ends or 'none'}"
+    rows = model.tensors["token_embd.weight"].shape[0]
+    last = max(loaded.get_vocab().values())
+    if last >= rows:
+        yield f"there is a token {last}, past its {rows} embeddings,"
+
+
+def _doubts(model: GgufFile, data: Mapping[str, Any], loaded: Any) -> tuple[str, ...]:
     said = model.metadata
     rules = said.get("tokenizer.ggml.pre")
-    if said.get("tokenizer.ggml.model") != "gpt2" or rules in _AS_GPT2 or rules in _known_rules():
+    if said.get("tokenizer.ggml.model") != "gpt2" or rules in _AS_GPT2:
+        return ()
+    if rules not in _known_rules():
+        what, used = "which transformers does not know", "GPT-2's"
+    elif not _splits_as(data, loaded):
+        what, used = "which transformers does not use for such a model", type(loaded).__name__ + "'s"  # fmt: skip
+    else:
         return ()
     return (
-        f"{model.path.name}: text is split by rules {rules!r}, which transformers does not know; GPT-2's are used, "
+        f"{model.path.name}: text is split by rules {rules!r}, {what}; {used} are used, "
         "so some texts may get other tokens than in training",
     )
 
