@@ -25,6 +25,8 @@ _LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
 _SAID_YARN = {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0, "llama__rope__scaling__original_context_length": 16}  # fmt: skip
 _GLOBAL = {"rope_type": "default", "rope_theta": 1e6}
+_S, _F = "sliding_attention", "full_attention"
+_LOCAL = {"gemma3__rope__freq_base_swa": 500.0}
 _GEMMA = {
     "num_hidden_layers": 6,
     "tie_word_embeddings": True,
@@ -48,6 +50,13 @@ SAME: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "attn_factor multiplies": ("llama", "llama", {"rope_parameters": {**_YARN, "attention_factor": 0.5 * (0.1 * np.log(4.0) + 1)}}, {**_SAID_YARN, "llama__rope__scaling__attn_factor": 0.5}),
     "no base": ("mixtral", "llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"llama__rope__freq_base": None}),
     "no head_count_kv": ("qwen3", "qwen3", {"num_key_value_heads": 4}, {"qwen3__attention__head_count_kv": None}),
+    "each third layer sees everything": ("gemma3_text", "gemma3", {**_GEMMA, "layer_types": [_S, _S, _F] * 2}, {**_LOCAL, "gemma3__attention__sliding_window_pattern": 3}),
+    "windows layer by layer": ("gemma3_text", "gemma3", {**_GEMMA, "layer_types": [_F, _S, _S, _F, _S, _F]}, {**_LOCAL, "gemma3__attention__sliding_window_pattern": [False, True, True, False, True, False]}),
+    "a pattern of 1": ("gemma3_text", "gemma3", {**_GEMMA, "layer_types": [_F] * 6}, {**_LOCAL, "gemma3__attention__sliding_window_pattern": 1}),
+    "no window": ("gemma3_text", "gemma3", {**_GEMMA, "layer_types": [_F] * 6}, {"gemma3__attention__sliding_window": None}),
+    "no window, but a pattern": ("gemma3_text", "gemma3", {**_GEMMA, "layer_types": [_F] * 6}, {"gemma3__attention__sliding_window": 0, "gemma3__attention__sliding_window_pattern": 3}),
+    "pattern of Gemma 2": ("gemma2", "gemma2", {"num_hidden_layers": 3, "tie_word_embeddings": True, "layer_types": [_S, _S, _F], "sliding_window": 4}, {"gemma2__attention__sliding_window_pattern": 3}),
+    "factors of 1": ("llama", "llama", {}, {"llama__expert_weights_scale": 1.0, "llama__attention__scale": 0.0, "llama__attention__causal": True, "llama__expert_gating_func": 1}),
     "base of sliding layers": ("gemma3_text", "gemma3", _GEMMA, {"gemma3__rope__freq_base_swa": 500.0}),
 }  # fmt: skip
 
@@ -77,10 +86,10 @@ def test_none_is_written_where_the_class_has_a_number(tmp_path: Path) -> None:
 
 
 def test_keys_that_nobody_read_are_named(tmp_path: Path) -> None:
-    more = {"llama__rope__scaling__yarn_log_multiplier": 0.1, "llama__something": 3}
+    more = {"llama__pooling_type": 0, "llama__something": 3}
     _, result = imported(tmp_path, "llama", "llama", {"rope_parameters": _YARN}, **_SAID_YARN, **more)  # fmt: skip
     (note,) = result.notes
-    assert note.endswith("left out: rope.scaling.yarn_log_multiplier, something")
+    assert note.endswith("left out: pooling_type, something")
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[LlmquantError], str]] = {
@@ -95,6 +104,15 @@ WRONG: dict[str, tuple[dict[str, Any], type[LlmquantError], str]] = {
     "factor as text": ({"llama__rope__scaling__factor": "x"}, CheckpointError, "rope.scaling.factor is 'x'"),
     "list of ids": ({"tokenizer__ggml__eos_token_id": [1, 2]}, CheckpointError, "tokenizer.ggml.eos_token_id is [1, 2], not a whole number"),
     "half a head": ({"llama__attention__key_length": 8, "llama__rope__dimension_count": 4}, LayoutError, "rope.dimension_count is 4 of heads that are 8 wide"),
+    "a scale": ({"llama__logit_scale": 0.25}, LayoutError, "llama.logit_scale is 0.25, which changes what the model computes"),
+    "scale of attention": ({"llama__attention__scale": 1.0}, LayoutError, "llama.attention.scale is 1.0"),
+    "scale of experts": ({"llama__expert_weights_scale": 2.5}, LayoutError, "llama.expert_weights_scale is 2.5"),
+    "clamped": ({"llama__attention__clamp_kqv": 8.0}, LayoutError, "llama.attention.clamp_kqv is 8.0"),
+    "a pattern": ({"llama__attention__sliding_window_pattern": [True, False]}, LayoutError, "sliding_window_pattern is [True, False]"),
+    "not causal": ({"llama__attention__causal": False}, LayoutError, "llama.attention.causal is False"),
+    "sigmoid experts": ({"llama__expert_gating_func": 2}, LayoutError, "llama.expert_gating_func is 2"),
+    "attention factor": ({"llama__rope__scaling__attn_factor": 0.5}, LayoutError, "llama.rope.scaling.attn_factor is 0.5"),
+    "YaRN's multiplier": ({**_SAID_YARN, "llama__rope__scaling__yarn_log_multiplier": 0.1}, LayoutError, "yarn_log_multiplier is 0.1"),
     "other extrapolation": ({**_SAID_YARN, "llama__rope__scaling__yarn_ext_factor": 0.5}, LayoutError, "yarn_ext_factor is 0.5"),
 }  # fmt: skip
 
@@ -107,6 +125,26 @@ def test_metadata_that_makes_no_model(tmp_path: Path, name: str) -> None:
     assert message in str(told.value)
     assert "m.gguf" in str(told.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf"]
+
+
+@pytest.mark.parametrize("pattern", [[True, False], "x", [1, 2, 1, 1, 1, 0], 2.0])
+def test_a_pattern_that_fits_no_layers(tmp_path: Path, pattern: Any) -> None:
+    with pytest.raises(CheckpointError, match="neither a number nor 0 or 1 for each of 6 layers"):
+        imported(tmp_path, "gemma3_text", "gemma3", _GEMMA, gemma3__attention__sliding_window_pattern=pattern)  # fmt: skip
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["alone", "beside linear scaling"])
+def test_frequencies_divided_by_1_are_not_scaled(tmp_path: Path, scaled: bool) -> None:
+    changes = _LINEAR if scaled else {}
+    original = random_model("llama", **{**_OWN, **changes}).eval()
+    said = {**gguf_kit.metadata(original, "llama"), **gguf_kit.tokenizer()}
+    said |= {"llama.rope.scaling.factor": 4.0} if scaled else {}
+    stored = {**gguf_kit.tensors(original, "llama"), "rope_freqs.weight": np.ones(4, np.float32)}
+    write_folder(gguf_kit.write(tmp_path / "m.gguf", stored, said, "llama"), tmp_path / "m", _FP32)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = original(_IDS).logits, ours(_IDS).logits
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_a_config_that_cannot_run_is_found(tmp_path: Path) -> None:

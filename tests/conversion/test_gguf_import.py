@@ -220,6 +220,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "no layers": (without("llama__block_count"), 1, "lacks metadata that a config needs: llama.block_count"),
     "no tokenizer": (without("tokenizer__ggml__tokens"), 1, "has no tokenizer"),
     "strange tokenizer": (said(tokenizer__ggml__model="rwkv"), 2, "cannot build its tokenizer"),
+    "a merge of no token": (said(tokenizer__ggml__merges=[*gguf_kit.MERGES, "q z"]), 1, "the tokenizer's merge 'q z' cannot be made"),
+    "eos past the tokens": (said(tokenizer__ggml__eos_token_id=9999), 1, "eos_token_id is 9999, and its 268 tokens end at 267"),
+    "a scale": (said(llama__logit_scale=0.5), 2, "changes what the model computes"),
     "other scaling": (said(llama__rope__scaling__type="longrope"), 2, "rotary scaling 'longrope' is not imported"),
     "other sizes": (said(llama__feed_forward_length=80), 1, "the metadata makes it"),
     "a tensor too many": (tensors(lambda s: s.update({"blk.0.attn_q_norm.weight": np.ones(16, np.float32)})), 2, "has no place in transformers' llama model"),
@@ -284,8 +287,11 @@ def test_a_file_where_a_folder_is_taken(run: Run, tmp_path: Path, q8: Path) -> N
     assert llmquant.resolve("mine.gguf") == llmquant.resolve(tmp_path / "mine.gguf")
     assert llmquant.resolve("mine.gguf").name == "mine"
     assert llmquant.load("mine.gguf").config.model_type == "llama"
-    told = run("convert", "mine.gguf", "--to", "gptq", "-o", "c")
-    assert (told.code, "llmquant import mine.gguf" in told.err) == (2, True)
+    for command, to in (("convert", "gptq"), ("export", "gguf"), ("export", "onnx")):
+        told = run(command, "mine.gguf", "--to", to, "-o", "c")
+        assert (told.code, "llmquant import mine.gguf" in told.err) == (2, True)
+    told = run("verify", "mine.gguf")
+    assert (told.code, "give a folder that llmquant wrote" in told.err) == (2, True)
     told = run("plan", "none.gguf")
     assert (told.code, "none.gguf is not there" in told.err) == (2, True)
 

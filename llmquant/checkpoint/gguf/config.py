@@ -17,6 +17,7 @@ from typing import Any
 from llmquant.checkpoint.gguf.header import GgufFile
 from llmquant.checkpoint.gguf.rope import rope_of
 from llmquant.checkpoint.gguf.stated import Stated
+from llmquant.checkpoint.gguf.vocabulary import CONTROL, token_id
 from llmquant.errors import CheckpointError, LayoutError
 
 # llama.cpp's architecture → transformers' model type, of those that are held against the original
@@ -54,9 +55,8 @@ _MORE = {
 }
 # Says nothing that a config has a place for.
 _SILENT = {
-    *("vocab_size", "tensor_data_layout", "attention.value_length", "expert_group_count"),
-    *("expert_gating_func", "attention.causal", "rope.scaling.finetuned", "feed_forward_length"),
-    *("context_length", "expert_weights_scale"),
+    *("vocab_size", "tensor_data_layout", "attention.value_length", "rope.scaling.finetuned"),
+    *("feed_forward_length", "context_length"),
 }
 _THETA = 10000.0  # llama.cpp's, where a file says none
 # A whole model's layers → the number that llama.cpp derives its attention scale from is hidden size
@@ -69,7 +69,6 @@ _ENDS = frozenset(
         *("<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>", "<|return|>"),
     }
 )
-_CONTROL = 3  # tokenizer.ggml.token_type of special tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +123,7 @@ def config_of(model: GgufFile) -> GgufConfig:
     config |= _ids(model)
     config |= _of_kind(model, stated, known)
     rope = rope_of(model, stated, config)
+    stated.refuse_computing(kind)
     unknown = [k for k in stated.unread() if k not in _SILENT]
     notes = []
     if unknown:
@@ -159,15 +159,7 @@ def _embeddings(model: GgufFile, stated: Stated) -> int:
 
 def _ids(model: GgufFile) -> dict[str, Any]:
     keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    return {f"{k}_token_id": _id(model, v) for k, v in keys.items()}
-
-
-def _id(model: GgufFile, token: str) -> int | None:
-    key = f"tokenizer.ggml.{token}_token_id"
-    found = model.metadata.get(key)
-    if found is None or type(found) is int:
-        return found
-    raise CheckpointError(f"{model.path}: {key} is {found!r:.60}, not a whole number")
+    return {f"{k}_token_id": token_id(model, v) for k, v in keys.items()}
 
 
 def _of_kind(model: GgufFile, stated: Stated, known: Any) -> dict[str, Any]:
@@ -200,7 +192,25 @@ def _of_kind(model: GgufFile, stated: Stated, known: Any) -> dict[str, Any]:
             more["n_positions"] = stated.count("context_length") or 1024
         case "gemma3" if "rope.freq_base_swa" in stated:
             more["rope_local_base_freq"] = stated.number("rope.freq_base_swa")
+    if model.architecture in ("gemma2", "gemma3"):
+        more |= _windows(model, stated, known)
     return more
+
+
+def _windows(model: GgufFile, stated: Stated, known: Any) -> dict[str, Any]:
+    """Which layers see a window only: every one but each sixth of Gemma 3 and each second of
+    Gemma 2, as their classes have it, unless the file says otherwise. Without a window llama.cpp
+    lets every layer of Gemma 3 see everything (gemma3.cpp)."""
+    layers = stated.count("block_count")
+    sliding = stated.per_layer("attention.sliding_window_pattern", layers)
+    if model.architecture == "gemma3" and not stated.get("attention.sliding_window"):
+        return {
+            "layer_types": ["full_attention"] * layers,
+            "sliding_window": known.sliding_window,
+        }
+    if sliding is None:
+        return {}
+    return {"layer_types": [f"{'sliding' if s else 'full'}_attention" for s in sliding]}
 
 
 def _rotated(model: GgufFile, stated: Stated, width: int) -> dict[str, Any]:
@@ -243,11 +253,11 @@ def generation_config(model: GgufFile) -> dict[str, Any]:
     said, found = model.metadata, {k: v for k, v in _ids(model).items() if v is not None}
     tokens = said.get("tokenizer.ggml.tokens") or ()
     types = said.get("tokenizer.ggml.token_type") or ()
-    first = [_id(model, k) for k in ("eos", "eot", "eom")]
+    first = [token_id(model, k) for k in ("eos", "eot", "eom")]
     named = [
         i
         for i, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind == _CONTROL and token in _ENDS
+        if kind == CONTROL and token in _ENDS
     ]
     ends = list(dict.fromkeys(i for i in [*first, *named] if i is not None))
     if ends:

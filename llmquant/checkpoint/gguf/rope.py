@@ -39,7 +39,7 @@ def rope_of(model: GgufFile, stated: Stated, config: Mapping[str, Any]) -> dict[
     older = stated.number("rope.scale_linear")
     factor = stated.number("rope.scaling.factor") or older
     scaled = kind != "none" and factor not in (None, 1)
-    if ROPE_FACTORS in model.tensors:
+    if ROPE_FACTORS in model.tensors and (_factors(model) != 1).any():
         if scaled:
             raise LayoutError(
                 f"{model.path}: {ROPE_FACTORS} and {kind} rotary scaling together are not imported; either alone is"
@@ -76,6 +76,11 @@ def _yarn(model: GgufFile, stated: Stated, factor: float) -> dict[str, Any]:
     return scaling
 
 
+def _factors(model: GgufFile) -> np.ndarray:
+    """What each frequency is divided by; all ones scale nothing."""
+    return model.tensors[ROPE_FACTORS].values().reshape(-1).astype(np.float64)
+
+
 def _llama3(model: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """Llama 3's four numbers, from what the frequencies are divided by.
 
@@ -86,8 +91,7 @@ def _llama3(model: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         LayoutError: other factors than Llama 3's.
     """
-    tensor = model.tensors[ROPE_FACTORS]
-    factors = tensor.values().reshape(-1).astype(np.float64)
+    factors = _factors(model)
     theta = float(config.get("rope_theta") or 10000.0)
     frequencies = 1.0 / theta ** (np.arange(len(factors)) / len(factors))
     longest = round(float(factors.max()), 4)

@@ -8,6 +8,7 @@ write 0 instead; of the keys in ``_ABSENT`` a 0 means just that.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,17 @@ _ABSENT = frozenset(
         *("expert_feed_forward_length", "expert_shared_feed_forward_length"),
         *("rope.dimension_count", "rope.scaling.factor", "rope.scale_linear"),
     }
+)
+# Parts of keys that change what a model computes. One that nobody reads is refused, unless it says
+# what would be computed without it: nothing (0), or a factor of 1.
+_COMPUTING = re.compile(
+    r"scale$|_pattern$|clamp|softcapping$|alibi|multiplier$|_swa$|temperature|alpha$|attn_factor$"
+    r"|every_n_layers$|_interval$|_step$|activation$|parallel_residual$|shared_kv_layers$|causal$"
+    r"|gating_func$|expert_group_(?:used_)?count$"
+)
+_OF_ONE = re.compile(
+    r"(?<!attention\.)scale$|alpha$|attn_factor$|every_n_layers$|_interval$|_step$|causal$"
+    r"|gating_func$|expert_group_(?:used_)?count$"
 )
 _FLAGS = frozenset({"expert_weights_norm", "use_parallel_residual"})
 # Bounded by nothing in the file; every other whole number is the size of something in a tensor.
@@ -45,7 +57,43 @@ class Stated:
 
     def unread(self) -> list[str]:
         """Keys that say something and that nobody asked for."""
-        return sorted(set(self) - self._read)
+        return sorted(k for k in set(self) - self._read if not _neutral(k, self._values[k]))
+
+    def refuse_computing(self, kind: str) -> None:
+        """Refuse what nobody asked for and changes what is computed.
+
+        Args:
+            kind: the model type.
+
+        Raises:
+            LayoutError: naming it.
+        """
+        for key in self.unread():
+            if _COMPUTING.search(key):
+                raise LayoutError(
+                    f"{self._model.path}: {self.name(key)} is {self._values[key]!r:.60}, which changes what the model computes and has no "
+                    f"place in a {kind} config here; take the original safetensors model"
+                )
+
+    def per_layer(self, key: str, layers: int) -> list[bool] | None:
+        """A flag for each layer, given as a list or as how many layers there are to one without;
+        None where it is not given.
+
+        Raises:
+            CheckpointError: it is neither.
+        """
+        self._read.add(key)
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return [not value or i % value < value - 1 for i in range(layers)]
+        if isinstance(value, list) and len(value) == layers and all(v in (0, 1) for v in value):
+            return [bool(v) for v in value]
+        raise CheckpointError(
+            f"{self._model.path}: {self.name(key)} is {value!r:.60}, neither a number nor 0 or 1 for each of {layers} layers; "
+            "fetch it again, or another conversion"
+        )
 
     def get(self, key: str) -> Any:
         """A value; None where there is none. What is said layer by layer is one number.
@@ -111,3 +159,12 @@ class Stated:
 def _positive(value: object) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]
+
+
+def _neutral(key: str, value: Any) -> bool:
+    """Whether a key that changes what is computed changes nothing."""
+    if not _COMPUTING.search(key):
+        return False
+    values = value if isinstance(value, list) else [value]
+    without = (1,) if key.endswith("causal") else (0, 1) if _OF_ONE.search(key) else (0,)
+    return all(v in without for v in values)
