@@ -191,7 +191,7 @@ class Smooth(Strict):
 
 class Rotation(Strict):
     """Rotates the model before anything else, without changing what it computes; see
-    :mod:`llmquant.models.rotated`."""
+    :mod:`llmquant.models.rotation.rotated`."""
 
     residual: Literal["hadamard", "random", "off"] = "hadamard"
     heads: bool = True

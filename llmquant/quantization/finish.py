@@ -27,7 +27,7 @@ from llmquant.errors import FormatError, ProofError, QuantizationError
 from llmquant.formats import Scheme
 from llmquant.models.reading.matrices import as_kept
 from llmquant.models.reading.stored_dtype import StoredReader
-from llmquant.models.rotated import RotatedReader
+from llmquant.models.rotation.rotated import RotatedReader
 from llmquant.quantization.loading import prove_loading
 from llmquant.quantization.plan import BlockResult, WalkPlan
 from llmquant.quantization.state.outcome import Outcome

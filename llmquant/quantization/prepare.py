@@ -28,7 +28,7 @@ from llmquant.models.reading.engine_names import engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader, as_stored
-from llmquant.models.rotated import growth, rotated
+from llmquant.models.rotation.rotated import growth, rotated
 from llmquant.models.selection import select
 from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan

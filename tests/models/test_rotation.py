@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from llmquant.algorithms.hadamard import Rotation
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.errors import ArchitectureError, LlmquantError, SpecError
-from llmquant.models import rotated as rotation
-from llmquant.models.rotated import RotatedReader, rotated
+from llmquant.models.rotation import rotated as rotation
+from llmquant.models.rotation.rotated import RotatedReader, rotated
 from llmquant.recipe import Recipe
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))

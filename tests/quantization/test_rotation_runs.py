@@ -21,7 +21,7 @@ from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.cli.overrides import recipe_of
 from llmquant.errors import ArchitectureError, ProofError
 from llmquant.models.load import load
-from llmquant.models.rotated import rotated
+from llmquant.models.rotation.rotated import rotated
 from llmquant.planning.allocate import AllocateOptions, allocate
 from llmquant.planning.preview import make_plan
 from llmquant.quantization import run as pipeline

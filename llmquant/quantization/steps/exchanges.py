@@ -1,5 +1,5 @@
 """Where a power of two can move from one tensor of a block to another without changing what the
-block computes: a table by model type, as in :mod:`llmquant.models.roles`.
+block computes: a table by model type, as in :mod:`llmquant.models.rotation.roles`.
 
 Three kinds. A norm that multiplies by its weight, and all that reads its output: weight and bias
 down, readers up. Queries and keys, whose product is all that counts: one up, the other down; not
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmquant.models.architectures import Architecture
-from llmquant.models.roles import ROLES
+from llmquant.models.rotation.roles import ROLES
 from llmquant.quantization.steps.folding import head_channels
 
 _QUERY, _KEY, _VALUE = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"

@@ -37,7 +37,7 @@ from llmquant.algorithms.hadamard import Rotation, hadamard_rotation, random_rot
 from llmquant.checkpoint.reader import CheckpointReader, ReaderView
 from llmquant.errors import ArchitectureError, SpecError
 from llmquant.models.architectures import ARCHITECTURES
-from llmquant.models.roles import ROLES
+from llmquant.models.rotation.roles import ROLES
 from llmquant.recipe import Recipe
 from llmquant.recipe_sections import Rotation as Wanted
 from llmquant.records import RotationRecord

@@ -1,5 +1,5 @@
 """What the linears of each architecture do to the residual stream and to the heads: what
-:mod:`llmquant.models.rotated` goes by."""
+:mod:`llmquant.models.rotation.rotated` goes by."""
 
 from __future__ import annotations
 
