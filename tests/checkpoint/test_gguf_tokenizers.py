@@ -243,3 +243,18 @@ def test_runs_of_spaces_of_gemma(tmp_path: Path, models: dict[bool, Any]) -> Non
     for i, text in enumerate(said[_TOKENS][first:], first):
         assert pieces(ours, text) == [i]
         assert pieces(ours, f"x{text}x") == [*pieces(ours, "x"), i, *pieces(ours, "x")]
+
+
+def test_a_user_defined_piece_that_no_merge_makes_is_told(
+    tmp_path: Path, models: dict[bool, Any]
+) -> None:
+    """A run of spaces without the shorter ones. The model can be used, so this is no refusal."""
+    said = of_sentencepiece(models[False])
+    first = len(said[_TOKENS])
+    said[_TOKENS] += [" " * 7]
+    said[_TYPES] += [4]
+    said["tokenizer__ggml__scores"] += [-1000.0]
+    own = {**_OWN, "vocab_size": len(said[_TOKENS]), "tie_word_embeddings": True}
+    path = gguf_kit.file_of(tmp_path / "m.gguf", random_model("gemma2", **own), "gemma2", **said)
+    result = write_folder(path, tmp_path / "m")
+    assert any(f"'       ' ({first})" in note and "user-defined" in note for note in result.notes)

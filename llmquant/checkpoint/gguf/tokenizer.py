@@ -71,8 +71,9 @@ def save_tokenizer(model: GgufFile, config: Any, folder: Path) -> tuple[str, ...
     if said.get("tokenizer.ggml.pre") in _known_rules() and not _splits_as(data, loaded):
         _write(folder / "tokenizer_config.json", {**settings, "tokenizer_class": _GENERIC})
         loaded = _loaded(model.path, folder, config)
-    _prove(model, vocabulary, loaded)
-    return _doubts(model, data, loaded)
+    lost = _not_found(vocabulary, loaded)
+    _prove(model, vocabulary, loaded, lost)
+    return (*_split_otherwise(model, data, loaded), *_cut_up(model, vocabulary, lost))
 
 
 def _built(model: GgufFile, config: Any) -> Any:
@@ -210,24 +211,34 @@ def _splits_as(data: Mapping[str, Any], loaded: Any) -> bool:
     return (splits, getattr(own.model, "ignore_merges", False)) == (data["pre_tokenizer"], ignoring)
 
 
-def _prove(model: GgufFile, vocabulary: Vocabulary, loaded: Any) -> None:
+def _prove(
+    model: GgufFile, vocabulary: Vocabulary, loaded: Any, lost: Mapping[int, list[int]]
+) -> None:
     """Hold the loaded tokenizer against the file.
 
     Raises:
         LayoutError: naming what it has otherwise.
     """
-    if found := next(_differences(model, vocabulary, loaded), None):
+    if found := next(_differences(model, vocabulary, loaded, lost), None):
         raise LayoutError(
             f"{model.path}: {found} in the tokenizer that transformers loads; take the original safetensors model"
         )
 
 
-def _differences(model: GgufFile, vocabulary: Vocabulary, loaded: Any) -> Iterator[str]:
+def _not_found(vocabulary: Vocabulary, loaded: Any) -> dict[int, list[int]]:
+    """Tokens that should be found by their text → what that text is instead."""
     texts = [vocabulary.tokens[i] for i in vocabulary.whole]
     pieces = loaded(texts, add_special_tokens=False)["input_ids"] if texts else []
-    for i, text, ids in zip(vocabulary.whole, texts, pieces, strict=True):
-        if ids != [i]:
-            yield f"its token {i}, {text!r:.60}, is {ids!s:.60}"
+    return {i: ids for i, ids in zip(vocabulary.whole, pieces, strict=True) if ids != [i]}
+
+
+def _differences(
+    model: GgufFile, vocabulary: Vocabulary, loaded: Any, lost: Mapping[int, list[int]]
+) -> Iterator[str]:
+    exact = model.metadata.get("tokenizer.ggml.model") == "gpt2"
+    for i, ids in lost.items():
+        if exact or vocabulary.whole[i]:
+            yield f"its token {i}, {vocabulary.tokens[i]!r:.60}, is {ids!s:.60}"
     for key, name in NAMED.items():
         own, other = vocabulary.special.get(key), getattr(loaded, f"{name}_token_id")
         if own not in (None, other):
@@ -244,7 +255,21 @@ def _differences(model: GgufFile, vocabulary: Vocabulary, loaded: Any) -> Iterat
         yield f"there is a token {last}, past its {rows} embeddings,"
 
 
-def _doubts(model: GgufFile, data: Mapping[str, Any], loaded: Any) -> tuple[str, ...]:
+def _cut_up(
+    model: GgufFile, vocabulary: Vocabulary, lost: Mapping[int, list[int]]
+) -> tuple[str, ...]:
+    """A note on pieces of sentencepiece that stand for themselves there, and are no special
+    tokens: runs of blanks, for instance."""
+    if not lost:
+        return ()
+    some = ", ".join(f"{vocabulary.tokens[i]!r:.30} ({i})" for i in list(lost)[:3])
+    return (
+        f"{model.path.name}: {len(lost)} user-defined tokens are not found by their text in the tokenizer that transformers "
+        f"makes, such as {some}; texts with them get other tokens than in training",
+    )
+
+
+def _split_otherwise(model: GgufFile, data: Mapping[str, Any], loaded: Any) -> tuple[str, ...]:
     said = model.metadata
     rules = said.get("tokenizer.ggml.pre")
     if said.get("tokenizer.ggml.model") != "gpt2" or rules in _AS_GPT2:
