@@ -67,22 +67,36 @@ class _Catcher(nn.Module):
 
 
 def first_inputs(
-    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], *, walk: bool = True
 ) -> list[BlockInput]:
     """What the first block is called with for each batch of token ids ``[batch, positions]``, and
     the later ones beside it.
 
+    Args:
+        model: whose blocks may be on the meta device.
+        blocks: its decoder blocks.
+        batches: of token ids.
+        walk: whether they will run one after the other, each on what the one before gave.
+
     Raises:
-        ArchitectureError: the model finished without calling each block once, or changes the hidden
-            states between two of them, which a walk from block to block would miss.
+        ArchitectureError: the model finished without calling each block once, changes the hidden
+            states between two of them, or lets later ones read what earlier ones computed, which a
+            walk from block to block would miss.
     """
-    return [_inputs_of(model, blocks, ids) for ids in batches]
+    config: Any = model.config
+    if walk and getattr(config.get_text_config(), "num_kv_shared_layers", None):
+        raise ArchitectureError(
+            f"later blocks of this {type(model).__name__} read keys and values of earlier ones (num_kv_shared_layers), so it cannot "
+            "be calibrated block by block; use --method rtn"
+        )
+    return [_inputs_of(model, blocks, ids, walk=walk) for ids in batches]
 
 
-def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> BlockInput:
+def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, *, walk: bool) -> BlockInput:
     # A block returns its hidden states, or (older models) a tuple that begins with them: the model
     # picks item 0 of what it gets, so handing on the wrong one shows at the next block, or fails.
     failed: Exception | None = None
+    changed = False
     for hand_on in (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None)):
         try:
             caught = _catch(model, blocks, ids, hand_on)
@@ -91,10 +105,12 @@ def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> BlockInp
                 raise
             failed = e
             continue
-        if all(hidden is caught[0][0] for hidden, _ in caught):
-            return BlockInput(caught[0][0], tuple(call for _, call in caught))
-        failed = None
-    if failed is not None:
+        first = caught[0][0]
+        alike = (hidden.shape == first.shape for hidden, _ in caught)
+        if all(hidden is first for hidden, _ in caught) or (not walk and all(alike)):
+            return BlockInput(first, tuple(call for _, call in caught))
+        changed = True
+    if failed is not None and not changed:
         raise ArchitectureError(
             f"{type(model).__name__} cannot be run block by block ({failed}); quantize a model of another type"
         ) from failed

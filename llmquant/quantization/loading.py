@@ -106,7 +106,7 @@ def _inputs(plan: WalkPlan, blocks: nn.ModuleList, index: int) -> BlockInput:
     ids = torch.arange(min(_TOKENS, int(plan.model.config.vocab_size))).unsqueeze(0)
     parameters = {n for n, _ in plan.model.named_parameters()}
     with _blank(plan.model, [n for n in outer_names(plan) if n in parameters]):
-        (first,) = first_inputs(plan.model, blocks, [ids])
+        (first,) = first_inputs(plan.model, blocks, [ids], walk=False)
     hidden = torch.randn(first.hidden.shape, generator=torch.Generator().manual_seed(0))
     return BlockInput(hidden, first.calls[index:])
 

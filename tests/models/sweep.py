@@ -131,11 +131,13 @@ def found(kind: str) -> Outcome:
         return Outcome(kind, wrong=(f"fails: {e!r}"[:200].replace("|", "/"),))
 
 
-def outcome_of(kind: str, methods: Mapping[str, Mapping[str, Any]] = METHODS) -> Outcome:
-    """Quantize a small model of the kind with each method."""
+def outcome_of(
+    kind: str, methods: Mapping[str, Mapping[str, Any]] = METHODS, **changes: Any
+) -> Outcome:
+    """Quantize a small model of the kind, with changes to its config, with each method."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        missing = built(kind, folder / "source")
+        missing = built(kind, folder / "source", **changes)
         if missing:
             return Outcome(kind, why_not=missing, tried=False)
         original = logits(load(folder / "source", dtype="float32"))
@@ -143,10 +145,10 @@ def outcome_of(kind: str, methods: Mapping[str, Mapping[str, Any]] = METHODS) ->
         wrong: list[str] = []
         measured: dict[str, float] = {}
         reason, linears, theirs = "", "", ""
-        for i, (method, changes) in enumerate(methods.items()):
+        for i, (method, said) in enumerate(methods.items()):
             packed = folder / str(i)
             try:
-                result = quantize(folder / "source", packed, recipe(changes))
+                result = quantize(folder / "source", packed, recipe(said))
             except LlmquantError as e:
                 reason = reason or brief(str(e).replace(f"{folder}/source", "the folder"))
                 if not works:
@@ -195,7 +197,9 @@ weights do, and transformers loads the folder to the same numbers, or the last c
 work is refused, with the reason. No checkpoint that anyone published was tried here.
 
 Models that also see (`gemma3`, `qwen2_5_vl`, `qwen3_vl`, `qwen3_vl_moe`, `qwen3_5`, `mistral3`, `smolvlm`, `llama4`) are in `tests/models/test_towers.py`: the text part is
-quantized, all else is carried over byte for byte, and transformers loads the result.
+quantized, all else is carried over byte for byte, and transformers loads the result, but for `qwen3_vl_moe`, whose experts it reads only unquantized.
+
+A `gemma4_text` whose later blocks read the keys and values of earlier ones (`num_kv_shared_layers`), as the small Gemma 4 models do, is rounded to nearest only.
 
 `PYTHONPATH=tests python tests/models/sweep.py` writes this page; with model types as arguments it runs those alone and
 keeps what `out/models.json` says of the others.
