@@ -211,7 +211,7 @@ def show_budget(budget: Budget) -> None:
     plan = budget.least
     size = f"{plan.source_bytes / 1e6:,.2f} MB → at most {budget.bytes_on_disk / 1e6:,.2f} MB of weight files"
     bits = f"at most {budget.target_bpw:g} bits per selected weight"
-    possible = f"possible: {budget.smallest:.3f} to {budget.largest:.3f}"
+    possible = f"possible: {math.ceil(budget.smallest * 1000) / 1000:.3f} to {budget.largest:.3f}"
     widths = ", ".join(dict.fromkeys(scheme.partition(" ")[0] for scheme in budget.schemes))
     rows = [
         ("format", plan.format),

@@ -83,13 +83,28 @@ def first_inputs(
             states between two of them, or lets later ones read what earlier ones computed, which a
             walk from block to block would miss.
     """
-    config: Any = model.config
-    if walk and getattr(config.get_text_config(), "num_kv_shared_layers", None):
+    if walk:
+        refuse_walk(model)
+    return [_inputs_of(model, blocks, ids, walk=walk) for ids in batches]
+
+
+def refuse_walk(model: nn.Module, otherwise: str = "use --method rtn") -> None:
+    """Refuse a model whose blocks do not follow from one another alone.
+
+    Args:
+        model: of transformers' class.
+        otherwise: what can be done.
+
+    Raises:
+        ArchitectureError: later blocks read what earlier ones computed.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "num_kv_shared_layers", None):
         raise ArchitectureError(
             f"later blocks of this {type(model).__name__} read keys and values of earlier ones (num_kv_shared_layers), so it cannot "
-            "be calibrated block by block; use --method rtn"
+            f"be calibrated block by block; {otherwise}"
         )
-    return [_inputs_of(model, blocks, ids, walk=walk) for ids in batches]
 
 
 def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, *, walk: bool) -> BlockInput:
@@ -106,10 +121,10 @@ def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, *, walk: bo
             failed = e
             continue
         first = caught[0][0]
-        alike = (hidden.shape == first.shape for hidden, _ in caught)
-        if all(hidden is first for hidden, _ in caught) or (not walk and all(alike)):
+        alike = all(hidden.shape == first.shape for hidden, _ in caught)
+        if all(hidden is first for hidden, _ in caught) or (not walk and alike):
             return BlockInput(first, tuple(call for _, call in caught))
-        changed = True
+        failed, changed = None, changed or alike
     if failed is not None and not changed:
         raise ArchitectureError(
             f"{type(model).__name__} cannot be run block by block ({failed}); quantize a model of another type"

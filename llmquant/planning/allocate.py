@@ -30,6 +30,7 @@ import torch
 from llmquant.errors import SourceError
 from llmquant.formats import Scheme
 from llmquant.formats.base import is_expert
+from llmquant.models.block_inputs import refuse_walk
 from llmquant.models.from_folder import load_tokenizer
 from llmquant.planning.candidates import (
     AllocateOptions,
@@ -161,6 +162,7 @@ def allocate(
             "an allocation measures on text: give --calibration file:PATH, jsonl:PATH#FIELD or hf:…"
         )
     plan = prepare(model, recipe, options.device, options.dtype, options.store_dtype)
+    refuse_walk(plan.model, "so no schemes can be chosen for a size: give --bits with --method rtn")
     choices = choices_of(plan, options)
     check_layout(choices, plan)
     budget = budget_of(choices, options.target_bpw)
@@ -184,6 +186,7 @@ def plan_budget(model: str | os.PathLike[str], recipe: Recipe, options: Allocate
         a text that is not named nothing.
     """
     plan = prepare(model, recipe, options.device, options.dtype, options.store_dtype)
+    refuse_walk(plan.model, "so no schemes can be chosen for a size: give --bits with --method rtn")
     load_tokenizer(plan.reader.path)
     if recipe.calibration.source is not None:
         check_calibration(plan)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmquant.checkpoint.sizes import Sizes
 from llmquant.errors import SpecError, UsageError
 from llmquant.formats import Format, Scheme
+from llmquant.formats.base import is_expert
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why_not
 from llmquant.formats.group_sizes import fit_scheme
 from llmquant.models.groups import fit_groups
@@ -126,7 +127,29 @@ def choices_of(plan: WalkPlan, options: AllocateOptions) -> list[Choice]:
         choices.append(
             Choice(block, members, taken, sum(math.prod(linears.shapes[n]) for n in members))
         )
-    return choices
+    return _alike(choices) if options.engine == "transformers" else choices
+
+
+def _alike(choices: list[Choice]) -> list[Choice]:
+    """The choices with what all experts may become together, since transformers reads them by one
+    scheme.
+
+    Raises:
+        UsageError: there is nothing.
+    """
+    experts = [c for c in choices if is_expert(c.names[0])]
+    if not experts:
+        return choices
+    shared = set.intersection(*(set(c.sizes) for c in experts)) - {None}
+    if not shared:
+        raise UsageError(
+            "--engine transformers: it reads all experts by one scheme, and there is none that the recipe's overrides, the widths "
+            "and the group sizes leave to all of them; change those, or choose another engine"
+        )
+    return [
+        replace(c, sizes={s: n for s, n in c.sizes.items() if s in shared}) if c in experts else c
+        for c in choices
+    ]
 
 
 def _pinned(members: Sequence[str], recipe: Recipe) -> list[Scheme]:

@@ -27,6 +27,7 @@ from llmquant.formats.engines import cautions, refusals
 from llmquant.formats.rules import Beside
 from llmquant.kernels import choose
 from llmquant.models.architectures import Architecture
+from llmquant.models.block_inputs import refuse_walk
 from llmquant.models.from_folder import load_tokenizer
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader
 from llmquant.quantization.plan import WalkPlan
@@ -158,6 +159,8 @@ def make_plan(
             function (:func:`llmquant.quantization.prepare.prepare`) answers for both.
     """
     plan = selected(prepare(model, recipe, store_dtype=store_dtype))
+    if recipe.needs_text:
+        refuse_walk(plan.model)
     reader, layout, selection = plan.reader, plan.layout, plan.selection
     if tokenizer and recipe.needs_text:
         load_tokenizer(reader.path)

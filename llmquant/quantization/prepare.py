@@ -21,6 +21,7 @@ from llmquant.errors import SourceError, UsageError
 from llmquant.formats import layout_of
 from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.models import architectures
+from llmquant.models.block_inputs import refuse_walk
 from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
 from llmquant.models.groups import fit_groups
 from llmquant.models.precision import stays_float32
@@ -149,6 +150,8 @@ def calibration_of(plan: WalkPlan, evaluation: str | None = None) -> Calibration
             f"method {recipe.steps} needs a calibration text: --calibration file:PATH, "
             "jsonl:PATH#FIELD or hf:NAME[:CONFIG]:SPLIT[:FIELD] (or --method rtn, which needs none)"
         )
+    if recipe.needs_text:
+        refuse_walk(plan.model)
     documents = read_documents(wanted.source)
     return calibrate(
         documents,

@@ -45,8 +45,9 @@ def right(count: int, lost: int = 0, gained: int = 0) -> list[dict[str, float]]:
 def test_a_report_does_not_take_the_place_of_results(run: Run, tmp_path):
     base, candidate = (results(tmp_path, name, right(400)) for name in ("base", "cand"))
     before = candidate.read_bytes()
-    done = run("compare", base, candidate, "-o", candidate)
-    assert (done.code, "which is read here" in done.said) == (2, True)
+    for named in (candidate, f"{candidate}#cand"):
+        done = run("compare", base, named, "-o", candidate)
+        assert (done.code, "which is read here" in done.said) == (2, True)
     assert candidate.read_bytes() == before
 
 

@@ -26,6 +26,7 @@ from transformers import (
 from llmquant import inspect, load, register_with_transformers, unregister_from_transformers
 from llmquant.errors import ArchitectureError
 from llmquant.kernels.packed_linear import PackedLinear
+from llmquant.models.reading.tower import Tower
 
 IDS = torch.randint(10, 4000, (2, 10), generator=torch.Generator().manual_seed(1))
 TEXT: dict[str, Any] = {
@@ -188,6 +189,16 @@ def test_experts_are_read_whichever_way_they_are_stacked(tmp_path: Path) -> None
         torch.testing.assert_close(whole(input_ids=IDS).logits, wanted)
         text = load(tmp_path, dtype="float32")(IDS).logits
     torch.testing.assert_close(text, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pattern_for_shared_experts_is_none_for_experts() -> None:
+    """transformers takes the first group with "experts" in a pattern for that of all experts."""
+    tower = Tower(CONFIG_MAPPING["deepseek_v3"](), "deepseek_v3", "language_model.model", "head")
+    name = "language_model.model.layers.0.mlp.shared_experts.gate_proj"
+    pattern = tower.pattern(name)
+    assert pattern is not None
+    assert "experts" not in pattern
+    assert re.match(pattern.removeprefix("re:"), name)
 
 
 def differences(packed: Path) -> tuple[float, float]:

@@ -239,6 +239,11 @@ def test_experts_have_one_scheme_where_transformers_is_to_read_them(
 
     assert len(schemes("any")) == 2
     assert len(schemes("transformers")) == 1
+    override = {"match": "model.layers.0.mlp.experts.*", "bits": 8, "group_size": 16}
+    pinned = gptq.updated({"overrides": (override,)})
+    monkeypatch.setattr(allocation, "measure", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UsageError, match="one scheme, and there is none"):
+        allocated(mixture, pinned, 6.0, engine="transformers", **{**options, "widths": (3, 4)})
     offers, kinds = [[Option(1, 0.0)]] * 2, {0: ["a"], 1: ["b"]}
     assert solve(offers, 2).chosen == (0, 0)
     with pytest.raises(UsageError, match="no kind of option"):

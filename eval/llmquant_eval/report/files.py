@@ -16,8 +16,11 @@ def check_file(path: Path, *read: str | Path | None) -> None:
         raise UsageError(f"{path} is a folder; give a file, {path / 'results.json'} for example")
     if path.exists() and not path.is_file():
         return  # a device or a pipe
-    for file in read:
-        if file is not None and path.exists() and Path(file).exists() and path.samefile(file):
+    for file in (f for f in read if f):
+        read_from, name = Path(file), str(file).rpartition("#")[0]
+        if not read_from.exists() and name:  # FILE#LABEL
+            read_from = Path(name)
+        if path.exists() and read_from.exists() and path.samefile(read_from):
             raise UsageError(f"{path} is {file}, which is read here; give another file")
     folder = path.resolve().parent
     if not folder.is_dir():

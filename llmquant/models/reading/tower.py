@@ -85,7 +85,8 @@ class Tower:
             return None
         rest = inside.removesuffix(".").removeprefix("model.")
         place = "" if rest == inside.removesuffix(".") else r"(language|text)_model\.(model\.)?"
-        return f"re:.*{place}{re.escape(rest)}$"
+        # transformers takes a group with "experts" in a pattern for the routed experts' alone.
+        return f"re:.*{place}{re.escape(rest)}$".replace("shared_experts", "shared_exper[t]s")
 
     def patterns(self, modules: Iterable[str]) -> list[str]:
         """Regular expressions for modules outside the text model: engines put prefixes of their own
