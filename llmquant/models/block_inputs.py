@@ -121,7 +121,8 @@ def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, *, walk: bo
             failed = e
             continue
         first = caught[0][0]
-        alike = all(hidden.shape == first.shape for hidden, _ in caught)
+        # A block may have been called with what was handed on, tuple and all.
+        alike = all(getattr(hidden, "shape", None) == first.shape for hidden, _ in caught)
         if all(hidden is first for hidden, _ in caught) or (not walk and alike):
             return BlockInput(first, tuple(call for _, call in caught))
         failed, changed = None, changed or alike
