@@ -17,11 +17,7 @@ from transformers import PreTrainedModel
 
 def stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
     """Whether transformers loads a tensor in float32 where the model's dtype is ``dtype``."""
-    kept: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        kept |= set(model._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
+    kept = model._get_dtype_plan(dtype)
     return any(re.search(pattern.replace("*", ".*"), name) for pattern in kept)
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmquant.errors import SourceError
+from llmquant.errors import SourceError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats.base import is_expert
 from llmquant.models.block_inputs import refuse_walk
@@ -246,7 +246,14 @@ def _decide(
     # transformers reads all experts by one scheme.
     alike = options.engine == "transformers"
     experts = {i: list(c.sizes) for i, c in enumerate(choices) if alike and is_expert(c.names[0])}
-    solution = solve_alike(offers, budget, experts) if experts else solve(offers, budget)
+    try:
+        solution = solve_alike(offers, budget, experts) if experts else solve(offers, budget)
+    except UsageError as e:
+        if not experts:
+            raise
+        raise UsageError(
+            f"{e}; transformers reads all experts by one scheme: raise the target"
+        ) from e
     chosen = [list(c.sizes)[i] for c, i in zip(choices, solution.chosen, strict=True)]
     smallest, largest = span_of(choices)
     return Allocation(

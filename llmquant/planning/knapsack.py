@@ -111,7 +111,7 @@ def solve_alike(
             chosen = tuple(ks[pick] for ks, pick in zip(kept, solution.chosen, strict=True))
             found.append(replace(solution, chosen=chosen))
     if not found:
-        raise UsageError("no kind of option that all these items have is within the budget")
+        raise UsageError(f"no kind that these items share is within {budget} bytes")
     return replace(min(found, key=lambda s: s.cost), bound=min(s.bound for s in found))
 
 

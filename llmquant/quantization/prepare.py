@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from llmquant.checkpoint.detect import unquantized
 from llmquant.data.calibration import Calibration, calibrate, check_numbers
@@ -24,7 +25,7 @@ from llmquant.models import architectures
 from llmquant.models.block_inputs import refuse_walk
 from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
 from llmquant.models.groups import fit_groups
-from llmquant.models.precision import stays_float32
+from llmquant.models.precision import stays_float32, stored_buffers
 from llmquant.models.reading.engine_names import engine_names
 from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
@@ -81,8 +82,7 @@ def prepare(
     # A rotated model has a head of its own.
     skeleton = fit.model if seen is fit.reader else empty_model(seen, precision.dtype)
     rescaled = RescaledReader(seen, architecture, recipe)
-    kept = partial(stays_float32, fit.model, dtype=torch.float16)  # which keeps the most
-    stored = as_stored(rescaled, store_dtype, frozenset(fit.leftovers), kept)
+    stored = as_stored(rescaled, store_dtype, frozenset(fit.leftovers), _kept(fit.model))
     source = SourceModel(
         fit.reader,
         rescaled,
@@ -95,6 +95,13 @@ def prepare(
         (*fit.notes, *growth(seen, stored, recipe)),
     )
     return WalkPlan(source, recipe, on, precision, world=world)
+
+
+def _kept(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a tensor is stored in float32 if the checkpoint has it so: a buffer, which is small
+    and often a router's, and what transformers keeps in float32 in any dtype of 16 bits."""
+    buffers = {name for name, _ in stored_buffers(model)}
+    return lambda name: name in buffers or stays_float32(model, name, torch.float16)
 
 
 def selected(plan: WalkPlan) -> WalkPlan:

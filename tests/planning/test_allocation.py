@@ -246,7 +246,7 @@ def test_experts_have_one_scheme_where_transformers_is_to_read_them(
         allocated(mixture, pinned, 6.0, engine="transformers", **{**options, "widths": (3, 4)})
     offers, kinds = [[Option(1, 0.0)]] * 2, {0: ["a"], 1: ["b"]}
     assert solve(offers, 2).chosen == (0, 0)
-    with pytest.raises(UsageError, match="no kind of option"):
+    with pytest.raises(UsageError, match="no kind that these items share"):
         solve_alike(offers, 2, kinds)
 
 

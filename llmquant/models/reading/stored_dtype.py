@@ -29,7 +29,7 @@ SOURCE = "source"
 DEFAULT = torch.bfloat16
 _WIDE = (torch.float32, torch.float64)
 # What models compute in float32 by their own code, whatever the rest is in.
-_KEPT = re.compile(r"(e_score_correction_bias|expert_bias|inv_freq|A_log)$")
+_KEPT = re.compile(r"(e_score_correction_bias|inv_freq|A_log)$")
 
 
 def as_stored(

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError
+from llmquant.formats.base import is_expert
 from llmquant.models.architectures import Architecture
 from llmquant.models.rows.table import ARCHITECTURES
 from llmquant.models.rows.towers import FIXED, PLACES, SENSES, TEXT_AS
@@ -85,8 +86,9 @@ class Tower:
             return None
         rest = inside.removesuffix(".").removeprefix("model.")
         place = "" if rest == inside.removesuffix(".") else r"(language|text)_model\.(model\.)?"
-        # transformers takes a group with "experts" in a pattern for the routed experts' alone.
-        return f"re:.*{place}{re.escape(rest)}$".replace("shared_experts", "shared_exper[t]s")
+        pattern = f"re:.*{place}{re.escape(rest)}$"
+        # transformers takes a group for the experts' if a pattern of it has that word.
+        return pattern if is_expert(module) else pattern.replace("experts", "exper[t]s")
 
     def patterns(self, modules: Iterable[str]) -> list[str]:
         """Regular expressions for modules outside the text model: engines put prefixes of their own

@@ -16,7 +16,7 @@ TEXT_AS = {
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe_text": "qwen3_moe",
 }
-# What such a text model does that is a choice in the config of the one that is named for it.
+# Keys of the named type's config in which such a text model has no choice.
 FIXED: dict[str, dict[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
 # Where checkpoints keep the blocks of the text part, and its head; the first that is there counts.
 PLACES = (
