@@ -14,6 +14,7 @@ from typing import Any
 
 from llmquant.errors import UsageError
 from llmquant_eval.decide.results import Item, ItemResults, check_ids, validated
+from llmquant_eval.report.files import labelled
 from llmquant_eval.report.results import ModelResult
 from llmquant_eval.report.schema import Report
 
@@ -38,10 +39,7 @@ def read_results(source: str) -> ItemResults:
         UsageError: no such file, not one of these, an item without an id or with a score that is
             no number; names the file and the line or item.
     """
-    path, label = Path(source), None
-    if not path.exists() and "#" in source:
-        name, _, label = source.rpartition("#")
-        path = Path(name)
+    path, label = labelled(source)
     logged = path.is_dir() or path.suffix == ".jsonl"
     text = "" if logged else _text_of(path)
     raw = None if logged else _parsed(text, f"{path} is not JSON")

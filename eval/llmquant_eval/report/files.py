@@ -17,9 +17,7 @@ def check_file(path: Path, *read: str | Path | None) -> None:
     if path.exists() and not path.is_file():
         return  # a device or a pipe
     for file in (f for f in read if f):
-        read_from, name = Path(file), str(file).rpartition("#")[0]
-        if not read_from.exists() and name:  # FILE#LABEL
-            read_from = Path(name)
+        read_from, _ = labelled(file)
         if path.exists() and read_from.exists() and path.samefile(read_from):
             raise UsageError(f"{path} is {file}, which is read here; give another file")
     folder = path.resolve().parent
@@ -27,6 +25,12 @@ def check_file(path: Path, *read: str | Path | None) -> None:
         raise UsageError(f"{path}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: no permission to write in {folder}; choose another place")
+
+
+def labelled(source: str | Path) -> tuple[Path, str | None]:
+    """The file, and the label behind it in ``FILE#LABEL``, which chooses a model of a report."""
+    path, (name, _, label) = Path(source), str(source).rpartition("#")
+    return (path, None) if path.exists() or not name else (Path(name), label)
 
 
 def write_file(path: Path, text: str) -> None:

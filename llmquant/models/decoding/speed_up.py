@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.errors import ArchitectureError
 from llmquant.kernels import native
 from llmquant.kernels.block import LINEARS, BlockShape, Step
@@ -191,8 +192,8 @@ def _agree(
     """
     try:
         exact, tried = _outputs(fast, model, size, mask)
-    except Exception as e:  # noqa: BLE001 - whatever it was, transformers' code is left to run
-        log.debug("a trial of block %d failed: %s", fast.index, e)
+    except CONFUSED as e:
+        log.info("a trial of block %d failed: %s", fast.index, first_line(e))
         return False
     return bool((exact - tried).norm() <= _TOLERANCE * exact.norm())
 

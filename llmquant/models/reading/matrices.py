@@ -56,7 +56,7 @@ def _matrices(
     """The matrices, or biases, in the stacked tensor ``name``; none where it is something else."""
     layout = experts.stacked
     assert layout is not None  # the caller has seen to it
-    inside = rf"{re.escape(architecture.blocks)}\.\d+\.{re.escape(experts.inside)}"
+    inside = _inside(architecture, experts)
     leaves = {layout.gate_up: (experts.gate, experts.up), layout.down: (experts.down,)}
     for leaf, linears in leaves.items():
         for suffix in ("", "_bias"):
@@ -76,6 +76,11 @@ def _matrices(
                     yield tensor, Made((name,), make, rows, reader.info(name).dtype, i)
 
 
+def _inside(architecture: Architecture, experts: Experts) -> str:
+    """A regular expression for what holds a block's experts."""
+    return rf"{re.escape(architecture.blocks)}\.\d+\.{re.escape(experts.inside)}"
+
+
 def _turned(layout: Stacked, leaf: str, shape: tuple[int, ...], hidden: int | None) -> bool:
     """Whether a stacked tensor of three dimensions has its matrices transposed."""
     if not layout.either_way:
@@ -92,7 +97,7 @@ def as_in_memory(
     layout = experts.stacked if experts is not None else None
     if architecture is None or experts is None or layout is None or not layout.either_way:
         return dict(tensors)
-    inside = rf"{re.escape(architecture.blocks)}\.\d+\.{re.escape(experts.inside)}"
+    inside = _inside(architecture, experts)
     leaves = rf"{re.escape(layout.gate_up)}|{re.escape(layout.down)}"
     found = dict(tensors)
     for name, tensor in tensors.items():
