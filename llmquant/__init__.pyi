@@ -111,9 +111,9 @@ from .models.transformers import (
 from .models.transformers import (
     unregister_from_transformers as unregister_from_transformers,
 )
-from .planning.allocate import Allocation as Allocation
-from .planning.allocate import allocate as allocate
-from .planning.candidates import AllocateOptions as AllocateOptions
+from .planning.allocation.allocate import Allocation as Allocation
+from .planning.allocation.allocate import allocate as allocate
+from .planning.allocation.options import AllocateOptions as AllocateOptions
 from .planning.defaults import DefaultRecipe as DefaultRecipe
 from .planning.defaults import choose_recipe as choose_recipe
 from .planning.forecast import running_bytes as running_bytes

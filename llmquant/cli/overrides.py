@@ -12,7 +12,7 @@ from llmquant.cli.options import Engine
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmquant.planning.candidates import AllocateOptions
+    from llmquant.planning.allocation.options import AllocateOptions
     from llmquant.planning.defaults import DefaultRecipe
     from llmquant.quantization.options import QuantizeOptions
     from llmquant.recipe import Recipe
@@ -116,7 +116,7 @@ def options_for(
     size: float, engine: Engine | None, symmetric: bool | None, run: QuantizeOptions
 ) -> AllocateOptions:
     """What ``--target-bpw`` of another command lets be chosen."""
-    from llmquant.planning.candidates import AllocateOptions
+    from llmquant.planning.allocation.options import AllocateOptions
 
     wanted = engine or Engine.any
     return AllocateOptions(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmquant.cli.screen import fact_table, screen
 
 if TYPE_CHECKING:
-    from llmquant.planning.allocate import Budget
+    from llmquant.planning.allocation.budget import Budget
     from llmquant.planning.forecast import DeviceFit, Forecast
     from llmquant.planning.preview import Plan
     from llmquant.planning.timing import Timing

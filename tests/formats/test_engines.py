@@ -21,7 +21,8 @@ from llmquant.errors import UsageError
 from llmquant.formats import Scheme, engines
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, refusals, vllm_here, why_not
 from llmquant.formats.rules import Beside
-from llmquant.planning.candidates import AllocateOptions, choices_of
+from llmquant.planning.allocation.candidates import choices_of
+from llmquant.planning.allocation.options import AllocateOptions
 from llmquant.quantization.options import Events
 from llmquant.quantization.prepare import prepare
 from llmquant.quantization.run import quantize

@@ -33,8 +33,8 @@ from llmquant.models.from_folder import empty_model
 from llmquant.models.load import load
 from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.models.reading.fit import fitted
-from llmquant.planning.allocate import allocate
-from llmquant.planning.candidates import AllocateOptions
+from llmquant.planning.allocation.allocate import allocate
+from llmquant.planning.allocation.options import AllocateOptions
 from llmquant.planning.preview import make_plan
 from llmquant.quantization.blocks.capture import observe, observe_pairs
 from llmquant.quantization.run import quantize

@@ -21,7 +21,8 @@ from llmquant.errors import ArchitectureError, LlmquantError
 from llmquant.models.architectures import blocks_of
 from llmquant.models.block_inputs import first_inputs, run_block
 from llmquant.models.precision import stored_buffers
-from llmquant.planning.allocate import AllocateOptions, allocate
+from llmquant.planning.allocation.allocate import allocate
+from llmquant.planning.allocation.options import AllocateOptions
 from llmquant.planning.preview import make_plan
 from llmquant.quantization.blocks.materialize import materialized, outer_names
 from llmquant.quantization.blocks.whole_model import whole

@@ -19,13 +19,16 @@ from llmquant.checkpoint.sizes import Sizes
 from llmquant.errors import FormatError, SourceError, SpecError, UsageError
 from llmquant.formats import Scheme
 from llmquant.models.architectures import ARCHITECTURES, Architecture
-from llmquant.planning import allocate as allocation
-from llmquant.planning import candidates as choices
-from llmquant.planning.allocate import AllocateOptions, Allocation, allocate, split_windows
-from llmquant.planning.candidates import Choice, fused_items, recipe_of_choice
-from llmquant.planning.knapsack import Option, solve, solve_alike
+from llmquant.models.selection import fused_items
+from llmquant.planning.allocation import allocate as allocation
+from llmquant.planning.allocation import candidates as choices
+from llmquant.planning.allocation.allocate import Allocation, allocate, split_windows
+from llmquant.planning.allocation.candidates import Choice
+from llmquant.planning.allocation.chosen import recipe_of_choice
+from llmquant.planning.allocation.knapsack import Option, solve, solve_alike
+from llmquant.planning.allocation.options import AllocateOptions
+from llmquant.planning.allocation.quality_loss import Damage
 from llmquant.planning.preview import make_plan
-from llmquant.planning.quality_loss import Damage
 from llmquant.recipe import Recipe
 from llmquant.spec import QuantSpec
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmquant.errors import UsageError
-from llmquant.planning.knapsack import Option, solve, undominated
+from llmquant.planning.allocation.knapsack import Option, solve, undominated
 
 OPTION = st.builds(
     Option, st.integers(0, 60).map(lambda n: n * 96), st.floats(0, 1).map(lambda c: round(c, 4))

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmquant.algorithms import factorize, gptq, layer_error, rtn
 from llmquant.errors import QuantizationError
 from llmquant.models.architectures import blocks_of, find
-from llmquant.planning import sensitivity
-from llmquant.planning.candidates import fused_items
-from llmquant.planning.quality_loss import Damage, anchors_of, interpolate
-from llmquant.planning.sensitivity import Item, Kind, Probe, measure
+from llmquant.models.selection import fused_items
+from llmquant.planning.allocation import sensitivity
+from llmquant.planning.allocation.options import Kind
+from llmquant.planning.allocation.quality_loss import Damage, anchors_of, interpolate
+from llmquant.planning.allocation.sensitivity import Item, Probe, measure
 from llmquant.quantization.plan import WalkPlan
 from llmquant.quantization.prepare import prepare
 from llmquant.spec import QuantSpec

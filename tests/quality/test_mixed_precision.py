@@ -13,7 +13,8 @@ import pytest
 from test_tiny_llama import CALIBRATION, MODEL, measured, values
 
 from llmquant import Recipe, load_recipe, quantize
-from llmquant.planning.allocate import AllocateOptions, allocate
+from llmquant.planning.allocation.allocate import allocate
+from llmquant.planning.allocation.options import AllocateOptions
 
 pytestmark = pytest.mark.quality
 

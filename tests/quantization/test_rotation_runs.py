@@ -22,7 +22,8 @@ from llmquant.cli.overrides import recipe_of
 from llmquant.errors import ArchitectureError, ProofError
 from llmquant.models.load import load
 from llmquant.models.rotation.rotated import rotated
-from llmquant.planning.allocate import AllocateOptions, allocate
+from llmquant.planning.allocation.allocate import allocate
+from llmquant.planning.allocation.options import AllocateOptions
 from llmquant.planning.preview import make_plan
 from llmquant.quantization import run as pipeline
 from llmquant.quantization.options import Events

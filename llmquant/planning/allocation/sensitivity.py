@@ -29,7 +29,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,15 @@ from torch import Tensor, nn
 from llmquant.errors import QuantizationError
 from llmquant.models.architectures import blocks_of, norm_of
 from llmquant.models.block_inputs import BlockInput, first_inputs
-from llmquant.planning.quality_loss import (
+from llmquant.planning.allocation.options import Kind
+from llmquant.planning.allocation.quality_loss import (
     Damage,
     anchors_of,
     divergence,
     interpolate,
     relative_error,
 )
-from llmquant.planning.trial_rounding import TrialRounding
+from llmquant.planning.allocation.trial_rounding import TrialRounding
 from llmquant.quantization.blocks.capture import observe, stages
 from llmquant.quantization.blocks.materialize import materialized, outer_names
 from llmquant.quantization.blocks.whole_model import already_run, swapped, whole
@@ -52,8 +53,6 @@ from llmquant.quantization.plan import Progress, WalkPlan, batched
 from llmquant.spec import QuantSpec
 from llmquant.stats import InputStats
 from llmquant.weight import QuantizedWeight
-
-Kind = Literal["kl", "block"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +287,6 @@ def _hidden(raw: Any) -> Tensor:
 __all__ = [
     "Damage",
     "Item",
-    "Kind",
     "Probe",
     "anchors_of",
     "divergence",

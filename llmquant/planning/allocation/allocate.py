@@ -4,9 +4,9 @@ little as possible.
 Three steps. Every item (linears that engines fuse, else one linear) and every scheme that layout
 and engine can hold becomes an option with its bytes, which are those the layout really writes
 (:class:`llmquant.checkpoint.sizes.Sizes`: zero-points, scales and padding included).
-:mod:`llmquant.planning.sensitivity` says what each option costs in quality, from one pass through
-the model. :mod:`llmquant.planning.knapsack` picks one option per item within the budget, with a
-proof of how near to the optimum it is.
+:mod:`.sensitivity` says what each option costs in quality, from one pass through the model.
+:mod:`.knapsack` picks one option per item within the budget, with a proof of how near to the
+optimum it is.
 
 The budget is ``target_bpw`` bits times the weights of all linears that the recipe selects. A linear
 that keeps its 16 bits counts with them, though the result then calls it unquantized; so
@@ -31,24 +31,16 @@ from llmquant.errors import SourceError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats.base import is_expert
 from llmquant.models.block_inputs import refuse_walk
-from llmquant.models.from_folder import load_tokenizer
-from llmquant.planning.candidates import (
-    AllocateOptions,
-    Choice,
-    budget_of,
-    check_layout,
-    choices_of,
-    recipe_of_choice,
-    span_of,
-)
-from llmquant.planning.knapsack import Option, Solution, solve, solve_alike, undominated
-from llmquant.planning.preview import Plan, make_plan
-from llmquant.planning.quality_loss import Damage
-from llmquant.planning.sensitivity import Item, Probe, measure
+from llmquant.planning.allocation.budget import budget_of, span_of
+from llmquant.planning.allocation.candidates import Choice, choices_of
+from llmquant.planning.allocation.chosen import check_layout, recipe_of_choice
+from llmquant.planning.allocation.knapsack import Option, Solution, solve, solve_alike, undominated
+from llmquant.planning.allocation.options import AllocateOptions
+from llmquant.planning.allocation.quality_loss import Damage
+from llmquant.planning.allocation.sensitivity import Item, Probe, measure
 from llmquant.quantization.options import Events
 from llmquant.quantization.prepare import (
     calibration_of,
-    check_calibration,
     deterministic,
     prepare,
 )
@@ -112,29 +104,6 @@ class Allocation:
     unit: str
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a run would make that chooses schemes for a size first, as far as no text has to be read
-    for it.
-
-    Attributes:
-        least: the plan of the smallest choice.
-        target_bpw: at most this many bits per selected weight.
-        smallest, largest: what is possible.
-        bytes_on_disk: at most, of a single weight file.
-        items: sets of linears that get a scheme each.
-        schemes: what may be chosen, smallest bits first.
-    """
-
-    least: Plan
-    target_bpw: float
-    smallest: float
-    largest: float
-    bytes_on_disk: int
-    items: int
-    schemes: tuple[str, ...]
-
-
 def allocate(
     model: str | os.PathLike[str],
     recipe: Recipe,
@@ -176,40 +145,6 @@ def allocate(
     with deterministic(recipe.seed):
         damages = measure(plan, items, seen, Probe(options.sensitivity, unseen), events.on_progress)
     return _decide(choices, damages, budget, recipe, options)
-
-
-def plan_budget(model: str | os.PathLike[str], recipe: Recipe, options: AllocateOptions) -> Budget:
-    """Plan a run that allocates first.
-
-    Raises:
-        what :func:`llmquant.allocate` raises for the same request before it reads a text, and for
-        a text that is not named nothing.
-    """
-    plan = prepare(model, recipe, options.device, options.dtype, options.store_dtype)
-    refuse_walk(plan.model, "so no schemes can be chosen for a size: give --bits with --method rtn")
-    load_tokenizer(plan.reader.path)
-    if recipe.calibration.source is not None:
-        check_calibration(plan)
-    choices = choices_of(plan, options)
-    check_layout(choices, plan)
-    nbytes = budget_of(choices, options.target_bpw)
-    least = [min(c.sizes.items(), key=lambda choice: choice[1]) for c in choices]
-    smallest_recipe = recipe_of_choice(recipe, choices, [scheme for scheme, _ in least])
-    made = make_plan(model, smallest_recipe, options.store_dtype)
-    spare = nbytes - sum(size for _, size in least)
-    offered = {scheme for c in choices for scheme in c.sizes}
-    packed = sorted((s for s in offered if s is not None), key=lambda s: (s.spec.bits, str(s)))
-    unpacked = ("unquantized",) if None in offered else ()
-    smallest, largest = span_of(choices)
-    return Budget(
-        made,
-        options.target_bpw,
-        smallest,
-        largest,
-        made.bytes_on_disk + spare,
-        len(choices),
-        (*map(str, packed), *unpacked),
-    )
 
 
 def split_windows(
@@ -301,14 +236,3 @@ def _description(solution: Solution, choices: Sequence[Choice], options: Allocat
         f"allocated for at most {options.target_bpw:g} bits per weight ({reached:.4f} reached) by {options.sensitivity} "
         f"sensitivity, engine {options.engine}"
     )
-
-
-__all__ = [
-    "AllocateOptions",
-    "Allocated",
-    "Allocation",
-    "Budget",
-    "allocate",
-    "plan_budget",
-    "split_windows",
-]

@@ -1,7 +1,7 @@
 """What a scheme does to an item: how it is measured on a model's outputs, and what follows for
 schemes that were not measured.
 
-See :mod:`llmquant.planning.sensitivity`.
+See :mod:`llmquant.planning.allocation.sensitivity`.
 """
 
 from __future__ import annotations
