@@ -85,6 +85,7 @@ def converted_card(
     before: str | None,
     inherited: Mapping[str, Any],
     others: str = "Every other tensor was carried over byte for byte.",
+    rounding: str | None = None,
 ) -> str:
     """README.md of a folder that was converted from another layout.
 
@@ -92,19 +93,20 @@ def converted_card(
         name: for the title.
         before: the table that was measured on the folder it was converted from.
         others: what became of the tensors of no quantized linear.
+        rounding: which numbers of the source the result does not hold as they were, if any.
     """
     step = manifest.conversions[-1]
+    same = "the weights' numbers are the same" if rounding is None else rounding
     table = before or _NOTHING
     if before and not before.startswith(_BEFORE):
-        table = (
-            f"{_BEFORE} as `{step.source_format}`; the weights' numbers are the same.\n\n{before}"
-        )
+        table = f"{_BEFORE} as `{step.source_format}`; {same}.\n\n{before}"
+    rounded = "" if rounding is None else f" at that dtype ({rounding})"
     recipe = f"\n## Recipe\n\n```yaml\n{recipe_yaml}```\n" if recipe_yaml else ""
     return f"""{_head(manifest, scheme, step.format, inherited)}
 # {name}, {scheme}, {step.format}
 
 Converted from `{step.source_format}` to `{step.format}` with llmquant {step.versions["llmquant"]}. The linear layers were
-read back and their dequantized weights compared with the source's: all are equal. {others}
+read back and their dequantized weights compared with the source's: all are equal{rounded}. {others}
 `manifest.json` has the hashes of what went in and came out; `llmquant inspect --verify` checks them.
 {_measured_and_use(table, step.format)}
 ## Left unquantized

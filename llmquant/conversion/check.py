@@ -28,16 +28,23 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the first pass found: everything about the result but its bytes."""
+    """What the first pass found: everything about the result but its bytes. ``rounded``: weights of
+    a dense result that its dtype does not hold as they are."""
 
     schemes: Mapping[str, Scheme]
     digests: Mapping[str, str]
     shapes: Mapping[str, tuple[int, int]]
     nbytes: int
+    rounded: int = 0
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the modules have."""
+        return sum(o * i for o, i in self.shapes.values())
 
     @property
     def bits_per_weight(self) -> float:
-        return self.nbytes * 8 / sum(o * i for o, i in self.shapes.values())
+        return self.nbytes * 8 / self.weights
 
     @property
     def scheme(self) -> str:
@@ -58,7 +65,8 @@ def check(
         UsageError: the layout has a scale dtype of its own.
     """
     refused: dict[str, str] = {}
-    schemes, digests, shapes, nbytes = dict(source.packed.schemes), {}, {}, 0
+    schemes, digests, shapes = dict(source.packed.schemes), {}, {}
+    nbytes = rounded = 0
     for done, (name, announced) in enumerate(source.packed.schemes.items()):
         on_progress("checking", done, len(schemes))
         # Whether an announced g_idx says anything is known only from its numbers.
@@ -71,6 +79,8 @@ def check(
         if reason is None:
             packed, reason = _pack(target, weight, dtype, announced.activations)
             nbytes += packed_bytes(packed)
+            if target is DENSE and packed:
+                rounded += int((packed["weight"].float() != weight.dequantize()).sum())
             if asked and packed and dtype not in {t.dtype for t in packed.values()}:
                 raise UsageError(
                     f"{target.name} stores scales in a dtype of its own; leave out the scale dtype"
@@ -83,7 +93,7 @@ def check(
         raise LayoutError(
             f"{source.reader.path} cannot become {target.name} without loss:{reasons}"
         )
-    return Checked(schemes, digests, shapes, nbytes)
+    return Checked(schemes, digests, shapes, nbytes, rounded)
 
 
 def _reasons(refused: Mapping[str, str], together: str | None, total: int) -> str:

@@ -43,9 +43,18 @@ def write_files(
     writer.write_text(MANIFEST, manifest.to_json())
     name = (manifest.base_model or folder.resolve().name).rstrip("/").rpartition("/")[2]
     card = converted_card(
-        manifest, checked.scheme, name, recipe, measured(folder / "README.md"), inherited
+        *(manifest, checked.scheme, name, recipe, measured(folder / "README.md"), inherited),
+        rounding=rounding(checked, dtype),
     )
     writer.write_text("README.md", card)
+
+
+def rounding(checked: Checked, dtype: torch.dtype) -> str | None:
+    """How many weights a dense result's dtype rounds; None where it holds them all."""
+    if not checked.rounded:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"{checked.rounded:,} of {checked.weights:,} weights were rounded once, to {name}"
 
 
 def write_config(

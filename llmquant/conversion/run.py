@@ -16,7 +16,7 @@ from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
-from llmquant.conversion.files import write_files
+from llmquant.conversion.files import rounding, write_files
 from llmquant.conversion.proof import prove
 from llmquant.conversion.source import (
     Source,
@@ -56,7 +56,8 @@ class ConvertOptions:
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
     """What came out. ``warnings`` are about the result, ``notes`` about the source and what
-    became of the files beside its weights."""
+    became of the files beside its weights. ``rounding``: where a dense result's dtype does not
+    hold every number of the source, which ones it rounded, and to what."""
 
     path: Path
     source_format: str
@@ -68,6 +69,7 @@ class ConvertResult:
     bytes_written: int
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    rounding: str | None = None
 
 
 def convert(
@@ -126,6 +128,7 @@ def convert(
         bytes_written=writer.total_bytes,
         warnings=_warnings(target, checked, Beside.of(source.reader.config, source.skipped)),
         notes=(*source.notes, *left_behind(found), *own_code(folder, found)),
+        rounding=rounding(checked, dtype),
     )
 
 

@@ -280,6 +280,22 @@ def test_dense_is_what_the_packed_model_computes_with(
     )
 
 
+def test_what_a_dense_dtype_rounds_is_counted_and_said(quantized: Path, tmp_path: Path) -> None:
+    weights = weights_of(quantized)
+    exact = {n: w.dequantize() for n, w in weights.items()}
+    rounded = sum(int((w.bfloat16().float() != w).sum()) for w in exact.values())
+    every = sum(w.numel() for w in exact.values())
+    assert rounded
+    words = f"{rounded:,} of {every:,} weights were rounded once, to bfloat16"
+    result = convert(quantized, "dense", tmp_path / "b", ConvertOptions(dtype="bfloat16"))
+    assert result.rounding == words
+    assert f"all are equal at that dtype ({words})" in (tmp_path / "b" / "README.md").read_text()
+    whole = convert(quantized, "dense", tmp_path / "c", ConvertOptions(dtype="float32"))
+    assert whole.rounding is None
+    assert "all are equal. Every" in (tmp_path / "c" / "README.md").read_text()
+    assert convert(quantized, "gptq_v2", tmp_path / "d").rounding is None
+
+
 def test_a_dense_result_is_divided_by_size(quantized: Path, tmp_path: Path) -> None:
     convert(quantized, "dense", tmp_path / "dense", ConvertOptions(max_shard_size=40_000))
     assert len(CheckpointReader(tmp_path / "dense").files()) > 2

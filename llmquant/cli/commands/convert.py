@@ -105,6 +105,7 @@ def _facts(result: ConvertResult) -> dict[str, Any]:
         "bytes_written": result.bytes_written,
         "warnings": list(result.warnings),
         "notes": list(result.notes),
+        "rounding": result.rounding,
     }
 
 
@@ -112,10 +113,11 @@ def _tell(result: ConvertResult, quiet: bool, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(_facts(result)) + "\n")
     elif not quiet:
+        rounded = f" at that dtype: {result.rounding}" if result.rounding else ""
         sys.stdout.write(
             f"{result.path}: {result.format}, {result.bytes_written / 1e6:,.2f} MB "
             f"(was {result.source_format}, {result.source_bytes / 1e6:,.2f} MB); {result.scheme}\n"
-            f"proved: the numbers of {result.modules} packed modules, re-read from disk, equal the source's\n"
+            f"proved: the numbers of {result.modules} packed modules, re-read from disk, equal the source's{rounded}\n"
         )
         for note in result.notes:
             sys.stderr.write(f"note: {note}\n")
