@@ -173,6 +173,20 @@ def test_a_scale_that_the_dtype_would_round_is_refused(dtype: torch.dtype) -> No
 ASYM = QuantSpec(4, 32, symmetric=False)
 
 
+def test_zero_points_that_the_config_denies_are_refused() -> None:
+    denied, said = QuantSpec(4, 32), Scheme(QuantSpec(4, 32))
+    whole = weight(8, 96, ASYM)
+    with pytest.raises(FormatError, match="says symmetric but its weight_zero_point is not zero"):
+        LAYOUT.unpack(LAYOUT.pack(whole, torch.float16), said)
+    middle = QuantizedWeight(
+        whole.codes, whole.scales, torch.full_like(whole.zeros, denied.middle), ASYM
+    )
+    tensors = LAYOUT.pack(middle, torch.float16)
+    unpacked = tensors | {"weight_zero_point": torch.zeros(8, 3, dtype=torch.int8)}
+    for stored in (tensors, unpacked):
+        assert torch.equal(LAYOUT.unpack(stored, said).dequantize(), middle.dequantize())
+
+
 def change(name: str, edit: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], object]:
     return lambda tensors: tensors.update({name: edit(tensors[name])})
 

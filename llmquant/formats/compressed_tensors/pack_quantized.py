@@ -109,14 +109,23 @@ class CompressedTensors(Plain):
     def _zeros(
         self, tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, groups: int
     ) -> Tensor:
-        if spec.symmetric:
-            return torch.full((out_features, groups), spec.middle, dtype=torch.uint8)
-        if "weight_zero_point" not in tensors:
+        packed = tensors.get("weight_zero_point")
+        middle = torch.full((out_features, groups), spec.middle, dtype=torch.uint8)
+        if packed is None:
+            if spec.symmetric:
+                return middle
             raise FormatError("the config says asymmetric but there is no weight_zero_point")
-        packed = tensors["weight_zero_point"]
+        if spec.symmetric and not packed.any():  # zeros of signed codes that nobody packed
+            return middle
         if packed.ndim != 2 or packed.shape[1] != groups:
             raise FormatError(f"weight_zero_point is {list(packed.shape)}, not [.., {groups}]")
-        return _unpack(packed.T.contiguous(), spec.bits, out_features).T.contiguous()
+        zeros = _unpack(packed.T.contiguous(), spec.bits, out_features).T.contiguous()
+        if spec.symmetric and not torch.equal(zeros, middle):
+            raise FormatError(
+                "the config says symmetric but its weight_zero_point is not zero throughout; if it is meant, "
+                "set symmetric to false"
+            )
+        return zeros
 
     def shape_of(self, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[int, int]:
         require(shapes, _PACKED, "weight_scale")
