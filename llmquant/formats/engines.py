@@ -237,6 +237,22 @@ def answers(
     return rows
 
 
+def of_the_model_type(layout: str, schemes: Mapping[str, Scheme], model: Beside) -> list[str]:
+    """What transformers alone makes of any packed folder of this model type: such a folder it
+    may load, with random numbers in the place of what it did not find."""
+    every = (
+        rule.reason
+        for rule in _TRANSFORMERS
+        if rule.models
+        for name, scheme in schemes.items()
+        if rule.concerns(layout, name, model) and rule.refuses(scheme)
+    )
+    return [
+        f"transformers alone cannot read this model (llmquant.register_with_transformers() can): {reason}"
+        for reason in dict.fromkeys(every)
+    ]
+
+
 def on_this_cpu(
     layout: str, schemes: Mapping[str, Scheme], model: Beside = NOTHING
 ) -> tuple[list[str], list[str]]:

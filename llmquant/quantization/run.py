@@ -27,7 +27,7 @@ from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.data.calibration import Calibration
 from llmquant.data.sources import refuse_texts
 from llmquant.errors import UsageError
-from llmquant.formats.engines import on_this_cpu
+from llmquant.formats.engines import of_the_model_type, on_this_cpu
 from llmquant.formats.rules import Beside
 from llmquant.models.reading.stored_dtype import StoredReader
 from llmquant.quantization.blocks.full_device import full_device
@@ -117,6 +117,7 @@ def _checked(
     if isinstance(plan.reader, StoredReader):
         notes = [plan.reader.note(), *notes]
     notes = [*map(str, plan.selection.regrouped), *notes]
+    warnings += of_the_model_type(plan.layout.name, plan.selection.schemes, beside)
     for warning in warnings:
         events.on_warning(warning)
     calibration = calibration_of(plan, options.evaluation)

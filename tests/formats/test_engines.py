@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_models import save
 
 from llmquant import inspect
 from llmquant.cli import main
@@ -144,6 +145,17 @@ def test_quantize_notes_what_this_machine_alone_lacks(
     assert told(model, tmp_path / "b", rtn.updated({"weights.bits": 3}))[1] == []
     machine(ICE_LAKE)
     assert told(model, tmp_path / "c", rtn) == ([], [])
+
+
+def test_quantize_warns_of_a_model_type_that_transformers_alone_fills_with_random_numbers(
+    machine: UseMachine, rtn: Recipe, tmp_path: Path
+) -> None:
+    machine(ICE_LAKE)
+    for kind, words in (("gpt2", "its own code"), ("granitemoe", "put random numbers")):
+        folder = save(kind, tmp_path / kind)
+        warnings, _ = told(folder, tmp_path / f"{kind}-w4", rtn.updated({"weights.group_size": 16}))
+        [warning] = [w for w in warnings if w.startswith("transformers alone cannot read")]
+        assert words in warning
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> str:
