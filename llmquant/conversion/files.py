@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmquant.checkpoint.card import converted_card, front_matter, measured
+from llmquant.checkpoint.card import converted_card, front_matter, measured, rounding
 from llmquant.checkpoint.detect import without_quantization
 from llmquant.checkpoint.manifest import (
     MANIFEST,
@@ -44,17 +44,9 @@ def write_files(
     name = (manifest.base_model or folder.resolve().name).rstrip("/").rpartition("/")[2]
     card = converted_card(
         *(manifest, checked.scheme, name, recipe, measured(folder / "README.md"), inherited),
-        rounding=rounding(checked, dtype),
+        rounding=rounding(checked.rounded, checked.weights, dtype),
     )
     writer.write_text("README.md", card)
-
-
-def rounding(checked: Checked, dtype: torch.dtype) -> str | None:
-    """How many weights a dense result's dtype rounds; None where it holds them all."""
-    if not checked.rounded:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    return f"{checked.rounded:,} of {checked.weights:,} weights were rounded once, to {name}"
 
 
 def write_config(

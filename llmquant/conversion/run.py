@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from llmquant.checkpoint.atomic import check_destination
+from llmquant.checkpoint.card import rounding
 from llmquant.checkpoint.companions.code import own_code
 from llmquant.checkpoint.companions.files import companions, left_behind
 from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
-from llmquant.conversion.files import rounding, write_files
+from llmquant.conversion.files import write_files
 from llmquant.conversion.proof import prove
 from llmquant.conversion.source import (
     Source,
@@ -128,7 +129,7 @@ def convert(
         bytes_written=writer.total_bytes,
         warnings=_warnings(target, checked, Beside.of(source.reader.config, source.skipped)),
         notes=(*source.notes, *left_behind(found), *own_code(folder, found)),
-        rounding=rounding(checked, dtype),
+        rounding=rounding(checked.rounded, checked.weights, dtype),
     )
 
 

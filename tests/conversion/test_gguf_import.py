@@ -100,6 +100,22 @@ def test_tokens_are_transformers_own(tmp_path: Path, run: Run, pre: str, kind: s
     assert ours.eos_token_id == gguf_kit.EOS
 
 
+def test_what_the_dtype_rounds_is_counted_and_said(run: Run, tmp_path: Path, q8: Path) -> None:
+    stored = {
+        t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
+        for t in gguf.GGUFReader(q8).tensors
+    }
+    rounded = sum(int((w.half().float() != w).sum()) for w in stored.values())
+    words = f"{rounded:,} of {sum(w.numel() for w in stored.values()):,} weights were rounded once, to float16"
+    assert rounded
+    ran = run("import", q8, "-o", tmp_path / "m")
+    assert f"are what was read; {words}\n" in ran.out
+    assert words in (tmp_path / "m" / "README.md").read_text()
+    ran = run("import", q8, "-o", tmp_path / "whole", "--dtype", "float32")
+    assert "are what was read\n" in ran.out
+    assert "rounded" not in (tmp_path / "whole" / "README.md").read_text()
+
+
 def test_shards_are_one_model(run: Run, tmp_path: Path, q8: Path) -> None:
     first, second = shards(q8, tmp_path / "s")
     assert run("import", str(q8), "-o", "whole").code == 0

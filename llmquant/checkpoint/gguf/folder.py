@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import check_destination, refuse_held
+from llmquant.checkpoint.card import rounding
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.gguf.config import config_of, generation_config, stored_config
 from llmquant.checkpoint.gguf.header import GgufFile, read_gguf
@@ -67,6 +68,7 @@ class ImportResult:
 
     Attributes:
         scheme: of linears that were kept packed; None where none was.
+        rounding: which of the file's numbers the dtype does not hold, if any.
         types: GGUF type → how many tensors of the file have it.
         notes: what people should know.
     """
@@ -81,6 +83,7 @@ class ImportResult:
     source_bytes: int
     bytes_written: int
     notes: tuple[str, ...]
+    rounding: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +155,14 @@ def write_folder(
     with CheckpointWriter(
         destination, max_shard_size=options.max_shard_size, overwrite=options.overwrite
     ) as writer:
-        digests = write_weights(opened, dtype, writer, on_progress)
+        written = write_weights(opened, dtype, writer, on_progress)
         writer.finish_weights()
         notes = write_beside(opened, dtype, writer)
-        writer.write_text("README.md", card(opened))
-        prove_weights(CheckpointReader(writer.partial), digests, on_progress)
+        writer.write_text("README.md", card(opened, written.rounding))
+        prove_weights(CheckpointReader(writer.partial), written.digests, on_progress)
         writer.publish()
-    return import_result(opened, Path(output), dtype, writer, (*opened.notes, *notes))
+    notes = (*opened.notes, *notes)
+    return import_result(opened, Path(output), dtype, writer, notes, written.rounding)
 
 
 def import_result(
@@ -167,6 +171,7 @@ def import_result(
     dtype: torch.dtype,
     writer: CheckpointWriter,
     notes: tuple[str, ...],
+    rounding: str | None,
     scheme: str | None = None,
 ) -> ImportResult:
     """The result of a run that wrote a folder."""
@@ -181,6 +186,7 @@ def import_result(
         source_bytes=sum(f.stat().st_size for f in opened.file.files),
         bytes_written=writer.total_bytes,
         notes=notes,
+        rounding=rounding,
     )
 
 
@@ -191,33 +197,44 @@ def _own_dtype(file: GgufFile) -> torch.dtype:
     return torch.float32 if kinds == {"F32"} else torch.float16
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written of a file: tensor → its sha256, and which numbers the dtype rounded."""
+
+    digests: Mapping[str, str]
+    rounding: str | None
+
+
 def write_weights(
     opened: GgufSource,
     dtype: torch.dtype,
     writer: CheckpointWriter,
     on_progress: OnProgress,
     but: frozenset[str] = frozenset(),
-) -> dict[str, str]:
-    """Write every tensor but some; returns the sha256 of each by its name.
+) -> Written:
+    """Write every tensor but some.
 
     Raises:
         UsageError: a number that is infinite in the dtype.
         CheckpointError: one that is not finite in the file.
     """
     digests: dict[str, str] = {}
+    rounded = numbers = 0
     for done, place in enumerate(opened.placed.places):
         on_progress("writing", done, len(opened.placed.places))
         if place.tensor.name in but:
             continue
         for name, values in opened.placed.read(place):
-            tensor = _rounded(opened, name, values, dtype)
+            exact = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+            tensor = _rounded(opened, name, exact, dtype)
             digests[name] = sha256_tensor(tensor)
+            rounded += int((tensor.float() != exact).sum())
+            numbers += exact.numel()
             writer.add(name, tensor)
-    return digests
+    return Written(digests, rounding(rounded, numbers, dtype))
 
 
-def _rounded(opened: GgufSource, name: str, values: np.ndarray, dtype: torch.dtype) -> Tensor:
-    exact = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+def _rounded(opened: GgufSource, name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = exact.to(dtype)
     if not bool(torch.isfinite(tensor).all()):
         if not bool(torch.isfinite(exact).all()):
@@ -278,8 +295,8 @@ def prove_weights(
             raise ProofError(f"{written.path}: tensor {name} is not what was written")
 
 
-def card(opened: GgufSource) -> str:
-    """README.md: where the numbers come from, and the file's licence."""
+def card(opened: GgufSource, rounded: str | None) -> str:
+    """README.md: where the numbers come from, which were rounded, and the file's licence."""
     import yaml
 
     said = opened.file.metadata
@@ -289,6 +306,7 @@ def card(opened: GgufSource) -> str:
     types = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
     name = said.get("general.name") or opened.file.path.stem
     text = f"# {name}\n\nImported from `{opened.file.path.name}` with llmquant; its matrices are {types}.\n"
+    text += f"\n{rounded}; `llmquant import --dtype float32` holds all.\n" if rounded else ""
     if counts.keys() - FLOATS:
         text += (
             "\nThese weights were quantized before. They lie near the file's own lattice of a few bits, so what a further\n"

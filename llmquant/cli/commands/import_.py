@@ -110,12 +110,13 @@ def _refuse_options(dtype: str, packed: bool, layout: str | None) -> None:
 
 
 def _tell(facts: dict[str, Any]) -> None:
+    rounding = f"; {facts['rounding']}" if facts["rounding"] else ""
     types = ", ".join(f"{n} {kind}" for kind, n in facts["types"].items())
     sys.stdout.write(
         f"{facts['path']}: {facts['model_type']}, {facts['parameters'] / 1e6:,.1f}M parameters, "
         f"{facts['scheme'] or facts['dtype']}, {facts['bytes_written'] / 1e6:,.2f} MB "
         f"(was {facts['source_bytes'] / 1e6:,.2f} MB: {types})\n"
-        f"proved: {facts['tensors']} tensors, read back from disk, are what was read\n"
+        f"proved: {facts['tensors']} tensors, read back from disk, are what was read{rounding}\n"
     )
     for note in facts["notes"]:
         sys.stderr.write(f"note: {note}\n")

@@ -123,17 +123,17 @@ def _import_packed(
     with CheckpointWriter(
         destination, max_shard_size=options.max_shard_size, overwrite=options.overwrite
     ) as writer:
-        digests = write_weights(opened, dtype, writer, on_progress, but)
+        rest = write_weights(opened, dtype, writer, on_progress, but)
         for module in kept.places:
             packed = target.pack(weight_of(opened, kept, module), dtype)
             writer.add_together({f"{module}.{suffix}": t for suffix, t in packed.items()})
         writer.finish_weights()
         notes = _write_beside(opened, kept, target, dtype, writer)
-        _prove(opened, kept, target, digests, CheckpointReader(writer.partial), on_progress)
+        _prove(opened, kept, target, rest.digests, CheckpointReader(writer.partial), on_progress)
         writer.publish()
     scheme = f"{target.name} {', '.join(sorted({str(s) for s in kept.schemes.values()}))}"
     notes = (*opened.notes, *notes, *_rounded(opened, but, dtype))
-    return import_result(opened, Path(output), dtype, writer, notes, scheme)
+    return import_result(opened, Path(output), dtype, writer, notes, rest.rounding, scheme)
 
 
 def _write_beside(
