@@ -19,10 +19,13 @@ from llmquant.checkpoint.reader import CheckpointReader, read_json
 from llmquant.checkpoint.sources.floats import as_floats, small_floats
 from llmquant.checkpoint.weights.exported import DATA, MODEL, is_onnx
 from llmquant.errors import UnfitModelError
-from llmquant.formats.base import is_embedding
+from llmquant.formats.base import HEADS, is_embedding
 from llmquant.formats.engines import cautions, refusals
 from llmquant.formats.rules import Beside
 from llmquant.records import GroupSizeRecord
+
+# What models call a table of positions whose name has no "embed" in it.
+_POSITIONS = frozenset({"wpe"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +120,7 @@ def _stored(reader: CheckpointReader) -> Inspection:
     others = stored if packed is not None else as_floats(reader).tensors
     beside = Beside.of(reader.config, others)
     quantized = sum(math.prod(m.shape) for m in modules)
-    dense_linears = [
-        n
-        for n, i in others.items()
-        if n.endswith(".weight") and len(i.shape) == 2 and "embed" not in n
-    ]
+    dense_linears = [n for n, i in others.items() if len(i.shape) == 2 and _of_linear(n)]
     dense = sum(math.prod(i.shape) for i in others.values())
     dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in stored.values())
     kinds = Counter(m.scheme for m in modules)
@@ -146,6 +145,14 @@ def _stored(reader: CheckpointReader) -> Inspection:
         cautions={} if packed is None else cautions(packed.layout.name, schemes),
         regrouped=manifest.regrouped if manifest else (),
     )
+
+
+def _of_linear(tensor: str) -> bool:
+    """Whether a matrix of this name is a linear's, and no table of tokens or positions."""
+    module, _, suffix = tensor.rpartition(".")
+    last = module.rpartition(".")[2]
+    table = is_embedding(module) or last in _POSITIONS or "embed" in module
+    return suffix == "weight" and (last in HEADS or not table)
 
 
 def _modules(packed: PackedCheckpoint) -> Iterator[ModuleInfo]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import save
 
 from llmquant.checkpoint.inspect import inspect
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
@@ -46,6 +47,13 @@ def test_a_quantized_model(quantized: Path, model: Path, gptq: Recipe) -> None:
     source = CheckpointReader(model)
     assert shapes == {n: source.info(f"{n}.weight").shape for n in shapes}
     assert found.coverage == sum(map(math.prod, shapes.values())) / original.parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "linears"), [("gpt2", 9), ("gpt_neox", 9), ("opt", 13), ("falcon", 9)]
+)
+def test_tables_are_no_linears_and_heads_are(kind: str, linears: int, tmp_path: Path) -> None:
+    assert inspect(save(kind, tmp_path)).linears == linears
 
 
 @pytest.mark.parametrize(
