@@ -11,15 +11,18 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from llmquant.checkpoint.detect import unquantized
+from llmquant.checkpoint.manifest import read_manifest
 from llmquant.data.calibration import Calibration, calibrate, check_numbers
 from llmquant.data.sources import read_documents
-from llmquant.errors import SourceError, UsageError
+from llmquant.errors import CheckpointError, SourceError, UsageError
 from llmquant.formats import layout_of
+from llmquant.formats.dense import Dense
 from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.models import architectures
 from llmquant.models.block_inputs import refuse_walk
@@ -92,9 +95,24 @@ def prepare(
         linears_of(skeleton, placeless(fit)),
         engine_names(fit),
         fit.leftovers,
-        (*fit.notes, *growth(seen, stored, recipe)),
+        (*fit.notes, *_quantized_before(given.path), *growth(seen, stored, recipe)),
     )
     return WalkPlan(source, recipe, on, precision, world=world)
+
+
+def _quantized_before(folder: Path) -> tuple[str, ...]:
+    """A note where ``convert --to dense`` wrote the folder: its numbers are a quantized model's."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:  # none, or another tool's
+        return ()
+    if not manifest.conversions or manifest.conversions[-1].format != Dense.name:
+        return ()
+    base = f" of {manifest.base_model}" if manifest.base_model else ""
+    return (
+        f"{folder} holds the numbers{base} after a quantization; what this run loses is measured against "
+        "those, and not against the model before it",
+    )
 
 
 def _kept(model: PreTrainedModel) -> Callable[[str], bool]:

@@ -27,7 +27,7 @@ from llmquant.errors import FormatError, ProofError, UsageError
 from llmquant.formats import FORMATS, Scheme
 from llmquant.formats.engines import ENGINES, VLLM_AVX512, VLLM_NO_AVX512, why_not
 from llmquant.models.load import load
-from llmquant.quantization.options import QuantizeOptions
+from llmquant.quantization.options import Events, QuantizeOptions
 from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 from llmquant.spec import QuantSpec
@@ -294,6 +294,20 @@ def test_what_a_dense_dtype_rounds_is_counted_and_said(quantized: Path, tmp_path
     assert whole.rounding is None
     assert "all are equal. Every" in (tmp_path / "c" / "README.md").read_text()
     assert convert(quantized, "gptq_v2", tmp_path / "d").rounding is None
+
+
+def test_who_quantizes_a_dense_result_is_told_what_it_is(quantized: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    notes: list[str] = []
+    convert(quantized, "dense", dense)
+    quantize(dense, tmp_path / "b", recipe(), events=Events(on_note=notes.append))
+    assert [
+        n for n in notes if f"{dense} holds the numbers of" in n and "after a quantization" in n
+    ]
+    notes.clear()
+    (dense / "manifest.json").write_text('{"of": "another tool"}')
+    quantize(dense, tmp_path / "c", recipe(), events=Events(on_note=notes.append))
+    assert not [n for n in notes if "after a quantization" in n]
 
 
 def test_a_dense_result_is_divided_by_size(quantized: Path, tmp_path: Path) -> None:
