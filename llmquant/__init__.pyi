@@ -160,5 +160,7 @@ from .training.run import qat as qat
 from .training.stage import quantize as quantize
 from .training.stage import rerun as rerun
 from .weight import QuantizedWeight as QuantizedWeight
+from .written import FileKind as FileKind
+from .written import refuse_foreign as refuse_foreign
 
 __version__: str

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = {
     "llmquant": (
         ("errors",),
-        ("spec", "bitpack", "activations", "stats"),
+        ("spec", "bitpack", "activations", "stats", "written"),
         ("weight", "runtime", "records", "recipe_sections"),
         ("recipe", "drift"),
         ("algorithms", "formats", "kernels"),

@@ -112,7 +112,7 @@ def _check_output(output: Path, request: Request) -> None:
     from llmquant import refuse_texts
     from llmquant_eval.report.files import check_file
 
-    check_file(output)
+    check_file(output, "report")
     refuse_texts(output, request.text)
 
 

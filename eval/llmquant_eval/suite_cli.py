@@ -71,6 +71,8 @@ def suite_command(context: typer.Context) -> None:
         raise UsageError(
             f"--{option} does not go with --suite; write it into a suite file, or leave it out"
         )
+    from llmquant_eval.leaderboard.cli import check_pages
+
     suite = changed_suite(given)
     cache = Path(given["cache"]) if given.get("cache") else default_cache()
     results = given.get("output") or (Path(suite.outputs.results) if suite.outputs else None)
@@ -78,6 +80,7 @@ def suite_command(context: typer.Context) -> None:
         raise UsageError(
             f"--output {results} is a file; a suite writes one report per model and protocol into a folder"
         )
+    check_pages(*_pages(suite))
     from transformers.utils import logging as transformers_logging
 
     from llmquant_eval.suites.run import SuiteOutcome, run_suite
@@ -161,9 +164,9 @@ def write_outcome(
         stored = load_reports(results)
     boards = make_boards(stored)
     out = suite.outputs
+    markdown, html = _pages(suite)
     rendered = render_files(
-        boards, stored, markdown=Path(out.markdown) if out and out.markdown else None,
-        html=Path(out.html) if out and out.html else None,
+        boards, stored, markdown=markdown, html=html,
         plots=plots or (Path(out.plots) if out and out.plots else None), folders=outcome.folders,
     )  # fmt: skip
     show(boards)
@@ -185,6 +188,15 @@ def write_outcome(
         raise LlmquantError(
             f"{_counted(len(outcome.failures), 'measurement')} failed, the others are kept: {listed}"
         )
+
+
+def _pages(suite: Suite) -> tuple[Path | None, Path | None]:
+    """Where the suite wants its rankings as Markdown and as a page."""
+    out = suite.outputs
+    return (
+        Path(out.markdown) if out and out.markdown else None,
+        Path(out.html) if out and out.html else None,
+    )
 
 
 def _counted(number: int, noun: str) -> str:

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from llmquant import FileKind, refuse_foreign
 from llmquant.errors import UsageError
 from llmquant_eval.report.files import check_file, replace_file
+
+RESULTS = Path(__file__).parents[2] / "eval" / "results"
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     """As ``-o /dev/stdout``: a rename would put a file in its place."""
     pipe, got = tmp_path / "pipe", list[str]()
     os.mkfifo(pipe)
-    check_file(pipe)
+    check_file(pipe, "report")
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
     reader.start()
     replace_file(pipe, "{}\n")
@@ -31,7 +34,7 @@ def test_a_folder_without_permission_is_refused(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(UsageError, match=f"no permission to write in {tmp_path}"):
-        check_file(tmp_path / "results.json")
+        check_file(tmp_path / "results.json", "report")
 
 
 @pytest.mark.parametrize("command", ["eval --text file:gone", "bench", "compare"])
@@ -39,3 +42,63 @@ def test_a_folder_is_no_file(run, command: str, tmp_path: Path) -> None:
     """Before a model or results are looked for."""
     done = run(*command.split(), "gone", "gone2", "-o", tmp_path)
     assert (done.code, f"{tmp_path} is a folder; give a file" in done.said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval {0} --text file:{0}/notes.txt --output {1}",
+        "bench {0} -o {1}",
+        "validate {0} --data {0}/data.jsonl -o {1} --overwrite",
+        "validate {0} --data {0}/data.jsonl -o new.json --profile {1} --overwrite",
+        "compare a.json b.json -o {1}",
+        "compare a.json b.json --markdown {1}",
+        "compare a.json b.json --html {1}",
+        "leaderboard {0} --markdown {1}",
+        "leaderboard {0} --html {1}",
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "notes.txt", "index.html", "model.safetensors"])
+def test_a_file_of_something_else_is_not_written_over(
+    run, command: str, name: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "data.jsonl").write_text('{"prompt": "one"}\n')
+    for file, text in (
+        ("config.json", '{"model_type": "llama"}'),
+        ("notes.txt", "# Notes\n"),
+        ("index.html", "<!doctype html><title>mine</title>"),
+        ("model.safetensors", "\x08\x00\x00\x00\x00\x00\x00\x00{}"),
+    ):
+        (folder / file).write_text(text)
+    before = (folder / name).read_bytes()
+    done = run(*command.format(folder, folder / name).split())
+    assert done.code == 2
+    assert "is not written over; give another file, or remove it" in done.said or (
+        "notes.txt belongs to the text" in done.said
+    )
+    assert (folder / name).read_bytes() == before
+
+
+def test_what_llmquant_wrote_is_written_over(tmp_path: Path) -> None:
+    """Every kind as its writer writes it, and an empty file, which ``mktemp`` leaves."""
+    from matplotlib.figure import Figure
+
+    from llmquant_eval.leaderboard.html import render_html
+    from llmquant_eval.leaderboard.markdown import render_markdown
+
+    begins: dict[str, tuple[FileKind, str]] = {
+        "report": ("report", (RESULTS / "rtn-w4g128--heldout--ppl-gptq-512.json").read_text()),
+        "items": ("result of validate", '{\n "schema_version": 1,\n "kind": "items",\n'),
+        "page.html": ("page", render_html([], "none")),
+        "page.md": ("Markdown page", render_markdown([])),
+        "verdict.md": ("Markdown page", "# DON'T SHIP\n\nBecause.\n\n- baseline: `a`\n"),
+        "empty": ("verdict", ""),
+    }
+    for name, (kind, text) in begins.items():
+        (tmp_path / name).write_text(text)
+        check_file(tmp_path / name, kind)
+    for suffix in ("png", "svg", "pdf"):
+        Figure().savefig(tmp_path / f"plot.{suffix}")
+        refuse_foreign(tmp_path / f"plot.{suffix}", "plot")

@@ -403,6 +403,9 @@ def test_a_log_that_cannot_be_continued_is_refused(
         pytest.param("monitor none.jsonl", "cannot be read", id="no log"),
         pytest.param("monitor {p}", "is not a drift log", id="a profile for a log"),
         pytest.param("monitor {p} --plot a.doc", "must end in", id="no picture"),
+        pytest.param("monitor {p} --plot mine.html", "is no page", id="a page of the user's"),
+        pytest.param("monitor {p} --plot mine.png", "is no plot", id="a picture of the user's"),
+        pytest.param("monitor {p} --profile {m} --overwrite", "is no drift", id="another file"),
         pytest.param("monitor http://127.0.0.1:9 --profile a", "does not answer", id="no server"),
     ],
 )
@@ -413,7 +416,9 @@ def test_misuse_is_told(
     Path("p.json").write_text(profile.to_json())
     other = profile.model_copy(update={"tokenizer_sha256": "0" * 64})
     Path("q.json").write_text(other.to_json())
-    words = [w.format(tiny=TINY, p="p.json", q="q.json") for w in command.split()]
+    for mine in ("mine.html", "mine.png"):
+        Path(mine).write_text("mine")
+    words = [w.format(tiny=TINY, p="p.json", q="q.json", m="mine.png") for w in command.split()]
     ported = [*words, "--port", "0"] if words[0] == "serve" else words
     done = run(*ported)
     assert (done.code, why in done.said) == (1 if "http" in words[1] else 2, True), done.err

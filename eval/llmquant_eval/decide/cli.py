@@ -14,6 +14,7 @@ from llmquant.errors import UsageError
 from llmquant_eval.cli_options import HtmlOption, MarkdownOption, ResultOption, share_of
 
 if TYPE_CHECKING:
+    from llmquant import FileKind
     from llmquant_eval.decide.schema import Verdict
 
 
@@ -69,8 +70,14 @@ def compare_command(
     from llmquant_eval.decide.schema import EXIT_CODES
     from llmquant_eval.report.files import check_file
 
-    for path in filter(None, (output, markdown, html)):
-        check_file(path, baseline, candidate)
+    kinds: dict[FileKind, Path | None] = {
+        "verdict": output,
+        "Markdown page": markdown,
+        "page": html,
+    }
+    for kind, path in kinds.items():
+        if path is not None:
+            check_file(path, kind, baseline, candidate)
     general, margins = _margins(margin or [])
     bound = Bound(
         general, margins, alpha=alpha, power=power, metrics=tuple(metric or ()), examples=examples

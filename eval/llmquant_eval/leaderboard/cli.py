@@ -42,6 +42,7 @@ def leaderboard_command(
     """
     from llmquant_eval.leaderboard.ranking import load_reports, make_boards
 
+    check_pages(markdown, html)
     stored = load_reports(results)
     boards = make_boards(stored)
     for written in render_files(boards, stored, markdown, html, plots, title):
@@ -52,6 +53,17 @@ def leaderboard_command(
         serve_app(boards, port, title)
     elif html is markdown is plots is None:
         show(boards)
+
+
+def check_pages(markdown: Path | None, html: Path | None) -> None:
+    """Raises UsageError where pages cannot be written, or would take the place of something
+    else."""
+    from llmquant_eval.report.files import check_file
+
+    if markdown is not None:
+        check_file(markdown, "Markdown page")
+    if html is not None:
+        check_file(html, "page")
 
 
 def render_files(
@@ -72,15 +84,13 @@ def render_files(
     """
     from llmquant_eval.leaderboard.html import render_html
     from llmquant_eval.leaderboard.markdown import render_markdown
-    from llmquant_eval.report.files import check_file, write_file
+    from llmquant_eval.report.files import write_file
 
     pages: list[tuple[Path | None, Callable[[], str]]] = [
         (markdown, lambda: render_markdown(boards)),
         (html, lambda: render_html(boards, title)),
     ]
-    for path, _ in pages:
-        if path is not None:
-            check_file(path)
+    check_pages(markdown, html)
     written = []
     for path, render in pages:
         if path is not None:

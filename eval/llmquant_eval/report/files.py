@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import llmquant
 from llmquant.errors import LlmquantError, UsageError
 
+if TYPE_CHECKING:
+    from llmquant import FileKind
 
-def check_file(path: Path, *read: str | Path | None) -> None:
-    """Raises UsageError if no file can be written to ``path``, or if it is one of those that are
-    ``read``: to be asked before any work is done for it."""
+
+def check_file(path: Path, kind: FileKind, *read: str | Path | None) -> None:
+    """Raises UsageError if no file can be written to ``path``, if it is one of those that are
+    ``read``, or if what stands there is not of this ``kind``: to be asked before any work is done
+    for it."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give a file, {path / 'results.json'} for example")
     if path.exists() and not path.is_file():
@@ -20,6 +26,7 @@ def check_file(path: Path, *read: str | Path | None) -> None:
         read_from, _ = labelled(file)
         if path.exists() and read_from.exists() and path.samefile(read_from):
             raise UsageError(f"{path} is {file}, which is read here; give another file")
+    llmquant.refuse_foreign(path, kind)
     folder = path.resolve().parent
     if not folder.is_dir():
         raise UsageError(f"{path}: the folder {folder} does not exist; make it first")

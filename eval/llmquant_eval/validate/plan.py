@@ -47,7 +47,7 @@ class Chosen:
 def check_output(output: Path, *read: str | None, overwrite: bool) -> None:
     """Raises UsageError where results cannot or must not be written, among them what is ``read``;
     an unfinished run may go on."""
-    check_file(output, *read)
+    check_file(output, "result of validate", *read)
     if output.exists() and not overwrite and not journal_of(output).exists():
         raise UsageError(
             f"{output} has results already; give another --output, or --overwrite to replace them"
@@ -62,7 +62,7 @@ def check_profile(
 
     if path is None:
         return
-    check_file(path, data.source, reference)
+    check_file(path, "drift profile", data.source, reference)
     if path.resolve() == output.resolve():
         raise UsageError(f"--profile {path} is --output too; give two files")
     if path.exists() and not overwrite:

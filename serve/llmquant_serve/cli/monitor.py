@@ -55,14 +55,17 @@ def monitor_command(
     Exit code 3 if they have.
     """
     require("httpx")
+    from llmquant import refuse_foreign
     from llmquant_serve.drift.show import check_plot, show, write_plot
     from llmquant_serve.drift.sources import profile_of, report_of
 
     check_plot(plot)
     if profile is not None and profile.exists() and not overwrite:
         raise UsageError(f"--profile {profile} is there already; add --overwrite to replace it")
-    if profile is not None and profile.exists() and Path(source).exists():
-        _refuse_log(profile, source)
+    if profile is not None and profile.exists():
+        if Path(source).exists():
+            _refuse_log(profile, source)
+        refuse_foreign(profile, "drift profile")
     report = report_of(source)
     if as_json:
         sys.stdout.write(report.model_dump_json(indent=1) + "\n")

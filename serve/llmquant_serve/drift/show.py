@@ -8,14 +8,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmquant import DriftReport
+from llmquant import DriftReport, refuse_foreign
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 FORMATS = (".png", ".svg", ".pdf", ".html")
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Drift of {model}</title>
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="generator" content="llmquant"><title>Drift of {model}</title>
 <style>body{{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}}
 td,th{{text-align:left;padding:.2em .8em .2em 0}}svg{{max-width:100%;height:auto}}</style>
 <h1>{says}</h1><p>{head}</p><table>{rows}</table>{plot}</html>
@@ -69,13 +70,15 @@ def _number(value: float | None) -> str:
 
 
 def check_plot(path: Path | None) -> None:
-    """Raises UsageError for a file that cannot be a plot, and LlmquantError without matplotlib."""
+    """Raises UsageError for a file that cannot be a plot or is there and none, and LlmquantError
+    without matplotlib."""
     if path is None:
         return
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
     if not path.resolve().parent.is_dir():
         raise UsageError(f"--plot {path}: the folder does not exist; make it first")
+    refuse_foreign(path, "page" if path.suffix.lower() == ".html" else "plot")
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:

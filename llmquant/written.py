@@ -1,0 +1,56 @@
+"""What may be written over: a file that an earlier run of the same command left, an empty one, and
+nothing else. A name that was mistyped must not cost a model's config or somebody's notes.
+
+A file is known by how it begins or ends: every kind has a mark that its writer puts there.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from llmquant.errors import UsageError
+
+FileKind: TypeAlias = Literal[
+    "report", "speed report", "verdict", "result of validate", "drift profile", "page", "Markdown page", "plot"
+]  # fmt: skip
+_ENDS = 4096  # bytes of a file's beginning and of its end in which a mark stands (PDF: the end)
+
+
+def _kind(name: str) -> str:
+    return rf'\A\s*\{{\s*("schema_version":\s*\d+,\s*)?"kind":\s*"{name}"'
+
+
+_MARKS: dict[FileKind, str] = {
+    "report": r'\A\s*\{\s*"schema_version":\s*\d+,\s*"created":',
+    "speed report": _kind("speed"),
+    "verdict": _kind("verdict"),
+    "result of validate": _kind("items"),
+    "drift profile": _kind("drift-profile"),
+    "page": '<meta name="generator" content="llmquant">',
+    "Markdown page": r"Rendered by `llmquant leaderboard`"
+    r"|\A# (SHIP|DON'T SHIP|INCONCLUSIVE)\n\n.*\n\n- baseline: `",
+    "plot": "[Mm]atplotlib",
+}
+
+
+def refuse_foreign(path: Path, kind: FileKind) -> None:
+    """Refuse to write over a file that is neither empty nor of the kind that is to be written.
+
+    Raises:
+        UsageError: it is something else, or cannot be read.
+    """
+    if not path.is_file():
+        return  # nothing, a folder, a device or a pipe
+    try:
+        with path.open("rb") as file:
+            ends = file.read(_ENDS)
+            file.seek(max(len(ends), path.stat().st_size - _ENDS))
+            ends += file.read()
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read: {e.strerror or e}; give another file") from e
+    if ends and not re.search(_MARKS[kind], ends.decode(errors="replace")):
+        raise UsageError(
+            f"{path} exists and is no {kind} of llmquant's, so it is not written over; give another file, or remove it"
+        )
