@@ -76,6 +76,40 @@ def test_the_exit_code_is_the_decision(run: Run, tmp_path, count, lost, gained, 
         assert verdict["metrics"][0]["needed"] > count
 
 
+def test_items_that_are_said_to_settle_it_do_for_several_metrics(run: Run, tmp_path):
+    """Holm's correction makes it more than for one metric."""
+    metrics = ("a", "b", "c", "d", "e", "f")
+
+    def of(count: int, name: str) -> Path:
+        return results(tmp_path, name, [dict.fromkeys(metrics, 1.0)] * count)
+
+    done = run("compare", of(299, "base"), of(299, "cand"), "--json")
+    needed = {m["needed"] for m in json.loads(done.out)["metrics"]}
+    assert (done.code, needed) == (3, {580})
+    assert run("compare", of(580, "base"), of(580, "cand")).code == 0
+
+
+def test_what_was_measured_otherwise_is_refused_or_said(run: Run, tmp_path):
+    asked = {"conditions": {"generation": "greedy, at most 8 tokens"}}
+    base = results(tmp_path, "base", right(400), **asked, computing={"dtype": "float32"})
+    other = results(
+        tmp_path, "o", right(400), conditions={"generation": "greedy, at most 9 tokens"}
+    )
+    done = run("compare", base, other)
+    assert (done.code, "base and o were not asked alike, generation: greedy" in done.said) == (
+        2,
+        True,
+    )
+    done = run("compare", base, results(tmp_path, "l", right(400), lower_is_better=["accuracy"]))
+    assert (done.code, "of accuracy less is better in one of the results" in done.said) == (2, True)
+    alike = results(tmp_path, "alike", right(400), **asked, computing={"dtype": "bfloat16"})
+    done = run("compare", base, alike)
+    assert (done.code, "note: dtype: float32 for the baseline" in done.out) == (
+        0,
+        True,
+    )
+
+
 def test_margins_are_points_of_accuracy_and_a_share_of_other_scores(run: Run, tmp_path):
     draw = random.Random(0)
     scores = [{"accuracy": 1.0, "log_likelihood": -2 + draw.random()} for _ in range(500)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -95,11 +96,42 @@ def test_what_is_in_the_results(run: Run, model: Path, data: Path) -> None:
         "answer_tokens", "language_switch", "loop", "refusal", "repetition",
     ]  # fmt: skip
     assert got["notes"] == ["generated: greedy, at most 8 tokens"]
+    assert got["conditions"] == {
+        "generation": "greedy, at most 8 tokens",
+        "prompts": "as chats",
+        "--system": f"sha256 {hashlib.sha256(b'Be brief.').hexdigest()}",
+    }
+    assert got["computing"].keys() == {"dtype", "device", "kernel"}
     items = {item["id"]: item for item in got["items"]}
     assert list(items) == ["plain", "right", "choice", "talk", "json"]
     assert items["plain"]["prompt"] == "system: Be brief.\nuser: Hello there"
     assert items["plain"]["answer"]
     assert (items["right"]["group"], "group" in items["plain"]) == ("sums", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [(("--max-tokens", "9"), "generation"), (("--system", "Be brief."), "--system")],
+)
+def test_results_that_were_asked_for_otherwise_are_not_compared(
+    run: Run, model: Path, data: Path, options: tuple[str, str], what: str
+) -> None:
+    """Before a model is loaded, where the other result is --reference."""
+    validate(run, model, data, "a.json")
+    done = validate(run, model, data, "b.json", *options, "--reference", "a.json")
+    assert (done.code, f"not asked alike, {what}:" in done.said) == (2, True)
+    assert validate(run, model, data, "b.json", *options).code == 0
+    done = run("compare", "a.json", "b.json")
+    assert (done.code, f"not asked alike, {what}:" in done.said) == (2, True)
+
+
+def test_a_system_message_that_no_prompt_lacks_changes_nothing(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"prompt": "Hello", "system": "Be brief."}\n')
+    assert validate(run, model, own, "a.json").code == 0
+    assert validate(run, model, own, "b.json", "--system", "x", "--reference", "a.json").code == 0
 
 
 def test_no_text_leaves_out_what_was_said_and_nothing_else(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -19,7 +19,7 @@ import numpy as np
 from llmquant.errors import UsageError
 from llmquant_eval.decide.flips import Array, Flips
 from llmquant_eval.decide.means import Differences
-from llmquant_eval.decide.results import Item, ItemResults
+from llmquant_eval.decide.results import Item, ItemResults, check_alike
 from llmquant_eval.decide.schema import Decision, Example, FlipCounts, MetricVerdict, Verdict
 
 
@@ -84,7 +84,9 @@ def compare(baseline: ItemResults, candidate: ItemResults, bound: Bound) -> Verd
     """
     _check(bound)
     pairs = _paired_items(baseline, candidate)
-    metrics = [_metric(m, bound) for m in _metrics(baseline, candidate, pairs, bound)]
+    check_alike(baseline, candidate)
+    paired = _metrics(baseline, candidate, pairs, bound)
+    metrics = [_metric(m, bound, bound.alpha / len(paired)) for m in paired]
     decided = _decided(metrics, bound.alpha)
     return Verdict(
         created=datetime.now(UTC),
@@ -94,9 +96,19 @@ def compare(baseline: ItemResults, candidate: ItemResults, bound: Bound) -> Verd
         alpha=bound.alpha,
         power=bound.power,
         metrics=decided,
-        notes=[f"{r.model}: {note}" for r in (baseline, candidate) for note in r.notes],
+        notes=[
+            *(f"{r.model}: {note}" for r in (baseline, candidate) for note in r.notes),
+            *_computed_otherwise(baseline, candidate),
+        ],
         versions={name: importlib.metadata.version(name) for name in ("llmquant", "scipy")},
     )
+
+
+def _computed_otherwise(baseline: ItemResults, candidate: ItemResults) -> Iterator[str]:
+    for name, value in baseline.computing.items():
+        other = candidate.computing.get(name, value)
+        if other != value:
+            yield f"{name}: {value} for the baseline, {other} for the candidate, so not all of the difference is the model's"
 
 
 def _check(bound: Bound) -> None:
@@ -160,8 +172,9 @@ def _pairs_of(name: str, pairs: Sequence[tuple[Item, Item]], lower: bool) -> _Pa
     return _Paired(name, both, baseline, candidate, sign)
 
 
-def _metric(metric: _Paired, bound: Bound) -> MetricVerdict:
-    """One metric, not yet decided."""
+def _metric(metric: _Paired, bound: Bound, level: float) -> MetricVerdict:
+    """One metric, not yet decided. ``level``: of the strictest of Holm's steps, at which a number
+    of items settles the question whatever the other metrics say."""
     asked = bound.margins.get(metric.name, bound.margin)
     share = metric.share
     margin = asked if share else asked * abs(float(metric.baseline.mean()))
@@ -180,7 +193,7 @@ def _metric(metric: _Paired, bound: Bound) -> MetricVerdict:
         method, difference = "t and BCa bootstrap", statistic.mean
         method += " over groups" if metric.groups is not None else ""
     low, high = statistic.interval(1 - 2 * bound.alpha)
-    detectable = statistic.detectable(margin, bound.alpha, bound.power)
+    detectable = statistic.detectable(margin, level, bound.power)
     return MetricVerdict(
         metric=metric.name,
         items=len(metric.items),
@@ -199,7 +212,7 @@ def _metric(metric: _Paired, bound: Bound) -> MetricVerdict:
         adjusted_not_worse=1.0,
         adjusted_worse=1.0,
         detectable=detectable if math.isfinite(detectable) else None,
-        needed=statistic.needed(margin, bound.alpha, bound.power),
+        needed=statistic.needed(margin, level, bound.power),
         decision="INCONCLUSIVE",
     )
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +82,7 @@ class Flips:
         and rate of flips are those seen here; None if the difference equals the margin."""
         distance = abs(self.difference + margin)
         if self.rate == 0:
-            return math.ceil(math.log(alpha) / math.log1p(-margin))
+            return _without_flips(margin, alpha)
         if distance < 1e-12:
             return None
         return math.ceil((self._spread(margin, alpha, power) / distance) ** 2)
@@ -95,6 +96,16 @@ class Flips:
         null = float(_variance(gained, lost, -margin))
         seen = self.rate - self.difference**2
         return float(ndtri(1 - alpha)) * math.sqrt(null) + float(ndtri(power)) * math.sqrt(seen)
+
+
+@cache
+def _without_flips(margin: float, alpha: float) -> int:
+    """Items without a single flip that rule out a loss of ``margin``. The chance of seeing none is
+    the least that it takes; at strict levels other tables are as far out, and it takes more."""
+    items = math.ceil(math.log(alpha) / math.log1p(-margin))
+    while Flips(0, 0, items).p_not_worse(margin) > alpha:
+        items = math.ceil(items * 1.01)
+    return items
 
 
 def quantiles(alpha: float, power: float) -> float:

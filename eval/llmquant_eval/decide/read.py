@@ -81,8 +81,24 @@ def _of_report(report: Report, path: Path, label: str | None) -> ItemResults:
             f"{path}: {model.label} has no task with a right and wrong per item; run `llmquant eval --tasks`"
         )
     return ItemResults(
-        model=model.label, data=str(path), created=report.created, items=tuple(items)
+        model=model.label,
+        data=str(path),
+        created=report.created,
+        items=tuple(items),
+        conditions={
+            f"{t.task}": f"{t.few_shot}-shot, task version {t.version}" for t in model.tasks
+        },
+        computing=_computing(report, model),
     )
+
+
+def _computing(report: Report, model: ModelResult) -> dict[str, str]:
+    """A server computes as it does; of its results only lm-eval is known."""
+    known = {"lm-eval": model.tasks[0].lm_eval}
+    if model.weights_sha256 is None:
+        return known
+    settings = report.settings
+    return known | {"dtype": settings.dtype, "device": settings.device, "kernel": settings.kernel}
 
 
 def _chosen(report: Report, path: Path, label: str | None) -> ModelResult:

@@ -37,6 +37,9 @@ class ItemResults(Strict):
         data: where the items come from.
         lower_is_better: metrics of which less is better.
         notes: what was left out, and why.
+        conditions: what must be the same in two results that are compared: how answers were asked
+            for.
+        computing: what should be, and is said where it is not: dtype, device, kernel, lm-eval.
     """
 
     schema_version: Literal[1] = 1
@@ -48,6 +51,8 @@ class ItemResults(Strict):
     lower_is_better: tuple[str, ...] = ()
     items: tuple[Item, ...] = Field(min_length=1)
     notes: tuple[str, ...] = ()
+    conditions: dict[str, str] = Field(default_factory=dict)
+    computing: dict[str, str] = Field(default_factory=dict)
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, exclude_none=True) + "\n"
@@ -67,6 +72,30 @@ def validated(raw: dict[str, Any], source: Path) -> ItemResults:
         raise UsageError(f"{source}: {_place(raw, first['loc'])}: {first['msg']}") from e
     check_ids(results, source)
     return results
+
+
+def check_alike(baseline: ItemResults, candidate: ItemResults) -> None:
+    """Raises UsageError for results that were measured under different conditions, or that do not
+    agree which scores are better; what only one of them says counts for nothing."""
+    theirs = candidate.conditions
+    for name, value in baseline.conditions.items():
+        if value != theirs.get(name, value):
+            raise UsageError(
+                f"{baseline.model} and {candidate.model} were not asked alike, {name}: {value}, and {theirs[name]}; "
+                "measure both with the same options"
+            )
+    both = metrics_in(baseline) & metrics_in(candidate)
+    lower = (set(baseline.lower_is_better) ^ set(candidate.lower_is_better)) & both
+    if lower:
+        raise UsageError(
+            f"of {min(lower)} less is better in one of the results, and more in the other; "
+            "measure both with the same --lower-is-better"
+        )
+
+
+def metrics_in(results: ItemResults) -> set[str]:
+    """The names of all scores."""
+    return {name for item in results.items for name in item.scores}
 
 
 def check_ids(results: ItemResults, source: Path | str) -> None:

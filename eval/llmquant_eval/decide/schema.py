@@ -38,8 +38,8 @@ class MetricVerdict(Strict):
     people read these as percentage points. ``margin_text`` is the margin as it was asked for.
     ``detectable`` is how far from the margin the truth must be for this sample to say so with the
     wanted power, ``needed`` the number of items that would settle the question if the true
-    difference is the one seen. P-values are one-sided; the adjusted ones are Holm's over all
-    metrics.
+    difference is the one seen; both at the level of Holm's strictest step. P-values are one-sided;
+    the adjusted ones are Holm's over all metrics.
     """
 
     metric: str

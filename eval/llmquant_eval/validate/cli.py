@@ -67,13 +67,13 @@ def validate_command(
     plan.check_output(output, data, reference, overwrite=overwrite)
     read = read_data(data, limit, system)
     plan.check_profile(profile, output, read, reference, overwrite=overwrite)
-    baseline = None if reference is None else plan.read_reference(reference, read)
     # fmt: off
     execution = plan.Execution(
         dtype, device, kernel, threads, batch_size, tokenizer, retry_for, profile is not None,
     )
     # fmt: on
     generation = Generation(max_tokens, temperature, seed, raw)
+    baseline = None if reference is None else plan.read_reference(reference, read, generation)
     names = plan.Chosen(metric or (), scorer or (), lower_is_better or ())
     with _kept_when_interrupted(), stages(quiet or as_json) as (progress, tell):
         run = plan.plan_run(model, read, generation, execution, names, progress, tell)

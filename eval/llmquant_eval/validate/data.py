@@ -25,12 +25,14 @@ class Data:
         sha256: of the rows that are used, whatever their line ends; two results with the same one
             are about the same items.
         unknown: keys that no metric knows.
+        system: the message that prompts without one were given, if there are such.
     """
 
     source: str
     examples: tuple[Example, ...]
     sha256: str
     unknown: tuple[str, ...]
+    system: str | None = None
 
 
 def read_data(source: str, limit: int | None, system: str | None) -> Data:
@@ -47,20 +49,23 @@ def read_data(source: str, limit: int | None, system: str | None) -> Data:
         raise SourceError(f"--data {source} is not a file; give a JSON Lines file")
     examples: list[Example] = []
     lines: dict[str, int] = {}
-    digest, unknown = hashlib.sha256(), dict[str, None]()
+    digest, unknown, given = hashlib.sha256(), dict[str, None](), False
     for line, row in _rows(path):
         where = f"{source}, line {line}"
         example = example_of(row, line, where, system)
         if (first := lines.setdefault(example.id, line)) != line:
             raise UsageError(f"{where}: id {example.id!r} is that of line {first}; ids are unique")
         examples.append(example)
+        given = given or (system is not None and example != example_of(row, line, where, None))
         unknown |= dict.fromkeys(key for key in row if key not in KEYS)
         digest.update(json.dumps([example.id, row], sort_keys=True).encode() + b"\n")
         if len(examples) == limit:
             break
     if not examples:
         raise SourceError(f"{source} is empty; give a JSON Lines file with a prompt on each line")
-    return Data(source, tuple(examples), digest.hexdigest(), tuple(unknown))
+    return Data(
+        source, tuple(examples), digest.hexdigest(), tuple(unknown), system if given else None
+    )
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -76,11 +76,11 @@ def check_profile(
         )
 
 
-def read_reference(source: str, data: Data) -> ItemResults:
+def read_reference(source: str, data: Data, generation: Generation) -> ItemResults:
     """Results of another model on the same data.
 
     Raises:
-        UsageError: they are of other data, or no results.
+        UsageError: they are of other data, were asked for in another way, or are no results.
     """
     reference = read_results(source)
     if reference.data_sha256 not in (None, data.sha256):
@@ -88,6 +88,12 @@ def read_reference(source: str, data: Data) -> ItemResults:
             f"--reference {source} was measured on other data than {data.source} is now ({reference.data}); "
             "measure both on the same file with the same --limit"
         )
+    for name, value in generation.conditions(data.system).items():
+        if (theirs := reference.conditions.get(name, value)) != value:
+            raise UsageError(
+                f"--reference {source} was not asked alike, {name}: {theirs}, and {value} here; "
+                "measure both with the same options"
+            )
     return reference
 
 

@@ -123,6 +123,8 @@ class Run:
                 lower_is_better=self._lower(items),
                 items=tuple(items),
                 notes=(*self._notes, *self._never_given(items)),
+                conditions=self.wanted.generation.conditions(self.data.system),
+                computing=dict(self.engine.computing()),
             )
             if reference is not None and (longer := length_note(results, reference)):
                 results = results.model_copy(update={"notes": (*results.notes, longer)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +32,18 @@ class Generation:
         drawn = f"temperature {self.temperature:g}, seed {self.seed}"
         return f"{'greedy' if self.temperature == 0 else drawn}, at most {self.max_tokens} tokens"
 
+    def conditions(self, system: str | None) -> dict[str, str]:
+        """What must be the same where answers are compared. ``system``: the message that prompts
+        without one were given; it may be private, so its hash stands for it."""
+        asked = (
+            "none" if system is None else f"sha256 {hashlib.sha256(system.encode()).hexdigest()}"
+        )
+        return {
+            "generation": str(self),
+            "prompts": "continued as text (--raw)" if self.raw else "as chats",
+            "--system": asked,
+        }
+
 
 class Engine(Protocol):
     """A model that answers.
@@ -52,6 +65,10 @@ class Engine(Protocol):
 
     def identity(self) -> Mapping[str, object]:
         """Everything but the tasks that determines what is measured."""
+        ...
+
+    def computing(self) -> Mapping[str, str]:
+        """What its numbers depend on beside the model, as far as it is known."""
         ...
 
     def check(self, tasks: Sequence[Task], where: Callable[[Task], str]) -> list[str]:

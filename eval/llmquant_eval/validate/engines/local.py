@@ -86,6 +86,13 @@ class LocalEngine:
             ],
         }
 
+    def computing(self) -> Mapping[str, str]:
+        return {
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "kernel": self._kernel,
+        }
+
     def check(self, tasks: Sequence[Task], where: Callable[[Task], str]) -> list[str]:
         longest = max_positions(self._path)
         for task in tasks:

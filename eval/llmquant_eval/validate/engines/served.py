@@ -59,6 +59,9 @@ class ServedEngine:
             "generation": asdict(self._generation),
         }
 
+    def computing(self) -> Mapping[str, str]:
+        return {}
+
     def check(self, tasks: Sequence[Task], where: Callable[[Task], str]) -> list[str]:
         for task in tasks:
             example = task.example
