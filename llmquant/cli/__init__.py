@@ -35,7 +35,7 @@ from llmquant.cli.commands.qat.command import qat_command
 from llmquant.cli.commands.quantize import quantize_command
 from llmquant.cli.commands.recipes import recipes_command
 from llmquant.cli.commands.verify import verify_command
-from llmquant.cli.placeholders import name_values
+from llmquant.cli.every_command import name_values, refuse_repetitions
 from llmquant.errors import LlmquantError
 
 app = typer.Typer(
@@ -82,11 +82,12 @@ app.command("doctor")(doctor_command)
 
 @cache
 def _add_commands() -> None:
-    """The commands of other packages, and words for values in ``--help``; once, however often
-    ``main`` is called in a process."""
+    """The commands of other packages, words for values in ``--help``, and no option twice; once,
+    however often ``main`` is called in a process."""
     for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
         entry.load()(app)
     name_values(app)
+    refuse_repetitions(app)
 
 
 def _open_streams() -> None:

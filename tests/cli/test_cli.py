@@ -159,6 +159,25 @@ def test_awq_tells_what_was_scaled_and_what_was_left_alone(
     assert run("inspect", "one", "--verify").code == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("quantize {m} -o x --calibration a --calibration b", "--calibration is given twice"),
+        ("eval {m} --text file:a --text=file:b --text file:c", "--text is given 3 times"),
+        ("generate {m} hello --seed 1 --seed 1", "--seed is given twice"),
+        ("inspect {m} --json --json", None),
+        ("quantize {m} -o x --method rtn --ignore lm_head --ignore lm_head", None),
+    ],
+)
+def test_an_option_with_one_value_is_given_once(
+    run: Run, model: Path, words: str, says: str | None
+) -> None:
+    """The last would have been taken, and the others dropped without a word."""
+    done = run(*words.format(m=model).split())
+    told = f"{says} and takes one value; give it once" in done.said
+    assert (done.code, told) == ((0, False) if says is None else (2, True)), done.err
+
+
 def test_quiet_says_nothing(run: Run, model: Path, text: Path) -> None:
     assert run(
         "quantize", model, "-o", "out", *GPTQ, "--calibration", f"file:{text}", "--quiet"

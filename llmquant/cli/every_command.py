@@ -1,0 +1,76 @@
+"""What all commands have in common, so that none can forget it.
+
+The word that ``--help`` shows for a value: ``--nsamples N``, ``--output PATH``, ``MODEL``. Without
+one, typer shows Python's type (``<int>``, ``<list[str]>``), which says nothing to a user. A better
+word is given where the option is (``metavar=``); what has none gets one by its type.
+
+An option that takes one value, given twice, is an error: the parser would take the last and drop
+the others without a word, and ``--text a --text b`` would measure half of what was meant.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+from typer.models import ArgumentInfo, OptionInfo
+
+from llmquant.errors import UsageError
+
+_WORDS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def name_values(app: typer.Typer) -> None:
+    """Give every argument and option of the app's commands a word for its value. Flags have none,
+    and choices show what can be chosen."""
+    for command in app.registered_commands:
+        if command.callback is None:
+            continue
+        hints = get_type_hints(command.callback, include_extras=True)
+        command.callback.__annotations__ = hints  # typer reads the same objects, not new ones
+        for parameter, hint in hints.items():
+            for extra in getattr(hint, "__metadata__", ()):
+                if isinstance(extra, OptionInfo | ArgumentInfo) and extra.metavar is None:
+                    argument = isinstance(extra, ArgumentInfo)
+                    extra.metavar = parameter.upper() if argument else _word(get_args(hint)[0])
+
+
+def _word(kind: Any) -> str | None:
+    """The word for a type, for the type within ``list[…]`` and beside ``None``."""
+    if get_origin(kind) in (list, Union) or hasattr(kind, "__args__"):
+        words = (_word(inner) for inner in get_args(kind) if inner is not type(None))
+        return next(words, None)
+    return _WORDS.get(kind)
+
+
+class OnceCommand(TyperCommand):
+    """A command whose options with one value are given once. Flags and lists may be repeated."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        given = Counter(
+            max(param.opts, key=len)
+            for param in order
+            if param.param_type_name == "option"
+            and not param.multiple
+            and not getattr(param, "is_flag", False)
+        )
+        for name, times in given.items():
+            if times > 1:
+                raise UsageError(
+                    f"{name} is given {_times(times)} and takes one value; give it once"
+                )
+        return super().parse_args(ctx, args)
+
+
+def _times(count: int) -> str:
+    return "twice" if count == 2 else f"{count} times"
+
+
+def refuse_repetitions(app: typer.Typer) -> None:
+    """Make commands of that kind of all that the app has."""
+    for command in app.registered_commands:
+        command.cls = OnceCommand
