@@ -93,6 +93,7 @@ from .errors import (
 from .errors import (
     UsageError as UsageError,
 )
+from .kernels import rounds_inputs as rounds_inputs
 from .kernels.packed_linear import describe as describe
 from .models.from_folder import (
     load_tokenizer as load_tokenizer,

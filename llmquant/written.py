@@ -7,14 +7,25 @@ A file is known by how it begins or ends: every kind has a mark that its writer 
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from llmquant.errors import UsageError
 
-FileKind: TypeAlias = Literal[
-    "report", "speed report", "verdict", "result of validate", "drift profile", "page", "Markdown page", "plot"
-]  # fmt: skip
+
+class FileKind(StrEnum):
+    """What a file of results is, as messages say it."""
+
+    REPORT = "report"
+    SPEED = "speed report"
+    VERDICT = "verdict"
+    ITEMS = "result of validate"
+    PROFILE = "drift profile"
+    PAGE = "page"
+    MARKDOWN = "Markdown page"
+    PLOT = "plot"
+
+
 _ENDS = 4096  # bytes of a file's beginning and of its end in which a mark stands (PDF: the end)
 
 
@@ -23,15 +34,15 @@ def _kind(name: str) -> str:
 
 
 _MARKS: dict[FileKind, str] = {
-    "report": r'\A\s*\{\s*"schema_version":\s*\d+,\s*"created":',
-    "speed report": _kind("speed"),
-    "verdict": _kind("verdict"),
-    "result of validate": _kind("items"),
-    "drift profile": _kind("drift-profile"),
-    "page": '<meta name="generator" content="llmquant">',
-    "Markdown page": r"Rendered by `llmquant leaderboard`"
+    FileKind.REPORT: r'\A\s*\{\s*"schema_version":\s*\d+,\s*"created":',
+    FileKind.SPEED: _kind("speed"),
+    FileKind.VERDICT: _kind("verdict"),
+    FileKind.ITEMS: _kind("items"),
+    FileKind.PROFILE: _kind("drift-profile"),
+    FileKind.PAGE: '<meta name="generator" content="llmquant">',
+    FileKind.MARKDOWN: r"Rendered by `llmquant leaderboard`"
     r"|\A# (SHIP|DON'T SHIP|INCONCLUSIVE)\n\n.*\n\n- baseline: `",
-    "plot": "[Mm]atplotlib",
+    FileKind.PLOT: "[Mm]atplotlib",
 }
 
 

@@ -109,10 +109,10 @@ def eval_command(
 
 def _check_output(output: Path, request: Request) -> None:
     """Raises UsageError where the report cannot be written, or would take the place of the text."""
-    from llmquant import refuse_texts
+    from llmquant import FileKind, refuse_texts
     from llmquant_eval.report.files import check_file
 
-    check_file(output, "report")
+    check_file(output, FileKind.REPORT)
     refuse_texts(output, request.text)
 
 

@@ -44,6 +44,12 @@ def check_name(name: str) -> None:
         raise UsageError(f"kernel {name!r} does not exist; choose auto, {', '.join(KERNELS)}")
 
 
+def rounds_inputs(name: str) -> bool:
+    """Whether the kernel of that name computes with rounded activations; False for one that is
+    not known here, which another version may have had."""
+    return name in KERNELS and KERNELS[name].rounds_inputs
+
+
 def choose(
     spec: QuantSpec,
     shape: tuple[int, int],
@@ -89,4 +95,4 @@ def choose(
     )
 
 
-__all__ = ["AUTO", "KERNELS", "Kernel", "Prepared", "check_name", "choose"]
+__all__ = ["AUTO", "KERNELS", "Kernel", "Prepared", "check_name", "choose", "rounds_inputs"]

@@ -17,13 +17,13 @@ from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.cli import register
 from llmquant_eval.leaderboard.app import table
 from llmquant_eval.leaderboard.board import Board
-from llmquant_eval.leaderboard.cells import columns
+from llmquant_eval.leaderboard.cells import columns, notes
 from llmquant_eval.leaderboard.html import render_html
 from llmquant_eval.leaderboard.markdown import render_markdown
 from llmquant_eval.leaderboard.pareto import pareto_front, pareto_plots, pareto_points
 from llmquant_eval.leaderboard.ranking import make_boards
 from llmquant_eval.leaderboard.svg import draw
-from llmquant_eval.report.schema import Report
+from llmquant_eval.report.schema import Report, Settings
 
 EVIL = "<img src=x onerror=alert(1)>\"'|`[a](b)` {{boards}} & \x1b[2J\u202e"
 
@@ -42,6 +42,29 @@ def test_the_reference_first_then_by_loss() -> None:
     ]
     assert [c.title for c in columns(board)][:2] == ["ratio", "perplexity"]
     assert board.title == "ppl/gptq-512 · kl/top-512 on file:t.txt"
+
+
+def test_a_kernel_that_rounds_activations_makes_a_row_of_its_own() -> None:
+    """``auto`` never takes one, so it was asked for."""
+    reports = [
+        kit.report(
+            kit.candidate("small", ratio, 3_000_000, kernels={kernel: 42}),
+            settings=Settings(dtype="bfloat16", device="cpu", kernel=kernel, batch_size=None),
+        )
+        for kernel, ratio in (("cpu", 1.1), ("cpu_int8", 1.2))
+    ]
+    (board,) = make_boards(kit.stored(*reports))
+    assert [row.name for row in board.rows] == ["base", "small", "small, kernel cpu_int8"]
+
+
+def test_the_noise_floor_of_a_ranking_in_float32_is_not_called_rounding() -> None:
+    """A smaller KL is one that was measured there."""
+    for dtype, says in (("bfloat16", "Less is rounding."), ("float32", "What costs less matters")):
+        settings = Settings(dtype=dtype, device="cpu", kernel="auto", batch_size=None)
+        (board,) = make_boards(
+            kit.stored(kit.report(kit.candidate("a", 1.1, 3_000_000), settings=settings))
+        )
+        assert any(says in note for note in notes(board))
 
 
 def test_reports_of_one_kind_make_one_ranking_and_the_newest_counts() -> None:

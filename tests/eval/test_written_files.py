@@ -20,7 +20,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     """As ``-o /dev/stdout``: a rename would put a file in its place."""
     pipe, got = tmp_path / "pipe", list[str]()
     os.mkfifo(pipe)
-    check_file(pipe, "report")
+    check_file(pipe, FileKind.REPORT)
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
     reader.start()
     replace_file(pipe, "{}\n")
@@ -34,7 +34,7 @@ def test_a_folder_without_permission_is_refused(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(UsageError, match=f"no permission to write in {tmp_path}"):
-        check_file(tmp_path / "results.json", "report")
+        check_file(tmp_path / "results.json", FileKind.REPORT)
 
 
 @pytest.mark.parametrize("command", ["eval --text file:gone", "bench", "compare"])
@@ -85,20 +85,27 @@ def test_what_llmquant_wrote_is_written_over(tmp_path: Path) -> None:
     """Every kind as its writer writes it, and an empty file, which ``mktemp`` leaves."""
     from matplotlib.figure import Figure
 
+    from llmquant_eval.decide.compare import Bound, compare
+    from llmquant_eval.decide.results import Item, ItemResults
     from llmquant_eval.leaderboard.html import render_html
     from llmquant_eval.leaderboard.markdown import render_markdown
 
+    same = ItemResults(model="m", data="d", items=(Item(id="1", scores={"right": 1.0}),))
     begins: dict[str, tuple[FileKind, str]] = {
-        "report": ("report", (RESULTS / "rtn-w4g128--heldout--ppl-gptq-512.json").read_text()),
-        "items": ("result of validate", '{\n "schema_version": 1,\n "kind": "items",\n'),
-        "page.html": ("page", render_html([], "none")),
-        "page.md": ("Markdown page", render_markdown([])),
-        "verdict.md": ("Markdown page", "# DON'T SHIP\n\nBecause.\n\n- baseline: `a`\n"),
-        "empty": ("verdict", ""),
+        "report": (
+            FileKind.REPORT,
+            (RESULTS / "rtn-w4g128--heldout--ppl-gptq-512.json").read_text(),
+        ),
+        "items": (FileKind.ITEMS, same.to_json()),
+        "verdict": (FileKind.VERDICT, compare(same, same, Bound(0.01)).to_json()),
+        "page.html": (FileKind.PAGE, render_html([], "none")),
+        "page.md": (FileKind.MARKDOWN, render_markdown([])),
+        "verdict.md": (FileKind.MARKDOWN, "# DON'T SHIP\n\nBecause.\n\n- baseline: `a`\n"),
+        "empty": (FileKind.VERDICT, ""),
     }
     for name, (kind, text) in begins.items():
         (tmp_path / name).write_text(text)
         check_file(tmp_path / name, kind)
     for suffix in ("png", "svg", "pdf"):
         Figure().savefig(tmp_path / f"plot.{suffix}")
-        refuse_foreign(tmp_path / f"plot.{suffix}", "plot")
+        refuse_foreign(tmp_path / f"plot.{suffix}", FileKind.PLOT)

@@ -14,7 +14,6 @@ from llmquant.errors import UsageError
 from llmquant_eval.cli_options import HtmlOption, MarkdownOption, ResultOption, share_of
 
 if TYPE_CHECKING:
-    from llmquant import FileKind
     from llmquant_eval.decide.schema import Verdict
 
 
@@ -65,15 +64,16 @@ def compare_command(
     SHIP (exit code 0), DON'T SHIP (1) or INCONCLUSIVE (3): is the loss on these items smaller than
     the margin?
     """
+    from llmquant import FileKind
     from llmquant_eval.decide.compare import Bound, compare
     from llmquant_eval.decide.read import read_results
     from llmquant_eval.decide.schema import EXIT_CODES
     from llmquant_eval.report.files import check_file
 
     kinds: dict[FileKind, Path | None] = {
-        "verdict": output,
-        "Markdown page": markdown,
-        "page": html,
+        FileKind.VERDICT: output,
+        FileKind.MARKDOWN: markdown,
+        FileKind.PAGE: html,
     }
     for kind, path in kinds.items():
         if path is not None:

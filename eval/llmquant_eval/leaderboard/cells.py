@@ -151,6 +151,13 @@ def repeat_commands(row: Row) -> list[str]:
     return [printable(step) for step in row.report.command.split(" && ")]
 
 
+def _floor_means(board: Board) -> str:
+    """In float32 a smaller KL is still one that was measured."""
+    if board.key.dtype == "float32":
+        return "What costs less matters less than that dtype does."
+    return "Less is rounding."
+
+
 def notes(board: Board) -> list[str]:
     """What the numbers of a ranking mean, one sentence each."""
     key, lines = board.key, []
@@ -171,7 +178,7 @@ def notes(board: Board) -> list[str]:
     if board.floor is not None:
         kl = metric_cell(board.floor.kl_mean).both
         lines.append(
-            f"Noise floor (the reference against itself in {board.floor.other_dtype}): KL {kl}. Less is rounding."
+            f"Noise floor (the reference against itself in {board.floor.other_dtype}): KL {kl}. {_floor_means(board)}"
         )
     machines = {row.machine for row in board.rows if row.decode_speed is not None}
     if len(machines) > 1:

@@ -58,12 +58,13 @@ def leaderboard_command(
 def check_pages(markdown: Path | None, html: Path | None) -> None:
     """Raises UsageError where pages cannot be written, or would take the place of something
     else."""
+    from llmquant import FileKind
     from llmquant_eval.report.files import check_file
 
     if markdown is not None:
-        check_file(markdown, "Markdown page")
+        check_file(markdown, FileKind.MARKDOWN)
     if html is not None:
-        check_file(html, "page")
+        check_file(html, FileKind.PAGE)
 
 
 def render_files(

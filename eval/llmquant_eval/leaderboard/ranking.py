@@ -12,7 +12,8 @@ reference, else perplexity. A task is ordered by its first metric, more is bette
 no rank: it is what the others are compared with. Where only a part of the text or of the items was
 scored nothing has a rank and no point is a front: rows stand by name.
 
-The same model measured again (same weights, label and ranking) counts once, by its newest report.
+The same model measured again (same weights, label and ranking) counts once, by its newest report. A
+kernel that rounds activations gives other numbers, so it stands in the row's name.
 Two models that share a label are distinguished by their weights' hash.
 """
 
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import llmquant
 from llmquant.errors import UsageError
 from llmquant_eval.leaderboard.board import Board, BoardKey, Row, StoredReport, printable
 from llmquant_eval.report.results import Metric, ModelResult
@@ -100,7 +102,7 @@ def _text_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]
             metrics = _metrics_of(result, part)
             if (result.label, part.perplexity) in unanswered:
                 continue  # a server that gave out before the end
-            row = Row(printable(result.label), result, report, stored.path, metrics)
+            row = Row(_name(report, result), result, report, stored.path, metrics)
             yield key, row, printable(report.text.source), part.windows_available
 
 
@@ -130,8 +132,17 @@ def _task_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]
                 None,
                 f"{task.few_shot}-shot, lm-eval {task.lm_eval}, task version {task.version}",
             )
-            row = Row(printable(result.label), result, report, stored.path, {}, task)
+            row = Row(_name(report, result), result, report, stored.path, {}, task)
             yield key, row, printable(task.task), task.items_available
+
+
+def _name(report: Report, result: ModelResult) -> str:
+    """The label, and the kernel where that rounds activations, which ``auto`` never does: it makes
+    another model of it."""
+    asked = report.settings.kernel
+    if asked in result.kernels and llmquant.rounds_inputs(asked):
+        return printable(f"{result.label}, kernel {asked}")
+    return printable(result.label)
 
 
 def _reference_sha(report: Report) -> str | None:

@@ -66,7 +66,7 @@ def bench_command(
     from llmquant_eval.speed.rounds import Bench, fitting_points, run_bench
 
     if output is not None:
-        check_file(output, "speed report")
+        check_file(output, llmquant.FileKind.SPEED)
     prompts = _numbers("--prompt-tokens", prompt_tokens)
     batches = _numbers("--batch-size", batch_size) or [1]
     models, on = _folders(model), llmquant.parse_device(device)

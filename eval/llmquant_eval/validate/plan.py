@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import llmquant
 from llmquant.errors import UsageError
 from llmquant_eval.decide.read import read_results
 from llmquant_eval.decide.results import ItemResults
@@ -47,7 +48,7 @@ class Chosen:
 def check_output(output: Path, *read: str | None, overwrite: bool) -> None:
     """Raises UsageError where results cannot or must not be written, among them what is ``read``;
     an unfinished run may go on."""
-    check_file(output, "result of validate", *read)
+    check_file(output, llmquant.FileKind.ITEMS, *read)
     if output.exists() and not overwrite and not journal_of(output).exists():
         raise UsageError(
             f"{output} has results already; give another --output, or --overwrite to replace them"
@@ -58,11 +59,11 @@ def check_profile(
     path: Path | None, output: Path, data: Data, reference: str | None, *, overwrite: bool
 ) -> None:
     """Raises UsageError where a drift profile cannot or must not be written beside ``output``."""
-    from llmquant import DriftProfile
+    from llmquant import DriftProfile, FileKind
 
     if path is None:
         return
-    check_file(path, "drift profile", data.source, reference)
+    check_file(path, FileKind.PROFILE, data.source, reference)
     if path.resolve() == output.resolve():
         raise UsageError(f"--profile {path} is --output too; give two files")
     if path.exists() and not overwrite:
@@ -112,8 +113,6 @@ def plan_run(
         UsageError: the request cannot be right.
         LlmquantError: the model or the server cannot be used.
     """
-    import llmquant
-
     llmquant.set_threads(execution.threads)
     scorers = [load_scorer(source) for source in names.scorers]
     chosen(names.metrics, thinks=True)  # a wrong name is told before a server is asked

@@ -55,7 +55,7 @@ def monitor_command(
     Exit code 3 if they have.
     """
     require("httpx")
-    from llmquant import refuse_foreign
+    from llmquant import FileKind, refuse_foreign
     from llmquant_serve.drift.show import check_plot, show, write_plot
     from llmquant_serve.drift.sources import profile_of, report_of
 
@@ -65,7 +65,7 @@ def monitor_command(
     if profile is not None and profile.exists():
         if Path(source).exists():
             _refuse_log(profile, source)
-        refuse_foreign(profile, "drift profile")
+        refuse_foreign(profile, FileKind.PROFILE)
     report = report_of(source)
     if as_json:
         sys.stdout.write(report.model_dump_json(indent=1) + "\n")

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmquant import DriftReport, refuse_foreign
+from llmquant import DriftReport, FileKind, refuse_foreign
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def check_plot(path: Path | None) -> None:
         raise UsageError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
     if not path.resolve().parent.is_dir():
         raise UsageError(f"--plot {path}: the folder does not exist; make it first")
-    refuse_foreign(path, "page" if path.suffix.lower() == ".html" else "plot")
+    refuse_foreign(path, FileKind.PAGE if path.suffix.lower() == ".html" else FileKind.PLOT)
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
