@@ -259,6 +259,26 @@ def test_footnotes_say_protocol_share_floor_and_exclusions() -> None:
         assert part in notes
 
 
+@pytest.mark.parametrize(
+    ("protocol", "says"),
+    [
+        ("ppl/gptq-512", "windows of 512 tokens, bfloat16"),
+        ("ppl/gptq-512-bos", "windows of 512 tokens, bfloat16"),
+        ("ppl/chat-512", "windows of at most 512 tokens, bfloat16"),
+        ("ppl/word-wikitext-512", "windows of at most 512 tokens, bfloat16"),
+    ],
+)
+def test_only_windows_of_one_length_are_said_to_have_it(protocol: str, says: str) -> None:
+    made = report(result("base", "reference")).model_copy(update={"protocols": [protocol]})
+    assert says in footnotes(made)[0]
+
+
+def test_tasks_alone_say_what_they_were_computed_in() -> None:
+    made = report(result("base", "reference"))
+    made = made.model_copy(update={"text": None, "passes": [], "protocols": ["task/mine"]})
+    assert footnotes(made)[0] == "task/mine: bfloat16 on cpu, 2 threads; ± standard error."
+
+
 def test_footnotes_name_the_kernels_by_model() -> None:
     strict = result("strict", "candidate", kernels={"cpu": 42})
     rounding = result("rounding", "candidate", kernels={"cpu_int8": 40, "reference": 2})

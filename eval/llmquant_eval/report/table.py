@@ -167,11 +167,12 @@ def footnotes(report: Report) -> list[str]:
         text, measured = report.text, [p for p in report.protocols if not p.startswith("task/")]
         lines.append(
             f"{', '.join(measured)} on {text.source}: {_share(text.windows, text.windows_available)} windows of "
-            f"{text.window} tokens, {report.settings.dtype} on {report.settings.device}, "
-            f"{_threads(report.hardware.threads)}; ± standard error {_methods(report)}, ratios paired."
+            f"{_length(report, text.window)} tokens, {_where(report)}; ± standard error {_methods(report)}, ratios paired."
         )
         if lost := text.lost():
             lines.append(f"Not all of the text: {lost}.")
+    elif report.protocols:
+        lines.append(f"{', '.join(report.protocols)}: {_where(report)}; ± standard error.")
     lines += [
         f"{p.perplexity}: {_share(p.windows, p.windows_available)} windows, {p.scored} tokens scored."
         for p in report.passes[1:]
@@ -200,6 +201,18 @@ def footnotes(report: Report) -> list[str]:
         if m.excluded_tokens
     ]
     return lines
+
+
+def _length(report: Report, window: int) -> str:
+    """Tokens of a window: only ``ppl/gptq`` has no shorter ones."""
+    whole = all(p.startswith("ppl/gptq-") for p in report.protocols if p.startswith("ppl/"))
+    return f"{window}" if whole else f"at most {window}"
+
+
+def _where(report: Report) -> str:
+    return (
+        f"{report.settings.dtype} on {report.settings.device}, {_threads(report.hardware.threads)}"
+    )
 
 
 def _methods(report: Report) -> str:

@@ -78,7 +78,10 @@ def _peak(model: ModelSpeed) -> str:
 
 def _footnotes(report: SpeedReport) -> list[str]:
     first, hardware = report.models[0], report.hardware
-    where = hardware.accelerator or f"{hardware.processor}, {hardware.threads} threads"
+    where = (
+        hardware.accelerator
+        or f"{hardware.processor}, {hardware.threads} thread{'' if hardware.threads == 1 else 's'}"
+    )
     dtypes = ", ".join(sorted({m.dtype for m in report.models if m.dtype}))
     done, rounds = report.rounds_done, report.rounds
     lines = [
