@@ -351,6 +351,13 @@ def test_the_card_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
+def test_line_ends_of_the_author_s_text_stay(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_bytes(b"\xef\xbb\xbf# Mine\r\n\r\nText.\r\n")
+    write_card(tmp_path, report(), "small")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf# Mine\r\n\r\nText.\r\n")
+
+
 def test_a_folder_without_a_card_gets_one(tmp_path: Path) -> None:
     assert (
         write_card(tmp_path, report(), "small")

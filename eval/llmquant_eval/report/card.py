@@ -104,7 +104,8 @@ def write_card(folder: Path, report: Report, label: str) -> Path:
     """
     path = folder / "README.md"
     try:
-        card = path.read_text(encoding="utf-8") if path.exists() else f"# {label}\n"
+        # Bytes, because a text file's line ends would be translated.
+        card = path.read_bytes().decode() if path.exists() else f"# {label}\n"
         replace_file(path, splice(card, measured_section(report, label)))
     except UsageError as e:
         raise UsageError(f"{path}: {e}") from e
