@@ -4,8 +4,9 @@ The word that ``--help`` shows for a value: ``--nsamples N``, ``--output PATH``,
 one, typer shows Python's type (``<int>``, ``<list[str]>``), which says nothing to a user. A better
 word is given where the option is (``metavar=``); what has none gets one by its type.
 
-An option that takes one value, given twice, is an error: the parser would take the last and drop
-the others without a word, and ``--text a --text b`` would measure half of what was meant.
+An option that names one text or one model to be read is given once: the parser would take the last
+and drop the others without a word, and ``--text a --text b`` would measure half of what was meant.
+Of other options the last counts, as everywhere, so that a script's can be overridden.
 """
 
 from __future__ import annotations
@@ -46,17 +47,21 @@ def _word(kind: Any) -> str | None:
     return _WORDS.get(kind)
 
 
+_READ = frozenset(
+    {"text", "eval_text", "data", "heldout_data", "calibration", "reference", "suite"}
+)
+"""Parameters that name what is read; where a command takes several of it, they are lists."""
+
+
 class OnceCommand(TyperCommand):
-    """A command whose options with one value are given once. Flags and lists may be repeated."""
+    """A command whose options of one text or model are given once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         given = Counter(
             max(param.opts, key=len)
             for param in order
-            if param.param_type_name == "option"
-            and not param.multiple
-            and not getattr(param, "is_flag", False)
+            if param.name in _READ and not getattr(param, "multiple", False)
         )
         for name, times in given.items():
             if times > 1:

@@ -164,12 +164,13 @@ def test_awq_tells_what_was_scaled_and_what_was_left_alone(
     [
         ("quantize {m} -o x --calibration a --calibration b", "--calibration is given twice"),
         ("eval {m} --text file:a --text=file:b --text file:c", "--text is given 3 times"),
-        ("generate {m} hello --seed 1 --seed 1", "--seed is given twice"),
-        ("inspect {m} --json --json", None),
+        ("eval {m} --reference a --reference {m}", "--reference is given twice"),
+        ("validate {m} --data a --data b -o c", "--data is given twice"),
+        ("quantize {m} -o x --method gptq --bits 3 --method rtn --bits 4", None),
         ("quantize {m} -o x --method rtn --ignore lm_head --ignore lm_head", None),
     ],
 )
-def test_an_option_with_one_value_is_given_once(
+def test_an_option_of_one_text_or_model_is_given_once(
     run: Run, model: Path, words: str, says: str | None
 ) -> None:
     """The last would have been taken, and the others dropped without a word."""

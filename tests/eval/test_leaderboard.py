@@ -67,6 +67,13 @@ def test_the_noise_floor_of_a_ranking_in_float32_is_not_called_rounding() -> Non
         assert any(says in note for note in notes(board))
 
 
+def test_the_reference_has_no_command_of_its_own() -> None:
+    """It is measured beside each of the others."""
+    page = render_html(make_boards(kit.stored(kit.four())), "Ours")
+    assert page.count("To repeat this row, measured beside another:<pre>") == 1
+    assert page.count("To repeat this row:<pre>") == 3
+
+
 def test_reports_of_one_kind_make_one_ranking_and_the_newest_counts() -> None:
     a, b = kit.candidate("a", 1.1, 10), kit.candidate("b", 1.2, 10)
     newer = kit.candidate("a", 1.3, 10)

@@ -89,13 +89,15 @@ def add_board(gradio: Any, board: Board) -> None:
     headers, kinds, rows = table(board)
     gradio.Dataframe(
         value=rows, headers=headers, datatype=kinds, interactive=False, show_search="filter",
-        label="Sort by a header, filter above",
+        label="Sort by a header, or filter",
     )  # fmt: skip
     drawings = [draw(plot) for plot in pareto_plots(board)]
     if drawings:
         gradio.HTML(f'<style>{_style()}</style><div class="board-plots">{"".join(drawings)}</div>')
-    names = [row.name for row in board.rows]
-    commands = {row.name: "\n".join(repeat_commands(row)) for row in board.rows}
+    # The reference is measured beside each of the others: it has no command of its own.
+    measured = [row for row in board.rows if not row.is_reference] or board.rows
+    names = [row.name for row in measured]
+    commands = {row.name: "\n".join(repeat_commands(row)) for row in measured}
     choice = gradio.Dropdown(names, value=names[0], label="The command that repeats a row")
     code = gradio.Code(commands[names[0]], language="shell", label="Command")
     choice.change(commands.get, choice, code, show_progress="hidden")

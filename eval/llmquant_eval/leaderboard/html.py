@@ -158,4 +158,5 @@ def _detail(row: Row) -> str:
     listed = "".join(
         f"<dt>{name}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items() if fact
     )
-    return f"To repeat this row:<pre><code>{escape(chr(10).join(repeat_commands(row)))}</code></pre><dl>{listed}</dl>"
+    beside = ", measured beside another" if row.is_reference else ""
+    return f"To repeat this row{beside}:<pre><code>{escape(chr(10).join(repeat_commands(row)))}</code></pre><dl>{listed}</dl>"

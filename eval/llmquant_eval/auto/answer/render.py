@@ -174,8 +174,9 @@ def _method(report: AutoReport) -> Iterator[str]:
         f"{_documents(split.calibration)} (rows sha256 {split.calibration.rows_sha256[:16]}…)."
     )
     windows = "windows of answers, of at most" if split.chats else "windows of"
+    judged, there = report.heldout_windows, report.heldout_windows_available
     yield (
-        f"Held out: the first {report.heldout_windows:,} of {report.heldout_windows_available:,} {windows} "
+        f"Held out: {f'all {judged:,}' if judged == there else f'the first {judged:,} of {there:,}'} {windows} "
         f"{report.heldout_window:,} tokens of {_documents(split.heldout)} (rows sha256 {split.heldout.rows_sha256[:16]}…); nothing else was done with them."
     )
     overlaps = [m.overlap for r in report.rungs if (m := r.measured) and m.overlap is not None]
@@ -190,8 +191,9 @@ def _method(report: AutoReport) -> Iterator[str]:
         f"A bound is met if the upper confidence limit of the loss is not above it. {shared}. So the probability that the chosen model's "
         f"true loss is above the bound is at most {report.alpha:g}, on text like this."
     )
-    yield f"{report.hardware.processor}, {report.hardware.threads} threads; " + ", ".join(
-        f"{name} {version}" for name, version in report.versions.items()
+    yield (
+        f"{report.hardware.processor}, {report.hardware.threads} thread{'' if report.hardware.threads == 1 else 's'}; "
+        + ", ".join(f"{name} {version}" for name, version in report.versions.items())
     )
 
 
