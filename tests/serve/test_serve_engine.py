@@ -20,10 +20,14 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 from transformers.cache_utils import DynamicCache
 
@@ -238,11 +242,55 @@ def test_other_attention(make, prompts):
     ]
 
 
+def long_rope():
+    """A Phi-3 whose frequencies become others behind 24 tokens."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0 + i for i in range(8)],
+    }
+    torch.manual_seed(0)
+    config = Phi3Config(
+        **GQA, rope_parameters=rope, original_max_position_embeddings=24, pad_token_id=0
+    )
+    return Phi3ForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("context", [None, 24], ids=["long", "short"])
+def test_frequencies_that_depend_on_the_length(context, prompts, caplog):
+    """A sequence that crosses the length is computed anew; its neighbours keep their own."""
+    model, mixed = long_rope(), [p[:12] for p in prompts]
+    mixed[1] = list(itertools.islice(itertools.cycle(prompts[1]), 20 if context else 40))
+    counts = [24 - len(p) if context else 8 + 4 * i for i, p in enumerate(mixed)]
+
+    async def work(engine):
+        asked = [Sampling(max_tokens=n, temperature=0.0, ignore_eos=True) for n in counts]
+        pairs = zip(mixed, asked, strict=True)
+        return await asyncio.gather(*(collect(engine, *pair) for pair in pairs))
+
+    assert [ids(t) for t in with_engine(model, work, context=context)] == [
+        greedy(model, p, n, eos=False) for p, n in zip(mixed, counts, strict=True)
+    ]
+    assert ("sequences take turns" in caplog.text) == (context is None)
+
+
 def test_a_model_with_recurrent_states_is_refused():
     model = MambaForCausalLM(
         MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
     )
     told = r"cannot batch \(LinearAttentionLayer\), nor serve in turn: it has no layer of keys"
+    with pytest.raises(ArchitectureError, match=told):
+        LocalEngine(model)
+
+
+def test_a_model_with_states_outside_of_its_cache_is_refused():
+    torch.manual_seed(0)
+    small = {name: value for name, value in GQA.items() if name != "initializer_range"}
+    kinds = ["recurrent", "attention"]
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**small, block_types=kinds)).eval()
+    told = r"cannot batch \(LinearAttentionLayer\), nor serve in turn: token by token, between"
     with pytest.raises(ArchitectureError, match=told):
         LocalEngine(model)
 

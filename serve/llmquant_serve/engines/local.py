@@ -3,6 +3,8 @@ is, with continuous batching, or sequences in turn where states cannot be batche
 
 from __future__ import annotations
 
+import logging
+
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -10,8 +12,10 @@ from llmquant.errors import ArchitectureError
 from llmquant_serve.engines.base import ModelInfo
 from llmquant_serve.engines.batching.batcher import Batcher
 from llmquant_serve.engines.batching.step_graph import recorder_for
-from llmquant_serve.engines.batching.turns import TurnBatcher, carries
+from llmquant_serve.engines.batching.turns import TurnBatcher, carries, switch_of
 from llmquant_serve.engines.jobs.engine import JobEngine
+
+_LOG = logging.getLogger(__name__)
 
 
 class LocalEngine(JobEngine):
@@ -30,19 +34,30 @@ class LocalEngine(JobEngine):
         self, model: PreTrainedModel, max_streams: int = 8, context: int | None = None
     ) -> None:
         info = ModelInfo.of(model.config, model.generation_config, context)
-        super().__init__("local", info, _batcher(model, max_streams))
+        super().__init__("local", info, _batcher(model, max_streams, info.context))
 
 
-def _batcher(model: PreTrainedModel, max_streams: int) -> Batcher:
+def _batcher(model: PreTrainedModel, max_streams: int, context: int) -> Batcher:
     """Rows join and move as keys and values per token; sequences with other states take turns."""
+    switch = switch_of(model.config)
+    switch = None if switch is None or context <= switch else switch
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     others = sorted(k.__name__ for k in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
     if not others:
-        return Batcher(model, max_streams, recorder_for(model))
+        if switch is None:
+            return Batcher(model, max_streams, recorder_for(model))
+        _LOG.warning(
+            "sequences take turns: behind %d tokens this model's positions have other frequencies "
+            "(longrope); with --context %d they are batched",
+            switch,
+            switch,
+        )
+        return TurnBatcher(model, max_streams, switch)
     why = carries(model)
     if why is not None:
         raise ArchitectureError(
-            f"{type(model).__name__} keeps states that the local engine cannot batch ({', '.join(others)}), nor serve in turn: "
+            f"{type(model).__name__} keeps states that the local engine cannot batch "
+            f"({', '.join(others)}), nor serve in turn: "
             f"{why}; use --engine vllm"
         )
-    return TurnBatcher(model, max_streams)
+    return TurnBatcher(model, max_streams, switch)

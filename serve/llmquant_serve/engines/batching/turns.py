@@ -6,9 +6,17 @@ attention, Mamba and short convolutions, and indices over tokens, do not, as tra
 them. So each sequence keeps the cache in which its prompt was read. A prompt is read in one pass,
 as ``model.generate`` reads it: some models (Jamba, in transformers 5.23) forget their state where
 several tokens follow one.
+
+Models with "longrope" (Phi-3's 128k) take turns as well, where the context reaches beyond the
+length that they were first trained on. Behind that length transformers turns *all* positions of a
+pass by other frequencies, so short and long sequences fit into no common pass, and the keys of a
+sequence that crosses it are no longer those of its frequencies. They are computed anew then, as
+``model.generate`` does for Phi-3.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +50,15 @@ class OwnCaches:
 
 
 class TurnBatcher(Batcher):
-    """A :class:`Batcher` whose rows are decoded in turn."""
+    """A :class:`Batcher` whose rows are decoded in turn.
+
+    Args:
+        switch: tokens behind which all of a sequence's keys become others; None: never.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_rows: int, switch: int | None = None) -> None:
+        super().__init__(model, max_rows)
+        self._switch = switch
 
     def _take(self, job: Job) -> None:
         job.cache = DynamicCache(config=self._model.config)
@@ -57,8 +73,13 @@ class TurnBatcher(Batcher):
     def _step(self) -> Tensor:
         own = self._cache
         assert isinstance(own, OwnCaches)
-        rows = zip(self._rows, own.caches, own.lengths, strict=True)
-        logits = [logits_of(self._model, [job.last], cache, n)[-1] for job, cache, n in rows]
+        logits = []
+        for row, (job, length) in enumerate(zip(self._rows, own.lengths, strict=True)):
+            ids, before = [job.last], length
+            if length == self._switch:
+                ids, before = [*job.prompt, *job.answer], 0
+                own.caches[row] = DynamicCache(config=self._model.config)
+            logits.append(logits_of(self._model, ids, own.caches[row], before, keep=1)[-1])
         own.lengths = [n + 1 for n in own.lengths]
         return torch.stack(logits).float()
 
@@ -67,8 +88,8 @@ class TurnBatcher(Batcher):
 def carries(model: PreTrainedModel) -> str | None:
     """Why a model's states cannot be carried from token to token; None where they can.
 
-    A few tokens are put through it, once together and once as a sequence is served. The two may
-    differ by the root of the dtype's rounding, in shares of the largest logit.
+    A few tokens are put through it, once together and once as a sequence is served, with another
+    sequence between: some models keep states outside of their caches. The two may differ by the root of the dtype's rounding, in shares of the largest logit.
     """
     layers = DynamicCache(config=model.config).layers
     if not any(isinstance(layer, DynamicLayer) for layer in layers):
@@ -79,11 +100,25 @@ def carries(model: PreTrainedModel) -> str | None:
         together = logits_of(model, ids, DynamicCache(config=model.config), 0)
         cache = DynamicCache(config=model.config)
         parts = [logits_of(model, ids[:prompt], cache, 0)]
+        logits_of(model, ids[::-1], DynamicCache(config=model.config), 0)
         parts += [logits_of(model, ids[n : n + 1], cache, n) for n in range(prompt, prompt + more)]
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         return f"transformers fails with a cache of them: {str(e).splitlines()[0]}"
     difference = float((torch.cat(parts) - together).abs().max())
     close = torch.finfo(together.dtype).eps ** 0.5
     if not difference <= close * float(together.abs().max()):
-        return "token by token it computes something else than of all tokens together"
+        return "token by token, between those of another sequence, it computes something else than of all tokens together"
     return None
+
+
+def switch_of(config: Any) -> int | None:
+    """Tokens behind which a model with "longrope" turns all positions by other frequencies; None
+    where none does."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    lengths = [
+        kind["original_max_position_embeddings"]
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min(lengths, default=None)

@@ -25,8 +25,7 @@ class Job:
         deliver: hands a step, or the error that ends the request, to the one who waits for it.
         eos: the model's end tokens.
         cancelled: may be set from any thread.
-        generated: tokens so far.
-        last: the newest token.
+        answer: the tokens that were generated so far.
         prefilled: tokens of the prompt that are in a cache.
         cache: of the prompt, until the sequence joins the rows.
         scores: log-probabilities of the prompt so far.
@@ -39,8 +38,7 @@ class Job:
     eos: frozenset[int]
     chooser: Chooser = field(init=False)
     cancelled: bool = False
-    generated: int = 0
-    last: int = 0
+    answer: list[int] = field(default_factory=list)
     prefilled: int = 0
     cache: Cache | None = None
     scores: list[Token] = field(default_factory=list)
@@ -48,6 +46,16 @@ class Job:
 
     def __post_init__(self) -> None:
         self.chooser = Chooser(self.sampling, self.prompt, self.eos)
+
+    @property
+    def generated(self) -> int:
+        """How many tokens the answer has so far."""
+        return len(self.answer)
+
+    @property
+    def last(self) -> int:
+        """The newest token."""
+        return self.answer[-1]
 
     def advance(self, best: int, largest: float, logits: Tensor) -> bool:
         """Choose, append and deliver the next token; returns whether the job has ended: by its last
@@ -78,8 +86,7 @@ class Job:
     def _append(self, token: int, logits: Tensor) -> bool:
         """Append a token and deliver it; returns whether it is the last."""
         s = self.sampling
-        self.generated += 1
-        self.last = token
+        self.answer.append(token)
         self.chooser.update(token)
         finish: Finish | None = None
         if token in s.stop_ids or (token in self.eos and not s.ignore_eos):
