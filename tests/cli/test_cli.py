@@ -28,7 +28,7 @@ from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.cli.method import parse_method
 from llmquant.cli.sizes import parse_size
-from llmquant.errors import CheckpointError, ProofError
+from llmquant.errors import CheckpointError, ProofError, UsageError
 from llmquant.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,6 +275,30 @@ def test_a_sampled_reply_is_its_seeds(run: Run, quantized: Path) -> None:
 
     assert reply(1) == reply(1)
     assert len({reply(seed) for seed in range(4)}) > 1
+
+
+def test_settings_of_the_folder_change_no_reply(run: Run, quantized: Path, tmp_path: Path) -> None:
+    """No penalty and no filter that the options do not name, nor transformers' own top-k of 50."""
+    told = Path(shutil.copytree(quantized, tmp_path / "told"))
+    settings = told / "generation_config.json"
+    strange = {"repetition_penalty": 9.0, "do_sample": True, "top_k": 1, "num_beams": 2}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | strange))
+    for options in ((), ("--temperature", 1.5, "--seed", 3)):
+        plain, other = (
+            run("generate", folder, "hello", "--max-new-tokens", 12, *options)
+            for folder in (quantized, told)
+        )
+        assert (other.code, other.out) == (0, plain.out), options
+
+
+def test_positions_of_a_text_part_are_counted() -> None:
+    from transformers import Gemma3Config
+
+    from llmquant.cli.commands.generate import _refuse_too_long
+
+    config = Gemma3Config(text_config={"max_position_embeddings": 8})
+    with pytest.raises(UsageError, match="more than the model's 8 positions"):
+        _refuse_too_long(4, 5, config)
 
 
 def test_the_prompt_can_come_from_a_pipe(

@@ -1,5 +1,8 @@
-"""``llmquant generate``: a short reply from a model folder, packed or not, streamed as it is
-made."""
+"""``llmquant generate``: a short reply from a model folder, packed or not, streamed as it is made.
+
+Penalties, filters and other settings of the folder's ``generation_config.json`` are left out, its
+end tokens are not, as in ``validate`` and ``serve``: what the options say is all that there is.
+"""
 
 from __future__ import annotations
 
@@ -97,19 +100,27 @@ def _generated(
 ) -> Tensor:
     """The new token ids ``[n]`` of one sequence; ``temperature`` 0 is greedy."""
     import torch
+    from transformers import GenerationConfig
 
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
-    sampling["top_k"] = None
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    mask = torch.ones_like(ids)
+    given, drawn = model.generation_config, temperature > 0
+    ends = given.eos_token_id
+    if ends is None:
+        ends = model.config.get_text_config().eos_token_id
+    first = next(iter([ends] if isinstance(ends, int) else ends or ()), None)
+    model.generation_config = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=drawn,
+        temperature=temperature if drawn else None,
+        top_p=top_p if drawn else None,
+        top_k=0 if drawn else None,  # None is 50 there
+        eos_token_id=ends,
+        pad_token_id=first if given.pad_token_id is None else given.pad_token_id,
+    )
     out = model.generate(
         ids,
-        attention_mask=mask,
-        max_new_tokens=most,
+        attention_mask=torch.ones_like(ids),
         streamer=streamer,
         logits_processor=[partial(_refuse_no_numbers, ids.shape[1])],
-        **sampling,
     )
     new: Tensor = out[0, ids.shape[1] :]
     return new
@@ -173,7 +184,7 @@ def _refuse_strange(ids: Tensor, rows: int, path: Path) -> None:
 
 def _refuse_too_long(prompt_tokens: int, new_tokens: int, config: Any) -> None:
     """A model's positions end where its training did; behind them it babbles."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and prompt_tokens + new_tokens > positions:
         raise UsageError(
             f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {positions} positions; "
