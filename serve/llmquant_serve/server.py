@@ -22,6 +22,7 @@ import uvicorn
 from llmquant.errors import UsageError
 from llmquant_serve.api.app import UI_PATH, create_app
 from llmquant_serve.api.transport.addresses import THIS_MACHINE, believing, is_origin, is_prefix
+from llmquant_serve.chat.opening import Opening
 from llmquant_serve.engines.base import EngineError
 from llmquant_serve.service import Service
 
@@ -106,6 +107,7 @@ def run(
     reference: Service | None = None,
     folder: Path | None = None,
     original: Path | None = None,
+    opening: Opening | None = None,
 ) -> None:
     """Serve until a signal comes.
 
@@ -113,6 +115,7 @@ def run(
         reference: the original model, for the chat page.
         folder: the model's, whose card the chat page shows.
         original: the folder of ``reference``.
+        opening: what the settings of the chat page are at first.
 
     Raises:
         EngineError: an engine is dead; the process must be restarted.
@@ -134,7 +137,7 @@ def run(
     if binding.ui:
         from llmquant_serve.chat.page import mount
 
-        mount(app, service, binding.keys, reference, folder or Path(), original)
+        mount(app, service, binding.keys, reference, folder or Path(), original, opening)
     config = uvicorn.Config(
         believing(app, binding.trusted_proxies), proxy_headers=False, server_header=False,
         log_level="info" if binding.access_log else "warning", access_log=binding.access_log,

@@ -137,6 +137,7 @@ def test_chat_over_a_pipe(packed):
         pytest.param(
             ["chat", "MODEL", "--reference", "MODEL"], "--web", id="reference in a terminal"
         ),
+        pytest.param(["chat", "MODEL", "--port", "0"], "--web", id="port in a terminal"),
     ],
 )
 def test_misuse(packed, arguments, message):

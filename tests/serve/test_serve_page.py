@@ -17,6 +17,7 @@ from playwright.sync_api import expect, sync_playwright
 from serving import NAME, TINY, running
 
 import llmquant
+from llmquant_serve.engines.base import Sampling
 from llmquant_serve.engines.local import LocalEngine
 from llmquant_serve.generation.text_model import TextModel
 from llmquant_serve.service import Limits, Service
@@ -49,6 +50,21 @@ def page_server(model, packed, tmp_path_factory):
         ui=True,
         reference=original,
         extend=lambda app: mount(app, service, (), original, folder, TINY),
+    ) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def begun_server(model):
+    """A page whose settings were given on the command line."""
+    from llmquant_serve.chat.opening import Opening
+    from llmquant_serve.chat.page import mount
+
+    opening = Opening("You like rivers.", Sampling(max_tokens=7, temperature=0.0, seed=5))
+    engine = LocalEngine(model, 2)
+    service = Service(engine, TextModel(TINY, engine.info.vocab), NAME)
+    with running(
+        service, ui=True, extend=lambda app: mount(app, service, (), None, TINY, opening=opening)
     ) as live:
         yield live
 
@@ -186,6 +202,47 @@ def test_the_first_message_on_an_untouched_page(page):
     expect(page.get_by_text("Error")).to_have_count(0)
     page.keyboard.press("Escape")
     expect(page.locator("#stop")).to_be_hidden()
+
+
+def test_what_the_command_line_said_is_what_the_page_begins_with(browser, begun_server):
+    """Also where nobody has opened the settings."""
+    page = opened(browser, begun_server, "desktop")
+    page.locator("#box textarea").fill("Tell me about the river.")
+    page.locator("#send").click()
+    expect(page.locator("#status")).to_contain_text(re.compile(r"\b7 tokens .* cut"))
+    said = {"system": "You like rivers.", "user": "Tell me about the river."}
+    messages = [{"role": role, "content": text} for role, text in said.items()]
+    asked = {"messages": messages, "max_tokens": 7, "temperature": 0}
+    with begun_server.client as client:
+        answer = client.post("/v1/chat/completions", json=asked).json()
+    read = f"{answer['usage']['prompt_tokens']} prompt tokens"
+    expect(page.locator("#status")).to_contain_text(read)
+    assert bot(page).text_content() == answer["choices"][0]["message"]["content"]
+    page.locator("#settings button").first.click()
+    for place, value in (("system textarea", "You like rivers."), ("seed input", "5")):
+        expect(page.locator(f"#{place}")).to_have_value(value)
+    page.context.close()
+
+
+def test_a_setting_that_cannot_be_is_named_and_an_empty_one_is_no_limit(page):
+    """The message is back in the box."""
+    page.locator("#settings button").first.click()
+    page.wait_for_timeout(600)
+    number = page.locator("#max-tokens input")
+    number.fill("0")
+    number.press("Tab")
+    page.wait_for_timeout(400)
+    page.locator("#box textarea").fill("Tell me about the river.")
+    page.locator("#box textarea").press("Enter")
+    expect(page.get_by_text("Longest reply is 0 in the settings")).to_be_visible()
+    expect(page.locator("#box textarea")).to_have_value("Tell me about the river.")
+    expect(page.locator("#chat .message")).to_have_count(0)
+    number.fill("")
+    number.press("Tab")
+    page.wait_for_timeout(400)
+    page.locator("#box textarea").press("Enter")
+    expect(page.locator("#status")).to_contain_text(re.compile(r" ([2-9]|\d\d+) tokens "))
+    page.keyboard.press("Escape")
 
 
 def test_a_conversation(page, page_server):

@@ -22,6 +22,7 @@ from llmquant_serve.api.app import UI_PATH
 from llmquant_serve.chat.conversation import chat_tab
 from llmquant_serve.chat.events import stopper
 from llmquant_serve.chat.facts import Facts, facts_of
+from llmquant_serve.chat.opening import Opening
 from llmquant_serve.chat.settings import settings_panel
 from llmquant_serve.chat.side_by_side import compare_tab
 from llmquant_serve.chat.visitors import Runs
@@ -47,6 +48,7 @@ def mount(
     reference: Service | None,
     folder: Path,
     original: Path | None = None,
+    opening: Opening | None = None,
 ) -> None:
     """Put the page at ``/ui``.
 
@@ -55,6 +57,7 @@ def mount(
         reference: the original model for A/B; None leaves that tab out.
         folder: of the model, whose card may have a measured table.
         original: the folder of ``reference``.
+        opening: what the settings are at first.
     """
     facts = facts_of(service, folder, original)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -67,7 +70,7 @@ def mount(
     async def build() -> None:
         gr.mount_gradio_app(
             app,
-            build_page(service, reference, facts),
+            build_page(service, reference, facts, opening or Opening()),
             path=UI_PATH,
             auth=is_key if keys else None,
             auth_message="Log in with any name; the password is an API key of this server.",
@@ -83,14 +86,16 @@ def mount(
         thread.submit(asyncio.run, build()).result()
 
 
-def build_page(service: Service, reference: Service | None, facts: Facts) -> gr.Blocks:
+def build_page(
+    service: Service, reference: Service | None, facts: Facts, opening: Opening
+) -> gr.Blocks:
     """The page: what it talks to, chat, A/B if there is a reference, and the measured table."""
     comparisons: Runs[Any] = Runs()
     with gr.Blocks(
         title=f"{service.model} · llmquant", analytics_enabled=False, fill_height=True
     ) as page:
         gr.HTML(facts.html, elem_id="facts")
-        settings = settings_panel()
+        settings = settings_panel(opening)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Chat"):
                 talk = chat_tab(service, settings)

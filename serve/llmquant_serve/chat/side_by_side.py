@@ -32,7 +32,7 @@ _INTRODUCTION = (
 _KEY = (
     '<div class="key"><span><mark class="first">red</mark> the first token that differs</span>'
     '<span><mark class="differs">amber</mark> here the other model would say another token</span>'
-    "<span>hover for probabilities</span></div>"
+    '<span class="pointer">hover for probabilities</span></div>'
 )
 
 
@@ -155,13 +155,9 @@ def _comparer(
             yield gr.skip(), gr.skip(), gr.skip()  # a generator without values empties the panes
             return
         turns = with_system(system, [{"role": "user", "content": text}])
-        sampling = sampling_of(numbers, logprobs=_TOP)
-        if greedy:
-            sampling = replace(sampling, temperature=0.0)
-        elif sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(32))  # one for both
         who, now = visitor(request), Pair()
         try:
+            sampling = _sampling(numbers, greedy=greedy)
             async with aclosing(runs.follow(who, pair(models, turns, sampling))) as growing:
                 async for now in growing:
                     yield _shown(models, now)
@@ -172,6 +168,16 @@ def _comparer(
             raise notice(e) from e
 
     return compare
+
+
+def _sampling(numbers: Sequence[float | None], *, greedy: bool) -> Sampling:
+    """How both models choose; raises UsageError for a setting that cannot be."""
+    sampling = sampling_of(numbers, logprobs=_TOP)
+    if greedy:
+        return replace(sampling, temperature=0.0)
+    return replace(
+        sampling, seed=secrets.randbits(32) if sampling.seed is None else sampling.seed
+    )  # one for both
 
 
 def _shown(models: Models, now: Pair) -> tuple[str, str, str]:

@@ -9,11 +9,13 @@ from llmquant.errors import UsageError
 from llmquant_serve.cli import options as o
 from llmquant_serve.cli.launch import launch, require
 
+_PORT = 7860  # of the chat page, as Gradio's own
+
 
 def chat_command(
     model: o.ModelArgument,
     web: o.WebOption = False,
-    port: o.PagePortOption = 7860,
+    port: o.PagePortOption = None,
     reference: o.ReferenceOption = None,
     system: o.SystemOption = "",
     max_new_tokens: o.MaxNewTokensOption = 512,
@@ -29,6 +31,7 @@ def chat_command(
     """Chat with MODEL in the terminal or on a page."""
     require("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if web else []))
     from llmquant_serve.build import build_service
+    from llmquant_serve.chat.opening import Opening
     from llmquant_serve.chat.terminal import Terminal
     from llmquant_serve.engines.base import Sampling
     from llmquant_serve.engines.options import ModelOptions
@@ -36,12 +39,14 @@ def chat_command(
     from llmquant_serve.service import Limits
 
     served = ModelOptions(model=model, dtype=dtype, device=device, kernel=kernel, threads=threads)
-    if web:
-        launch(served, Limits(), Binding("127.0.0.1", port, ui=True), reference)
-        return
-    if reference is not None:
-        raise UsageError("--reference is for the chat page; add --web")
     sampling = Sampling(
         max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
+    if web:
+        binding = Binding("127.0.0.1", _PORT if port is None else port, ui=True)
+        launch(served, Limits(), binding, reference, opening=Opening(system, sampling))
+        return
+    for name, given in (("--reference", reference), ("--port", port)):
+        if given is not None:
+            raise UsageError(f"{name} is for the chat page; add --web")
     asyncio.run(Terminal(build_service(served, Limits(max_streams=1)), sampling, system).run())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llmquant.errors import LlmquantError
 
 if TYPE_CHECKING:
+    from llmquant_serve.chat.opening import Opening
     from llmquant_serve.drift.options import DriftOptions
     from llmquant_serve.engines.options import ModelOptions
     from llmquant_serve.server import Binding
@@ -35,12 +36,14 @@ def launch(
     binding: Binding,
     reference: str | None,
     drift: DriftOptions | None = None,
+    opening: Opening | None = None,
 ) -> None:
     """Serve a model until a signal comes.
 
     Args:
         reference: the original model, for the chat page and to score samples.
         drift: what is to be done about it.
+        opening: what the settings of the chat page are at first.
     """
     import llmquant
     from llmquant_serve.build import build_service, watch_drift
@@ -54,11 +57,12 @@ def launch(
         original = folder = None
         if reference is not None:
             compared = ModelOptions(
-                model=reference, dtype=served.dtype, device=served.device, context=served.context
-            )
+                model=reference, dtype=served.dtype, device=served.device, context=served.context,
+                threads=served.threads,
+            )  # fmt: skip
             original = build_service(compared, Limits(max_streams=2))
             folder = llmquant.resolve(reference)
         service = build_service(served, limits)
         if drift is not None and log is not None:
             watch_drift(service, drift, log, original)
-        run(service, binding, listening, original, llmquant.resolve(served.model), folder)
+        run(service, binding, listening, original, llmquant.resolve(served.model), folder, opening)

@@ -213,8 +213,13 @@ WebOption = Annotated[
     bool, typer.Option("--web", help="Serve a chat page instead of chatting in the terminal.")
 ]
 PagePortOption = Annotated[
-    int,
-    typer.Option("--port", min=0, max=65535, help="Port of the chat page; 0 takes a free one."),
+    int | None,
+    typer.Option(
+        "--port",
+        min=0,
+        max=65535,
+        help="Port of the chat page; 0 takes a free one [default: 7860].",
+    ),
 ]
 SystemOption = Annotated[str, typer.Option("--system", help="System prompt.")]
 MaxNewTokensOption = Annotated[

@@ -89,7 +89,8 @@ def carries(model: PreTrainedModel) -> str | None:
     """Why a model's states cannot be carried from token to token; None where they can.
 
     A few tokens are put through it, once together and once as a sequence is served, with another
-    sequence between: some models keep states outside of their caches. The two may differ by the root of the dtype's rounding, in shares of the largest logit.
+    sequence between: some models keep states outside of their caches. The two may differ
+    by the root of the dtype's rounding, in shares of the largest logit.
     """
     layers = DynamicCache(config=model.config).layers
     if not any(isinstance(layer, DynamicLayer) for layer in layers):
