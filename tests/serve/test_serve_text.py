@@ -58,6 +58,14 @@ def test_special_tokens_are_shown_only_when_wanted(tokenizer):
     assert "".join(map(shown.add, ids)) == "yes" + token_text(tokenizer, 4)
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_hidden_tokens_are_no_part_of_a_character(tokenizer, text):
+    """As where a client ignores the end tokens."""
+    ids = [4] * 9 + tokenizer.encode(text, add_special_tokens=False)
+    stream = Detokenizer(tokenizer, tokenizer.encode("Hi", add_special_tokens=False))
+    assert "".join(map(stream.add, ids)) + stream.rest() == text
+
+
 def test_bytes_of_every_token_spell_the_text(tokenizer):
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)

@@ -42,6 +42,9 @@ class Detokenizer:
         """The text that became certain with this token; often empty."""
         self._ids.append(token)
         before, now = self._decode_emitted_and_all()
+        if now == before:  # a token without text, such as a special one: no part of a character
+            self._emitted = len(self._ids)
+            return ""
         # More tokens than a character can have, still undecoded: these bytes are no text and never
         # will be.
         hopeless = len(self._ids) - self._emitted > _LONGEST_CHARACTER
