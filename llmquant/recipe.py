@@ -213,8 +213,8 @@ class Recipe(Strict):
             *path, last = key.split(".")
             place = data
             for part in path:
-                if place[part] is None:  # an optional section that the recipe leaves out
-                    place[part] = {}
+                if not isinstance(place.get(part), dict):
+                    place[part] = {}  # an optional section, or one that validation refuses
                 place = place[part]
             place[last] = value
         return _validate(data, "the command line's options")

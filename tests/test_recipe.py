@@ -303,3 +303,9 @@ def test_yaml_is_1_2_where_off_is_a_word(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("method: gptq\ngptq: {act_order: off}\n", encoding="utf-8")
     assert load_recipe(path).gptq.act_order == "off"
+
+
+@pytest.mark.parametrize("key", ["scheme.bits", "seed.bits", "weights.bit", "nothing"])
+def test_a_key_that_recipes_do_not_have_is_named(key):
+    with pytest.raises(RecipeError, match=key.split(".")[0]):
+        load_recipe("rtn-w4g128").updated({key: 3})
