@@ -3,8 +3,10 @@ chat over a pipe."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,9 +17,10 @@ import httpx
 import pytest
 import typer
 from children import ignoring_interrupts
+from serving import TINY
 from typer.testing import CliRunner
 
-from llmquant.errors import CheckpointError, UsageError
+from llmquant.errors import CheckpointError, UnfitModelError, UsageError
 from llmquant_serve.cli import register
 
 ROOT = Path(__file__).parents[2]
@@ -170,3 +173,15 @@ def test_nothing_of_vllm_is_imported():
         for f in files
         if re.search(r"^\s*(import|from) vllm\b", f.read_text(encoding="utf-8"), re.MULTILINE)
     ]
+
+
+@pytest.mark.parametrize("more", [(), ("--web", "--port", "0")], ids=["terminal", "page"])
+def test_a_model_without_a_chat_template_cannot_chat(tmp_path, more):
+    base = shutil.copytree(TINY, tmp_path / "base")
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    result = call("chat", base, *more)
+    assert isinstance(result.exception, UnfitModelError)
+    assert "base has no chat template, so it is no chat model" in str(result.exception)

@@ -47,5 +47,6 @@ def test_errors_are_lines_on_stderr(model, capsys, change, line):
     change(service)
     assert asyncio.run(Terminal(service, Sampling(), "")._handle("Hello."))
     printed = capsys.readouterr()
-    assert printed.out == "\n"
+    assert printed.out == ""  # and no speed of a reply that there is not
     assert printed.err.startswith(line)
+    assert printed.err.count("\n") == 1

@@ -107,8 +107,9 @@ class Terminal:
             self._turns = before
             _note(f"error: {e}; the conversation is as it was before")
         finally:
-            sys.stdout.write("\n")
-            _note(printed.status)
+            if printed.pieces:
+                sys.stdout.write("\n")
+                _note(printed.status)
 
 
 def _take_any_bytes() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
-from llmquant.errors import UsageError
+from llmquant.errors import UnfitModelError, UsageError
 from llmquant_serve.cli import options as o
 from llmquant_serve.cli.launch import launch, require
 
@@ -38,6 +38,7 @@ def chat_command(
     from llmquant_serve.server import Binding
     from llmquant_serve.service import Limits
 
+    _check_chats(model)
     served = ModelOptions(model=model, dtype=dtype, device=device, kernel=kernel, threads=threads)
     sampling = Sampling(
         max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
@@ -50,3 +51,16 @@ def chat_command(
         if given is not None:
             raise UsageError(f"{name} is for the chat page; add --web")
     asyncio.run(Terminal(build_service(served, Limits(max_streams=1)), sampling, system).run())
+
+
+def _check_chats(model: str) -> None:
+    """Raises UnfitModelError, before anything is loaded, for a model without a chat template."""
+    import llmquant
+
+    folder = llmquant.resolve(model)
+    llmquant.read_config(folder)  # before the tokenizer, which would take the blame
+    if not llmquant.load_tokenizer(folder).chat_template:
+        raise UnfitModelError(
+            f"{folder.name} has no chat template, so it is no chat model; continue texts with "
+            f"llmquant generate {model} --raw TEXT, or serve it for /v1/completions"
+        )
