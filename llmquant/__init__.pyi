@@ -95,6 +95,7 @@ from .errors import (
 )
 from .kernels import rounds_inputs as rounds_inputs
 from .kernels.packed_linear import describe as describe
+from .models.decoding.long_rope import longrope_switch as longrope_switch
 from .models.from_folder import (
     load_tokenizer as load_tokenizer,
 )

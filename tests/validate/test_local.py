@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 from validate_kit import example
 
 from llmquant.errors import QuantizationError, UsageError
@@ -70,6 +70,43 @@ def test_answers_are_those_of_a_loop(model: Path, twin: Any, raw: bool, together
             new[: -1 if ended else None], skip_special_tokens=True
         )
         assert (answer.tokens, answer.ended) == (len(new), ended)
+
+
+def test_a_long_prompt_does_not_turn_the_positions_of_its_neighbours(
+    model: Path, tmp_path: Path
+) -> None:
+    """ "longrope": a pass of more tokens than the model was first trained on has other
+    frequencies, for the short sequences in it too."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 30,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0 + i for i in range(8)],
+    }
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope, pad_token_id=0,
+        original_max_position_embeddings=30, initializer_range=0.3,
+    )  # fmt: skip
+    turned = Phi3ForCausalLM(config).eval()
+    turned.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts = ("Hello", "the name of the river " * 8, "One two")
+    asked = tasks(*prompts, texts=("yes", "no " * 30))
+    ((_, measured),) = engine_of(tmp_path, raw=True).measure([asked])
+    engine = engine_of(tmp_path, raw=True)
+    for prompt, task, found in zip(prompts, asked, measured, strict=True):
+        ids = prompt_ids(tokenizer, prompt, raw=True)
+        told = tokenizer.decode(greedy(turned, ids, engine._ends), skip_special_tokens=True)
+        assert found.answer is not None
+        assert found.answer.text == told
+        for (n, whole), scored in zip(engine._prompts.pairs(task), found.scored, strict=True):
+            log_p = turned(torch.tensor([whole])).logits[0, n - 1 : -1].log_softmax(-1)
+            alone = log_p.gather(1, torch.tensor(whole[n:])[:, None]).sum().item()
+            assert scored.logprob == pytest.approx(alone, abs=1e-4)
 
 
 def test_the_end_of_a_turn_is_seen_and_not_in_the_text(model: Path, twin: Any) -> None:

@@ -1,1 +1,1 @@
-"""Faster decoding of packed models on a CPU."""
+"""Decoding token by token: faster for packed models on a CPU, and what it must heed."""

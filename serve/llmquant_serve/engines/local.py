@@ -8,11 +8,12 @@ import logging
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+import llmquant
 from llmquant.errors import ArchitectureError
 from llmquant_serve.engines.base import ModelInfo
 from llmquant_serve.engines.batching.batcher import Batcher
 from llmquant_serve.engines.batching.step_graph import recorder_for
-from llmquant_serve.engines.batching.turns import TurnBatcher, carries, switch_of
+from llmquant_serve.engines.batching.turns import TurnBatcher, carries
 from llmquant_serve.engines.jobs.engine import JobEngine
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class LocalEngine(JobEngine):
 
 def _batcher(model: PreTrainedModel, max_streams: int, context: int) -> Batcher:
     """Rows join and move as keys and values per token; sequences with other states take turns."""
-    switch = switch_of(model.config)
+    switch = llmquant.longrope_switch(model.config)
     switch = None if switch is None or context <= switch else switch
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     others = sorted(k.__name__ for k in kinds - {DynamicLayer, DynamicSlidingWindowLayer})

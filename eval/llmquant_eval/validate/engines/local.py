@@ -2,8 +2,9 @@
 
 Greedy unless a temperature is given; penalties and other settings of the folder's
 ``generation_config.json`` are left out, its end-of-turn tokens are not. Prompts of one unit are
-generated together, padded on the left. A unit is what it is whatever ran before it, so a resumed
-run ends with the same bytes.
+generated together, padded on the left; where a model's positions depend on the longest of them
+(:func:`llmquant.longrope_switch`), one after the other. A unit is what it is whatever ran before
+it, so a resumed run ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -172,6 +173,8 @@ class LocalEngine:
             return []
         prompts = [self._prompts.ids(task) for task in tasks]
         length = max(map(len, prompts))
+        if len(tasks) > 1 and self._apart(length + self._generation.max_tokens):
+            return [answer for task in tasks for answer in self._generated([task])]
         ids = torch.full((len(tasks), length), self._pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -218,13 +221,18 @@ class LocalEngine:
         )
 
     def _scored(self, task: Task) -> tuple[Scored, ...]:
-        """Each continuation after the prompt, one forward pass for all of a task: padded on the
-        right, where a causal model does not look."""
-        import torch
-
+        """Each continuation after the prompt, one forward pass for all of a task."""
         if not task.continuations:
             return ()
         pairs = self._prompts.pairs(task)
+        apart = self._apart(max(len(ids) for _, ids in pairs))
+        passes = [[pair] for pair in pairs] if apart else [pairs]
+        return tuple(scored for rows in passes for scored in self._scored_in_one(task, rows))
+
+    def _scored_in_one(self, task: Task, pairs: Sequence[tuple[int, list[int]]]) -> list[Scored]:
+        """One forward pass, padded on the right, where a causal model does not look."""
+        import torch
+
         length, start = max(len(ids) for _, ids in pairs), min(n for n, _ in pairs)
         ids = torch.full((len(pairs), length), self._pad)
         mask = torch.zeros_like(ids)
@@ -237,7 +245,14 @@ class LocalEngine:
             at = torch.arange(n - 1, len(whole) - 1) - (start - 1)
             values = log_p[row, at].gather(1, torch.tensor(whole[n:])[:, None])
             scored.append(Scored(logprob=float(values.double().sum()), tokens=len(whole) - n))
-        return tuple(scored)
+        return scored
+
+    def _apart(self, length: int) -> bool:
+        """Whether a sequence of so many tokens would change the positions of others beside it."""
+        import llmquant
+
+        switch = llmquant.longrope_switch(self._model.config)
+        return switch is not None and length > switch
 
     def _log_p(self, task: Task, ids: Tensor, mask: Tensor, last: int) -> Tensor:
         """float32 ``[rows, last, vocabulary]``: log-probabilities at the last positions."""

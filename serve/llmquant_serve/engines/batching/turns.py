@@ -16,8 +16,6 @@ sequence that crosses it are no longer those of its frequencies. They are comput
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -110,16 +108,3 @@ def carries(model: PreTrainedModel) -> str | None:
     if not difference <= close * float(together.abs().max()):
         return "token by token, between those of another sequence, it computes something else than of all tokens together"
     return None
-
-
-def switch_of(config: Any) -> int | None:
-    """Tokens behind which a model with "longrope" turns all positions by other frequencies; None
-    where none does."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
-    lengths = [
-        kind["original_max_position_embeddings"]
-        for kind in kinds
-        if kind.get("rope_type") == "longrope"
-    ]
-    return min(lengths, default=None)
