@@ -112,8 +112,8 @@ def _check_output(output: Path, request: Request) -> None:
     from llmquant import FileKind, refuse_texts
     from llmquant_eval.report.files import check_file
 
-    check_file(output, FileKind.REPORT)
     refuse_texts(output, request.text)
+    check_file(output, FileKind.REPORT)
 
 
 def _request(given: Mapping[str, Any]) -> Request:

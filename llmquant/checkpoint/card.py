@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from llmquant.checkpoint.manifest import Manifest
@@ -49,14 +48,6 @@ def measured(readme: Path) -> str | None:
     _, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition(MEASURED_START)
     found, end, _ = rest.partition(MEASURED_END)
     return found.strip() if end and found.strip() not in ("", _NOTHING) else None
-
-
-def rounding(rounded: int, weights: int, dtype: torch.dtype) -> str | None:
-    """For people: how many numbers a dtype rounded; None where it holds them all."""
-    if not rounded:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    return f"{rounded:,} of {weights:,} weights were rounded once, to {name}"
 
 
 def model_card(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmquant.checkpoint.card import converted_card, front_matter, measured, rounding
+from llmquant.checkpoint.card import converted_card, front_matter, measured
 from llmquant.checkpoint.detect import without_quantization
 from llmquant.checkpoint.manifest import (
     MANIFEST,
@@ -17,6 +17,7 @@ from llmquant.checkpoint.manifest import (
     file_hashes,
     versions,
 )
+from llmquant.checkpoint.weights.rounded import rounding
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, Checked
 from llmquant.conversion.source import Source

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from llmquant.checkpoint.atomic import check_destination
-from llmquant.checkpoint.card import rounding
 from llmquant.checkpoint.companions.code import own_code
 from llmquant.checkpoint.companions.files import companions, left_behind
 from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.weights.rounded import rounding
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.check import DENSE, TARGETS, Checked, OnProgress, check
 from llmquant.conversion.files import write_files

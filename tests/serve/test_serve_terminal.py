@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from serving import NAME, TINY
 
-from llmquant_serve.chat.terminal import Terminal
+from llmquant_serve.cli.terminal import Terminal
 from llmquant_serve.engines.base import EngineError, Sampling
 from llmquant_serve.engines.local import LocalEngine
 from llmquant_serve.generation.text_model import TextModel

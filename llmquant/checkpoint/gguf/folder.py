@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import check_destination, refuse_held
-from llmquant.checkpoint.card import rounding
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.gguf.config import config_of, generation_config, stored_config
 from llmquant.checkpoint.gguf.header import GgufFile, read_gguf
@@ -34,6 +33,7 @@ from llmquant.checkpoint.gguf.running import refuse_idle
 from llmquant.checkpoint.gguf.tokenizer import save_tokenizer
 from llmquant.checkpoint.gguf.vocabulary import vocabulary_of
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
+from llmquant.checkpoint.weights.rounded import rounding
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.errors import CheckpointError, LayoutError, ProofError, UsageError
 from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype

@@ -32,7 +32,7 @@ def chat_command(
     require("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if web else []))
     from llmquant_serve.build import build_service
     from llmquant_serve.chat.opening import Opening
-    from llmquant_serve.chat.terminal import Terminal
+    from llmquant_serve.cli.terminal import Terminal
     from llmquant_serve.engines.base import Sampling
     from llmquant_serve.engines.options import ModelOptions
     from llmquant_serve.server import Binding
