@@ -181,7 +181,7 @@ def _by_ratio(ratio: float) -> ChosenDtype:
             torch.bfloat16,
             f"bfloat16 takes {ratio:.2g} of float32's time on this processor (measured)",
         )
-    if ratio > 1:
+    if ratio >= 1.05:  # less is printed as "1 times"
         return ChosenDtype(
             torch.float32,
             f"bfloat16 takes {ratio:.2g} times as long as float32 on this processor (measured)",
