@@ -39,7 +39,10 @@ _MARKS: dict[FileKind, str] = {
     FileKind.VERDICT: _kind("verdict"),
     FileKind.ITEMS: _kind("items"),
     FileKind.PROFILE: _kind("drift-profile"),
-    FileKind.PAGE: '<meta name="generator" content="llmquant">',
+    # The other two are of pages before they had a generator.
+    FileKind.PAGE: '<meta name="generator" content="llmquant">'
+    r"|\A<!doctype html>\n(?s:.{0,300})default-src 'none'; style-src 'unsafe-inline'; "
+    r'|\A<!doctype html><html lang="en"><meta charset="utf-8"><title>Drift of ',
     FileKind.MARKDOWN: r"Rendered by `llmquant leaderboard`"
     r"|\A# (SHIP|DON'T SHIP|INCONCLUSIVE)\n\n.*\n\n- baseline: `",
     FileKind.PLOT: "[Mm]atplotlib",

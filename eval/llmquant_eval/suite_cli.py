@@ -16,6 +16,7 @@ import typer
 
 import llmquant
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.report.words import counted
 
 if TYPE_CHECKING:
     from llmquant_eval.leaderboard.board import StoredReport
@@ -171,7 +172,7 @@ def write_outcome(
     )  # fmt: skip
     show(boards)
     written = (
-        [f"{_counted(len(outcome.reports), 'report')} in {results}"] if results is not None else []
+        [f"{counted(len(outcome.reports), 'report')} in {results}"] if results is not None else []
     )
     sys.stderr.write(
         f"{outcome.measured} measured now; wrote {', '.join([*written, *map(str, rendered)]) or 'nothing'}\n"
@@ -186,7 +187,7 @@ def write_outcome(
     if outcome.failures:
         listed = "; ".join(f"{what}: {why}" for what, why in outcome.failures.items())
         raise LlmquantError(
-            f"{_counted(len(outcome.failures), 'measurement')} failed, the others are kept: {listed}"
+            f"{counted(len(outcome.failures), 'measurement')} failed, the others are kept: {listed}"
         )
 
 
@@ -197,10 +198,6 @@ def _pages(suite: Suite) -> tuple[Path | None, Path | None]:
         Path(out.markdown) if out and out.markdown else None,
         Path(out.html) if out and out.html else None,
     )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @contextmanager

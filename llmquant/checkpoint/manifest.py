@@ -126,7 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError when the file is missing or not a manifest."""
     if not (folder / MANIFEST).is_file():
         raise UnfitModelError(
-            f"{folder} has no {MANIFEST}, as folders that quantize, qat or convert wrote have, so it cannot be checked"
+            f"{folder} has no {MANIFEST}, so it cannot be checked; folders that quantize, qat or convert wrote have one"
         )
     try:
         return Manifest.model_validate(read_json(folder / MANIFEST))

@@ -82,8 +82,8 @@ app.command("doctor")(doctor_command)
 
 @cache
 def _add_commands() -> None:
-    """The commands of other packages, words for values in ``--help``, and no option twice; once,
-    however often ``main`` is called in a process."""
+    """The commands of other packages, and what every command has; once, however often ``main`` is
+    called in a process."""
     for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
         entry.load()(app)
     name_values(app)

@@ -149,7 +149,7 @@ def test_numbers_are_compared_even_where_the_hashes_were_made_to_fit(
 
 
 NO_MANIFEST = [
-    pytest.param(None, "has no manifest.json, as folders that quantize", id="none"),
+    pytest.param(None, "has no manifest.json, so it cannot be checked", id="none"),
     pytest.param("{", "cannot be read as JSON", id="cut"),
     pytest.param("[]", "holds list", id="a list"),
     pytest.param("{}", "is not a manifest of this version", id="somebody else's"),

@@ -601,7 +601,7 @@ MISTAKES = [
         "inspect: no record",
         ("inspect", "{m}", "--verify"),
         2,
-        "has no manifest.json, as folders that quantize, qat or convert wrote have",
+        "has no manifest.json, so it cannot be checked",
     ),
     ("recipes: unknown", ("recipes", "nope"), 2, "no recipe 'nope'"),
     ("generate: no prompt", ("generate", "{q}", "  "), 2, "the prompt is empty"),

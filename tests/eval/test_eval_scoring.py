@@ -4,6 +4,7 @@ error."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import llmquant_eval.scoring.perplexity as perplexity_module
 from llmquant.errors import QuantizationError, UsageError
 from llmquant_eval.scoring.perplexity import position_chunks, token_nll
-from llmquant_eval.scoring.protocols import GptqProtocol, StridedProtocol, WindowProtocol
+from llmquant_eval.scoring.protocols import (
+    GptqProtocol,
+    StridedProtocol,
+    TokenWindow,
+    WindowProtocol,
+)
 from llmquant_eval.scoring.score_models import batches, score_models
 from llmquant_eval.scoring.token_stream import TokenStream
 
@@ -245,6 +251,33 @@ def test_batches_hold_every_window_once_longest_first(ids: Tensor) -> None:
         for row, window in zip(batch.fed, batch.windows, strict=True):
             assert torch.equal(row[: window.fed], ids[window.begin : window.end - 1])
             assert not row[window.fed :].any()
+
+
+def test_a_long_window_does_not_turn_the_positions_of_short_ones(ids: Tensor) -> None:
+    """ "longrope": a pass of more tokens than the model was first trained on has other
+    frequencies, for the short windows in it too."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": WINDOW // 2,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0 + i for i in range(8)],
+    }
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope, pad_token_id=0,
+            original_max_position_embeddings=WINDOW // 2, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+    windows = stream_of(ids, StridedProtocol(WINDOW, 6))
+    short = TokenWindow(begin=3, scored=4, end=3 + WINDOW // 2)
+    mixed = replace(windows, windows=(*windows.windows, short, replace(short, end=short.end - 2)))
+    alone, together = (
+        score_models({"m": model}, mixed, batch_size=n)["m"].perplexity.losses for n in (1, 100)
+    )
+    np.testing.assert_allclose(together, alone, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -109,3 +109,21 @@ def test_what_llmquant_wrote_is_written_over(tmp_path: Path) -> None:
     for suffix in ("png", "svg", "pdf"):
         Figure().savefig(tmp_path / f"plot.{suffix}")
         refuse_foreign(tmp_path / f"plot.{suffix}", FileKind.PLOT)
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">",
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Drift of m</title>',
+    ],
+    ids=["ranking", "drift"],
+)
+def test_a_page_of_before_pages_had_a_generator_is_replaced(beginning: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(beginning)
+    refuse_foreign(page, FileKind.PAGE)
+    page.write_text("<!doctype html>\n<html><title>notes</title>")
+    with pytest.raises(UsageError, match="is no page of llmquant's"):
+        refuse_foreign(page, FileKind.PAGE)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmquant_eval.report.results import Metric, ModelResult, TaskResult
 from llmquant_eval.report.schema import NoiseFloor, Report
+from llmquant_eval.report.words import counted
 
 _LOSSES = ("perplexity_ratio", "word_perplexity_ratio", "perplexity", "word_perplexity")
 
@@ -75,10 +76,7 @@ class Row:
         equal."""
         hardware, cost = self.report.hardware, self.result.cost
         threads = hardware.threads if cost is None else cost.threads
-        where = (
-            hardware.accelerator
-            or f"{hardware.processor}, {threads} thread{'s' if threads > 1 else ''}"
-        )
+        where = hardware.accelerator or f"{hardware.processor}, {counted(threads, 'thread')}"
         return f"{where}, {self.report.settings.dtype}"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from llmquant_eval.report.results import Metric, ModelResult
 from llmquant_eval.report.schema import Report
+from llmquant_eval.report.words import counted
 
 ABSENT = "–"
 _DETAILS = (
@@ -210,9 +211,7 @@ def _length(report: Report, window: int) -> str:
 
 
 def _where(report: Report) -> str:
-    return (
-        f"{report.settings.dtype} on {report.settings.device}, {_threads(report.hardware.threads)}"
-    )
+    return f"{report.settings.dtype} on {report.settings.device}, {counted(report.hardware.threads, 'thread')}"
 
 
 def _methods(report: Report) -> str:
@@ -223,10 +222,6 @@ def _methods(report: Report) -> str:
         if m.error_method is not None
     }
     return " or ".join(sorted(used, reverse=True)) or "by window"
-
-
-def _threads(number: int) -> str:
-    return f"{number} thread{'' if number == 1 else 's'}"
 
 
 def _kernel_notes(report: Report) -> list[str]:
@@ -249,5 +244,5 @@ def _cost_notes(report: Report) -> list[str]:
     )  # fmt: skip
     return [
         f"Speed at batch 1, prompt of {first.prompt_tokens} and {first.new_tokens} new tokens, "
-        f"{_threads(first.threads)} ({report.hardware.processor}); peak memory {where}."
+        f"{counted(first.threads, 'thread')} ({report.hardware.processor}); peak memory {where}."
     ]

@@ -7,10 +7,12 @@ cached on disk takes the place of the live one window by window. Models are anyt
 returns.
 
 Windows are fed longest first, so that those of a batch are nearly equally long; what is missing is
-padded on the right, where a causal model cannot see it. The batch size therefore changes nothing
-beyond the rounding of a GEMM of another height. Memory at the peak: the models, and for reference
-and one candidate ``batch · window · vocabulary`` logits in the model's dtype, besides float32
-chunks of fixed size.
+padded on the right, where a causal model cannot see it; and where a long window would change the
+positions of short ones (:func:`llmquant.longrope_switch`), they share no batch. The batch size
+therefore changes nothing beyond the rounding of a GEMM of another height.
+
+Memory at the peak: the models, and for reference and one candidate ``batch · window · vocabulary``
+logits in the model's dtype, besides float32 chunks of fixed size.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import llmquant
 from llmquant.errors import UsageError
 from llmquant_eval.report.statistics import Floats
 from llmquant_eval.scoring.divergence import Divergence, LiveWindow, ReferenceWindow
@@ -102,8 +105,10 @@ class Batch:
     fed: Tensor
 
 
-def batches(stream: TokenStream, batch_size: int | None, logit_bytes: int) -> Iterator[Batch]:
-    """All windows, longest first.
+def batches(
+    stream: TokenStream, batch_size: int | None, logit_bytes: int, switch: int | None = None
+) -> Iterator[Batch]:
+    """All windows, longest first; none of more than ``switch`` tokens beside one of fewer.
 
     ``batch_size`` None takes :data:`TOKENS_PER_BATCH` tokens, fewer where ``logit_bytes`` per token
     are many.
@@ -117,12 +122,21 @@ def batches(stream: TokenStream, batch_size: int | None, logit_bytes: int) -> It
         # be 8 windows of 512.
         size = batch_size or max(1, tokens // (longest + 1))
         numbers = order[start : start + size]
+        if switch is not None and longest > switch:
+            numbers = [i for i in numbers if stream.windows[i].fed > switch]
         windows = [stream.windows[i] for i in numbers]
         fed = torch.zeros(len(windows), longest, dtype=torch.int64)
         for row, window in zip(fed, windows, strict=True):
             row[: window.fed] = stream.ids[window.begin : window.end - 1]
         yield Batch(numbers, windows, fed)
-        start += size
+        start += len(numbers)
+
+
+def switch_of(*models: Any) -> int | None:
+    """The fewest tokens behind which one of the models turns all positions of a pass."""
+    configs = (c for model in models if (c := getattr(model, "config", None)) is not None)
+    switches = map(llmquant.longrope_switch, configs)
+    return min((s for s in switches if s is not None), default=None)
 
 
 def logits_of(model: Any, batch: Batch) -> list[Tensor]:
@@ -183,7 +197,7 @@ def score_models(
     logit_bytes = max(map(bytes_per_row, models.values()))
     done = 0
     with torch.inference_mode():
-        for batch in batches(stream, batch_size, logit_bytes):
+        for batch in batches(stream, batch_size, logit_bytes, switch_of(*models.values())):
             _score_batch(models, order, columns, stream, batch, reference, cached)
             done += len(batch.numbers)
             if advance is not None:
@@ -243,7 +257,7 @@ def record_reference(
     """
     done = 0
     with torch.inference_mode():
-        for batch in batches(stream, batch_size, bytes_per_row(model)):
+        for batch in batches(stream, batch_size, bytes_per_row(model), switch_of(model)):
             for number, window, logits in zip(
                 batch.numbers, batch.windows, logits_of(model, batch), strict=True
             ):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmquant_eval.report.table import ABSENT, size, speed
 from llmquant_eval.report.terminal import plain_table, stdout_console
+from llmquant_eval.report.words import counted
 from llmquant_eval.speed.schema import ModelSpeed, PointSpeed, SpeedReport, Spread
 
 if TYPE_CHECKING:
@@ -78,14 +79,11 @@ def _peak(model: ModelSpeed) -> str:
 
 def _footnotes(report: SpeedReport) -> list[str]:
     first, hardware = report.models[0], report.hardware
-    where = (
-        hardware.accelerator
-        or f"{hardware.processor}, {hardware.threads} thread{'' if hardware.threads == 1 else 's'}"
-    )
+    where = hardware.accelerator or f"{hardware.processor}, {counted(hardware.threads, 'thread')}"
     dtypes = ", ".join(sorted({m.dtype for m in report.models if m.dtype}))
     done, rounds = report.rounds_done, report.rounds
     lines = [
-        f"{report.new_tokens} new tokens; the median of {done} round{'s' if done != 1 else ''} in turn, from the least to the most below it; "
+        f"{report.new_tokens} new tokens; the median of {counted(done, 'round')} in turn, from the least to the most below it; "
         f"× is to {first.label} within a round",
         f"{where}; {dtypes}" if dtypes else where,
     ]

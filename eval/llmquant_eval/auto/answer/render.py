@@ -9,6 +9,7 @@ from llmquant_eval.auto.schema import AutoReport, Check, Part, Rung, Spent
 from llmquant_eval.report.page import markdown_body, plain, render_page
 from llmquant_eval.report.results import ModelResult
 from llmquant_eval.report.table import ABSENT, metric_cell, size, speed
+from llmquant_eval.report.words import counted
 
 _TEMPLATE = Path(__file__).parent / "templates" / "auto.html"
 ORIGINAL = "original"
@@ -192,7 +193,7 @@ def _method(report: AutoReport) -> Iterator[str]:
         f"true loss is above the bound is at most {report.alpha:g}, on text like this."
     )
     yield (
-        f"{report.hardware.processor}, {report.hardware.threads} thread{'' if report.hardware.threads == 1 else 's'}; "
+        f"{report.hardware.processor}, {counted(report.hardware.threads, 'thread')}; "
         + ", ".join(f"{name} {version}" for name, version in report.versions.items())
     )
 
