@@ -23,6 +23,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     Phi3Config,
+    Phi3ForCausalLM,
     PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -242,3 +243,23 @@ def token_windows(count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
     """Random token ids, ``count`` windows ``[length]``."""
     generator = torch.Generator().manual_seed(seed)
     return list(torch.randint(3, VOCAB, (count, length), generator=generator))
+
+
+def long_rope(switch: int, vocabulary: int) -> PreTrainedModel:
+    """A random Phi-3 ("longrope") whose positions all have other frequencies in a pass of more than
+    ``switch`` tokens."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": switch,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0 + i for i in range(8)],
+    }
+    config = Phi3Config(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        original_max_position_embeddings=switch, rope_parameters=rope, pad_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(config).eval().requires_grad_(False)

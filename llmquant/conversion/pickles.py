@@ -28,12 +28,13 @@ from torch import Tensor
 from llmquant.checkpoint.atomic import check_destination, refuse_held
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.companions.files import DESCRIBING, companions, files_read, left_behind
-from llmquant.checkpoint.gguf.folder import ImportResult, OnProgress, prove_weights
+from llmquant.checkpoint.gguf.folder import ImportResult, OnProgress
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.checkpoint.shards import DTYPE_NAMES
 from llmquant.checkpoint.weights.files import pickle_files, refuse_adapter
 from llmquant.checkpoint.weights.headers import PICKLED, stranger
 from llmquant.checkpoint.weights.json_files import read_json
+from llmquant.checkpoint.weights.proof import prove_weights
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.errors import CheckpointError, UnfitModelError
 from llmquant.runtime.finite import some

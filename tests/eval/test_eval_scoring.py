@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import long_rope
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmquant_eval.scoring.perplexity as perplexity_module
 from llmquant.errors import QuantizationError, UsageError
@@ -256,21 +257,7 @@ def test_batches_hold_every_window_once_longest_first(ids: Tensor) -> None:
 def test_a_long_window_does_not_turn_the_positions_of_short_ones(ids: Tensor) -> None:
     """ "longrope": a pass of more tokens than the model was first trained on has other
     frequencies, for the short windows in it too."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "original_max_position_embeddings": WINDOW // 2,
-        "short_factor": [1.0] * 8,
-        "long_factor": [4.0 + i for i in range(8)],
-    }
-    torch.manual_seed(0)
-    model = Phi3ForCausalLM(
-        Phi3Config(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope, pad_token_id=0,
-            original_max_position_embeddings=WINDOW // 2, initializer_range=0.2,
-        )
-    ).eval()  # fmt: skip
+    model = long_rope(WINDOW // 2, VOCABULARY)
     windows = stream_of(ids, StridedProtocol(WINDOW, 6))
     short = TokenWindow(begin=3, scored=4, end=3 + WINDOW // 2)
     mixed = replace(windows, windows=(*windows.windows, short, replace(short, end=short.end - 2)))

@@ -59,7 +59,10 @@ def test_a_kernel_that_rounds_activations_makes_a_row_of_its_own() -> None:
 
 def test_the_noise_floor_of_a_ranking_in_float32_is_not_called_rounding() -> None:
     """A smaller KL is one that was measured there."""
-    for dtype, says in (("bfloat16", "Less is rounding."), ("float32", "What costs less matters")):
+    for dtype, says in (
+        ("bfloat16", "Less is rounding."),
+        ("float32", "A smaller KL is less than"),
+    ):
         settings = Settings(dtype=dtype, device="cpu", kernel="auto", batch_size=None)
         (board,) = make_boards(
             kit.stored(kit.report(kit.candidate("a", 1.1, 3_000_000), settings=settings))

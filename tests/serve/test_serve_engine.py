@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 from serving import StepCounter, collect, greedy, with_engine
+from tiny_models import long_rope
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,8 +21,6 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -242,26 +241,10 @@ def test_other_attention(make, prompts):
     ]
 
 
-def long_rope():
-    """A Phi-3 whose frequencies become others behind 24 tokens."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "original_max_position_embeddings": 24,
-        "short_factor": [1.0] * 8,
-        "long_factor": [4.0 + i for i in range(8)],
-    }
-    torch.manual_seed(0)
-    config = Phi3Config(
-        **GQA, rope_parameters=rope, original_max_position_embeddings=24, pad_token_id=0
-    )
-    return Phi3ForCausalLM(config).eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize("context", [None, 24], ids=["long", "short"])
 def test_frequencies_that_depend_on_the_length(context, prompts, caplog):
     """A sequence that crosses the length is computed anew; its neighbours keep their own."""
-    model, mixed = long_rope(), [p[:12] for p in prompts]
+    model, mixed = long_rope(24, GQA["vocab_size"]), [p[:12] for p in prompts]
     mixed[1] = list(itertools.islice(itertools.cycle(prompts[1]), 20 if context else 40))
     counts = [24 - len(p) if context else 8 + 4 * i for i, p in enumerate(mixed)]
 

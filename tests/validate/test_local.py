@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
+from tiny_models import long_rope
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from validate_kit import example
 
 from llmquant.errors import QuantizationError, UsageError
@@ -77,21 +78,8 @@ def test_a_long_prompt_does_not_turn_the_positions_of_its_neighbours(
 ) -> None:
     """ "longrope": a pass of more tokens than the model was first trained on has other
     frequencies, for the short sequences in it too."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "original_max_position_embeddings": 30,
-        "short_factor": [1.0] * 8,
-        "long_factor": [4.0 + i for i in range(8)],
-    }
     tokenizer = AutoTokenizer.from_pretrained(model)
-    torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope, pad_token_id=0,
-        original_max_position_embeddings=30, initializer_range=0.3,
-    )  # fmt: skip
-    turned = Phi3ForCausalLM(config).eval()
+    turned: Any = long_rope(30, len(tokenizer))
     turned.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     prompts = ("Hello", "the name of the river " * 8, "One two")

@@ -108,7 +108,7 @@ def _computed_otherwise(baseline: ItemResults, candidate: ItemResults) -> Iterat
     for name, value in baseline.computing.items():
         other = candidate.computing.get(name, value)
         if other != value:
-            yield f"{name}: {value} for the baseline, {other} for the candidate, so not all of the difference is the model's"
+            yield f"{name}: {value} for the baseline, {other} for the candidate, so a part of the difference may come from that"
 
 
 def _check(bound: Bound) -> None:

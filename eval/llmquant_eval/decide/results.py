@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,14 +77,12 @@ def validated(raw: dict[str, Any], source: Path) -> ItemResults:
 
 def check_alike(baseline: ItemResults, candidate: ItemResults) -> None:
     """Raises UsageError for results that were measured under different conditions, or that do not
-    agree which scores are better; what only one of them says counts for nothing."""
-    theirs = candidate.conditions
-    for name, value in baseline.conditions.items():
-        if value != theirs.get(name, value):
-            raise UsageError(
-                f"{baseline.model} and {candidate.model} were not asked alike, {name}: {value}, and {theirs[name]}; "
-                "measure both with the same options"
-            )
+    agree which scores are better."""
+    if (said := unlike(baseline.conditions, candidate.conditions)) is not None:
+        raise UsageError(
+            f"{baseline.model} and {candidate.model} were not asked alike, {said}; "
+            "measure both with the same options"
+        )
     both = metrics_in(baseline) & metrics_in(candidate)
     lower = (set(baseline.lower_is_better) ^ set(candidate.lower_is_better)) & both
     if lower:
@@ -91,6 +90,15 @@ def check_alike(baseline: ItemResults, candidate: ItemResults) -> None:
             f"of {min(lower)} less is better in one of the results, and more in the other; "
             "measure both with the same --lower-is-better"
         )
+
+
+def unlike(baseline: Mapping[str, str], candidate: Mapping[str, str]) -> str | None:
+    """The first condition that differs, with both values; None where none does. What only one of
+    them says counts for nothing."""
+    for name, value in baseline.items():
+        if value != candidate.get(name, value):
+            return f"{name}: {value}, and {candidate[name]}"
+    return None
 
 
 def metrics_in(results: ItemResults) -> set[str]:

@@ -154,7 +154,7 @@ def repeat_commands(row: Row) -> list[str]:
 def _floor_means(board: Board) -> str:
     """In float32 a smaller KL is still one that was measured."""
     if board.key.dtype == "float32":
-        return "What costs less matters less than that dtype does."
+        return "A smaller KL is less than what computing in that dtype changes."
     return "Less is rounding."
 
 

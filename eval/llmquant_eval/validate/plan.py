@@ -9,7 +9,7 @@ from pathlib import Path
 import llmquant
 from llmquant.errors import UsageError
 from llmquant_eval.decide.read import read_results
-from llmquant_eval.decide.results import ItemResults
+from llmquant_eval.decide.results import ItemResults, unlike
 from llmquant_eval.models.endpoint import Contact
 from llmquant_eval.models.resolve import ServedModel, resolve_models
 from llmquant_eval.report.files import check_file
@@ -89,12 +89,10 @@ def read_reference(source: str, data: Data, generation: Generation) -> ItemResul
             f"--reference {source} was measured on other data than {data.source} is now ({reference.data}); "
             "measure both on the same file with the same --limit"
         )
-    for name, value in generation.conditions(data.system).items():
-        if (theirs := reference.conditions.get(name, value)) != value:
-            raise UsageError(
-                f"--reference {source} was not asked alike, {name}: {theirs}, and {value} here; "
-                "measure both with the same options"
-            )
+    if said := unlike(reference.conditions, generation.conditions(data.system)):
+        raise UsageError(
+            f"--reference {source} was not asked alike, {said} here; measure both with the same options"
+        )
     return reference
 
 

@@ -33,9 +33,10 @@ from llmquant.checkpoint.gguf.running import refuse_idle
 from llmquant.checkpoint.gguf.tokenizer import save_tokenizer
 from llmquant.checkpoint.gguf.vocabulary import vocabulary_of
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
+from llmquant.checkpoint.weights.proof import prove_weights
 from llmquant.checkpoint.weights.rounded import rounding
 from llmquant.checkpoint.writer import CheckpointWriter
-from llmquant.errors import CheckpointError, LayoutError, ProofError, UsageError
+from llmquant.errors import CheckpointError, LayoutError, UsageError
 from llmquant.runtime.devices import AUTO, ChosenDtype, parse_dtype
 
 OnProgress = Callable[[str, int, int], None]
@@ -272,27 +273,6 @@ def write_beside(
         notes = save_tokenizer(opened.file, opened.config, Path(folder))
         writer.copy_side_files(Path(folder))
     return notes
-
-
-def prove_weights(
-    written: CheckpointReader,
-    digests: Mapping[str, str],
-    on_progress: OnProgress,
-    but: frozenset[str] = frozenset(),
-) -> None:
-    """Compare what lies on disk with what was to be written, tensor by tensor.
-
-    Raises:
-        ProofError: naming what differs.
-    """
-    names = written.tensors.keys() - but
-    if names != digests.keys():
-        odd = sorted(names ^ digests.keys())
-        raise ProofError(f"{written.path} holds other tensors than were written: {odd[0]}")
-    for done, (name, digest) in enumerate(digests.items()):
-        on_progress("proving", done, len(digests))
-        if sha256_tensor(written.read(name)) != digest:
-            raise ProofError(f"{written.path}: tensor {name} is not what was written")
 
 
 def card(opened: GgufSource, rounded: str | None) -> str:

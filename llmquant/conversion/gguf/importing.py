@@ -37,7 +37,6 @@ from llmquant.checkpoint.gguf.folder import (
     front_matter,
     import_result,
     open_gguf,
-    prove_weights,
     write_beside,
     write_folder,
     write_weights,
@@ -50,6 +49,7 @@ from llmquant.checkpoint.manifest import (
 )
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader, sha256_file
+from llmquant.checkpoint.weights.proof import prove_weights
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.conversion.files import foreign_manifest
 from llmquant.conversion.gguf.keeping import Kept, choose, dequantized, weight_of
