@@ -3,6 +3,7 @@ chat over a pipe."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -185,3 +186,15 @@ def test_a_model_without_a_chat_template_cannot_chat(tmp_path, more):
     result = call("chat", base, *more)
     assert isinstance(result.exception, UnfitModelError)
     assert "base has no chat template, so it is no chat model" in str(result.exception)
+
+
+def test_a_page_of_serve_and_of_chat_begin_alike():
+    """The options' defaults are those of a page without options."""
+    from llmquant_serve.chat.opening import Opening
+    from llmquant_serve.cli.chat import chat_command
+
+    given = {n: p.default for n, p in inspect.signature(chat_command).parameters.items()}
+    sampling = Opening().sampling
+    assert (given["system"], given["max_new_tokens"]) == (Opening().system, sampling.max_tokens)
+    for name in ("temperature", "top_p", "top_k", "seed"):
+        assert given[name] == getattr(sampling, name), name
