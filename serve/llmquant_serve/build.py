@@ -8,15 +8,23 @@ from llmquant.errors import UsageError
 from llmquant_serve.engines.options import ModelOptions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmquant_serve.drift.log import DriftLog
     from llmquant_serve.drift.options import DriftOptions
     from llmquant_serve.engines.base import Engine
     from llmquant_serve.service import Limits, Service
 
 
-def build_engine(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
+def build_engine(
+    options: ModelOptions, max_streams: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Engine, str]:
     """The engine, not yet started, and how it computes: dtype, device, threads and kernels as a
     line, empty for an engine in another process.
+
+    Args:
+        max_streams: sequences decoded together.
+        tokenizer: its end token ends answers too.
 
     Raises:
         LlmquantError: no such engine or model, or the engine cannot run it.
@@ -29,7 +37,7 @@ def build_engine(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
     if options.engine == "onnx" or exported:
         from llmquant_serve.engines.onnx.engine import onnx_engine
 
-        return onnx_engine(options, max_streams), ""
+        return onnx_engine(options, max_streams, tokenizer), ""
     if options.engine == "local":
         from llmquant_serve.engines.local import LocalEngine
 
@@ -40,7 +48,7 @@ def build_engine(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
             options.model, dtype=chosen.dtype, device=device, kernel=options.kernel
         )
         computing = llmquant.Computing.of(device, chosen).as_text(llmquant.describe(model).kernels)
-        return LocalEngine(model, max_streams, options.context), computing
+        return LocalEngine(model, max_streams, options.context, tokenizer), computing
     if options.engine == "vllm":
         if options.threads is not None:
             raise UsageError(
@@ -48,7 +56,7 @@ def build_engine(options: ModelOptions, max_streams: int) -> tuple[Engine, str]:
             )
         from llmquant_serve.engines.vllm import vllm_engine
 
-        return vllm_engine(options, max_streams), ""
+        return vllm_engine(options, max_streams, tokenizer), ""
     raise UsageError(f"there is no engine {options.engine!r}; choose local, onnx or vllm")
 
 
@@ -66,9 +74,10 @@ def build_service(options: ModelOptions, limits: Limits) -> Service:
 
     transformers_logging.disable_progress_bar()
     path = llmquant.resolve(options.model)
-    engine, computing = build_engine(options, limits.max_streams)
+    text = TextModel(path, llmquant.read_config(path).get_text_config().vocab_size)
+    engine, computing = build_engine(options, limits.max_streams, text.tokenizer)
     name = options.name or path.resolve().name
-    return Service(engine, TextModel(path, engine.info.vocab), name, limits, computing=computing)
+    return Service(engine, text, name, limits, computing=computing)
 
 
 def watch_drift(

@@ -103,7 +103,7 @@ def test_the_end_of_a_turn_is_seen_and_not_in_the_text(model: Path, twin: Any) -
     new = greedy(loaded, prompt_ids(tokenizer, PROMPTS[0], False), set())
     place = next(i for i in range(2, NEW) if new[i] not in new[:i])
     engine = engine_of(model)
-    engine._ends.add(new[place])
+    engine._ends |= {new[place]}
     ((_, (first, second)),) = engine.measure([tasks(*PROMPTS[:2])])
     assert first.answer is not None
     assert (first.answer.tokens, first.answer.ended) == (place + 1, True)

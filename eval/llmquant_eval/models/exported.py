@@ -16,7 +16,7 @@ class ExportedAnswers:
 
     Args:
         model: the export, loaded.
-        tokenizer: to know where a stop text stands.
+        tokenizer: to know where a stop text stands, and for its end token.
 
     Attributes:
         context: tokens that prompt and answer may have together, or None where its config does not
@@ -28,8 +28,8 @@ class ExportedAnswers:
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         self.context = int(positions) if positions else None
-        eos = config.eos_token_id
-        self._ends = frozenset([eos] if isinstance(eos, int) else eos or ())
+        given = llmquant.read_generation_config(self._worker.path)
+        self._ends = llmquant.end_tokens(config, given, tokenizer)
 
     def score_all(self, prompts: Sequence[Sequence[int]]) -> Iterator[PromptScores]:
         """Score prompts, in order."""

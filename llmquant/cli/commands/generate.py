@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 def generate_command(
@@ -53,6 +53,7 @@ def generate_command(
     from transformers.utils import logging as transformers_logging
 
     from llmquant.kernels.packed_linear import describe
+    from llmquant.models.decoding.generation import end_tokens, plain_generation
     from llmquant.models.load import compute_dtype, load
     from llmquant.runtime.computing import Computing
     from llmquant.runtime.devices import parse_device
@@ -69,8 +70,10 @@ def generate_command(
     torch.manual_seed(seed)
     shown = {"skip_prompt": not raw, "skip_special_tokens": True}
     streamer = None if as_json else TextStreamer(tokenizer, **shown)
+    ends = end_tokens(loaded.config, loaded.generation_config, tokenizer)
+    settings = plain_generation(max_new_tokens, temperature, ends, tokenizer, top_p)
     started = time.perf_counter()
-    new = _generated(loaded, ids.to(loaded.device), max_new_tokens, temperature, top_p, streamer)
+    new = _generated(loaded, ids.to(loaded.device), settings, streamer)
     seconds = time.perf_counter() - started
     computing, kernels = Computing.of(on, chosen), describe(loaded).kernels
     if not as_json:
@@ -95,27 +98,11 @@ def _read(model: str, prompt: str, raw: bool) -> tuple[Path, PreTrainedTokenizer
     return path, tokenizer, _encode(tokenizer, prompt, raw)
 
 
-def _generated(
-    model: Any, ids: Tensor, most: int, temperature: float, top_p: float, streamer: Any
-) -> Tensor:
-    """The new token ids ``[n]`` of one sequence; ``temperature`` 0 is greedy."""
+def _generated(model: Any, ids: Tensor, settings: GenerationConfig, streamer: Any) -> Tensor:
+    """The new token ids ``[n]`` of one sequence."""
     import torch
-    from transformers import GenerationConfig
 
-    given, drawn = model.generation_config, temperature > 0
-    ends = given.eos_token_id
-    if ends is None:
-        ends = model.config.get_text_config().eos_token_id
-    first = next(iter([ends] if isinstance(ends, int) else ends or ()), None)
-    model.generation_config = GenerationConfig(
-        max_new_tokens=most,
-        do_sample=drawn,
-        temperature=temperature if drawn else None,
-        top_p=top_p if drawn else None,
-        top_k=0 if drawn else None,  # None is 50 there
-        eos_token_id=ends,
-        pad_token_id=first if given.pad_token_id is None else given.pad_token_id,
-    )
+    model.generation_config = settings
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from llmquant import end_tokens
 from llmquant.errors import LlmquantError
 
 Finish = Literal["stop", "length"]
@@ -128,23 +129,21 @@ class ModelInfo:
     eos: frozenset[int]
 
     @classmethod
-    def of(cls, config: Any, generation_config: Any, context: int | None) -> ModelInfo:
-        """From transformers' configs. The end tokens are those of the generation config where it
-        has some, as ``model.generate`` takes them.
+    def of(
+        cls, config: Any, generation_config: Any, context: int | None, tokenizer: Any = None
+    ) -> ModelInfo:
+        """From transformers' configs, and the tokenizer for the end tokens that only it knows.
 
         Args:
             context: an upper limit on the positions; None leaves the model's own.
         """
         text = config.get_text_config()
-        eos = None if generation_config is None else generation_config.eos_token_id
-        if eos is None:
-            eos = text.eos_token_id
         positions = getattr(text, "max_position_embeddings", None)
         limits = [n for n in (positions, context) if isinstance(n, int)]
         return cls(
             min(limits, default=_DEFAULT_CONTEXT),
             text.vocab_size,
-            frozenset([eos] if isinstance(eos, int) else eos or []),
+            end_tokens(config, generation_config, tokenizer),
         )
 
 

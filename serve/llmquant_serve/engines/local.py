@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 import llmquant
@@ -26,15 +26,20 @@ class LocalEngine(JobEngine):
         model: from ``llmquant.load``; nothing else may use it afterwards.
         max_streams: sequences decoded together.
         context: an upper limit on the model's context, to bound memory.
+        tokenizer: its end token ends answers too.
 
     Raises:
         ArchitectureError: the model keeps states that cannot be carried from token to token.
     """
 
     def __init__(
-        self, model: PreTrainedModel, max_streams: int = 8, context: int | None = None
+        self,
+        model: PreTrainedModel,
+        max_streams: int = 8,
+        context: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        info = ModelInfo.of(model.config, model.generation_config, context)
+        info = ModelInfo.of(model.config, model.generation_config, context, tokenizer)
         super().__init__("local", info, _batcher(model, max_streams, info.context))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from transformers import PreTrainedTokenizerBase
 
 import llmquant
 from llmquant import read_config, read_generation_config
@@ -204,7 +205,9 @@ class VllmEngine:
         return Health(True)
 
 
-def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
+def vllm_engine(
+    options: ModelOptions, max_streams: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> VllmEngine:
     """The engine of the command line's options.
 
     Raises:
@@ -212,7 +215,7 @@ def vllm_engine(options: ModelOptions, max_streams: int) -> VllmEngine:
         CheckpointError: the model's config cannot be read.
     """
     path = llmquant.resolve(options.model)
-    info = ModelInfo.of(read_config(path), read_generation_config(path), options.context)
+    info = ModelInfo.of(read_config(path), read_generation_config(path), options.context, tokenizer)
     if options.vllm_url:
         if options.vllm_args or not options.vllm_url.startswith(("http://", "https://")):
             raise UsageError(

@@ -126,44 +126,26 @@ class LocalEngine:
 
     @cached_property
     def _model(self) -> Any:
-        from transformers import GenerationConfig
-
         import llmquant
 
         model: Any = llmquant.load(
             self._path, dtype=self._dtype, device=self._device, kernel=self._kernel
         )
-        drawn = self._generation.temperature > 0
-        model.generation_config = GenerationConfig(
-            max_new_tokens=self._generation.max_tokens,
-            do_sample=drawn,
-            temperature=self._generation.temperature if drawn else None,
-            top_k=0 if drawn else None,
-            eos_token_id=sorted(self._ends) or None,
-            pad_token_id=self._pad,
+        model.generation_config = llmquant.plain_generation(
+            self._generation.max_tokens,
+            self._generation.temperature,
+            self._ends,
+            self._tokenizer,
         )
         return model
 
     @cached_property
-    def _ends(self) -> set[int]:
+    def _ends(self) -> frozenset[int]:
         """Tokens that end a turn."""
         import llmquant
 
         given = llmquant.read_generation_config(self._path)
-        config = llmquant.read_config(self._path).get_text_config()
-        ids: set[int] = set()
-        for value in (
-            getattr(given, "eos_token_id", None),
-            getattr(config, "eos_token_id", None),
-            self._tokenizer.eos_token_id,
-        ):
-            ids |= {value} if isinstance(value, int) else set(value or ())
-        return ids
-
-    @property
-    def _pad(self) -> int:
-        pad = self._tokenizer.pad_token_id
-        return int(pad if pad is not None else min(self._ends, default=0))
+        return llmquant.end_tokens(llmquant.read_config(self._path), given, self._tokenizer)
 
     def _generated(self, tasks: Sequence[Task]) -> list[Answer]:
         """The answers of tasks that are generated together."""
@@ -175,7 +157,7 @@ class LocalEngine:
         length = max(map(len, prompts))
         if len(tasks) > 1 and self._apart(length + self._generation.max_tokens):
             return [answer for task in tasks for answer in self._generated([task])]
-        ids = torch.full((len(tasks), length), self._pad)
+        ids = torch.zeros(len(tasks), length, dtype=torch.int64)  # masked where there is no prompt
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt) :] = torch.tensor(prompt)
@@ -234,7 +216,7 @@ class LocalEngine:
         import torch
 
         length, start = max(len(ids) for _, ids in pairs), min(n for n, _ in pairs)
-        ids = torch.full((len(pairs), length), self._pad)
+        ids = torch.zeros(len(pairs), length, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, (_, whole) in enumerate(pairs):
             ids[row, : len(whole)] = torch.tensor(whole)

@@ -3,6 +3,8 @@ in a process of its own environment."""
 
 from __future__ import annotations
 
+from transformers import PreTrainedTokenizerBase
+
 import llmquant
 from llmquant.errors import UsageError
 from llmquant_serve.engines.base import ModelInfo
@@ -23,7 +25,9 @@ class OnnxEngine(JobEngine):
         super().__init__("onnx", info, Sequences(worker, max_streams))
 
 
-def onnx_engine(options: ModelOptions, max_streams: int) -> OnnxEngine:
+def onnx_engine(
+    options: ModelOptions, max_streams: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> OnnxEngine:
     """The engine of the command line's options.
 
     Raises:
@@ -37,6 +41,9 @@ def onnx_engine(options: ModelOptions, max_streams: int) -> OnnxEngine:
         )
     path = llmquant.resolve(options.model)
     info = ModelInfo.of(
-        llmquant.read_config(path), llmquant.read_generation_config(path), options.context
+        llmquant.read_config(path),
+        llmquant.read_generation_config(path),
+        options.context,
+        tokenizer,
     )
     return OnnxEngine(info, llmquant.OnnxWorker(path, options.threads), max_streams)
