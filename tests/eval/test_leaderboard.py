@@ -114,6 +114,31 @@ DIFFERENT: list[Any] = [
 ]
 
 
+def cut(ids: str | None) -> dict[str, Any]:
+    return {"passes": [kit.one_pass().model_copy(update={"ids_sha256": ids and ids * 64})]}
+
+
+@pytest.mark.parametrize(
+    ("ids", "rankings"),
+    [
+        ("aa", [{"a", "b"}]),
+        ("a-", [{"a", "b"}]),  # an older report does not say them
+        ("ab", [{"a"}, {"b"}]),
+        ("ab-", [{"a"}, {"b"}, {"c"}]),
+    ],
+)
+def test_other_token_ids_are_another_ranking(ids: str, rankings: list[set[str]]) -> None:
+    """A BOS more, or another chat template: the vocabulary is the same."""
+    reports = []
+    for name, one in zip("abc", ids, strict=False):
+        report = kit.report(kit.candidate(name, 1.1, 10))
+        reports.append(report.model_copy(update=cut(None if one == "-" else one)))
+    found = boards(*reports)
+    assert [{r.name for r in board.rows if not r.is_reference} for board in found] == rankings
+    told = [note for board in found for note in notes(board) if "Token ids sha256" in note]
+    assert len(told) == (0 if len(rankings) == 1 else 2)
+
+
 @pytest.mark.parametrize("change", DIFFERENT)
 def test_what_differs_is_never_ranked_together(change: Callable[[Report], dict[str, Any]]) -> None:
     first = kit.report(kit.candidate("a", 1.1, 10))

@@ -27,7 +27,8 @@ class StoredReport:
 @dataclass(frozen=True, slots=True)
 class BoardKey:
     """All that must be equal for two results to be ranked together. ``text`` is the sha256 of the
-    text, or of a task's items.
+    text, or of a task's items; ``ids`` that of the tokens it was cut into, None where the reports
+    say one kind or none.
 
     ``windows`` and ``scored`` tokens are 0 where they follow from the tokenizer and the tokenizer
     may differ.
@@ -41,6 +42,7 @@ class BoardKey:
     reference: str | None
     tokenizer: str | None
     detail: str
+    ids: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

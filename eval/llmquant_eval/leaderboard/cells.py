@@ -168,9 +168,10 @@ def notes(board: Board) -> list[str]:
         )
         return lines
     tokens = f", {key.scored:,} tokens scored" if key.scored else ""
+    ids = f" Token ids sha256 {key.ids[:12]}…." if key.ids else ""
     lines.append(
-        f"{board.scope[0].upper()}{board.scope[1:]}{tokens}, {key.dtype}. Text sha256 {key.text[:12]}…. ± is one standard "
-        "error; ratios are paired with the reference, window by window."
+        f"{board.scope[0].upper()}{board.scope[1:]}{tokens}, {key.dtype}. Text sha256 {key.text[:12]}….{ids} ± is one "
+        "standard error; ratios are paired with the reference, window by window."
     )
     texts = [row.report.text for row in board.rows if row.report.text is not None]
     lost = dict.fromkeys(filter(None, (text.lost() for text in texts)))

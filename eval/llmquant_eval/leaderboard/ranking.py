@@ -2,8 +2,10 @@
 
 Numbers are ranked together only if they measure the same thing. What must be equal is a
 :class:`BoardKey`: the protocol, the text by its sha256, how many windows of it were scored, the
-dtype, the reference by its weights, and the tokenizer (which may differ for ``ppl/word`` over the
-whole text: that does not depend on it). For a task it is the very items, the shots and lm-eval's
+dtype, the reference by its weights, the tokenizer and the token ids that it made of the text, with
+a BOS or a chat template as it may be (both may differ for ``ppl/word`` over the whole text: that
+does not depend on them). A report of before, which does not say its ids, stands with those that do
+where these agree. For a task it is the very items, the shots and lm-eval's
 version. Results that differ in any of these stand in rankings of their own; nothing averages over
 them, no option mixes them.
 
@@ -20,7 +22,7 @@ Two models that share a label are distinguished by their weights' hash.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from llmquant.errors import UsageError
 from llmquant_eval.leaderboard.board import Board, BoardKey, Row, StoredReport, printable
 from llmquant_eval.report.results import Metric, ModelResult
 from llmquant_eval.report.schema import ProtocolPass, Report, read_report
+
+_Entry = tuple[Row, str, int]  # of a ranking: the row, its source, how much there is of it
 
 
 def load_reports(folder: Path) -> list[StoredReport]:
@@ -55,7 +59,7 @@ def make_boards(reports: Iterable[StoredReport]) -> list[Board]:
     Raises:
         UsageError: a report that measured nothing.
     """
-    groups: dict[BoardKey, list[tuple[Row, str, int]]] = {}
+    groups: dict[BoardKey, list[_Entry]] = {}
     for stored in reports:
         rows = [*_text_rows(stored), *_task_rows(stored)]
         if not rows:
@@ -64,7 +68,7 @@ def make_boards(reports: Iterable[StoredReport]) -> list[Board]:
             )
         for key, row, source, available in rows:
             groups.setdefault(key, []).append((row, source, available))
-    boards = [_board(key, entries) for key, entries in groups.items()]
+    boards = [_board(key, entries) for key, entries in _joined(groups).items()]
     return sorted(
         boards,
         key=lambda b: (
@@ -76,6 +80,16 @@ def make_boards(reports: Iterable[StoredReport]) -> list[Board]:
             b.key.text,
         ),
     )
+
+
+def _joined(groups: Mapping[BoardKey, list[_Entry]]) -> dict[BoardKey, list[_Entry]]:
+    """One ranking for all token ids where the reports say only one kind, or none."""
+    kinds = Counter(replace(key, ids=None) for key in groups if key.ids is not None)
+    joined: dict[BoardKey, list[_Entry]] = {}
+    for key, entries in groups.items():
+        either = replace(key, ids=None)
+        joined.setdefault(key if kinds[either] > 1 else either, []).extend(entries)
+    return joined
 
 
 def _text_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]:
@@ -98,6 +112,7 @@ def _text_rows(stored: StoredReport) -> Iterable[tuple[BoardKey, Row, str, int]]
                 base,
                 tokenizer,
                 "",
+                None if free else part.ids_sha256,
             )
             metrics = _metrics_of(result, part)
             if (result.label, part.perplexity) in unanswered:
@@ -150,7 +165,7 @@ def _reference_sha(report: Report) -> str | None:
     return None if report.reference is None else report.model(report.reference).weights_sha256
 
 
-def _board(key: BoardKey, entries: Sequence[tuple[Row, str, int]]) -> Board:
+def _board(key: BoardKey, entries: Sequence[_Entry]) -> Board:
     newest: dict[tuple[str, str], Row] = {}
     for row, _, _ in entries:
         identity = (

@@ -35,7 +35,10 @@ class NoiseFloor(Strict):
 
 class ProtocolPass(Strict):
     """One protocol of the run and how much of the text it scored; fewer windows than available is a
-    partial run."""
+    partial run.
+
+    ``ids_sha256`` is over the token ids and the windows; older reports do not have it.
+    """
 
     perplexity: str
     divergence: str | None
@@ -43,6 +46,7 @@ class ProtocolPass(Strict):
     scored: int
     windows: int
     windows_available: int
+    ids_sha256: Sha256 | None = None
 
 
 class TextRows(Strict):

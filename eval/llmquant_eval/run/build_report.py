@@ -30,7 +30,7 @@ from llmquant_eval.report.schema import (
 )
 from llmquant_eval.report.statistics import Estimate, exponential, scaled
 from llmquant_eval.scoring.breakdowns import breakdowns
-from llmquant_eval.scoring.reference_cache import compact_kl_shift
+from llmquant_eval.scoring.reference_cache import compact_kl_shift, stream_sha256
 
 if TYPE_CHECKING:
     from llmquant_eval.run.plan import EvaluationPlan
@@ -201,6 +201,7 @@ def make_report(
             scored=s.layout.tokens,
             windows=len(s.windows),
             windows_available=s.available,
+            ids_sha256=stream_sha256(s),
         )
         for s in plan.streams
     ]
