@@ -183,7 +183,11 @@ def gptqmodel(model: Path, output: Path, grid: Grid, windows: Windows | None) ->
 
     torch.manual_seed(grid.seed)
     config = QuantizeConfig(
-        bits=grid.bits, group_size=grid.group_size, sym=grid.symmetric, device="cpu"
+        bits=grid.bits,
+        group_size=grid.group_size,
+        sym=grid.symmetric,
+        act_group_aware=grid.group_size > 0,  # its default, which a group per row has no use for
+        device="cpu",
     )
     loaded = GPTQModel.load(str(model), config, dtype=torch.float32)
     rows = [
