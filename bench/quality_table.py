@@ -129,7 +129,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | llmquant gptq; mixed within the same size | `--target-bpw`: each linear has its own width, the size of the folder is the same |
 | llm-compressor | 0.14.0.1, its GPTQ, AWQ and round-to-nearest |
 | autoround 200, autoround 40 | AutoRound 0.15.1 with its default of 200 iterations; with 40 |
-| gptqmodel gptq | GPTQModel 7.6.0 with its default, group-aware act-order |
+| gptqmodel gptq | GPTQModel 7.6.0 with its default, group-aware act-order; without it where a group is a row, which it refuses there |
 
 The small models are calibrated on 160 TinyStories and evaluated on 157 others. Both models are float32, and most tools store
 float32 scales for them. stories260K has linears with 172 rows or columns, which no usual group size divides. AutoRound leaves
