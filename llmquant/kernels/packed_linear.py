@@ -88,6 +88,12 @@ class PackedLinear(nn.Module):
         """The weight ``[out, in]``, rounded once from float32."""
         return self.kernel.weight(self._buffers, self.spec, self.shape, dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]`` in the dtype of the activations, made anew: for models whose own code asks
+        their head for it (Mamba, xLSTM)."""
+        return self.dequantize(self.dtype)
+
     def rows(self, ids: Tensor) -> Tensor:
         """int64 ``[n]`` → ``[n, in]``: rows of the weight in the dtype of the activations."""
         return self.kernel.rows(self._buffers, ids, self.spec, self.shape).to(self.dtype)

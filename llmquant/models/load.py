@@ -146,6 +146,7 @@ def _load_packed(
         _replace(model, name, packed, PackedOptions(dtype, device, kernel))
     share_embedding(model, tied=model.config.get_text_config().tie_word_embeddings)
     _assign(model, packed, dtype, device)
+    keep_a_parameter(model, dtype, device)
     refuse_saving(model, reader.path)
     return model
 
@@ -270,6 +271,14 @@ def _assign(
         raise CheckpointError(
             f"{reader.path} leaves {some(stuck)} of {type(model).__name__} without values"
         )
+
+
+def keep_a_parameter(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give an empty parameter to a model that has none left (OLMo and nanochat, whose norms have no
+    weights, with packed embeddings): transformers asks the first one for device and dtype."""
+    if next(model.parameters(), None) is None:
+        empty = torch.empty(0, dtype=dtype, device=device)
+        model.register_parameter("no_weights", nn.Parameter(empty, requires_grad=False))
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:

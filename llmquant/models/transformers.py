@@ -46,6 +46,7 @@ from llmquant.models.decoding.speed_up import speed_up
 from llmquant.models.from_folder import causal_model
 from llmquant.models.load import (
     check_shape,
+    keep_a_parameter,
     put_module,
     put_packed,
     refuse_saving,
@@ -95,6 +96,10 @@ class _Stored(nn.Module):
         for suffix, tensor in tensors.items():
             self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
         self.bias = getattr(replaced, "bias", None)
+        if "weight" not in tensors:
+            # Code that initializes a weight by its path finds one that needs nothing.
+            self.weight = torch.empty(self.shape, device="meta")
+            self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def stored(self) -> dict[str, torch.Tensor]:
         return {s: self.get_parameter(s).data for s in self.suffixes}
@@ -216,6 +221,7 @@ class PackedQuantizer(HfQuantizer):
                 raise UsageError(f"{name}: {e}") from e
             put_packed(model, self._places[name], linear, place.__dict__["replaced"])
         share_embedding(model, tied=self._tied)
+        keep_a_parameter(model, self._dtype, weight.codes.device)
         model.requires_grad_(False)
         speed_up(model)
         refuse_saving(model, path)

@@ -4,7 +4,8 @@ ways, and what came of it.
 ``PYTHONPATH=tests python tests/models/sweep.py`` writes docs/models.md; with kinds as arguments
 it runs those and keeps what it found of the others. A kind works where every method's model is the
 original but for rounding (KL below ``LIMIT``), what is packed computes exactly what its
-dequantized weights do, and transformers loads the folder to the same numbers, or is said not to.
+dequantized weights do, and transformers loads the folder to the same numbers, or is said not to
+(with our quantizer it always does).
 Everything else must be an error that says why.
 """
 
@@ -26,7 +27,7 @@ from tiny_models import EXAMPLE, TOKENIZER
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmquant import inspect, load
+from llmquant import inspect, load, register_with_transformers, unregister_from_transformers
 from llmquant.errors import LlmquantError
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.load import put_module
@@ -79,6 +80,15 @@ def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(IDS, use_cache=False).logits
     return result
+
+
+def with_our_quantizer(packed: Path) -> torch.Tensor:
+    """What transformers' loading gives after ``register_with_transformers``."""
+    register_with_transformers(kernel="reference")
+    try:
+        return logits(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval())
+    finally:
+        unregister_from_transformers()
 
 
 def brief(message: str) -> str:
@@ -176,6 +186,8 @@ def _checked(original: torch.Tensor, packed: Path) -> tuple[str, list[str], floa
         put_module(model, name, dense)
     if not torch.equal(logits(model), ours):
         faults.append("packed differs from dense")
+    if not torch.equal(with_our_quantizer(packed), ours):
+        faults.append("from_pretrained with our quantizer differs from load")
     refused = inspect(packed).engines["transformers"]
     if refused:
         return "; ".join(refused), faults, distance
@@ -193,8 +205,8 @@ HEAD = f"""# Models
 What llmquant makes of every model type for which transformers {VERSION} has a causal language model. For each type a small
 random model was built, quantized to 8 bits by round-to-nearest, by GPTQ, and by AWQ followed by GPTQ, and compared with
 the original: the KL divergence is below {LIMIT} nats per token, the packed model computes exactly what its dequantized
-weights do, and transformers loads the folder to the same numbers, or the last column says why not. A type that does not
-work is refused, with the reason. No checkpoint that anyone published was tried here.
+weights do, and transformers loads the folder to the same numbers, or the last column says why not; after
+`llmquant.register_with_transformers()` it loads every one. A type that does not work is refused, with the reason. No checkpoint that anyone published was tried here.
 
 Models that also see (`gemma3`, `qwen2_5_vl`, `qwen3_vl`, `qwen3_vl_moe`, `qwen3_5`, `mistral3`, `smolvlm`, `llama4`) are in `tests/models/test_towers.py`: the text part is
 quantized, all else is carried over byte for byte, and transformers loads the result, but for `qwen3_vl_moe`, whose experts it reads only unquantized.

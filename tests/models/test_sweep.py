@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from small_kinds import KINDS
-from sweep import PAGE, VERSION, Outcome, outcome_of, row
+from sweep import (
+    IDS,
+    PAGE,
+    VERSION,
+    Outcome,
+    built,
+    logits,
+    outcome_of,
+    recipe,
+    row,
+    with_our_quantizer,
+)
 from transformers import __version__
+
+from llmquant import load
+from llmquant.quantization.run import quantize
 
 pytestmark = pytest.mark.skipif(
     not __version__.startswith(f"{VERSION}."),
@@ -44,6 +60,20 @@ def test_nothing_on_the_page_is_wrong() -> None:
 @pytest.mark.parametrize("kind", FEW)
 def test_the_page_says_what_the_sweep_finds(kind: str) -> None:
     check(outcome_of(kind))
+
+
+@pytest.mark.parametrize("kind", ["olmo", "nanochat", "mamba", "jamba"])
+def test_embeddings_and_head_too(kind: str, tmp_path: Path) -> None:
+    """Of OLMo and nanochat, whose norms have no weights, no parameter is left, and Mamba's own code
+    asks its head for a weight."""
+    assert built(kind, tmp_path / "source") is None
+    packed = tmp_path / "packed"
+    quantize(tmp_path / "source", packed, recipe({"method": "rtn", "embeddings": {"bits": 8}}))
+    model = load(packed, dtype="float32", kernel="reference")
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert torch.equal(with_our_quantizer(packed), logits(model))
+    longer = model.generate(IDS[:1], max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert longer.shape[1] == IDS.shape[1] + 2
 
 
 @pytest.mark.long

@@ -96,7 +96,9 @@ def _stored_linears(model: PreTrainedModel, path: str, module: nn.Module) -> tup
     first, second = GATED if is_gated(module) else UNGATED
     count, halves = module.get_parameter(second).shape[0], 2 if first == GATED[0] else 1
     # Two rows for each linear: transformers 5.17 drops dimensions of one.
-    numbers = torch.arange(count * halves * 6.0).view(count, halves * 2, 3)
+    # On the CPU, also where new tensors are made without numbers (inside ``from_pretrained``).
+    with torch.device("cpu"):
+        numbers = torch.arange(count * halves * 6.0).view(count, halves * 2, 3)
     ups = _reverted(model, f"{path}.{first}", numbers, halves)
     downs = _reverted(model, f"{path}.{second}", numbers[:, :2], 1)
     if ups is None or downs is None:
