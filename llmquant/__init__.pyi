@@ -166,5 +166,7 @@ from .training.stage import rerun as rerun
 from .weight import QuantizedWeight as QuantizedWeight
 from .written import FileKind as FileKind
 from .written import refuse_foreign as refuse_foreign
+from .written import replace_file as replace_file
+from .written import write_file as write_file
 
 __version__: str

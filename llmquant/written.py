@@ -1,16 +1,19 @@
 """What may be written over: a file that an earlier run of the same command left, an empty one, and
 nothing else. A name that was mistyped must not cost a model's config or somebody's notes.
 
-A file is known by how it begins or ends: every kind has a mark that its writer puts there.
+A file is known by how it begins or ends: every kind has a mark that its writer puts there. It is
+written whole or not at all.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 
-from llmquant.errors import UsageError
+from llmquant.errors import LlmquantError, UsageError
 
 
 class FileKind(StrEnum):
@@ -68,3 +71,33 @@ def refuse_foreign(path: Path, kind: FileKind) -> None:
         raise UsageError(
             f"{path} exists and is no {kind} of llmquant's, so it is not written over; give another file, or remove it"
         )
+
+
+def write_file(path: Path, text: str) -> None:
+    """:func:`replace_file`; raises LlmquantError where that fails."""
+    try:
+        replace_file(path, text)
+    except OSError as e:
+        raise LlmquantError(f"{path} cannot be written: {e}") from e
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: beside it, fsync, rename. Keeps the mode of a file
+    that was there. A device or a pipe (``/dev/stdout``) is written to: a rename
+    would put a file in its place."""
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as device:
+            device.write(text)
+        return
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -156,8 +156,8 @@ def _check_card_folders(candidates: tuple[str, ...]) -> None:
 
 
 def _write(report: Report, output: Path | None, card: bool, plots: Path | None) -> None:
+    from llmquant import write_file
     from llmquant_eval.report.card import write_card
-    from llmquant_eval.report.files import write_file
 
     if output is not None:
         write_file(output, report.to_json())

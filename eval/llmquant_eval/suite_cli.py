@@ -146,10 +146,10 @@ def write_outcome(
         LlmquantError: something cannot be written, or some measurement failed; the others are kept
             all the same.
     """
+    from llmquant import replace_file
     from llmquant_eval.leaderboard.board import StoredReport
     from llmquant_eval.leaderboard.cli import render_files, show
     from llmquant_eval.leaderboard.ranking import load_reports, make_boards
-    from llmquant_eval.report.files import replace_file
     from llmquant_eval.suites.outdated import unexpected_files
 
     stored: list[StoredReport] = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +157,32 @@ def test_the_recipe_does_not_take_the_place_of_what_is_read(
         told = run("allocate", folder, "-o", output, *bits)
         assert (told.code, "which would be overwritten" in told.said) == (2, True)
         assert output.read_bytes() == before
+
+
+def test_a_recipe_is_written_whole_or_not_at_all(
+    run: Run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a recipe is a recipe: of what its second half said, nothing would be known."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    Path("mixed.yaml").write_text("precious", encoding="utf-8")
+    bits = ("--target-bpw", "4.5", "--calibration", f"file:{text}", "--overwrite", *FEW, *SHORT)
+    monkeypatch.setattr("llmquant.written.os.fsync", full)
+    told = run("allocate", model, "-o", "mixed.yaml", *bits)
+    assert (told.code, "mixed.yaml cannot be written" in told.said) == (1, True)
+    assert "No space left on device" in told.said
+    assert [p.name for p in Path().iterdir() if "mixed" in p.name] == ["mixed.yaml"]
+    assert Path("mixed.yaml").read_text(encoding="utf-8") == "precious"
+
+
+def test_a_recipe_is_refused_before_any_work_where_nobody_may_write(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmquant.cli.commands.allocate.os.access", lambda *_: False)
+    told = run("allocate", model, "--target-bpw", "4.5", "-o", "mixed.yaml", *SHORT)
+    assert (told.code, "no permission to write in" in told.said) == (2, True)
 
 
 def test_a_size_is_not_chosen_for_a_destination_that_holds_the_model(run: Run, model: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llmquant import FileKind, refuse_foreign
+from llmquant import FileKind, refuse_foreign, replace_file
 from llmquant.errors import UsageError
-from llmquant_eval.report.files import check_file, replace_file
+from llmquant_eval.report.files import check_file
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results"
 

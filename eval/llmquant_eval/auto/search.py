@@ -239,8 +239,8 @@ def _publish(climb: Climb, trial: Trial, wanted: str) -> None:
 
 
 def _write(work: Work, report: AutoReport) -> None:
+    from llmquant import write_file
     from llmquant_eval.auto.answer.render import html, markdown
-    from llmquant_eval.report.files import write_file
 
     texts: dict[str, Callable[[], str]] = {
         "report.json": report.to_json,

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llmquant
+from llmquant import write_file
 from llmquant.errors import LlmquantError, SourceError
 from llmquant_eval.auto.schema import Part, Split
-from llmquant_eval.report.files import write_file
 
 if TYPE_CHECKING:
     from llmquant import Chat, Documents

@@ -113,8 +113,8 @@ def _share(text: str, whole: str) -> float:
 
 
 def _write(verdict: Verdict, output: Path | None, markdown: Path | None, html: Path | None) -> None:
+    from llmquant import write_file
     from llmquant_eval.decide import render
-    from llmquant_eval.report.files import write_file
 
     for path, text in (
         (output, verdict.to_json),

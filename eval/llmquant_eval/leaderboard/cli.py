@@ -83,9 +83,9 @@ def render_files(
         UsageError: a file's folder does not exist, or plots need a library that is not there.
         LlmquantError: something cannot be written.
     """
+    from llmquant import write_file
     from llmquant_eval.leaderboard.html import render_html
     from llmquant_eval.leaderboard.markdown import render_markdown
-    from llmquant_eval.report.files import write_file
 
     pages: list[tuple[Path | None, Callable[[], str]]] = [
         (markdown, lambda: render_markdown(boards)),

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from llmquant import MEASURED_END as END
 from llmquant import MEASURED_START as START
+from llmquant import replace_file
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.results import ModelResult
 from llmquant_eval.report.schema import Report
 from llmquant_eval.report.table import HEADERS, footnotes, metric_cell, row, side_tables

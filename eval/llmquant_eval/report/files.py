@@ -1,14 +1,13 @@
-"""Files written whole or not at all."""
+"""Whether a file of results can be written, before any work is done for it."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llmquant
-from llmquant.errors import LlmquantError, UsageError
+from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
     from llmquant import FileKind
@@ -38,33 +37,3 @@ def labelled(source: str | Path) -> tuple[Path, str | None]:
     """The file, and the label behind it in ``FILE#LABEL``, which chooses a model of a report."""
     path, (name, _, label) = Path(source), str(source).rpartition("#")
     return (path, None) if path.exists() or not name else (Path(name), label)
-
-
-def write_file(path: Path, text: str) -> None:
-    """:func:`replace_file`; raises LlmquantError where that fails."""
-    try:
-        replace_file(path, text)
-    except OSError as e:
-        raise LlmquantError(f"{path} cannot be written: {e}") from e
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: beside it, fsync, rename. Keeps the mode of a file
-    that was there. A device or a pipe (``/dev/stdout``) is written to: a rename
-    would put a file in its place."""
-    if path.exists() and not path.is_file():
-        with path.open("w", encoding="utf-8") as device:
-            device.write(text)
-        return
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -28,8 +28,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llmquant import replace_file
 from llmquant.errors import CheckpointError, UsageError
-from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.results import CompactKlShift
 from llmquant_eval.scoring.cache_forms import (
     Form,

@@ -61,7 +61,8 @@ def bench_command(
     a fresh process. Interrupted, it shows the rounds that were done.
     """
     import llmquant
-    from llmquant_eval.report.files import check_file, write_file
+    from llmquant import write_file
+    from llmquant_eval.report.files import check_file
     from llmquant_eval.speed.process import Conditions
     from llmquant_eval.speed.rounds import Bench, fitting_points, run_bench
 

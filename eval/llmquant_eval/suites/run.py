@@ -23,8 +23,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 import llmquant
+from llmquant import replace_file
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.paired import paired_tasks
 from llmquant_eval.report.results import Cost, ModelResult
 from llmquant_eval.report.schema import Report, read_report

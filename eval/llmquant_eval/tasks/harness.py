@@ -31,8 +31,8 @@ from typing import Any
 
 import yaml
 
+from llmquant import replace_file
 from llmquant.errors import LlmquantError, UsageError
-from llmquant_eval.report.files import replace_file
 from llmquant_eval.report.results import SampleFile, TaskMetric, TaskResult
 
 LOCAL_TASKS = Path(__file__).parent / "local"

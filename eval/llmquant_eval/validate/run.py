@@ -110,7 +110,7 @@ class Run:
             LlmquantError: a model, a server or a scorer failed; names the line. What was measured
                 is kept.
         """
-        from llmquant_eval.report.files import write_file
+        from llmquant import write_file
 
         with opened(journal_of(output), restart=restart) as journal:
             items = self._items(journal)

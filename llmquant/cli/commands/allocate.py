@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ from llmquant.cli.progress import progress
 from llmquant.cli.screen import fact_table, screen
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
+from llmquant.written import write_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -125,7 +127,7 @@ def allocate_command(
     result = allocated(model, chosen, _options(given), hidden=quiet or as_json)
     seconds = time.perf_counter() - started
     check_output(output, overwrite)
-    output.write_text(recipe_text(result), encoding="utf-8")
+    write_file(output, recipe_text(result))
     if as_json:
         facts = {"path": str(output), **as_dict(result), "seconds": seconds}
         sys.stdout.write(json.dumps(facts) + "\n")
@@ -173,6 +175,10 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} exists; --overwrite replaces it")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--output {path}: there is no folder {path.absolute().parent}")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"no permission to write in {path.absolute().parent}; choose another -o, or change its permissions"
+        )
 
 
 def _check_read(path: Path, model: str, recipe: Recipe) -> None:

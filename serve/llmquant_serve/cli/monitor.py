@@ -92,8 +92,7 @@ def _refuse_log(profile: Path, source: str) -> None:
 
 
 def _write_profile(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise UsageError(f"--profile {path} cannot be written: {e.strerror or e}") from e
+    from llmquant import write_file
+
+    write_file(path, text)
     sys.stderr.write(f"wrote {path}\n")

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmquant import DriftReport, FileKind, refuse_foreign
+from llmquant import DriftReport, FileKind, refuse_foreign, write_file
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
@@ -93,11 +93,11 @@ def write_plot(report: DriftReport, path: Path) -> None:
     Raises:
         LlmquantError: it cannot be written.
     """
+    if path.suffix.lower() == ".html":
+        write_file(path, _page(report))
+        return
     try:
-        if path.suffix.lower() == ".html":
-            path.write_text(_page(report), encoding="utf-8")
-        else:
-            _figure(report).savefig(path, dpi=120)
+        _figure(report).savefig(path, dpi=120)
     except OSError as e:
         raise LlmquantError(f"{path} cannot be written: {e.strerror or e}") from e
 

@@ -27,9 +27,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from llmquant import write_file
 from llmquant.errors import UsageError
 from llmquant_eval.auto.schema import Baseline, Made, Measured, Spent
-from llmquant_eval.report.files import write_file
 from llmquant_eval.report.results import Sha256, Strict
 
 _Record = TypeVar("_Record", bound=Strict)
