@@ -96,6 +96,7 @@ from .errors import (
 from .kernels import rounds_inputs as rounds_inputs
 from .kernels.packed_linear import describe as describe
 from .models.decoding.generation import end_tokens as end_tokens
+from .models.decoding.generation import generate_tokens as generate_tokens
 from .models.decoding.generation import plain_generation as plain_generation
 from .models.decoding.long_rope import longrope_switch as longrope_switch
 from .models.from_folder import (

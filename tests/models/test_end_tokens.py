@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from children import Run
+from sweep import built
 from tiny_models import EXAMPLE
 from transformers import GenerationConfig, LlamaConfig
 from typer.testing import CliRunner
@@ -78,3 +80,17 @@ def test_a_token_that_only_the_tokenizer_names(tmp_path: Path) -> None:
     validate = LocalEngine(found, Generation(), ("float32", "cpu", "auto"), 1)
     assert ids[end] in service.engine.info.eos
     assert service.engine.info.eos == validate._ends
+
+
+def test_a_type_that_cannot_generate_is_said_so(tmp_path: Path, run: Run) -> None:
+    """By transformers' own code; not with a traceback."""
+    folder, data = tmp_path / "model", tmp_path / "data.jsonl"
+    assert built("bart", folder) is None
+    data.write_text(json.dumps({"prompt": PROMPT, "expect": "x"}) + "\n")
+    told = (
+        "error: transformers cannot generate with a model of type 'bart': list index out of range"
+    )
+    said = run("generate", folder, PROMPT, "--raw", "--max-new-tokens", "3")
+    assert (said.code, told in said.err) == (2, True), said
+    said = run("validate", folder, "--data", data, "--raw", "--max-tokens", "3", "-o", "o.json")
+    assert (said.code, told in said.err) == (2, True), said

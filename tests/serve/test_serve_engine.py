@@ -11,6 +11,8 @@ import torch
 from serving import StepCounter, collect, greedy, with_engine
 from tiny_models import long_rope
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     JambaConfig,
@@ -27,6 +29,8 @@ from transformers import (
     Qwen3ForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    TrOCRConfig,
+    TrOCRForCausalLM,
 )
 from transformers.cache_utils import DynamicCache
 
@@ -221,6 +225,17 @@ OTHERS = {
     "jamba, Mamba": lambda: JambaForCausalLM(
         JambaConfig(**GQA, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, num_experts=1)
     ),
+    "trocr, positions by the cache's length": lambda: TrOCRForCausalLM(
+        TrOCRConfig(
+            vocab_size=4096,
+            d_model=64,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=96,
+            max_position_embeddings=256,
+            init_std=0.2,
+        )
+    ),
     "gpt2, learned positions": lambda: GPT2LMHeadModel(
         GPT2Config(**SMALL, n_positions=256, n_embd=64, n_layer=2, n_head=4)
     ),
@@ -259,11 +274,19 @@ def test_frequencies_that_depend_on_the_length(context, prompts, caplog):
     assert ("sequences take turns" in caplog.text) == (context is None)
 
 
+def test_a_decoder_whose_cache_transformers_builds_too_short_is_refused():
+    """By the layers of an encoder, of which BART's config has a number of its own."""
+    small = {"encoder_layers": 1, "decoder_layers": 2, "decoder_attention_heads": 4}
+    model = BartForCausalLM(BartConfig(vocab_size=64, d_model=32, **small)).eval()
+    with pytest.raises(ArchitectureError, match=r"neither several sequences at once \(transf"):
+        LocalEngine(model)
+
+
 def test_a_model_with_recurrent_states_is_refused():
     model = MambaForCausalLM(
         MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
     )
-    told = r"cannot batch \(LinearAttentionLayer\), nor serve in turn: it has no layer of keys"
+    told = r"\(it keeps other states: LinearAttentionLayer\) nor in turn: it has no layer of keys"
     with pytest.raises(ArchitectureError, match=told):
         LocalEngine(model)
 
@@ -273,7 +296,7 @@ def test_a_model_with_states_outside_of_its_cache_is_refused():
     small = {name: value for name, value in GQA.items() if name != "initializer_range"}
     kinds = ["recurrent", "attention"]
     model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**small, block_types=kinds)).eval()
-    told = r"cannot batch \(LinearAttentionLayer\), nor serve in turn: token by token, between"
+    told = r"\(it keeps other states: LinearAttentionLayer\) nor in turn: token by token, between"
     with pytest.raises(ArchitectureError, match=told):
         LocalEngine(model)
 

@@ -102,8 +102,11 @@ def _generated(model: Any, ids: Tensor, settings: GenerationConfig, streamer: An
     """The new token ids ``[n]`` of one sequence."""
     import torch
 
+    from llmquant.models.decoding.generation import generate_tokens
+
     model.generation_config = settings
-    out = model.generate(
+    out = generate_tokens(
+        model,
         ids,
         attention_mask=torch.ones_like(ids),
         streamer=streamer,

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from llmquant.checkpoint.companions.confusion import first_line
+from llmquant.errors import ArchitectureError, LlmquantError
 
 
 def end_tokens(
@@ -48,6 +52,24 @@ def plain_generation(
         eos_token_id=stops or None,
         pad_token_id=pad if pad is not None else min(stops, default=0),
     )
+
+
+def generate_tokens(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    """What ``model.generate`` gives for prompts ``[rows, tokens]``: those, and the new tokens.
+
+    Raises:
+        ArchitectureError: transformers' own code for the model type fails at it, as that of
+            RecurrentGemma and xLSTM does.
+    """
+    try:
+        result: Tensor = model.generate(ids, **options)
+    except (LlmquantError, UnicodeError):  # a streamer's, where the screen cannot show a text
+        raise
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as e:
+        raise ArchitectureError(
+            f"transformers cannot generate with a model of type {model.config.model_type!r}: {first_line(e)}"
+        ) from e
+    return result
 
 
 def _ids(has_eos: Any) -> frozenset[int]:

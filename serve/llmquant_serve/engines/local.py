@@ -13,7 +13,7 @@ from llmquant.errors import ArchitectureError
 from llmquant_serve.engines.base import ModelInfo
 from llmquant_serve.engines.batching.batcher import Batcher
 from llmquant_serve.engines.batching.step_graph import recorder_for
-from llmquant_serve.engines.batching.turns import TurnBatcher, carries
+from llmquant_serve.engines.batching.turns import TurnBatcher, apart, carries
 from llmquant_serve.engines.jobs.engine import JobEngine
 
 _LOG = logging.getLogger(__name__)
@@ -44,12 +44,14 @@ class LocalEngine(JobEngine):
 
 
 def _batcher(model: PreTrainedModel, max_streams: int, context: int) -> Batcher:
-    """Rows join and move as keys and values per token; sequences with other states take turns."""
+    """Rows join and move as keys and values per token; sequences with other states take turns, and
+    those of a model that computes something else side by side."""
     switch = llmquant.longrope_switch(model.config)
     switch = None if switch is None or context <= switch else switch
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     others = sorted(k.__name__ for k in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
-    if not others:
+    alone = apart(model) if not others else f"it keeps other states: {', '.join(others)}"
+    if alone is None:
         if switch is None:
             return Batcher(model, max_streams, recorder_for(model))
         _LOG.warning(
@@ -62,8 +64,9 @@ def _batcher(model: PreTrainedModel, max_streams: int, context: int) -> Batcher:
     why = carries(model)
     if why is not None:
         raise ArchitectureError(
-            f"{type(model).__name__} keeps states that the local engine cannot batch "
-            f"({', '.join(others)}), nor serve in turn: "
+            f"{type(model).__name__} cannot be served by the local engine, neither several sequences at once ({alone}) nor in turn: "
             f"{why}; use --engine vllm"
         )
+    if not others:
+        _LOG.warning("sequences take turns: %s", alone)
     return TurnBatcher(model, max_streams, switch)

@@ -151,6 +151,8 @@ class LocalEngine:
         """The answers of tasks that are generated together."""
         import torch
 
+        import llmquant
+
         if not tasks:
             return []
         prompts = [self._prompts.ids(task) for task in tasks]
@@ -167,7 +169,8 @@ class LocalEngine:
         model = self._model
         observer = None if self.observes is None else Observer()
         with torch.inference_mode():
-            out = model.generate(
+            out = llmquant.generate_tokens(
+                model,
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 logits_processor=[_Finite(tasks), *([observer] if observer else [])],

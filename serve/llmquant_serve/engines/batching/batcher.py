@@ -197,22 +197,15 @@ class Batcher(JobThread):
     def _step(self) -> Tensor:
         """Float32 logits ``[rows, vocab]`` after the newest token of every row."""
         assert isinstance(self._cache, RowCache)
-        self._cache.before_step()
         if self._graphs is not None:
+            self._cache.before_step()
             logits = self._graphs.step([job.last for job in self._rows])
             self._cache.after_step()
             if self._graphs.failed:
                 given_up(self._graphs.failed)
                 self._graphs = self._record = None
             return logits
-        ids = self._tensor([[job.last] for job in self._rows])
-        positions = self._tensor([[n] for n in self._cache.lengths])
-        out = self._model(
-            input_ids=ids, attention_mask=self._cache.mask(ids.device), position_ids=positions,
-            past_key_values=self._cache, use_cache=True,
-        )  # fmt: skip
-        self._cache.after_step()
-        return out.logits[:, -1].float()  # type: ignore[no-any-return]
+        return next_logits(self._model, [job.last for job in self._rows], self._cache)
 
     def _check_model(self) -> None:
         """Put one token through the model, after a failure. What this raises ends the engine."""
@@ -255,6 +248,22 @@ def logits_of(
         logits_to_keep=keep,
     )
     logits: Tensor = out.logits[0]
+    return logits
+
+
+def next_logits(model: PreTrainedModel, last: Sequence[int], rows: RowCache) -> Tensor:
+    """Float32 logits ``[rows, vocab]`` after one more token of every row of a common cache."""
+    device = model.device
+    rows.before_step()
+    out = model(
+        input_ids=torch.tensor([[token] for token in last], dtype=torch.long, device=device),
+        attention_mask=rows.mask(device),
+        position_ids=torch.tensor([[n] for n in rows.lengths], dtype=torch.long, device=device),
+        past_key_values=rows,
+        use_cache=True,
+    )
+    rows.after_step()
+    logits: Tensor = out.logits[:, -1].float()
     return logits
 
 

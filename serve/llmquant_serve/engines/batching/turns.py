@@ -12,6 +12,9 @@ length that they were first trained on. Behind that length transformers turns *a
 pass by other frequencies, so short and long sequences fit into no common pass, and the keys of a
 sequence that crosses it are no longer those of its frequencies. They are computed anew then, as
 ``model.generate`` does for Phi-3.
+
+Whether a model can do without is tried before it is trusted, as some take a token's position from
+the cache that is common to all rows (TrOCR).
 """
 
 from __future__ import annotations
@@ -21,10 +24,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from llmquant_serve.engines.batching.batcher import Batcher, logits_of
+from llmquant_serve.engines.batching.batcher import Batcher, logits_of, next_logits
+from llmquant_serve.engines.batching.row_cache import RowCache
 from llmquant_serve.engines.jobs.job import Job
 
 _TRIED = (6, 2)  # tokens of a prompt, and one by one behind it
+_BESIDE = (6, 3)  # tokens of two sequences side by side
+# In shares of the largest logit: more than a few activations that are rounded to the other of two
+# integers make of it, and far less than a wrong position or mask does.
+_OTHER = 2**-5
+_FAILS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class OwnCaches:
@@ -83,6 +92,34 @@ class TurnBatcher(Batcher):
 
 
 @torch.inference_mode()
+def apart(model: PreTrainedModel) -> str | None:
+    """Why sequences of several lengths cannot be decoded side by side; None where they can.
+
+    A token is put through the model behind each of two sequences, once side by side and once alone.
+    """
+    text = model.config.get_text_config()
+    ids = [i % text.vocab_size for i in range(1, max(_BESIDE) + 2)]
+    try:
+        alone = torch.stack(
+            [
+                logits_of(model, ids[: n + 1], Cache(layer_class_to_replicate=DynamicLayer), 0)[-1]
+                for n in _BESIDE
+            ]
+        )
+        rows = RowCache(text.num_hidden_layers, len(_BESIDE))
+        for n in _BESIDE:
+            prefilled = Cache(layer_class_to_replicate=DynamicLayer)
+            logits_of(model, ids[:n], prefilled, 0)
+            rows.join(prefilled, n)
+        beside = next_logits(model, [ids[n] for n in _BESIDE], rows)
+    except _FAILS as e:
+        return f"transformers fails with a cache of several ({str(e).splitlines()[0]})"
+    if not float((beside - alone).abs().max()) <= _OTHER * float(alone.abs().max()):
+        return "side by side it computes something else than of each sequence alone"
+    return None
+
+
+@torch.inference_mode()
 def carries(model: PreTrainedModel) -> str | None:
     """Why a model's states cannot be carried from token to token; None where they can.
 
@@ -101,7 +138,7 @@ def carries(model: PreTrainedModel) -> str | None:
         parts = [logits_of(model, ids[:prompt], cache, 0)]
         logits_of(model, ids[::-1], DynamicCache(config=model.config), 0)
         parts += [logits_of(model, ids[n : n + 1], cache, n) for n in range(prompt, prompt + more)]
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except _FAILS as e:
         return f"transformers fails with a cache of them: {str(e).splitlines()[0]}"
     difference = float((torch.cat(parts) - together).abs().max())
     close = torch.finfo(together.dtype).eps ** 0.5
