@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmquant.errors import UsageError
+from llmquant.formats import Scheme
 from llmquant.models.block_inputs import refuse_walk
 from llmquant.models.from_folder import load_tokenizer
 from llmquant.planning.allocation.candidates import Choice, choices_of
@@ -69,10 +70,27 @@ def plan_budget(model: str | os.PathLike[str], recipe: Recipe, options: Allocate
         options.target_bpw,
         smallest,
         largest,
-        made.bytes_on_disk + spare,
+        made.tensor_bytes + spare + _longest_header(model, recipe, choices, options),
         len(choices),
         (*map(str, packed), *unpacked),
     )
+
+
+def _longest_header(
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    choices: Sequence[Choice],
+    options: AllocateOptions,
+) -> int:
+    """Bytes of a weight file's header where it has the most tensors, and the largest: schemes with
+    zero-points store a tensor more."""
+
+    def tensors(scheme: Scheme | None) -> int:
+        return 0 if scheme is None else 1 if scheme.spec.symmetric else 2
+
+    wordy = [max(c.sizes, key=lambda s: (tensors(s), c.sizes[s])) for c in choices]
+    made = make_plan(model, recipe_of_choice(recipe, choices, wordy), options.store_dtype)
+    return made.bytes_on_disk - made.tensor_bytes
 
 
 def budget_of(choices: Sequence[Choice], target: float) -> int:
