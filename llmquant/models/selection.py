@@ -287,7 +287,10 @@ def _check_fused(
         firsts = {schemes.get(n): n for n in reversed(names)}
         if block is not None and len(firsts) > 1:
             listed = names if len(names) < 5 else sorted(firsts.values(), key=names.index)
-            kinds = ", ".join(f"{n}: {schemes.get(n, 'unquantized')}" for n in listed)
+            kinds = ", ".join(
+                f"{n}: {schemes[n] if n in schemes else f'unquantized ({skipped[n]})'}"
+                for n in listed
+            )
             raise UsageError(
                 f"engines fuse these linears, so they need one scheme, but the recipe gives {kinds}"
             )

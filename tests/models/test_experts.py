@@ -602,3 +602,15 @@ def test_routers_may_be_ignored_and_not_included(tmp_path: Path) -> None:
     assert result.skipped["model.layers.0.block_sparse_moe.gate"] == "router of experts"
     with pytest.raises(UsageError, match=r"pattern '\*\.gate' matches none"):
         quantize(source, tmp_path / "none", recipe("rtn").updated({"include": ("*.gate",)}))
+
+
+def test_an_expert_beyond_the_configs_number_is_named_with_the_reason(tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    last = f"model.layers.0.mlp.experts.{EXPERTS}.gate_proj"
+    tensors[f"{last}.weight"] = torch.zeros(16, 32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe.model_validate({"method": "rtn", "weights": {"group_size": 16}})
+    told = rf"{last}: unquantized \(no place in the model of config\.json\)"
+    with pytest.raises(UsageError, match=told):
+        make_plan(tmp_path, recipe)

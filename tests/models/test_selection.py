@@ -122,7 +122,7 @@ REFUSED = [
     pytest.param(
         {"ignore": ["k_proj"]},
         UsageError,
-        "engines fuse these linears.*k_proj: unquantized",
+        r"engines fuse these linears.*k_proj: unquantized \(ignore pattern k_proj\)",
         id="fused half",
     ),
     pytest.param(
