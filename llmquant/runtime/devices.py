@@ -22,6 +22,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -193,16 +195,32 @@ def _by_ratio(ratio: float) -> ChosenDtype:
 
 
 def probe() -> float:
-    """bfloat16's time over float32's for ``F.linear``: the worse of one row (decoding) and some (a
-    prompt)."""
+    """bfloat16's time over float32's for ``F.linear`` on one thread: the worse of one row
+    (decoding) and some (a prompt).
+
+    On a busy machine several threads wait for the one that another process keeps from its core:
+    that wait, up to a thousand times the product's own time, then stood for either dtype's.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_PROBE_WIDTH, _PROBE_WIDTH, generator=generator)
     worst = 0.0
-    for rows in _PROBE_ROWS:
-        x = torch.randn(rows, _PROBE_WIDTH, generator=generator)
-        single, half = _shortest([(x, weight), (x.bfloat16(), weight.bfloat16())])
-        worst = max(worst, half / single)
+    with _one_thread():
+        for rows in _PROBE_ROWS:
+            x = torch.randn(rows, _PROBE_WIDTH, generator=generator)
+            single, half = _shortest([(x, weight), (x.bfloat16(), weight.bfloat16())])
+            worst = max(worst, half / single)
     return worst
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch computes on one thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _shortest(linears: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:

@@ -120,6 +120,22 @@ def test_the_probe_times_both_dtypes_in_turn(monkeypatch):
     assert seen == [FP32, BF16] * (len(seen) // 2)
 
 
+def test_the_probe_runs_on_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
+    """On two busy cores, of ten probes on two threads some found bfloat16 60 times as slow, and
+    one a third faster: a thread waits for the one that the system keeps from its core."""
+    before, seen, linear = torch.get_num_threads(), set(), devices.F.linear
+    monkeypatch.setattr(
+        devices.F, "linear", lambda x, w: seen.add(torch.get_num_threads()) or linear(x, w)
+    )
+    torch.set_num_threads(2)
+    try:
+        devices.probe()
+        assert seen == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_probe_measures_this_processor_and_auto_asks_once(monkeypatch):
     assert devices.probe() > 0
     calls = []
