@@ -61,6 +61,7 @@ from llmquant.models.naming.names import (
 )
 from llmquant.models.reading.embeddings import Matrix, shape_of
 from llmquant.models.reading.fit import matrix_at
+from llmquant.models.tensor_check import refuse_mismatch
 
 METHOD = "llmquant"
 TAKEN_OVER = ("compressed-tensors", "gptq", "awq", "auto-round")
@@ -157,6 +158,7 @@ class PackedQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 like = causal_model(reader, self._dtype).get_input_embeddings()
             model.set_input_embeddings(like)
+        self._refuse_lacking(model, reader)
         for name, tensors in packed.tensors.items():
             headers = {suffix: reader.info(full) for suffix, full in tensors.items()}
             empty = {
@@ -171,6 +173,18 @@ class PackedQuantizer(HfQuantizer):
         """None: the model's modules have the checkpoint's names, and experts stay apart. Of a model
         that also sees, transformers' own."""
         return weight_conversions if text_is_a_part(model) else []
+
+    def _refuse_lacking(self, model: PreTrainedModel, reader: CheckpointReader) -> None:
+        """Refuse a parameter that the folder has not: transformers would fill it with random
+        numbers and go on. Of a model that also sees, it names tensors otherwise on disk; a head
+        that classifies is new."""
+        if text_is_a_part(model) or not model.can_generate():
+            return
+        tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+        packed = {f"{place}.weight" for place in self._places.values()}
+        wanted = (n for n, _ in model.named_parameters(remove_duplicate=False))
+        missing = [n for n in wanted if n not in reader and n not in tied and n not in packed]
+        refuse_mismatch(reader, model, missing, ())
 
     def _untie(self, model: PreTrainedModel) -> None:
         """Neither a packed head nor packed embeddings have a weight to share. A head that is tied

@@ -4,7 +4,6 @@ model is saved by mistake."""
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+)
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -42,7 +46,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 IDS = torch.randint(6, 60, (2, 12), generator=torch.Generator().manual_seed(0))
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 needs_int4 = pytest.mark.skipif(
     cpu_layout.block_rows() is None, reason="torch's int4 layout is not known on this CPU"
 )
@@ -286,6 +290,13 @@ def unpack_all(tensors: dict[str, Tensor]) -> None:
             id="no linear",
         ),
         pytest.param(
+            lambda t: t.pop("model.norm.weight"),
+            {},
+            CheckpointError,
+            r"copy lacks model\.norm\.weight; the folder is incomplete",
+            id="no norm",
+        ),
+        pytest.param(
             unpack_all,
             {},
             CheckpointError,
@@ -321,11 +332,12 @@ def test_one_device_only() -> None:
     )
 
 
-def test_transformers_reports_what_it_lacks_as_ever(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = edited(tmp_path, lambda t: t.pop("model.norm.weight"))
-    with caplog.at_level(logging.WARNING, "transformers"):
-        _, info = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, output_loading_info=True)
-    assert info["missing_keys"] == {"model.norm.weight"}
-    assert not info["unexpected_keys"]
+def test_a_head_that_classifies_is_new() -> None:
+    """transformers makes it up and says so; the packed blocks below it compute."""
+    folder = GOLDEN / "llmcompressor-w4-sym"
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=FP32, output_loading_info=True
+    )
+    assert info["missing_keys"] == {"score.weight"}
+    hidden = load(folder, dtype=FP32).model(IDS[:1]).last_hidden_state
+    assert torch.equal(model(IDS[:1]).logits, model.score(hidden)[:, -1])

@@ -131,6 +131,8 @@ def _sees_all(mask: Any, tokens: int) -> bool:
 
 def install(model: PreTrainedModel, run: Run) -> str | None:
     """Let ``model`` do single tokens this way, or say why not."""
+    if model.get_output_embeddings() is None:
+        return "it has no output head"
     try:
         fast = TokenForward(model.forward, run)
         if not run.is_of(fast._base.layers):
