@@ -120,6 +120,23 @@ def test_rules_that_a_class_does_not_keep_are_named(tmp_path: Path) -> None:
     assert "rules 'llama-bpe', which transformers does not use for such a model; Qwen2Tokenizer's are used" in note  # fmt: skip
 
 
+def test_rules_of_gpt2_of_a_class_with_its_own(tmp_path: Path) -> None:
+    """Qwen2's class splits before each digit and GPT-2's rules do not; Qwen3's gives way."""
+    _, result = imported(tmp_path, "qwen2", tokenizer__ggml__pre="smollm")
+    assert "rules 'smollm', which transformers does not use for such a model; Qwen2Tokenizer's are used" in result.notes[0]  # fmt: skip
+    (tmp_path / "other").mkdir()
+    ours, result = imported(tmp_path / "other", "qwen3", tokenizer__ggml__pre="smollm")
+    assert (pieces(ours, "12"), result.notes) == ([_FREE], ())
+
+
+def test_unknown_rules_of_a_class_with_its_own(tmp_path: Path) -> None:
+    """The note names the rules that are used."""
+    for arch, used in (("qwen2", "Qwen2Tokenizer"), ("llama", "GPT-2")):
+        (tmp_path / arch).mkdir()
+        _, result = imported(tmp_path / arch, arch, tokenizer__ggml__pre="other")
+        assert f"rules 'other', which transformers does not know; {used}'s are used" in result.notes[0]  # fmt: skip
+
+
 def changed(key: str, change: Any) -> dict[str, Any]:
     return {key.replace(".", "__"): change(gguf_kit.tokenizer()[key])}
 
@@ -152,7 +169,9 @@ def test_tokens_that_make_no_sense(tmp_path: Path, name: str) -> None:
 def test_a_tokenizer_that_loads_otherwise_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmquant.checkpoint.gguf.tokenizer._mended", lambda _s, _v, data: data)
+    monkeypatch.setattr(
+        "llmquant.checkpoint.gguf.tokens.tokenizer._mended", lambda _s, _v, data: data
+    )
     said = with_token("<｜User｜>", 3)
     with pytest.raises(LayoutError, match="its token 264, '<｜User｜>', is"):
         imported(tmp_path, "llama", **said)
@@ -217,15 +236,48 @@ def test_sentencepiece_with_and_without_a_space_in_front(
     write_folder(path, tmp_path / "m")
     ours = AutoTokenizer.from_pretrained(tmp_path / "m")
     texts = ["hello world", "a\nb\n\n c", "tab\there", "日本語 ü 😀", "1999.", "", "end  "]
-    more = [] if space and kind == "llama" else ["  two spaces", "   "]  # of Llama's class one less
-    for text in texts + more:
+    for text in [*texts, " one space", "  two spaces", "   "]:
         ids = theirs.encode(text)
         assert ours(text).input_ids == [1, *ids], text
         assert ours.decode(ids) == theirs.decode(ids), text
     assert pieces(ours, "<s></s><unk>") == [1, 2, 0]
+    assert pieces(ours, "<s>hello</s> you") == [
+        1,
+        *theirs.encode("hello"),
+        2,
+        *theirs.encode(" you"),
+    ]
     assert max(ours.get_vocab().values()) < theirs.vocab_size()
     settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     assert settings.get("mask_token") is None
+
+
+def test_sentencepiece_ids_that_the_file_does_not_name(
+    tmp_path: Path, models: dict[bool, Any]
+) -> None:
+    """llama.cpp takes 0, 1 and 2 then."""
+    theirs = models[True]
+    none = dict.fromkeys(f"tokenizer__ggml__{name}_token_id" for name in ("bos", "eos", "unknown"))
+    own = {**_OWN, "vocab_size": theirs.vocab_size()}
+    said = {**of_sentencepiece(theirs), **none}
+    path = gguf_kit.file_of(tmp_path / "m.gguf", random_model("llama", **own), "llama", **said)
+    write_folder(path, tmp_path / "m")
+    ours = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert (ours.unk_token_id, ours.bos_token_id, ours.eos_token_id) == (0, 1, 2)
+    assert ours("hello").input_ids == [1, *theirs.encode("hello")]
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["eos_token_id"] == 2
+
+
+def test_what_no_piece_spells_is_unknown(tmp_path: Path, models: dict[bool, Any]) -> None:
+    """A vocabulary without bytes, whose library says that it is unknown too."""
+    said = of_sentencepiece(models[True])
+    said[_TOKENS] = [f"[{t}]" if t.startswith("<0x") else t for t in said[_TOKENS]]
+    said[_TYPES] = [5 if kind == 6 else kind for kind in said[_TYPES]]
+    own = {**_OWN, "vocab_size": len(said[_TOKENS])}
+    path = gguf_kit.file_of(tmp_path / "m.gguf", random_model("llama", **own), "llama", **said)
+    write_folder(path, tmp_path / "m")
+    ours = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert ours("a日b").input_ids == [1, *pieces(ours, "a"), 0, *models[True].encode("xb")[-1:]]
 
 
 def test_runs_of_spaces_of_gemma(tmp_path: Path, models: dict[bool, Any]) -> None:

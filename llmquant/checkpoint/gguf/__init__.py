@@ -1,4 +1,4 @@
-"""GGUF files as a source: read (:mod:`.header`), understood (:mod:`.config`, :mod:`.tokenizer`,
+"""GGUF files as a source: read (:mod:`.header`), understood (:mod:`.config`, :mod:`.tokens`,
 :mod:`.names`), and written as an ordinary folder (:mod:`.folder`), once for a file that is given
 where a folder is taken (:mod:`.cached`).
 

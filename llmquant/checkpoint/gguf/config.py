@@ -17,7 +17,7 @@ from typing import Any
 from llmquant.checkpoint.gguf.header import GgufFile
 from llmquant.checkpoint.gguf.rope import rope_of
 from llmquant.checkpoint.gguf.stated import Stated
-from llmquant.checkpoint.gguf.vocabulary import CONTROL, token_id
+from llmquant.checkpoint.gguf.tokens.vocabulary import CONTROL, token_id
 from llmquant.errors import CheckpointError, LayoutError
 
 # llama.cpp's architecture → transformers' model type, of those that are held against the original
@@ -262,10 +262,22 @@ def generation_config(model: GgufFile) -> dict[str, Any]:
     ends = list(dict.fromkeys(i for i in [*first, *named] if i is not None))
     if ends:
         found["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-    sampling = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    return {**found, **_sampling(said)}
+
+
+def _sampling(said: Mapping[str, Any]) -> dict[str, Any]:
+    """How the file says to sample. No temperature is the likeliest token in llama.cpp and an error
+    in transformers, and so are a top-k below 0 and a top-p above 1, which are none."""
+    names = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     chosen = {
         name: said[f"general.sampling.{key}"]
-        for key, name in sampling.items()
+        for key, name in names.items()
         if f"general.sampling.{key}" in said
     }
-    return {**found, **({"do_sample": True, **chosen} if chosen else {})}
+    if chosen.get("temperature", 1) <= 0:
+        return {"do_sample": False}
+    if "top_k" in chosen:
+        chosen["top_k"] = max(0, chosen["top_k"])
+    if "top_p" in chosen:
+        chosen["top_p"] = min(1.0, chosen["top_p"])
+    return {"do_sample": True, **chosen} if chosen else {}

@@ -30,8 +30,8 @@ from llmquant.checkpoint.gguf.config import config_of, generation_config, stored
 from llmquant.checkpoint.gguf.header import GgufFile, read_gguf
 from llmquant.checkpoint.gguf.names import Placed, places
 from llmquant.checkpoint.gguf.running import refuse_idle
-from llmquant.checkpoint.gguf.tokenizer import save_tokenizer
-from llmquant.checkpoint.gguf.vocabulary import vocabulary_of
+from llmquant.checkpoint.gguf.tokens.tokenizer import save_tokenizer
+from llmquant.checkpoint.gguf.tokens.vocabulary import vocabulary_of
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.checkpoint.weights.proof import prove_weights
 from llmquant.checkpoint.weights.rounded import rounding

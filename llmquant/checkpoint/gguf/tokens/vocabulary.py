@@ -18,7 +18,9 @@ from llmquant.checkpoint.gguf.header import GgufFile
 from llmquant.errors import CheckpointError
 
 CONTROL = 3  # tokenizer.ggml.token_type of special tokens
-_NORMAL, _USER_DEFINED = 1, 4
+_NORMAL, _UNKNOWN, _USER_DEFINED = 1, 2, 4
+# Which ids llama.cpp takes of a sentencepiece vocabulary that names none, and their types.
+_USUAL = {"unknown": (0, _UNKNOWN), "bos": (1, CONTROL), "eos": (2, CONTROL)}
 # Names of ids in llama.cpp's keys; those that transformers has an attribute for, and its name.
 NAMED = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 _SPECIAL = (*NAMED, "eot", "eom")
@@ -88,9 +90,20 @@ def token_id(model: GgufFile, name: str) -> int | None:
     """The id that the file calls bos, eos, …; raises CheckpointError for what is no number."""
     key = f"tokenizer.ggml.{name}_token_id"
     found = model.metadata.get(key)
-    if found is None or type(found) is int:
+    if found is None:
+        return _usual(model.metadata, name)
+    if type(found) is int:
         return found
     raise CheckpointError(f"{model.path}: {key} is {found!r:.60}, not a whole number")
+
+
+def _usual(said: Mapping[str, Any], name: str) -> int | None:
+    """The id that llama.cpp takes where the file names none."""
+    i, kind = _USUAL.get(name, (None, None))
+    types = said.get("tokenizer.ggml.token_type")
+    if i is None or said.get("tokenizer.ggml.model") != "llama" or not isinstance(types, list):
+        return None
+    return i if i < len(types) and types[i] == kind else None
 
 
 def _special(model: GgufFile, count: int) -> dict[str, int]:

@@ -2,9 +2,9 @@
 
 transformers builds it, of the class that ``AutoTokenizer`` would choose (which itself would read
 the metadata with the slow reader first), and saves it. It spells tokens that a text holds literally
-in GPT-2's alphabet, and knows neither llama.cpp's defaults for a set of splitting rules nor
-sentencepiece without a space in front: these are put right in what it saved. Then the folder's
-tokenizer is loaded as everybody loads it, and has to have the file's tokens.
+in GPT-2's alphabet, and knows neither llama.cpp's defaults for a set of splitting rules nor where
+sentencepiece puts a space in front (:mod:`.spaces`): these are put right in what it saved. Then the
+folder's tokenizer is loaded as everybody loads it, and has to have the file's tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
 from llmquant.checkpoint.gguf.header import GgufFile
-from llmquant.checkpoint.gguf.vocabulary import NAMED, Vocabulary, vocabulary_of
+from llmquant.checkpoint.gguf.tokens.spaces import with_spaces
+from llmquant.checkpoint.gguf.tokens.vocabulary import NAMED, Vocabulary, vocabulary_of
 from llmquant.checkpoint.weights.json_files import read_json
 from llmquant.errors import LayoutError
 
@@ -118,6 +119,8 @@ def _mended(
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         model["merges"] = [m for m in merges if m[0] in known and m[1] in known and m[0] + m[1] in known]  # fmt: skip
         model["ignore_merges"] = said.get("tokenizer.ggml.pre") in _IGNORE_MERGES
+    elif kind == "llama":  # without it what no token spells is dropped
+        model["unk_token"] = vocabulary.named("unknown")
     texts = model["vocab"] if isinstance(model["vocab"], dict) else set(vocabulary.tokens)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
@@ -128,7 +131,8 @@ def _mended(
     data = {**data, "added_tokens": added, "model": model}
     if kind in _OWN_ENDS:
         data["post_processor"] = _template(_ends(said, vocabulary), vocabulary)
-    return _without_prefix(data) if said.get("tokenizer.ggml.add_space_prefix") is False else data
+    space = bool(said.get("tokenizer.ggml.add_space_prefix", True))
+    return with_spaces(data, in_front=space) if kind == "llama" or not space else data
 
 
 def _ends(said: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, int]:
@@ -160,27 +164,6 @@ def _template(ends: Mapping[str, int], vocabulary: Vocabulary) -> dict[str, Any]
             text: {"id": text, "ids": [ends[name]], "tokens": [text]}
             for name, text in texts.items()
         },
-    }
-
-
-def _without_prefix(data: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json of sentencepiece without the space that it puts in front of a text."""
-
-    def parts(found: Any, key: str) -> list[Any]:
-        return list(found[key]) if found and found["type"] == "Sequence" else [found] if found else []  # fmt: skip
-
-    def whole(found: list[Any], key: str) -> Any:
-        return {"type": "Sequence", key: found} if len(found) > 1 else next(iter(found), None)
-
-    before = parts(data["normalizer"], "normalizers")
-    split = parts(data["pre_tokenizer"], "pretokenizers")
-    after = parts(data["decoder"], "decoders")
-    never = [{**p, "prepend_scheme": "never"} if p["type"] == "Metaspace" else p for p in split]
-    return {
-        **data,
-        "normalizer": whole([p for p in before if p["type"] != "Prepend"], "normalizers"),
-        "pre_tokenizer": whole(never, "pretokenizers"),
-        "decoder": whole([p for p in after if p["type"] != "Strip"], "decoders"),
     }
 
 
@@ -270,25 +253,24 @@ def _cut_up(
 
 
 def _split_otherwise(model: GgufFile, data: Mapping[str, Any], loaded: Any) -> tuple[str, ...]:
-    said = model.metadata
+    """A note on a byte-level vocabulary whose texts are split by other rules than the file's."""
+    said, kept = model.metadata, _splits_as(data, loaded)
     rules = said.get("tokenizer.ggml.pre")
-    if said.get("tokenizer.ggml.model") != "gpt2" or rules in _AS_GPT2:
+    known = rules in _known_rules()
+    if said.get("tokenizer.ggml.model") != "gpt2" or (known and kept):
         return ()
-    if rules not in _known_rules():
-        what, used = "which transformers does not know", "GPT-2's"
-    elif not _splits_as(data, loaded):
-        what, used = "which transformers does not use for such a model", type(loaded).__name__ + "'s"  # fmt: skip
-    else:
-        return ()
+    what = "which transformers does not use for such a model" if known else "which transformers does not know"  # fmt: skip
+    used = "GPT-2" if kept else type(loaded).__name__
     return (
-        f"{model.path.name}: text is split by rules {rules!r}, {what}; {used} are used, "
+        f"{model.path.name}: text is split by rules {rules!r}, {what}; {used}'s are used, "
         "so some texts may get other tokens than in training",
     )
 
 
 def _known_rules() -> frozenset[str]:
+    """Splitting rules that stand in the tokenizer.json that transformers makes."""
     try:
         from transformers.integrations.gguf import gguf_tokenizer_mapping
     except ImportError:  # before 5.23: no rules but GPT-2's and the class's own
-        return frozenset({"qwen2", "llama-bpe"})
-    return frozenset(gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS)
+        return _AS_GPT2 | {"qwen2", "llama-bpe"}
+    return _AS_GPT2 | set(gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS)

@@ -1,0 +1,1 @@
+"""The tokens of a GGUF file, and a folder's tokenizer made of them."""
