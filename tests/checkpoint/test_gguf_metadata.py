@@ -4,6 +4,7 @@ zeros that mean "none", rotary scaling, numbers that are no numbers, keys that n
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ WRONG: dict[str, tuple[dict[str, Any], type[LlmquantError], str]] = {
     "sigmoid experts": ({"llama__expert_gating_func": 2}, LayoutError, "llama.expert_gating_func is 2"),
     "attention factor": ({"llama__rope__scaling__attn_factor": 0.5}, LayoutError, "llama.rope.scaling.attn_factor is 0.5"),
     "YaRN's multiplier": ({**_SAID_YARN, "llama__rope__scaling__yarn_log_multiplier": 0.1}, LayoutError, "yarn_log_multiplier is 0.1"),
+    "rules as a list": ({"tokenizer__ggml__pre": ["a"]}, CheckpointError, "tokenizer.ggml.pre is ['a'], not a text"),
+    "template as a number": ({"tokenizer__chat_template": 1}, CheckpointError, "tokenizer.chat_template is 1, not a text"),
+    "named template as a list": ({"tokenizer__chat_template__tool_use": ["a"]}, CheckpointError, "tokenizer.chat_template.tool_use is ['a'], not a text"),
+    "flag as a text": ({"tokenizer__ggml__add_bos_token": "false"}, CheckpointError, "add_bos_token is 'false', not true or false"),
+    "count of shards as a text": ({"split__count": "x"}, CheckpointError, "split.count is 'x', not a whole number"),
+    "no alignment": ({"general__alignment": 24}, CheckpointError, "general.alignment is 24, not a power of two"),
+    "temperature as a list": ({"general__sampling__temp": [1]}, CheckpointError, "general.sampling.temp is [1], not a number"),
     "other extrapolation": ({**_SAID_YARN, "llama__rope__scaling__yarn_ext_factor": 0.5}, LayoutError, "yarn_ext_factor is 0.5"),
 }  # fmt: skip
 
@@ -125,6 +133,23 @@ def test_metadata_that_makes_no_model(tmp_path: Path, name: str) -> None:
     assert message in str(told.value)
     assert "m.gguf" in str(told.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf"]
+
+
+SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "as it is": ({"temp": 0.6, "top_k": 20, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}),
+    "the likeliest": ({"temp": 0.0, "top_k": 20}, {"do_sample": False}),
+    "all tokens": ({"top_k": 0, "top_p": 2.0}, {"do_sample": True, "top_k": 0, "top_p": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_how_to_sample_is_what_transformers_takes(tmp_path: Path, name: str) -> None:
+    said, expected = SAMPLING[name]
+    imported(tmp_path, "llama", "llama", {}, **{f"general__sampling__{k}": v for k, v in said.items()})  # fmt: skip
+    found = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    assert {k: v for k, v in found.items() if not k.endswith("_token_id")} == expected
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    assert model.generate(_IDS, max_new_tokens=2).shape[1] > _IDS.shape[1]
 
 
 @pytest.mark.parametrize("pattern", [[True, False], "x", [1, 2, 1, 1, 1, 0], 2.0])
@@ -167,3 +192,42 @@ def test_a_transposed_matrix_is_refused(
     with pytest.raises(LlmquantError, match="blk.0.ffn_up.weight is" if not packed or arch == "llama" else "Conv1D"):  # fmt: skip
         import_gguf(path, tmp_path / "m", ImportOptions(packed=packed))
     assert not (tmp_path / "m").exists()
+
+
+def header(*pairs: bytes) -> bytes:
+    """A file of metadata alone."""
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+_LIST = struct.pack("<IQ", 9, 1)  # of one element, whose type follows
+DAMAGED = {
+    "lists in lists": (header(text("a") + struct.pack("<I", 9) + _LIST * 5000), "a list of lists in its metadata"),
+    "a key twice": (header(*[text("a") + struct.pack("<IB", 7, 1)] * 2), "it says a twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_header(tmp_path: Path, name: str) -> None:
+    raw, message = DAMAGED[name]
+    (tmp_path / "m.gguf").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=message):
+        write_folder(tmp_path / "m.gguf", tmp_path / "m")
+
+
+@pytest.mark.parametrize("moved", [-32, 8, 32])
+def test_a_damaged_offset(tmp_path: Path, moved: int) -> None:
+    """Other numbers of the right size would be read there."""
+    path = gguf_kit.file_of(tmp_path / "m.gguf", random_model("llama", **_OWN), "llama", "Q8_0")
+    raw, name = bytearray(path.read_bytes()), b"blk.0.attn_k.weight"
+    at = raw.index(name) + len(name) + 4 + 2 * 8 + 4  # behind dimensions, two sizes and the type
+    (offset,) = struct.unpack_from("<Q", raw, at)
+    struct.pack_into("<Q", raw, at, offset + moved)
+    path.write_bytes(raw)
+    with pytest.raises(
+        CheckpointError, match=r"is damaged: blk\.0\.attn_\w+\.weight begins at byte"
+    ):
+        write_folder(path, tmp_path / "m")

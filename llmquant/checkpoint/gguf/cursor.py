@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llmquant.checkpoint.gguf.types import refuse_types
 from llmquant.errors import CheckpointError, LayoutError, UsageError
 
 MAGIC = b"GGUF"
@@ -86,7 +87,12 @@ class Cursor:
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = self.string()
+            if key in metadata:
+                raise CheckpointError(
+                    f"{self.path} is damaged: it says {key} twice; fetch it again"
+                )
             metadata[key] = self.value(self.take("I")[0])
+        refuse_types(self.path, metadata)
         return metadata, self.tensors(tensors, metadata.get("general.alignment"))
 
     def take(self, fields: str) -> tuple[Any, ...]:
@@ -109,6 +115,12 @@ class Cursor:
             inner, count = self.take("IQ")
             if inner in _FORMATS:
                 return [_decimal(inner, v) for v in self.take(f"{count}{_FORMATS[inner]}")]
+            if (
+                inner == _ARRAY
+            ):  # llama.cpp has none, and a damaged file may have thousands inside another
+                raise CheckpointError(
+                    f"{self.path} is damaged: a list of lists in its metadata; fetch it again"
+                )
             if count > self.size:  # every element has a length of its own
                 raise IndexError(count)
             return [self.value(inner) for _ in range(count)]
@@ -118,7 +130,7 @@ class Cursor:
             )
         return _decimal(kind, self.take(_FORMATS[kind])[0])
 
-    def tensors(self, count: int, alignment: object) -> dict[str, GgufTensor]:
+    def tensors(self, count: int, alignment: int | None) -> dict[str, GgufTensor]:
         listed = []
         for _ in range(count):
             name, (dimensions,) = self.string(), self.take("I")
@@ -128,14 +140,27 @@ class Cursor:
                 )
             shape = tuple(reversed(self.take(f"{dimensions}Q")))
             listed.append((name, shape, *self.take("IQ")))
-        step = alignment if isinstance(alignment, int) and alignment > 0 else _DEFAULT_ALIGNMENT
+        step = alignment or _DEFAULT_ALIGNMENT
         begin = -(-self.at // step) * step
         found: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in listed:
             if name in found:
                 raise CheckpointError(f"{self.path} is damaged: it lists {name} twice")
             found[name] = self.tensor(name, shape, kind, begin + offset)
+        self.refuse_places(list(found.values()), begin, step)
         return found
+
+    def refuse_places(self, tensors: list[GgufTensor], begin: int, step: int) -> None:
+        """Raises CheckpointError where tensors share bytes, or one does not begin at a multiple of
+        the alignment: a damaged offset gives other numbers, and no size tells of it."""
+        end, before = begin, "the header"
+        for tensor in sorted(tensors, key=lambda t: t.start):
+            if tensor.start < end or (tensor.start - begin) % step:
+                raise CheckpointError(
+                    f"{self.path} is damaged: {tensor.name} begins at byte {tensor.start:,}, and {before} ends at {end:,}; "
+                    "fetch it again"
+                )
+            end, before = tensor.start + tensor.nbytes, tensor.name
 
     def tensor(self, name: str, shape: tuple[int, ...], number: int, start: int) -> GgufTensor:
         gguf = package()

@@ -83,7 +83,7 @@ def read_gguf(path: Path) -> GgufFile:
     package()
     files = shards_of(path)
     metadata, tensors = _read_file(files[0])
-    count = int(metadata.get("split.count") or 1)
+    count = metadata.get("split.count") or 1
     if count != len(files):
         raise CheckpointError(
             f"{files[0]} is one of {count} shards, but its name does not say which; name them …-00001-of-{count:05d}.gguf"
