@@ -130,6 +130,16 @@ def test_shards_are_one_model(run: Run, tmp_path: Path, q8: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_shards_under_each_others_names(run: Run, tmp_path: Path, q8: Path) -> None:
+    first, second = shards(q8, tmp_path / "s")
+    first.rename(tmp_path / "s" / "other")
+    second.rename(first)
+    (tmp_path / "s" / "other").rename(second)
+    told = run("import", str(first), "-o", "none")
+    assert told.code == 1
+    assert "m-00001-of-00002.gguf is shard 2 of its model, and its name says 1" in told.err
+
+
 @pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "gptq_v2"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_packed_keeps_every_code(run: Run, tmp_path: Path, kind: str, layout: str) -> None:

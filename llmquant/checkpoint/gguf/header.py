@@ -82,14 +82,14 @@ def read_gguf(path: Path) -> GgufFile:
     """
     package()
     files = shards_of(path)
-    metadata, tensors = _read_file(files[0])
+    metadata, tensors = _read_shard(files, 0)
     count = metadata.get("split.count") or 1
     if count != len(files):
         raise CheckpointError(
             f"{files[0]} is one of {count} shards, but its name does not say which; name them …-00001-of-{count:05d}.gguf"
         )
-    for file in files[1:]:
-        repeated = tensors.keys() & (more := _read_file(file)[1]).keys()
+    for i, file in enumerate(files[1:], 1):
+        repeated = tensors.keys() & (more := _read_shard(files, i)[1]).keys()
         if repeated:
             raise CheckpointError(f"{file}: {min(repeated)} is in an earlier shard too")
         tensors |= more
@@ -140,6 +140,19 @@ def shards_of(path: Path) -> tuple[Path, ...]:
             f"{'is' if len(missing) == 1 else 'are'} not beside it; fetch all of them"
         )
     return tuple(files)
+
+
+def _read_shard(
+    files: tuple[Path, ...], number: int
+) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """Read one of the files; raises CheckpointError for another shard than its name says."""
+    metadata, tensors = _read_file(files[number])
+    own = metadata.get("split.no", number)
+    if own != number and len(files) > 1:
+        raise CheckpointError(
+            f"{files[number]} is shard {own + 1} of its model, and its name says {number + 1}; rename or fetch the shards again"
+        )
+    return metadata, tensors
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
