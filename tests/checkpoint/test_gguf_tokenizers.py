@@ -268,6 +268,21 @@ def test_sentencepiece_ids_that_the_file_does_not_name(
     assert json.loads((tmp_path / "m" / "config.json").read_text())["eos_token_id"] == 2
 
 
+def test_sentencepiece_that_a_class_spells_in_bytes_is_refused(
+    tmp_path: Path, models: dict[bool, Any]
+) -> None:
+    """transformers loads Qwen2's class for a Qwen2, whatever the folder says; Qwen3's gives way."""
+    theirs = models[True]
+    own = {**_OWN, "vocab_size": theirs.vocab_size()}
+    for kind in ("qwen2", "qwen3"):
+        gguf_kit.file_of(tmp_path / f"{kind}.gguf", random_model(kind, **own), kind, **of_sentencepiece(theirs))  # fmt: skip
+    with pytest.raises(LayoutError, match="its sentencepiece tokenizer is no Qwen2Tokenizer"):
+        write_folder(tmp_path / "qwen2.gguf", tmp_path / "m")
+    write_folder(tmp_path / "qwen3.gguf", tmp_path / "m")
+    ours = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert ours("hello  日本").input_ids == [1, *theirs.encode("hello  日本")]
+
+
 def test_what_no_piece_spells_is_unknown(tmp_path: Path, models: dict[bool, Any]) -> None:
     """A vocabulary without bytes, whose library says that it is unknown too."""
     said = of_sentencepiece(models[True])

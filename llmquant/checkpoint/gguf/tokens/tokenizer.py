@@ -69,9 +69,16 @@ def save_tokenizer(model: GgufFile, config: Any, folder: Path) -> tuple[str, ...
     settings = _named(vocabulary, read_json(folder / "tokenizer_config.json"))
     _write(folder / "tokenizer_config.json", settings)
     loaded = _loaded(model.path, folder, config)
-    if said.get("tokenizer.ggml.pre") in _known_rules() and not _splits_as(data, loaded):
+    pieces = said.get("tokenizer.ggml.model") == "llama"
+    known = pieces or said.get("tokenizer.ggml.pre") in _known_rules()
+    if known and not (_spells_as if pieces else _splits_as)(data, loaded):
         _write(folder / "tokenizer_config.json", {**settings, "tokenizer_class": _GENERIC})
         loaded = _loaded(model.path, folder, config)
+    if pieces and not _spells_as(data, loaded):
+        raise LayoutError(
+            f"{model.path}: its sentencepiece tokenizer is no {type(loaded).__name__}, which is what transformers loads for a "
+            f"{config.model_type} model; take the original safetensors model"
+        )
     lost = _not_found(vocabulary, loaded)
     _prove(model, vocabulary, loaded, lost)
     return (*_split_otherwise(model, data, loaded), *_cut_up(model, vocabulary, lost))
@@ -192,6 +199,15 @@ def _splits_as(data: Mapping[str, Any], loaded: Any) -> bool:
     own, ignoring = loaded.backend_tokenizer, data["model"].get("ignore_merges", False)
     splits = json.loads(own.pre_tokenizer.__getstate__()) if own.pre_tokenizer else None
     return (splits, getattr(own.model, "ignore_merges", False)) == (data["pre_tokenizer"], ignoring)
+
+
+def _spells_as(data: Mapping[str, Any], loaded: Any) -> bool:
+    """Whether a loaded tokenizer spells a text in pieces, and pieces as a text, as tokenizer.json
+    does: some classes spell in bytes, whatever the folder says."""
+    own = loaded.backend_tokenizer
+    found = {key: getattr(own, key) for key in ("normalizer", "pre_tokenizer", "decoder")}
+    same = all(data[k] == (json.loads(v.__getstate__()) if v else None) for k, v in found.items())
+    return same and own.model.byte_fallback == data["model"]["byte_fallback"]
 
 
 def _prove(
