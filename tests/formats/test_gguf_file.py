@@ -137,6 +137,14 @@ def test_an_existing_file_is_kept(packed: Path, written: Path) -> None:
     assert export_gguf(packed, written, overwrite=True).path.read_bytes() == before
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_is_no_file(packed: Path, tmp_path: Path, overwrite: bool) -> None:
+    """Said before the work, and not by the operating system after it."""
+    with pytest.raises(UsageError, match=r"is a folder; name a file in it, such as .*model\.gguf"):
+        export_gguf(packed, tmp_path, overwrite=overwrite)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_the_model_is_not_replaced(packed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "m"))
     (tmp_path / "link.gguf").symlink_to(folder / "model.safetensors")

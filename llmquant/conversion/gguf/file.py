@@ -70,14 +70,17 @@ def export_gguf(
         overwrite: replace an existing file.
 
     Raises:
-        UsageError: the file exists, its folder does not, or the ``gguf`` package is not installed.
+        UsageError: the file exists or is a folder, its folder does not exist, or the ``gguf``
+            package is not installed.
         FormatError: an architecture, tokenizer, scheme or number that GGUF cannot hold exactly.
         ProofError: what was written is not what was read.
     """
     gguf = package()
     path = Path(output)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file in it, such as {path / 'model.gguf'}")
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; choose another name or pass overwrite")
+        raise UsageError(f"{path} exists; choose another name, or replace it with --overwrite")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder; make it first")
     stored = CheckpointReader(model)
