@@ -61,6 +61,8 @@ def qat(
     """
     options, events = options or QatOptions(), events or QatEvents()
     destination = Path(os.path.abspath(output))
+    if not options.overwrite:
+        SavedTraining(destination).forget_used(destination)
     check_destination(destination, options.overwrite)
     prepared = prepare(
         model, destination, section, reference, seed, layout, options, events.on_phase

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmquant.checkpoint.atomic import disk, fsync_path, remove
+from llmquant.checkpoint.manifest import MANIFEST, read_manifest
 from llmquant.errors import CheckpointError, UsageError
 from llmquant.quantization.state.fingerprint import Facts, differences
 
@@ -74,6 +75,10 @@ class SavedTraining:
         return self.folder / "teacher.bin"
 
     @property
+    def _record(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
     def _state(self) -> Path:
         return self.folder / "state.safetensors"
 
@@ -84,12 +89,11 @@ class SavedTraining:
             UsageError: it is another run's; says what differs.
             DiskError: the disk refused.
         """
-        record = self.folder / "run.json"
+        record = self._record
         with disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # The folder itself stays: it is locked.
-            for path in self.folder.iterdir() if restart else ():
-                path.unlink()
+            if restart or not record.is_file():
+                self._clear()
             if record.is_file():
                 try:
                     before = json.loads(record.read_text(encoding="utf-8"))
@@ -105,6 +109,30 @@ class SavedTraining:
                     )
                 return
             self._replace(record, json.dumps(facts, indent=1).encode())
+
+    def _clear(self) -> None:
+        """Remove what the folder holds; first what a run goes on from, last what says whose it is:
+        half removed it must not be another run's. The folder itself stays, since it is locked."""
+        for path in (self._state, self.teacher, *self.folder.iterdir()):
+            if path != self._record:
+                path.unlink(missing_ok=True)
+        self._record.unlink(missing_ok=True)
+
+    def forget_used(self, output: Path) -> None:
+        """Remove the state of a run that was killed between giving its result the name and this:
+        one that is older than the result, and of the same text."""
+        try:
+            made = read_manifest(output).qat
+            known = json.loads(self._record.read_text(encoding="utf-8"))
+            saved, used = (p.stat().st_mtime_ns for p in (self._state, output / MANIFEST))
+        except (CheckpointError, OSError, ValueError):
+            return
+        if (
+            made is not None
+            and saved <= used
+            and known.get("training token ids") == made.ids_sha256
+        ):
+            self.remove()
 
     def _replace(self, path: Path, data: bytes) -> None:
         partial = path.with_suffix(".partial")

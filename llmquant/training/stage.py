@@ -8,30 +8,27 @@ that of ``llmquant quantize`` followed by ``llmquant qat``.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
-from llmquant.checkpoint.atomic import check_destination, remove
+from llmquant.checkpoint.atomic import check_destination
 from llmquant.checkpoint.companions.originals import refuse_source
-from llmquant.checkpoint.hub import resolve
-from llmquant.checkpoint.manifest import MANIFEST, read_manifest, versions
-from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.data.sources import read_documents, refuse_texts
+from llmquant.checkpoint.manifest import read_manifest
+from llmquant.data.sources import refuse_texts
 from llmquant.errors import UsageError
 from llmquant.quantization import rerun as repetition
 from llmquant.quantization.options import Events, QuantizeOptions, QuantizeResult
 from llmquant.quantization.plan import Progress
 from llmquant.quantization.rerun import Comparison, recorded_recipe
 from llmquant.quantization.run import quantize as round_only
+from llmquant.quantization.state.resume import state_of
 from llmquant.recipe import Recipe
-from llmquant.records import ModuleReport, PairReport, TuneReport
-from llmquant.runtime.computing import Computing
-from llmquant.runtime.devices import parse_dtype
 from llmquant.training.beforehand import check_recipe
 from llmquant.training.options import QatEvents, QatOptions
+from llmquant.training.rounded import RoundedFolder, facts_of
 from llmquant.training.run import qat
+from llmquant.training.saved import SavedTraining
 
 
 def quantize(
@@ -70,8 +67,11 @@ def quantize(
         raise UsageError("a recipe that trains does not run in several processes; start one")
     how, told = training or (_options(options), _events(events))
     destination = Path(os.path.abspath(output))
+    start = RoundedFolder.of(destination)
+    if not options.overwrite:
+        start.forget_used(destination)
+        SavedTraining(destination).forget_used(destination)
     check_destination(destination, options.overwrite)
-    start = destination.with_name(f".{destination.name}.start")
     recipe = recipe.with_training_text()
     assert recipe.qat is not None
     _refuse_read(destination, model, recipe, how)
@@ -79,9 +79,9 @@ def quantize(
     rounded = _rounded(model, start, recipe.updated({"qat": None}), options, events)
     how = replace(how, overwrite=options.overwrite, restart=options.restart)
     done = qat(
-        start, output, recipe.qat, reference=model, seed=recipe.seed, options=how, events=told
+        start.path, output, recipe.qat, reference=model, seed=recipe.seed, options=how, events=told
     )
-    _forget(start)
+    start.forget()
     trained = rounded.recipe.updated({"qat": recipe.qat.model_dump(mode="json")})
     return replace(
         rounded,
@@ -106,19 +106,30 @@ def _refuse_read(
 
 def _rounded(
     model: str | os.PathLike[str],
-    start: Path,
+    start: RoundedFolder,
     recipe: Recipe,
     options: QuantizeOptions,
     events: Events,
 ) -> QuantizeResult:
-    """The folder that is trained; made now, or by the run that is resumed."""
-    key = _key(model, recipe, options)
-    if not options.restart and _made_before(start, key):
+    """The folder that is trained; made now, or by the run that is resumed.
+
+    Raises:
+        UsageError: it was made by another run; says what differs.
+    """
+    facts, calibration = facts_of(model, recipe, options)
+    if not options.restart and start.made_by(facts):
+        if calibration is not None:
+            events.on_calibration(calibration)
         events.on_note("the linears were rounded before the run was interrupted; training them")
-        return _recorded(start, model)
-    _forget(start)
-    rounded = round_only(model, start, recipe, replace(options, overwrite=True), events)
-    _key_of(start).write_text(key, encoding="utf-8")
+        return start.result(model, calibration)
+    start.begin(facts)
+    try:
+        rounded = round_only(model, start.path, recipe, replace(options, overwrite=True), events)
+    except BaseException:
+        if not start.path.exists() and not state_of(start.path).exists():
+            start.forget()  # nothing was kept that a note could be of
+        raise
+    start.note(facts, rounded.warnings)
     return rounded
 
 
@@ -192,65 +203,4 @@ def _events(events: Events) -> QatEvents:
         on_step=lambda s: events.on_progress(
             Progress(s.step, s.steps, f"training, loss {s.loss:.4f}, held-out KL {s.heldout:.4f}")
         ),
-    )
-
-
-def _key(model: str | os.PathLike[str], recipe: Recipe, options: QuantizeOptions) -> str:
-    """What the rounded folder depends on, as JSON."""
-    source = recipe.calibration.source
-    facts = {
-        "recipe": recipe.sha256(),
-        "model": CheckpointReader(resolve(model)).digest(),
-        "text": None if source is None else read_documents(source).sha256,
-        "dtypes": [options.dtype, options.store_dtype],
-        "device": options.device,
-        "versions": versions(),
-    }
-    return json.dumps(facts, sort_keys=True)
-
-
-def _key_of(start: Path) -> Path:
-    return start.with_name(f"{start.name}.json")
-
-
-def _made_before(start: Path, key: str) -> bool:
-    """Whether the folder is there, whole, and what rounding would make."""
-    known = _key_of(start)
-    return (start / MANIFEST).is_file() and known.is_file() and known.read_text("utf-8") == key
-
-
-def _forget(start: Path) -> None:
-    """Remove the rounded folder; first what says that it is whole."""
-    _key_of(start).unlink(missing_ok=True)
-    remove(start)
-
-
-def _recorded(start: Path, model: str | os.PathLike[str]) -> QuantizeResult:
-    """What an earlier process did, as its folder tells."""
-    made, reader = read_manifest(start), CheckpointReader(start)
-    source = CheckpointReader(resolve(model))
-    dtype = parse_dtype(made.dtype)
-    return QuantizeResult(
-        path=start,
-        recipe=recorded_recipe(start, made),
-        modules=tuple(
-            ModuleReport.model_validate({"name": n, **m.model_dump()})
-            for n, m in made.modules.items()
-        ),
-        tuned={
-            n: TuneReport.model_validate({**t.model_dump(), "seconds": 0.0})
-            for n, t in made.tuned.items()
-        },
-        scaled={
-            n: tuple(PairReport.model_validate(p.model_dump()) for p in pairs)
-            for n, pairs in made.scaled.items()
-        },
-        skipped=made.skipped,
-        bits_per_weight=made.bits_per_weight,
-        source_bytes=sum(i.nbytes for i in source.tensors.values()),
-        bytes_written=sum(i.nbytes for i in reader.tensors.values()),
-        calibration=None,
-        warnings=(),
-        computing=Computing.of(made.device, dtype),
-        regrouped=made.regrouped,
     )
