@@ -14,13 +14,21 @@ if TYPE_CHECKING:
     from llmquant.planning.forecast import DeviceFit, Forecast
     from llmquant.planning.preview import Plan
     from llmquant.planning.timing import Timing
+    from llmquant.recipe import Recipe
     from llmquant.runtime.computing import Computing
 
 
 def plan_as_dict(
-    plan: Plan, needs: Forecast, timing: Timing | None, computing: Computing, fit: DeviceFit | None
+    plan: Plan,
+    recipe: Recipe,
+    needs: Forecast,
+    timing: Timing | None,
+    computing: Computing,
+    fit: DeviceFit | None,
 ) -> dict[str, Any]:
     """Everything, for machines."""
+    from llmquant.planning.forecast import training_bytes
+
     return {
         "model_type": plan.model_type,
         "format": plan.format,
@@ -53,6 +61,13 @@ def plan_as_dict(
         "device_fits_with": fit and fit.change,
         "disk_bytes": needs.disk,
         "seconds": None if timing is None else timing.total,
+        "training": None
+        if recipe.qat is None
+        else {
+            "size": recipe.qat.size,
+            "steps": recipe.qat.steps,
+            "bytes": training_bytes(plan, recipe),
+        },
         "notes": list(plan.notes),
     }
 
@@ -83,6 +98,23 @@ def needs_rows(
         return [*rows, ("time", "not measured; --measure times two blocks here")]
     blocks = f"{timing.blocks} blocks, {timing.first:.1f} s for the first and {timing.later:.1f} s for the second"
     return [*rows, ("time", f"about {_spoken(timing.total)}: {blocks}")]
+
+
+def training_rows(plan: Plan, recipe: Recipe) -> list[tuple[str, str]]:
+    """What a recipe does after rounding, and that the rows about rounding leave it out."""
+    from llmquant.planning.forecast import training_bytes
+
+    if recipe.qat is None:
+        return []
+    kept = training_bytes(plan, recipe)
+    more = f" takes {_size(kept)} of memory for {recipe.qat.size}, and" if kept else " takes"
+    return [
+        (
+            "training",
+            f"{recipe.qat.steps} steps follow, which memory, disk and time here leave out: training{more} "
+            "room for a batch's activations and for the original's logits on disk (docs/qat.md)",
+        )
+    ]
 
 
 def _on_device(needs: Forecast, computing: Computing, fit: DeviceFit | None) -> tuple[str, str]:

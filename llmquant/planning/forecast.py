@@ -19,12 +19,16 @@ phase's copies were counted in the code and checked against the kernel's count o
   kept for the backward pass;
 - *copying* a tensor that is not quantized: one mapping of it.
 
+A recipe that trains does so after that, and what training takes is not in these phases but for its
+latents (:func:`training_bytes`): the rest goes by text and windows.
+
 ``LIBRARIES`` is what the process has before it reads a weight.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +45,8 @@ from llmquant.recipe import Recipe
 LIBRARIES = 480_000_000
 """Bytes resident once torch and transformers are loaded and a block has run; measured on Linux,
 torch 2.13 for CPUs."""
+# Latents or adapters, gradients, two moments and the best state.
+_BYTES_OF_TRAINING = {"scales": 0, "codes": 20, "lora": 2}
 _ANY = torch.bfloat16  # mixtures of experts run without weights in this dtype only
 
 
@@ -140,6 +146,15 @@ def device_fit(plan: Plan, recipe: Recipe, itemsize: int, memory: int) -> Device
         if forecast(plan, changed, size).device_peak <= memory:
             return DeviceFit(memory, change is None, change)
     return DeviceFit(memory, fits=False)
+
+
+def training_bytes(plan: Plan, recipe: Recipe) -> int | None:
+    """Bytes that training keeps for every weight of the quantized linears, beside the model and the
+    activations of a batch; None where the recipe does not train."""
+    if recipe.qat is None:
+        return None
+    weights = sum(math.prod(m.shape) for m in plan.linears)
+    return _BYTES_OF_TRAINING[recipe.qat.size] * weights
 
 
 def running_bytes(model: str | os.PathLike[str], weights: int, tokens: int | None = None) -> int:

@@ -76,6 +76,29 @@ def test_json_is_one_object_and_nothing_else(run: Run, model: Path, text: Path) 
         assert isinstance(json.loads(answered.out), dict)
 
 
+TRAINED = """
+qat: {size: codes, steps: 2, batch_size: 2, micro_batch: 1, seqlen: 32, heldout: 2, checks: 1}
+"""
+
+
+def test_a_recipe_that_trains_is_planned_as_one_and_says_nothing_but_its_result(
+    run: Run, model: Path, text: Path
+) -> None:
+    Path("short.yaml").write_text(TRAINED)
+    command = ("--recipe", "short.yaml", *GPTQ, "--calibration", f"file:{text}")
+    planned = json.loads(run("plan", model, *command, "--json").out)
+    weights = sum(m["shape"][0] * m["shape"][1] for m in planned["modules"])
+    assert planned["training"] == {"size": "codes", "steps": 2, "bytes": 20 * weights}
+    said = run("plan", model, *command).out
+    assert re.search(r"training +2 steps follow, which memory, disk and time here leave out", said)
+    assert json.loads(run("plan", model, *GPTQ, "--json").out)["training"] is None
+    ran = run("quantize", model, "-o", "out", *command, "--json")
+    assert (ran.code, "Loading" in ran.err) == (0, False)
+    assert json.loads(ran.out)["qat"]["steps"] == 2
+    again = run("verify", "out", "--rerun", "--model", model, "--quiet")
+    assert (again.code, again.err) == (0, "")
+
+
 TUNED = ("--method", "gptq+tune", "--recipe", "short.yaml", *GPTQ)
 SHORT = "tune: {steps: 4, checks: 2, lr: 0.01, batch_size: 2}\n"
 

@@ -46,6 +46,7 @@ from llmquant.cli.planned import (
     plan_as_dict,
     show_budget,
     show_plan,
+    training_rows,
 )
 from llmquant.cli.sizes import parse_size
 from llmquant.errors import UsageError
@@ -144,11 +145,12 @@ def _say_plan(given: Mapping[str, Any], chosen: Recipe, default: DefaultRecipe |
     timing = _timed(model, chosen, computing) if given["measure"] else None
     if given["as_json"]:
         facts = {"chosen_recipe": default.name if default else None}
-        facts |= plan_as_dict(plan, needs, timing, computing, fit)
+        facts |= plan_as_dict(plan, chosen, needs, timing, computing, fit)
         sys.stdout.write(json.dumps(facts) + "\n")
     else:
         reason = [] if default is None else [("recipe", default.sentence)]
-        show_plan(plan, given["modules"], [*reason, *needs_rows(needs, timing, computing, fit)])
+        rows = [*needs_rows(needs, timing, computing, fit), *training_rows(plan, chosen)]
+        show_plan(plan, given["modules"], [*reason, *rows])
 
 
 def _say_budget(given: Mapping[str, Any], chosen: Recipe) -> None:

@@ -185,10 +185,13 @@ def _run(
     hidden: bool,
 ) -> None:
     """Quantize, and say what came of it in the first of the processes."""
+    from transformers.utils import logging as transformers_logging
+
     from llmquant.quantization.options import Events
     from llmquant.runtime.distributed import joined
     from llmquant.training.stage import quantize
 
+    transformers_logging.disable_progress_bar()  # of the models that a recipe's training loads
     started = time.perf_counter()
     with joined(options.world), stoppable(), progress(hidden=hidden) as events:
         result = quantize(

@@ -94,9 +94,12 @@ def _rerun(
     folder: Path, model: str | None, calibration: str | None, device: str | None, shard: int
 ) -> list[str]:
     """Repeat the run; what was different about it although the bytes are the same."""
+    from transformers.utils import logging as transformers_logging
+
     from llmquant.quantization.rerun import demand_same
     from llmquant.training.stage import rerun
 
+    transformers_logging.disable_progress_bar()  # of the models that a recipe's training loads
     comparison = rerun(folder, model, calibration=calibration, device=device, max_shard_size=shard)
     demand_same(folder, comparison)
     return list(comparison.circumstances)
