@@ -167,7 +167,7 @@ class Trial:
             step.target, widths, engine=engine, device=self.request.device, store_dtype="auto"
         )
         recipe = llmquant.allocate(self.request.model, step.recipe, options, events).recipe
-        kept.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+        llmquant.write_file(kept, yaml.safe_dump(recipe.model_dump(mode="json")))
         return llmquant.load_recipe(kept)
 
     def _quantized(
@@ -181,7 +181,8 @@ class Trial:
             evaluation=heldout,
             max_memory=self.request.max_memory,
         )
-        states = (f".{folder.name}.resume", f"..{folder.name}.start.resume", f".{folder.name}.qat")
+        rounded = f".{folder.name}.start"
+        states = (f".{folder.name}.resume", f".{rounded}.resume", rounded, f".{folder.name}.qat")
         saved = any(folder.with_name(name).exists() for name in states)
         try:
             return llmquant.quantize(self.request.model, folder, recipe, options, events)
