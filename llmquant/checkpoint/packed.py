@@ -100,16 +100,24 @@ class PackedCheckpoint:
         return module if packed else None
 
     def shape(self, name: str) -> tuple[int, int]:
-        """``(out, in)`` of a packed module, from headers.
+        """``(out, in)`` of a packed module, from headers. Where one scale holds for a row they tell
+        the width only to the next full word; then the shape that the layout notes is read.
 
         Raises:
             FormatError: a tensor of the layout is missing.
         """
+        scheme = self.schemes[name]
         shapes = {s: self.reader.info(full).shape for s, full in self.tensors[name].items()}
         try:
-            return self.layout.shape_of(shapes, self.schemes[name])
+            out_features, in_features = self.layout.shape_of(shapes, scheme)
         except FormatError as e:
             raise type(e)(f"{self.reader.path}: {name}: {e}") from e
+        if scheme.spec.group_size is None and {"weight_shape", "weight_packed"} <= shapes.keys():
+            noted = self.reader.read(self.tensors[name]["weight_shape"]).reshape(-1).tolist()
+            spare = -(-32 // scheme.spec.bits)  # codes that a last word may have to spare, and one
+            if len(noted) == 2 and 0 <= in_features - noted[1] < spare and noted[1] > 0:
+                in_features = int(noted[1])
+        return out_features, in_features
 
     def nbytes(self, name: str) -> int:
         """Of a packed module's tensors, without the two numbers that only repeat its shape."""

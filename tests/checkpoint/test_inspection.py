@@ -86,6 +86,21 @@ def test_the_size_is_that_of_the_run(
     assert found.quantized == len(result.modules)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_width_that_fills_no_word_is_the_model_s(
+    make_model: Callable[..., Path], tmp_path: Path, bits: int
+) -> None:
+    """Headers tell it to the next word only, where one scale holds for a row."""
+    model = make_model(intermediate_size=45)
+    weights = {"bits": bits, "group_size": -1, "symmetric": True}
+    result = quantize(model, tmp_path / "q", Recipe(method="rtn").updated({"weights": weights}))
+    found, source = inspect(tmp_path / "q"), CheckpointReader(model)
+    shapes = {i.name: i.shape for i in found.modules}
+    assert shapes == {n: source.info(f"{n}.weight").shape for n in shapes}
+    assert found.parameters == inspect(model).parameters
+    assert found.bits_per_weight == pytest.approx(result.bits_per_weight, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "folder", sorted(p.name for p in GOLDEN.iterdir() if (p / "expected.safetensors").is_file())
 )
