@@ -30,15 +30,17 @@ _ANSWERS = "assistant"
 
 
 def answer_spans(
-    chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str, incomplete: Counter[str]
 ) -> tuple[str, list[tuple[int, int]]]:
     """The chat as text, and the characters ``[start, end)`` of each answer in it.
+
+    ``incomplete`` counts what the template leaves out of it.
 
     Raises:
         SourceError, NotRenderedError: what :func:`llmquant.data.template.render_chat` raises of the
             whole chat.
     """
-    text = render_chat(chat, tokenizer, source)
+    text = render_chat(chat, tokenizer, source, incomplete)
     spans = []
     for i, message in enumerate(chat.messages):
         if message.role != _ANSWERS or i == 0:
@@ -85,8 +87,7 @@ def learned_rows(
             if not learned.any():
                 dropped["chats without an answer that can be told from the rest"] += 1
                 continue
-            if lost:
-                partly["answers that cannot be told from the rest"] += lost
+            partly.update(lost)
         if not len(ids):
             dropped["no tokens"] += 1
             continue
@@ -96,9 +97,10 @@ def learned_rows(
 
 def _chat_row(
     chat: Chat, tokenizer: PreTrainedTokenizerBase, source: str
-) -> tuple[Ids, Learned, int]:
-    """Token ids, which of them are of answers, and how many answers are left out."""
-    text, spans = answer_spans(chat, tokenizer, source)
+) -> tuple[Ids, Learned, Counter[str]]:
+    """Token ids, which of them are of answers, and what of the chat is left out."""
+    lost: Counter[str] = Counter()
+    text, spans = answer_spans(chat, tokenizer, source, lost)
     if not tokenizer.is_fast:
         raise SourceError(
             f"{source} holds chats, and this tokenizer has no fast version to tell where answers stand in them; "
@@ -111,4 +113,6 @@ def _chat_row(
     for start, end in spans:
         learned |= (places[:, 0] >= start) & (places[:, 1] <= end) & (places[:, 1] > places[:, 0])
     answers = sum(m.role == _ANSWERS for m in chat.messages[1:])
-    return ids, learned, answers - len(spans)
+    if answers > len(spans):
+        lost["answers that cannot be told from the rest"] = answers - len(spans)
+    return ids, learned, lost

@@ -15,6 +15,7 @@ from tiny_models import EXAMPLE
 
 from llmquant.data.answers import learned_rows
 from llmquant.data.sources import Documents, read_documents
+from llmquant.data.tokenize import tokenize
 from llmquant.errors import QuantizationError, SourceError, UsageError
 from llmquant.models.from_folder import load_tokenizer
 from llmquant.recipe_sections import QAT
@@ -310,6 +311,26 @@ def test_of_chats_the_answers_count(tmp_path: Path) -> None:
         assert "She sleeps." in said
         assert "Who" not in said
         assert "then" not in said
+
+
+def test_what_a_template_leaves_out_of_a_chat_is_told_as_calibration_tells_it(
+    tmp_path: Path,
+) -> None:
+    turns = [{"role": "user", "content": "Who is it?"}, {"role": "assistant", "content": "A cat."}]
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
+    rows = [{"messages": turns, "tools": tools}, {"messages": turns * 40}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    section = QAT.model_validate({"seqlen": 16, "batch_size": 2, "heldout": 2, "micro_batch": 1})
+    tokenizer = load_tokenizer(EXAMPLE)
+    text = read_text(
+        section, f"jsonl:{path}", tokenizer, seed=0, vocab_size=4096, max_positions=None
+    )
+    dropped, incomplete = Counter[str](), Counter[str]()
+    list(tokenize(read_documents(f"jsonl:{path}"), tokenizer, dropped, incomplete=incomplete))
+    assert incomplete == {"chats whose tools the chat template leaves out": 1}
+    assert "  partly   1 chats whose tools the chat template leaves out" in text.lines
+    assert not any("dropped" in line and "tools" in line for line in text.lines)
 
 
 def test_a_chat_without_answers_is_counted() -> None:

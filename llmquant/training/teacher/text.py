@@ -138,6 +138,7 @@ def read_text(
         f"  training {len(chosen):,} of {len(windows):,} windows of {options.seqlen:,} tokens",
         f"  held out {len(kept_out):,} windows{of}",
         *([f"  dropped  {counted(facts.dropped)}"] if facts.dropped else []),
+        *([f"  partly   {counted(facts.partly)}"] if facts.partly else []),
         *_overlap([c[0] for c in chosen], evaluation, tokenizer),
     ]
     return TrainingText(
@@ -210,13 +211,14 @@ def _held_out(
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """Of a source: its name, its hash, its tokens, the rows that were left out, and where its
-    windows begin."""
+    """Of a source: its name, its hash, its tokens, the rows that were left out and what was left
+    out of others, and where its windows begin."""
 
     source: str
     sha256: str
     tokens: int
     dropped: dict[str, int]
+    partly: dict[str, int]
     places: list[int]
 
 
@@ -226,7 +228,8 @@ def _windows(
     """All windows with something to learn in them, in order."""
     documents = read_documents(source)
     dropped = Counter(documents.dropped)
-    rows = learned_rows(documents, tokenizer, dropped, dropped)
+    partly: Counter[str] = Counter()
+    rows = learned_rows(documents, tokenizer, dropped, partly)
     stream = np.concatenate([ids for ids, _ in rows]) if rows else np.zeros(0, np.int64)
     learned = np.concatenate([mask for _, mask in rows]) if rows else np.zeros(0, np.bool_)
     if len(stream) and int(stream.max()) >= vocab_size:
@@ -243,7 +246,10 @@ def _windows(
         dropped["windows without an answer in them"] += empty
     lost = {reason: n for reason, n in sorted(dropped.items()) if n}
     places = [s.start for s in kept]
-    return windows, _Facts(documents.source, documents.sha256, len(stream), lost, places)
+    kept_partly = dict(sorted(partly.items()))
+    return windows, _Facts(
+        documents.source, documents.sha256, len(stream), lost, kept_partly, places
+    )
 
 
 def _too_little(facts: _Facts, has: int, wanted: int, kept: int, seqlen: int) -> str:
