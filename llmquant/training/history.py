@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmquant.checkpoint.atomic import disk
-from llmquant.training.saved import Course
+from llmquant.training.state.saved import Course
 
 _RESOLUTION = 150
 

@@ -30,8 +30,8 @@ from llmquant.models.experts import ExpertList
 from llmquant.recipe_sections import QAT
 from llmquant.runtime import signals as interruption
 from llmquant.training.options import QatEvents, TrainingStep
-from llmquant.training.saved import Course, SavedTraining, moments, put_moments
 from llmquant.training.schedule import measured_at, rate, windows_of
+from llmquant.training.state.saved import Course, SavedTraining, moments, put_moments
 from llmquant.training.student import Student
 from llmquant.training.teacher.loss import divergence, hidden_error, next_token_loss
 from llmquant.training.teacher.targets import TargetSource

@@ -47,7 +47,7 @@ from llmquant.training.result import (
     trained_recipe,
     write_trained,
 )
-from llmquant.training.saved import Course, SavedTraining
+from llmquant.training.state.saved import Course, SavedTraining
 from llmquant.training.student import Student, make_student, wants_checkpointing
 from llmquant.training.teacher.targets import TargetSource, Teacher
 from llmquant.training.teacher.text import Calibrated, TrainingText

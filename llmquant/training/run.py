@@ -23,7 +23,7 @@ from llmquant.runtime import signals as interruption
 from llmquant.training.history import TrainingLog
 from llmquant.training.options import QatEvents, QatOptions, QatResult
 from llmquant.training.prepared import prepare
-from llmquant.training.saved import SavedTraining
+from llmquant.training.state.saved import SavedTraining
 
 
 def qat(

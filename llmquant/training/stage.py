@@ -26,9 +26,9 @@ from llmquant.quantization.state.resume import state_of
 from llmquant.recipe import Recipe
 from llmquant.training.beforehand import check_recipe
 from llmquant.training.options import QatEvents, QatOptions
-from llmquant.training.rounded import RoundedFolder, facts_of
 from llmquant.training.run import qat
-from llmquant.training.saved import SavedTraining
+from llmquant.training.state.rounded import RoundedFolder, facts_of
+from llmquant.training.state.saved import SavedTraining
 
 
 def quantize(

@@ -31,8 +31,8 @@ from llmquant.recipe_sections import QAT
 from llmquant.training.layers.latent import LatentLinear
 from llmquant.training.layers.linear import TrainedLinear
 from llmquant.training.options import QatEvents, QatOptions, TrainingStep
-from llmquant.training.saved import Course, SavedTraining, moments, put_moments
 from llmquant.training.stage import quantize, rerun
+from llmquant.training.state.saved import Course, SavedTraining, moments, put_moments
 
 
 def hashes(folder: Path) -> dict[str, str]:
