@@ -7,7 +7,9 @@ A source is one string:
     file:PATH                        one UTF-8 file, which is one document
     jsonl:PATH[#FIELD]               one JSON object (or string) a line
     json:PATH[#FIELD]                one JSON list of strings or objects
-    PATH                             an existing file; .jsonl, .json, others as ``file:``
+    csv:PATH[#FIELD]                 a table whose first line names its columns; tabs in a .tsv
+    parquet:PATH[#FIELD]             a table
+    PATH                             an existing file, by its suffix; others as ``file:``
 
 FIELD, where it is left out, is ``text`` if the records have it, else ``messages``. A value is a
 text, or a chat: a list of ``{"role", "content"}``, with a column ``tools`` beside it where tools
@@ -34,23 +36,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from llmquant.checkpoint.atomic import refuse_held
 from llmquant.data.chats import Chat, NotAChatError, is_unicode, parse_chat
-from llmquant.data.local_files import MAX_BYTES, file_records, json_records, jsonl_records
+from llmquant.data.local_files import MAX_BYTES, READERS
 from llmquant.errors import SourceError
 
-GRAMMAR = "hf:NAME[:CONFIG]:SPLIT[:FIELD], file:PATH, jsonl:PATH#FIELD or json:PATH#FIELD"
+GRAMMAR = (
+    "hf:NAME[:CONFIG]:SPLIT[:FIELD], file:PATH, or PATH#FIELD after jsonl:, json:, csv: or parquet:"
+)
 DEFAULT_FIELDS = ("text", "messages")
 TOOLS = "tools"
 """The column with the tools that a chat was offered."""
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)([._-][\w.-]*)?(\[.*\])?(\+.*)?")
 _COLON = re.compile(r":(?![^\[]*\])")  # a colon inside train[:10] is not a separator
-_SUFFIXES: Mapping[str, Literal["jsonl", "json"]] = {
-    ".jsonl": "jsonl",
+Kind: TypeAlias = Literal["hf", "file", "jsonl", "json", "csv", "parquet"]
+_RECORDS: Mapping[str, Kind] = {k: k for k in get_args(Kind) if k not in ("hf", "file")}
+_SUFFIXES: Mapping[str, Kind] = {
+    **{f".{name}": kind for name, kind in _RECORDS.items()},
     ".ndjson": "jsonl",
-    ".json": "json",
+    ".tsv": "csv",
 }
 
 
@@ -62,7 +68,7 @@ class Source:
     """A parsed source string. ``name`` is a path or a dataset name; ``config`` and ``split`` belong
     to ``hf``."""
 
-    kind: Literal["hf", "file", "jsonl", "json"]
+    kind: Kind
     name: str
     field: str | None = None
     config: str | None = None
@@ -155,13 +161,13 @@ def parse_source(source: str) -> Source:
     kind, _, rest = source.partition(":")
     if kind == "hf":
         return _parse_hf(source, _COLON.split(rest))
-    if kind in ("jsonl", "json", "file") and not rest:
+    if (kind == "file" or kind in _RECORDS) and not rest:
         raise SourceError(f"{source!r} names no path; write {GRAMMAR}")
     if kind == "file":
         return Source("file", rest)
-    if kind in ("jsonl", "json"):
+    if kind in _RECORDS:
         path, _, name = rest.partition("#")
-        return Source("jsonl" if kind == "jsonl" else "json", path, name or None)
+        return Source(_RECORDS[kind], path, name or None)
     path, _, name = source.partition("#") if not Path(source).is_file() else (source, "", "")
     suffix = Path(path).suffix.lower()
     if Path(path).is_dir():
@@ -238,8 +244,7 @@ def _records(source: Source) -> Iterator[object]:
 
         fields = (source.field,) if source.field else DEFAULT_FIELDS
         return hf_records(source.name, source.config, source.split, fields, TOOLS)
-    readers = {"file": file_records, "jsonl": jsonl_records, "json": json_records}
-    return readers[source.kind](Path(source.name))
+    return READERS[source.kind](Path(source.name))
 
 
 def _collect(records: Iterable[object], source: Source) -> Documents:

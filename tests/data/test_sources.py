@@ -11,6 +11,8 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from llmquant.data import hub_datasets as hub_text
@@ -129,6 +131,9 @@ def test_grammar_refuses(text: str, message: str) -> None:
         pytest.param("a.jsonl", "", ("jsonl", None), id="jsonl"),
         pytest.param("a.ndjson", "#q", ("jsonl", "q"), id="ndjson with field"),
         pytest.param("a.json", "", ("json", None), id="json"),
+        pytest.param("a.CSV", "", ("csv", None), id="csv"),
+        pytest.param("a.tsv", "#q", ("csv", "q"), id="tsv with field"),
+        pytest.param("a.parquet", "#q", ("parquet", "q"), id="parquet with field"),
         pytest.param("a.txt", "", ("file", None), id="txt"),
         pytest.param("a", "", ("file", None), id="no suffix"),
         pytest.param("a#1.txt", "", ("file", None), id="a hash in an existing name"),
@@ -336,12 +341,69 @@ def test_local_errors(
         read_documents(source)
 
 
-@pytest.mark.parametrize("kind", ["file", "jsonl", "json"])
+@pytest.mark.parametrize("kind", ["file", "jsonl", "json", "csv", "parquet"])
 def test_missing_file(kind: str) -> None:
     with pytest.raises(
         SourceError, match="nowhere cannot be read: No such file or directory; check the path"
     ):
         read_documents(f"{kind}:nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "rows", "dropped"),
+    [
+        pytest.param(
+            "t.csv",
+            b'\xef\xbb\xbfid,text\r\n1,"a, ""b""\r\nc"\r\n2, NA \r\n3,1.0\r\n4\r\n\r\n5,\r\n',
+            ['a, "b"\r\nc', " NA ", "1.0", ""],
+            {"null": 1},
+            id="values are texts, as they stand; a short row has none",
+        ),
+        pytest.param("t.tsv", b"text\tn\na, b\t1\n", ["a, b"], {}, id="tabs"),
+    ],
+)
+def test_tables_of_text(
+    tmp_path: Path, name: str, data: bytes, rows: list[str], dropped: dict[str, int]
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    read = read_documents(str(tmp_path / name))
+    assert (list(read.rows), dict(read.dropped)) == (rows, dropped)
+    assert read.source == f"csv:{tmp_path / name}#text"
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", None, "b"], "chat": [HI, None, HI], "n": [1, 2, 3]}), path
+    )
+    texts, chats = read_documents(str(path)), read_documents(f"parquet:{path}#chat")
+    assert (texts.rows, dict(texts.dropped)) == (("a", "b"), {"null": 1})
+    assert (chats.rows, dict(chats.dropped)) == ((CHAT, CHAT), {"null": 1})
+    with pytest.raises(SourceError, match=r"has no field 'q'; its fields: text, chat, n"):
+        read_documents(f"{path}#q")
+
+
+@pytest.mark.parametrize(
+    ("source", "data", "message"),
+    [
+        ("csv:F", b"text,text\na,b\n", r"F: its first line must name every column, each once"),
+        ("csv:F", b"text,\na,b\n", r"F: its first line must name every column, each once"),
+        ("csv:F", b"text\na, b\n", r"F:2 has 2 values for 1 columns; .*plain text: file:F"),
+        ("csv:F", b'text\n"a\n', r"F:2 is not CSV: unexpected end of data; correct it"),
+        ("csv:F", b"id\n1\n", r"has no field 'text' or 'messages'; its fields: id"),
+        ("csv:F", b"text\n\xff\n", r"F is not UTF-8 at byte 5"),
+        ("csv:F", b"", r"contains no row of text: no records at all"),
+        ("parquet:F", b"text\na\n", r"F is not Parquet: .*; check the file"),
+        ("parquet:F", b"", r"F is not Parquet: .*; check the file"),
+    ],
+)
+def test_damaged_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, data: bytes, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("F").write_bytes(data)
+    with pytest.raises(SourceError, match=message):
+        read_documents(source)
 
 
 def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
