@@ -342,6 +342,22 @@ def test_a_chat_without_answers_is_counted() -> None:
     assert list(dropped.values()) == [1]
 
 
+@pytest.mark.parametrize("content", [None, "", " \n"])
+def test_an_empty_answer_is_none(content: str | None) -> None:
+    """Its only token would be the end of the turn."""
+    from llmquant.data.chats import parse_chat
+
+    asked, said = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}
+    chat = parse_chat([asked, {"role": "assistant", "content": content}, asked, said])
+    dropped, partly = Counter[str](), Counter[str]()
+    tokenizer = load_tokenizer(EXAMPLE)
+    ((ids, learned),) = learned_rows(Documents.of([chat], "x"), tokenizer, dropped, partly)
+    text = tokenizer.decode(ids[learned])
+    assert text.count("A cat.") == 1
+    assert len(text) < len("A cat.") + 20
+    assert (dropped, partly) == ({}, {"empty answers": 1})
+
+
 def test_every_epoch_shows_every_window_once() -> None:
     seen = [i for step in range(5) for i in windows_of(step, 10, 2, 0)]
     assert sorted(seen) == list(range(10))
