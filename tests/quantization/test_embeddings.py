@@ -392,6 +392,7 @@ def test_scaled_embeddings_keep_their_scale(rtn: Recipe, tmp_path: Path) -> None
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS["gemma3_text"])
     config.tie_word_embeddings = True
+    config.pad_token_id = 3
     AutoModelForCausalLM.from_config(config).half().save_pretrained(tmp_path / "source")
     recipe = rtn.updated({"weights.group_size": 16, "embeddings": {"bits": 8}})
     folder = quantize(tmp_path / "source", tmp_path / "out", recipe).path

@@ -43,8 +43,10 @@ def scale_of(module: nn.Embedding) -> float | None:
     random = torch.Generator().manual_seed(0)
     row = torch.randn(1, module.embedding_dim, generator=random, device="cpu")
     ids = torch.zeros(1, dtype=torch.int64, device="cpu")
+    # torch wants the padding token among the rows: one row, seen as that many, takes no memory.
+    rows = 1 + (module.padding_idx or 0)
     one, drawn = (
-        torch.func.functional_call(module, {"weight": weight}, (ids,))
+        torch.func.functional_call(module, {"weight": weight.expand(rows, -1)}, (ids,))
         for weight in (torch.ones_like(row), row)
     )
     scale = one.reshape(-1)[:1]
