@@ -14,13 +14,14 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from llmquant.errors import LlmquantError, UsageError
+from llmquant.errors import LlmquantError, SourceError, UsageError
 from llmquant_eval.report.paired import mcnemar, paired_metric, with_pairs
 from llmquant_eval.report.results import TaskMetric, TaskResult
 from llmquant_eval.report.schema import Report
 from llmquant_eval.report.table import side_tables
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.request import Request
+from llmquant_eval.tasks.local_data import check_local_data
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
@@ -242,8 +243,8 @@ def test_nothing_is_drawn_across_our_own_progress(
         ),
         pytest.param(
             {"tasks": f"piqa_local={DATA / 'arc.jsonl'}"},
-            LlmquantError,
-            "cannot run piqa_local: .*goal",
+            UsageError,
+            "arc.jsonl, line 1: goal is no text; piqa_local cannot use it",
             id="other fields",
         ),
     ],
@@ -253,6 +254,73 @@ def test_misuse(
 ) -> None:
     with pytest.raises(error, match=message):
         evaluate(Request((str(tiny_llama),), cost=False, **options))
+
+
+_ARC_ROW = {
+    "question": "q",
+    "choices": {"text": ["a", "b"], "label": ["1", "2"]},
+    "answerKey": "2",
+}
+_PIQA_ROW = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
+_CHOICE_ROW = {"question": "q", "choices": ["a", "b"], "answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "says"),
+    [
+        ("arc_easy_local", _ARC_ROW | {"question": None}, "question is no text"),
+        ("arc_easy_local", _ARC_ROW | {"choices": ["a", "b"]}, "choices is no object"),
+        ("arc_easy_local", _ARC_ROW | {"answerKey": "C"}, "answerKey is not one of the labels"),
+        (
+            "arc_easy_local",
+            _ARC_ROW | {"choices": {"text": ["a", "b", "c"], "label": ["1", "2"]}},
+            "not one label for each text",
+        ),
+        ("piqa_local", _PIQA_ROW | {"sol2": ""}, "sol2 is no text"),
+        ("piqa_local", _PIQA_ROW | {"label": -1}, "label is not the place"),
+        ("piqa_local", _PIQA_ROW | {"label": "1"}, "label is not the place"),
+        ("lambada_local", {"text": "the last word "}, "text ends in white space"),
+        ("lambada_local", {"text": "word"}, "text is one word"),
+        ("choice_local", _CHOICE_ROW | {"answer": "b"}, "an integer from 0 to 1"),
+        ("choice_local", _CHOICE_ROW | {"answer": 2}, "an integer from 0 to 1"),
+        ("choice_local", _CHOICE_ROW | {"answer": True}, "an integer from 0 to 1"),
+        ("choice_local", _CHOICE_ROW | {"choices": ["a"]}, "no list of two texts or more"),
+        ("choice_local", _CHOICE_ROW | {"choices": ["a", ""]}, "no list of two texts or more"),
+    ],
+)  # fmt: skip
+def test_a_row_that_no_model_could_get_right_is_refused(
+    task: str, row: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    good = {"arc": _ARC_ROW, "piqa": _PIQA_ROW, "choice": _CHOICE_ROW, "lambada": {"text": "a b"}}
+    file = tmp_path / "mine.jsonl"
+    lines = [json.dumps(good[task.partition("_")[0]]), "", json.dumps(row)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UsageError, match=f"mine.jsonl, line 3: .*{says}"):
+        check_local_data(task, file)
+
+
+def test_a_file_without_items_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.touch()
+    with pytest.raises(SourceError, match=r"mine\.jsonl is empty"):
+        evaluate(Request((str(tiny_llama),), tasks=f"choice_local={file}", cost=False))
+
+
+def test_a_question_of_digits_is_a_question(tiny_llama: Path, tmp_path: Path) -> None:
+    """lm-eval took its number for a choice, and asked for the digits after that choice."""
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "1", "choices": ["2", "the house"], "answer": 0}\n', "utf-8")
+    evaluate(
+        Request(
+            (str(tiny_llama),), tasks=f"choice_local={file}", cost=False,
+            log_samples=str(tmp_path / "samples"),
+        )
+    )  # fmt: skip
+    (logged,) = (tmp_path / "samples").iterdir()
+    assert json.loads(logged.read_text(encoding="utf-8"))["arguments"] == [
+        ["1", " 2"],
+        ["1", " the house"],
+    ]
 
 
 def test_an_unknown_task_is_named(

@@ -10,7 +10,8 @@ import pytest
 from validate_kit import example, write_rows
 
 from llmquant.errors import SourceError, UsageError
-from llmquant_eval.validate.data import LONGEST, read_data
+from llmquant_eval.texts.json_lines import LONGEST
+from llmquant_eval.validate.data import read_data
 from llmquant_eval.validate.examples import Call
 
 OK = {"prompt": "hello"}
@@ -63,6 +64,7 @@ TURN = {"role": "user", "content": "hi"}
         ),
         pytest.param("[" * 100_000, "is not JSON", id="brackets"),
         pytest.param({"id": 1, "prompt": "again"}, "id '1' is that of line 1", id="same id"),
+        pytest.param({"prompt": "x", "answer": float("nan")}, "NaN is no JSON", id="NaN"),
         pytest.param(
             {"prompt": "x" * 10_000_000}, "longer than 4 MB; is it one object", id="10 MB"
         ),

@@ -34,6 +34,7 @@ import yaml
 from llmquant import replace_file
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.results import SampleFile, TaskMetric, TaskResult
+from llmquant_eval.tasks.local_data import check_local_data
 
 LOCAL_TASKS = Path(__file__).parent / "local"
 _ALLOW_PROGRAMS = "HF_ALLOW_CODE_EVAL"
@@ -56,8 +57,8 @@ def plan_tasks(
     """Find every task before a weight is read.
 
     Raises:
-        UsageError: lm-eval is not installed, a task, file or folder that does not exist, a task
-            that runs generated programs, a limit below 1.
+        UsageError: lm-eval is not installed, a task, file or folder that does not exist, a row of
+            a file that its task cannot use, a task that runs generated programs, a limit below 1.
         LlmquantError: a task does not fit its data.
     """
     if limit is not None and limit < 1:
@@ -181,6 +182,7 @@ def _local_task(text: str) -> dict[str, Any]:
         raise UsageError(f"--tasks {text} reads a file of yours; write {name}=FILE.jsonl")
     if not Path(file).is_file():
         raise UsageError(f"--tasks {text}: {file} is not a file; give a JSON Lines file")
+    check_local_data(name, Path(file))
     config: dict[str, Any] = yaml.safe_load(_local_file(name).read_text(encoding="utf-8"))
     return config | {"dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}}}
 

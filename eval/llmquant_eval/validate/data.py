@@ -1,20 +1,15 @@
-"""The file of the user's data, read line by line: JSON Lines with whatever byte-order mark, line
-ends and blank lines it has. An error names the line."""
+"""The file of the user's prompts. An error names the line."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmquant.errors import SourceError, UsageError
+from llmquant_eval.texts.json_lines import read_rows
 from llmquant_eval.validate.examples import KEYS, Example, example_of
-
-LONGEST = 4_000_000
-"""Bytes of a line: a prompt of a million tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +45,7 @@ def read_data(source: str, limit: int | None, system: str | None) -> Data:
     examples: list[Example] = []
     lines: dict[str, int] = {}
     digest, unknown, given = hashlib.sha256(), dict[str, None](), False
-    for line, row in _rows(path):
+    for line, row in read_rows(path):
         where = f"{source}, line {line}"
         example = example_of(row, line, where, system)
         if (first := lines.setdefault(example.id, line)) != line:
@@ -66,47 +61,3 @@ def read_data(source: str, limit: int | None, system: str | None) -> Data:
     return Data(
         source, tuple(examples), digest.hexdigest(), tuple(unknown), system if given else None
     )
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for line, raw in _lines(path):
-        where = f"{path}, line {line}"
-        try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-            row = json.loads(text) if text else None
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as e:
-            raise UsageError(
-                f"{where} is not Unicode: it has a \\ud… escape without its other half; remove it"
-            ) from e
-        except UnicodeDecodeError as e:
-            raise UsageError(f"{where} is not UTF-8 text: {e}; save the file as UTF-8") from e
-        except (ValueError, RecursionError) as e:
-            raise UsageError(
-                f"{where} is not JSON ({e}); the file must be JSON Lines: one object on each line"
-            ) from e
-        if not text:
-            continue
-        if not isinstance(row, dict):
-            kind = "a list" if isinstance(row, list) else "no object"
-            raise UsageError(
-                f"{where} is {kind}; the file must be JSON Lines: one object on each line"
-            )
-        yield line, row
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines by number; one is never held whole that is too long."""
-    try:
-        with path.open("rb") as f:
-            number = 0
-            while raw := f.readline(LONGEST + 1):
-                number += 1
-                if len(raw) > LONGEST:
-                    raise UsageError(
-                        f"{path}, line {number} is longer than {LONGEST // 10**6} MB; "
-                        "is it one object on each line? Shorten or remove that line"
-                    )
-                yield number, raw
-    except OSError as e:
-        raise SourceError(f"{path} cannot be read: {e}") from e
