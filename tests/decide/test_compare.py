@@ -138,6 +138,19 @@ def test_lower_is_better_turns_the_sign(run: Run, tmp_path):
     assert run("compare", *reversed(files)).code == 0
 
 
+def test_a_name_of_no_metric_among_those_of_which_less_is_better_is_refused(run: Run, tmp_path):
+    """Slower was SHIP where the list said ``second`` and the items ``seconds``."""
+    base = [{"seconds": 1 + i % 7 / 10} for i in range(400)]
+    slower = [{"seconds": 1.3 + i % 7 / 10} for i in range(400)]
+    lower = {"lower_is_better": ["second"]}
+    files = results(tmp_path, "a", base, **lower), results(tmp_path, "b", slower, **lower)
+    ran = run("compare", *files)
+    assert ran.code == 2
+    assert (
+        "lower_is_better names 'second', which no item has a score of; they have seconds" in ran.err
+    )
+
+
 def test_a_mean_of_zero_has_no_sign(run: Run, tmp_path):
     files = [results(tmp_path, n, [{"loops": 0.0}] * 400, lower_is_better=["loops"]) for n in "ab"]
     assert "0 % → 0 %, difference +0 points" in run("compare", *files).out

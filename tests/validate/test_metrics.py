@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ CITY = {
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
 RIGHT_CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+ON = {"name": "lamp", "arguments": {"on": 1}}
 WRONG_CALL = '{"name": "weather", "arguments": {"town": "Oslo"}}'
 SERVED = ({"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}},)
 CUT = ({"type": "function", "function": {"name": "weather", "arguments": '{"city": "Os'}},)
@@ -62,6 +64,11 @@ def score(name: str, row: dict[str, Any], text: str, **more: Any) -> float | Non
         ("tool_call", {"tool_call": CALL}, f"[TOOL_CALLS][{RIGHT_CALL}]", 1),
         ("tool_call", {"tool_call": CALL}, f"<tool_call>{WRONG_CALL}</tool_call>", 0),
         ("tool_call", {"tool_call": CALL}, "It is sunny.", 0),
+        ("tool_call", {"tool_call": ON | {"arguments": {"on": True}}}, json.dumps(ON), 0),
+        ("tool_call", {"tool_call": ON}, json.dumps(ON), 1),
+        ("exact_match", {"answer": {"ok": [True]}}, '{"ok": [true]}', 1),
+        ("exact_match", {"answer": {"ok": [True]}}, '{"ok": [1]}', 0),
+        ("exact_match", {"answer": {"ok": [1]}}, '{"ok": [1.0]}', 1),
         ("tool_call", {"tool_call": CALL}, f"[{RIGHT_CALL}, {RIGHT_CALL}]", 0),
         ("tool_call_valid", {"tools": TOOLS}, f"<tool_call>{RIGHT_CALL}</tool_call>", 1),
         ("tool_call_valid", {"tools": TOOLS}, f"<tool_call>{WRONG_CALL}</tool_call>", 0),

@@ -63,8 +63,8 @@ def validated(raw: dict[str, Any], source: Path) -> ItemResults:
     """Results from what their JSON says.
 
     Raises:
-        UsageError: something else, a score that is no number, an id that two items have; names the
-            item and the field.
+        UsageError: something else, a score that is no number, an id that two items have, a metric
+            of which less is better and no item has; names the item and the field.
     """
     try:
         results = ItemResults.model_validate(raw)
@@ -72,6 +72,13 @@ def validated(raw: dict[str, Any], source: Path) -> ItemResults:
         first = e.errors()[0]
         raise UsageError(f"{source}: {_place(raw, first['loc'])}: {first['msg']}") from e
     check_ids(results, source)
+    known = metrics_in(results)
+    for name in results.lower_is_better:
+        if name not in known:  # a metric whose name is misspelled there would be judged upside down
+            raise UsageError(
+                f"{source}: lower_is_better names {name!r}, which no item has a score of; "
+                f"they have {', '.join(sorted(known)) or 'none'}"
+            )
     return results
 
 

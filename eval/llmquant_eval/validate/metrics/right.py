@@ -72,9 +72,18 @@ def _same(said: str, right: str) -> bool:
     if not right.startswith(("{", "[")):
         return False
     try:
-        return bool(json.loads(unfenced(said)) == json.loads(right))
+        return same_json(json.loads(unfenced(said)), json.loads(right))
     except (ValueError, RecursionError):
         return False
+
+
+def same_json(one: object, other: object) -> bool:
+    """Whether two values are the same in JSON, where true is no 1."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_json(one[k], other[k]) for k in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_json, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
 def _stands_in(words: str, text: str) -> bool:

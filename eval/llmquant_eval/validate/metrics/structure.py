@@ -11,7 +11,7 @@ import regex
 from llmquant import NotAChatError
 from llmquant_eval.validate.answers import Answer, Measured
 from llmquant_eval.validate.examples import Call, Example, parsed_calls
-from llmquant_eval.validate.metrics.right import final, unfenced
+from llmquant_eval.validate.metrics.right import final, same_json, unfenced
 
 # Where a model's text says that a call follows: Hermes and Qwen, Mistral, Llama.
 _MARKS = regex.compile(
@@ -38,10 +38,15 @@ def tool_call(example: Example, measured: Measured) -> float:
         return 0.0
     left = list(example.calls)
     for call in calls:
-        if call not in left:
+        place = next((i for i, right in enumerate(left) if _same_call(call, right)), None)
+        if place is None:
             return 0.0
-        left.remove(call)
+        del left[place]
     return 1.0
+
+
+def _same_call(one: Call, other: Call) -> bool:
+    return one.name == other.name and same_json(one.arguments, other.arguments)
 
 
 def tool_call_valid(example: Example, measured: Measured) -> float:
