@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -231,6 +233,24 @@ def test_documents_stand_alone_and_share_out_their_words(tiny_llama) -> None:
     half = found.first(2)
     assert half.words is not None
     assert len(half.words) == half.layout.tokens < len(found.words)
+
+
+def few_words() -> Any:
+    """A tokenizer that drops what it does not know."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    known = Tokenizer(models.BPE(vocab={"w": 0, "</s>": 1}, merges=[]))
+    return PreTrainedTokenizerFast(tokenizer_object=known, eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "protocol", [RollingProtocol("word", 8), GptqProtocol(8)], ids=["word", "gptq"]
+)
+def test_a_text_of_no_tokens_is_refused(protocol: Any) -> None:
+    with pytest.raises(SourceError, match=r"no token|has 0 tokens") as caught:
+        make_stream(protocol, few_words(), Documents.of(["日本"], "file:x"), "file:x", None)
+    assert "--window" not in str(caught.value)
 
 
 def test_an_empty_row_still_counts_its_word(base_model) -> None:

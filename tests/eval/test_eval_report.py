@@ -124,6 +124,11 @@ def test_json_and_back() -> None:
             id="an unknown field inside",
         ),
         pytest.param(lambda d: d.pop("hardware"), "hardware: Field required", id="a missing field"),
+        pytest.param(
+            lambda d: d.update(reference="other"),
+            "reference: 'other' is none",
+            id="no such reference",
+        ),
         pytest.param(lambda d: d["text"].update(sha256="abc"), r"text\.sha256", id="no hash"),
         pytest.param(
             lambda d: d.update(created="2026-01-02T03:04:05"), "created", id="a time without a zone"

@@ -187,6 +187,14 @@ def test_what_cannot_be_asked_is_refused_before_weights_are_read(
         engine.check([task], lambda _: "line 7")
 
 
+@pytest.mark.parametrize("raw", [False, True], ids=["chat", "raw"])
+def test_a_text_of_no_tokens_is_not_scored(model: Path, raw: bool) -> None:
+    """Its log-probability of 0 would be the best of all choices."""
+    engine, task = engine_of(model, raw=raw), tasks("a ", texts=("b", ""))[0]
+    with pytest.raises(UsageError, match=r"line 7: the tokenizer makes no token of .* choice ''"):
+        engine.check([task], lambda _: "line 7")
+
+
 def test_a_model_without_a_template_continues_text_and_takes_no_conversation(
     base_folder: Path,
 ) -> None:

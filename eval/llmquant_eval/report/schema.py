@@ -169,8 +169,8 @@ class Report(Strict):
         """Parse a report.
 
         Raises:
-            UsageError: not JSON, another schema version, or fields that do not fit; names the
-                source and the field.
+            UsageError: not JSON, another schema version, fields that do not fit, or a reference
+                that is none of the models; names the source and the field.
         """
         try:
             raw = json.loads(text)
@@ -190,11 +190,17 @@ class Report(Strict):
                 "run the evaluation again"
             )
         try:
-            return cls.model_validate(raw)
+            report = cls.model_validate(raw)
         except ValidationError as e:
             first = e.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UsageError(f"{source}: {where}: {first['msg']}") from e
+        labels = [m.label for m in report.models]
+        if report.reference is not None and report.reference not in labels:
+            raise UsageError(
+                f"{source}: reference: {report.reference!r} is none of its models ({', '.join(labels)})"
+            )
+        return report
 
     def model(self, label: str) -> ModelResult:
         """The result with that label; raises KeyError."""

@@ -91,8 +91,8 @@ def make_stream(
     """The stream of a text for one protocol, at most ``limit`` windows of it.
 
     Raises:
-        SourceError: the text is empty or shorter than one window; for ``ppl/chat`` a row that is no
-            chat, or no answer in any.
+        SourceError: the text is empty, has no token, or is shorter than one window; for
+            ``ppl/chat`` a row that is no chat, or no answer in any.
         UsageError: a limit below 1, or a BOS in every window of a tokenizer that has none.
         CheckpointError: the protocol wants a prefix token and the tokenizer has none.
     """
@@ -106,9 +106,10 @@ def make_stream(
         windows = protocol.windows(len(ids))
         whole = TokenStream(protocol, ids, windows, len(windows))
     if not whole.windows:
+        fitting = f" or --window {len(whole.ids)} or less" if len(whole.ids) > 2 else ""
         raise SourceError(
             f"{source} has {len(whole.ids)} tokens, less than one window of {protocol.window}; "
-            f"give a longer text or --window {max(2, len(whole.ids))} or less"
+            f"give a longer text{fitting}"
         )
     wanted = whole if limit is None else whole.first(limit)
     return _with_bos(wanted, tokenizer) if protocol.bos else wanted
@@ -237,6 +238,8 @@ def _by_document(
         ids += [prefix, *tokens]
         words.append(np.full(len(tokens), count / len(tokens)))
         sizes.append(np.full(len(tokens), size / len(tokens)))
+    if not ids:
+        raise SourceError(f"the tokenizer makes no token of {source}; give a text that it knows")
     per_word, per_byte = np.concatenate(words), np.concatenate(sizes)
     return TokenStream(
         protocol, torch.tensor(ids, dtype=torch.int64), windows, len(windows),

@@ -76,6 +76,9 @@ class Prompts:
 
         Tokenized as one text, as lm-eval does; where a token would span both, apart. A plain prompt
         and its continuation are words with a space between.
+
+        Raises:
+            UsageError: the prompt or a continuation has no tokens.
         """
         prompt, before = self.text(task), self.ids(task)
         return [self._pair(prompt, before, text) for text in task.continuations]
@@ -86,6 +89,10 @@ class Prompts:
         whole = self._encode(prompt + text)
         if whole[: len(before)] != list(before) or len(whole) == len(before):
             after = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not after:  # its log-probability would be 0, better than that of any text
+                raise UsageError(
+                    f"the tokenizer makes no token of the answer or choice {text.strip()[:80]!r}"
+                )
             whole = [*before, *after]
         return len(before), whole
 

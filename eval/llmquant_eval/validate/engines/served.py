@@ -72,7 +72,7 @@ class ServedEngine:
                 )
             try:
                 if self._prompts is not None and task.continuations:
-                    self._prompts.ids(task)
+                    self._prompts.pairs(task)
             except UsageError as e:
                 raise UsageError(f"{where(task)}: {e}") from e
         return []
