@@ -147,6 +147,21 @@ def test_what_is_no_suite_is_refused_with_the_place(
     assert "suite.yaml" in str(caught.value)
 
 
+def test_a_section_with_nothing_in_it_is_not_given(tmp_path: Path) -> None:
+    """``models:`` whose entries are all commented out is null in YAML."""
+    file = tmp_path / "suite.yaml"
+    file.write_text(
+        "description:\nmodels:\nrecipes:\ntexts:\nprotocols:\ncost:\nnoise_floor:\n"
+        "calibration:\ntasks: {names: [arc_easy], limit: }\n",
+        encoding="utf-8",
+    )
+    read = load_suite(str(file))
+    assert read == Suite.model_validate({"tasks": {"names": ["arc_easy"]}})
+    file.write_text("tasks: {names: [arc_easy]}\nmodel:\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="model: there is no such key"):
+        load_suite(str(file))
+
+
 def test_null_is_auto() -> None:
     suite = Suite.model_validate(
         {

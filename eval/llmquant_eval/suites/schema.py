@@ -36,7 +36,16 @@ LONGEST_LABEL = 100
 
 
 class _Strict(BaseModel):
+    """Unknown keys are errors; a key whose value is null, or left out below it, is not given."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
 
 
 class SuiteModel(_Strict):
@@ -125,11 +134,6 @@ class Suite(_Strict):
     noise_floor: bool = True
     cache_form: str | None = None
     outputs: Outputs | None = None
-
-    @field_validator("dtype", "device", "kernel", mode="before")
-    @classmethod
-    def _null_is_auto(cls, value: object) -> object:
-        return "auto" if value is None else value
 
     @field_validator("recipes")
     @classmethod
