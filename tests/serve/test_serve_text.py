@@ -117,14 +117,15 @@ class Scripted:
             self.closed = True
 
 
-def written(tokenizer, text, stops, per_step=1):
+def written(tokenizer, text, stops, per_step=1, min_tokens=0):
     ids = tokenizer.encode(text, add_special_tokens=False)
     groups = [ids[i : i + per_step] for i in range(0, len(ids), per_step)]
     steps = [Step(tuple(map(Token, g)), "length" if g is groups[-1] else None) for g in groups]
     engine = Scripted(steps)
 
     async def main():
-        return [piece async for piece in write(engine, tokenizer, [0], Sampling(), stops)]
+        sampling = Sampling(min_tokens=min_tokens)
+        return [piece async for piece in write(engine, tokenizer, [0], sampling, stops)]
 
     return asyncio.run(main()), engine, ids
 
@@ -152,6 +153,22 @@ def test_writing_ends_at_stop_strings(tokenizer, stops, expected, per_step):
     assert made == ids[: len(made)]
     assert pieces[-1].generated == len(made)
     assert engine.closed
+
+
+@pytest.mark.parametrize("per_step", [1, 3], ids=["token by token", "three at a time"])
+@pytest.mark.parametrize("stops", [["o"], ["two"], ["o ", "zz"], ["xone", "one"], [" three, five"]])
+def test_a_stop_string_within_min_tokens_is_text(tokenizer, stops, per_step):
+    """The slow twin: a stop string counts if its end came after so many tokens."""
+    whole = "one two three, one two three"
+    ids = tokenizer.encode(whole, add_special_tokens=False)
+    for least in range(len(ids) + 1):
+        pieces, _, _ = written(tokenizer, whole, stops, per_step, min_tokens=least)
+        before = len(tokenizer.decode(ids[:least]))
+        hits = [at for s in stops for at in range(len(whole))
+                if whole.startswith(s, at) and at + len(s) > before]  # fmt: skip
+        assert "".join(p.text for p in pieces) == whole[: min(hits, default=len(whole))]
+        assert pieces[-1].finish == ("stop" if hits else "length")
+        assert pieces[-1].generated >= min(least, len(ids))
 
 
 @pytest.fixture(scope="module")

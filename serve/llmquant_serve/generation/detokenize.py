@@ -89,11 +89,17 @@ class StopStrings:
         self._pending = ""  # held back: it may be the beginning of a stop string
         self.matched: str | None = None
 
-    def add(self, text: str) -> str:
-        """The text that can be emitted now that ``text`` has arrived."""
+    def add(self, text: str, *, ends: bool = True) -> str:
+        """The text that can be emitted now that ``text`` has arrived.
+
+        Args:
+            ends: a stop string whose end is in ``text`` stops; else it is text like any other.
+        """
+        held = len(self._pending)
         pending = self._pending + text
-        matches = [(pending.index(s), s) for s in self._stops if s in pending]
-        if matches:
+        found = [(pending.find(s, max(0, held - len(s) + 1)), s) for s in self._stops]
+        matches = [(at, s) for at, s in found if at >= 0]
+        if matches and ends:
             end, self.matched = min(matches)
             self._pending = ""
         else:

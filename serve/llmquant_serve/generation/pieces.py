@@ -50,7 +50,8 @@ async def write(
     *,
     keep_special: bool = False,
 ) -> AsyncGenerator[Piece, None]:
-    """Generate, and yield text as it becomes certain; the last piece has ``finish``.
+    """Generate, and yield text as it becomes certain; the last piece has ``finish``. A stop string
+    ends the text once there are more than ``sampling.min_tokens`` tokens, as in vLLM.
 
     Raises:
         EngineError: the engine failed.
@@ -71,11 +72,11 @@ async def write(
                     offsets.append(length)
                     new = text.add(token.id)
                     length += len(new)
-                    certain += stop.add(new)
+                    certain += stop.add(new, ends=generated > sampling.min_tokens)
                     if stop.matched is not None:
                         break
                 if step.finish is not None and stop.matched is None:
-                    certain += stop.add(text.rest())
+                    certain += stop.add(text.rest(), ends=generated > sampling.min_tokens)
                     certain += stop.rest() if stop.matched is None else ""
             finish: Finish | None = "stop" if stop.matched is not None else step.finish
             if certain or finish is not None:
