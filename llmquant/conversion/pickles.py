@@ -8,7 +8,8 @@ too, for the checks of safetensors folders to name. torch reads a pickle as tens
 The files are those that transformers would read: ``pytorch_model.bin``, else the shards of its
 index, one shard for each; of a tensor that two of them hold, the later one's numbers. They are
 mapped from the disk, so that no more than a tensor at a time need be in memory; those that torch
-before 1.6 wrote cannot be, and are read one file at a time.
+before 1.6 wrote cannot be, and are read one file at a time. torch stores a checksum of every tensor
+and does not look at it when it reads; here it is looked at, so that a damaged copy is not "proved".
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from llmquant.checkpoint.companions.files import DESCRIBING, companions, files_r
 from llmquant.checkpoint.gguf.folder import ImportResult, OnProgress
 from llmquant.checkpoint.reader import CheckpointReader, sha256_tensor
 from llmquant.checkpoint.shards import DTYPE_NAMES
-from llmquant.checkpoint.weights.files import pickle_files, refuse_adapter
+from llmquant.checkpoint.weights.files import pickle_files, pickle_index, refuse_adapter
 from llmquant.checkpoint.weights.headers import PICKLED, stranger
 from llmquant.checkpoint.weights.json_files import read_json
 from llmquant.checkpoint.weights.proof import prove_weights
@@ -70,7 +71,7 @@ def import_pickles(
     Raises:
         UsageError: a destination that exists, or a folder that has safetensors.
         UnfitModelError: no pickles that transformers would read, or they hold more than tensors.
-        CheckpointError: a pickle that torch refuses.
+        CheckpointError: a pickle that torch refuses, or that is not what was saved.
         ProofError: what was written is not what was read.
     """
     destination = Path(os.path.abspath(output))
@@ -97,7 +98,7 @@ def import_pickles(
         parameters=written.numbers,
         source_bytes=sum(file.stat().st_size for file in files),
         bytes_written=writer.total_bytes,
-        notes=(*notes, *left_behind(companions(source, files))),
+        notes=(*notes, *left_behind(companions(source, (*files, *pickle_index(source))))),
     )
 
 
@@ -107,6 +108,7 @@ def _owners(files: tuple[Path, ...]) -> tuple[dict[str, Path], tuple[str, ...]]:
     owners: dict[str, Path] = {}
     twice: set[str] = set()
     for file in files:
+        _refuse_damaged(file)
         names = _tensors(file).keys()
         twice |= owners.keys() & names
         owners |= dict.fromkeys(names, file)
@@ -166,10 +168,30 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in held.items()}
 
 
+def _refuse_damaged(file: Path) -> None:
+    """Raises CheckpointError for an archive of which a part is not what its checksum was made of.
+
+    torch writes parts as they are, and 0 where it was told to leave checksums out
+    (``set_crc32_options``).
+    """
+    if not zipfile.is_zipfile(file):
+        return  # of torch before 1.6, which has no checksums, or damaged beyond reading
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for part in archive.infolist():
+                if part.CRC and part.compress_type == zipfile.ZIP_STORED:
+                    with archive.open(part) as f:
+                        while f.read(1 << 20):
+                            pass
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as e:
+        raise CheckpointError(f"{file} is damaged ({first_line(e)}); fetch it again") from e
+
+
 def _plain(name: object, value: object) -> bool:
-    """Whether safetensors can hold it."""
+    """Whether safetensors can hold it; it has a meaning of its own for one name."""
     return (
         isinstance(name, str)
+        and name != "__metadata__"
         and isinstance(value, Tensor)
         and value.layout == torch.strided
         and value.device.type == "cpu"

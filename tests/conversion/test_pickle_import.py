@@ -115,6 +115,7 @@ def test_shards_stay_shards_and_the_last_one_counts(model: Path, run: Run, tmp_p
     sharded(source, {"a.bin": {**a, UP: torch.zeros_like(tensors[UP])}, "b.bin": {**b, UP: tensors[UP]}})  # fmt: skip
     done = run("import", source, "-o", tmp_path / "out")
     assert (done.code, f"{UP}: in more than one file" in done.said) == (0, True), done
+    assert "left behind" not in done.said  # the index was read
     weight_map = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
     shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     assert weight_map == dict.fromkeys(a, shards[0]) | dict.fromkeys([*b, UP], shards[1])
@@ -163,6 +164,20 @@ def test_the_format_of_torch_before_1_6(model: Path, run: Run, tmp_path: Path) -
     assert all(torch.equal(found[n], t) for n, t in tensors.items())
 
 
+def test_checksums_may_have_been_left_out(model: Path, run: Run, tmp_path: Path) -> None:
+    source = pickled(model, tmp_path / "m")
+    tensors = torch.load(source / BIN)
+    computed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, source / BIN)
+    finally:
+        torch.serialization.set_crc32_options(computed)
+    assert run("import", source, "-o", tmp_path / "out").code == 0
+    found = load_file(tmp_path / "out" / SINGLE)
+    assert all(torch.equal(found[n], t) for n, t in tensors.items())
+
+
 class Harm:
     """A pickle that runs something when it is loaded."""
 
@@ -178,9 +193,19 @@ def cut(folder: Path) -> None:
     (folder / BIN).write_bytes((folder / BIN).read_bytes()[:-1000])
 
 
+def flip(folder: Path) -> None:
+    """One bit of one weight, as a bad copy has it: torch reads it without a word."""
+    data = bytearray((folder / BIN).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / BIN).write_bytes(data)
+    assert torch.load(folder / BIN)
+
+
 REFUSED = [
     pytest.param(saved({"w": Harm()}), 1, "or is damaged (Trying to load unsupported GLOBAL posix.mkdir whose module posix is blocked", id="code"),
     pytest.param(cut, 1, "or is damaged", id="cut"),
+    pytest.param(flip, 1, "is damaged (Bad CRC-32 for file 'pytorch_model/data/", id="a flipped bit"),
+    pytest.param(saved({"__metadata__": torch.ones(2)}), 2, "more than what safetensors can, tensors by their names: __metadata__ (float32", id="a name of safetensors' own"),
     pytest.param(lambda f: (f / BIN).write_bytes(b"\x80\x04nonsense"), 1, "or is damaged", id="no pickle"),
     pytest.param(lambda f: (f / BIN).write_bytes(b""), 1, "is empty (0 bytes)", id="empty"),
     pytest.param(lambda f: (f / BIN).write_text("version https://git-lfs.github.com/spec/v1\n"), 1, "is a Git LFS pointer", id="pointer"),

@@ -190,6 +190,12 @@ def pickle_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / shard for shard in _in_order(weight_map))
 
 
+def pickle_index(folder: Path) -> tuple[Path, ...]:
+    """The index that names :func:`pickle_files`, where one does."""
+    single, index = (folder / name for name in _PICKLED)
+    return () if single.is_file() else (index,)
+
+
 def _inside(name: object) -> bool:
     """Whether a relative path stays in the folder."""
     if not isinstance(name, str) or not name:
