@@ -134,6 +134,10 @@ def convert(
 
 
 def _target(name: str) -> Format:
+    if name == "gguf":
+        raise UsageError(
+            "gguf is a file and no folder; llmquant convert --to gguf, or llmquant export --to gguf, writes it"
+        )
     if name not in TARGETS:
         raise UsageError(f"format {name!r} does not exist; choose one of {', '.join(TARGETS)}")
     return DENSE if name == DENSE.name else FORMATS[name]

@@ -663,7 +663,7 @@ MISTAKES = [
         "convert: no layout",
         ("convert", "{q}", "--to", "zip", "-o", "out"),
         2,
-        "format 'zip' does not exist",
+        "--to 'zip' does not exist; choose one of compressed-tensors, int-quantized, gptq, gptq_v2, awq, dense, gguf",
     ),
     (
         "convert: dense source",

@@ -501,6 +501,7 @@ def test_what_dense_engines_do_otherwise_is_said(
             "format 'gptq3' does not exist; choose one of .*dense",
             id="format",
         ),
+        pytest.param("gguf", {}, UsageError, "gguf is a file and no folder", id="gguf"),
         pytest.param(
             "awq", {"dtype": "float16"}, UsageError, "dtype is for dense results", id="dtype"
         ),

@@ -85,8 +85,10 @@ def convert_command(
             )
         write_gguf(model, output, overwrite=overwrite, quiet=quiet, as_json=as_json)
         return
-    from llmquant.conversion import ConvertOptions, convert
+    from llmquant.conversion import TARGETS, ConvertOptions, convert
 
+    if to not in TARGETS:
+        raise UsageError(f"--to {to!r} does not exist; choose one of {', '.join((*TARGETS, GGUF))}")
     options = ConvertOptions(dtype, scale_dtype, base, overwrite, max_shard_size)
     with stoppable(), steps(hidden=quiet or as_json) as on_progress:
         result = convert(model, to, output, options, on_progress)
