@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from transformers import PreTrainedConfig
 
 from llmquant.checkpoint.reader import TensorInfo
 from llmquant.checkpoint.shards import Stored, header
@@ -170,6 +171,7 @@ def make_plan(
     linears = [m for m in modules if m.name != selection.embedding]
     running = parse_dtype(AUTO, "cpu")
     beside = Beside.of(reader.config, selection.skipped)
+    text = plan.model.config.get_text_config()
     return Plan(
         model_type=str(reader.config.get("model_type")),
         format=layout.name,
@@ -177,14 +179,14 @@ def make_plan(
         skipped=selection.skipped,
         tensors=tensors,
         source_bytes=sum(i.nbytes for i in plan.source.original.tensors.values()),
-        tensor_parallel=_tensor_parallel(linears, reader.config),
+        tensor_parallel=_tensor_parallel(linears, text),
         suggestions=_group_sizes(linears),
         engines=refusals(layout.name, selection.schemes, beside),
         cautions=cautions(layout.name, selection.schemes),
         kernels=_kernels(linears, running.dtype),
         kernels_for=Computing.of("cpu", running),
         architecture=plan.architecture,
-        hidden=_hidden_size(reader.config),
+        hidden=int(getattr(text, "hidden_size", 0)),
         source=dict(reader.tensors),
         recipe=plan.recipe,
         regrouped=selection.regrouped,
@@ -194,13 +196,14 @@ def make_plan(
     )
 
 
-def _tensor_parallel(modules: list[PlannedModule], config: Mapping[str, object]) -> tuple[int, ...]:
+def _tensor_parallel(modules: list[PlannedModule], config: PreTrainedConfig) -> tuple[int, ...]:
     """Splits that keep heads whole and every shard's columns in whole groups (and whole 32-bit
-    words)."""
+    words). Some configs have other keys for the heads, which transformers knows by the usual
+    ones."""
     heads = [
         v
         for k in ("num_attention_heads", "num_key_value_heads")
-        if isinstance(v := config.get(k), int)
+        if isinstance(v := getattr(config, k, None), int)
     ]
     good = []
     for parts in (1, 2, 4, 8, 16):
@@ -227,15 +230,6 @@ def _kernels(modules: list[PlannedModule], dtype: torch.dtype) -> dict[str, tupl
         count, _ = found.get(kernel.name, (0, ""))
         found[kernel.name] = count + 1, "; ".join(f"{name}: {why}" for name, why in refused.items())
     return found
-
-
-def _hidden_size(config: Mapping[str, object]) -> int:
-    """At the top of config.json or in the part that describes the text model; 0 where it is not
-    said."""
-    for place in (config, config.get("text_config")):
-        if isinstance(place, Mapping) and isinstance(value := place.get("hidden_size"), int):
-            return value
-    return 0
 
 
 def _group_sizes(modules: list[PlannedModule]) -> tuple[int, ...]:

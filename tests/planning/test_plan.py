@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from large_layout import seventy_billion
-from tiny_models import save
+from tiny_models import CONFIGS, save
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from llmquant import QuantizeOptions, load_recipe, quantize
 from llmquant.errors import ArchitectureError, FormatError, SpecError, UsageError
+from llmquant.planning.forecast import forecast
 from llmquant.planning.preview import make_plan
 from llmquant.recipe import Recipe
 
@@ -63,6 +67,37 @@ def test_a_plan_of_other_names_is_the_run(kind: str, tmp_path: Path) -> None:
     assert plan.bytes_on_disk == (tmp_path / "q" / "model.safetensors").stat().st_size
     assert {m.name for m in plan.modules} == {m.name for m in result.modules}
     assert plan.skipped == result.skipped
+
+
+def seeing(folder: Path) -> Path:
+    """A random model with eyes."""
+    text = CONFIGS["mistral"].to_dict() | {"intermediate_size": 64}
+    eyes = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}  # fmt: skip
+    config = CONFIG_MAPPING["mistral3"](
+        text_config=text,
+        vision_config=eyes | {"num_attention_heads": 2, "head_dim": 16, "image_size": 28},
+        tie_word_embeddings=False,
+    )
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda folder: save("llama", folder, intermediate_size=64), id="llama"),
+        pytest.param(lambda folder: save("gpt2", folder, n_inner=64), id="gpt2: n_embd, n_head"),
+        pytest.param(seeing, id="mistral3: in text_config"),
+    ],
+)
+def test_widths_and_heads_are_known_by_whatever_key(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    recipe = RTN.updated({"method": "gptq", "weights.group_size": 16})
+    plan = make_plan(make(tmp_path / "source"), recipe)
+    assert (plan.hidden, plan.tensor_parallel) == (32, (1,))
+    tokens = recipe.calibration.nsamples * recipe.calibration.seqlen
+    assert forecast(plan, recipe).states >= tokens * 32 * 4
 
 
 def test_a_70b_layout_is_planned_from_headers(tmp_path: Path) -> None:
