@@ -18,6 +18,7 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
+from llmquant.checkpoint.sources.label import named_dtypes
 from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
 from llmquant.formats.base import is_expert
 from llmquant.formats.compressed_tensors.beyond import KV_CACHE, kv_cache
@@ -140,11 +141,9 @@ def refuse_gguf(model: str | os.PathLike[str]) -> None:
 def model_dtype(reader: CheckpointReader) -> torch.dtype:
     """What the config calls the model's dtype, or else the commonest of its floating-point
     tensors."""
-    text = reader.config.get("text_config")
-    for place in (reader.config, text if isinstance(text, dict) else {}):
-        for key in ("dtype", "torch_dtype"):
-            if place.get(key) in DTYPES:
-                return DTYPES[place[key]]
+    for name in named_dtypes(reader.config):
+        if name in DTYPES:
+            return DTYPES[name]
     counts = Counter(i.dtype for i in reader.tensors.values() if i.dtype in DTYPES.values())
     return counts.most_common(1)[0][0] if counts else torch.bfloat16
 

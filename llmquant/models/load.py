@@ -35,6 +35,7 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.floats import as_floats
+from llmquant.checkpoint.sources.label import named_dtypes
 from llmquant.checkpoint.weights.exported import is_onnx
 from llmquant.errors import CheckpointError, UsageError
 from llmquant.kernels import AUTO, check_name
@@ -86,7 +87,7 @@ def load(
     where = parse_device(device)
     make_current(where)
     use_grouped_sdpa(where)
-    torch_dtype = parse_dtype(dtype, where, stored=_stored_dtype(reader)).dtype
+    torch_dtype = parse_dtype(dtype, where, stored=next(named_dtypes(reader.config), None)).dtype
     quantization = quantization_of(reader)
     if quantization:
         loaded = _load_packed(reader, quantization, torch_dtype, where, kernel)
@@ -115,13 +116,9 @@ def compute_dtype(
     path = resolve(model)
     if is_onnx(path):  # its graph has a dtype of its own
         return parse_dtype(dtype, device, stored="float32")
-    return parse_dtype(dtype, device, stored=_stored_dtype(CheckpointReader(path)))
-
-
-def _stored_dtype(reader: CheckpointReader) -> str | None:
-    """What the config calls the model's dtype."""
-    declared = reader.config.get("dtype") or reader.config.get("torch_dtype")
-    return declared if isinstance(declared, str) else None
+    return parse_dtype(
+        dtype, device, stored=next(named_dtypes(CheckpointReader(path).config), None)
+    )
 
 
 def _load_packed(

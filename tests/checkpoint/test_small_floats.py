@@ -21,6 +21,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from llmquant import load
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader
 from llmquant.checkpoint.sources.floats import as_floats
+from llmquant.conversion.source import model_dtype
 from llmquant.errors import LlmquantError
 
 FP8 = torch.float8_e4m3fn
@@ -88,6 +89,28 @@ def in_fp8(folder: Path, kind: str) -> dict[str, Tensor]:
         config["quantization_config"] = label
     (folder / "config.json").write_text(json.dumps(config))
     return meant
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        pytest.param({"dtype": "float16"}, torch.float16, id="a name"),
+        pytest.param({"torch_dtype": "float16"}, torch.float16, id="the older key"),
+        pytest.param({"text_config": {"dtype": "float16"}}, torch.float16, id="of the text part"),
+        pytest.param({"dtype": {"text_config": "float16"}}, torch.bfloat16, id="one for each part"),
+        pytest.param({"dtype": ["float16"]}, torch.bfloat16, id="a list"),
+        pytest.param({"dtype": None}, torch.bfloat16, id="none"),
+    ],
+)
+def test_the_dtype_of_what_fp8_means(
+    config: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    tensors = {"w.weight": torch.ones(2, 2).to(FP8), "w.weight_scale": torch.ones(())}
+    save_file(tensors, tmp_path / SINGLE)
+    floats = as_floats(CheckpointReader(tmp_path))
+    assert floats.read("w.weight").dtype == dtype
+    assert model_dtype(CheckpointReader(tmp_path)) == (dtype if dtype != torch.bfloat16 else torch.float32)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ import torch
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources import float8, mxfp4
 from llmquant.checkpoint.sources.derived import DerivedReader, Made
-from llmquant.checkpoint.sources.label import labels, without_label
+from llmquant.checkpoint.sources.label import labels, named_dtypes, without_label
 from llmquant.errors import FormatError, UsageError
 from llmquant.formats.compressed_tensors.beyond import kv_cache, refuse_computing
 
@@ -99,9 +99,5 @@ def refuse_mixture(reader: CheckpointReader) -> None:
 
 
 def _dtype(reader: CheckpointReader) -> torch.dtype:
-    text = reader.config.get("text_config")
-    for place in (reader.config, text if isinstance(text, dict) else {}):
-        for key in ("dtype", "torch_dtype"):
-            if place.get(key) in _DTYPES:
-                return _DTYPES[str(place[key])]
-    return torch.bfloat16
+    known = (_DTYPES[name] for name in named_dtypes(reader.config) if name in _DTYPES)
+    return next(known, torch.bfloat16)
