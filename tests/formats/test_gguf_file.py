@@ -5,18 +5,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import llmquant
 from llmquant.conversion.gguf.file import export_gguf, read_weights
 from llmquant.conversion.gguf.metadata import read_tokenizer, rope_factors
-from llmquant.errors import CheckpointError, FormatError, LlmquantError, UsageError
+from llmquant.errors import (
+    CheckpointError,
+    FormatError,
+    LayoutError,
+    LlmquantError,
+    ProofError,
+    UsageError,
+)
 from llmquant.recipe import Recipe
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
@@ -127,6 +137,58 @@ def test_refusals(tmp_path: Path, folder: str, message: str) -> None:
     with pytest.raises(llmquant.errors.LlmquantError, match=message):
         export_gguf(tmp_path / "m", tmp_path / "m.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def edited(packed: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of a folder with other tensors."""
+    shutil.copytree(packed, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def relabelled(folder: Path, **labels: object) -> Path:
+    """With other words in the quantization's config, and without the record of the run."""
+    for name in ("config.json", "quantize_config.json"):
+        config = json.loads((folder / name).read_text())
+        config.get("quantization_config", config).update(labels)
+        (folder / name).write_text(json.dumps(config))
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def test_what_other_conversions_refuse_is_refused(packed: Path, tmp_path: Path) -> None:
+    """Numbers that the manifest does not know, and zero-points that are off by one."""
+    word = "model.layers.0.mlp.up_proj.weight_packed"
+    damaged = edited(packed, tmp_path / "damaged", lambda t: t[word][0].add_(1))
+    with pytest.raises(ProofError, match=r"not hold the numbers that manifest\.json records"):
+        export_gguf(damaged, tmp_path / "m.gguf")
+    asymmetric = {"bits": 4, "group_size": 32, "symmetric": False}
+    recipe = {"method": "rtn", "format": "gptq_v2", "weights": asymmetric, "scales": {"steps": 0}}
+    llmquant.quantize(TINY, tmp_path / "v2", Recipe.model_validate(recipe))
+    relabelled(tmp_path / "v2", checkpoint_format="gptq")
+    with pytest.raises(FormatError, match="so the label is wrong"):
+        export_gguf(tmp_path / "v2", tmp_path / "m.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "v2"]
+
+
+def test_numbers_that_no_type_holds_want_another_layout(tmp_path: Path) -> None:
+    """Eight bits with zero-points: steps from -190 to 178."""
+    folder = quantized(tmp_path / "q", 8, 32, False)
+    with pytest.raises(LayoutError, match=r"Q8_0 holds -128 … 127 steps of a scale"):
+        export_gguf(folder, tmp_path / "m.gguf")
+
+
+def test_a_g_idx_that_says_nothing_is_none(packed: Path, written: Path, tmp_path: Path) -> None:
+    """desc_act with one group a row, or with groups in their order."""
+    llmquant.convert(packed, "gptq", tmp_path / "gptq")
+    relabelled(tmp_path / "gptq", desc_act=True)
+    result = export_gguf(tmp_path / "gptq", tmp_path / "m.gguf")
+    same = dict(read_weights(written))
+    found = dict(read_weights(result.path))
+    assert found.keys() == same.keys()
+    assert all(torch.equal(found[n].dequantize(), w.dequantize()) for n, w in same.items())
 
 
 def test_an_existing_file_is_kept(packed: Path, written: Path) -> None:

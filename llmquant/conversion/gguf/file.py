@@ -30,6 +30,7 @@ from llmquant.checkpoint.gguf.folder import damaged
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
+from llmquant.conversion.source import Source, open_source
 from llmquant.errors import FormatError, LayoutError, ProofError, QuantizationError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats import gguf as blocks
@@ -72,8 +73,10 @@ def export_gguf(
     Raises:
         UsageError: the file exists or is a folder, its folder does not exist, or the ``gguf``
             package is not installed.
-        FormatError: an architecture, tokenizer, scheme or number that GGUF cannot hold exactly.
-        ProofError: what was written is not what was read.
+        FormatError: an architecture, tokenizer, scheme or number that GGUF cannot hold exactly, or
+            zero-points whose label is wrong.
+        ProofError: the folder is not what its manifest says, or what was written is not what was
+            read.
     """
     gguf = package()
     path = Path(output)
@@ -86,11 +89,11 @@ def export_gguf(
     stored = CheckpointReader(model)
     refuse_source(path, model, stored.path)
     described = describe(stored)  # what GGUF cannot say is the cause, whatever else is wrong
-    fit = fitted(stored if quantization_of(stored) is None else PackedCheckpoint(stored))
-    reader, packed = fit.reader, fit.packed
+    source = None if quantization_of(stored) is None else open_source(stored.path, None)
+    reader = fitted(stored).reader if source is None else source.reader
     described = replace(described, tied=bool(reader.config.get("tie_word_embeddings", False)))
-    sources = _sources(gguf, reader, described, packed)
-    read = _Reader(reader, packed, described)
+    sources = _sources(gguf, reader, described, None if source is None else source.packed)
+    read = _Reader(reader, source, described)
     # Which type a tensor gets depends on its numbers, and the header comes first: hence two passes,
     # one tensor in memory.
     kinds = {s.target: read.kind(s) for s in sources}
@@ -127,7 +130,8 @@ def _sources(
         found.append(_Source("config.json", _ROPE, None))
     for module, scheme in schemes.items():
         assert packed is not None  # schemes came from it
-        reason = blocks.why_not(scheme, packed.shape(module))
+        # Whether an announced g_idx says anything is known only from its numbers.
+        reason = blocks.why_not(replace(scheme, g_idx=False), packed.shape(module))
         if reason:
             raise LayoutError(f"{reader.path}: {module}: {reason}")
     return found
@@ -138,13 +142,16 @@ class _Reader:
     """Tensors in the order of rows that llama.cpp wants."""
 
     reader: CheckpointReader
-    packed: PackedCheckpoint | None
+    source: Source | None
     model: GgufModel
 
     def weight(self, source: _Source) -> QuantizedWeight:
         module = source.name.removesuffix(".weight")
-        assert self.packed is not None  # asked only for quantized tensors
-        weight = self.packed.weight(module)
+        assert self.source is not None  # asked only for quantized tensors
+        weight = self.source.weight(module)
+        if weight.g_idx is not None:
+            reason = blocks.why_not(Scheme(weight.spec, g_idx=True), weight.shape)
+            raise LayoutError(f"{self.reader.path}: {module}: {reason}")
         order = self._order(source, weight.shape[0])
         return QuantizedWeight(
             weight.codes[order], weight.scales[order], weight.zeros[order], weight.spec
@@ -161,10 +168,11 @@ class _Reader:
 
     def kind(self, source: _Source) -> str:
         if source.scheme is not None:
+            weight = self.weight(source)
             try:
-                return blocks.smallest(self.weight(source))
+                return blocks.smallest(weight)
             except FormatError as e:
-                raise e.at(f"{self.reader.path}: {source.name}") from e
+                raise LayoutError(f"{self.reader.path}: {source.name}: {e}") from e
         dtype = self.dense(source).dtype
         if dtype not in _DENSE:
             raise LayoutError(
