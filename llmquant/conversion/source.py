@@ -19,7 +19,7 @@ from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.label import named_dtypes
-from llmquant.errors import CheckpointError, FormatError, ProofError, UsageError
+from llmquant.errors import CheckpointError, LayoutError, ProofError, UsageError
 from llmquant.formats.base import is_expert
 from llmquant.formats.compressed_tensors.beyond import KV_CACHE, kv_cache
 from llmquant.models.reading.engine_names import EngineNames, engine_names
@@ -163,10 +163,10 @@ def refuse_beyond_weights(source: Source, target: str) -> None:
     """Refuse what the config says beside the weights and the target layout cannot say.
 
     Raises:
-        FormatError: naming it.
+        LayoutError: naming it.
     """
     key = kv_cache(source.packed.config)
     if key is not None and not (key == KV_CACHE and target in _FAMILY):
-        raise FormatError(
+        raise LayoutError(
             f"{source.reader.path}: the config's {key} changes what engines compute and cannot be converted to {target}"
         )

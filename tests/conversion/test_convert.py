@@ -23,7 +23,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.writer import CheckpointWriter
 from llmquant.cli import app
 from llmquant.conversion import TARGETS, ConvertOptions, convert
-from llmquant.errors import FormatError, ProofError, UsageError
+from llmquant.errors import FormatError, LayoutError, ProofError, UsageError
 from llmquant.formats import FORMATS, Scheme
 from llmquant.formats.engines import ENGINES, VLLM_AVX512, VLLM_NO_AVX512, why_not
 from llmquant.models.load import load
@@ -561,7 +561,7 @@ def test_a_cache_scheme_is_not_lost_in_silence(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="kv_cache_scheme changes what engines compute"):
+    with pytest.raises(LayoutError, match="kv_cache_scheme changes what engines compute"):
         convert(source, "awq", tmp_path / "b")
 
 

@@ -151,6 +151,8 @@ def edited(packed: Path, folder: Path, change: Callable[[dict[str, Tensor]], obj
 def relabelled(folder: Path, **labels: object) -> Path:
     """With other words in the quantization's config, and without the record of the run."""
     for name in ("config.json", "quantize_config.json"):
+        if not (folder / name).exists():
+            continue
         config = json.loads((folder / name).read_text())
         config.get("quantization_config", config).update(labels)
         (folder / name).write_text(json.dumps(config))
@@ -171,6 +173,18 @@ def test_what_other_conversions_refuse_is_refused(packed: Path, tmp_path: Path) 
     with pytest.raises(FormatError, match="so the label is wrong"):
         export_gguf(tmp_path / "v2", tmp_path / "m.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "v2"]
+
+
+def test_what_a_file_has_no_place_for_is_refused(packed: Path, tmp_path: Path) -> None:
+    """How engines round keys and values, and a norm in 64 bits."""
+    shutil.copytree(packed, tmp_path / "kv")
+    relabelled(tmp_path / "kv", kv_cache_scheme={"num_bits": 8, "type": "float"})
+    with pytest.raises(LayoutError, match="kv_cache_scheme changes what engines compute"):
+        export_gguf(tmp_path / "kv", tmp_path / "m.gguf")
+    norm = "model.norm.weight"
+    wide = edited(packed, tmp_path / "wide", lambda t: t.update({norm: t[norm].double() + 1e-12}))
+    with pytest.raises(LayoutError, match=r"is torch\.float64, which is not a weight GGUF holds"):
+        export_gguf(wide, tmp_path / "m.gguf")
 
 
 def test_numbers_that_no_type_holds_want_another_layout(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from llmquant.checkpoint.gguf.folder import damaged
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
-from llmquant.conversion.source import Source, open_source
+from llmquant.conversion.source import Source, open_source, refuse_beyond_weights
 from llmquant.errors import FormatError, LayoutError, ProofError, QuantizationError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats import gguf as blocks
@@ -90,6 +90,8 @@ def export_gguf(
     refuse_source(path, model, stored.path)
     described = describe(stored)  # what GGUF cannot say is the cause, whatever else is wrong
     source = None if quantization_of(stored) is None else open_source(stored.path, None)
+    if source is not None:
+        refuse_beyond_weights(source, "gguf")
     reader = fitted(stored).reader if source is None else source.reader
     described = replace(described, tied=bool(reader.config.get("tie_word_embeddings", False)))
     sources = _sources(gguf, reader, described, None if source is None else source.packed)
@@ -162,7 +164,7 @@ class _Reader:
             assert self.model.rope_factors is not None  # listed only then
             return self.model.rope_factors
         tensor = self.reader.read(source.name)
-        if tensor.ndim == 1:
+        if tensor.ndim == 1 and tensor.dtype in _DENSE:
             return tensor.to(torch.float32)
         return tensor[self._order(source, tensor.shape[0])]
 
