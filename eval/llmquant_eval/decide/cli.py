@@ -94,15 +94,20 @@ def compare_command(
 
 
 def _margins(given: list[str]) -> tuple[float, dict[str, float]]:
-    """The general margin, and those of single metrics."""
-    general, margins = 0.01, {}
+    """The general margin, and those of single metrics.
+
+    Raises:
+        UsageError: no share, or a second one for the same.
+    """
+    margins: dict[str, float] = {}
     for text in given:
-        name, separator, value = text.rpartition("=")
-        if separator:
-            margins[name] = _share(value, text)
-        else:
-            general = _share(text, text)
-    return general, margins
+        name, _, value = text.rpartition("=")
+        if name in margins:
+            raise UsageError(
+                f"--margin {text} is the second one {f'of {name}' if name else 'for all metrics'}; give one"
+            )
+        margins[name] = _share(value, text)
+    return margins.pop("", 0.01), margins
 
 
 def _share(text: str, whole: str) -> float:
