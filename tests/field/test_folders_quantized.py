@@ -127,10 +127,10 @@ def test_a_kv_cache_scheme_is_kept_where_the_layout_can_say_it(
         == KV
     )
     assert f"{ATTENTION}.k_scale" in load_file(out / SINGLE)
-    for target in ("gptq", "awq", "dense"):
+    for target in ("gptq", "awq", "dense", "gguf"):
         ran = run("convert", folder, "--to", target, "-o", tmp_path / target)
         assert (ran.code, "kv_cache_scheme" in ran.err, (tmp_path / target).exists()) == (
-            1,
+            2,
             True,
             False,
         )
