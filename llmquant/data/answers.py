@@ -5,8 +5,8 @@ A template is asked three times for each answer: for what comes before it, endin
 answer begins with; for the same with the answer; and for the whole chat. Where each is the
 beginning of the next, the answer is what is between the first two, its end-of-turn token included.
 A template that writes earlier turns otherwise once later ones follow (it cuts what was thought) is
-no such beginning; such an answer is left out and counted, and so are an empty one and a chat
-without any.
+no such beginning; such an answer is left out and counted, and so are a chat without any and an
+empty answer, of which only the end of the turn could be learned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmquant.data.chats import Chat, Message
+from llmquant.data.chats import Chat
 from llmquant.data.sources import Documents, is_empty
 from llmquant.data.template import NotRenderedError, render_chat
 from llmquant.data.tokenize import Ids
@@ -44,7 +44,7 @@ def answer_spans(
     text = render_chat(chat, tokenizer, source, incomplete)
     spans = []
     for i, message in enumerate(chat.messages):
-        if i == 0 or message.role != _ANSWERS or _says_nothing(message):
+        if i == 0 or message.role != _ANSWERS or message.empty:
             continue
         before, after = (Chat(chat.messages[:n], chat.tools) for n in (i, i + 1))
         try:
@@ -55,11 +55,6 @@ def answer_spans(
         if until.startswith(head) and text.startswith(until):
             spans.append((len(head), len(until)))
     return text, spans
-
-
-def _says_nothing(message: Message) -> bool:
-    """An answer without a text and a call, of which only the end of the turn could be learned."""
-    return not (message.content.strip() or message.more)
 
 
 def learned_rows(
@@ -119,7 +114,7 @@ def _chat_row(
     for start, end in spans:
         learned |= (places[:, 0] >= start) & (places[:, 1] <= end) & (places[:, 1] > places[:, 0])
     answers = [m for m in chat.messages[1:] if m.role == _ANSWERS]
-    empty = sum(map(_says_nothing, answers))
+    empty = sum(m.empty for m in answers)
     if empty:
         lost["empty answers"] = empty
     if len(answers) - empty > len(spans):

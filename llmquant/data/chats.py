@@ -37,6 +37,11 @@ class Message:
         return turn | json.loads(self.more) if self.more else turn
 
     @property
+    def empty(self) -> bool:
+        """Whether the turn says and calls nothing."""
+        return not (self.content.strip() or self.more)
+
+    @property
     def called(self) -> list[str]:
         """Names of the functions that the turn calls."""
         calls = self.plain().get("tool_calls", []) if self.more else []
@@ -69,7 +74,7 @@ class Chat:
     @property
     def empty(self) -> bool:
         """Whether no turn says or calls anything."""
-        return not any(m.content.strip() or m.more for m in self.messages)
+        return all(m.empty for m in self.messages)
 
     def __len__(self) -> int:
         """Characters."""

@@ -381,6 +381,10 @@ def test_parquet(tmp_path: Path) -> None:
     assert (chats.rows, dict(chats.dropped)) == ((CHAT, CHAT), {"null": 1})
     with pytest.raises(SourceError, match=r"has no field 'q'; its fields: text, chat, n"):
         read_documents(f"{path}#q")
+    latin = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), path)
+    with pytest.raises(SourceError, match=r"is not Parquet: .*utf-8.*; check the file"):
+        read_documents(str(path))
 
 
 @pytest.mark.parametrize(
