@@ -330,6 +330,15 @@ def test_local_rows(
             "1 neither text nor chat, 1 null",
             id="nothing usable",
         ),
+        ("csv:F", b"text,text\na,b\n", r"F: its first line must name every column, each once"),
+        ("csv:F", b"text,\na,b\n", r"F: its first line must name every column, each once"),
+        ("csv:F", b"text\na, b\n", r"F:2 has 2 values for 1 columns; .*plain text: file:F"),
+        ("csv:F", b'text\n"a\n', r"F:2 is not CSV: unexpected end of data; correct it"),
+        ("csv:F", b"id\n1\n", r"has no field 'text' or 'messages'; its fields: id"),
+        ("csv:F", b"text\n\xff\n", r"F is not UTF-8 at byte 5"),
+        ("csv:F", b"", r"contains no row of text: no records at all"),
+        ("parquet:F", b"text\na\n", r"F is not Parquet: .*; check the file"),
+        ("parquet:F", b"", r"F is not Parquet: .*; check the file"),
     ],
 )
 def test_local_errors(
@@ -385,29 +394,6 @@ def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": latin}), path)
     with pytest.raises(SourceError, match=r"is not Parquet: .*utf-8.*; check the file"):
         read_documents(str(path))
-
-
-@pytest.mark.parametrize(
-    ("source", "data", "message"),
-    [
-        ("csv:F", b"text,text\na,b\n", r"F: its first line must name every column, each once"),
-        ("csv:F", b"text,\na,b\n", r"F: its first line must name every column, each once"),
-        ("csv:F", b"text\na, b\n", r"F:2 has 2 values for 1 columns; .*plain text: file:F"),
-        ("csv:F", b'text\n"a\n', r"F:2 is not CSV: unexpected end of data; correct it"),
-        ("csv:F", b"id\n1\n", r"has no field 'text' or 'messages'; its fields: id"),
-        ("csv:F", b"text\n\xff\n", r"F is not UTF-8 at byte 5"),
-        ("csv:F", b"", r"contains no row of text: no records at all"),
-        ("parquet:F", b"text\na\n", r"F is not Parquet: .*; check the file"),
-        ("parquet:F", b"", r"F is not Parquet: .*; check the file"),
-    ],
-)
-def test_damaged_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, data: bytes, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("F").write_bytes(data)
-    with pytest.raises(SourceError, match=message):
-        read_documents(source)
 
 
 def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ def test_other_items_are_no_comparison(run: Run, tmp_path):
     ("options", "says"),
     [(("--margin", "1%", "--margin", "2%"), "--margin 2% is the second one for all metrics"),
      (("--margin", "f1=1%", "--margin", "f1=2%"), "--margin f1=2% is the second one of f1"),
-     (("--margin", "x"), "is no share"), (("--margin", "0"), "not between"), (("--margin", "120%"), "not between"),
+     (("--margin", "x"), "is no share"), (("--margin", "=1%"), "is no share"), (("--margin", "0"), "not between"), (("--margin", "120%"), "not between"),
      (("--margin", "nan"), "not between"), (("--margin", "f1=1%"), "no metric 'f1'"), (("--alpha", "0"), "alpha"),
      (("--alpha", "0.5"), "alpha"), (("--power", "1"), "power"), (("--metric", "f1"), "no metric 'f1'")],
 )  # fmt: skip

@@ -136,7 +136,7 @@ def test_the_readme_shows_the_real_model() -> None:
         ]  # fmt: skip
         rows.append((distance, f"| {tool} | {' | '.join(shown)} | {minutes(cells)} |\n"))
     bits = [
-        f"{g}, {mean(runs['llmquant gptq'][g], 'bits_per_weight'):.3g} bits" for g in grids
+        f"{g}, {mean(runs['llmquant gptq'][g], 'bits_per_weight'):g} bits" for g in grids
     ]  # as our layout has them
     head = (
         f"| KL (perplexity ratio) | {' | '.join(bits)} | CPU minutes |\n|---|---|---|---|---|---|\n"

@@ -101,12 +101,12 @@ def _margins(given: list[str]) -> tuple[float, dict[str, float]]:
     """
     margins: dict[str, float] = {}
     for text in given:
-        name, _, value = text.rpartition("=")
+        name, named, value = text.rpartition("=")
         if name in margins:
             raise UsageError(
                 f"--margin {text} is the second one {f'of {name}' if name else 'for all metrics'}; give one"
             )
-        margins[name] = _share(value, text)
+        margins[name] = _share(text if named and not name else value, text)
     return margins.pop("", 0.01), margins
 
 
