@@ -100,6 +100,9 @@ from .models.decoding.generation import generate_tokens as generate_tokens
 from .models.decoding.generation import plain_generation as plain_generation
 from .models.decoding.long_rope import longrope_switch as longrope_switch
 from .models.from_folder import (
+    context_length as context_length,
+)
+from .models.from_folder import (
     load_tokenizer as load_tokenizer,
 )
 from .models.from_folder import (

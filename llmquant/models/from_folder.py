@@ -68,6 +68,18 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     return config
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The longest input that a model was made for, in tokens; None where its config does not say.
+
+    Args:
+        config: of the whole model, or of its text part.
+    """
+    text = config.get_text_config()
+    named = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+    found = (getattr(text, name, None) for name in named)
+    return next((n for n in found if isinstance(n, int) and n > 0), None)
+
+
 def _check_layers(file: Path, config: dict[str, Any]) -> None:
     """transformers builds a model of -1 layers, which then fails at its first token."""
     layers = config.get("num_hidden_layers")

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
-from llmquant.models.from_folder import read_config
+from llmquant.models.from_folder import context_length, read_config
 from llmquant.planning.preview import Plan
 from llmquant.quantization.memory import Work
 from llmquant.recipe import Recipe
@@ -167,7 +167,7 @@ def running_bytes(model: str | os.PathLike[str], weights: int, tokens: int | Non
         tokens: of the context; default: as long as the config allows.
     """
     config = read_config(model)
-    length = tokens or getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    length = tokens or context_length(config) or 0
     cache = cache_bytes(config, length, 1, torch.float16) if length else 0
     return LIBRARIES + weights + cache
 

@@ -26,7 +26,7 @@ from llmquant.formats.dense import Dense
 from llmquant.kernels.gpu.attention import use_grouped_sdpa
 from llmquant.models import architectures
 from llmquant.models.block_inputs import refuse_walk
-from llmquant.models.from_folder import empty_model, load_tokenizer, read_config
+from llmquant.models.from_folder import context_length, empty_model, load_tokenizer, read_config
 from llmquant.models.groups import fit_groups
 from llmquant.models.precision import stays_float32, stored_buffers
 from llmquant.models.reading.engine_names import engine_names
@@ -145,14 +145,12 @@ def check_calibration(plan: WalkPlan) -> None:
     """
     wanted = plan.recipe.calibration
     check_numbers(
-        wanted.nsamples, wanted.seqlen, plan.recipe.seed, wanted.packing, _positions(plan)
+        wanted.nsamples,
+        wanted.seqlen,
+        plan.recipe.seed,
+        wanted.packing,
+        context_length(plan.model.config),
     )
-
-
-def _positions(plan: WalkPlan) -> int | None:
-    """The model's context in tokens, where its config says."""
-    positions = getattr(plan.model.config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
 
 
 def calibration_of(plan: WalkPlan, evaluation: str | None = None) -> Calibration | None:
@@ -187,7 +185,7 @@ def calibration_of(plan: WalkPlan, evaluation: str | None = None) -> Calibration
         packing=wanted.packing,
         evaluation=read_documents(evaluation) if evaluation else None,
         vocab_size=int(config.vocab_size),
-        max_positions=_positions(plan),
+        max_positions=context_length(plan.model.config),
     )
 
 

@@ -2,8 +2,8 @@
 config and the tokenizer of a model.
 
 A model that is not quantized yet is rounded for minutes or hours before it is trained, so all of it
-is asked of the original first (:func:`check_recipe`). Of a quantized folder the same is asked when
-a run is prepared.
+is asked of the original first (:func:`check_recipe`). What needs no text is asked when such a run
+is planned (:func:`check_plan`), and all of it of a quantized folder when a run is prepared.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.floats import as_floats
 from llmquant.errors import UsageError
-from llmquant.models.from_folder import load_tokenizer, read_config
+from llmquant.models.from_folder import context_length, load_tokenizer, read_config
 from llmquant.recipe import Recipe
 from llmquant.recipe_sections import QAT
 from llmquant.runtime.devices import ChosenDtype, make_current, parse_device, parse_dtype
 from llmquant.training.options import QatOptions
 from llmquant.training.teacher.targets import TargetFile, Wanted
-from llmquant.training.teacher.text import Calibrated, TrainingText, read_text
+from llmquant.training.teacher.text import Calibrated, TrainingText, check_length, read_text
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -47,6 +47,23 @@ def check_recipe(model: str | os.PathLike[str], recipe: Recipe, options: QatOpti
     text = text_of(section, folder, recipe.seed, options)
     if section.top_k:
         target_file(Path(), wanted_of(section, text), folder, device).check_size(options.max_cache)
+
+
+def check_plan(model: str | os.PathLike[str], recipe: Recipe) -> None:
+    """Refuse what :func:`check_recipe` refuses by the recipe and the config alone.
+
+    Args:
+        model: the unquantized original.
+        recipe: with or without a ``qat`` section.
+
+    Raises:
+        UsageError: hidden states of a rotated model, or windows longer than the context.
+    """
+    if recipe.qat is None:
+        return
+    folder = resolve(model)
+    check_hidden(recipe.qat, folder, rotated=recipe.rotation is not None)
+    check_length(recipe.qat, context_length(read_config(folder)))
 
 
 def where_of(options: QatOptions) -> tuple[torch.device, ChosenDtype]:
@@ -95,14 +112,14 @@ def text_of(
             "training needs a text; give llmquant qat one with --data SOURCE, llmquant quantize with --calibration "
             "SOURCE, or a recipe as qat.source"
         )
-    config = read_config(folder).get_text_config()
+    config = read_config(folder)
     return read_text(
         section,
         section.source,
         load_tokenizer(folder),
         seed=seed,
-        vocab_size=int(config.vocab_size),
-        max_positions=getattr(config, "max_position_embeddings", None),
+        vocab_size=int(config.get_text_config().vocab_size),
+        max_positions=context_length(config),
         evaluation=options.evaluation,
         calibrated=calibrated,
     )

@@ -92,6 +92,27 @@ def test_hidden_states_of_a_model_that_will_be_rotated(
         stage.quantize(model, tmp_path / "out", recipe)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        pytest.param({"qat.seqlen": 129}, "qat.seqlen=129", id="context"),
+        pytest.param(
+            {"qat.hidden_loss": 1.0, "rotation": {}}, "leave out --hidden-loss", id="hidden"
+        ),
+    ],
+)
+def test_a_plan_is_refused_for_it_too(
+    run: Run, tmp_path: Path, model: Path, rtn: Recipe, changes: dict[str, Any], told: str
+) -> None:
+    recipe = rtn.updated({"qat": {**SHORT, "source": "file:text.txt"}})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert run("plan", model, "--recipe", file).code == 0
+    file.write_text(recipe.updated(changes).to_yaml())
+    ended = run("plan", model, "--recipe", file)
+    assert (ended.code, told in ended.err) == (2, True), ended
+
+
 def test_a_layout_that_cannot_hold_what_is_to_be_rounded(run: Run, model: Path, text: Path) -> None:
     ended = run(
         "qat", model, "-o", "out", "--recipe", "gptq-w3g32", "--format", "awq", "--seqlen", "32",

@@ -25,9 +25,8 @@ class ExportedAnswers:
 
     def __init__(self, model: llmquant.OnnxModel, tokenizer: Any) -> None:
         self._worker, self._tokenizer = model.worker, tokenizer
-        config = model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        self.context = int(positions) if positions else None
+        config = model.config
+        self.context = llmquant.context_length(config)
         given = llmquant.read_generation_config(self._worker.path)
         self._ends = llmquant.end_tokens(config, given, tokenizer)
 

@@ -105,9 +105,7 @@ def max_positions(path: Path) -> int | None:
     """
     import llmquant
 
-    config = llmquant.read_config(path).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    return int(positions) if positions else None
+    return llmquant.context_length(llmquant.read_config(path))
 
 
 def vocabulary_size(path: Path) -> int:

@@ -174,8 +174,10 @@ def _refuse_strange(ids: Tensor, rows: int, path: Path) -> None:
 
 def _refuse_too_long(prompt_tokens: int, new_tokens: int, config: Any) -> None:
     """A model's positions end where its training did; behind them it babbles."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and prompt_tokens + new_tokens > positions:
+    from llmquant.models.from_folder import context_length
+
+    positions = context_length(config)
+    if positions is not None and prompt_tokens + new_tokens > positions:
         raise UsageError(
             f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's {positions} positions; "
             "shorten the prompt or lower --max-new-tokens"

@@ -134,8 +134,10 @@ def _say_plan(given: Mapping[str, Any], chosen: Recipe, default: DefaultRecipe |
     from llmquant.planning.preview import make_plan
     from llmquant.runtime.computing import Computing
     from llmquant.runtime.devices import CALIBRATION, device_memory, parse_device, parse_dtype
+    from llmquant.training.beforehand import check_plan
 
     model, gpu_memory = given["model"], given["gpu_memory"]
+    check_plan(model, chosen)
     on, passes = parse_device(given["device"]), parse_dtype(given["dtype"], auto=CALIBRATION)
     memory = device_memory(on) if gpu_memory is None else parse_size("--gpu-memory", gpu_memory)
     plan = make_plan(model, chosen, given["store_dtype"], tokenizer=True)

@@ -26,7 +26,7 @@ from llmquant.errors import (
     SpecError,
     UsageError,
 )
-from llmquant.models.from_folder import read_config
+from llmquant.models.from_folder import context_length, read_config
 from llmquant.planning.advice.target import Target
 from llmquant.planning.advice.widths import WidthSpeed, measure_widths
 from llmquant.planning.costs import Cost
@@ -160,8 +160,7 @@ def advise(
 
 
 def _context(config: PreTrainedConfig, wanted: int | None) -> int:
-    text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None)
+    most = context_length(config)
     if wanted is None:
         return min(_CONTEXT, most) if most else _CONTEXT
     if most and wanted > most:

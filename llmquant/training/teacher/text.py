@@ -90,6 +90,15 @@ class Calibrated:
         ]
 
 
+def check_length(options: QAT, max_positions: int | None) -> None:
+    """Raises UsageError for windows longer than the context."""
+    if max_positions is not None and options.seqlen > max_positions:
+        raise UsageError(
+            f"qat.seqlen={options.seqlen} is more than the model's {max_positions} positions; "
+            f"give {max_positions} or less"
+        )
+
+
 def read_text(
     options: QAT,
     source: str,
@@ -116,11 +125,7 @@ def read_text(
             another model.
         UsageError: windows longer than the context.
     """
-    if max_positions is not None and options.seqlen > max_positions:
-        raise UsageError(
-            f"qat.seqlen={options.seqlen} is more than the model's {max_positions} positions; "
-            f"give {max_positions} or less"
-        )
+    check_length(options, max_positions)
     windows, facts = _windows(source, options, tokenizer, vocab_size)
     apart = options.heldout_source
     others = None if apart is None else _windows(apart, options, tokenizer, vocab_size)

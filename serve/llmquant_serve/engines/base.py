@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from llmquant import end_tokens
+from llmquant import context_length, end_tokens
 from llmquant.errors import LlmquantError
 
 Finish = Literal["stop", "length"]
@@ -137,12 +137,10 @@ class ModelInfo:
         Args:
             context: an upper limit on the positions; None leaves the model's own.
         """
-        text = config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
-        limits = [n for n in (positions, context) if isinstance(n, int)]
+        limits = [n for n in (context_length(config), context) if n is not None]
         return cls(
             min(limits, default=_DEFAULT_CONTEXT),
-            text.vocab_size,
+            config.get_text_config().vocab_size,
             end_tokens(config, generation_config, tokenizer),
         )
 
