@@ -50,7 +50,7 @@ class Awq(Plain):
         if scheme.spec.bits != BITS:
             return f"it holds {BITS} bits only, not {scheme.spec.bits}"
         if scheme.g_idx:
-            return "it has no g_idx; use act-order static, or format gptq"
+            return "it has no g_idx; quantize with --act-order static, or take format gptq"
         if shape[0] % 8:
             return f"the output size {shape[0]} is not a multiple of 8"
         return None

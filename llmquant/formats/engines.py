@@ -49,7 +49,7 @@ _VLLM_CPU = (
     Rule(
         _GPTQ | _CT,
         lambda s: s.g_idx,
-        "it refuses a stored g_idx (desc_act, actorder group); use static act-order",
+        "it refuses a stored g_idx (desc_act, actorder group); quantize with --act-order static",
     ),
     Rule(
         _ALL,

@@ -48,7 +48,7 @@ def why_not(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if scheme.activations != "none":
         return "GGUF has no place for quantized activations"
     if scheme.g_idx:
-        return "GGUF has no g_idx; use act-order static"
+        return "GGUF has no g_idx; quantize with --act-order static"
     if spec.width(shape[1]) % BLOCK:
         return f"GGUF has one scale per {BLOCK} columns, so a scale for every {spec.width(shape[1])} does not fit"
     return None

@@ -119,7 +119,7 @@ def refuse_shifted(verdict: ZeroVerdict, label: str) -> None:
     )
     raise FormatError(
         f"the zero-points are labelled {label} but {evidence}, so the label is wrong: the bytes read right as GPTQ {other}. "
-        "Correct the label in the config, or give the unquantized base model to decide"
+        "Correct the label in the config, or let `llmquant convert --base MODEL` decide by the unquantized model"
     )
 
 

@@ -21,7 +21,7 @@ from llmquant_eval.report.schema import Report
 from llmquant_eval.report.table import side_tables
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.request import Request
-from llmquant_eval.tasks.local_data import check_local_data
+from llmquant_eval.tasks.local_data import local_rows
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
@@ -296,7 +296,7 @@ def test_a_row_that_no_model_could_get_right_is_refused(
     lines = [json.dumps(good[task.partition("_")[0]]), "", json.dumps(row)]
     file.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(UsageError, match=f"mine.jsonl, line 3: .*{says}"):
-        check_local_data(task, file)
+        local_rows(task, file)
 
 
 def test_a_file_without_items_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
@@ -321,6 +321,22 @@ def test_a_question_of_digits_is_a_question(tiny_llama: Path, tmp_path: Path) ->
         ["1", " 2"],
         ["1", " the house"],
     ]
+
+
+def test_what_else_stands_in_a_row_is_left_out(tiny_llama: Path, tmp_path: Path) -> None:
+    """Columns of dates alone, which data sets read as times, and of two types in two rows."""
+    file = tmp_path / "mine.jsonl"
+    question = {"question": "2024-05-01", "choices": ["2024-05-02", "2024-05-03"], "answer": 1}
+    rows = [{**question, "id": 1, "when": "2024-05-01"}, {"id": "b", **question, "when": [2]}]
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    samples = tmp_path / "samples"
+    evaluate(
+        Request((str(tiny_llama),), tasks=f"choice_local={file}", cost=False, log_samples=str(samples))
+    )  # fmt: skip
+    (logged,) = samples.iterdir()
+    first, second = map(json.loads, logged.read_text("utf-8").splitlines())
+    assert first["arguments"] == [["2024-05-01", " 2024-05-02"], ["2024-05-01", " 2024-05-03"]]
+    assert first["doc"] == second["doc"] == question
 
 
 def test_an_unknown_task_is_named(

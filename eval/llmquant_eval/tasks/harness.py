@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import yaml
 from llmquant import replace_file
 from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.report.results import SampleFile, TaskMetric, TaskResult
-from llmquant_eval.tasks.local_data import check_local_data
+from llmquant_eval.tasks.local_data import local_rows
 
 LOCAL_TASKS = Path(__file__).parent / "local"
 _ALLOW_PROGRAMS = "HF_ALLOW_CODE_EVAL"
@@ -182,9 +183,16 @@ def _local_task(text: str) -> dict[str, Any]:
         raise UsageError(f"--tasks {text} reads a file of yours; write {name}=FILE.jsonl")
     if not Path(file).is_file():
         raise UsageError(f"--tasks {text}: {file} is not a file; give a JSON Lines file")
-    check_local_data(name, Path(file))
+    rows = local_rows(name, Path(file))
     config: dict[str, Any] = yaml.safe_load(_local_file(name).read_text(encoding="utf-8"))
-    return config | {"dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}}}
+    return config | {"custom_dataset": partial(_dataset, rows)}
+
+
+def _dataset(rows: list[dict[str, Any]], **_: Any) -> Any:
+    """What lm-eval reads of a file of the user's; it passes a task's metadata too."""
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict({"test": Dataset.from_list(rows)})
 
 
 def run_tasks(plan: TaskPlan, model: Any, label: str) -> list[TaskResult]:

@@ -2,7 +2,8 @@
 
 lm-eval takes what it is given: a label of -1 or a place that is a text makes an item that no model
 gets right, a missing question is asked as ``None``, and a label that is none ends the run in a
-Python error. So each row must be what its task says it is; an error names the line.
+Python error. So each row must be what its task says it is; an error names the line. What else
+stands in a row is left out: data sets guess a column's type, and a column of dates is no text then.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from llmquant_eval.texts.json_lines import read_rows
 Row = Mapping[str, Any]
 
 
-def check_local_data(task: str, file: Path) -> None:
-    """Check every row of ``file`` for one of the tasks in ``local``.
+def local_rows(task: str, file: Path) -> list[dict[str, Any]]:
+    """The rows of ``file``, with what one of the tasks in ``local`` asks for.
 
     Raises:
         SourceError: there is none, or the file cannot be read.
         UsageError: a row that the task cannot ask or score; names the line.
     """
-    empty = True
+    check, columns = _TASKS[task]
+    rows = []
     for line, row in read_rows(file):
-        empty = False
-        wrong = _CHECKS[task](row)
+        wrong = check(row)
         if wrong is not None:
             raise UsageError(f"{file}, line {line}: {wrong}; {task} cannot use it")
-    if empty:
+        rows.append({column: _used(row[column]) for column in columns})
+    if not rows:
         raise SourceError(f"{file} is empty; give a JSON Lines file with an item on each line")
+    return rows
 
 
 def _arc(row: Row) -> str | None:
@@ -68,12 +71,17 @@ def _choice(row: Row) -> str | None:
     return wrong if wrong is not None else _no_place(row, "answer", len(row["choices"]))
 
 
-_CHECKS: Mapping[str, Callable[[Row], str | None]] = {
-    "arc_easy_local": _arc,
-    "choice_local": _choice,
-    "lambada_local": _lambada,
-    "piqa_local": _piqa,
+_TASKS: Mapping[str, tuple[Callable[[Row], str | None], tuple[str, ...]]] = {
+    "arc_easy_local": (_arc, ("question", "choices", "answerKey")),
+    "choice_local": (_choice, ("question", "choices", "answer")),
+    "lambada_local": (_lambada, ("text",)),
+    "piqa_local": (_piqa, ("goal", "sol1", "sol2", "label")),
 }
+
+
+def _used(value: Any) -> Any:
+    """ARC's choices are the only object."""
+    return {k: value[k] for k in ("text", "label")} if isinstance(value, Mapping) else value
 
 
 def _no_text(row: Row, key: str) -> str | None:

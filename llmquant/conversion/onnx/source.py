@@ -64,7 +64,7 @@ def why_not(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if spec.bits not in BITS:
         return f"ONNX Runtime multiplies by weights of 2, 4 and 8 bits, not {spec.bits}"
     if scheme.g_idx:
-        return "a g_idx cannot be exported; quantize with act-order static"
+        return "a g_idx cannot be exported; quantize with --act-order static"
     if width < _SMALLEST_GROUP or width & (width - 1):
         return (
             f"a scale for every {width} columns; ONNX Runtime takes groups of a power of two, "
