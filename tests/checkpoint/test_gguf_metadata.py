@@ -99,6 +99,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[LlmquantError], str]] = {
     "width as text": ({"llama__embedding_length": "x"}, CheckpointError, "embedding_length is 'x'"),
     "another width": ({"llama__embedding_length": 48}, CheckpointError, "token_embd.weight is [268, 32], the metadata makes it 48 wide"),
     "more layers than tensors": ({"llama__block_count": 4294967295}, CheckpointError, "more than any tensor of the file has"),
+    "no context": ({"llama__context_length": None}, CheckpointError, "lacks metadata that a config needs: llama.context_length"),
     "no epsilon": ({"llama__attention__layer_norm_rms_epsilon": None}, CheckpointError, "lacks metadata that a config needs: llama.attention.layer_norm_rms_epsilon"),
     "negative epsilon": ({"llama__attention__layer_norm_rms_epsilon": -1.5}, CheckpointError, "is -1.5, not a positive number"),
     "base as a flag": ({"llama__rope__freq_base": True}, CheckpointError, "rope.freq_base is True"),

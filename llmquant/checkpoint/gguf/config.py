@@ -134,7 +134,7 @@ def config_of(model: GgufFile) -> GgufConfig:
 
 
 def _require(model: GgufFile, stated: Stated, table: Mapping[str, Any]) -> None:
-    needed = ["block_count", "embedding_length", "attention.head_count"]
+    needed = ["block_count", "context_length", "embedding_length", "attention.head_count"]
     needed += [k for k in table if k.endswith("_epsilon")]
     missing = [stated.name(k) for k in needed if k not in stated]
     if missing:
@@ -189,7 +189,7 @@ def _of_kind(model: GgufFile, stated: Stated, known: Any) -> dict[str, Any]:
         case "starcoder2":
             more["use_bias"] = has("blk.0.attn_q.bias")
         case "gpt2":
-            more["n_positions"] = stated.count("context_length") or 1024
+            more["n_positions"] = stated.count("context_length")
         case "gemma3" if "rope.freq_base_swa" in stated:
             more["rope_local_base_freq"] = stated.number("rope.freq_base_swa")
     if model.architecture in ("gemma2", "gemma3"):
