@@ -103,6 +103,16 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {n: sha256_file(p) for n, p in sorted(found.items()) if n not in UNHASHED}
 
 
+def changed_file(reader: CheckpointReader, manifest: Manifest) -> Path | None:
+    """The first weight file that is not the one that was written. One that the manifest does not
+    name, as where another tool sharded the folder again, is not looked at."""
+    for path in reader.files():
+        expected = manifest.files.get(path.relative_to(reader.path).as_posix())
+        if expected is not None and sha256_file(path) != expected:
+            return path
+    return None
+
+
 def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a module's stored tensors, less the two numbers that only repeat its shape."""
     return sum(

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.gguf.header import is_gguf
 from llmquant.checkpoint.hub import resolve
-from llmquant.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from llmquant.checkpoint.manifest import MANIFEST, Manifest, changed_file, read_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.label import named_dtypes
@@ -27,6 +27,7 @@ from llmquant.models.reading.fit import fitted, placeless
 from llmquant.models.reading.linears import linears_of
 from llmquant.models.reading.matrices import as_kept
 from llmquant.models.selection import PLACELESS, ROUTER, SHARED
+from llmquant.records import ModuleRecord
 from llmquant.runtime.devices import DTYPES
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
@@ -67,10 +68,8 @@ class Source:
         """
         weight = self.packed.weight(name)
         recorded = self.manifest.modules.get(name) if self.manifest else None
-        if recorded is not None and weight.digest() != recorded.digest:
-            raise ProofError(
-                f"{self.reader.path}: {name} does not hold the numbers that {MANIFEST} records; fetch it again"
-            )
+        if recorded is not None:
+            _check_numbers(name, weight, recorded, self.reader.path)
         return without_trivial_order(weight)
 
     def as_kept(self, name: str, tensor: Tensor) -> Tensor:
@@ -92,6 +91,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         FormatError: a layout or a config that llmquant cannot carry over, or zero-points whose
             label is wrong.
         CheckpointError: damaged, or its manifest speaks of other modules.
+        ProofError: a weight file is not the one that its manifest records.
         ArchitectureError: no causal language model that transformers knows.
     """
     refuse_gguf(model)
@@ -108,12 +108,13 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
     reader, packed = fit.reader, fit.packed
     packed.refuse_shifted_zeros(None if base is None else CheckpointReader(resolve(base)))
     schemes = packed.schemes
-    manifest = read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
+    manifest = manifest_of(reader)
     if manifest is not None and manifest.modules.keys() != schemes.keys():
         odd = sorted(manifest.modules.keys() ^ schemes.keys())
         raise CheckpointError(
             f"{reader.path}: {MANIFEST} and the tensors disagree on which modules are quantized: {odd[0]}"
         )
+    refuse_changed(reader, manifest, packed)
     linears = linears_of(fit.model, placeless(fit))
     known = manifest.skipped if manifest else {}
     routers = dict.fromkeys(linears.routers, ROUTER)
@@ -126,6 +127,40 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
         if n not in schemes
     }
     return Source(packed, skipped, linears.head, manifest, engine_names(fit), fit.notes)
+
+
+def manifest_of(reader: CheckpointReader) -> Manifest | None:
+    """The record in a folder; None where there is none."""
+    return read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
+
+
+def refuse_changed(
+    reader: CheckpointReader, manifest: Manifest | None, packed: PackedCheckpoint | None = None
+) -> None:
+    """Refuse weight files that are not those that a manifest records, before hours of work.
+
+    Args:
+        packed: the folder's quantized modules, to name the one that differs.
+
+    Raises:
+        ProofError: naming it, or the file.
+    """
+    changed = None if manifest is None else changed_file(reader, manifest)
+    if manifest is None or changed is None:
+        return
+    if packed is not None:
+        for name, recorded in manifest.modules.items():
+            _check_numbers(name, packed.weight(name), recorded, reader.path)
+    raise ProofError(
+        f"{changed} is not the file that {MANIFEST} records: a tensor that is not quantized was changed; fetch it again"
+    )
+
+
+def _check_numbers(name: str, weight: QuantizedWeight, recorded: ModuleRecord, path: Path) -> None:
+    if weight.digest() != recorded.digest:
+        raise ProofError(
+            f"{path}: {name} does not hold the numbers that {MANIFEST} records; fetch it again"
+        )
 
 
 def refuse_gguf(model: str | os.PathLike[str]) -> None:

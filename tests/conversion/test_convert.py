@@ -584,6 +584,18 @@ def test_a_source_that_is_not_what_its_manifest_says_is_refused(
         convert(source, "awq", tmp_path / "b")
 
 
+def test_a_source_whose_unquantized_tensors_were_changed_is_refused(
+    quantized: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(quantized, tmp_path / "a")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ProofError, match=r"model\.safetensors is not the file that manifest\.json"):
+        convert(source, "awq", tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("target", "tensor"),
     [

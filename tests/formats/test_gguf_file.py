@@ -166,13 +166,24 @@ def test_what_other_conversions_refuse_is_refused(packed: Path, tmp_path: Path) 
     damaged = edited(packed, tmp_path / "damaged", lambda t: t[word][0].add_(1))
     with pytest.raises(ProofError, match=r"not hold the numbers that manifest\.json records"):
         export_gguf(damaged, tmp_path / "m.gguf")
+    norm = edited(packed, tmp_path / "norm", lambda t: t["model.norm.weight"].mul_(2))
+    with pytest.raises(ProofError, match=r"not the file that manifest\.json records"):
+        export_gguf(norm, tmp_path / "m.gguf")
     asymmetric = {"bits": 4, "group_size": 32, "symmetric": False}
     recipe = {"method": "rtn", "format": "gptq_v2", "weights": asymmetric, "scales": {"steps": 0}}
     llmquant.quantize(TINY, tmp_path / "v2", Recipe.model_validate(recipe))
     relabelled(tmp_path / "v2", checkpoint_format="gptq")
     with pytest.raises(FormatError, match="so the label is wrong"):
         export_gguf(tmp_path / "v2", tmp_path / "m.gguf")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "v2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "norm", "v2"]
+
+
+def test_a_dense_copy_that_was_changed_is_refused(packed: Path, tmp_path: Path) -> None:
+    llmquant.convert(packed, "dense", tmp_path / "dense")
+    export_gguf(tmp_path / "dense", tmp_path / "whole.gguf")
+    change = edited(tmp_path / "dense", tmp_path / "a", lambda t: t["model.norm.weight"].mul_(2))
+    with pytest.raises(ProofError, match=r"not the file that manifest\.json records"):
+        export_gguf(change, tmp_path / "m.gguf")
 
 
 def test_what_a_file_has_no_place_for_is_refused(packed: Path, tmp_path: Path) -> None:
@@ -183,6 +194,7 @@ def test_what_a_file_has_no_place_for_is_refused(packed: Path, tmp_path: Path) -
         export_gguf(tmp_path / "kv", tmp_path / "m.gguf")
     norm = "model.norm.weight"
     wide = edited(packed, tmp_path / "wide", lambda t: t.update({norm: t[norm].double() + 1e-12}))
+    relabelled(wide)
     with pytest.raises(LayoutError, match=r"is torch\.float64, which is not a weight GGUF holds"):
         export_gguf(wide, tmp_path / "m.gguf")
 

@@ -30,7 +30,13 @@ from llmquant.checkpoint.gguf.folder import damaged
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
-from llmquant.conversion.source import Source, open_source, refuse_beyond_weights
+from llmquant.conversion.source import (
+    Source,
+    manifest_of,
+    open_source,
+    refuse_beyond_weights,
+    refuse_changed,
+)
 from llmquant.errors import FormatError, LayoutError, ProofError, QuantizationError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats import gguf as blocks
@@ -92,6 +98,8 @@ def export_gguf(
     source = None if quantization_of(stored) is None else open_source(stored.path, None)
     if source is not None:
         refuse_beyond_weights(source, "gguf")
+    else:
+        refuse_changed(stored, manifest_of(stored))
     reader = fitted(stored).reader if source is None else source.reader
     described = replace(described, tied=bool(reader.config.get("tie_word_embeddings", False)))
     sources = _sources(gguf, reader, described, None if source is None else source.packed)

@@ -31,7 +31,7 @@ from llmquant.conversion.onnx.proving.numbers import (
 )
 from llmquant.conversion.onnx.proving.proof import Numbers, integer_inputs, prove
 from llmquant.conversion.onnx.source import check_architecture, one_scheme, plan, write_packed
-from llmquant.conversion.source import Source, open_source, refuse_gguf
+from llmquant.conversion.source import Source, manifest_of, open_source, refuse_changed, refuse_gguf
 from llmquant.errors import UsageError
 from llmquant.records import OnnxRecord
 
@@ -106,6 +106,8 @@ def _open(path: Path, options: OnnxOptions) -> _Job:
         raise UsageError(f"{path} is an ONNX export already; export the folder it was made of")
     reader = CheckpointReader(path)
     source = None if quantization_of(reader) is None else open_source(path, None)
+    if source is None:
+        refuse_changed(reader, manifest_of(reader))
     rounds = source is not None and _rounds_inputs(source)
     kind = choose_weights(options, source is not None, rounds)
     check_architecture(reader.config, path)
