@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,7 +230,7 @@ def _facts(result: QatResult) -> dict[str, Any]:
         "modules": result.modules,
         "resumed_steps": result.resumed,
         "seconds": result.seconds,
-        "computing": asdict(result.computing),
+        "computing": result.computing.as_dict(),
         "computed": result.computing.as_text(),
         "warnings": list(result.warnings),
     }
