@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from llmquant.activations import Activations, int8_per_token
 from llmquant.errors import UsageError
 from llmquant.kernels import AUTO, choose
+from llmquant.kernels.undecoded import UndecodedWeight
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, without_trivial_order
 
@@ -90,9 +92,16 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[out, in]`` in the dtype of the activations, made anew: for models whose own code asks
-        their head for it (Mamba, xLSTM)."""
-        return self.dequantize(self.dtype)
+        """``[out, in]`` in the dtype of the activations, decoded where its numbers are used: for
+        models whose own code asks for it (the heads of Mamba and xLSTM)."""
+        if torch.compiler.is_compiling():
+            return self.dequantize(self.dtype)
+        decode = partial(self.dequantize, self.dtype)
+        return UndecodedWeight(self.shape, self.dtype, self._device, decode)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(b.device for b in self._buffers.values() if b is not None)
 
     def rows(self, ids: Tensor) -> Tensor:
         """int64 ``[n]`` → ``[n, in]``: rows of the weight in the dtype of the activations."""
@@ -108,8 +117,7 @@ class PackedLinear(nn.Module):
         Raises:
             UsageError: the kernel's buffers do not serve the new dtype or device.
         """
-        held = dict(self._buffers)
-        here = next(b.device for b in held.values() if b is not None)
+        held, here = dict(self._buffers), self._device
         probe = fn(torch.empty(0, dtype=self.dtype, device=here))
         if (probe.dtype, probe.device) != (self.dtype, here):
             self._check_move(probe.dtype, probe.device)

@@ -45,8 +45,8 @@ class PackedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[tokens, width]`` in the table's dtype, made anew."""
-        return self.table.dequantize(self.table.dtype)
+        """``[tokens, width]`` in the table's dtype, decoded where its numbers are used."""
+        return self.table.weight
 
     def extra_repr(self) -> str:
         scaled = "" if self.scale == 1.0 else f", scale={self.scale:g}"
