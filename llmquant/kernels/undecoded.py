@@ -36,7 +36,7 @@ class UndecodedWeight(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Any operation, on the numbers; another view of all of it stays what it is."""
@@ -57,7 +57,7 @@ class UndecodedWeight(Tensor):
     def tolist(self) -> Any:
         return self._decode().tolist()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"UndecodedWeight({list(self.shape)}, {self.dtype}, {self.device})"
 
 
