@@ -73,27 +73,27 @@ def refuse_foreign(path: Path, kind: FileKind) -> None:
         )
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """:func:`replace_file`; raises LlmquantError where that fails."""
     try:
-        replace_file(path, text)
+        replace_file(path, content)
     except OSError as e:
         raise LlmquantError(f"{path} cannot be written: {e}") from e
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: beside it, fsync, rename. Keeps the mode of a file
-    that was there. A device or a pipe (``/dev/stdout``) is written to: a rename
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, texts as UTF-8: beside it, fsync, rename. Keeps the mode of
+    a file that was there. A device or a pipe (``/dev/stdout``) is written to: a rename
     would put a file in its place."""
+    data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
-        with path.open("w", encoding="utf-8") as device:
-            device.write(text)
+        path.write_bytes(data)
         return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)

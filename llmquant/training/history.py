@@ -5,6 +5,7 @@ They hold times, which no two runs share, so they lie beside the model and not i
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import IO, Any
 
 from llmquant.checkpoint.atomic import disk
 from llmquant.training.state.saved import Course
+from llmquant.written import replace_file
 
 _RESOLUTION = 150
 
@@ -66,8 +68,10 @@ def draw_losses(course: Course, path: Path) -> str | None:
     axes.set_ylabel("nats per token")
     axes.set_yscale("log")
     axes.legend(frameon=False)
+    drawn = io.BytesIO()
     try:
-        figure.savefig(path, dpi=_RESOLUTION, metadata={"Software": None})
+        figure.savefig(drawn, dpi=_RESOLUTION, metadata={"Software": None})
+        replace_file(path, drawn.getvalue())
     except (OSError, ValueError) as e:
         return f"no loss curve was drawn into {path}: {getattr(e, 'strerror', None) or e}"
     return None

@@ -3,7 +3,9 @@ wrong."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import board_kit as kit
 import pytest
 
 import llmquant
-from llmquant.errors import UsageError
+from llmquant.errors import LlmquantError, UsageError
 from llmquant_eval.leaderboard.figures import divergence_figure, front_figure, layers_figure
 from llmquant_eval.leaderboard.pareto import COST_AXES, pareto_plot
 from llmquant_eval.leaderboard.plots import layer_errors, write_plots
@@ -46,6 +48,21 @@ def test_the_same_reports_give_the_same_svg(tmp_path: Path) -> None:
     assert all(
         (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names
     )
+
+
+def test_a_full_disk_leaves_the_plots_that_were_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, kit.four())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises((OSError, LlmquantError), match="No space left"):
+        written(tmp_path, kit.report(kit.candidate("Mine w4", 1.1, 10)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_layers_are_drawn_from_the_manifest_of_what_was_measured(

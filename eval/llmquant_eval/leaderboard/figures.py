@@ -6,10 +6,12 @@ Which figures there are, and from what, is in :mod:`llmquant_eval.leaderboard.pl
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmquant import replace_file
 from llmquant.errors import UsageError
 from llmquant_eval.leaderboard.pareto import COLOURS, ParetoPlot
 from llmquant_eval.report.results import Breakdown
@@ -196,7 +198,10 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     import matplotlib
 
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=_RESOLUTION, metadata={"Software": None})
+    drawn = [io.BytesIO(), io.BytesIO()]
+    figure.savefig(drawn[0], dpi=_RESOLUTION, metadata={"Software": None})
     with matplotlib.rc_context({"svg.hashsalt": "llmquant"}):
-        figure.savefig(paths[1], metadata={"Date": None})
+        figure.savefig(drawn[1], format="svg", metadata={"Date": None})
+    for path, picture in zip(paths, drawn, strict=True):
+        replace_file(path, picture.getvalue())
     return paths

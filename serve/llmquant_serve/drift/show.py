@@ -96,10 +96,9 @@ def write_plot(report: DriftReport, path: Path) -> None:
     if path.suffix.lower() == ".html":
         write_file(path, _page(report))
         return
-    try:
-        _figure(report).savefig(path, dpi=120)
-    except OSError as e:
-        raise LlmquantError(f"{path} cannot be written: {e.strerror or e}") from e
+    drawn = io.BytesIO()
+    _figure(report).savefig(drawn, format=path.suffix[1:].lower(), dpi=120)
+    write_file(path, drawn.getvalue())
 
 
 def _page(report: DriftReport) -> str:
