@@ -13,8 +13,8 @@ is missing is measured. Ours and the peers' calibration windows of one seed are 
 ``--tools``, ``--grids`` and ``--seeds`` narrow it down; ``--model``, ``--calibration`` and
 ``--text`` take another model, which gets a section of its folder's name. The table
 gives the mean over seeds and, where there are several, the range. Cost is counted in processor
-seconds (user and system, all threads; OMP_NUM_THREADS=1 for the committed ones), which depend less
-than wall time on what else the machine does.
+seconds (user and system, all threads), which depend less than wall time on what else the machine
+does; OMP_NUM_THREADS=1 for the committed ones, or the processor's column says how many threads.
 """
 
 from __future__ import annotations
@@ -216,9 +216,13 @@ def shared(args: argparse.Namespace) -> dict[str, Any]:
         "seqlen": args.seqlen,
         "text": args.text,
         "windows": args.windows,
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "threads": _threads(),
         "python": platform.python_version(),
     }
+
+
+def _threads() -> str:
+    return os.environ.get("OMP_NUM_THREADS", "all")
 
 
 def wanted(args: argparse.Namespace, environments: dict[str, str]) -> list[tuple[str, str, int]]:
@@ -253,10 +257,11 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     output = setting.scratch / "model"
     command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
     cost = quantized(command, setting.scratch / "log")
-    here = llmquant.this_processor()  # seconds of two processors do not compare
+    here = llmquant.this_processor()  # seconds of two processors do not compare, nor of two threads
+    threads = [] if (n := _threads()) == "1" else [f"{n} threads"]
     result = {
         "tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name,
-        "processor": ", ".join([here.name, *here.instruction_sets[:1]]), **cost, **evaluated(output, setting),
+        "processor": ", ".join([here.name, *here.instruction_sets[:1], *threads]), **cost, **evaluated(output, setting),
     }  # fmt: skip
     if setting.keep is None:
         shutil.rmtree(output)

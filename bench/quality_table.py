@@ -114,7 +114,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | perplexity ratio | perplexity over the original's |
 | top-1 | share of positions at which both models rank the same token first |
 | bits per weight | mean over the quantized linears, scales and zero-points included |
-| CPU s | processor time of the quantizing process on one thread, with start and imports; other work beside it makes it longer (GPTQ of SmolLM2: 178, and 92 in another run), so it compares tools roughly |
+| CPU s | processor time of the quantizing process on one thread (where it was more, the processor's column says so), with start and imports; other work beside it makes it longer (GPTQ of SmolLM2: 178, and 92 in another run), so it compares tools roughly |
 | GB | its peak resident memory |
 | processor | what the seconds are of, and the most telling of its instruction sets; – where that was not recorded. Seconds of two processors do not compare |
 
