@@ -22,6 +22,20 @@ def fit_groups(
     return recipe, (*embeddings, *changes)
 
 
+def chosen_linears(
+    linears: Linears, architecture: Architecture, recipe: Recipe
+) -> dict[str, tuple[str, ...]]:
+    """The linears that a run gives the recipe's weights → what patterns may call them.
+
+    None outside the decoder blocks, which stay as they are, and no head that is the packed
+    embeddings'.
+    """
+    shared = linears.shared if recipe.embeddings is not None else frozenset()
+    left = {*architecture.outside, *shared}
+    names = {n: linears.names(n) for n in linears.shapes if n not in left}
+    return {n: known for n, known in names.items() if recipe.selects(*known)}
+
+
 def _fit_embeddings(
     linears: Linears, recipe: Recipe, layout: Format
 ) -> tuple[Recipe, tuple[GroupSizeRecord, ...]]:
@@ -48,10 +62,7 @@ def _fit_linears(
     """The part of :func:`fit_groups` for linears."""
     if recipe.weights.strict_groups:
         return recipe.updated({"weights.strict_groups": False}), ()
-    shared = linears.shared if recipe.embeddings is not None else frozenset()
-    left = {*architecture.outside, *shared}
-    names = {n: linears.names(n) for n in linears.shapes if n not in left}
-    names = {n: known for n, known in names.items() if recipe.selects(*known)}
+    names = chosen_linears(linears, architecture, recipe)
     schemes = {n: scheme_of(recipe, recipe.weights_of(*known)) for n, known in names.items()}
     together = [items for _, items in fused_items(tuple(names), architecture)]
     fit = fit_schemes(schemes, together, linears.shapes, layout)

@@ -176,6 +176,45 @@ def test_the_head_takes_part_where_it_is_asked_for(model: Path, gptq: Recipe) ->
     assert len(found.items) == 9
 
 
+def saved(kind: str, folder: Path, **config: Any) -> Path:
+    """A random model with the example's tokenizer."""
+    save(kind, folder, **config)
+    for name in TOKENIZER:
+        shutil.copy(EXAMPLE / name, folder)
+    return folder
+
+
+def test_a_head_of_another_name_is_pinned_by_the_usual_one(tmp_path: Path, gptq: Recipe) -> None:
+    """GPT-NeoX calls it ``embed_out``; patterns may call it ``lm_head``."""
+    folder = saved("gpt_neox", tmp_path / "m", vocab_size=4096)
+    pinned = gptq.updated({"ignore": (), "overrides": ({"match": "lm_head", "bits": 3},)})
+    found = allocated(folder, pinned, 4.0, sensitivity="block")
+    assert found.items[-1].names == ("embed_out",)
+    assert found.items[-1].scheme == Scheme(QuantSpec(3, gptq.weights.spec.group_size))
+
+
+LEFT_ALONE = [
+    pytest.param("opt", {"word_embed_proj_dim": 16}, {}, id="linears outside the blocks"),
+    pytest.param(
+        "llama",
+        {"tie_word_embeddings": True},
+        {"ignore": (), "embeddings": {}},
+        id="a head that is the packed embeddings'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "changes"), LEFT_ALONE)
+def test_what_a_run_leaves_alone_takes_no_part(
+    tmp_path: Path, gptq: Recipe, kind: str, config: Any, changes: Any
+) -> None:
+    folder = saved(kind, tmp_path / "m", vocab_size=4096, **config)
+    recipe = gptq.updated(changes)
+    found = allocated(folder, recipe, 4.5, sensitivity="block")
+    made = make_plan(folder, recipe)
+    assert {n for item in found.items for n in item.names} == {m.name for m in made.linears}
+
+
 ENGINES = [
     pytest.param("vllm", {"widths": (2, 3, 4, 8, 16)}, {4, 8}, {True, False}, id="vllm"),
     pytest.param(
@@ -276,6 +315,14 @@ REFUSED = [
     ),
     pytest.param(
         {}, {"group_sizes": (0,)}, 4.0, UsageError, "group sizes 0", id="a group size of 0"
+    ),
+    pytest.param(
+        {},
+        {"group_sizes": (7,)},
+        8.0,
+        UsageError,
+        r"everything would stay unquantized: none of the allowed schemes fits.*group sizes 7",
+        id="group sizes that divide nothing",
     ),
     pytest.param({}, {"engine": "sglang"}, 4.0, UsageError, "engine 'sglang'", id="an engine"),
     pytest.param(

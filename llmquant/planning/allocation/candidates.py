@@ -18,6 +18,7 @@ from llmquant.formats import Format, Scheme
 from llmquant.formats.base import is_expert
 from llmquant.formats.engines import VLLM_AVX512, VLLM_NO_AVX512, vllm_here, why_not
 from llmquant.formats.group_sizes import fit_scheme
+from llmquant.models.groups import chosen_linears
 from llmquant.models.selection import fused_items
 from llmquant.planning.allocation.options import UNQUANTIZED, AllocateOptions, listed
 from llmquant.quantization.plan import WalkPlan
@@ -42,39 +43,49 @@ def choices_of(plan: WalkPlan, options: AllocateOptions) -> list[Choice]:
     """Every item of the model with what it may become.
 
     Raises:
-        UsageError: the recipe selects nothing, or the engine takes nothing.
+        UsageError: the recipe selects nothing, the engine takes nothing, or nothing but 16 bits
+            fits any item.
         SpecError: nothing that is allowed fits an item.
     """
     linears, recipe, layout, reader = plan.source.linears, plan.recipe, plan.layout, plan.reader
-    names = [n for n in linears.shapes if recipe.selects(*linears.names(n))]
+    names = chosen_linears(linears, plan.architecture, recipe)
     if not names:
         raise UsageError(
             f"the recipe selects none of the model's {len(linears.shapes)} linears; check --include and --ignore"
         )
     sizes, table = Sizes(layout), _table(options.engine)
     choices = []
-    for block, members in fused_items(names, plan.architecture):
+    for block, members in fused_items(tuple(names), plan.architecture):
         stored = {n: reader.info(f"{n}.weight") for n in members}
         taken: dict[Scheme | None, int] = {}
-        schemes = _schemes(members, recipe, options)
-        if _pinned(members, recipe) and not recipe.weights.strict_groups:
+        pinned = _pinned([names[n] for n in members], recipe)
+        schemes = _schemes(members, pinned, recipe, options)
+        if pinned and not recipe.weights.strict_groups:
             schemes = [fit_scheme(s, [linears.shapes[n] for n in members], layout) for s in schemes]
         for scheme in schemes:
             if all(_holds(scheme, linears.shapes[n], layout, table, n) for n in members):
                 taken[scheme] = sum(
                     sizes.nbytes(scheme, linears.shapes[n], i.dtype) for n, i in stored.items()
                 )
-        if UNQUANTIZED in options.widths and not _pinned(members, recipe):
+        if UNQUANTIZED in options.widths and not pinned:
             taken[None] = sum(i.nbytes for i in stored.values())
         if not taken:
-            raise SpecError(
-                f"{', '.join(members)}: none of the allowed schemes fits (widths {listed(options.widths)}, group sizes "
-                f"{listed(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
-            )
+            raise SpecError(f"{', '.join(members)}: {_none_fits(layout, options)}")
         choices.append(
             Choice(block, members, taken, sum(math.prod(linears.shapes[n]) for n in members))
         )
+    if all(not any(c.sizes) for c in choices):
+        raise UsageError(f"everything would stay unquantized: {_none_fits(layout, options)}")
     return _alike(choices) if options.engine == "transformers" else choices
+
+
+def _none_fits(layout: Format, options: AllocateOptions) -> str:
+    if set(options.widths) == {UNQUANTIZED}:
+        return "the only width is 16; allow 2, 3, 4 or 8"
+    return (
+        f"none of the allowed schemes fits (widths {listed(options.widths)}, group sizes "
+        f"{listed(options.group_sizes)}, format {layout.name}, engine {options.engine}); allow more of them"
+    )
 
 
 def _alike(choices: list[Choice]) -> list[Choice]:
@@ -99,17 +110,20 @@ def _alike(choices: list[Choice]) -> list[Choice]:
     ]
 
 
-def _pinned(members: Sequence[str], recipe: Recipe) -> list[Scheme]:
-    """The schemes that the recipe's overrides give the item's linears."""
+def _pinned(members: Sequence[tuple[str, ...]], recipe: Recipe) -> list[Scheme]:
+    """The schemes that the recipe's overrides give the item's linears, by all their names."""
     by_group = recipe.method != "rtn" and recipe.gptq.act_order == "group"
     pinned = [
-        recipe.weights_of(n) for n in members if any(matches(o.match, n) for o in recipe.overrides)
+        recipe.weights_of(*known)
+        for known in members
+        if any(matches(o.match, n) for o in recipe.overrides for n in known)
     ]
     return list(dict.fromkeys(Scheme(w.spec, by_group, w.activations) for w in pinned))
 
 
-def _schemes(members: Sequence[str], recipe: Recipe, options: AllocateOptions) -> list[Scheme]:
-    pinned = _pinned(members, recipe)
+def _schemes(
+    members: Sequence[str], pinned: list[Scheme], recipe: Recipe, options: AllocateOptions
+) -> list[Scheme]:
     if len(pinned) > 1:
         both = " and ".join(map(str, pinned))
         raise UsageError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from llmquant.errors import UsageError
 from llmquant.formats import Scheme
 from llmquant.models.groups import fit_groups
 from llmquant.models.selection import select
@@ -57,10 +56,6 @@ def check_layout(choices: Sequence[Choice], plan: WalkPlan) -> None:
     for i, choice in enumerate(choices):
         schemes: list[Scheme | None] = [s for s in choice.sizes if s is not None] or [None]
         chosen.append(schemes[i % len(schemes)])
-    if all(s is None for s in chosen):
-        raise UsageError(
-            "the only width is 16, which leaves everything unquantized; allow 2, 3, 4 or 8"
-        )
     trial = recipe_of_choice(plan.recipe, choices, chosen)
     linears = plan.source.linears
     trial, _ = fit_groups(linears, plan.architecture, trial, plan.layout)  # of the embeddings
