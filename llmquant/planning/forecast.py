@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
+from llmquant.kernels.cpu import Cpu
 from llmquant.models.from_folder import context_length, read_config
 from llmquant.planning.preview import Plan
 from llmquant.quantization.memory import Work
@@ -155,6 +156,23 @@ def training_bytes(plan: Plan, recipe: Recipe) -> int | None:
         return None
     weights = sum(math.prod(m.shape) for m in plan.linears)
     return _BYTES_OF_TRAINING[recipe.qat.size] * weights
+
+
+def loaded_bytes(plan: Plan, dtype: torch.dtype) -> int:
+    """Bytes of the result's weights in the memory of who computes with them in ``dtype``.
+
+    Packed ones stay as they are stored, and what is not packed becomes ``dtype``: a float32 copy of
+    16-bit embeddings is twice their file. Only a head beside the compiled kernel keeps its 16 bits
+    (:mod:`llmquant.models.decoding.half_head`), and the embeddings with it where they are tied.
+    """
+    packed = {m.name for m in plan.modules}
+    kept = plan.head if dtype is torch.float32 and Cpu.name in plan.kernels else None
+    return sum(
+        t.nbytes
+        if name == kept or name.rpartition(".")[0] in packed
+        else math.prod(t.shape) * dtype.itemsize
+        for name, t in plan.tensors.items()
+    )
 
 
 def running_bytes(model: str | os.PathLike[str], weights: int, tokens: int | None = None) -> int:

@@ -30,6 +30,7 @@ from llmquant.kernels import choose
 from llmquant.models.architectures import Architecture
 from llmquant.models.block_inputs import refuse_walk
 from llmquant.models.from_folder import load_tokenizer
+from llmquant.models.reading.linears import Linears
 from llmquant.models.reading.stored_dtype import SOURCE, StoredReader
 from llmquant.quantization.plan import WalkPlan
 from llmquant.quantization.prepare import check_calibration, prepare, selected
@@ -74,6 +75,7 @@ class Plan:
         regrouped: where these are not the wanted ones.
         stored: what is stored in another dtype than the original has, in words.
         embedding: name of the token embeddings, if they are quantized.
+        head: the tensor that the head multiplies by, the embeddings' where it is tied to them.
     """
 
     model_type: str
@@ -96,6 +98,7 @@ class Plan:
     regrouped: tuple[GroupSizeRecord, ...] = ()
     stored: str | None = None
     embedding: str | None = None
+    head: str | None = None
 
     @property
     def linears(self) -> tuple[PlannedModule, ...]:
@@ -193,7 +196,13 @@ def make_plan(
         notes=plan.source.notes,
         stored=reader.note() if isinstance(reader, StoredReader) else None,
         embedding=selection.embedding,
+        head=_head(plan.source.linears),
     )
+
+
+def _head(linears: Linears) -> str | None:
+    module = linears.embedding[0] if linears.tied and linears.embedding else linears.head
+    return module and f"{module}.weight"
 
 
 def _tensor_parallel(modules: list[PlannedModule], config: PreTrainedConfig) -> tuple[int, ...]:

@@ -14,14 +14,16 @@ from children import Run
 from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from llmquant import QuantizeOptions, load, quantize
 from llmquant.errors import LayoutError, UsageError
 from llmquant.planning import defaults
 from llmquant.planning.advice import ORIGINAL, Advice, Target, advise, other_kind
 from llmquant.planning.advice.widths import measure_widths
 from llmquant.planning.costs import size_classes
-from llmquant.planning.forecast import cache_bytes
+from llmquant.planning.forecast import cache_bytes, loaded_bytes
 from llmquant.planning.preview import Plan, make_plan
 from llmquant.recipe import Recipe, load_recipe
+from llmquant.runtime.devices import parse_dtype
 from llmquant.spec import QuantSpec
 
 FLOOR = 1000  # bytes of a process
@@ -35,11 +37,37 @@ def test_sizes_are_those_of_the_plan(model: Path) -> None:
     advice = advice_of(model, context=100, batch_size=3)
     plan = make_plan(model, load_recipe("gptq-w8"))
     eight = next(o for o in advice.options if o.name == "gptq-w8")
-    assert eight.weight_bytes == plan.tensor_bytes
-    assert eight.total_bytes == plan.tensor_bytes + advice.cache_bytes + FLOOR
+    weights = loaded_bytes(plan, parse_dtype(advice.dtype).dtype)
+    assert eight.weight_bytes == weights
+    assert eight.total_bytes == weights + advice.cache_bytes + FLOOR
     assert advice.options[0].name == ORIGINAL
     assert advice.options[0].weight_bytes == advice.default.parameters * 4
     assert len({o.name for o in advice.options}) == len(advice.options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"tie_word_embeddings": True}, {"dtype": torch.float32}],
+    ids=["untied", "tied", "stored float32"],
+)
+def test_weights_are_counted_as_they_are_once_loaded(
+    make_model: Any, rtn: Recipe, tmp_path: Path, how: Any, dtype: str
+) -> None:
+    """Embeddings that are not packed become float32 where that is computed in, but for those that
+    are tied to a head."""
+    folder = make_model(**how)
+    quantize(folder, tmp_path / "q", rtn, QuantizeOptions(store_dtype="auto"))
+    loaded = load(tmp_path / "q", dtype=dtype)
+    held = {t.data_ptr(): t.nbytes for t in (*loaded.parameters(), *loaded.buffers())}
+    counted = loaded_bytes(make_plan(folder, rtn, "auto"), parse_dtype(dtype).dtype)
+    assert counted == pytest.approx(sum(held.values()), rel=0.02)
+
+
+def test_a_float32_model_is_counted_as_the_commands_store_it(make_model: Any) -> None:
+    half, full = (advice_of(make_model(dtype=d)) for d in (torch.float16, torch.float32))
+    sizes = ({o.name: o.weight_bytes for o in advice.options} for advice in (half, full))
+    assert next(sizes) == next(sizes)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +128,10 @@ def test_a_recipe_that_the_model_cannot_have_is_named(
 ) -> None:
     bits = {2, 8}
 
-    def planned(path: Path, recipe: Recipe) -> Plan:
+    def planned(path: Path, recipe: Recipe, *how: Any) -> Plan:
         if recipe.weights.bits in bits:
             raise LayoutError("no place for that")
-        return make_plan(path, recipe)
+        return make_plan(path, recipe, *how)
 
     module = importlib.import_module("llmquant.planning.advice.advise")
     monkeypatch.setattr(module, "make_plan", planned)

@@ -2,7 +2,8 @@
 what to try first.
 
 The field's rule of thumb: define the acceptable loss, measure the original, try post-training
-quantization, from there to finer grids, 8 bits, or 16. Sizes are exact (they are the plan's). The
+quantization, from there to finer grids, 8 bits, or 16. Sizes are the plan's,
+as they are once the model is loaded. The
 expected loss is of another model of the size class (:mod:`llmquant.planning.costs`), which ``eval``
 replaces by a measurement. Speeds are measured where the target is this machine.
 """
@@ -31,7 +32,7 @@ from llmquant.planning.advice.target import Target
 from llmquant.planning.advice.widths import WidthSpeed, measure_widths
 from llmquant.planning.costs import Cost
 from llmquant.planning.defaults import CLOSE, DefaultRecipe, choose_recipe
-from llmquant.planning.forecast import cache_bytes
+from llmquant.planning.forecast import cache_bytes, loaded_bytes
 from llmquant.planning.preview import Plan, make_plan
 from llmquant.recipe import Recipe, load_recipe
 from llmquant.runtime.devices import AUTO, parse_dtype
@@ -139,7 +140,10 @@ def advise(
     taken = cache + target.floor_bytes
     options = (
         _original(default.parameters, taken, target, dtype),
-        *(_option(n, plan, taken, target, default, speeds) for n, plan in plans.items()),
+        *(
+            _option(n, p, loaded_bytes(p, dtype), taken, target, default, speeds)
+            for n, p in plans.items()
+        ),
     )
     first, why = _first(options, default, max_kl)
     return Advice(
@@ -190,7 +194,7 @@ def _plans(path: Path, default: DefaultRecipe) -> tuple[dict[str, Plan], dict[st
     errors: list[LlmquantError] = []
     for name, recipe in _recipes(default).items():
         try:
-            plans[name] = make_plan(path, recipe)
+            plans[name] = make_plan(path, recipe, AUTO)  # as the commands store it
         except (ArchitectureError, LayoutError, RecipeError, SpecError) as e:
             errors.append(e)
             refused[name] = str(e)
@@ -202,17 +206,18 @@ def _plans(path: Path, default: DefaultRecipe) -> tuple[dict[str, Plan], dict[st
 def _option(
     name: str,
     plan: Plan,
+    weights: int,
     taken: int,
     target: Target,
     default: DefaultRecipe,
     speeds: Mapping[QuantSpec, WidthSpeed],
 ) -> Option:
-    """A recipe; ``taken`` is what the model needs beside its weights."""
-    total = plan.tensor_bytes + taken
+    """A recipe; ``taken`` is what the model needs beside the bytes of its ``weights``."""
+    total = weights + taken
     return Option(
         name=name,
         scheme=", ".join(sorted({str(m.scheme) for m in plan.modules})),
-        weight_bytes=plan.tensor_bytes,
+        weight_bytes=weights,
         total_bytes=total,
         fits=total <= target.memory_bytes,
         cost=default.size_class.costs.get(name),
