@@ -13,6 +13,7 @@ null.
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -183,12 +184,15 @@ def _loaded(name: str) -> bool:
     return name.endswith(_LOADED) or name in SIDE_FILES
 
 
-def verify(folder: Path, on_file: Callable[[str], None] = lambda _: None) -> Manifest:
+def verify(
+    folder: str | os.PathLike[str], on_file: Callable[[str], None] = lambda _: None
+) -> Manifest:
     """Check every file's hash and every module's numbers against the manifest.
 
     Raises:
         ProofError: naming the file or module that differs.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
         on_file(name)

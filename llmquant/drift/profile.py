@@ -9,6 +9,7 @@ than new requests do, and :mod:`llmquant.drift.evidence` would take that for dri
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,14 +176,14 @@ def make_drift_profile(
     )
 
 
-def load_drift_profile(path: Path) -> DriftProfile:
+def load_drift_profile(path: str | os.PathLike[str]) -> DriftProfile:
     """Read a profile.
 
     Raises:
         UsageError: there is none, or it is something else.
     """
     try:
-        return DriftProfile.model_validate_json(path.read_bytes())
+        return DriftProfile.model_validate_json(Path(path).read_bytes())
     except OSError as e:
         raise UsageError(f"the drift profile {path} cannot be read: {e.strerror or e}") from e
     except ValidationError as e:

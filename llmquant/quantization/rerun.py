@@ -64,7 +64,7 @@ def recorded_recipe(folder: Path, manifest: Manifest) -> Recipe:
 
 
 def rerun(
-    folder: Path,
+    folder: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
     *,
     calibration: str | None = None,
@@ -89,6 +89,7 @@ def rerun(
         UsageError: the folder was converted or has no recipe, or the model or the text is not the
             recorded one.
     """
+    folder = Path(folder)
     then = read_manifest(folder)
     if then.conversions or then.recipe_sha256 is None or not (folder / "recipe.yaml").is_file():
         raise UsageError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmquant.checkpoint.manifest import MANIFEST, UNHASHED, file_hashes, read_manifest, verify
 from llmquant.checkpoint.reader import SINGLE, CheckpointReader, sha256_file
+from llmquant.checkpoint.weights.exported import is_onnx
 from llmquant.errors import CheckpointError, ProofError
 from llmquant.recipe import Recipe
 
@@ -172,6 +173,11 @@ def test_an_unknown_key_is_refused(tampered: Path, edit_json: EditJson) -> None:
     edit_json(tampered / MANIFEST, lambda m: m.update(verified=True))
     with pytest.raises(CheckpointError, match="not a manifest of this version"):
         read_manifest(tampered)
+
+
+def test_a_folder_may_be_named_by_a_text(quantized: Path) -> None:
+    assert verify(str(quantized)) == verify(quantized)
+    assert not is_onnx(str(quantized))
 
 
 def test_files_are_told_as_they_are_hashed(quantized: Path) -> None:

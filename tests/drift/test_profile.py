@@ -63,7 +63,7 @@ def test_a_half_fixes_the_bins_and_the_other_is_counted(tmp_path):
     }
     path = tmp_path / "profile.json"
     path.write_text(profile.to_json(), encoding="utf-8")
-    assert load_drift_profile(path) == profile
+    assert load_drift_profile(path) == load_drift_profile(str(path)) == profile
 
 
 def test_words_that_are_usual_overlap():

@@ -21,7 +21,7 @@ from llmquant.recipe import Recipe
 
 def test_a_run_repeated_gives_the_same_bytes(quantized: Path, model: Path) -> None:
     before = sorted(quantized.parent.iterdir())
-    found = rerun(quantized, model)
+    found = rerun(str(quantized), str(model))
     assert (found.files, found.modules, found.circumstances) == ((), (), ())
     demand_same(quantized, found)
     assert sorted(quantized.parent.iterdir()) == before  # nothing is left of the second run
