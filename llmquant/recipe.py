@@ -39,6 +39,7 @@ from llmquant.runtime.yaml_files import read_yaml
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _SHIPPED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")
+_SECTIONS = ("weights", "overrides", "scales", "gptq", "calibration")  # those that are always there
 
 
 class Recipe(Strict):
@@ -61,6 +62,19 @@ class Recipe(Strict):
     calibration: CalibrationOptions = CalibrationOptions()
     format: str = "compressed-tensors"
     seed: int = Field(0, ge=0, le=2**63 - 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_below(cls, data: object) -> object:
+        """A section with nothing below it, null in YAML, is not given. Of ``ignore`` that may also
+        mean that nothing is left out."""
+        if not isinstance(data, dict):
+            return data
+        if data.get("ignore", ()) is None:
+            raise ValueError(
+                "nothing stands below ignore; write ignore: [] to quantize the head too, or remove the key"
+            )
+        return {k: v for k, v in data.items() if v is not None or k not in _SECTIONS}
 
     @field_validator("include", "ignore")
     @classmethod

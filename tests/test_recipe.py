@@ -114,6 +114,7 @@ WRONG = [
     pytest.param(
         "ignore: lm_head", "ignore: Input should be a valid tuple", id="one pattern, no list"
     ),
+    pytest.param("ignore:", r"ignore: \[\] to quantize the head too", id="nothing below ignore"),
     pytest.param(
         "seed: -1", "seed: Input should be greater than or equal to 0", id="negative seed"
     ),
@@ -155,6 +156,11 @@ WRONG = [
     pytest.param("[" * 5000, "cannot be read as YAML", id="nested too deep"),
     pytest.param("a: \0", "cannot be read as YAML", id="zero byte"),
 ]
+
+
+@pytest.mark.parametrize("key", ["weights", "overrides", "scales", "gptq", "calibration"])
+def test_a_section_with_nothing_below_it_is_not_given(tmp_path: Path, key: str) -> None:
+    assert loaded(tmp_path, f"method: rtn\n{key}:\n") == Recipe(method="rtn")
 
 
 @pytest.mark.parametrize(("yaml", "words"), WRONG)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 from llmquant.formats import Scheme
 from llmquant.formats.base import is_embedding, is_expert
@@ -195,7 +196,8 @@ def refusals(
     it takes it."""
     model = replace(model, several=len({s for n, s in schemes.items() if is_expert(n)}) > 1)
     kinds = {
-        (scheme, is_expert(name), is_embedding(name)): name for name, scheme in schemes.items()
+        (scheme, is_expert(name), is_embedding(name)): name
+        for name, scheme in sorted(schemes.items(), key=itemgetter(0))  # one order of reasons
     }
     return {
         engine: tuple(

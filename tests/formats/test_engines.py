@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,15 @@ def test_both_answers_are_there_on_any_machine(machine: UseMachine) -> None:
     assert said[0] == said[1] == said[2]
     assert said[0][VLLM_AVX512] == ()
     assert len(said[0][VLLM_NO_AVX512]) == 1
+
+
+def test_reasons_have_one_order() -> None:
+    """Plan walks a model's tensors and inspect a folder's, and both list the same."""
+    schemes = {"a": W4, "b": W3, "c": replace(W4, g_idx=True)}
+    backwards = dict(reversed(schemes.items()))
+    both = [refusals("compressed-tensors", s) for s in (schemes, backwards)]
+    assert both[0] == both[1]
+    assert any(len(reasons) > 1 for reasons in both[0].values())
 
 
 def told(model: Path, output: Path, recipe: Recipe) -> tuple[list[str], list[str]]:
