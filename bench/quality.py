@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality.json"
 EXAMPLE = "examples/tiny-llama"
 METRICS = ("perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement")
+_THREADS = os.environ.get("OMP_NUM_THREADS", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +217,9 @@ def shared(args: argparse.Namespace) -> dict[str, Any]:
         "seqlen": args.seqlen,
         "text": args.text,
         "windows": args.windows,
-        "threads": _threads(),
+        "threads": _THREADS,
         "python": platform.python_version(),
     }
-
-
-def _threads() -> str:
-    return os.environ.get("OMP_NUM_THREADS", "all")
 
 
 def wanted(args: argparse.Namespace, environments: dict[str, str]) -> list[tuple[str, str, int]]:
@@ -258,7 +255,7 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
     cost = quantized(command, setting.scratch / "log")
     here = llmquant.this_processor()  # seconds of two processors do not compare, nor of two threads
-    threads = [] if (n := _threads()) == "1" else [f"{n} threads"]
+    threads = [] if _THREADS == "1" else [f"{_THREADS} threads"]
     result = {
         "tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name,
         "processor": ", ".join([here.name, *here.instruction_sets[:1], *threads]), **cost, **evaluated(output, setting),

@@ -171,6 +171,7 @@ from .weight import QuantizedWeight as QuantizedWeight
 from .written import FileKind as FileKind
 from .written import refuse_foreign as refuse_foreign
 from .written import replace_file as replace_file
+from .written import save_figure as save_figure
 from .written import write_file as write_file
 
 __version__: str

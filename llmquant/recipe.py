@@ -39,7 +39,6 @@ from llmquant.runtime.yaml_files import read_yaml
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _SHIPPED = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "recipes")
-_SECTIONS = ("weights", "overrides", "scales", "gptq", "calibration")  # those that are always there
 
 
 class Recipe(Strict):
@@ -65,16 +64,15 @@ class Recipe(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_below(cls, data: object) -> object:
-        """A section with nothing below it, null in YAML, is not given. Of ``ignore`` that may also
-        mean that nothing is left out."""
+    def _null_is_not_given(cls, data: object) -> object:
+        """Null is what a key with nothing below it has in YAML."""
         if not isinstance(data, dict):
             return data
-        if data.get("ignore", ()) is None:
+        if data.get("ignore", ()) is None:  # it could also mean that nothing is left out
             raise ValueError(
-                "nothing stands below ignore; write ignore: [] to quantize the head too, or remove the key"
+                "nothing stands below ignore; write [] to quantize the head too, or remove it"
             )
-        return {k: v for k, v in data.items() if v is not None or k not in _SECTIONS}
+        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
 
     @field_validator("include", "ignore")
     @classmethod
@@ -237,9 +235,7 @@ class Recipe(Strict):
 def matches(pattern: str, module: str) -> bool:
     """Shell-style match of a full module name; a pattern without wildcards also matches dotted name
     tails."""
-    return (
-        fnmatch.fnmatchcase(module, pattern) or module == pattern or module.endswith(f".{pattern}")
-    )
+    return fnmatch.fnmatchcase(module, pattern) or f".{module}".endswith(f".{pattern}")
 
 
 def numberless(module: str) -> str:

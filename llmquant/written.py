@@ -7,13 +7,18 @@ written whole or not at all.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import tempfile
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmquant.errors import LlmquantError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class FileKind(StrEnum):
@@ -73,12 +78,24 @@ def refuse_foreign(path: Path, kind: FileKind) -> None:
         )
 
 
-def write_file(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, text: str) -> None:
     """:func:`replace_file`; raises LlmquantError where that fails."""
     try:
-        replace_file(path, content)
+        replace_file(path, text)
     except OSError as e:
         raise LlmquantError(f"{path} cannot be written: {e}") from e
+
+
+def save_figure(figure: Figure, path: Path, **how: Any) -> None:
+    """Draw one of matplotlib's figures into a file, whole or not at all.
+
+    Args:
+        path: its ending says what kind of picture.
+        how: as for ``Figure.savefig``.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:].lower(), **how)
+    replace_file(path, drawn.getvalue())
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

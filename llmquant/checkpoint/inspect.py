@@ -13,7 +13,13 @@ from pathlib import Path
 
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
-from llmquant.checkpoint.manifest import MANIFEST, Manifest, fallback_notes, read_manifest
+from llmquant.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    fallback_notes,
+    find_manifest,
+    read_manifest,
+)
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader, read_json
 from llmquant.checkpoint.sources.floats import as_floats, small_floats
@@ -125,7 +131,7 @@ def _stored(reader: CheckpointReader) -> Inspection:
     dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in stored.values())
     kinds = Counter(m.scheme for m in modules)
     linears = sum(not is_embedding(m.name) for m in modules)
-    manifest = read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
+    manifest = find_manifest(reader.path)
     return Inspection(
         path=reader.path,
         model_type=str(reader.config.get("model_type", "unknown")),

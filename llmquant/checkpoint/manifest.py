@@ -104,14 +104,22 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {n: sha256_file(p) for n, p in sorted(found.items()) if n not in UNHASHED}
 
 
-def changed_file(reader: CheckpointReader, manifest: Manifest) -> Path | None:
-    """The first weight file that is not the one that was written. One that the manifest does not
-    name, as where another tool sharded the folder again, is not looked at."""
+def check_file(path: Path, sha256: str) -> None:
+    """Raises ProofError for a file with another hash than a manifest records."""
+    if sha256_file(path) != sha256:
+        raise ProofError(
+            f"{path} is not the file that was written: its sha256 differs from the manifest's; fetch it again, or delete "
+            f"{MANIFEST} if the change was meant"
+        )
+
+
+def check_weight_files(reader: CheckpointReader, manifest: Manifest) -> None:
+    """Raises ProofError for a weight file that is not the one that was written. One that the
+    manifest does not name, as where another tool sharded the folder again, is not looked at."""
     for path in reader.files():
         expected = manifest.files.get(path.relative_to(reader.path).as_posix())
-        if expected is not None and sha256_file(path) != expected:
-            return path
-    return None
+        if expected is not None:
+            check_file(path, expected)
 
 
 def packed_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -145,6 +153,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{folder / MANIFEST} is not a manifest of this version: {e.errors()[0]['msg']}"
         ) from e
+
+
+def find_manifest(folder: Path) -> Manifest | None:
+    """The manifest in a folder, or None where there is none; raises as :func:`read_manifest`."""
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def prove_modules(reader: CheckpointReader, digests: Mapping[str, str]) -> None:
@@ -198,10 +211,7 @@ def verify(
         on_file(name)
         if not (folder / name).is_file():
             raise ProofError(f"{folder / name} is in the manifest but not in the folder")
-        if sha256_file(folder / name) != expected:
-            raise ProofError(
-                f"{folder / name} is not the file that was written: its sha256 differs from the manifest's"
-            )
+        check_file(folder / name, expected)
     names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     extra = sorted(n for n in names if n not in manifest.files and _loaded(n))
     if extra:

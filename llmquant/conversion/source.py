@@ -15,7 +15,7 @@ from torch import Tensor
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.gguf.header import is_gguf
 from llmquant.checkpoint.hub import resolve
-from llmquant.checkpoint.manifest import MANIFEST, Manifest, changed_file, read_manifest
+from llmquant.checkpoint.manifest import MANIFEST, Manifest, check_weight_files, find_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.sources.label import named_dtypes
@@ -108,7 +108,7 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
     reader, packed = fit.reader, fit.packed
     packed.refuse_shifted_zeros(None if base is None else CheckpointReader(resolve(base)))
     schemes = packed.schemes
-    manifest = manifest_of(reader)
+    manifest = find_manifest(reader.path)
     if manifest is not None and manifest.modules.keys() != schemes.keys():
         odd = sorted(manifest.modules.keys() ^ schemes.keys())
         raise CheckpointError(
@@ -129,15 +129,11 @@ def open_source(model: str | os.PathLike[str], base: str | os.PathLike[str] | No
     return Source(packed, skipped, linears.head, manifest, engine_names(fit), fit.notes)
 
 
-def manifest_of(reader: CheckpointReader) -> Manifest | None:
-    """The record in a folder; None where there is none."""
-    return read_manifest(reader.path) if (reader.path / MANIFEST).is_file() else None
-
-
 def refuse_changed(
     reader: CheckpointReader, manifest: Manifest | None, packed: PackedCheckpoint | None = None
 ) -> None:
-    """Refuse weight files that are not those that a manifest records, before hours of work.
+    """Refuse weight files that are not those that the folder's manifest records, before hours of
+    work.
 
     Args:
         packed: the folder's quantized modules, to name the one that differs.
@@ -145,15 +141,15 @@ def refuse_changed(
     Raises:
         ProofError: naming it, or the file.
     """
-    changed = None if manifest is None else changed_file(reader, manifest)
-    if manifest is None or changed is None:
+    if manifest is None:
         return
-    if packed is not None:
-        for name, recorded in manifest.modules.items():
-            _check_numbers(name, packed.weight(name), recorded, reader.path)
-    raise ProofError(
-        f"{changed} is not the file that {MANIFEST} records: a tensor that is not quantized was changed; fetch it again"
-    )
+    try:
+        check_weight_files(reader, manifest)
+    except ProofError:
+        if packed is not None:
+            for name, recorded in manifest.modules.items():
+                _check_numbers(name, packed.weight(name), recorded, reader.path)
+        raise
 
 
 def _check_numbers(name: str, weight: QuantizedWeight, recorded: ModuleRecord, path: Path) -> None:

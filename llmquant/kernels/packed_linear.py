@@ -94,8 +94,6 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """``[out, in]`` in the dtype of the activations, decoded where its numbers are used: for
         models whose own code asks for it (the heads of Mamba and xLSTM)."""
-        if torch.compiler.is_compiling():
-            return self.dequantize(self.dtype)
         decode = partial(self.dequantize, self.dtype)
         return UndecodedWeight(self.shape, self.dtype, self._device, decode)
 

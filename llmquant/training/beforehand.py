@@ -43,7 +43,7 @@ def check_recipe(model: str | os.PathLike[str], recipe: Recipe, options: QatOpti
     section, folder = recipe.qat, resolve(model)
     assert section is not None  # it is what is checked
     device, _ = where_of(options)
-    check_hidden(section, folder, rotated=recipe.rotation is not None)
+    check_hidden(section, rotated=recipe.rotation is not None)
     text = text_of(section, folder, recipe.seed, options)
     if section.top_k:
         target_file(Path(), wanted_of(section, text), folder, device).check_size(options.max_cache)
@@ -61,9 +61,8 @@ def check_plan(model: str | os.PathLike[str], recipe: Recipe) -> None:
     """
     if recipe.qat is None:
         return
-    folder = resolve(model)
-    check_hidden(recipe.qat, folder, rotated=recipe.rotation is not None)
-    check_length(recipe.qat, context_length(read_config(folder)))
+    check_hidden(recipe.qat, rotated=recipe.rotation is not None)
+    check_length(recipe.qat, context_length(read_config(model)))
 
 
 def where_of(options: QatOptions) -> tuple[torch.device, ChosenDtype]:
@@ -86,11 +85,11 @@ def check_seed(seed: int) -> None:
         raise UsageError(f"seed {seed} is not between 0 and {_LARGEST_SEED}")
 
 
-def check_hidden(section: QAT, folder: Path, *, rotated: bool) -> None:
+def check_hidden(section: QAT, *, rotated: bool) -> None:
     """Raises UsageError where hidden states are compared with a rotated model's."""
     if section.hidden_loss and rotated:
         raise UsageError(
-            f"{folder} is rotated, so its hidden states are not the reference's; leave out --hidden-loss"
+            "the hidden states of a rotated model are not its original's; leave out qat.hidden_loss (--hidden-loss)"
         )
 
 

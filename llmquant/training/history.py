@@ -5,7 +5,6 @@ They hold times, which no two runs share, so they lie beside the model and not i
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from typing import IO, Any
 
 from llmquant.checkpoint.atomic import disk
 from llmquant.training.state.saved import Course
-from llmquant.written import replace_file
+from llmquant.written import save_figure
 
 _RESOLUTION = 150
 
@@ -68,10 +67,8 @@ def draw_losses(course: Course, path: Path) -> str | None:
     axes.set_ylabel("nats per token")
     axes.set_yscale("log")
     axes.legend(frameon=False)
-    drawn = io.BytesIO()
     try:
-        figure.savefig(drawn, dpi=_RESOLUTION, metadata={"Software": None})
-        replace_file(path, drawn.getvalue())
+        save_figure(figure, path, dpi=_RESOLUTION, metadata={"Software": None})
     except (OSError, ValueError) as e:
         return f"no loss curve was drawn into {path}: {getattr(e, 'strerror', None) or e}"
     return None

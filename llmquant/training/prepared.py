@@ -80,7 +80,7 @@ def prepare(
     target = target_of(start, layout)
     same_vocabulary(start.reader.path, teacher.path, load_tokenizer(start.reader.path))
     rotated = start.manifest is not None and start.manifest.rotation is not None
-    check_hidden(section, start.reader.path, rotated=rotated)
+    check_hidden(section, rotated=rotated)
     text = text_of(section, start.reader.path, seed, options, Calibrated.of(start.manifest))
     if section.top_k:
         wanted = wanted_of(section, text)

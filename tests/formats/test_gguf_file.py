@@ -167,7 +167,7 @@ def test_what_other_conversions_refuse_is_refused(packed: Path, tmp_path: Path) 
     with pytest.raises(ProofError, match=r"not hold the numbers that manifest\.json records"):
         export_gguf(damaged, tmp_path / "m.gguf")
     norm = edited(packed, tmp_path / "norm", lambda t: t["model.norm.weight"].mul_(2))
-    with pytest.raises(ProofError, match=r"not the file that manifest\.json records"):
+    with pytest.raises(ProofError, match=r"not the file that was written"):
         export_gguf(norm, tmp_path / "m.gguf")
     asymmetric = {"bits": 4, "group_size": 32, "symmetric": False}
     recipe = {"method": "rtn", "format": "gptq_v2", "weights": asymmetric, "scales": {"steps": 0}}
@@ -182,7 +182,7 @@ def test_a_dense_copy_that_was_changed_is_refused(packed: Path, tmp_path: Path) 
     llmquant.convert(packed, "dense", tmp_path / "dense")
     export_gguf(tmp_path / "dense", tmp_path / "whole.gguf")
     change = edited(tmp_path / "dense", tmp_path / "a", lambda t: t["model.norm.weight"].mul_(2))
-    with pytest.raises(ProofError, match=r"not the file that manifest\.json records"):
+    with pytest.raises(ProofError, match=r"not the file that was written"):
         export_gguf(change, tmp_path / "m.gguf")
 
 

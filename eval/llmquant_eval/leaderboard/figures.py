@@ -6,12 +6,11 @@ Which figures there are, and from what, is in :mod:`llmquant_eval.leaderboard.pl
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmquant import replace_file
+from llmquant import save_figure
 from llmquant.errors import UsageError
 from llmquant_eval.leaderboard.pareto import COLOURS, ParetoPlot
 from llmquant_eval.report.results import Breakdown
@@ -198,10 +197,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     import matplotlib
 
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    drawn = [io.BytesIO(), io.BytesIO()]
-    figure.savefig(drawn[0], dpi=_RESOLUTION, metadata={"Software": None})
+    save_figure(figure, paths[0], dpi=_RESOLUTION, metadata={"Software": None})
     with matplotlib.rc_context({"svg.hashsalt": "llmquant"}):
-        figure.savefig(drawn[1], format="svg", metadata={"Date": None})
-    for path, picture in zip(paths, drawn, strict=True):
-        replace_file(path, picture.getvalue())
+        save_figure(figure, paths[1], metadata={"Date": None})
     return paths

@@ -113,6 +113,7 @@ def plan_command(
     """
     given = dict(locals())
     from llmquant.runtime.threads import set_threads
+    from llmquant.training.beforehand import check_plan
 
     set_threads(threads)
 
@@ -122,6 +123,7 @@ def plan_command(
         return
     chosen = recipe_of(given, default)
     check_together(given, chosen.method)
+    check_plan(model, chosen)
     if target_bpw is not None:
         _say_budget(given, chosen)
     else:
@@ -134,10 +136,8 @@ def _say_plan(given: Mapping[str, Any], chosen: Recipe, default: DefaultRecipe |
     from llmquant.planning.preview import make_plan
     from llmquant.runtime.computing import Computing
     from llmquant.runtime.devices import CALIBRATION, device_memory, parse_device, parse_dtype
-    from llmquant.training.beforehand import check_plan
 
     model, gpu_memory = given["model"], given["gpu_memory"]
-    check_plan(model, chosen)
     on, passes = parse_device(given["device"]), parse_dtype(given["dtype"], auto=CALIBRATION)
     memory = device_memory(on) if gpu_memory is None else parse_size("--gpu-memory", gpu_memory)
     plan = make_plan(model, chosen, given["store_dtype"], tokenizer=True)

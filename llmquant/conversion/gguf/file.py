@@ -27,12 +27,12 @@ from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.gguf.cursor import package
 from llmquant.checkpoint.gguf.folder import damaged
+from llmquant.checkpoint.manifest import find_manifest
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.conversion.gguf.metadata import GgufModel, describe, write_metadata
 from llmquant.conversion.source import (
     Source,
-    manifest_of,
     open_source,
     refuse_beyond_weights,
     refuse_changed,
@@ -99,7 +99,7 @@ def export_gguf(
     if source is not None:
         refuse_beyond_weights(source, "gguf")
     else:
-        refuse_changed(stored, manifest_of(stored))
+        refuse_changed(stored, find_manifest(stored.path))
     reader = fitted(stored).reader if source is None else source.reader
     described = replace(described, tied=bool(reader.config.get("tie_word_embeddings", False)))
     sources = _sources(gguf, reader, described, None if source is None else source.packed)

@@ -14,6 +14,7 @@ from llmquant.checkpoint.companions.files import companions, left_behind
 from llmquant.checkpoint.companions.originals import refuse_source
 from llmquant.checkpoint.detect import quantization_of
 from llmquant.checkpoint.hub import resolve
+from llmquant.checkpoint.manifest import find_manifest
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.checkpoint.weights.exported import DATA, MODEL, is_onnx
 from llmquant.checkpoint.writer import CheckpointWriter
@@ -31,7 +32,7 @@ from llmquant.conversion.onnx.proving.numbers import (
 )
 from llmquant.conversion.onnx.proving.proof import Numbers, integer_inputs, prove
 from llmquant.conversion.onnx.source import check_architecture, one_scheme, plan, write_packed
-from llmquant.conversion.source import Source, manifest_of, open_source, refuse_changed, refuse_gguf
+from llmquant.conversion.source import Source, open_source, refuse_changed, refuse_gguf
 from llmquant.errors import UsageError
 from llmquant.records import OnnxRecord
 
@@ -107,7 +108,7 @@ def _open(path: Path, options: OnnxOptions) -> _Job:
     reader = CheckpointReader(path)
     source = None if quantization_of(reader) is None else open_source(path, None)
     if source is None:
-        refuse_changed(reader, manifest_of(reader))
+        refuse_changed(reader, find_manifest(reader.path))
     rounds = source is not None and _rounds_inputs(source)
     kind = choose_weights(options, source is not None, rounds)
     check_architecture(reader.config, path)

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmquant import DriftReport, FileKind, refuse_foreign, write_file
+from llmquant import DriftReport, FileKind, refuse_foreign, save_figure, write_file
 from llmquant.errors import LlmquantError, UsageError
 
 if TYPE_CHECKING:
@@ -96,9 +96,10 @@ def write_plot(report: DriftReport, path: Path) -> None:
     if path.suffix.lower() == ".html":
         write_file(path, _page(report))
         return
-    drawn = io.BytesIO()
-    _figure(report).savefig(drawn, format=path.suffix[1:].lower(), dpi=120)
-    write_file(path, drawn.getvalue())
+    try:
+        save_figure(_figure(report), path, dpi=120)
+    except OSError as e:
+        raise LlmquantError(f"{path} cannot be written: {e.strerror or e}") from e
 
 
 def _page(report: DriftReport) -> str:
