@@ -42,6 +42,7 @@ RESULTS = ROOT / "bench" / "results" / "quality.json"
 EXAMPLE = "examples/tiny-llama"
 METRICS = ("perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement")
 _THREADS = os.environ.get("OMP_NUM_THREADS", "all")
+_MORE_THREADS = () if _THREADS == "1" else (f"{_THREADS} threads",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,7 @@ def wanted(args: argparse.Namespace, environments: dict[str, str]) -> list[tuple
     )
     grids = args.grids.split(",") if args.grids else list(GRIDS)
     seeds = [int(s) for s in args.seeds.split(",")]
-    unknown = [t for t in tools if t not in OURS and t not in PEERS] + [
+    unknown = [t for t in tools if t not in {**OURS, **PEERS}] + [
         g for g in grids if g not in GRIDS
     ]
     if unknown:
@@ -254,11 +255,10 @@ def cell(tool: str, grid: str, seed: int, setting: Setting) -> dict[str, Any]:
     output = setting.scratch / "model"
     command = (ours if tool in OURS else peer)(tool, GRIDS[grid], seed, setting, output)
     cost = quantized(command, setting.scratch / "log")
-    here = llmquant.this_processor()  # seconds of two processors do not compare, nor of two threads
-    threads = [] if _THREADS == "1" else [f"{_THREADS} threads"]
+    here = llmquant.this_processor()  # seconds of two processors do not compare
     result = {
         "tool": tool, "grid": grid, "seed": seed, "model": Path(setting.model).name,
-        "processor": ", ".join([here.name, *here.instruction_sets[:1], *threads]), **cost, **evaluated(output, setting),
+        "processor": ", ".join([here.name, *here.instruction_sets[:1], *_MORE_THREADS]), **cost, **evaluated(output, setting),
     }  # fmt: skip
     if setting.keep is None:
         shutil.rmtree(output)

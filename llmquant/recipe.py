@@ -69,9 +69,7 @@ class Recipe(Strict):
         if not isinstance(data, dict):
             return data
         if data.get("ignore", ()) is None:  # it could also mean that nothing is left out
-            raise ValueError(
-                "nothing stands below ignore; write [] to quantize the head too, or remove it"
-            )
+            raise ValueError("nothing stands below ignore; write [] to quantize the head too")
         return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
 
     @field_validator("include", "ignore")

@@ -92,7 +92,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[out, in]`` in the dtype of the activations, decoded where its numbers are used: for
+        """``[out, in]`` in the dtype of the activations, decoded once a number of it is used: for
         models whose own code asks for it (the heads of Mamba and xLSTM)."""
         decode = partial(self.dequantize, self.dtype)
         return UndecodedWeight(self.shape, self.dtype, self._device, decode)

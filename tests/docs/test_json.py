@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "json.md"
 WINDOWS = ("--nsamples", "2", "--seqlen", "32")
 TEXT = ("--calibration", f"file:{EXAMPLE / 'calibration.txt'}")
 # Keys that are not printed by the runs below, since they need another request.
-ELSEWHERE = {"quantize": {"qat"}, "verify": {"reran", "circumstances[]"}}
+ELSEWHERE = {"quantize": {"qat"}}
 # Objects whose own keys the page tells in words.
 WHOLE = {"calibration", "recipe", "qat", "target", "training", "processor", "memory", "disk"}
 WHOLE |= {"auto", "compiled", "threads", "computing", "kernels_for", "expected", "speed"}
@@ -77,7 +77,7 @@ COMMANDS: dict[str, Callable[[Path], list[Any]]] = {
     "qat": lambda folder: ["qat", folder, "-o", "t", "--reference", EXAMPLE, "--steps", "1", "--batch-size", "1",
                            "--heldout", "1", "--data", TEXT[1], "--seqlen", "32"],
     "inspect": lambda folder: ["inspect", folder],
-    "verify": lambda folder: ["verify", folder],
+    "verify": lambda folder: ["verify", folder, "--rerun", "--model", EXAMPLE],
     "convert": lambda folder: ["convert", folder, "--to", "gptq", "-o", "c"],
     "export": lambda folder: ["export", folder, "--to", "gguf", "-o", "m.gguf"],
     "generate": lambda folder: ["generate", folder, "a story", "--max-new-tokens", "2"],

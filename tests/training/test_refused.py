@@ -88,7 +88,7 @@ def test_hidden_states_of_a_model_that_will_be_rotated(
 ) -> None:
     section = {**SHORT, "source": f"file:{text}", "hidden_loss": 1.0}
     recipe = rtn.updated({"qat": section, "rotation": {}})
-    with pytest.raises(UsageError, match="leave out --hidden-loss"):
+    with pytest.raises(UsageError, match=r"leave out qat\.hidden_loss"):
         stage.quantize(model, tmp_path / "out", recipe)
 
 
@@ -97,7 +97,7 @@ def test_hidden_states_of_a_model_that_will_be_rotated(
     [
         pytest.param({"qat.seqlen": 129}, "qat.seqlen=129", id="context"),
         pytest.param(
-            {"qat.hidden_loss": 1.0, "rotation": {}}, "leave out --hidden-loss", id="hidden"
+            {"qat.hidden_loss": 1.0, "rotation": {}}, "leave out qat.hidden_loss", id="hidden"
         ),
     ],
 )
@@ -109,8 +109,9 @@ def test_a_plan_is_refused_for_it_too(
     file.write_text(recipe.to_yaml())
     assert run("plan", model, "--recipe", file).code == 0
     file.write_text(recipe.updated(changes).to_yaml())
-    ended = run("plan", model, "--recipe", file)
-    assert (ended.code, told in ended.err) == (2, True), ended
+    for more in ((), ("--target-bpw", "4.5")):
+        ended = run("plan", model, "--recipe", file, *more)
+        assert (ended.code, told in ended.err) == (2, True), ended
 
 
 def test_a_layout_that_cannot_hold_what_is_to_be_rounded(run: Run, model: Path, text: Path) -> None:
