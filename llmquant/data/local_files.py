@@ -101,7 +101,9 @@ def parquet_records(path: Path) -> Iterator[object]:
             for batch in parquet.ParquetFile(file).iter_batches(1024):
                 yield from batch.to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as e:
-        raise SourceError(f"{path} is not Parquet: {str(e).splitlines()[0]}; check the file") from e
+        raise SourceError(
+            f"{path} cannot be read as Parquet: {str(e).splitlines()[0]}; check the file"
+        ) from e
     except OSError as e:
         raise _unreadable(path, e) from e
 

@@ -337,8 +337,8 @@ def test_local_rows(
         ("csv:F", b"id\n1\n", r"has no field 'text' or 'messages'; its fields: id"),
         ("csv:F", b"text\n\xff\n", r"F is not UTF-8 at byte 5"),
         ("csv:F", b"", r"contains no row of text: no records at all"),
-        ("parquet:F", b"text\na\n", r"F is not Parquet: .*; check the file"),
-        ("parquet:F", b"", r"F is not Parquet: .*; check the file"),
+        ("parquet:F", b"text\na\n", r"F cannot be read as Parquet: .*; check the file"),
+        ("parquet:F", b"", r"F cannot be read as Parquet: .*; check the file"),
     ],
 )
 def test_local_errors(
@@ -392,7 +392,7 @@ def test_parquet(tmp_path: Path) -> None:
         read_documents(f"{path}#q")
     latin = pyarrow.array([b"\xff"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": latin}), path)
-    with pytest.raises(SourceError, match=r"is not Parquet: .*utf-8.*; check the file"):
+    with pytest.raises(SourceError, match=r"cannot be read as Parquet: .*utf-8.*; check the file"):
         read_documents(str(path))
 
 
