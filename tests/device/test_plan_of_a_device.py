@@ -86,9 +86,13 @@ def test_the_command_says_it(run: Run, model: Path) -> None:
     assert "does not fit in 1.00 MB; quantize on the CPU" in " ".join(told.out.split())
 
 
-def test_a_size_that_is_none(run: Run, model: Path) -> None:
-    told = run("plan", model, "--gpu-memory", "much")
-    assert (told.code, "--gpu-memory 'much' is not a size" in told.err) == (2, True)
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [("much", "--gpu-memory 'much' is not a size"), ("0", "--gpu-memory 0 holds no model")],
+)
+def test_a_size_that_is_none(run: Run, model: Path, size: str, says: str) -> None:
+    told = run("plan", model, "--gpu-memory", size)
+    assert (told.code, says in told.err) == (2, True)
 
 
 def test_memory_that_torch_does_not_tell() -> None:

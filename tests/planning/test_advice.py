@@ -245,7 +245,7 @@ def test_from_the_command_line(run: Run, model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(("--memory", "many"), "--memory 'many' is not a size"), (("--memory", "0"), "is no memory"),
+    [(("--memory", "many"), "--memory 'many' is not a size"), (("--memory", "0"), "--memory 0 holds no model"),
      (("--context", "500"), "the model takes 128 tokens"), (("--device", "tpu"), "tpu")],
     ids=str,
 )  # fmt: skip

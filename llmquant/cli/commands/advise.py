@@ -14,7 +14,6 @@ import typer
 from llmquant.cli.options import DeviceOption, JsonOption, ModelArgument
 from llmquant.cli.screen import fact_table, screen
 from llmquant.cli.sizes import parse_size
-from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,9 +66,7 @@ def advise_command(
     if kind is not None:
         _show_other(kind, as_json)
         return
-    nbytes = None if memory is None else parse_size("--memory", memory)
-    if nbytes is not None and nbytes < 1:
-        raise UsageError(f"--memory {memory} is no memory; write 8GiB")
+    nbytes = None if memory is None else parse_size("--memory", memory, least=1)
     advice = advise(
         model,
         this_target(device, nbytes),

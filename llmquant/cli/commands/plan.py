@@ -139,7 +139,10 @@ def _say_plan(given: Mapping[str, Any], chosen: Recipe, default: DefaultRecipe |
 
     model, gpu_memory = given["model"], given["gpu_memory"]
     on, passes = parse_device(given["device"]), parse_dtype(given["dtype"], auto=CALIBRATION)
-    memory = device_memory(on) if gpu_memory is None else parse_size("--gpu-memory", gpu_memory)
+    if gpu_memory is None:
+        memory = device_memory(on)
+    else:
+        memory = parse_size("--gpu-memory", gpu_memory, least=1)
     plan = make_plan(model, chosen, given["store_dtype"], tokenizer=True)
     needs = forecast(plan, chosen, passes.itemsize)
     fit = None if memory is None else device_fit(plan, chosen, passes.itemsize, memory)
