@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 from llmquant.cli.commands.advise import advise_command
-from llmquant.cli.commands.allocate import allocate_command
+from llmquant.cli.commands.allocate.command import allocate_command
 from llmquant.cli.commands.convert import convert_command
 from llmquant.cli.commands.doctor import doctor_command
 from llmquant.cli.commands.edge.export import export_command

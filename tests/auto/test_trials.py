@@ -44,6 +44,30 @@ def test_an_allocation_is_kept_whole_or_not_at_all(
     assert Trial._recipe(_trial(tmp_path), step, Events()) == chosen
 
 
+def test_measurements_that_do_not_fit_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    chosen = Recipe().updated({"weights.bits": 3})
+
+    def allocate(*arguments: Any) -> Any:
+        asked.append(arguments[2])
+        if not asked[-1].restart:
+            raise UsageError("threads was 1 and is 2")
+        return SimpleNamespace(recipe=chosen)
+
+    monkeypatch.setattr(llmquant, "allocate", allocate)
+    step: Any = SimpleNamespace(target=3.5, folder="mixed", name="mixed", recipe=Recipe())
+    with pytest.raises(UsageError, match="threads"):
+        Trial._recipe(_trial(tmp_path), step, Events())
+    measured = asked[0].measured
+    measured.write_text("measured", encoding="utf-8")
+    assert Trial._recipe(_trial(tmp_path), step, Events()) == chosen
+    assert [options.restart for options in asked] == [False, False, True]
+    assert {options.measured for options in asked} == {measured}
+    assert not measured.exists()
+
+
 @pytest.mark.parametrize("left", [".out.resume", "..out.start.resume", ".out.start", ".out.qat"])
 def test_a_state_that_does_not_fit_is_started_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str

@@ -180,7 +180,7 @@ def test_a_recipe_is_written_whole_or_not_at_all(
 def test_a_recipe_is_refused_before_any_work_where_nobody_may_write(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmquant.cli.commands.allocate.os.access", lambda *_: False)
+    monkeypatch.setattr("llmquant.cli.commands.allocate.command.os.access", lambda *_: False)
     told = run("allocate", model, "--target-bpw", "4.5", "-o", "mixed.yaml", *SHORT)
     assert (told.code, "no permission to write in" in told.said) == (2, True)
 

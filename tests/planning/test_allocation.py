@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from llmquant.planning.preview import make_plan
 from llmquant.recipe import Recipe
 from llmquant.spec import QuantSpec
 
+Damages = Iterator[tuple[int, dict[QuantSpec, Damage]]]
 SMALL: dict[str, Any] = {"widths": (2, 4, 8, 16), "group_sizes": (32, -1), "probe_tokens": 64}
 
 
@@ -74,8 +76,10 @@ def test_it_is_the_best_of_all_allocations(
     measure = allocation.measure
 
     def noted(plan: Any, items: Any, *rest: Any) -> Any:
-        seen["items"], seen["damages"] = items, measure(plan, items, *rest)
-        return seen["damages"]
+        found = dict(measure(plan, items, *rest))
+        seen["items"] = list(items.values())
+        seen["damages"] = [found[i] for i in items]
+        return found.items()
 
     monkeypatch.setattr(allocation, "measure", noted)
     only = gptq.updated({"include": ("*.mlp.*", "o_proj")})
@@ -241,9 +245,10 @@ def test_only_what_the_engine_takes_is_offered(
 ) -> None:
     offered: set[QuantSpec] = set()
 
-    def flat(plan: Any, items: Any, *_: Any) -> list[dict[QuantSpec, Damage]]:
-        offered.update(s for item in items for s in item.specs)
-        return [{s: Damage(1 / s.bits, 1 / s.bits) for s in item.specs} for item in items]
+    def flat(plan: Any, items: Any, *_: Any) -> Damages:
+        for i, item in items.items():
+            offered.update(item.specs)
+            yield i, {s: Damage(1 / s.bits, 1 / s.bits) for s in item.specs}
 
     monkeypatch.setattr(allocation, "measure", flat)
     allocated(model, gptq, 4.6, engine=engine, **options)
@@ -258,16 +263,11 @@ def test_experts_have_one_scheme_where_transformers_is_to_read_them(
     for name in TOKENIZER:
         shutil.copyfile(EXAMPLE / name, mixture / name)
 
-    def steep(plan: Any, items: Any, *_: Any) -> list[dict[QuantSpec, Damage]]:
-        experts = [any(".experts." in n for n in item.names) for item in items]
-        weights = [
-            (100.0 if item.block else 1.0) if expert else 0.0
-            for item, expert in zip(items, experts, strict=True)
-        ]
-        return [
-            {s: Damage(w / 4**s.bits, w / 4**s.bits) for s in item.specs}
-            for w, item in zip(weights, items, strict=True)
-        ]
+    def steep(plan: Any, items: Any, *_: Any) -> Damages:
+        for i, item in items.items():
+            expert = any(".experts." in n for n in item.names)
+            weight = (100.0 if item.block else 1.0) if expert else 0.0
+            yield i, {s: Damage(weight / 4**s.bits, weight / 4**s.bits) for s in item.specs}
 
     monkeypatch.setattr(allocation, "measure", steep)
     options: dict[str, Any] = {"widths": (3, 4, 8), "group_sizes": (16,), "symmetric": True}

@@ -49,7 +49,12 @@ def run(
 ) -> tuple[list[Item], Damages]:
     plan = prepare(folder, recipe_of(**{"method": method, "calibration.first_token_share": share}))
     items = items_of(plan, head)
-    return items, measure(plan, items, WINDOWS, Probe(kind, PROBE), lambda _: None)
+    return items, measured(plan, items, kind)
+
+
+def measured(plan: WalkPlan, items: list[Item], kind: Kind) -> Damages:
+    found = dict(measure(plan, dict(enumerate(items)), WINDOWS, Probe(kind, PROBE), lambda _: None))
+    return [found[i] for i in range(len(items))]
 
 
 @contextmanager
@@ -198,7 +203,7 @@ def test_the_head_is_an_item_like_any_other(tmp_path: Path) -> None:
 def test_the_model_is_empty_again_afterwards(tmp_path: Path) -> None:
     for tied in (False, True):
         plan = prepare(save("llama", tmp_path / str(tied), tie_word_embeddings=tied), recipe_of())
-        measure(plan, items_of(plan), WINDOWS, Probe("kl", PROBE), lambda _: None)
+        measured(plan, items_of(plan), "kl")
         assert {p.device.type for p in plan.model.parameters()} == {"meta"}
 
 
@@ -296,7 +301,6 @@ def test_a_scheme_is_rounded_as_the_run_rounds_it(tmp_path: Path) -> None:
     found = []
     for passes in (0, 4):
         plan = prepare(folder, recipe_of(method="gptq", **{"gptq.passes": passes}))
-        items = items_of(plan)
-        found.append(measure(plan, items, WINDOWS, Probe("block", PROBE), lambda _: None))
+        found.append(measured(plan, items_of(plan), "block"))
     plain, refined = ([d.layer for table in damages for d in table.values()] for damages in found)
     assert sum(refined) < sum(plain)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmquant.cli.commands.allocate import allocated
+from llmquant.cli.commands.allocate.command import allocated, kept_measurements
 from llmquant.cli.costs import explain_default
 from llmquant.cli.options import (
     ActOrderOption,
@@ -23,7 +23,6 @@ from llmquant.cli.options import (
     CalibrationOption,
     DeviceOption,
     EmbeddingsOption,
-    Engine,
     EngineOption,
     EvalTextOption,
     ExplainOption,
@@ -60,6 +59,7 @@ from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
+    from llmquant.planning.allocation.options import AllocateOptions
     from llmquant.quantization.options import QuantizeOptions
     from llmquant.recipe import Recipe
 
@@ -115,10 +115,13 @@ def quantize_command(
     if default is not None:
         options = replace(options, note=default.sentence)
     hidden = quiet or as_json or not options.world.first
-    if target_bpw is not None:
-        target = target_bpw, engine, sym
-        chosen = _allocated(model, output, chosen, options, target, hidden)
-    _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
+    if target_bpw is None:
+        _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
+        return
+    with kept_measurements(output, resume) as measured:
+        wanted = replace(options_for(target_bpw, engine, sym, options), measured=measured)
+        chosen = _allocated(model, output, chosen, options, wanted, hidden)
+        _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
 
 
 def _options(given: Mapping[str, Any]) -> QuantizeOptions:
@@ -156,10 +159,10 @@ def _allocated(
     output: Path,
     recipe: Recipe,
     options: QuantizeOptions,
-    target: tuple[float, Engine | None, bool | None],
+    wanted: AllocateOptions,
     hidden: bool,
 ) -> Recipe:
-    """The recipe with each linear's scheme chosen for a size, an engine and a kind of grid."""
+    """The recipe with each linear's scheme chosen as ``wanted`` says."""
     from llmquant.checkpoint.atomic import check_destination
     from llmquant.checkpoint.companions.originals import refuse_source
     from llmquant.data.sources import refuse_texts
@@ -171,7 +174,6 @@ def _allocated(
     check_destination(output.absolute(), options.overwrite)
     refuse_source(output.absolute(), model)
     refuse_texts(output.absolute(), recipe.calibration.source, options.evaluation)
-    wanted = options_for(*target, options)
     return allocated(model, recipe, wanted, hidden=hidden).recipe
 
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmquant.data.calibration import Calibration
 from llmquant.errors import SourceError, UsageError
 from llmquant.formats import Scheme
 from llmquant.formats.base import is_expert
@@ -35,15 +36,14 @@ from llmquant.planning.allocation.budget import budget_of, span_of
 from llmquant.planning.allocation.candidates import Choice, choices_of
 from llmquant.planning.allocation.chosen import check_layout, recipe_of_choice
 from llmquant.planning.allocation.knapsack import Option, Solution, solve, solve_alike, undominated
+from llmquant.planning.allocation.measured import Measured
 from llmquant.planning.allocation.options import AllocateOptions
 from llmquant.planning.allocation.quality_loss import Damage
 from llmquant.planning.allocation.sensitivity import Item, Probe, measure
 from llmquant.quantization.options import Events
-from llmquant.quantization.prepare import (
-    calibration_of,
-    deterministic,
-    prepare,
-)
+from llmquant.quantization.plan import WalkPlan
+from llmquant.quantization.prepare import calibration_of, deterministic, prepare
+from llmquant.quantization.state.fingerprint import Facts, run_facts
 from llmquant.recipe import Recipe
 from llmquant.spec import QuantSpec
 
@@ -142,9 +142,24 @@ def allocate(
         Item(c.block, c.names, tuple(s.spec for s in c.sizes if s is not None)) for c in choices
     ]
     seen, unseen = split_windows(calibration.windows, options.probe_tokens)
-    with deterministic(recipe.seed):
-        damages = measure(plan, items, seen, Probe(options.sensitivity, unseen), events.on_progress)
+    facts = _facts(plan, calibration, options)
+    done = Measured(options.measured, facts, items, restart=options.restart)
+    if done.known:
+        events.on_note(f"{len(done.known)} of {len(items)} measurements were saved; resuming")
+    left = {i: item for i, item in enumerate(items) if i not in done.known}
+    probe = Probe(options.sensitivity, unseen)
+    with deterministic(recipe.seed), done:
+        for i, damage in measure(plan, left, seen, probe, events.on_progress):
+            done.add(i, damage)
+    damages = [done.known[i] for i in range(len(items))]
     return _decide(choices, damages, budget, recipe, options)
+
+
+def _facts(plan: WalkPlan, calibration: Calibration, options: AllocateOptions) -> Facts:
+    """What the measurements depend on; how large the result may be is not among it."""
+    facts = run_facts(plan.reader, plan.recipe, calibration, plan.device, plan.dtype)
+    asked = ("widths", "group_sizes", "symmetric", "engine", "sensitivity", "probe_tokens")
+    return facts | {name.replace("_", " "): str(getattr(options, name)) for name in asked}
 
 
 def split_windows(

@@ -26,7 +26,7 @@ unrounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -74,17 +74,17 @@ class Probe:
 
 def measure(
     plan: WalkPlan,
-    items: Sequence[Item],
+    items: Mapping[int, Item],
     windows: Sequence[Tensor],
     probe: Probe,
     on_progress: Callable[[Progress], None],
-) -> list[dict[QuantSpec, Damage]]:
-    """The damage of every scheme of every item, in the items' order.
+) -> Iterator[tuple[int, dict[QuantSpec, Damage]]]:
+    """The number of each item, block by block, and the damage of each of its schemes.
 
     Args:
         plan: the model, where its tensors are, device and dtype; its recipe says how to round.
             ``specs`` is not used.
-        items: of the model's blocks and head.
+        items: of the model's blocks and head, by a number of the caller's.
         windows: calibration token ids for the statistics, each ``[positions]``.
         probe: how the damage is measured.
         on_progress: called before each item.
@@ -93,19 +93,19 @@ def measure(
         QuantizationError: NaN or Inf where there must be none.
         CheckpointError: a tensor of the model is missing from the checkpoint.
     """
+    if not items:
+        return
     blocks = blocks_of(plan.model, plan.architecture)
-    damages: dict[int, dict[QuantSpec, Damage]] = {}
     with ExitStack() as resident:
         if probe.kind == "kl":
             resident.enter_context(whole(plan))
         run = _Pass(plan, probe, windows, on_progress)
         for index in range(len(blocks)):
-            mine = {i: item for i, item in enumerate(items) if item.block == index}
-            damages.update(run.block(index, blocks[index], mine))
-        for i, item in enumerate(items):
+            mine = {i: item for i, item in items.items() if item.block == index}
+            yield from run.block(index, blocks[index], mine)
+        for i, item in items.items():
             if item.block is None:
-                damages[i] = run.head(item)
-    return [damages[i] for i in range(len(items))]
+                yield i, run.head(item)
 
 
 class _Pass:
@@ -134,9 +134,9 @@ class _Pass:
 
     def block(
         self, index: int, block: nn.Module, items: Mapping[int, Item]
-    ) -> dict[int, dict[QuantSpec, Damage]]:
+    ) -> Iterator[tuple[int, dict[QuantSpec, Damage]]]:
+        """Each item's number and damages, then on to the next block."""
         prefix = f"{self.plan.architecture.blocks}.{index}."
-        damages = {}
         with ExitStack() as resident:
             if self.kind == "block":
                 resident.enter_context(materialized(self.plan, block, prefix))
@@ -149,9 +149,8 @@ class _Pass:
             for i, item in items.items():
                 self._on_progress(Progress(index, len(self.blocks), item.names[0]))
                 here = {n: linears[n] for n in item.names}
-                damages[i] = self._judge(item, here, hessians, index, block)
+                yield i, self._judge(item, here, hessians, index, block)
             self._advance(block, index)
-        return damages
 
     def head(self, item: Item) -> dict[QuantSpec, Damage]:
         """The head's damage; ``block`` takes the relative error of the logits."""

@@ -40,6 +40,18 @@ def fingerprint(
     max_shard_size: int,
 ) -> Facts:
     """The facts of a run, named as a user would name them."""
+    facts = run_facts(reader, recipe, calibration, device, dtype)
+    return facts | {"--max-shard-size": str(max_shard_size)}
+
+
+def run_facts(
+    reader: CheckpointReader,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Facts:
+    """What the numbers of a run depend on, however they are stored."""
     facts = {f"recipe {name}": value for name, value in flat(recipe.model_dump(mode="json"))}
     facts |= model_facts(reader, "the model")
     facts["calibration token ids"] = "none" if calibration is None else calibration.sha256
@@ -47,7 +59,6 @@ def fingerprint(
         "--device": str(device),
         "--dtype": str(dtype).removeprefix("torch."),
         "--store-dtype": str(reader.dtype) if isinstance(reader, StoredReader) else "the model's",
-        "--max-shard-size": str(max_shard_size),
     }
     return facts | machine_facts(device)
 

@@ -32,6 +32,8 @@ from llmquant_eval.run.cost import CostRun, measure_cost
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.request import Request
 
+# Of other threads or another processor.
+_OTHER_MACHINE = "its saved state does not fit this machine; starts over"
 _BROKEN = (QuantizationError, FormatError, ProofError)
 """What says of a rung that it cannot be made; the search continues with the next."""
 
@@ -155,7 +157,8 @@ class Trial:
         return made
 
     def _recipe(self, step: Step, events: Events) -> Recipe:
-        """The rung's recipe; an allocation is kept, so that a killed run does it once."""
+        """The rung's recipe; an allocation and what it measured are kept, so that a killed run does
+        nothing twice."""
         if step.target is None:
             return step.recipe
         kept = self.work.rung(step.folder) / "recipe.yaml"
@@ -163,11 +166,22 @@ class Trial:
             return llmquant.load_recipe(kept)
         engine = self.request.engine
         widths = (*(VLLM_WIDTHS if engine == "vllm" else SUPPORTED), UNQUANTIZED)
+        measured = kept.with_name("allocation.measured")
         options = AllocateOptions(
-            step.target, widths, engine=engine, device=self.request.device, store_dtype="auto"
-        )
-        recipe = llmquant.allocate(self.request.model, step.recipe, options, events).recipe
+            step.target, widths, engine=engine, device=self.request.device, store_dtype="auto",
+            measured=measured,
+        )  # fmt: skip
+        model = self.request.model
+        try:
+            recipe = llmquant.allocate(model, step.recipe, options, events).recipe
+        except UsageError:
+            if not measured.is_file():
+                raise
+            self.screen.note(f"{step.name}: {_OTHER_MACHINE}")
+            again = replace(options, restart=True)
+            recipe = llmquant.allocate(model, step.recipe, again, events).recipe
         llmquant.write_file(kept, yaml.safe_dump(recipe.model_dump(mode="json")))
+        measured.unlink(missing_ok=True)
         return llmquant.load_recipe(kept)
 
     def _quantized(
@@ -189,8 +203,7 @@ class Trial:
         except UsageError:
             if not saved:
                 raise
-            # The saved state is of other threads or another processor.
-            self.screen.note(f"{step.name}: its saved state does not fit this machine; starts over")
+            self.screen.note(f"{step.name}: {_OTHER_MACHINE}")
             again = replace(options, restart=True)
             return llmquant.quantize(self.request.model, folder, recipe, again, events)
 

@@ -7,17 +7,19 @@ are here.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmquant.cli.commands.allocate.show import as_dict, recipe_text, show
 from llmquant.cli.options import (
     CalibrationDtypeOption,
     CalibrationOption,
@@ -30,6 +32,8 @@ from llmquant.cli.options import (
     LengthOption,
     ModelArgument,
     QuietOption,
+    RestartOption,
+    ResumeOption,
     SamplesOption,
     SeedOption,
     Sensitivity,
@@ -40,14 +44,12 @@ from llmquant.cli.options import (
 )
 from llmquant.cli.overrides import numbers, recipe_of, widths_of
 from llmquant.cli.progress import progress
-from llmquant.cli.screen import fact_table, screen
+from llmquant.cli.screen import screen
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
 from llmquant.written import write_file
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from llmquant.planning.allocation.allocate import Allocation
     from llmquant.planning.allocation.options import AllocateOptions
     from llmquant.recipe import Recipe
@@ -111,6 +113,8 @@ def allocate_command(
     dtype: CalibrationDtypeOption = "auto",
     store_dtype: StoreDtypeOption = "auto",
     threads: ThreadsOption = None,
+    resume: ResumeOption = True,
+    restart: RestartOption = False,
     overwrite: _Overwrite = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -124,10 +128,12 @@ def allocate_command(
     chosen = recipe_of(given)
     _check_read(output, model, chosen)
     started = time.perf_counter()
-    result = allocated(model, chosen, _options(given), hidden=quiet or as_json)
+    with kept_measurements(output, resume) as measured:
+        options = replace(_options(given), measured=measured, restart=restart)
+        result = allocated(model, chosen, options, hidden=quiet or as_json)
+        check_output(output, overwrite)
+        write_file(output, recipe_text(result))
     seconds = time.perf_counter() - started
-    check_output(output, overwrite)
-    write_file(output, recipe_text(result))
     if as_json:
         facts = {"path": str(output), **as_dict(result), "seconds": seconds}
         sys.stdout.write(json.dumps(facts) + "\n")
@@ -152,6 +158,20 @@ def _options(given: Mapping[str, Any]) -> AllocateOptions:
         engine=given["engine"].value,
         sensitivity=given["sensitivity"].value,
     )
+
+
+@contextmanager
+def kept_measurements(output: Path, resume: bool) -> Iterator[Path | None]:
+    """The file beside ``output`` that keeps what is measured, until that is no longer needed; None
+    where nothing is kept."""
+    from llmquant.planning.allocation.measured import kept_until_done, measured_for
+
+    if not resume:
+        yield None
+        return
+    path = measured_for(output.absolute())
+    with kept_until_done(path):
+        yield path
 
 
 def allocated(model: str, recipe: Recipe, options: AllocateOptions, *, hidden: bool) -> Allocation:
@@ -190,109 +210,3 @@ def _check_read(path: Path, model: str, recipe: Recipe) -> None:
 
         refuse_source(path, model)
         refuse_texts(path, recipe.calibration.source)
-
-
-def as_dict(result: Allocation) -> dict[str, Any]:
-    return {
-        "target_bpw": result.target_bpw,
-        "bits_per_weight": result.bits_per_weight,
-        "smallest": result.smallest,
-        "largest": result.largest,
-        "predicted": result.predicted,
-        "unit": result.unit,
-        "gap": result.gap,
-        "recipe": result.recipe.model_dump(mode="json"),
-        "items": [
-            {
-                "names": list(i.names),
-                "scheme": i.label,
-                "bytes": i.nbytes,
-                "bits_per_weight": 8 * i.nbytes / i.weights,
-                "damage": i.damage,
-                "layer_error": i.layer,
-                "next": i.next_scheme,
-                "gain_per_mb": i.gain,
-            }
-            for i in result.items
-        ],
-    }
-
-
-def show(result: Allocation) -> None:
-    """The table, and what it adds up to."""
-    console = screen()
-    console.print(_table(result))
-    proof = (
-        "proved optimal for these predictions"
-        if result.gap < 1e-5
-        else f"within {100 * result.gap:.2g} % of the optimum"
-    )
-    size = (
-        f"{result.bits_per_weight:.4f} bits per selected weight of {result.target_bpw:g} allowed "
-        f"(possible: {result.smallest:.3f} to {result.largest:.3f})"
-    )
-    predicted = f"{result.predicted:.3e} {result.unit} altogether; {proof}"
-    console.print()
-    console.print(fact_table([("size", size), ("predicted", predicted)]))
-
-
-def _table(result: Allocation) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("linears", "scheme"):
-        table.add_column(column, overflow="fold")
-    for column in ("bytes", "bits", "damage", "next larger", "saves per MB"):
-        table.add_column(column, justify="right")
-    for item in result.items:
-        table.add_row(
-            short(item.names),
-            item.label,
-            f"{item.nbytes:,}",
-            f"{8 * item.nbytes / item.weights:.3f}",
-            f"{item.damage:.2e}",
-            item.next_scheme or "–",
-            "–" if item.gain is None else f"{item.gain:.2e}",
-        )
-    return table
-
-
-def short(names: tuple[str, ...]) -> str:
-    """``layers.0.self_attn.q_proj + k_proj + v_proj``."""
-    first, *others = names
-    return " + ".join([first.removeprefix("model."), *(n.rpartition(".")[2] for n in others)])
-
-
-def recipe_text(result: Allocation) -> str:
-    """The recipe as YAML, an override a line, with the table above it as a comment."""
-    import yaml
-    from rich.console import Console
-
-    page = io.StringIO()
-    Console(file=page, width=110, markup=False, emoji=False, highlight=False).print(_table(result))
-    comment = [
-        f"{result.bits_per_weight:.4f} bits per selected weight of {result.target_bpw:g} allowed; predicted damage "
-        f"{result.predicted:.3e} {result.unit}.",
-        "",
-        *(line.rstrip() for line in page.getvalue().splitlines()),
-    ]
-    lines = [f"# {line}".rstrip() for line in comment]
-    for key, value in result.recipe.model_dump(mode="json").items():
-        if key in ("overrides", "ignore") and value:
-            entries = (
-                yaml.safe_dump(_given(v), default_flow_style=True, sort_keys=False, width=1000)
-                for v in value
-            )
-            lines += [
-                f"{key}:",
-                *(f"- {entry.removesuffix('...' + chr(10)).strip()}" for entry in entries),
-            ]
-        else:
-            lines.append(
-                yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True).rstrip("\n")
-            )
-    return "\n".join(lines) + "\n"
-
-
-def _given(value: Any) -> Any:
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
