@@ -184,7 +184,7 @@ def calibration_of(plan: WalkPlan, evaluation: str | None = None) -> Calibration
         seed=recipe.seed,
         packing=wanted.packing,
         evaluation=read_documents(evaluation) if evaluation else None,
-        vocab_size=int(config.vocab_size),
+        vocab_size=int(config.get_text_config().vocab_size),
         max_positions=context_length(plan.model.config),
     )
 

@@ -16,7 +16,9 @@ from typing import Any
 from llmquant.errors import LayoutError
 from llmquant.formats.base import Format, Scheme
 from llmquant.models.architectures import ARCHITECTURES, Architecture
+from llmquant.models.from_folder import read_config
 from llmquant.models.naming.conversions import in_memory, moved_modules
+from llmquant.models.naming.whole import linears_beside
 from llmquant.models.reading.fit import Fitted
 from llmquant.models.reading.tower import Tower
 
@@ -28,7 +30,7 @@ class EngineNames:
     Attributes:
         architecture: its row of the table, if it has one.
         tower: where it keeps the text part, if it is more than that.
-        elsewhere: modules outside the text part.
+        elsewhere: modules outside the text part, by the checkpoint's names and by transformers'.
         moved: modules that transformers' own table of conversions moves: its name → the file's.
     """
 
@@ -81,9 +83,12 @@ def engine_names(fit: Fitted) -> EngineNames:
     kind = tower.kind if tower else str(fit.reader.config.get("model_type"))
     row = ARCHITECTURES.get(kind)
     outside = [n for n in fit.leftovers if tower is not None and not tower.holds(n)]
+    elsewhere = [n.rpartition(".")[0] for n in outside]
+    if elsewhere:
+        elsewhere += linears_beside(read_config(fit.reader.path))
     return EngineNames(
         tower.placed(row) if tower and row else row,
         tower,
-        tuple(dict.fromkeys(n.rpartition(".")[0] for n in outside)),
+        tuple(dict.fromkeys(elsewhere)),
         moved_modules(fit.model),
     )

@@ -20,6 +20,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError
 from llmquant.formats.base import is_expert
 from llmquant.models.architectures import Architecture
+from llmquant.models.naming.whole import own_logits
 from llmquant.models.rows.table import ARCHITECTURES
 from llmquant.models.rows.towers import FIXED, PLACES, SENSES, TEXT_AS
 
@@ -92,10 +93,12 @@ class Tower:
 
     def patterns(self, modules: Iterable[str]) -> list[str]:
         """Regular expressions for modules outside the text model: engines put prefixes of their own
-        before their names, so the first part that is no such prefix has to do. A tensor beside the
-        modules has none (``model.image_newline``)."""
+        before their names, so the first part that is no such prefix has to do: of what is inside
+        such a module, or of a linear by itself. A tensor beside the modules has none
+        (``model.image_newline``)."""
         own = ([p for p in name.split(".") if p not in _PREFIXES] for name in modules)
-        return [f"re:.*{part}\\..*" for part in sorted({parts[0] for parts in own if parts})]
+        ends = {(parts[0], r"\..*" if parts[1:] else "$") for parts in own if parts}
+        return [f"re:.*{part}{end}" for part, end in sorted(ends)]
 
 
 def senses_of(config: Mapping[str, Any]) -> list[str]:
@@ -125,6 +128,7 @@ def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None
     text.tie_word_embeddings = bool(
         reader.config.get("tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
     )
+    text.update(own_logits(config, text))
     base = next(
         (b for b, _ in PLACES if any(n.startswith(f"{b}.layers.0.") for n in reader.tensors)), None
     )

@@ -1,0 +1,126 @@
+"""Models that also see, whose own class does otherwise than the text part's or is built of other
+names than the checkpoint's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import Run
+from safetensors.torch import load_file
+from test_towers import IDS, QWEN_EYE, SIGLIP, TEXT, differences
+from tiny_models import EXAMPLE, TOKENIZER
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from llmquant import load
+
+RTN = ("--method", "rtn", "--bits", "8", "--group-size", "16")
+
+
+def write(kind: str, folder: Path, **parts: Any) -> PreTrainedModel:
+    config: PreTrainedConfig = CONFIG_MAPPING[kind](**parts, bos_token_id=1, eos_token_id=2)
+    config.dtype = torch.float16
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.half().save_pretrained(folder)
+    for name in TOKENIZER:
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+CLIP = SIGLIP | {"model_type": "clip_vision_model"}
+GEMMA = {"model_type": "gemma2", "sliding_window": 8, "final_logit_softcapping": 0.5}
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere2": ("aya_vision", {"model_type": "cohere2", "logit_scale": 0.25}),
+    "granite": ("llava_next", {"model_type": "granite", "logits_scaling": 8.0}),
+    "gemma2": ("llava", GEMMA),
+    "gemma2 in a model that caps too": ("paligemma", GEMMA),
+    "falcon_h1": (
+        "llava",
+        {
+            "model_type": "falcon_h1",
+            "lm_head_multiplier": 3.0,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_are_those_of_the_whole_model(name: str, tmp_path: Path, run: Run) -> None:
+    """A text model's causal class may scale or cap its logits; the whole model's class does as its
+    own code says."""
+    kind, text = HEADS[name]
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    whole = write(kind, source, text_config=TEXT | text, vision_config=CLIP)
+    with torch.no_grad():
+        wanted = whole(input_ids=IDS).logits
+        found = load(source, dtype="float32")(IDS).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    made = run("quantize", source, "-o", packed, *RTN)
+    assert made.code == 0, made
+    difference, largest = differences(packed)
+    assert difference < 1e-4 * largest
+
+
+def test_what_transformers_renames_outside_the_text_part_stays_as_it_is(
+    tmp_path: Path, run: Run
+) -> None:
+    """A linear by itself: ``model.vision_projector`` in the file, ``model.projector`` in memory."""
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    text = TEXT | {"model_type": "hyperclovax"}
+    eye = QWEN_EYE | {"fullatt_block_indexes": [0]}
+    write("hyperclovax_vision_v2", source, text_config=text, vision_config=eye)
+    name = "model.vision_projector.weight"
+    made = run("quantize", source, "-o", packed, *RTN)
+    assert made.code == 0, made
+    before = load_file(source / "model.safetensors")[name]
+    assert torch.equal(load_file(packed / "model.safetensors")[name], before)
+    whole, info = AutoModelForImageTextToText.from_pretrained(packed, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(whole.get_parameter("model.projector.weight"), before)
+
+
+def test_a_config_of_a_text_part_and_nothing_else(tmp_path: Path, run: Run) -> None:
+    """Its numbers are one level down, as of a model that sees, and there are no eyes."""
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    text = TEXT | {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "initializer_range": 0.1,
+    }
+    whole = write("gemma4_unified", source, text_config=text)
+    made = run(
+        *(
+            "quantize",
+            source,
+            "-o",
+            packed,
+            "--method",
+            "gptq",
+            "--bits",
+            "8",
+            "--group-size",
+            "16",
+        ),
+        *("--nsamples", "4", "--seqlen", "24"),
+        *("--calibration", f"file:{EXAMPLE / 'calibration.txt'}"),
+    )
+    assert made.code == 0, made
+    with torch.no_grad():
+        p = whole(input_ids=IDS).logits.log_softmax(-1)
+        q = load(packed, dtype="float32", kernel="reference")(IDS).logits.log_softmax(-1)
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
+    difference, largest = differences(packed)
+    assert difference < 1e-4 * largest
