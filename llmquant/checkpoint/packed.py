@@ -53,10 +53,15 @@ class PackedCheckpoint:
         if config is None:
             raise UnfitModelError(f"{reader.path} is not quantized: it has no quantization config")
         self.reader, self.config = reader, config
-        self.layout: Format = for_config(config)
-        self.schemes: dict[str, Scheme] = (
-            self.layout.schemes(config, reader.tensors.keys()) if schemes is None else dict(schemes)
-        )
+        try:
+            self.layout: Format = for_config(config)
+            self.schemes: dict[str, Scheme] = (
+                self.layout.schemes(config, reader.tensors.keys())
+                if schemes is None
+                else dict(schemes)
+            )
+        except FormatError as e:
+            raise e.at(str(reader.path)) from e
 
     def renamed(self, names: Mapping[str, str]) -> PackedCheckpoint:
         """The same folder with some tensors under other names, those of whole modules among

@@ -55,6 +55,13 @@ def refuse_mismatch(
             f"{reader.path} lacks {some(lacking)}: the index says that {reader.weight_map[named[0]]} holds {named[0]}, "
             "and it does not; fetch the folder again"
         )
+    wrapper = _before_all(reader, lacking)
+    if wrapper is not None:
+        raise CheckpointError(
+            f"{reader.path}: {wrapper!r} stands before the name of every tensor: the model was saved inside a wrapper "
+            "(such as torch.compile or DataParallel), and transformers does not read it so; save the model itself, or "
+            "rename the tensors"
+        )
     if extra:
         raise CheckpointError(
             f"{reader.path} lacks {some(lacking)}, and config.json gives no place to {some(extra)}: an incomplete folder, another "
@@ -70,3 +77,10 @@ def refuse_mismatch(
     raise CheckpointError(
         f"{reader.path} lacks {some(lacking)}; the folder is incomplete, fetch or quantize it again"
     )
+
+
+def _before_all(reader: CheckpointReader, lacking: list[str]) -> str | None:
+    """What stands before the name of every tensor, where wanted names follow it."""
+    stored = list(reader.tensors)
+    found = next((n.removesuffix(w) for w in lacking for n in stored if n.endswith(f".{w}")), None)
+    return found if found and all(n.startswith(found) for n in stored) else None

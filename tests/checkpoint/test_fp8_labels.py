@@ -64,6 +64,15 @@ def test_blocks_that_do_not_divide_a_matrix(
     assert read_as(floats, "r", tensors["r_scale"], 1, 64)
 
 
+def test_groups_of_columns_that_do_not_divide_a_row(tmp_path: Path) -> None:
+    group = {"weights": {"type": "float", "num_bits": 8, "strategy": "group", "group_size": 48}}
+    label = {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+    tensors = weights(w=((64, 96), (64, 2)), r=((96, 64), (96, 1)))
+    floats = as_floats(folder_of(tmp_path, {"quantization_config": label}, tensors))
+    assert read_as(floats, "w", tensors["w_scale"], 1, 48)
+    assert read_as(floats, "r", tensors["r_scale"], 1, 64)
+
+
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "no common size": ({}, weights(w=((96, 64), (2, 2)), v=((96, 64), (3, 2))), "no power of two is a block of rows which gives the scales of w and v"),
     "no power of two": ({}, weights(w=((70, 64), (7, 2))), "no power of two is a block of rows which gives the scales of w"),

@@ -219,6 +219,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, object], str]] = {
     "AWQ of 3 bits": ("awq", {"bits": 3}, "is not one llmquant reads"),
     "GPTQ of floats": ("gptq", {"bits": 4, "data_type": "fp"}, "cannot read fp weights"),
     "AutoRound's own": ("gptq", {"quant_method": "auto-round", "packing_format": "x"}, "is not one llmquant reads"),
+    "HQQ": ("gptq", {"quant_method": "hqq"}, "is not one llmquant reads"),
     "AutoRound's activations": ("gptq", {"quant_method": "auto-round", "act_bits": 8}, "are not something llmquant"),
 }  # fmt: skip
 
@@ -241,4 +242,5 @@ def test_a_layout_that_nobody_reads_here_asks_for_another_folder(
     ):
         ran = run(*command)
         assert (ran.code, words in ran.err) == (2, True), ran
+        assert ran.said.count(str(folder)) == 1, ran
     assert not (tmp_path / "c").exists()

@@ -62,13 +62,16 @@ class Grid:
 
 
 def stated(label: Mapping[str, Any]) -> tuple[Sizes, ...]:
-    """Sizes that a label names: two numbers, or a text such as ``128x128``."""
+    """Sizes that a label names: two numbers, a text such as ``128x128``, or the columns of a row's
+    groups."""
     groups = label.get("config_groups")
     groups = groups.values() if isinstance(groups, dict) else ()
     weights = [
         g["weights"] for g in groups if isinstance(g, dict) and isinstance(g.get("weights"), dict)
     ]
-    found = [label.get("weight_block_size"), *(w.get("block_structure") for w in weights)]
+    inside = [w.get("block_structure") for w in weights]
+    inside += [[1, w.get("group_size")] for w in weights if w.get("strategy") == "group"]
+    found = [label.get("weight_block_size"), *inside]
     return tuple(dict.fromkeys(s for s in map(_parsed, found) if s is not None))
 
 
