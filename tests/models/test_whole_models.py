@@ -3,6 +3,7 @@ names than the checkpoint's."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from llmquant import load
+from llmquant.models.reading.tower import Tower
 
 RTN = ("--method", "rtn", "--bits", "8", "--group-size", "16")
 
@@ -90,6 +92,15 @@ def test_what_transformers_renames_outside_the_text_part_stays_as_it_is(
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.equal(whole.get_parameter("model.projector.weight"), before)
+
+
+def test_a_linear_by_itself_is_not_the_end_of_another_name() -> None:
+    tower = Tower(CONFIG_MAPPING["llama"](), "llama", "model.language_model", "lm_head")
+    (pattern,) = tower.patterns(["model.proj"])
+    matches = re.compile(pattern.removeprefix("re:")).match
+    assert matches("model.proj")
+    assert matches("proj")
+    assert not matches("model.language_model.layers.0.self_attn.q_proj")
 
 
 def test_a_config_of_a_text_part_and_nothing_else(tmp_path: Path, run: Run) -> None:

@@ -97,8 +97,10 @@ class Tower:
         such a module, or of a linear by itself. A tensor beside the modules has none
         (``model.image_newline``)."""
         own = ([p for p in name.split(".") if p not in _PREFIXES] for name in modules)
-        ends = {(parts[0], r"\..*" if parts[1:] else "$") for parts in own if parts}
-        return [f"re:.*{part}{end}" for part, end in sorted(ends)]
+        found = {(parts[0], len(parts) > 1) for parts in own if parts}
+        return [
+            rf"re:.*{part}\..*" if holds else rf"re:(.*\.)?{part}$" for part, holds in sorted(found)
+        ]
 
 
 def senses_of(config: Mapping[str, Any]) -> list[str]:
