@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "starcoder2": ("starcoder2", "starcoder2", {"sliding_window": None, "tie_word_embeddings": True}, "takes the default theta"),
     "stablelm": ("stablelm", "stablelm", {}, "takes the default theta"),
     "gpt2": ("gpt2", "gpt2", {"tie_word_embeddings": True}, "in another order of sums"),
+    "gpt2 of another width": ("gpt2", "gpt2", {"tie_word_embeddings": True, "n_inner": 80}, "takes the default width"),
     "mixtral": ("mixtral", "llama", {}, "knows no mixture"),
     "qwen3moe": ("qwen3_moe", "qwen3moe", {"norm_topk_prob": True}, "takes the default width"),
     "qwen2moe": ("qwen2_moe", "qwen2moe", {}, "takes the default width"),
@@ -63,6 +64,8 @@ def extra(name: str) -> dict[str, Any]:
     match name:
         case "llama linear scaling":
             return {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 2.0}
+        case "gpt2 of another width":
+            return {"gpt2__feed_forward_length": 80}
     return {}
 
 

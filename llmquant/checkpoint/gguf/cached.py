@@ -24,7 +24,7 @@ from llmquant.errors import CheckpointError, DiskError
 from llmquant.runtime.host import user_cache
 
 log = logging.getLogger(__name__)
-_IMPORTER = 4  # changes where the same file gives another folder
+_IMPORTER = 5  # changes where the same file gives another folder
 
 
 def cached_folder(path: Path) -> Path:

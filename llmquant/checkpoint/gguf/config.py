@@ -63,7 +63,7 @@ _THETA = 10000.0  # llama.cpp's, where a file says none
 # over heads, and not the width of a head (llama.cpp, llama-model.cpp: LLM_TYPE_27B).
 _SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}
 # Names of tokens that end a turn, from llama.cpp (llama-vocab.cpp, special_eog_ids).
-_ENDS = frozenset(
+ENDS = frozenset(
     {
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"),
         *("<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>", "<|return|>"),
@@ -190,6 +190,7 @@ def _of_kind(model: GgufFile, stated: Stated, known: Any) -> dict[str, Any]:
             more["use_bias"] = has("blk.0.attn_q.bias")
         case "gpt2":
             more["n_positions"] = stated.count("context_length")
+            more["n_inner"] = stated.count("feed_forward_length")
         case "gemma3" if "rope.freq_base_swa" in stated:
             more["rope_local_base_freq"] = stated.number("rope.freq_base_swa")
     if model.architecture in ("gemma2", "gemma3"):
@@ -257,7 +258,7 @@ def generation_config(model: GgufFile) -> dict[str, Any]:
     named = [
         i
         for i, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind == CONTROL and token in _ENDS
+        if kind == CONTROL and token in ENDS
     ]
     ends = list(dict.fromkeys(i for i in [*first, *named] if i is not None))
     if ends:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint.reader import CheckpointReader, read_json
+from llmquant.conversion.gguf.special import read_if_there, special_ids
 from llmquant.errors import FormatError, LayoutError
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -153,28 +154,20 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise LayoutError(
             f"{path} splits text by rules that llama.cpp does not have under any name known here"
         )
-    settings = (
-        read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer_config.json").is_file()
-        else {}
-    )
+    settings = read_if_there(folder / "tokenizer_config.json")
     added = {int(t["id"]): t for t in data.get("added_tokens") or ()}
     by_id = {int(i): t for t, i in model["vocab"].items()} | {
         i: str(t["content"]) for i, t in added.items()
     }
-    ids = {t: i for i, t in by_id.items()}
+    tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(max(by_id) + 1))
     template = folder / "chat_template.jinja"
     return Tokenizer(
-        tokens=tuple(by_id.get(i, f"[PAD{i}]") for i in range(max(by_id) + 1)),
+        tokens=tokens,
         special=frozenset(i for i, t in added.items() if t.get("special")),
         added=frozenset(added),
         merges=tuple(m if isinstance(m, str) else " ".join(m) for m in model["merges"]),
         pre=_PRE[key],
-        ids={
-            k: ids[c]
-            for k in ("bos", "eos", "pad", "unk")
-            if (c := _content(settings.get(f"{k}_token"))) in ids
-        },
+        ids=special_ids(folder, settings, tokens, added),
         add_bos="SpecialToken"
         in json.dumps((_template(data.get("post_processor") or {}).get("single") or [{}])[0]),
         chat_template=template.read_text("utf-8")
@@ -209,12 +202,6 @@ def _template(post: Mapping[str, Any]) -> Mapping[str, Any]:
     """The template among possibly several post-processors."""
     parts = post.get("processors") if post.get("type") == "Sequence" else [post]
     return next((p for p in parts or () if p.get("type") == "TemplateProcessing"), {})
-
-
-def _content(token: object) -> str | None:
-    """A special token of tokenizer_config.json: a string, or an object with one."""
-    value = token.get("content") if isinstance(token, dict) else token
-    return value if isinstance(value, str) else None
 
 
 def write_metadata(gguf: Any, writer: Any, model: GgufModel, kinds: Collection[str]) -> None:
@@ -264,6 +251,8 @@ def _write_tokenizer(gguf: Any, writer: Any, model: GgufModel) -> None:
         ("eos", writer.add_eos_token_id),
         ("pad", writer.add_pad_token_id),
         ("unk", writer.add_unk_token_id),
+        ("eot", writer.add_eot_token_id),
+        ("eom", writer.add_eom_token_id),
     ):
         if key in tokenizer.ids:
             write(tokenizer.ids[key])
