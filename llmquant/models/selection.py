@@ -112,7 +112,10 @@ def select(
         scheme.spec.check(linears.shapes[name][1], name, columns, g_idx=scheme.g_idx)
     _check_any(schemes, table, linears, architecture)
     _check_places(schemes, architecture, head)
-    _check_fused(schemes, skipped, architecture)
+    for kinds in unlike_fused(schemes, skipped, architecture):
+        raise UsageError(
+            f"engines fuse these linears, so they need one scheme, but the recipe gives {kinds}"
+        )
     schemes = table | schemes
     _check_mix(layout, schemes, skipped)
     return Selection(
@@ -280,17 +283,13 @@ def _block_of(name: str, architecture: Architecture) -> str | None:
     return None if inside == name else f"{architecture.blocks}.{inside.partition('.')[0]}"
 
 
-def _check_fused(
+def unlike_fused(
     schemes: Mapping[str, Scheme], skipped: Mapping[str, str], architecture: Architecture
-) -> None:
+) -> Iterator[str]:
+    """The sets of linears that engines fuse and that have several schemes, in words."""
     for block, names in fused_items((*schemes, *skipped), architecture):
         firsts = {schemes.get(n): n for n in reversed(names)}
         if block is not None and len(firsts) > 1:
             listed = names if len(names) < 5 else sorted(firsts.values(), key=names.index)
-            kinds = ", ".join(
-                f"{n}: {schemes[n] if n in schemes else f'unquantized ({skipped[n]})'}"
-                for n in listed
-            )
-            raise UsageError(
-                f"engines fuse these linears, so they need one scheme, but the recipe gives {kinds}"
-            )
+            plain = {n: f"unquantized ({why})" for n, why in skipped.items()}
+            yield ", ".join(f"{n}: {schemes.get(n) or plain[n]}" for n in listed)

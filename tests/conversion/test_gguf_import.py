@@ -176,6 +176,22 @@ def test_what_llmquant_packed_comes_back_packed(
         assert torch.equal(before(ids).logits, after(ids).logits)
 
 
+def test_packed_names_what_engines_fuse_and_the_file_has_apart(run: Run, tmp_path: Path) -> None:
+    """Of q, k and v one in Q8_0, another in F16; gate and up are alike, and down is on its own."""
+    model = random_model("llama", **OWN)
+    names = [n for n in gguf_kit.tensors(model, "llama") if n.startswith("blk.")]
+    kinds = dict.fromkeys([n for n in names if "norm" not in n], "Q4_0")
+    gguf_kit.file_of(tmp_path / "a.gguf", model, "llama", {**kinds, "blk.1.ffn_down.weight": "Q8_0"})  # fmt: skip
+    kinds |= {"blk.0.attn_v.weight": "Q8_0", "blk.1.attn_q.weight": "F16"}
+    gguf_kit.file_of(tmp_path / "m.gguf", model, "llama", kinds)
+    told = run("import", "m.gguf", "--packed", "-o", "p")
+    own = "model.layers.0.self_attn.{}_proj: W{} g32 sym"
+    apart = ", ".join(own.format(*pair) for pair in (("q", 4), ("k", 4), ("v", 8)))
+    assert f"and the file gives {apart} (2 such sets in all); llmquant takes them" in told.said
+    assert "engines that fuse" not in run("import", "a.gguf", "--packed", "-o", "a").said
+    assert run("inspect", "p", "--verify").code == 0
+
+
 def test_packed_refuses_what_it_would_change(run: Run, tmp_path: Path) -> None:
     model = random_model("llama", **{**OWN, "hidden_size": 256, "intermediate_size": 256})
     gguf_kit.file_of(tmp_path / "m.gguf", model, "llama", "Q4_1")

@@ -56,6 +56,8 @@ from llmquant.conversion.gguf.keeping import Kept, choose, dequantized, weight_o
 from llmquant.errors import FormatError, LlmquantError, ProofError, UsageError
 from llmquant.formats import Format, layout_of
 from llmquant.models.reading.check import check_loading
+from llmquant.models.rows.table import ARCHITECTURES
+from llmquant.models.selection import unlike_fused
 from llmquant.runtime.devices import ChosenDtype, parse_dtype
 from llmquant.runtime.finite import some
 
@@ -132,7 +134,7 @@ def _import_packed(
         _prove(opened, kept, target, rest.digests, CheckpointReader(writer.partial), on_progress)
         writer.publish()
     scheme = f"{target.name} {', '.join(sorted({str(s) for s in kept.schemes.values()}))}"
-    notes = (*opened.notes, *notes, *_rounded(opened, but, dtype))
+    notes = (*opened.notes, *notes, *_rounded(opened, but, dtype), *_unlike(opened, kept))
     return import_result(opened, Path(output), dtype, writer, notes, rest.rounding, scheme)
 
 
@@ -219,4 +221,17 @@ def _rounded(opened: GgufSource, kept: frozenset[str], dtype: torch.dtype) -> tu
     return (
         f"{some(names)}: no linear of a kind that is kept, stored in {str(dtype).removeprefix('torch.')}, which "
         "rounds it; --dtype float32 holds it exactly",
+    )
+
+
+def _unlike(opened: GgufSource, kept: Kept) -> tuple[str, ...]:
+    """A note on linears that engines fuse and that the file has in several types."""
+    row = ARCHITECTURES.get(opened.placed.model_type)
+    unlike = [] if row is None else list(unlike_fused(kept.schemes, kept.skipped, row))
+    if not unlike:
+        return ()
+    more = f" ({len(unlike)} such sets in all)" if len(unlike) > 1 else ""
+    return (
+        f"engines that fuse linears, such as vLLM, want one scheme for them, and the file gives {unlike[0]}{more}; "
+        "llmquant takes them as they are",
     )
