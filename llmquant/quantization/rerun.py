@@ -20,7 +20,7 @@ import torch
 from llmquant.checkpoint.hub import resolve
 from llmquant.checkpoint.manifest import Manifest, read_manifest, versions
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import ProofError, UsageError
+from llmquant.errors import ProofError, UnfitModelError, UsageError
 from llmquant.models.reading.stored_dtype import SOURCE
 from llmquant.quantization.options import Events, QuantizeOptions
 from llmquant.quantization.run import quantize
@@ -102,11 +102,7 @@ def rerun(
                 f"{folder} was made without a calibration text; leave --calibration out"
             )
         recipe = recipe.updated({"calibration.source": calibration})
-    source = resolve(then.base_model or "" if model is None else model)
-    if CheckpointReader(source).digest() != then.base_weights_sha256:
-        raise UsageError(
-            f"{source} does not hold the weights that {folder} was made from; give that model with --model"
-        )
+    source = _original(folder, then, model)
     options = QuantizeOptions(
         device=device or then.device,
         dtype=then.dtype,
@@ -123,6 +119,24 @@ def rerun(
     _same_text(folder, then, now)
     same = calibration is not None or then.recipe_sha256 == now.recipe_sha256  # in other words too
     return _compare(then, now, ignore=("recipe.yaml",) if same else ())
+
+
+def _original(folder: Path, then: Manifest, model: str | os.PathLike[str] | None) -> Path:
+    """The folder of the model that ``folder`` was made from."""
+    try:
+        source = resolve(then.base_model or "" if model is None else model)
+    except (UsageError, UnfitModelError) as e:
+        if model is not None:
+            raise
+        raise UsageError(
+            f"{folder} was made from {then.base_model or 'a model without a name'}, which is not found by that name; "
+            "give that model with --model"
+        ) from e
+    if CheckpointReader(source).digest() != then.base_weights_sha256:
+        raise UsageError(
+            f"{source} does not hold the weights that {folder} was made from; give that model with --model"
+        )
+    return source
 
 
 def _same_text(folder: Path, then: Manifest, now: Manifest) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from llmquant.checkpoint.manifest import MANIFEST, file_hashes
 from llmquant.cli import main
-from llmquant.errors import ProofError, UsageError
+from llmquant.errors import ProofError, UnfitModelError, UsageError
 from llmquant.quantization.rerun import demand_same, rerun
 from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
@@ -33,6 +33,25 @@ def test_another_model_is_refused_before_any_work(
     other = make_model(dtype=torch.bfloat16)
     with pytest.raises(UsageError, match=r"does not hold the weights that .* was made from"):
         rerun(quantized, other)
+
+
+def test_a_model_that_is_not_found_by_its_name_is_asked_for(
+    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a folder elsewhere, or a GGUF file, of which the manifest has the name alone."""
+
+    def unreachable(name: str) -> Path:
+        raise UnfitModelError(f"{name} is no folder here")
+
+    copied = Path(shutil.copytree(quantized, tmp_path / "out"))
+    manifest = json.loads((copied / MANIFEST).read_text(encoding="utf-8"))
+    (copied / MANIFEST).write_text(json.dumps({**manifest, "base_model": "mine"}))
+    monkeypatch.setattr("llmquant.quantization.rerun.resolve", unreachable)
+    told = r"out was made from mine, which is not found by that name; give that model with --model"
+    with pytest.raises(UsageError, match=told):
+        rerun(copied)
+    with pytest.raises(UnfitModelError, match="nowhere is no folder"):
+        rerun(copied, "nowhere")
 
 
 def test_another_text_is_told_apart_from_another_result(
