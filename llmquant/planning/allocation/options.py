@@ -43,7 +43,7 @@ class AllocateOptions:
     symmetric: bool | None = None
     engine: str = "any"
     sensitivity: Kind = "kl"
-    probe_tokens: int = 8192
+    probe_tokens: int = 2048
     device: str = "cpu"
     dtype: str = "auto"
     store_dtype: str = "source"

@@ -101,7 +101,7 @@ def allocate_command(
     sym: _Sym = None,
     engine: _Engine = Engine.any,
     sensitivity: SensitivityOption = Sensitivity.kl,
-    probe_tokens: _ProbeTokens = 8192,
+    probe_tokens: _ProbeTokens = 2048,
     layout: FormatOption = None,
     calibration: CalibrationOption = None,
     nsamples: SamplesOption = None,
