@@ -161,6 +161,15 @@ def test_an_interrupted_command_resumes(
     assert not Path(".out.measured").exists()
 
 
+def test_a_destination_in_a_folder_that_is_yet_to_be_made(
+    run: Run, model: Path, text: Path
+) -> None:
+    asked = ("--nsamples", 4, "--seqlen", 32, "--calibration", f"file:{text}")
+    done = run("quantize", model, "-o", "new/folder/out", "--target-bpw", 4.5, *asked)
+    assert done.code == 0, done.said
+    assert sorted(p.name for p in Path("new/folder").iterdir()) == ["out", "out.quantize.log.jsonl"]
+
+
 def test_no_resume_keeps_nothing(run: Run, model: Path, text: Path, judged: Any) -> None:
     judged(2)
     asked = ("--nsamples", 4, "--seqlen", 32, "--calibration", f"file:{text}", "--no-resume")

@@ -97,6 +97,7 @@ class Measured:
         if self._path is not None:
             with disk(self._path.parent):
                 if self._journal is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
                     self._journal = Journal(self._path, self._end)
                     if self._end == 0:
                         self._journal.append({"facts": self._facts})
