@@ -170,11 +170,15 @@ def test_a_recipe_is_written_whole_or_not_at_all(
     Path("mixed.yaml").write_text("precious", encoding="utf-8")
     bits = ("--target-bpw", "4.5", "--calibration", f"file:{text}", "--overwrite", *FEW, *SHORT)
     monkeypatch.setattr("llmquant.written.os.fsync", full)
-    told = run("allocate", model, "-o", "mixed.yaml", *bits)
-    assert (told.code, "mixed.yaml cannot be written" in told.said) == (1, True)
-    assert "No space left on device" in told.said
-    assert [p.name for p in Path().iterdir() if "mixed" in p.name] == ["mixed.yaml"]
-    assert Path("mixed.yaml").read_text(encoding="utf-8") == "precious"
+    for more, says in (
+        ((), "free some space and run again"),  # the first measurement could not be saved
+        (("--no-resume",), "mixed.yaml cannot be written"),
+    ):
+        told = run("allocate", model, "-o", "mixed.yaml", *bits, *more)
+        assert (told.code, says in told.said) == (1, True), told.said
+        assert "No space left on device" in told.said
+        assert [p.name for p in Path().iterdir() if "mixed" in p.name] == ["mixed.yaml"]
+        assert Path("mixed.yaml").read_text(encoding="utf-8") == "precious"
 
 
 def test_a_recipe_is_refused_before_any_work_where_nobody_may_write(

@@ -45,16 +45,22 @@ TEXTS = (
 
 
 class StepCounter:
-    """Counts the decoding steps of a local engine; an engine elsewhere has none to count."""
+    """Counts the decoding steps of a local engine; an engine elsewhere has none to count.
+
+    Attributes:
+        steps: so far.
+        pause: seconds to wait before each, so that a reply outlasts what a test does meanwhile.
+    """
 
     def __init__(self, engine: Engine) -> None:
-        self.steps = 0
+        self.steps, self.pause = 0, 0.0
         if isinstance(engine, LocalEngine):
             self._decode = engine._jobs._decode
             engine._jobs._decode = self._counted
 
     def _counted(self) -> None:
         self.steps += 1
+        time.sleep(self.pause)
         self._decode()
 
 

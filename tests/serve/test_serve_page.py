@@ -286,7 +286,8 @@ def test_clear_empties_the_page_at_any_moment_of_a_reply(page):
         expect(page.locator("#stop")).to_be_hidden()
 
 
-def test_stop_frees_the_slot(page, page_server):
+def test_stop_frees_the_slot(page, page_server, monkeypatch):
+    monkeypatch.setattr(page_server.counter, "pause", 0.02)
     configure(page, 1800)
     page.locator("#box textarea").fill("Tell me a very long story.")
     page.locator("#send").click()

@@ -113,6 +113,8 @@ class Measured:
     ) -> None:
         if self._journal is not None:
             self._journal.close()
+        if self._path is not None and not self.known:
+            self._path.unlink(missing_ok=True)  # begun on a disk that took nothing
         if stops(error) and self._path is not None and self.known:
             raise KeyboardInterrupt(
                 f"{len(self.known)} of {len(self._items)} measurements are saved in {self._path.name}; run the same command "

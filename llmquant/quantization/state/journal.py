@@ -52,9 +52,13 @@ class Journal:
 
     def __init__(self, path: Path, end: int = 0) -> None:
         self._file = path.open("r+b" if path.is_file() else "w+b", buffering=0)
-        self._file.truncate(end)
-        self._file.seek(end)
-        fsync_path(path.parent)
+        try:
+            self._file.truncate(end)
+            self._file.seek(end)
+            fsync_path(path.parent)
+        except OSError:
+            self._file.close()
+            raise
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; it is on the disk when this returns."""
