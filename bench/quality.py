@@ -226,11 +226,8 @@ def shared(args: argparse.Namespace) -> dict[str, Any]:
 def wanted(args: argparse.Namespace, environments: dict[str, str]) -> list[tuple[str, str, int]]:
     """The cells asked for: peers only where their environment is given; methods without calibration
     have one seed."""
-    tools = (
-        args.tools.split(",")
-        if args.tools
-        else [*OURS, *(t for t, (e, _) in PEERS.items() if e in environments)]
-    )
+    every = [*OURS, *(t for t, (e, _) in PEERS.items() if e in environments)]
+    tools = args.tools.split(",") if args.tools else every
     grids = args.grids.split(",") if args.grids else list(GRIDS)
     seeds = [int(s) for s in args.seeds.split(",")]
     unknown = [t for t in tools if t not in {**OURS, **PEERS}] + [

@@ -126,7 +126,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | llmquant gptq; rotated | `--rotate`, at W4 g128 the recipe `rotate-gptq-w4g128`: folded into the weights; a tied head is a tensor of its own then (SmolLM2 at W4 g64: 170 MB instead of 113) |
 | llmquant awq+gptq; rotated | recipe `awq-gptq-w4g32-asym` with `--rotate` |
 | llmquant best; rotated | recipe `rotate-best-w4g128` with the scheme of the table; first tokens count as 1/64. Qwen's seconds are of two processes: it was stopped once and resumed |
-| llmquant gptq; mixed within the same size | `--target-bpw`: each linear has its own width, the size of the folder is the same |
+| llmquant gptq; mixed within the same size | `--target-bpw`: each linear has its own width, the size of the folder is the same; on tiny-llama with 8192 probe tokens, which was the default |
 | llm-compressor | 0.14.0.1, its GPTQ, AWQ and round-to-nearest |
 | autoround 200, autoround 40 | AutoRound 0.15.1 with its default of 200 iterations; with 40 |
 | gptqmodel gptq | GPTQModel 7.6.0 with its default, group-aware act-order; without it where a group is a row, which it refuses there |

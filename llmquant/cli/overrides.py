@@ -128,7 +128,6 @@ def options_for(
         dtype=run.dtype,
         store_dtype=run.store_dtype,
         evaluation=run.evaluation,
-        restart=run.restart,
     )
 
 

@@ -112,9 +112,10 @@ def select(
         scheme.spec.check(linears.shapes[name][1], name, columns, g_idx=scheme.g_idx)
     _check_any(schemes, table, linears, architecture)
     _check_places(schemes, architecture, head)
-    for kinds in unlike_fused(schemes, skipped, architecture):
+    unlike = next(unlike_fused(schemes, skipped, architecture), None)
+    if unlike is not None:
         raise UsageError(
-            f"engines fuse these linears, so they need one scheme, but the recipe gives {kinds}"
+            f"engines fuse these linears, so they need one scheme, but the recipe gives {unlike}"
         )
     schemes = table | schemes
     _check_mix(layout, schemes, skipped)

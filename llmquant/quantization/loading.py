@@ -103,9 +103,8 @@ def _prove_full(
 
 def _inputs(plan: WalkPlan, blocks: nn.ModuleList, index: int) -> BlockInput:
     """What the block is called with for a few tokens, with random hidden states."""
-    ids = torch.arange(min(_TOKENS, int(plan.model.config.get_text_config().vocab_size))).unsqueeze(
-        0
-    )
+    vocabulary = int(plan.model.config.get_text_config().vocab_size)
+    ids = torch.arange(min(_TOKENS, vocabulary)).unsqueeze(0)
     parameters = {n for n, _ in plan.model.named_parameters()}
     with _blank(plan.model, [n for n in outer_names(plan) if n in parameters]):
         (first,) = first_inputs(plan.model, blocks, [ids], walk=False)

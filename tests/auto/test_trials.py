@@ -52,7 +52,7 @@ def test_measurements_that_do_not_fit_are_made_anew(
 
     def allocate(*arguments: Any) -> Any:
         asked.append(arguments[2])
-        if not asked[-1].restart:
+        if len(asked) < 3:
             raise UsageError("threads was 1 and is 2")
         return SimpleNamespace(recipe=chosen)
 
@@ -60,12 +60,11 @@ def test_measurements_that_do_not_fit_are_made_anew(
     step: Any = SimpleNamespace(target=3.5, folder="mixed", name="mixed", recipe=Recipe())
     with pytest.raises(UsageError, match="threads"):
         Trial._recipe(_trial(tmp_path), step, Events())
-    measured = asked[0].measured
-    measured.write_text("measured", encoding="utf-8")
+    state = asked[0].state
+    state.write_text("measured", encoding="utf-8")
     assert Trial._recipe(_trial(tmp_path), step, Events()) == chosen
-    assert [options.restart for options in asked] == [False, False, True]
-    assert {options.measured for options in asked} == {measured}
-    assert not measured.exists()
+    assert [options.state for options in asked] == [state] * 3
+    assert not state.exists()
 
 
 @pytest.mark.parametrize("left", [".out.resume", "..out.start.resume", ".out.start", ".out.qat"])

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmquant.cli.commands.allocate.command import allocated, kept_measurements
+from llmquant.cli.commands.allocate.command import allocated
 from llmquant.cli.costs import explain_default
 from llmquant.cli.options import (
     ActOrderOption,
@@ -118,8 +118,10 @@ def quantize_command(
     if target_bpw is None:
         _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
         return
-    with kept_measurements(output, resume) as measured:
-        wanted = replace(options_for(target_bpw, engine, sym, options), measured=measured)
+    from llmquant.planning.allocation.saved import saved_beside
+
+    with saved_beside(output.absolute(), resume=resume, restart=restart) as state:
+        wanted = replace(options_for(target_bpw, engine, sym, options), state=state)
         chosen = _allocated(model, output, chosen, options, wanted, hidden)
         _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
 

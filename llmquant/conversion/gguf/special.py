@@ -39,7 +39,7 @@ def special_ids(
     for key in ("bos", "eos", "pad", "unk"):
         numbers = _numbers(folder, f"{key}_token_id", len(tokens))
         text = _content(settings.get(f"{key}_token"))
-        named = by_text.get(text or "", next(iter(numbers), None))
+        named = by_text[text] if text in by_text else next(iter(numbers), None)
         if named is not None:
             found[key] = named
         if key == "eos":

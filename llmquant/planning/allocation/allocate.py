@@ -36,9 +36,9 @@ from llmquant.planning.allocation.budget import budget_of, span_of
 from llmquant.planning.allocation.candidates import Choice, choices_of
 from llmquant.planning.allocation.chosen import check_layout, recipe_of_choice
 from llmquant.planning.allocation.knapsack import Option, Solution, solve, solve_alike, undominated
-from llmquant.planning.allocation.measured import Measured
 from llmquant.planning.allocation.options import AllocateOptions
 from llmquant.planning.allocation.quality_loss import Damage
+from llmquant.planning.allocation.saved import SavedMeasurements
 from llmquant.planning.allocation.sensitivity import Item, Probe, measure
 from llmquant.quantization.options import Events
 from llmquant.quantization.plan import WalkPlan
@@ -142,8 +142,7 @@ def allocate(
         Item(c.block, c.names, tuple(s.spec for s in c.sizes if s is not None)) for c in choices
     ]
     seen, unseen = split_windows(calibration.windows, options.probe_tokens)
-    facts = _facts(plan, calibration, options)
-    done = Measured(options.measured, facts, items, restart=options.restart)
+    done = SavedMeasurements(options.state, _facts(plan, calibration, options), items)
     if done.known:
         events.on_note(f"{len(done.known)} of {len(items)} measurements were saved; resuming")
     left = {i: item for i, item in enumerate(items) if i not in done.known}

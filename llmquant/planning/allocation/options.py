@@ -32,9 +32,8 @@ class AllocateOptions:
         probe_tokens: calibration tokens on which damage is measured and that rounding does not see:
             the last windows, whole ones, at most half of them.
         device, dtype, store_dtype, evaluation: as for a quantization run.
-        measured: file that keeps what was measured, so that a run that was killed resumes; whoever
+        state: file that keeps what was measured, so that a run that was killed resumes; whoever
             names it removes it. None: nothing is kept.
-        restart: measure anew, whatever the file has.
     """
 
     target_bpw: float
@@ -48,8 +47,7 @@ class AllocateOptions:
     dtype: str = "auto"
     store_dtype: str = "source"
     evaluation: str | None = None
-    measured: Path | None = None
-    restart: bool = False
+    state: Path | None = None
 
     def __post_init__(self) -> None:
         possible = (*SUPPORTED_BITS, UNQUANTIZED)

@@ -166,22 +166,22 @@ class Trial:
             return llmquant.load_recipe(kept)
         engine = self.request.engine
         widths = (*(VLLM_WIDTHS if engine == "vllm" else SUPPORTED), UNQUANTIZED)
-        measured = kept.with_name("allocation.measured")
+        state = kept.with_name("allocation.measured")
         options = AllocateOptions(
             step.target, widths, engine=engine, device=self.request.device, store_dtype="auto",
-            measured=measured,
+            state=state,
         )  # fmt: skip
         model = self.request.model
         try:
             recipe = llmquant.allocate(model, step.recipe, options, events).recipe
         except UsageError:
-            if not measured.is_file():
+            if not state.is_file():
                 raise
             self.screen.note(f"{step.name}: {_OTHER_MACHINE}")
-            again = replace(options, restart=True)
-            recipe = llmquant.allocate(model, step.recipe, again, events).recipe
+            state.unlink()
+            recipe = llmquant.allocate(model, step.recipe, options, events).recipe
         llmquant.write_file(kept, yaml.safe_dump(recipe.model_dump(mode="json")))
-        measured.unlink(missing_ok=True)
+        state.unlink(missing_ok=True)
         return llmquant.load_recipe(kept)
 
     def _quantized(

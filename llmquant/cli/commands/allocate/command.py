@@ -11,8 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,13 +122,15 @@ def allocate_command(
 
     Measures how much each of MODEL's linears suffers, and spends the size where it helps most.
     """
+    from llmquant.planning.allocation.saved import saved_beside
+
     given = dict(locals())
     check_output(output, overwrite)
     chosen = recipe_of(given)
     _check_read(output, model, chosen)
     started = time.perf_counter()
-    with kept_measurements(output, resume) as measured:
-        options = replace(_options(given), measured=measured, restart=restart)
+    with saved_beside(output.absolute(), resume=resume, restart=restart) as state:
+        options = replace(_options(given), state=state)
         result = allocated(model, chosen, options, hidden=quiet or as_json)
         check_output(output, overwrite)
         write_file(output, recipe_text(result))
@@ -158,20 +159,6 @@ def _options(given: Mapping[str, Any]) -> AllocateOptions:
         engine=given["engine"].value,
         sensitivity=given["sensitivity"].value,
     )
-
-
-@contextmanager
-def kept_measurements(output: Path, resume: bool) -> Iterator[Path | None]:
-    """The file beside ``output`` that keeps what is measured, until that is no longer needed; None
-    where nothing is kept."""
-    from llmquant.planning.allocation.measured import kept_until_done, measured_for
-
-    if not resume:
-        yield None
-        return
-    path = measured_for(output.absolute())
-    with kept_until_done(path):
-        yield path
 
 
 def allocated(model: str, recipe: Recipe, options: AllocateOptions, *, hidden: bool) -> Allocation:

@@ -28,35 +28,37 @@ from llmquant.quantization.state.journal import Journal, read_journal
 from llmquant.runtime.signals import stops
 from llmquant.spec import QuantSpec
 
-# What the same command would meet again.
-_REPEATED = (QuantizationError, FormatError, ProofError, ArchitectureError)
-
-
-def measured_for(output: Path) -> Path:
-    """The file of a destination."""
-    return output.with_name(f".{output.name}.measured")
-
 
 @contextmanager
-def kept_until_done(path: Path) -> Iterator[None]:
-    """Within it the file is needed; it is removed unless the same command could do better later."""
+def saved_beside(output: Path, *, resume: bool, restart: bool) -> Iterator[Path | None]:
+    """The file of a destination, to be used within; None where nothing is to be saved. It is
+    removed at the end, and where the same command would fail again.
+
+    Raises:
+        UsageError: nothing is to be resumed, and an interrupted run has saved something.
+    """
+    path = output.with_name(f".{output.name}.measured")
+    if restart:
+        path.unlink(missing_ok=True)
+    if not resume and path.exists():
+        raise UsageError(
+            f"{path} has what an interrupted run measured; leave out --no-resume to resume it, or add --restart to start over"
+        )
     try:
-        yield
-    except BaseException as e:
-        if isinstance(e, _REPEATED) and not stops(e):
-            path.unlink(missing_ok=True)
+        yield path if resume else None
+    except (ArchitectureError, FormatError, ProofError, QuantizationError):
+        path.unlink(missing_ok=True)
         raise
     path.unlink(missing_ok=True)
 
 
-class Measured:
+class SavedMeasurements:
     """The damages that are known, as a context manager around the measuring.
 
     Args:
         path: the file; None: nothing is kept.
         facts: what the numbers depend on.
         items: what is measured.
-        restart: start over, whatever is there.
 
     Attributes:
         known: the damages of an item's schemes, by its place among the items.
@@ -66,16 +68,11 @@ class Measured:
         DiskError: the disk refused.
     """
 
-    def __init__(
-        self, path: Path | None, facts: Facts, items: Sequence[Item], *, restart: bool = False
-    ) -> None:
+    def __init__(self, path: Path | None, facts: Facts, items: Sequence[Item]) -> None:
         self.known: dict[int, dict[QuantSpec, Damage]] = {}
         self._path, self._facts, self._items = path, facts, items
         self._journal: Journal | None = None
-        self._end = 0
-        if path is None or restart:
-            return
-        records, self._end = read_journal(path)
+        records, self._end = ([], 0) if path is None else read_journal(path)
         if not records:
             return
         different = differences(records[0]["facts"], facts)
@@ -85,11 +82,11 @@ class Measured:
                 "to resume it, or add --restart to delete the state and start over"
             )
         for record in records[1:]:
+            damages = [Damage(*numbers) for numbers in record["damages"]]
             specs = items[record["item"]].specs
-            damages = (Damage(*numbers) for numbers in record["damages"])
             self.known[record["item"]] = dict(zip(specs, damages, strict=True))
 
-    def __enter__(self) -> Measured:
+    def __enter__(self) -> SavedMeasurements:
         return self
 
     def add(self, index: int, damages: dict[QuantSpec, Damage]) -> None:
@@ -113,9 +110,11 @@ class Measured:
     ) -> None:
         if self._journal is not None:
             self._journal.close()
-        if self._path is not None and not self.known:
+        if self._path is None:
+            return
+        if not self.known:
             self._path.unlink(missing_ok=True)  # begun on a disk that took nothing
-        if stops(error) and self._path is not None and self.known:
+        elif stops(error):
             raise KeyboardInterrupt(
                 f"{len(self.known)} of {len(self._items)} measurements are saved in {self._path.name}; run the same command "
                 "to resume, or add --restart to start over"

@@ -14,8 +14,8 @@ from children import Run
 from llmquant.errors import DiskError, QuantizationError, UsageError
 from llmquant.planning.allocation import sensitivity
 from llmquant.planning.allocation.allocate import allocate
-from llmquant.planning.allocation.measured import kept_until_done
 from llmquant.planning.allocation.options import AllocateOptions
+from llmquant.planning.allocation.saved import saved_beside
 from llmquant.quantization.options import Events
 from llmquant.recipe import Recipe
 
@@ -48,9 +48,9 @@ def test_what_was_measured_is_not_measured_again(
     model: Path, gptq: Recipe, tmp_path: Path, judged: Any, kind: Any, stop: int
 ) -> None:
     headed = gptq.updated({"ignore": ()})
-    options = replace(OPTIONS, sensitivity=kind, measured=tmp_path / ".q.measured")
+    options = replace(OPTIONS, sensitivity=kind, state=tmp_path / ".q.measured")
     everything = judged(None)
-    whole = allocate(model, headed, replace(options, measured=None))
+    whole = allocate(model, headed, replace(options, state=None))
     first = judged(stop)
     with pytest.raises(KeyboardInterrupt, match=rf"{stop} of {len(everything)} measurements"):
         allocate(model, headed, options)
@@ -70,19 +70,19 @@ def test_a_torn_last_line_is_measured_again(
     model: Path, gptq: Recipe, tmp_path: Path, judged: Any
 ) -> None:
     kept = tmp_path / ".q.measured"
-    whole = allocate(model, gptq, replace(OPTIONS, measured=kept))
+    whole = allocate(model, gptq, replace(OPTIONS, state=kept))
     kept.write_bytes(kept.read_bytes()[:-5])
     again = judged(None)
-    assert allocate(model, gptq, replace(OPTIONS, measured=kept)) == whole
+    assert allocate(model, gptq, replace(OPTIONS, state=kept)) == whole
     assert len(again) == 1
     assert judged(0) == []
-    assert allocate(model, gptq, replace(OPTIONS, measured=kept)) == whole
+    assert allocate(model, gptq, replace(OPTIONS, state=kept)) == whole
 
 
 def test_another_size_takes_the_same_measurements(
     model: Path, gptq: Recipe, tmp_path: Path, judged: Any
 ) -> None:
-    options = replace(OPTIONS, measured=tmp_path / ".q.measured")
+    options = replace(OPTIONS, state=tmp_path / ".q.measured")
     allocate(model, gptq, options)
     larger = allocate(model, gptq, replace(OPTIONS, target_bpw=6.5))
     assert judged(0) == []
@@ -101,18 +101,17 @@ def test_another_size_takes_the_same_measurements(
 def test_other_settings_are_refused_and_nothing_is_lost(
     model: Path, gptq: Recipe, tmp_path: Path, judged: Any, changed: Any, says: str
 ) -> None:
-    options = replace(OPTIONS, measured=tmp_path / ".q.measured")
+    options = replace(OPTIONS, state=tmp_path / ".q.measured")
     allocate(model, gptq, options)
     with pytest.raises(UsageError) as refused:
         allocate(model, gptq, replace(options, **changed))
     assert says in str(refused.value)
-    restarted = allocate(model, gptq, replace(options, **changed, restart=True))
     assert judged(0) == []
-    assert allocate(model, gptq, replace(options, **changed)) == restarted
+    allocate(model, gptq, options)
 
 
 def test_another_recipe_is_other_settings(model: Path, gptq: Recipe, tmp_path: Path) -> None:
-    options = replace(OPTIONS, measured=tmp_path / ".q.measured")
+    options = replace(OPTIONS, state=tmp_path / ".q.measured")
     allocate(model, gptq, options)
     with pytest.raises(UsageError, match=r"recipe gptq\.damping was 0\.01 and is 0\.5"):
         allocate(model, gptq.updated({"gptq.damping": 0.5}), options)
@@ -133,7 +132,7 @@ def test_what_the_same_command_would_meet_again_keeps_nothing(
 ) -> None:
     kept = tmp_path / ".q.measured"
     kept.write_text("measured", encoding="utf-8")
-    with pytest.raises(type(error)), kept_until_done(kept):
+    with pytest.raises(type(error)), saved_beside(tmp_path / "q", resume=True, restart=False):
         raise error
     assert kept.exists() == stays
 
@@ -153,12 +152,28 @@ def test_an_interrupted_command_resumes(
     assert sorted(p.name for p in Path().iterdir() if "out" in p.name) == [".out.measured"]
     other = run(*asked, "--seed", 5)
     assert (other.code, "with other settings: recipe seed was 0 and is 5" in other.err) == (2, True)
+    none = run(*asked, "--no-resume")
+    assert (none.code, "leave out --no-resume to resume it" in none.err) == (2, True)
     rest = judged(None)
     done = run(*asked)
     assert done.code == 0, done.said
     assert "2 of 8 measurements were saved; resuming" in done.said
     assert len(rest) == 6
     assert not Path(".out.measured").exists()
+
+
+def test_restart_measures_all_anew(run: Run, model: Path, text: Path, judged: Any) -> None:
+    asked = (
+        "allocate", model, "-o", "out", "--target-bpw", 4.5,
+        "--nsamples", 4, "--seqlen", 32, "--calibration", f"file:{text}",
+    )  # fmt: skip
+    judged(2)
+    assert run(*asked).code == 130
+    every = judged(None)
+    done = run(*asked, "--restart", "--seed", 5)
+    assert done.code == 0, done.said
+    assert len(every) == 8
+    assert [p.name for p in Path().iterdir() if "out" in p.name] == ["out"]
 
 
 def test_a_destination_in_a_folder_that_is_yet_to_be_made(
