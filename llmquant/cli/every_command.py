@@ -68,7 +68,11 @@ class OnceCommand(TyperCommand):
                 raise UsageError(
                     f"{name} is given {_times(times)} and takes one value; give it once"
                 )
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as e:
+            e.message = e.message.removeprefix("Value error, ")  # pydantic's, of some typers
+            raise
 
 
 def _times(count: int) -> str:

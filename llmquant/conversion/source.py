@@ -4,6 +4,7 @@ everything else as it is."""
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def refuse_gguf(model: str | os.PathLike[str]) -> None:
     path = Path(model)
     if path.is_file() and is_gguf(path):
         raise UsageError(
-            f"{path} is a GGUF file; llmquant import {path} -o DIR makes a folder of it, "
+            f"{path} is a GGUF file; llmquant import {shlex.quote(str(path))} -o DIR makes a folder of it, "
             "with --packed one that keeps Q4_0 and Q8_0 as they are"
         )
 

@@ -8,6 +8,7 @@ refused before work starts. One with a tensor too many has the model and somethi
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from llmquant.models.reading.leftovers import computed
 from llmquant.runtime.finite import some
 
 log = logging.getLogger(__name__)
+
+_ADAPTER = re.compile(
+    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer)(\.|$)"
+)  # as peft names them
 
 
 def check_side_files(path: Path, but: Collection[str] = ()) -> None:
@@ -38,12 +43,19 @@ def refuse_mismatch(
     missing: Iterable[str],
     unexpected: Iterable[str],
 ) -> None:
-    """Refuse tensors that the model wants and the folder has not.
+    """Refuse tensors that the model wants and the folder has not, and adapters, without which it
+    is another model.
 
     Raises:
         CheckpointError: naming some of them, and what is there instead.
     """
     lacking, left = sorted(missing), sorted(unexpected)
+    adapters = [n for n in left if _ADAPTER.search(n)]
+    if adapters:
+        raise CheckpointError(
+            f"{reader.path} holds an adapter (LoRA) beside the model's own weights: {some(adapters)}. Without it this is another "
+            "model; merge it first (peft: merge_and_unload, then save_pretrained)"
+        )
     ignored, extra = [n for n in left if computed(n)], [n for n in left if not computed(n)]
     if ignored:
         log.info("%s: %s are computed by the model, not read", reader.path, some(ignored))

@@ -435,6 +435,12 @@ MISTAKES = [
         2,
         "'tune' is not one of rtn, rtn+tune, gptq, gptq+tune, awq+rtn",
     ),
+    (
+        "bits of embeddings that there are not",
+        (*Q, "--embeddings", "3"),
+        2,
+        "Invalid value for '--embeddings': '3' is not one of '8', '4', 'none'",
+    ),
     ("tune twice", (*Q, "--method", "gptq+tune+tune"), 2, "'gptq+tune+tune' is not one of"),
     (
         "tune without text",

@@ -138,6 +138,25 @@ EXTRAS = [
 FAMILY = [pytest.param(case, id=case.name) for case in (*FILES, *NAMES, *EXTRAS)]
 
 
+LORA = {f"{Q}.lora_{x}.default.weight": torch.ones(2) for x in "AB"}
+ADAPTERS = [
+    Case("beside the weights", lambda f, t: put(f, {**t, **LORA})),
+    Case("around the weights", lambda f, t: put(f, {k.replace(f"{Q}.", f"{Q}.base_layer."): v for k, v in t.items()} | LORA)),
+    Case("in peft's model", lambda f, t: put(f, {f"base_model.model.{k}": v for k, v in {**t, **LORA}.items()})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in ADAPTERS])
+def test_adapters_that_are_not_merged_are_refused(case: Case, tmp_path: Path, run: Run) -> None:
+    """transformers leaves them out with a warning, or draws what is missing."""
+    folder, out = write_case(case, tmp_path / "m"), tmp_path / "q"
+    for done in (run("quantize", folder, "-o", out, *RTN), run("plan", folder, *RTN)):
+        assert (done.code, "holds an adapter (LoRA) beside" in done.err) == (1, True), done.err
+        assert "merge_and_unload" in done.err
+    assert not out.exists()
+    assert ours(folder) is None
+
+
 def ours(folder: Path) -> dict[str, torch.Tensor] | None:
     try:
         return {n: t.detach() for n, t in load(folder, dtype="float32").state_dict().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,20 @@ def test_from_the_command_line(run: Run, model: Path) -> None:
     assert told["options"][1]["speed"] is None
     measured = json.loads(run("advise", model, "--measure", "--json").out)
     assert measured["options"][1]["speed"]["kernel"] == "cpu"
+
+
+def test_the_commands_can_be_pasted_whatever_the_model_is_called(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    named = tmp_path / "my model.gguf"
+    named.symlink_to(model)
+    told = run("advise", named, "--memory", "8GiB", "--context", "64", "--no-measure").out
+    words = [shlex.split(line) for line in told.splitlines() if line.startswith("llmquant ")]
+    first = words[0][words[0].index("--recipe") + 1]
+    assert [w[1] for w in words] == ["quantize", "eval", "bench", "serve", "auto"]
+    assert words[0][:5] == ["llmquant", "quantize", str(named), "-o", f"my model-{first}"]
+    assert words[3] == ["llmquant", "serve", f"my model-{first}"]
+    assert words[4][-1] == "my model-small"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,5 +103,5 @@ def _alone(path: Path, folder: Path) -> Iterator[None]:
 def _unwritable(path: Path, folder: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{path} cannot be imported into the cache, {folder}: {why}; name another folder for caches "
-        f"with XDG_CACHE_HOME, or run llmquant import {path} -o DIR and give DIR"
+        f"with XDG_CACHE_HOME, or run llmquant import {shlex.quote(str(path))} -o DIR and give DIR"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -212,7 +213,9 @@ def _notes(advice: Advice) -> Iterator[str]:
 def _commands(model: str, first: Option, max_kl: float) -> Iterator[str]:
     """What to run next, in order."""
     name, _, more = first.name.partition(" ")
-    out = f"{Path(model).name}-{name}"
+    short = Path(model).stem if Path(model).suffix.lower() == ".gguf" else Path(model).name
+    out, small = shlex.quote(f"{short}-{name}"), shlex.quote(f"{short}-small")
+    model = shlex.quote(model)
     options = f"--recipe {name}{f' {more}' if more else ''}"
     yield "# text as the model will see it; what judges is used for nothing else"
     yield f"llmquant quantize {model} -o {out} {options} --calibration file:train.txt"
@@ -220,7 +223,7 @@ def _commands(model: str, first: Option, max_kl: float) -> Iterator[str]:
     yield f"llmquant bench {model} {out}"
     yield f"llmquant serve {out}"
     yield "# or let the smallest that is close enough be found"
-    yield f"llmquant auto {model} --max-kl {max_kl:g} --data file:mine.txt -o {Path(model).name}-small"
+    yield f"llmquant auto {model} --max-kl {max_kl:g} --data file:mine.txt -o {small}"
 
 
 def _size(nbytes: int) -> str:

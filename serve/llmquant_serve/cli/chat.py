@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 
 from llmquant.cli.options import DeviceOption, DtypeOption, KernelOption, ThreadsOption
 from llmquant.errors import UnfitModelError, UsageError
@@ -62,5 +63,5 @@ def _check_chats(model: str) -> None:
     if not llmquant.load_tokenizer(folder).chat_template:
         raise UnfitModelError(
             f"{folder.name} has no chat template, so it is no chat model; continue texts with "
-            f"llmquant generate {model} --raw TEXT, or serve it for /v1/completions"
+            f"llmquant generate {shlex.quote(model)} --raw TEXT, or serve it for /v1/completions"
         )

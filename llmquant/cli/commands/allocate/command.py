@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -140,7 +141,7 @@ def allocate_command(
         sys.stdout.write(json.dumps(facts) + "\n")
     elif not quiet:
         stored = "" if store_dtype == "auto" else f" --store-dtype {store_dtype}"
-        run = f"llmquant quantize {model} --recipe {output}{stored} -o …"
+        run = f"llmquant quantize {shlex.quote(model)} --recipe {shlex.quote(str(output))}{stored} -o …"
         screen().print(f"recipe       {output}; {seconds:.1f} s. Run it: {run}")
 
 
