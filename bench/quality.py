@@ -72,6 +72,7 @@ GRIDS = {
         Grid(3, 64),
         Grid(3, 128),
         Grid(2, 32),
+        Grid(8, 128),
         Grid(8, -1),
     )
 }

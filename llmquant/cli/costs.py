@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from llmquant.planning.defaults import DefaultRecipe
 
 
+_HEADS = {None: "", True: ", the head tied to the embeddings", False: ", a head of its own"}
+
+
 def cost_line(name: str, classes: Sequence[SizeClass]) -> str:
     """What was measured of a recipe, by class."""
     measured = [f"{c.name}: {_cost(c.costs[name])}" for c in classes if name in c.costs]
@@ -33,16 +36,17 @@ def _cost(cost: Cost) -> str:
 
 def class_lines(classes: Sequence[SizeClass]) -> list[tuple[str, str]]:
     """What the classes are called, what they are and where their numbers come from."""
-    lines, above = [], 0
+    lines = []
     for c in classes:
+        smaller = [o.below for o in classes if o.below and (not c.below or o.below < c.below)]
+        above = max(smaller, default=0)
         limit = f"from {_count(above)} parameters" if above else ""
         if c.below is not None:
             limit = (
                 f"{limit} to {_count(c.below)}" if above else f"below {_count(c.below)} parameters"
             )
-            above = c.below
         measured = f"{c.model}, {c.how} ({c.source})" if c.model else c.how
-        lines.append((c.name, f"{limit}: {measured}"))
+        lines.append((c.name, f"{limit}{_HEADS[c.tied]}: {measured}"))
     return lines
 
 
@@ -95,6 +99,7 @@ def _default_as_dict(default: DefaultRecipe, costs: Mapping[str, Cost | None]) -
         "source": size_class.source,
         "alternatives": {n: None if c is None else asdict(c) for n, c in costs.items()},
         "refused": dict(default.refused),
+        "unfit": dict(default.unfit),
         "limits": dict(default.limits),
     }
 
@@ -108,7 +113,7 @@ def _default_facts(default: DefaultRecipe) -> Iterator[tuple[str, str]]:
     yield (
         "rule",
         f"of {', '.join(CANDIDATES)} (smallest files first, then the quickest) the first with a KL of at most {CLOSE:g}, else the closest; "
-        "none that vLLM's kernels refuse in this format",
+        "none that vLLM's kernels refuse in this format, and no rotation of a tied head",
     )
     if size_class.model is not None:
         yield "measured", f"{size_class.model}, {size_class.how} ({size_class.source})"
@@ -141,6 +146,8 @@ def _note(name: str, default: DefaultRecipe) -> str:
     notes = ["chosen"] if name == default.name else []
     if name in default.refused:
         notes.append(f"not for {default.format}: {default.refused[name]}")
+    if name in default.unfit:
+        notes.append(f"not for this model: {default.unfit[name]}")
     if name in default.limits:
         notes.append(f"not in transformers alone: {default.limits[name]}")
     return "; ".join(notes)

@@ -1,7 +1,9 @@
 """What the shipped recipes cost models of each size: ``recipes/costs.json``.
 
 It has, for each class of sizes, one model and what was measured on it, with the source of the
-numbers and the texts. A class without a measured model says so. Importing this costs no torch.
+numbers and the texts. Where it matters for what wins, a size has a class for heads that share the
+embeddings' weights and one for heads of their own. A class without a measured model says so.
+Importing this costs no torch.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class SizeClass:
     Attributes:
         name: for people.
         below: parameters; None: no limit.
+        tied: whether the head shares the embeddings' weights; None: either.
         model: that was measured, with its size; None: none was.
         how: the texts and windows of that.
         source: where the numbers are from.
@@ -40,10 +43,16 @@ class SizeClass:
 
     name: str
     below: int | None
+    tied: bool | None
     model: str | None
     how: str
     source: str
     costs: Mapping[str, Cost]
+
+    def has(self, parameters: int, tied: bool) -> bool:
+        """Whether a model with that many parameters and such a head is in it, if it is in none of
+        the classes before it."""
+        return (self.below is None or parameters < self.below) and self.tied in (None, tied)
 
 
 def size_classes() -> tuple[SizeClass, ...]:
@@ -58,18 +67,12 @@ def size_classes() -> tuple[SizeClass, ...]:
     except OSError as e:
         raise RecipeError(f"{path} cannot be read ({e.strerror}); install llmquant again") from e
     return tuple(
-        SizeClass(
-            row["name"],
-            row["below"],
-            row["model"],
-            row["how"],
-            row["source"],
-            {name: Cost(**cost) for name, cost in row["costs"].items()},
-        )
+        SizeClass(**{**row, "costs": {name: Cost(**cost) for name, cost in row["costs"].items()}})
         for row in rows
     )
 
 
-def class_of(parameters: int) -> SizeClass:
-    """The class of a model with that many parameters."""
-    return next(c for c in size_classes() if c.below is None or parameters < c.below)
+def class_of(parameters: int, tied: bool) -> SizeClass:
+    """The class of a model with that many parameters, whose head is tied to the embeddings or
+    not."""
+    return next(c for c in size_classes() if c.has(parameters, tied))

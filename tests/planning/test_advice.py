@@ -98,16 +98,16 @@ def test_what_was_not_measured_is_to_be_tried_next_if_it_has_as_many_bits(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = next(c for c in size_classes() if c.name == "small")
-    monkeypatch.setattr(defaults, "class_of", lambda _: small)
+    monkeypatch.setattr(defaults, "class_of", lambda *_: small)
     assert getattr(advice_of(model).first, "name", None) == "gptq-w8"
     without = replace(small, costs={n: c for n, c in small.costs.items() if n != "gptq-w8"})
-    monkeypatch.setattr(defaults, "class_of", lambda _: without)
+    monkeypatch.setattr(defaults, "class_of", lambda *_: without)
     advice = advice_of(model)
     assert advice.first is not None
     assert advice.first.name == "awq-gptq-w4g32-asym"
     assert advice.then == ("best-w4g32-asym", "gptq-w8", ORIGINAL)
     unmeasured = replace(small, costs={})
-    monkeypatch.setattr(defaults, "class_of", lambda _: unmeasured)
+    monkeypatch.setattr(defaults, "class_of", lambda *_: unmeasured)
     assert advice_of(model).then == (
         "gptq-w4g32-asym", "best-w4g128", "best-w4g32-asym", "gptq-w8", ORIGINAL,
     )  # fmt: skip

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from children import Run
+from safetensors.torch import load_file, save_file
 
 from llmquant.planning import defaults
 from llmquant.planning.costs import Cost, SizeClass, size_classes
-from llmquant.planning.defaults import CANDIDATES, choose
+from llmquant.planning.defaults import CANDIDATES, choose, choose_recipe
 from llmquant.recipe import Recipe, load_recipe, shipped
 
 
 def measured(**kl: float) -> SizeClass:
     costs = {name.replace("_", "-"): Cost(4.0, value, 1 + value, 9.0) for name, value in kl.items()}
-    return SizeClass("some", None, "a model", "some text", "a file", costs)
+    return SizeClass("some", None, None, "a model", "some text", "a file", costs)
 
 
 @pytest.mark.parametrize(
@@ -70,23 +72,72 @@ def measured(**kl: float) -> SizeClass:
 def test_the_rule(
     layout: str, kl: dict[str, float], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(defaults, "class_of", lambda _: measured(**kl))
-    assert choose(1, layout).name == chosen
+    monkeypatch.setattr(defaults, "class_of", lambda *_: measured(**kl))
+    assert choose(1, layout, tied=True).name == chosen
 
 
 @pytest.mark.parametrize(
-    ("parameters", "name"),
+    ("parameters", "tied", "untied"),
     [
-        (1, "toy"),
-        (20_000_000, "small"),
-        (999_999_999, "small"),
-        (10**9, "large"),
-        (10**12, "large"),
+        (1, "toy", "toy"),
+        (20_000_000, "small", "small-untied"),
+        (999_999_999, "small", "small-untied"),
+        (10**9, "large", "large"),
+        (10**12, "large", "large"),
     ],
     ids=["toy", "from 20 million", "below a billion", "a billion", "huge"],
 )
-def test_every_size_has_a_class(parameters: int, name: str) -> None:
-    assert choose(parameters, "compressed-tensors").size_class.name == name
+def test_every_size_has_a_class(parameters: int, tied: str, untied: str) -> None:
+    names = [
+        choose(parameters, "compressed-tensors", tied=t).size_class.name for t in (True, False)
+    ]
+    assert names == [tied, untied]
+
+
+ROOT = Path(__file__).parents[2]
+ROTATED = "rotate-gptq-w4g32-asym"
+
+
+@pytest.mark.parametrize(
+    ("tied", "width", "chosen", "why"),
+    [
+        pytest.param(False, 64, ROTATED, None, id="a head of its own"),
+        pytest.param(True, 64, "awq-gptq-w4g32-asym", "gives it its own", id="a tied head"),
+        pytest.param(False, 172, "awq-gptq-w4g32-asym", "hidden_size 172", id="no such rotation"),
+    ],
+)
+def test_rotation_is_for_heads_of_their_own(
+    make_model: Any,
+    tied: bool,
+    width: int,
+    chosen: str,
+    why: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        defaults,
+        "class_of",
+        lambda *_: measured(gptq_w4g128=0.3, rotate_gptq_w4g32_asym=0.1, awq_gptq_w4g32_asym=0.2),
+    )
+    model = make_model(
+        tie_word_embeddings=tied, hidden_size=width, num_attention_heads=2, num_key_value_heads=2
+    )
+    default = choose_recipe(model, "compressed-tensors")
+    assert default.name == chosen
+    if why is None:
+        assert default.unfit == {}
+        assert default.recipe.rotation is not None
+    else:
+        assert why in default.unfit[ROTATED]
+
+
+def test_a_tied_head_that_is_stored_too_counts_once(make_model: Any) -> None:
+    model = make_model(tie_word_embeddings=True)
+    before = choose_recipe(model, "compressed-tensors").parameters
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    assert choose_recipe(model, "compressed-tensors").parameters == before
 
 
 def test_the_table_is_about_shipped_recipes() -> None:
@@ -100,8 +151,40 @@ def test_the_table_is_about_shipped_recipes() -> None:
     assert set(CANDIDATES) <= set(shipped())
 
 
+CELLS = {
+    "rtn-w4g128": ("rtn", "W4 g128 sym"),
+    "gptq-w4g128": ("gptq", "W4 g128 sym"),
+    "rotate-gptq-w4g128": ("gptq; rotated", "W4 g128 sym"),
+    "gptq-w4g64-asym": ("gptq", "W4 g64 asym"),
+    "gptq-w4g32": ("gptq", "W4 g32 sym"),
+    "gptq-w4g32-asym": ("gptq", "W4 g32 asym"),
+    "rotate-gptq-w4g32-asym": ("gptq; rotated", "W4 g32 asym"),
+    "awq-gptq-w4g32-asym": ("awq+gptq", "W4 g32 asym"),
+    "best-w4g128": ("best", "W4 g128 sym"),
+    "rotate-best-w4g128": ("best; rotated", "W4 g128 sym"),
+    "gptq-w8": ("gptq", "W8 g128 sym"),
+}
+
+
+def test_the_costs_of_untied_models_are_those_that_were_measured() -> None:
+    """Of bench/results/quality.json, seed 0."""
+    untied = next(c for c in size_classes() if c.name == "small-untied")
+    cells = {
+        (c["tool"], c["grid"]): c
+        for c in json.loads((ROOT / "bench" / "results" / "quality.json").read_text())["cells"]
+        if (c["model"], c["seed"]) == (untied.model, 0)
+    }
+    assert untied.costs.keys() <= CELLS.keys()
+    for name, (tool, grid) in ((n, CELLS[n]) for n in untied.costs):
+        cell, cost = cells[f"llmquant {tool}", grid], untied.costs[name]
+        assert cost.kl == float(f"{cell['kl_mean']:.3g}"), name
+        assert cost.perplexity_ratio == round(cell["perplexity_ratio"], 4), name
+        assert cost.cpu_seconds == round(cell["cpu_seconds"]), name
+        assert cost.bits_per_weight == round(cell["bits_per_weight"], 5), name
+
+
 def test_the_default_of_a_toy_is_stored_as_before() -> None:
-    assert choose(1, "compressed-tensors").recipe == Recipe()
+    assert choose(1, "compressed-tensors", tied=True).recipe == Recipe()
     assert Recipe().updated({"description": ""}) == load_recipe("gptq-w4g128").updated(
         {"description": ""}
     )
@@ -123,7 +206,7 @@ def test_a_small_model_gets_what_the_table_says(
     run: Run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        defaults, "class_of", lambda _: measured(gptq_w4g128=0.3, gptq_w4g32_asym=0.1)
+        defaults, "class_of", lambda *_: measured(gptq_w4g128=0.3, gptq_w4g32_asym=0.1)
     )
     asked = ("--calibration", f"file:{text}", "--nsamples", "4", "--seqlen", "32")
     ran = run("quantize", model, "-o", "out", *asked, "--json")

@@ -30,6 +30,7 @@ LADDER = (
     "awq-w4g128",
     "gptq-w3g32",
     "gptq-w4g32-asym",
+    "rotate-gptq-w4g32-asym",
     "awq-gptq-w4g32-asym",
     "best-w4g128",
     "rotate-best-w4g128",
