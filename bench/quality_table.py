@@ -123,7 +123,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | llmquant best | recipe `best-w4g128` with the scheme of the table; "2 bits" is `best-w2g32` |
 | llmquant best with awq | `--recipe best-w4g128 --method awq+gptq+tune`: channels scaled first; at W4 g32 asym the recipe `best-w4g32-asym` |
 | llmquant qat | recipe `qat-w4g128`, `qat-w3g128` or `qat-w2g32`: the same, then 48 steps of training on the whole calibration text, not only its windows |
-| llmquant gptq; rotated | `--rotate`, at W4 g128 the recipe `rotate-gptq-w4g128`: folded into the weights; a tied head is a tensor of its own then (SmolLM2 at W4 g64: 170 MB instead of 113) |
+| llmquant gptq; rotated | `--rotate`, which at W4 g128 and at W4 g32 asym are the recipes `rotate-gptq-w4g128` and `rotate-gptq-w4g32-asym`: folded into the weights; a tied head is a tensor of its own then (SmolLM2 at W4 g64: 170 MB instead of 113) |
 | llmquant awq+gptq; rotated | recipe `awq-gptq-w4g32-asym` with `--rotate` |
 | llmquant best; rotated | recipe `rotate-best-w4g128` with the scheme of the table; first tokens count as 1/64. Qwen's seconds are of two processes: it was stopped once and resumed |
 | llmquant gptq; mixed within the same size | `--target-bpw`: each linear has its own width, the size of the folder is the same; on tiny-llama with 8192 probe tokens, which was the default |
