@@ -53,7 +53,7 @@ def _further(
     right = setting["original"].get("tasks", {})
     original = ["", "original", *([""] * 2 * len(texts)), *(_score(right[t], None) for t in tasks)]
     rows.sort(key=lambda c: (list(grids).index(c["grid"]), c["kl_mean"], c["seed"]))
-    table = [head, ["---"] * len(head), original]
+    table = [head, ["---"] * len(head), *([original] if tasks else [])]
     for c in rows:
         numbers = [c["texts"][t] for t in texts]
         table.append(
@@ -70,7 +70,7 @@ def _further(
         else ""
     )
     return [
-        "\n### Other texts and tasks\n",
+        f"\n### Other texts{' and tasks' if tasks else ''}\n",
         f"The first {asked['windows']} windows of each text ({names}); of chats the answers alone, a window each.{items}\n",
         *(f"| {' | '.join(row)} |" for row in table),
     ]
