@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmquant.planning.defaults import DefaultRecipe
 
 
-_HEADS = {None: "", True: ", the head tied to the embeddings", False: ", a head of its own"}
+_BY_HEAD = {None: "", True: ", the head tied to the embeddings", False: ", a head of its own"}
 
 
 def cost_line(name: str, classes: Sequence[SizeClass]) -> str:
@@ -46,7 +46,7 @@ def class_lines(classes: Sequence[SizeClass]) -> list[tuple[str, str]]:
                 f"{limit} to {_count(c.below)}" if above else f"below {_count(c.below)} parameters"
             )
         measured = f"{c.model}, {c.how} ({c.source})" if c.model else c.how
-        lines.append((c.name, f"{limit}{_HEADS[c.tied]}: {measured}"))
+        lines.append((c.name, f"{limit}{_BY_HEAD[c.tied]}: {measured}"))
     return lines
 
 

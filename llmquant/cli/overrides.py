@@ -41,7 +41,7 @@ def default_of(options: Mapping[str, Any]) -> DefaultRecipe | None:
     """The recipe for the size of ``model``; None where the options say how to quantize.
 
     Raises:
-        UsageError, CheckpointError: the model is none that can be quantized.
+        UsageError, CheckpointError, ArchitectureError: the model is none that can be quantized.
     """
     from llmquant.planning.defaults import choose_recipe
     from llmquant.recipe import Recipe

@@ -22,9 +22,8 @@ from llmquant.runtime.finite import some
 
 log = logging.getLogger(__name__)
 
-_ADAPTER = re.compile(
-    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer)(\.|$)"
-)  # as peft names them
+# LoRA's tensors, and what peft calls the weights that an adapter of any kind stands around.
+_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|original_module)(\.|$)")
 
 
 def check_side_files(path: Path, but: Collection[str] = ()) -> None:
@@ -53,7 +52,7 @@ def refuse_mismatch(
     adapters = [n for n in left if _ADAPTER.search(n)]
     if adapters:
         raise CheckpointError(
-            f"{reader.path} holds an adapter (LoRA) beside the model's own weights: {some(adapters)}. Without it this is another "
+            f"{reader.path} holds an adapter (such as LoRA) that is not merged: {some(adapters)}. Without it this is another "
             "model; merge it first (peft: merge_and_unload, then save_pretrained)"
         )
     ignored, extra = [n for n in left if computed(n)], [n for n in left if not computed(n)]

@@ -16,11 +16,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmquant.checkpoint.detect import unquantized
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, SpecError
-from llmquant.formats import Scheme, layout_of
+from llmquant.formats import Scheme
 from llmquant.formats.engines import VLLM_AVX512, why_not
-from llmquant.models.from_folder import read_config
+from llmquant.models.rotation.rotated import rotated
 from llmquant.planning.costs import SizeClass, class_of
 from llmquant.quantization.prepare import prepare
 from llmquant.recipe import Recipe, load_recipe
@@ -36,7 +36,6 @@ CANDIDATES = (
 """Four bits by GPTQ, smallest files first, and of equal ones the quickest."""
 
 _UNTIES = "its head shares the embeddings' weights, and a rotation gives it its own: a larger file"
-_HEADS = ("lm_head.weight", "embed_out.weight")
 
 CLOSE = 0.02
 """Nats per token: from here down a default is good enough that smaller files count more."""
@@ -92,40 +91,38 @@ def choose_recipe(model: str | os.PathLike[str], layout: str) -> DefaultRecipe:
 
     Raises:
         UsageError: the model is quantized, or there is no such format.
-        CheckpointError: the model cannot be read.
-        ArchitectureError: transformers does not know its type.
+        CheckpointError, ArchitectureError: it cannot be quantized, whatever the recipe.
     """
-    layout_of(layout)
-    reader = unquantized(model)
-    tied = bool(read_config(reader.path).get_text_config().tie_word_embeddings)
-    parameters = sum(
-        math.prod(info.shape)
-        for name, info in reader.tensors.items()
-        if not (tied and name.endswith(_HEADS))  # the embeddings' numbers, stored again
-    )
-    default = choose(parameters, layout, tied=tied)
-    if default.recipe.rotation is None:
-        return default
+    source = prepare(model, Recipe(format=layout)).source
+    tied = bool(source.model.config.get_text_config().tie_word_embeddings)
+    tensors, shared = source.original.tensors, source.model.all_tied_weights_keys
+    twice = {name for name, of in shared.items() if tied and of in tensors}
+    parameters = sum(math.prod(info.shape) for name, info in tensors.items() if name not in twice)
+    return choose(parameters, layout, tied=tied, unrotatable=_why_not_rotated(source.original))
+
+
+def _why_not_rotated(reader: CheckpointReader) -> str | None:
     try:
-        prepare(model, default.recipe.updated({"format": layout}))
+        for recipe in _candidates().values():
+            rotated(reader, recipe)
     except (ArchitectureError, SpecError) as e:
-        rotations = {name: str(e) for name in CANDIDATES if _rotates(name)}
-        return choose(parameters, layout, tied=tied, unfit=rotations)
-    return default
+        return str(e)
+    return None
 
 
 def choose(
-    parameters: int, layout: str, *, tied: bool, unfit: Mapping[str, str] | None = None
+    parameters: int, layout: str, *, tied: bool, unrotatable: str | None = None
 ) -> DefaultRecipe:
     """The same for a model of so many parameters.
 
     Args:
         tied: whether its head shares the embeddings' weights.
-        unfit: candidate → why it is not for this model.
+        unrotatable: why it cannot be rotated; None: it can.
     """
-    size_class = class_of(parameters, tied)
-    unfit = {name: _UNTIES for name in CANDIDATES if tied and _rotates(name)} | dict(unfit or {})
-    schemes = {name: Scheme(load_recipe(name).weights.spec) for name in CANDIDATES}
+    size_class, recipes = class_of(parameters, tied), _candidates()
+    against = _UNTIES if tied else unrotatable
+    unfit = {n: against for n, r in recipes.items() if against and r.rotation is not None}
+    schemes = {name: Scheme(recipe.weights.spec) for name, recipe in recipes.items()}
     refused, limits = (
         {n: why for n, scheme in schemes.items() if (why := why_not(engine, layout, scheme))}
         for engine in (VLLM_AVX512, "transformers")
@@ -138,5 +135,5 @@ def choose(
     return DefaultRecipe(chosen, parameters, size_class, layout, refused, unfit, limits)
 
 
-def _rotates(name: str) -> bool:
-    return load_recipe(name).rotation is not None
+def _candidates() -> dict[str, Recipe]:
+    return {name: load_recipe(name) for name in CANDIDATES}

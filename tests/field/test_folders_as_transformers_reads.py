@@ -142,6 +142,8 @@ LORA = {f"{Q}.lora_{x}.default.weight": torch.ones(2) for x in "AB"}
 ADAPTERS = [
     Case("beside the weights", lambda f, t: put(f, {**t, **LORA})),
     Case("around the weights", lambda f, t: put(f, {k.replace(f"{Q}.", f"{Q}.base_layer."): v for k, v in t.items()} | LORA)),
+    Case("of another kind", lambda f, t: put(f, {k.replace(f"{Q}.", f"{Q}.base_layer."): v for k, v in t.items()} | {f"{Q}.ia3_l.default": torch.ones(32)})),
+    Case("a module trained beside it", lambda f, t: put(f, {k.replace("lm_head.", "lm_head.original_module."): v for k, v in t.items()} | {"lm_head.modules_to_save.default.weight": t[HEAD]})),
     Case("in peft's model", lambda f, t: put(f, {f"base_model.model.{k}": v for k, v in {**t, **LORA}.items()})),
 ]  # fmt: skip
 
@@ -151,7 +153,10 @@ def test_adapters_that_are_not_merged_are_refused(case: Case, tmp_path: Path, ru
     """transformers leaves them out with a warning, or draws what is missing."""
     folder, out = write_case(case, tmp_path / "m"), tmp_path / "q"
     for done in (run("quantize", folder, "-o", out, *RTN), run("plan", folder, *RTN)):
-        assert (done.code, "holds an adapter (LoRA) beside" in done.err) == (1, True), done.err
+        assert (done.code, "holds an adapter (such as LoRA) that is not merged" in done.err) == (
+            1,
+            True,
+        ), done.err
         assert "merge_and_unload" in done.err
     assert not out.exists()
     assert ours(folder) is None

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from llmquant import inspect, load, register_with_transformers, unregister_from_transformers
+from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError
 from llmquant.kernels.packed_linear import PackedLinear
 from llmquant.models.reading.tower import Tower
@@ -320,6 +321,19 @@ def test_a_tensor_beside_the_modules_is_carried_over(name: str, tmp_path: Path, 
     assert torch.equal(load_file(packed / "model.safetensors")[name], torch.ones(32))
     difference, largest = differences(packed)
     assert difference < 1e-4 * largest
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_recipe_is_chosen_by_the_head_that_is_stored(kind: str, tmp_path: Path, run: Run) -> None:
+    """Configs of text parts say nothing of it, or something else."""
+    write(kind, tmp_path / "source")
+    tied = not any(
+        n.endswith("lm_head.weight") for n in CheckpointReader(tmp_path / "source").tensors
+    )
+    explained = run("plan", tmp_path / "source", "--explain", "--json")
+    assert explained.code == 0, explained
+    (why,) = json.loads(explained.out)["unfit"].values()
+    assert ("shares the embeddings' weights" in why) == tied, why
 
 
 def test_a_text_part_alone_is_said(tmp_path: Path, run: Run) -> None:

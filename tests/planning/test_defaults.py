@@ -183,6 +183,28 @@ def test_the_costs_of_untied_models_are_those_that_were_measured() -> None:
         assert cost.bits_per_weight == round(cell["bits_per_weight"], 5), name
 
 
+def test_the_documented_costs_are_those_of_the_table() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    classes = {c.name: c for c in size_classes()}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith(tuple(f"| {name} |" for name in classes)) and line.count("`") == 2
+    ]
+    shown = {name: set() for name in classes}
+    for kind, _, model, recipe, *numbers in rows:
+        if kind == "large":
+            continue
+        name = recipe.split("`")[1]
+        cost = classes[kind].costs[name]
+        shown[kind].add(name)
+        assert model == classes[kind].model
+        figures = (cost.bits_per_weight, cost.kl, cost.perplexity_ratio, cost.cpu_seconds)
+        assert [float(n) for n in numbers] == list(figures), (kind, name)
+    for kind in ("small", "small-untied"):
+        assert shown[kind] == classes[kind].costs.keys()
+
+
 def test_the_default_of_a_toy_is_stored_as_before() -> None:
     assert choose(1, "compressed-tensors", tied=True).recipe == Recipe()
     assert Recipe().updated({"description": ""}) == load_recipe("gptq-w4g128").updated(
