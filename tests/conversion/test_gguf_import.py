@@ -246,6 +246,13 @@ def unknown_type(data: bytearray) -> None:
     data[at : at + 4] = struct.pack("<I", 250)
 
 
+# q, k and v have biases and the output none
+SOME_BIASES = {
+    f"blk.{i}.attn_{part}.bias": np.ones(width, np.float32)
+    for i in (0, 1)
+    for part, width in (("q", 64), ("k", 32), ("v", 32))
+}
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "no GGUF": (lambda p: p.write_bytes(b"hello, world" * 9), 2, "is not a GGUF file"),
     "empty": (lambda p: p.write_bytes(b""), 2, "is not a GGUF file"),
@@ -269,6 +276,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "other sizes": (said(llama__feed_forward_length=80), 1, "the metadata makes it"),
     "a tensor too many": (tensors(lambda s: s.update({"blk.0.attn_q_norm.weight": np.ones(16, np.float32)})), 2, "has no place in transformers' llama model"),
     "a tensor too few": (tensors(lambda s: s.pop("blk.1.ffn_up.weight")), 1, "lacks tensors of a llama model: model.layers.1.mlp.up_proj.weight"),
+    "some biases": (tensors(lambda s: s.update(SOME_BIASES)), 2, "lacks biases that its other linears have: model.layers.0.self_attn.o_proj.bias"),
     "not finite": (tensors(lambda s: s["blk.1.ffn_up.weight"].__setitem__((0, 0), np.nan)), 1, "not finite"),
 }  # fmt: skip
 

@@ -176,6 +176,30 @@ def test_restart_measures_all_anew(run: Run, model: Path, text: Path, judged: An
     assert [p.name for p in Path().iterdir() if "out" in p.name] == ["out"]
 
 
+def test_a_restart_that_is_refused_or_measures_nothing_loses_nothing(
+    run: Run, model: Path, text: Path, judged: Any
+) -> None:
+    asked = (
+        "allocate", model, "-o", "out", "--target-bpw", 4.5,
+        "--nsamples", 4, "--seqlen", 32, "--calibration", f"file:{text}",
+    )  # fmt: skip
+    judged(2)
+    assert run(*asked).code == 130
+    kept = Path(".out.measured").read_bytes()
+    judged(0)
+    for more, code in (
+        (("--target-bpw", 40), 2),
+        (("--calibration", "file:none.txt"), 2),
+        ((), 130),
+        (("--no-resume",), 130),
+    ):
+        assert run(*asked, *more, "--restart").code == code
+        assert Path(".out.measured").read_bytes() == kept
+    judged(1)
+    assert run(*asked, "--restart", "--seed", 5).code == 130
+    assert len(Path(".out.measured").read_bytes()) < len(kept)
+
+
 def test_a_destination_in_a_folder_that_is_yet_to_be_made(
     run: Run, model: Path, text: Path
 ) -> None:

@@ -118,7 +118,7 @@ def places(model: GgufFile, empty: Any) -> Placed:
         empty: the model on the meta device.
 
     Raises:
-        LayoutError: tensors that have no place in the model.
+        LayoutError: tensors that have no place in the model, or biases at some linears only.
         CheckpointError: tensors that the file lacks, or of another size than the model's.
     """
     from transformers.modeling_gguf_pytorch_utils import (
@@ -156,6 +156,11 @@ def places(model: GgufFile, empty: Any) -> Placed:
         )
     # What is left of stacked experts is the second half of gate_up_proj.
     missing = [n for n in wanted if not (".experts." in n and _complete(n, found))]
+    if missing and all(n.endswith(".bias") for n in missing):
+        raise LayoutError(
+            f"{model.path} lacks biases that its other linears have: {some(missing)}; transformers' {kind} model cannot be "
+            "so; take another conversion of the model"
+        )
     if missing:
         raise CheckpointError(
             f"{model.path} lacks tensors of a {kind} model: {some(missing)}; fetch it again, or another conversion"

@@ -121,7 +121,9 @@ def quantize_command(
     from llmquant.planning.allocation.saved import saved_beside
 
     with saved_beside(output.absolute(), resume=resume, restart=restart) as state:
-        wanted = replace(options_for(target_bpw, engine, sym, options), state=state)
+        wanted = replace(
+            options_for(target_bpw, engine, sym, options), state=state, restart=restart
+        )
         chosen = _allocated(model, output, chosen, options, wanted, hidden)
         _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
 

@@ -142,7 +142,9 @@ def allocate(
         Item(c.block, c.names, tuple(s.spec for s in c.sizes if s is not None)) for c in choices
     ]
     seen, unseen = split_windows(calibration.windows, options.probe_tokens)
-    done = SavedMeasurements(options.state, _facts(plan, calibration, options), items)
+    done = SavedMeasurements(
+        options.state, _facts(plan, calibration, options), items, restart=options.restart
+    )
     if done.known:
         events.on_note(f"{len(done.known)} of {len(items)} measurements were saved; resuming")
     left = {i: item for i, item in enumerate(items) if i not in done.known}

@@ -34,6 +34,7 @@ class AllocateOptions:
         device, dtype, store_dtype, evaluation: as for a quantization run.
         state: file that keeps what was measured, so that a run that was killed resumes; whoever
             names it removes it. None: nothing is kept.
+        restart: measure all anew, whatever that file has.
     """
 
     target_bpw: float
@@ -48,6 +49,7 @@ class AllocateOptions:
     store_dtype: str = "source"
     evaluation: str | None = None
     state: Path | None = None
+    restart: bool = False
 
     def __post_init__(self) -> None:
         possible = (*SUPPORTED_BITS, UNQUANTIZED)

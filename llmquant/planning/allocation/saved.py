@@ -38,9 +38,7 @@ def saved_beside(output: Path, *, resume: bool, restart: bool) -> Iterator[Path 
         UsageError: nothing is to be resumed, and an interrupted run has saved something.
     """
     path = output.with_name(f".{output.name}.measured")
-    if restart:
-        path.unlink(missing_ok=True)
-    if not resume and path.exists():
+    if not resume and not restart and path.exists():
         raise UsageError(
             f"{path} has what an interrupted run measured; leave out --no-resume to resume it, or add --restart to start over"
         )
@@ -59,6 +57,7 @@ class SavedMeasurements:
         path: the file; None: nothing is kept.
         facts: what the numbers depend on.
         items: what is measured.
+        restart: nothing of the file counts; the first measurement takes its place.
 
     Attributes:
         known: the damages of an item's schemes, by its place among the items.
@@ -68,11 +67,13 @@ class SavedMeasurements:
         DiskError: the disk refused.
     """
 
-    def __init__(self, path: Path | None, facts: Facts, items: Sequence[Item]) -> None:
+    def __init__(
+        self, path: Path | None, facts: Facts, items: Sequence[Item], *, restart: bool = False
+    ) -> None:
         self.known: dict[int, dict[QuantSpec, Damage]] = {}
         self._path, self._facts, self._items = path, facts, items
         self._journal: Journal | None = None
-        records, self._end = ([], 0) if path is None else read_journal(path)
+        records, self._end = ([], 0) if path is None or restart else read_journal(path)
         if not records:
             return
         different = differences(records[0]["facts"], facts)
@@ -113,7 +114,8 @@ class SavedMeasurements:
         if self._path is None:
             return
         if not self.known:
-            self._path.unlink(missing_ok=True)  # begun on a disk that took nothing
+            if not read_journal(self._path)[0]:
+                self._path.unlink(missing_ok=True)  # begun on a disk that took nothing
         elif stops(error):
             raise KeyboardInterrupt(
                 f"{len(self.known)} of {len(self._items)} measurements are saved in {self._path.name}; run the same command "

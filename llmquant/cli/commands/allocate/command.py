@@ -131,7 +131,7 @@ def allocate_command(
     _check_read(output, model, chosen)
     started = time.perf_counter()
     with saved_beside(output.absolute(), resume=resume, restart=restart) as state:
-        options = replace(_options(given), state=state)
+        options = replace(_options(given), state=state, restart=restart)
         result = allocated(model, chosen, options, hidden=quiet or as_json)
         check_output(output, overwrite)
         write_file(output, recipe_text(result))
