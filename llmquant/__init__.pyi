@@ -124,6 +124,7 @@ from .planning.allocation.allocate import allocate as allocate
 from .planning.allocation.options import AllocateOptions as AllocateOptions
 from .planning.defaults import DefaultRecipe as DefaultRecipe
 from .planning.defaults import choose_recipe as choose_recipe
+from .planning.forecast import loaded_bytes as loaded_bytes
 from .planning.forecast import running_bytes as running_bytes
 from .planning.preview import Plan as Plan
 from .planning.preview import make_plan as make_plan

@@ -175,18 +175,24 @@ def loaded_bytes(plan: Plan, dtype: torch.dtype) -> int:
     )
 
 
-def running_bytes(model: str | os.PathLike[str], weights: int, tokens: int | None = None) -> int:
+def running_bytes(
+    model: str | os.PathLike[str],
+    weights: int,
+    tokens: int | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> int:
     """Bytes of RAM that a model needs to answer one request: libraries, its weights, and keys and
-    values of a whole context at 16 bits.
+    values of a whole context.
 
     Args:
         model: folder or hub name, for its shape.
-        weights: bytes of its weight files, or of a quantized copy's.
+        weights: bytes of its weights in memory, as by :func:`loaded_bytes`.
         tokens: of the context; default: as long as the config allows.
+        dtype: that it computes in.
     """
     config = read_config(model)
     length = tokens or context_length(config) or 0
-    cache = cache_bytes(config, length, 1, torch.float16) if length else 0
+    cache = cache_bytes(config, length, 1, dtype) if length else 0
     return LIBRARIES + weights + cache
 
 

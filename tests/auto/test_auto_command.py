@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from children import heeding_interrupts, run_here
 from folder_kit import links_to
 
@@ -304,11 +305,17 @@ def test_sizes_exclude_before_any_work(model, text, tmp_path):
 
 def test_memory_to_run_in_excludes_too(model, text, tmp_path):
     plan = llmquant.make_plan(model, llmquant.load_recipe("gptq-w8"), "auto")
-    limit = llmquant.running_bytes(model, plan.bytes_on_disk) - 1
-    command = search(model, text, tmp_path / "out", "--max-kl", "100", "--fit", str(limit))
-    assert run_here(*command).code == 0
-    outcomes = {r.name: r.outcome for r in report_of(tmp_path / "out").rungs}
-    assert outcomes["gptq-w8"] == "excluded"
+    sizes = []
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        loaded = llmquant.loaded_bytes(plan, dtype)
+        sizes.append(llmquant.running_bytes(model, loaded, dtype=dtype))
+        for limit, excluded in ((sizes[-1], False), (sizes[-1] - 1, True)):
+            out = tmp_path / f"{name}-{limit}"
+            more = ("--max-kl", "100", "--fit", str(limit), "--dtype", name)
+            assert run_here(*search(model, text, out, *more)).code == 0
+            outcomes = {r.name: r.outcome for r in report_of(out).rungs}
+            assert (outcomes["gptq-w8"] == "excluded") == excluded
+    assert sizes[0] > sizes[1]  # embeddings, keys and values take more in float32
 
 
 def test_an_engine_excludes_what_it_refuses(model, text, tmp_path):
