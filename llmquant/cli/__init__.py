@@ -35,7 +35,8 @@ from llmquant.cli.commands.qat.command import qat_command
 from llmquant.cli.commands.quantize import quantize_command
 from llmquant.cli.commands.recipes import recipes_command
 from llmquant.cli.commands.verify import verify_command
-from llmquant.cli.every_command import name_values, refuse_repetitions
+from llmquant.cli.every_command import check_values, name_values
+from llmquant.cli.stopping import tell
 from llmquant.errors import LlmquantError
 
 app = typer.Typer(
@@ -87,7 +88,7 @@ def _add_commands() -> None:
     for entry in sorted(entry_points(group="llmquant.commands"), key=lambda e: e.name):
         entry.load()(app)
     name_values(app)
-    refuse_repetitions(app)
+    check_values(app)
 
 
 def _open_streams() -> None:
@@ -113,9 +114,8 @@ def main() -> None:
     except LlmquantError as e:
         sys.stderr.write(f"error: {e}\n")
         raise SystemExit(e.exit_code) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; no incomplete output remains\n")
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as e:  # before or after a command
+        tell(e)
     except BrokenPipeError:
         # The reader of our stdout has gone (a pager was closed): not an error, and nothing more can
         # be said there.

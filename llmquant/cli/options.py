@@ -12,6 +12,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from llmquant.errors import UsageError
+
 _Given = TypeVar("_Given", Path, Path | None, str | None)
 
 DeviceOption = Annotated[
@@ -118,6 +120,13 @@ def from_home(path: _Given) -> _Given:
     folder of that name is hard to remove."""
     # Path's own fails for the home of a user who does not exist.
     return path if path is None else type(path)(os.path.expanduser(path))  # noqa: PTH111
+
+
+def check_log(log: Path | None) -> None:
+    """Refuse a ``--log`` that no file can be written to."""
+    if log is not None and (log.is_dir() or not log.absolute().parent.is_dir()):
+        problem = "is a folder" if log.is_dir() else "is in a folder that does not exist"
+        raise UsageError(f"--log {log} {problem}; give a file in a folder that exists")
 
 
 ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub name.")]

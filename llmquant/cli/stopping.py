@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import NoReturn
 
 from llmquant.runtime.signals import heeded, stops
 
@@ -22,11 +23,13 @@ def stoppable() -> Iterator[None]:
 def _told(
     kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    if stops(error):
-        said = (
-            error.args[0]
-            if isinstance(error, KeyboardInterrupt) and error.args
-            else "no incomplete output remains"
-        )
-        sys.stderr.write(f"interrupted; {said}\n")
-        raise SystemExit(130) from None
+    if error is not None and stops(error):
+        tell(error)
+
+
+def tell(error: BaseException) -> NoReturn:
+    """End the process with what the run says of its interruption, on stderr."""
+    saved = isinstance(error, KeyboardInterrupt) and error.args
+    said = error.args[0] if saved else "no incomplete output remains"
+    sys.stderr.write(f"interrupted; {said}\n")
+    raise SystemExit(130) from None

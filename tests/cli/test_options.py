@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from tiny_models import EXAMPLE
 
 import llmquant
 from llmquant.cli import main
@@ -150,3 +154,97 @@ def test_the_screen_says_what_was_computed_with(run: Run, model: Path) -> None:
     auto = llmquant.parse_dtype("auto")
     assert f"running {auto.name} on cpu" in told
     assert str(auto.reason) in told
+
+
+EMPTY = [
+    ("quantize", "m", "-o", ""),
+    ("quantize", "m", "-o", "out", "--calibration", ""),
+    ("quantize", "m", "-o", "out", "--log", ""),
+    ("allocate", "m", "-o", "", "--target-bpw", "4"),
+    ("qat", "m", "-o", "", "--data", "d"),
+    ("convert", "m", "--to", "gptq", "-o", ""),
+    ("import", "", "-o", "out"),
+    ("verify", ""),
+    ("eval", "m", "--text", ""),
+    ("eval", "m", "--text", "t", "-o", ""),
+    ("eval", "m", "--text", "t", "--plots", ""),
+    ("validate", "m", "--data", "", "-o", "r"),
+    ("bench", "m", "-o", ""),
+    ("auto", "m", "--max-kl", "0.1", "-o", "out", "--data", "mine.txt", "--data", ""),
+    ("leaderboard", ""),
+    ("monitor", "log", "--plot", ""),
+]
+
+
+@pytest.mark.parametrize("options", EMPTY, ids=" ".join)
+def test_an_empty_path_or_text_is_refused(options: tuple[str, ...], run: Run) -> None:
+    """As a path it would be the folder that the user is in, and --overwrite would replace it."""
+    given = options[options.index("") - 1]
+    of_argument = {"import": "FILE|DIR", "verify": "FOLDER", "leaderboard": "DIR", "-o": "--output"}
+    code, out, err = run(*options)
+    assert (code, out) == (2, "")
+    assert err == f"error: {of_argument.get(given, given)} is empty; was a variable empty?\n"
+    assert not list(Path().iterdir())
+
+
+def test_an_empty_output_does_not_replace_the_folder_one_is_in(run: Run) -> None:
+    llmquant.quantize(EXAMPLE, "here", llmquant.load_recipe("rtn-w4g128"))
+    before = sorted(Path("here").iterdir())
+    with contextlib.chdir("here"):
+        rtn = ("--recipe", "rtn-w4g128", "--overwrite")
+        code, _, err = run("quantize", EXAMPLE, "-o", "", *rtn)
+    assert (code, err) == (2, "error: --output is empty; was a variable empty?\n")
+    assert sorted(Path("here").iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["quantize", "qat"])
+def test_a_log_that_cannot_be_written_is_refused(command: str, run: Run) -> None:
+    told = "give a file in a folder that exists"
+    needs = ("--data", "d") if command == "qat" else ("--method", "rtn")
+    for log, problem in ((".", "is a folder"), ("a/log", "is in a folder that does not exist")):
+        code, _, err = run(command, "m", "-o", "out", *needs, "--log", log)
+        assert (code, err) == (2, f"error: --log {log} {problem}; {told}\n")
+
+
+def test_an_interruption_is_told_by_commands_that_keep_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmquant_eval.cli._evaluate", interrupted)
+    code, out, err = run("eval", EXAMPLE, "--text", f"file:{EXAMPLE / 'heldout.txt'}", "-q")
+    assert (code, out) == (130, "")
+    assert err == "interrupted; no incomplete output remains\n"
+
+
+def test_the_seconds_of_a_run_that_chooses_schemes_are_those_of_all_of_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmquant.cli.commands import quantize
+
+    choose, clock = quantize._allocated, SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+
+    def slowly(*given: Any) -> Any:
+        clock.now += 30
+        return choose(*given)
+
+    monkeypatch.setattr(quantize, "time", clock)
+    monkeypatch.setattr(quantize, "_allocated", slowly)
+    text = f"file:{EXAMPLE / 'calibration.txt'}"
+    small = ("--nsamples", 2, "--seqlen", 32)
+    code, out, err = run(
+        "quantize",
+        EXAMPLE,
+        "-o",
+        "out",
+        "--target-bpw",
+        4.5,
+        "--calibration",
+        text,
+        *small,
+        "--json",
+    )
+    assert code == 0, err
+    assert json.loads(out)["seconds"] == 30

@@ -50,6 +50,7 @@ from llmquant.cli.options import (
     StoreDtypeOption,
     SymOption,
     ThreadsOption,
+    check_log,
 )
 from llmquant.cli.overrides import check_together, default_of, options_for, recipe_of
 from llmquant.cli.progress import progress
@@ -103,7 +104,7 @@ def quantize_command(
     quiet: QuietOption = False,
 ) -> None:
     """Quantize MODEL and write a folder that engines load."""
-    given = dict(locals())
+    given, started = dict(locals()), time.perf_counter()
     check_shard_size(max_shard_size)
     default = default_of(given)
     if explain:
@@ -116,7 +117,7 @@ def quantize_command(
         options = replace(options, note=default.sentence)
     hidden = quiet or as_json or not options.world.first
     if target_bpw is None:
-        _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
+        _run(model, output, chosen, options, started, as_json=as_json, hidden=hidden)
         return
     from llmquant.planning.allocation.saved import saved_beside
 
@@ -125,7 +126,7 @@ def quantize_command(
             options_for(target_bpw, engine, sym, options), state=state, restart=restart
         )
         chosen = _allocated(model, output, chosen, options, wanted, hidden)
-        _run(model, output, chosen, options, as_json=as_json, hidden=hidden)
+        _run(model, output, chosen, options, started, as_json=as_json, hidden=hidden)
 
 
 def _options(given: Mapping[str, Any]) -> QuantizeOptions:
@@ -136,9 +137,7 @@ def _options(given: Mapping[str, Any]) -> QuantizeOptions:
 
     set_threads(given["threads"])
     limit, output, log = given["max_memory"], given["output"].absolute(), given["log"]
-    if log is not None and (log.is_dir() or not log.absolute().parent.is_dir()):
-        problem = "is a folder" if log.is_dir() else "is in a folder that does not exist"
-        raise UsageError(f"--log {log} {problem}; give a file in a folder that does")
+    check_log(log)
     same = (
         "device",
         "dtype",
@@ -186,11 +185,13 @@ def _run(
     output: Path,
     recipe: Recipe,
     options: QuantizeOptions,
+    started: float,
     *,
     as_json: bool,
     hidden: bool,
 ) -> None:
-    """Quantize, and say what came of it in the first of the processes."""
+    """Quantize, and say what came of it in the first of the processes. ``started``: when the
+    command did, which may have chosen schemes since."""
     from transformers.utils import logging as transformers_logging
 
     from llmquant.quantization.options import Events
@@ -198,7 +199,6 @@ def _run(
     from llmquant.training.stage import quantize
 
     transformers_logging.disable_progress_bar()  # of the models that a recipe's training loads
-    started = time.perf_counter()
     with joined(options.world), stoppable(), progress(hidden=hidden) as events:
         result = quantize(
             model, output, recipe, options, events if options.world.first else Events()

@@ -53,6 +53,7 @@ from llmquant.cli.options import (
     RecipeOption,
     RestartOption,
     ThreadsOption,
+    check_log,
 )
 from llmquant.cli.overrides import default_of
 from llmquant.cli.progress import training_progress
@@ -179,9 +180,7 @@ def _options(given: Mapping[str, Any]) -> QatOptions:
     from llmquant.training.options import QatOptions
 
     output: Path = given["output"].absolute()
-    log = given["log"] or output.with_name(f"{output.name}.qat.log.jsonl")
-    if not log.absolute().parent.is_dir() and given["log"] is not None:
-        raise UsageError(f"--log {log} is in a folder that does not exist")
+    check_log(given["log"])
     return QatOptions(
         device=given["device"],
         dtype=given["dtype"],
@@ -190,7 +189,7 @@ def _options(given: Mapping[str, Any]) -> QatOptions:
         max_cache=parse_size("--max-cache", given["max_cache"]),
         overwrite=given["overwrite"],
         restart=given["restart"],
-        log=log,
+        log=given["log"] or output.with_name(f"{output.name}.qat.log.jsonl"),
         plot=output.with_name(f"{output.name}.qat.png") if given["plot"] else None,
     )
 
