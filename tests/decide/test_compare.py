@@ -170,9 +170,26 @@ def test_items_of_one_conversation_are_not_independent(run: Run, tmp_path):
     files = grouped("a"), grouped("b")
     done = run("compare", *files)
     assert done.code == 3
-    assert "300 in 30 items" in done.out
+    assert "300 items in 30 groups" in done.out
     alone = results(tmp_path, "c", [{"accuracy": 1.0}] * 300)
     assert run("compare", alone, alone).code == 0
+
+
+@pytest.mark.parametrize("group", ["one talk", None])
+def test_a_single_group_or_item_is_no_sample(run: Run, tmp_path, group):
+    """Nothing is known of its spread, which is not the same as a difference at the margin."""
+    items = [{"answer_tokens": 5.0}] * (3 if group else 1)
+    files = [results(tmp_path, name, items) for name in "ab"]
+    for path in files:
+        whole = json.loads(path.read_text())
+        for item in whole["items"]:
+            item["group"] = group
+        path.write_text(json.dumps(whole))
+    done = run("compare", *files)
+    assert done.code == 3
+    assert ("3 items in 1 group;" if group else "1 item;") in done.out
+    assert "One item, or one group of items, decides nothing, so give more of them." in done.out
+    assert "equals the margin" not in done.out
 
 
 def test_many_metrics_need_more_evidence(run: Run, tmp_path):

@@ -48,19 +48,27 @@ def html(verdict: Verdict) -> str:
 
 def advice(metric: MetricVerdict, power: float) -> str:
     """What the sample could see, and how many items would settle it."""
-    words = []
-    if metric.detectable is not None:
-        words.append(
-            f"{metric.items:,} items tell with power {percent(power)} if the true loss is {_amount(metric, metric.detectable)} "
-            "or more away from the margin"
-        )
+    if metric.detectable is None:  # nothing to compare with, so no spread is known
+        return "One item, or one group of items, decides nothing, so give more of them."
+    words = [
+        f"{metric.items:,} items tell with power {percent(power)} if the true loss is {_amount(metric, metric.detectable)} "
+        "or more away from the margin"
+    ]
     if metric.decision == "INCONCLUSIVE":
         words.append(
             "the difference seen equals the margin, so no number of items settles it"
             if metric.needed is None
             else f"if the true difference is the one seen, {metric.needed:,} items settle it"
         )
-    return _sentence("; ".join(words) or "one group of items decides nothing")
+    return _sentence("; ".join(words))
+
+
+def counted(metric: MetricVerdict) -> str:
+    """``300 items in 30 groups``."""
+    items = f"{metric.items:,} item{'s' * (metric.items != 1)}"
+    if not metric.groups:
+        return items
+    return f"{items} in {metric.groups:,} group{'s' * (metric.groups != 1)}"
 
 
 def percent(share: float) -> str:
@@ -75,7 +83,7 @@ def columns(metric: MetricVerdict, alpha: float) -> dict[str, str]:
     return {
         "metric": metric.metric,
         "decision": metric.decision,
-        "items": f"{metric.items:,}" + (f" in {metric.groups:,}" if metric.groups else ""),
+        "items": counted(metric),
         "baseline": _value(metric, metric.baseline),
         "candidate": _value(metric, metric.candidate),
         "lost / gained": f"{flips.lost:,} / {flips.gained:,}" if flips else "",

@@ -37,7 +37,7 @@ def _lines(metric: MetricVerdict, verdict: Verdict) -> list[str]:
     lines = [
         f"{cells['baseline']} → {cells['candidate']}, difference {cells['difference']} ({level} {cells[level]}), "
         f"margin {cells['margin']}",
-        f"{cells['items']} items{f', lost / gained {f}' if (f := cells['lost / gained']) else ''}; "
+        f"{cells['items']}{f', lost / gained {f}' if (f := cells['lost / gained']) else ''}; "
         f"p {cells['p (not worse)']} that the loss reaches the margin, p {cells['p (worse)']} that it does not exceed it",
         advice(metric, verdict.power),
     ]
