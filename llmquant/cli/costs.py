@@ -145,7 +145,7 @@ def _cost_table(default: DefaultRecipe, costs: Mapping[str, Cost | None]) -> Tab
 def _note(name: str, default: DefaultRecipe) -> str:
     notes = ["chosen"] if name == default.name else []
     if name in default.refused:
-        notes.append(f"not for {default.format}: {default.refused[name]}")
+        notes.append(f"not in vLLM on a CPU: {default.refused[name]}")
     if name in default.unfit:
         notes.append(f"not for this model: {default.unfit[name]}")
     if name in default.limits:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, SpecError
 from llmquant.formats import Scheme
-from llmquant.formats.engines import VLLM_AVX512, why_not
+from llmquant.formats.engines import VLLM_AVX512, refusals
 from llmquant.models.rotation.rotated import rotated
 from llmquant.planning.costs import SizeClass, class_of
 from llmquant.quantization.prepare import prepare
@@ -50,9 +50,9 @@ class DefaultRecipe:
         parameters: of the model.
         size_class: that it is in.
         format: of the result.
-        refused: candidate → why vLLM does not take it in this format.
-        unfit: candidate → why it is not for this model.
-        limits: candidate → why transformers alone does not; no reason against a default, since
+        refused: recipe → why vLLM does not take it in this format.
+        unfit: recipe → why it is not for this model.
+        limits: recipe → why transformers alone does not; no reason against a default, since
             :func:`llmquant.register_with_transformers` has it read everything.
     """
 
@@ -103,8 +103,8 @@ def choose_recipe(model: str | os.PathLike[str], layout: str) -> DefaultRecipe:
 
 def _why_not_rotated(reader: CheckpointReader) -> str | None:
     try:
-        for recipe in _candidates().values():
-            rotated(reader, recipe)
+        for name in CANDIDATES:
+            rotated(reader, load_recipe(name))
     except (ArchitectureError, SpecError) as e:
         return str(e)
     return None
@@ -119,12 +119,13 @@ def choose(
         tied: whether its head shares the embeddings' weights.
         unrotatable: why it cannot be rotated; None: it can.
     """
-    size_class, recipes = class_of(parameters, tied), _candidates()
+    size_class = class_of(parameters, tied)
+    recipes = {n: load_recipe(n) for n in dict.fromkeys((*CANDIDATES, *size_class.costs))}
     against = _UNTIES if tied else unrotatable
     unfit = {n: against for n, r in recipes.items() if against and r.rotation is not None}
-    schemes = {name: Scheme(recipe.weights.spec) for name, recipe in recipes.items()}
+    answers = {name: refusals(layout, _schemes(recipe)) for name, recipe in recipes.items()}
     refused, limits = (
-        {n: why for n, scheme in schemes.items() if (why := why_not(engine, layout, scheme))}
+        {name: why[0] for name, of in answers.items() if (why := of[engine])}
         for engine in (VLLM_AVX512, "transformers")
     )
     taken = [n for n in CANDIDATES if n not in refused and n not in unfit] or [CANDIDATES[0]]
@@ -135,5 +136,10 @@ def choose(
     return DefaultRecipe(chosen, parameters, size_class, layout, refused, unfit, limits)
 
 
-def _candidates() -> dict[str, Recipe]:
-    return {name: load_recipe(name) for name in CANDIDATES}
+def _schemes(recipe: Recipe) -> dict[str, Scheme]:
+    """Of a linear, and of the embeddings where the recipe packs them; by a name of each."""
+    weights = recipe.weights
+    schemes = {"q_proj": Scheme(weights.spec, activations=weights.activations)}
+    if recipe.embeddings is not None:
+        schemes["embed_tokens"] = Scheme(recipe.embeddings.weights.spec)
+    return schemes

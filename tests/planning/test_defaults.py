@@ -250,7 +250,7 @@ def test_explain_does_nothing_else(run: Run, model: Path) -> None:
     ):
         assert fact in ran.out
     gptq = run("plan", model, "--explain", "--format", "gptq")
-    assert "not for gptq: it takes asymmetric weights only as" in " ".join(gptq.out.split())
+    assert "not in vLLM on a CPU: it takes asymmetric weights only as" in " ".join(gptq.out.split())
 
 
 @pytest.mark.parametrize(
@@ -281,3 +281,23 @@ def test_recipes_say_what_they_cost(run: Run) -> None:
     assert told["gptq-w4g128"]["costs"]["toy"]["kl"] == 0.012
     assert told["gptq-w4g128"]["costs"]["large"] is None
     assert told["gptq-w4g128"]["description"] == load_recipe("gptq-w4g128").description
+
+
+def test_recipes_that_are_no_candidates_are_judged_too() -> None:
+    """``--explain`` lists them with their costs, so what rules one out stands beside it."""
+    names = (
+        "best_w4g32_asym",
+        "gptq_w3g32",
+        "small_w4g32_asym",
+        "rotate_best_w4g128",
+        "gptq_w4g128",
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(defaults, "class_of", lambda *_: measured(**dict.fromkeys(names, 0.1)))
+        default = choose(10**8, "compressed-tensors", tied=True)
+    assert "zero-points" in default.limits["best-w4g32-asym"]
+    assert "2 or 3 bits" in default.refused["gptq-w3g32"]
+    assert "packed embeddings" in default.refused["small-w4g32-asym"]
+    assert default.unfit.keys() == {ROTATED, "rotate-best-w4g128"}
+    for judged in (default.limits, default.refused, default.unfit):
+        assert "gptq-w4g128" not in judged
