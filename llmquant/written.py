@@ -32,6 +32,8 @@ class FileKind(StrEnum):
     PAGE = "page"
     MARKDOWN = "Markdown page"
     PLOT = "plot"
+    RECIPE = "recipe"
+    GGUF = "GGUF file"
 
 
 _ENDS = 4096  # bytes of a file's beginning and of its end in which a mark stands (PDF: the end)
@@ -54,6 +56,9 @@ _MARKS: dict[FileKind, str] = {
     FileKind.MARKDOWN: r"Rendered by `llmquant leaderboard`"
     r"|\A# (SHIP|DON'T SHIP|INCONCLUSIVE)\n\n.*\n\n- baseline: `",
     FileKind.PLOT: "[Mm]atplotlib",
+    # Any recipe and any GGUF file: these are replaced with --overwrite only.
+    FileKind.RECIPE: r"(?m)^(method|weights|overrides|calibration):",
+    FileKind.GGUF: r"\AGGUF",
 }
 
 

@@ -167,7 +167,7 @@ def test_a_recipe_is_written_whole_or_not_at_all(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    Path("mixed.yaml").write_text("precious", encoding="utf-8")
+    Path("mixed.yaml").write_text("method: rtn\n", encoding="utf-8")
     bits = ("--target-bpw", "4.5", "--calibration", f"file:{text}", "--overwrite", *FEW, *SHORT)
     monkeypatch.setattr("llmquant.written.os.fsync", full)
     for more, says in (
@@ -178,7 +178,7 @@ def test_a_recipe_is_written_whole_or_not_at_all(
         assert (told.code, says in told.said) == (1, True), told.said
         assert "No space left on device" in told.said
         assert [p.name for p in Path().iterdir() if "mixed" in p.name] == ["mixed.yaml"]
-        assert Path("mixed.yaml").read_text(encoding="utf-8") == "precious"
+        assert Path("mixed.yaml").read_text(encoding="utf-8") == "method: rtn\n"
 
 
 def test_a_recipe_is_refused_before_any_work_where_nobody_may_write(

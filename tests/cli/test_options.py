@@ -248,3 +248,35 @@ def test_the_seconds_of_a_run_that_chooses_schemes_are_those_of_all_of_it(
     )
     assert code == 0, err
     assert json.loads(out)["seconds"] == 30
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        (("allocate", EXAMPLE, "--target-bpw", "4.5"), "recipe"),
+        (("convert", "{packed}", "--to", "gguf"), "GGUF file"),
+        (("export", "{packed}", "--to", "gguf"), "GGUF file"),
+    ],
+    ids=["allocate", "convert", "export"],
+)
+def test_overwrite_replaces_a_file_of_the_same_kind_only(
+    command: tuple[object, ...], kind: str, run: Run
+) -> None:
+    llmquant.quantize(EXAMPLE, "packed", llmquant.load_recipe("rtn-w4g128"))
+    options = [str(o).format(packed="packed") for o in command]
+    if options[0] == "allocate":
+        options += [
+            "--calibration",
+            f"file:{EXAMPLE / 'calibration.txt'}",
+            "--sensitivity",
+            "block",
+        ]
+        options += ["--nsamples", "2", "--seqlen", "32", "--probe-tokens", "32", "--widths", "4,8"]
+    Path("notes").write_text("what I learned\n")
+    code, _, err = run(*options, "-o", "notes", "--overwrite")
+    assert code == 2, err
+    assert f"notes exists and is no {kind} of llmquant's, so it is not written over" in err
+    assert Path("notes").read_text() == "what I learned\n"
+    for overwrite in ((), ("--overwrite",)):
+        code, _, err = run(*options, "-o", "made", *overwrite)
+        assert code == 0, err

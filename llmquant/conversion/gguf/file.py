@@ -42,6 +42,7 @@ from llmquant.formats import Scheme
 from llmquant.formats import gguf as blocks
 from llmquant.models.reading.fit import fitted
 from llmquant.weight import QuantizedWeight
+from llmquant.written import FileKind, refuse_foreign
 
 _ROPE = "rope_freqs.weight"
 _DENSE = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -77,8 +78,8 @@ def export_gguf(
         overwrite: replace an existing file.
 
     Raises:
-        UsageError: the file exists or is a folder, its folder does not exist, or the ``gguf``
-            package is not installed.
+        UsageError: the file exists (with ``overwrite``: and is no GGUF file) or is a folder, its
+            folder does not exist, or the ``gguf`` package is not installed.
         FormatError: an architecture, tokenizer, scheme or number that GGUF cannot hold exactly, or
             zero-points whose label is wrong.
         ProofError: the folder is not what its manifest says, or what was written is not what was
@@ -94,6 +95,7 @@ def export_gguf(
         raise UsageError(f"{path.parent} is not a folder; make it first")
     stored = CheckpointReader(model)
     refuse_source(path, model, stored.path)
+    refuse_foreign(path, FileKind.GGUF)
     described = describe(stored)  # what GGUF cannot say is the cause, whatever else is wrong
     source = None if quantization_of(stored) is None else open_source(stored.path, None)
     if source is not None:

@@ -47,7 +47,7 @@ from llmquant.cli.progress import progress
 from llmquant.cli.screen import screen
 from llmquant.cli.stopping import stoppable
 from llmquant.errors import UsageError
-from llmquant.written import write_file
+from llmquant.written import FileKind, refuse_foreign, write_file
 
 if TYPE_CHECKING:
     from llmquant.planning.allocation.allocate import Allocation
@@ -88,7 +88,7 @@ _Sym = Annotated[
 ]
 _Engine = Annotated[Engine, typer.Option(help="Only schemes that this engine supports.")]
 _ProbeTokens = Annotated[int, typer.Option(help="Calibration tokens on which damage is measured.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing recipe.")]
 
 
 def allocate_command(
@@ -129,6 +129,7 @@ def allocate_command(
     check_output(output, overwrite)
     chosen = recipe_of(given)
     _check_read(output, model, chosen)
+    refuse_foreign(output, FileKind.RECIPE)
     started = time.perf_counter()
     with saved_beside(output.absolute(), resume=resume, restart=restart) as state:
         options = replace(_options(given), state=state, restart=restart)
