@@ -349,7 +349,10 @@ def test_files_are_written_and_the_terminal_shows_what_is_not(
             id="newer",
         ),
         pytest.param(
-            '{"schema_version": 1}', [], "bad.json: created: Field required", id="fields missing"
+            '{"schema_version": 1}',
+            [],
+            "bad.json: created: Field required; give a report as `llmquant eval --output` writes",
+            id="fields missing",
         ),
         pytest.param(
             "{report}",

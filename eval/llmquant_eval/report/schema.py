@@ -194,7 +194,9 @@ class Report(Strict):
         except ValidationError as e:
             first = e.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise UsageError(f"{source}: {where}: {first['msg']}") from e
+            raise UsageError(
+                f"{source}: {where}: {first['msg']}; give a report as `llmquant eval --output` writes it"
+            ) from e
         labels = [m.label for m in report.models]
         if report.reference is not None and report.reference not in labels:
             raise UsageError(
