@@ -101,6 +101,7 @@ def _default_as_dict(default: DefaultRecipe, costs: Mapping[str, Cost | None]) -
         "refused": dict(default.refused),
         "unfit": dict(default.unfit),
         "limits": dict(default.limits),
+        "unheld": dict(default.unheld),
     }
 
 
@@ -144,6 +145,8 @@ def _cost_table(default: DefaultRecipe, costs: Mapping[str, Cost | None]) -> Tab
 
 def _note(name: str, default: DefaultRecipe) -> str:
     notes = ["chosen"] if name == default.name else []
+    if name in default.unheld:
+        notes.append(f"not in format {default.format}: {default.unheld[name]}")
     if name in default.refused:
         notes.append(f"not in vLLM on a CPU: {default.refused[name]}")
     if name in default.unfit:

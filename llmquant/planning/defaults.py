@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, SpecError
-from llmquant.formats import Scheme
+from llmquant.formats import Format, Scheme, layout_of
 from llmquant.formats.engines import VLLM_AVX512, refusals
 from llmquant.models.rotation.rotated import rotated
 from llmquant.planning.costs import SizeClass, class_of
@@ -37,6 +37,8 @@ CANDIDATES = (
 
 _UNTIES = "its head shares the embeddings' weights, and a rotation gives it its own: a larger file"
 
+_ANY_SHAPE = (4096, 4096)  # which every group size divides, and every layout's words
+
 CLOSE = 0.02
 """Nats per token: from here down a default is good enough that smaller files count more."""
 
@@ -54,6 +56,7 @@ class DefaultRecipe:
         unfit: recipe → why it is not for this model.
         limits: recipe → why transformers alone does not; no reason against a default, since
             :func:`llmquant.register_with_transformers` has it read everything.
+        unheld: recipe → why the format cannot hold its result.
     """
 
     name: str
@@ -63,6 +66,7 @@ class DefaultRecipe:
     refused: Mapping[str, str]
     unfit: Mapping[str, str]
     limits: Mapping[str, str]
+    unheld: Mapping[str, str]
 
     @property
     def recipe(self) -> Recipe:
@@ -72,7 +76,12 @@ class DefaultRecipe:
     @property
     def sentence(self) -> str:
         """For a screen."""
-        return f"recipe {self.name}, chosen for {self.reason} (--explain shows the others)"
+        return f"recipe {self.choice}"
+
+    @property
+    def choice(self) -> str:
+        """The same after the word ``recipe``."""
+        return f"{self.name}, chosen for {self.reason} (--explain shows the others)"
 
     @property
     def reason(self) -> str:
@@ -122,18 +131,21 @@ def choose(
     size_class = class_of(parameters, tied)
     recipes = {n: load_recipe(n) for n in dict.fromkeys((*CANDIDATES, *size_class.costs))}
     against = _UNTIES if tied else unrotatable
+    schemes = {name: _schemes(recipe) for name, recipe in recipes.items()}
     unfit = {n: against for n, r in recipes.items() if against and r.rotation is not None}
-    answers = {name: refusals(layout, _schemes(recipe)) for name, recipe in recipes.items()}
+    unheld = {n: why for n, of in schemes.items() for why in _unheld(layout_of(layout), of)}
+    answers = {name: refusals(layout, of) for name, of in schemes.items()}
     refused, limits = (
         {name: why[0] for name, of in answers.items() if (why := of[engine])}
         for engine in (VLLM_AVX512, "transformers")
     )
-    taken = [n for n in CANDIDATES if n not in refused and n not in unfit] or [CANDIDATES[0]]
+    out = (refused, unfit, unheld)
+    taken = [n for n in CANDIDATES if not any(n in why for why in out)] or [CANDIDATES[0]]
     measured = [name for name in taken if name in size_class.costs]
     close = [name for name in measured if size_class.costs[name].kl <= CLOSE]
     closest = sorted(measured, key=lambda name: size_class.costs[name].kl)
     chosen = next(iter([*close, *closest, *taken]))
-    return DefaultRecipe(chosen, parameters, size_class, layout, refused, unfit, limits)
+    return DefaultRecipe(chosen, parameters, size_class, layout, refused, unfit, limits, unheld)
 
 
 def _schemes(recipe: Recipe) -> dict[str, Scheme]:
@@ -143,3 +155,12 @@ def _schemes(recipe: Recipe) -> dict[str, Scheme]:
     if recipe.embeddings is not None:
         schemes["embed_tokens"] = Scheme(recipe.embeddings.weights.spec)
     return schemes
+
+
+def _unheld(layout: Format, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """Why a layout cannot hold these, whatever the sizes of the model."""
+    for scheme in schemes.values():
+        if why := layout.why_not(scheme, _ANY_SHAPE):
+            yield why
+    if why := layout.why_not_together(schemes):
+        yield why

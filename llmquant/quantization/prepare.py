@@ -39,7 +39,14 @@ from llmquant.models.tensor_check import check_side_files
 from llmquant.quantization.plan import SourceModel, WalkPlan
 from llmquant.quantization.steps.rescaling import RescaledReader
 from llmquant.recipe import Recipe
-from llmquant.runtime.devices import CALIBRATION, make_current, parse_device, parse_dtype
+from llmquant.runtime.devices import (
+    CALIBRATION,
+    ROUNDING,
+    ChosenDtype,
+    make_current,
+    parse_device,
+    parse_dtype,
+)
 from llmquant.runtime.distributed import ALONE, World
 
 
@@ -72,7 +79,7 @@ def prepare(
     # Of such a model tensors have other names too; that would be the symptom.
     architectures.refuse_kind(given.config, model_type)
     layout_of(recipe.format)
-    on, precision = parse_device(device), parse_dtype(dtype, auto=CALIBRATION)
+    on, precision = parse_device(device), passes_dtype(recipe, dtype)
     make_current(on)
     use_grouped_sdpa(on)
     fit = fitted(given, precision.dtype)
@@ -98,6 +105,15 @@ def prepare(
         (*fit.notes, *_quantized_before(given.path), *growth(seen, stored, recipe)),
     )
     return WalkPlan(source, recipe, on, precision, world=world)
+
+
+def passes_dtype(recipe: Recipe, dtype: str) -> ChosenDtype:
+    """The dtype that a run computes in, and why.
+
+    Raises:
+        UsageError: there is no such dtype.
+    """
+    return parse_dtype(dtype, auto=CALIBRATION if recipe.needs_text else ROUNDING)
 
 
 def _quantized_before(folder: Path) -> tuple[str, ...]:

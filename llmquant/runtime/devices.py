@@ -72,6 +72,9 @@ CALIBRATION = ChosenDtype(
 )
 """What ``auto`` means for calibration passes."""
 
+ROUNDING = ChosenDtype(torch.float32, "weights are rounded in float32, whatever they are stored in")
+"""What ``auto`` means where there are none."""
+
 
 def parse_device(device: str | torch.device | None = AUTO) -> torch.device:
     """A device that tensors can be put on here; ``auto`` or None: cuda where there is one, else

@@ -147,9 +147,12 @@ def test_the_screen_says_what_was_computed_with(run: Run, model: Path) -> None:
     )
     told = " ".join(out.split())
     assert "computed float32 on " in told
-    assert "1 thread; float32 because calibration passes are float32" in told
+    assert "1 thread; float32 because weights are rounded in float32" in told
+    _, out, _ = run("plan", model, "--method", "gptq", "--group-size", 32)
+    assert "float32 because calibration passes are float32" in " ".join(out.split())
     _, out, _ = run("plan", model, "--method", "rtn", "--group-size", 32)
     told = " ".join(out.split())
+    assert "float32 because weights are rounded in float32" in told
     assert "quantizing float32 on " in told
     auto = llmquant.parse_dtype("auto")
     assert f"running {auto.name} on cpu" in told

@@ -53,6 +53,7 @@ def test_a_served_model_scores_as_its_folder_does(
     ratio = next(m.value for name, m in remote.metrics.items() if name.endswith("ratio"))
     assert ratio == pytest.approx(1.0, abs=2e-5)
     assert not any(name.startswith("kl") for name in remote.metrics)
+    assert not [name for name in report.protocols if name.startswith("kl")]
     assert report.noise_floor is None  # there is no KL to read by it
     assert Report.from_json(report.to_json()) == report
     assert row(remote)[4] == ("–", "")  # no bytes

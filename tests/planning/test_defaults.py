@@ -299,5 +299,23 @@ def test_recipes_that_are_no_candidates_are_judged_too() -> None:
     assert "2 or 3 bits" in default.refused["gptq-w3g32"]
     assert "packed embeddings" in default.refused["small-w4g32-asym"]
     assert default.unfit.keys() == {ROTATED, "rotate-best-w4g128"}
+    assert default.unheld == {}
     for judged in (default.limits, default.refused, default.unfit):
         assert "gptq-w4g128" not in judged
+
+
+@pytest.mark.parametrize(
+    ("layout", "unheld"),
+    [
+        ("compressed-tensors", {}),
+        ("gptq", {"small-w4g32-asym": "is an embedding", "w8a8": "quantized activations"}),
+        ("awq", {"small-w4g32-asym": "is an embedding", "w8a8": "quantized activations",
+                 "gptq-w8": "4 bits only", "gptq-w3g32": "4 bits only"}),
+    ],
+)  # fmt: skip
+def test_what_a_format_cannot_hold_is_said(layout: str, unheld: dict[str, str]) -> None:
+    default = choose(10**6, layout, tied=True)
+    for name in ("small-w4g32-asym", "w8a8", "gptq-w8", "gptq-w3g32", "gptq-w4g128"):
+        why = default.unheld.get(name)
+        assert (why is None) == (name not in unheld)
+        assert why is None or unheld[name] in why

@@ -193,10 +193,13 @@ def make_report(
     missing: list[Missing],
 ) -> Report:
     """The Report of a finished run, stamped with the time, versions and hardware of now."""
+    known = {metric.protocol for r in results for metric in r.metrics.values()}
     passes = [
         ProtocolPass(
             perplexity=s.protocol.perplexity_id,
-            divergence=s.protocol.divergence_id if plan.reference else None,
+            divergence=own
+            if (own := s.protocol.divergence_id) in known
+            else None,  # not of a server
             tokens=s.tokens,
             scored=s.layout.tokens,
             windows=len(s.windows),

@@ -134,11 +134,12 @@ def _say_plan(given: Mapping[str, Any], chosen: Recipe, default: DefaultRecipe |
     """What a recipe makes of the model and needs."""
     from llmquant.planning.forecast import device_fit, forecast
     from llmquant.planning.preview import make_plan
+    from llmquant.quantization.prepare import passes_dtype
     from llmquant.runtime.computing import Computing
-    from llmquant.runtime.devices import CALIBRATION, device_memory, parse_device, parse_dtype
+    from llmquant.runtime.devices import device_memory, parse_device
 
     model, gpu_memory = given["model"], given["gpu_memory"]
-    on, passes = parse_device(given["device"]), parse_dtype(given["dtype"], auto=CALIBRATION)
+    on, passes = parse_device(given["device"]), passes_dtype(chosen, given["dtype"])
     if gpu_memory is None:
         memory = device_memory(on)
     else:
@@ -153,7 +154,7 @@ def _say_plan(given: Mapping[str, Any], chosen: Recipe, default: DefaultRecipe |
         facts |= plan_as_dict(plan, chosen, needs, timing, computing, fit)
         sys.stdout.write(json.dumps(facts) + "\n")
     else:
-        reason = [] if default is None else [("recipe", default.sentence)]
+        reason = [] if default is None else [("recipe", default.choice)]
         rows = [*needs_rows(needs, timing, computing, fit), *training_rows(plan, chosen)]
         show_plan(plan, given["modules"], [*reason, *rows])
 
