@@ -3,17 +3,17 @@ that (:mod:`llmquant.planning.costs`).
 
 The rule: among :data:`CANDIDATES`, smallest files first, the first whose KL is at most
 :data:`CLOSE`; where none is that close, the closest. A class that was not measured gets the first.
-Candidates whose scheme vLLM's kernels refuse in the wanted layout are left out, so that the default
-always runs, and rotations where the model cannot be rotated, or a tied head would become a tensor
-of its own. The numbers are of one model per class: a guess for another one, which ``llmquant eval``
-replaces by a measurement.
+Candidates whose scheme the wanted layout cannot hold, or vLLM's kernels refuse in it, are left out,
+so that the default always runs, and rotations where the model cannot be rotated, or a tied head
+would become a tensor of its own. The numbers are of one model per class: a guess for another one,
+which ``llmquant eval`` replaces by a measurement.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmquant.checkpoint.reader import CheckpointReader
@@ -37,7 +37,7 @@ CANDIDATES = (
 
 _UNTIES = "its head shares the embeddings' weights, and a rotation gives it its own: a larger file"
 
-_ANY_SHAPE = (4096, 4096)  # which every group size divides, and every layout's words
+_ANY_SHAPE = (4096, 4096)  # one that no layout refuses for its size
 
 CLOSE = 0.02
 """Nats per token: from here down a default is good enough that smaller files count more."""
@@ -80,7 +80,7 @@ class DefaultRecipe:
 
     @property
     def choice(self) -> str:
-        """The same after the word ``recipe``."""
+        """The same without the word ``recipe``, for where that stands before it."""
         return f"{self.name}, chosen for {self.reason} (--explain shows the others)"
 
     @property
@@ -133,10 +133,11 @@ def choose(
     against = _UNTIES if tied else unrotatable
     schemes = {name: _schemes(recipe) for name, recipe in recipes.items()}
     unfit = {n: against for n, r in recipes.items() if against and r.rotation is not None}
-    unheld = {n: why for n, of in schemes.items() for why in _unheld(layout_of(layout), of)}
+    held_by = layout_of(layout)
+    unheld = {n: why for n, of in schemes.items() if (why := _why_not_held(held_by, of))}
     answers = {name: refusals(layout, of) for name, of in schemes.items()}
     refused, limits = (
-        {name: why[0] for name, of in answers.items() if (why := of[engine])}
+        {name: reasons[0] for name, of in answers.items() if (reasons := of[engine])}
         for engine in (VLLM_AVX512, "transformers")
     )
     out = (refused, unfit, unheld)
@@ -157,10 +158,7 @@ def _schemes(recipe: Recipe) -> dict[str, Scheme]:
     return schemes
 
 
-def _unheld(layout: Format, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+def _why_not_held(layout: Format, schemes: Mapping[str, Scheme]) -> str | None:
     """Why a layout cannot hold these, whatever the sizes of the model."""
-    for scheme in schemes.values():
-        if why := layout.why_not(scheme, _ANY_SHAPE):
-            yield why
-    if why := layout.why_not_together(schemes):
-        yield why
+    each = (layout.why_not(scheme, _ANY_SHAPE) for scheme in schemes.values())
+    return next((why for why in (layout.why_not_together(schemes), *each) if why), None)

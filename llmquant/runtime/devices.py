@@ -73,7 +73,7 @@ CALIBRATION = ChosenDtype(
 """What ``auto`` means for calibration passes."""
 
 ROUNDING = ChosenDtype(torch.float32, "weights are rounded in float32, whatever they are stored in")
-"""What ``auto`` means where there are none."""
+"""What ``auto`` means where nothing is calibrated."""
 
 
 def parse_device(device: str | torch.device | None = AUTO) -> torch.device:

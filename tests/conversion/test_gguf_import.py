@@ -276,7 +276,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "other sizes": (said(llama__feed_forward_length=80), 1, "the metadata makes it"),
     "a tensor too many": (tensors(lambda s: s.update({"blk.0.attn_q_norm.weight": np.ones(16, np.float32)})), 2, "has no place in transformers' llama model"),
     "a tensor too few": (tensors(lambda s: s.pop("blk.1.ffn_up.weight")), 1, "lacks tensors of a llama model: model.layers.1.mlp.up_proj.weight"),
-    "some biases": (tensors(lambda s: s.update(SOME_BIASES)), 2, "lacks biases that its other linears have: model.layers.0.self_attn.o_proj.bias"),
+    "some biases": (tensors(lambda s: s.update(SOME_BIASES)), 2, "has biases in some places only. transformers' llama model would need these, too: model.layers.0.self_attn.o_proj.bias"),
     "not finite": (tensors(lambda s: s["blk.1.ffn_up.weight"].__setitem__((0, 0), np.nan)), 1, "not finite"),
 }  # fmt: skip
 

@@ -117,6 +117,7 @@ def test_another_recipe_is_other_settings(model: Path, gptq: Recipe, tmp_path: P
         allocate(model, gptq.updated({"gptq.damping": 0.5}), options)
 
 
+@pytest.mark.parametrize("begun", ["before", "within"])
 @pytest.mark.parametrize(
     ("error", "stays"),
     [
@@ -128,13 +129,20 @@ def test_another_recipe_is_other_settings(model: Path, gptq: Recipe, tmp_path: P
     ids=lambda v: type(v).__name__,
 )
 def test_what_the_same_command_would_meet_again_keeps_nothing(
-    tmp_path: Path, error: BaseException, stays: bool
+    tmp_path: Path, error: BaseException, stays: bool, begun: str
 ) -> None:
+    """But for what another command saved: this one may name another model by mistake."""
     kept = tmp_path / ".q.measured"
-    kept.write_text("measured", encoding="utf-8")
-    with pytest.raises(type(error)), saved_beside(tmp_path / "q", resume=True, restart=False):
+    if begun == "before":
+        kept.write_text("measured", encoding="utf-8")
+
+    def failing() -> None:
+        kept.write_text("measured", encoding="utf-8")
         raise error
-    assert kept.exists() == stays
+
+    with pytest.raises(type(error)), saved_beside(tmp_path / "q", resume=True, restart=False):
+        failing()
+    assert kept.exists() == (stays or begun == "before")
 
 
 @pytest.mark.parametrize("command", ["allocate", "quantize"])
@@ -162,11 +170,13 @@ def test_an_interrupted_command_resumes(
     assert not Path(".out.measured").exists()
 
 
+def _allocate(model: Path, text: Path) -> tuple[object, ...]:
+    few = ("--nsamples", 4, "--seqlen", 32, "--calibration", f"file:{text}")
+    return ("allocate", model, "-o", "out", "--target-bpw", 4.5, *few)
+
+
 def test_restart_measures_all_anew(run: Run, model: Path, text: Path, judged: Any) -> None:
-    asked = (
-        "allocate", model, "-o", "out", "--target-bpw", 4.5,
-        "--nsamples", 4, "--seqlen", 32, "--calibration", f"file:{text}",
-    )  # fmt: skip
+    asked = _allocate(model, text)
     judged(2)
     assert run(*asked).code == 130
     every = judged(None)
@@ -179,10 +189,7 @@ def test_restart_measures_all_anew(run: Run, model: Path, text: Path, judged: An
 def test_a_restart_that_is_refused_or_measures_nothing_loses_nothing(
     run: Run, model: Path, text: Path, judged: Any
 ) -> None:
-    asked = (
-        "allocate", model, "-o", "out", "--target-bpw", 4.5,
-        "--nsamples", 4, "--seqlen", 32, "--calibration", f"file:{text}",
-    )  # fmt: skip
+    asked = _allocate(model, text)
     judged(2)
     assert run(*asked).code == 130
     kept = Path(".out.measured").read_bytes()

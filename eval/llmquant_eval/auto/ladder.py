@@ -169,7 +169,7 @@ def _planned(step: Step, request: AutoRequest) -> Step:
             raise  # no other rung could be made either
         return replace(step, refused=f"cannot be made: {e}")
     nbytes, bits = _size(plan, step.target)
-    dtype = llmquant.parse_dtype(request.dtype, request.device).dtype
+    dtype = llmquant.compute_dtype(request.model, request.dtype, request.device).dtype
     loaded = llmquant.loaded_bytes(plan, dtype) + nbytes - plan.bytes_on_disk
     running = llmquant.running_bytes(request.model, loaded, dtype=dtype)
     step = replace(step, nbytes=nbytes, bits=bits, running=running)

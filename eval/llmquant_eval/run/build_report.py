@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -193,13 +193,12 @@ def make_report(
     missing: list[Missing],
 ) -> Report:
     """The Report of a finished run, stamped with the time, versions and hardware of now."""
+    # Where only served models are compared, no divergence is among them.
     known = {metric.protocol for r in results for metric in r.metrics.values()}
     passes = [
         ProtocolPass(
             perplexity=s.protocol.perplexity_id,
-            divergence=own
-            if (own := s.protocol.divergence_id) in known
-            else None,  # not of a server
+            divergence=_if_in(known, s.protocol.divergence_id),
             tokens=s.tokens,
             scored=s.layout.tokens,
             windows=len(s.windows),
@@ -230,6 +229,10 @@ def make_report(
         versions=machine.versions(),
         hardware=machine.hardware(plan.device),
     )
+
+
+def _if_in(known: Collection[str], protocol: str) -> str | None:
+    return protocol if protocol in known else None
 
 
 def _text(plan: EvaluationPlan) -> ReportText | None:

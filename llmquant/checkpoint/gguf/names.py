@@ -13,7 +13,7 @@ Unlike transformers' loader, which leaves out what it cannot place and draws wha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ _EXPERTS = {
 TURNED = frozenset({"gpt2"})
 _MIXTRAL_PARTS = {"gate": "w1", "up": "w3", "down": "w2"}
 _WRONG_WAY = "{}: {} is {} for a place of {}; fetch it again, or another conversion"
+_BLOCK = re.compile(r"\.\d+\.")
 _MIXTRAL_ROUTER = (".mlp.gate.", ".block_sparse_moe.gate.")
 
 
@@ -118,7 +119,7 @@ def places(model: GgufFile, empty: Any) -> Placed:
         empty: the model on the meta device.
 
     Raises:
-        LayoutError: tensors that have no place in the model, or biases at some linears only.
+        LayoutError: tensors that have no place in the model, or biases in some places only.
         CheckpointError: tensors that the file lacks, or of another size than the model's.
     """
     from transformers.modeling_gguf_pytorch_utils import (
@@ -156,16 +157,28 @@ def places(model: GgufFile, empty: Any) -> Placed:
         )
     # What is left of stacked experts is the second half of gate_up_proj.
     missing = [n for n in wanted if not (".experts." in n and _complete(n, found))]
-    if missing and all(n.endswith(".bias") for n in missing):
+    if _lacks_kinds_of_biases(missing, found):
         raise LayoutError(
-            f"{model.path} lacks biases that its other linears have: {some(missing)}; transformers' {kind} model cannot be "
-            "so; take another conversion of the model"
+            f"{model.path} has biases in some places only. transformers' {kind} model would need these, too: {some(missing)}; "
+            "take another conversion of the model"
         )
     if missing:
         raise CheckpointError(
             f"{model.path} lacks tensors of a {kind} model: {some(missing)}; fetch it again, or another conversion"
         )
     return Placed(model.path, tuple(found), kind, processor, mapping)
+
+
+def _lacks_kinds_of_biases(missing: Sequence[str], found: Sequence[Place]) -> bool:
+    """Whether only biases are missing, of kinds that no block has, where other kinds are there: not
+    damage, another model."""
+
+    def kinds(names: Iterable[str]) -> set[str]:
+        return {_BLOCK.sub(".", n) for n in names if n.endswith(".bias")}
+
+    there, absent = kinds(p.names[0] for p in found), kinds(missing)
+    only = all(n.endswith(".bias") for n in missing)
+    return bool(there and absent) and only and there.isdisjoint(absent)
 
 
 def _as_in_checkpoint(name: str, kind: str) -> str:

@@ -61,6 +61,7 @@ from llmquant.errors import UsageError
 
 if TYPE_CHECKING:
     from llmquant.planning.allocation.options import AllocateOptions
+    from llmquant.planning.defaults import DefaultRecipe
     from llmquant.quantization.options import QuantizeOptions
     from llmquant.recipe import Recipe
 
@@ -112,9 +113,7 @@ def quantize_command(
         return
     chosen = recipe_of(given, default)
     check_together(given, chosen.method)
-    options = _options(given)
-    if default is not None:
-        options = replace(options, note=default.sentence)
+    options = _options(given, default)
     hidden = quiet or as_json or not options.world.first
     if target_bpw is None:
         _run(model, output, chosen, options, started, as_json=as_json, hidden=hidden)
@@ -122,14 +121,13 @@ def quantize_command(
     from llmquant.planning.allocation.saved import saved_beside
 
     with saved_beside(output.absolute(), resume=resume, restart=restart) as state:
-        wanted = replace(
-            options_for(target_bpw, engine, sym, options), state=state, restart=restart
-        )
+        wanted = options_for(target_bpw, engine, sym, options)
+        wanted = replace(wanted, state=state, restart=restart)
         chosen = _allocated(model, output, chosen, options, wanted, hidden)
         _run(model, output, chosen, options, started, as_json=as_json, hidden=hidden)
 
 
-def _options(given: Mapping[str, Any]) -> QuantizeOptions:
+def _options(given: Mapping[str, Any], default: DefaultRecipe | None) -> QuantizeOptions:
     """Where and how the run happens, from the command's parameters by name."""
     from llmquant.quantization.options import QuantizeOptions
     from llmquant.runtime.distributed import World
@@ -150,6 +148,7 @@ def _options(given: Mapping[str, Any]) -> QuantizeOptions:
     )
     return QuantizeOptions(
         **{name: given[name] for name in same},
+        note=None if default is None else default.sentence,
         evaluation=given["eval_text"],
         max_memory=None if limit is None else parse_size("--max-memory", limit),
         world=World.of(),

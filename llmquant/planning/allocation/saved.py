@@ -32,7 +32,7 @@ from llmquant.spec import QuantSpec
 @contextmanager
 def saved_beside(output: Path, *, resume: bool, restart: bool) -> Iterator[Path | None]:
     """The file of a destination, to be used within; None where nothing is to be saved. It is
-    removed at the end, and where the same command would fail again.
+    removed at the end, and where the command that began it would fail again: another's stays.
 
     Raises:
         UsageError: nothing is to be resumed, and an interrupted run has saved something.
@@ -42,10 +42,12 @@ def saved_beside(output: Path, *, resume: bool, restart: bool) -> Iterator[Path 
         raise UsageError(
             f"{path} has what an interrupted run measured; leave out --no-resume to resume it, or add --restart to start over"
         )
+    anothers = path.exists()
     try:
         yield path if resume else None
     except (ArchitectureError, FormatError, ProofError, QuantizationError):
-        path.unlink(missing_ok=True)
+        if not anothers:
+            path.unlink(missing_ok=True)
         raise
     path.unlink(missing_ok=True)
 
