@@ -75,7 +75,7 @@ CacheOption = Annotated[
     typer.Option(
         "--cache",
         help="Folder that keeps the reference's distributions, so that later runs need not run it again, and "
-        "what a server answered until the run is done.",
+        "what an unfinished run measured.",
         metavar="DIR",
         callback=from_home,
     ),

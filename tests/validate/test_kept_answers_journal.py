@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmquant.errors import LlmquantError
-from llmquant_eval.validate.journal import opened
+from llmquant_eval.models.journal import opened
 
 
 class StoppedError(Exception):

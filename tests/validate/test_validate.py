@@ -70,7 +70,14 @@ def scorers(tmp_path: Path) -> Path:
 
 
 def test_results_are_what_compare_takes(run: Run, model: Path, quantized: Path, data: Path) -> None:
-    assert validate(run, model, data, "a.json").code == 0
+    first = validate(run, model, data, "a.json")
+    assert first.code == 0
+    assert "validate QUANTIZED --data" in first.out  # not the original again
+    assert "-o quantized.json --reference a.json" in first.out
+    assert "llmquant compare a.json quantized.json" in first.out
+    alone = validate(run, quantized, data, "c.json")
+    assert "validate ORIGINAL --data" in alone.out
+    assert "llmquant compare original.json c.json" in alone.out
     done = validate(run, quantized, data, "b.json", "--reference", "a.json")
     assert (done.code, journal_of(Path("b.json")).exists()) == (0, False)
     assert "llmquant compare a.json b.json --margin 1% --margin answer_tokens=10%" in done.out

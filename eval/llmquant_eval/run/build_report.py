@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import llmquant
-from llmquant_eval.models.resolve import AnyModel, ModelFolder
+from llmquant_eval.models.resolve import AnyModel
 from llmquant_eval.report import machine
 from llmquant_eval.report.results import (
     Breakdown,
@@ -155,13 +155,13 @@ def model_result(
         tasks=list(measured.tasks),
         excluded_tokens=excluded,
         cost=measured.cost,
-        **_identity(model),
+        **_identity(plan.inspections.get(model.label)),
     )
 
 
-def _identity(model: AnyModel) -> dict[str, Any]:
+def _identity(known: llmquant.Inspection | None) -> dict[str, Any]:
     """What is known of the weights: everything of a folder, nothing of a server."""
-    if not isinstance(model, ModelFolder):
+    if known is None:
         return {
             "weights_sha256": None,
             "recipe_sha256": None,
@@ -172,7 +172,6 @@ def _identity(model: AnyModel) -> dict[str, Any]:
             "bytes_on_disk": None,
             "bits_per_weight": None,
         }
-    known = llmquant.inspect(model.path)
     return {
         "weights_sha256": known.weights_sha256,
         "recipe_sha256": known.recipe_sha256,

@@ -5,6 +5,9 @@ before a weight is read; then each model's cost is measured in a process of its 
 is still small; then the noise floor, with the reference twice in memory; then one pass per
 protocol, with reference and candidates side by side; then the tasks.
 
+What is measured is kept on disk until the run is done, batch by batch, so that the same command
+resumes after a kill and ends with the same figures (:mod:`llmquant_eval.run.resume`).
+
 With ``--cache`` the reference runs alone, once, and is let go before a candidate is loaded; all
 candidates, in this run and in later ones, are compared with what it left on disk. The same command
 therefore gives the same figures on a full cache as on an empty one.
@@ -22,6 +25,7 @@ import llmquant
 from llmquant.errors import LlmquantError, QuantizationError
 from llmquant_eval.models.endpoint import tell_nobody
 from llmquant_eval.models.exported import ExportedAnswers
+from llmquant_eval.models.kept_work import KeptWork
 from llmquant_eval.models.resolve import (
     AnyModel,
     ModelFolder,
@@ -38,6 +42,7 @@ from llmquant_eval.run.build_report import Measured, divergence_metrics, make_re
 from llmquant_eval.run.cost import CostRun, measure_cost
 from llmquant_eval.run.plan import EvaluationPlan, make_plan
 from llmquant_eval.run.request import Request
+from llmquant_eval.run.resume import work_of
 from llmquant_eval.run.unfinished import missing_tasks, missing_windows, unfinished
 from llmquant_eval.scoring.reference_cache import (
     INDEX,
@@ -79,30 +84,48 @@ def evaluate(
         LlmquantError: measuring a model's cost, a task or a server failed.
     """
     plan = make_plan(request, tell)
+    with work_of(request, plan, tell) as kept:
+        costs = _costs(request, plan, kept, progress) if request.cost else {}
+        # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken
+        # without it.
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return _Run(request, plan, costs, kept, progress).report()
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+def _costs(
+    request: Request, plan: EvaluationPlan, kept: KeptWork, progress: Progress
+) -> dict[str, Cost]:
+    """Of each model of this process, by label."""
+    run = CostRun(plan.dtype, plan.device, request.kernel, request.threads)
     costs = {}
-    if request.cost:
-        run = CostRun(plan.dtype, plan.device, request.kernel, request.threads)
-        for done, model in enumerate(plan.local):
-            progress("speed and memory", done, len(plan.local))
-            costs[model.label] = measure_cost(model.path, run)
-        progress("speed and memory", len(plan.local), len(plan.local))
-    # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken
-    # without it.
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        return _Run(request, plan, costs, progress).report()
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    for done, model in enumerate(plan.local):
+        progress("speed and memory", done, len(plan.local))
+        found = kept.get("cost", model.label)
+        cost = measure_cost(model.path, run) if found is None else Cost.model_validate(found)
+        if found is None:
+            kept.add(cost.model_dump(mode="json"), "cost", model.label)
+        costs[model.label] = cost
+    progress("speed and memory", len(plan.local), len(plan.local))
+    return costs
 
 
 class _Run:
     """The models of one evaluation as they are loaded and let go, and what they scored."""
 
     def __init__(
-        self, request: Request, plan: EvaluationPlan, costs: dict[str, Cost], progress: Progress
+        self,
+        request: Request,
+        plan: EvaluationPlan,
+        costs: dict[str, Cost],
+        kept: KeptWork,
+        progress: Progress,
     ) -> None:
         self.request, self.plan, self.costs, self.progress = request, plan, costs, progress
+        self.kept = kept
         self.loaded: dict[str, Any] = {}
         self.kernels: dict[str, dict[str, int]] = {}
         self.missing: list[Missing] = []
@@ -169,6 +192,7 @@ class _Run:
                 cached=cached,
                 batch_size=self.request.batch_size,
                 advance=self._advance(f"{name} and KL" if reference is not None else name),
+                kept=self.kept,
             )
         if reference is not None and cached is not None:
             scores[reference.label] = cached_scores(cached, stream, reference.label)
@@ -228,7 +252,7 @@ class _Run:
             self.request.cache_form, stream.layout.tokens, vocabulary_size(reference.path)
         )
         return CacheKey(
-            weights_sha256=llmquant.inspect(reference.path).weights_sha256,
+            weights_sha256=self.plan.inspections[reference.label].weights_sha256,
             tokenizer_sha256=self.plan.tokenizers_sha256[reference.label],
             ids_sha256=stream_sha256(stream),
             protocol=stream.protocol.perplexity_id,
@@ -244,6 +268,8 @@ class _Run:
         reference = self.plan.reference
         if reference is None or len(self.plan.local) < 2:
             return None  # nothing will have a divergence to read by it
+        if (found := self.kept.get("noise floor")) is not None:
+            return NoiseFloor.model_validate(found)
         whole = self.plan.streams[0]
         dtype = other_dtype(self.plan.dtype)
         # bfloat16 where `auto` avoids it would take longer than all the rest.
@@ -263,17 +289,21 @@ class _Run:
             cached=cached[0],
             batch_size=self.request.batch_size,
             advance=self._advance("noise floor"),
+            kept=self.kept,
         )
         divergence = scores[other].divergence
         assert divergence is not None  # score_models() compares every model but the reference
         metrics = divergence_metrics(divergence, stream.protocol)
-        return NoiseFloor(
+        floor = NoiseFloor(
             other_dtype=dtype, kl_mean=metrics["kl_mean"], top1_agreement=metrics["top1_agreement"]
         )
+        self.kept.add(floor.model_dump(mode="json"), "noise floor")
+        return floor
 
     def _tasks(self, model: AnyModel) -> list[TaskResult]:
         from llmquant_eval.tasks.harness import run_tasks
         from llmquant_eval.tasks.harness_models import LocalModel, ServedLM
+        from llmquant_eval.tasks.kept_requests import keep_requests
 
         assert self.plan.tasks is not None
         done = list(self.plan.models).index(model)
@@ -285,6 +315,8 @@ class _Run:
             adapter = ServedLM(ExportedAnswers(self._load(model), tokenizer), tokenizer)
         else:
             adapter = LocalModel(self._load(model), tokenizer, self.request.batch_size)
+        if not isinstance(model, ServedModel):
+            keep_requests(adapter, self.kept, model.label)
         results: list[TaskResult] = []
         try:
             if model.label not in self.failed:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llmquant
@@ -38,7 +37,7 @@ from llmquant_eval.texts.tokens import check_same_tokens, tokenizer_sha256
 if TYPE_CHECKING:
     import torch
 
-    from llmquant import ChosenDtype, Computing, Documents
+    from llmquant import ChosenDtype, Computing, Documents, Inspection
     from llmquant_eval.tasks.harness import TaskPlan
 
 
@@ -63,6 +62,12 @@ class EvaluationPlan:
     def local(self) -> list[ModelFolder]:
         """The models that this process loads; servers are not among them."""
         return [m for m in self.models if isinstance(m, ModelFolder)]
+
+    @cached_property
+    def inspections(self) -> dict[str, Inspection]:
+        """What lies in the folder of each model of this process, by label; reads all weights
+        once."""
+        return {model.label: llmquant.inspect(model.path) for model in self.local}
 
     @cached_property
     def tokenizers_sha256(self) -> dict[str, str]:
@@ -151,8 +156,7 @@ def _find(
     sources = list(request.candidates)
     if request.reference is not None and request.reference not in sources:
         sources.insert(0, request.reference)
-    cache = llmquant.user_cache("eval") if request.cache is None else Path(request.cache)
-    models = resolve_models(sources, Contact(request.retry_for, cache / "served", tell))
+    models = resolve_models(sources, Contact(request.retry_for, request.kept / "served", tell))
     reference = next((m for m in models if m.source == request.reference), None)
     if reference is not None and len(models) == 1 and request.cache is None:
         raise UsageError(

@@ -7,7 +7,9 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import dataclass, fields
+from pathlib import Path
 
+import llmquant
 from llmquant.errors import UsageError
 from llmquant_eval.models.endpoint import is_url
 from llmquant_eval.scoring.protocols import has_window
@@ -89,6 +91,11 @@ class Request:
     def served(self) -> bool:
         """Whether a model is a server."""
         return any(map(is_url, self.candidates))
+
+    @property
+    def kept(self) -> Path:
+        """The folder of what an unfinished run leaves."""
+        return llmquant.user_cache("eval") if self.cache is None else Path(self.cache)
 
     @property
     def bos_each(self) -> bool:

@@ -2,8 +2,9 @@
 
 A cache is a folder named by the sha256 of what determines it: weights, tokenizer, token ids,
 windows, dtype, kernel, form. Windows lie in safetensors shards whose hashes stand in
-``cache.json``, which is written last and whole: a folder without it is unfinished and made anew, a
-shard that is missing, short or changed is an error that names it. Nothing is pickled.
+``cache.json``, which is written last and whole: a folder without it is unfinished, and the shards
+that ``shards.json`` lists in it are gone on from. A shard of a finished cache that is missing,
+short or changed is an error that names it. Nothing is pickled.
 
 A compact form changes the KL by something. So the cache also keeps, at positions spread evenly over
 the text, the full distribution in float32; every candidate is compared with both there, and its
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from llmquant_eval.scoring.token_stream import TokenStream
 
 INDEX = "cache.json"
+_WRITTEN = "shards.json"  # of an unfinished cache
 _VERSION = 1
 _SHARD_BYTES = 64 << 20
 _SAMPLE_BYTES, _MOST_SAMPLES, _FEWEST_SAMPLES = 64 << 20, 256, 16
@@ -59,6 +61,9 @@ class _Shard(BaseModel):
     file: str
     sha256: str
     windows: list[int]
+
+
+_SHARDS = TypeAdapter(list[_Shard])
 
 
 class _Index(BaseModel):
@@ -127,7 +132,11 @@ def sample_positions(stream: TokenStream, vocabulary: int) -> dict[int, list[int
 
 
 class CacheWriter:
-    """Takes windows in any order, writes shards, and the index last."""
+    """Takes windows in any order, writes shards, and the index last.
+
+    Attributes:
+        there: windows that a run which was stopped has written.
+    """
 
     def __init__(self, folder: Path, key: CacheKey, stream: TokenStream, vocabulary: int) -> None:
         self._folder, self._key, self._vocabulary = folder, key, vocabulary
@@ -135,11 +144,12 @@ class CacheWriter:
         self._samples = sample_positions(stream, vocabulary)
         self._held: dict[str, NDArray[np.generic]] = {}
         self._windows: list[int] = []
-        self._shards: list[_Shard] = []
+        self._shards = _shards_of(folder)
+        self.there = frozenset(i for shard in self._shards for i in shard.windows)
         try:
-            if folder.exists():
-                shutil.rmtree(folder)  # without an index it is what a stopped run left
-            folder.mkdir(parents=True)
+            if folder.exists() and not self._shards:
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UsageError(f"--cache {folder.parent} cannot be written: {e}") from e
 
@@ -159,11 +169,12 @@ class CacheWriter:
         name = f"{len(self._shards):05d}.safetensors"
         try:
             save_file(self._held, self._folder / name)
+            self._shards.append(
+                _Shard(file=name, sha256=_sha256(self._folder / name), windows=self._windows)
+            )
+            replace_file(self._folder / _WRITTEN, _SHARDS.dump_json(self._shards).decode())
         except (OSError, SafetensorError) as e:  # safetensors wraps a full disk
             raise self._unwritable(name, e) from e
-        self._shards.append(
-            _Shard(file=name, sha256=_sha256(self._folder / name), windows=self._windows)
-        )
         self._held, self._windows = {}, []
 
     def finish(self, kernels: Mapping[str, int]) -> None:
@@ -179,11 +190,22 @@ class CacheWriter:
         )
         try:
             replace_file(self._folder / INDEX, index.model_dump_json(indent=1) + "\n")
+            (self._folder / _WRITTEN).unlink(missing_ok=True)
         except OSError as e:
             raise self._unwritable(INDEX, e) from e
 
     def _unwritable(self, name: str, why: Exception) -> UsageError:
         return UsageError(f"--cache {self._folder.parent}: {name} cannot be written: {why}")
+
+
+def _shards_of(folder: Path) -> list[_Shard]:
+    """What a run that was stopped wrote; nothing where a shard is missing or changed."""
+    try:
+        shards = _SHARDS.validate_json((folder / _WRITTEN).read_bytes())
+        whole = [_sha256(folder / shard.file) == shard.sha256 for shard in shards]
+    except (OSError, ValidationError):
+        return []
+    return shards if all(whole) else []
 
 
 class CachedReference:

@@ -17,6 +17,7 @@ logits in the model's dtype, besides float32 chunks of fixed size.
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import llmquant
 from llmquant.errors import UsageError
+from llmquant_eval.models.kept_work import KeptWork
 from llmquant_eval.report.statistics import Floats
 from llmquant_eval.scoring.divergence import Divergence, LiveWindow, ReferenceWindow
 from llmquant_eval.scoring.perplexity import Perplexity, check_finite, token_nll
@@ -84,6 +86,24 @@ class _Columns:
             values = (divergence.kl, divergence.same_top, divergence.delta_p, divergence.confidence)
             for column, value in zip(self.compared, values, strict=True):
                 column[where] = value.cpu().numpy()
+
+    def written(self, numbers: Sequence[int]) -> list[list[str]]:
+        """The values of a batch just added, as text: of each window its columns in base64."""
+        errors = self.cache_errors[-len(numbers) :] if self.cache_errors else []
+        columns = (self.losses, *(self.compared or ()))
+        arrays = [[column[self.slices[i]] for column in columns] for i in numbers]
+        for window, error in zip(arrays, errors, strict=False):
+            window.append(error)
+        return [[b64encode(a.tobytes()).decode() for a in window] for window in arrays]
+
+    def restore(self, numbers: Sequence[int], written: Sequence[Sequence[str]]) -> None:
+        """Take back what :meth:`written` gave."""
+        columns = (self.losses, *(self.compared or ()))
+        for i, window in zip(numbers, written, strict=True):
+            arrays = [np.frombuffer(b64decode(text)) for text in window]
+            for column, array in zip(columns, arrays, strict=False):
+                column[self.slices[i]] = array
+            self.cache_errors += arrays[len(columns) :]
 
     def scores(self, label: str, cache_form: str | None) -> Scores:
         divergence = (
@@ -169,6 +189,7 @@ def score_models(
     cached: CachedReference | None = None,
     batch_size: int | None = None,
     advance: Advance | None = None,
+    kept: KeptWork | None = None,
 ) -> dict[str, Scores]:
     """Score every model on the same windows.
 
@@ -180,6 +201,8 @@ def score_models(
         cached: the reference from disk.
         batch_size: windows fed at a time.
         advance: progress callback.
+        kept: where each batch's values are kept, and where those of an unfinished run of the same
+            models are found.
 
     Raises:
         UsageError: a batch size below 1, or models with vocabularies of different sizes.
@@ -198,7 +221,15 @@ def score_models(
     done = 0
     with torch.inference_mode():
         for batch in batches(stream, batch_size, logit_bytes, switch_of(*models.values())):
-            _score_batch(models, order, columns, stream, batch, reference, cached)
+            what = ("windows", order, stream.protocol.perplexity_id, list(batch.numbers))
+            found = None if kept is None else kept.get(*what)
+            if found is None:
+                _score_batch(models, order, columns, stream, batch, reference, cached)
+                if kept is not None:
+                    kept.add({m: columns[m].written(batch.numbers) for m in order}, *what)
+            else:
+                for label in order:
+                    columns[label].restore(batch.numbers, found[label])
             done += len(batch.numbers)
             if advance is not None:
                 advance(done, len(stream.windows))
@@ -258,9 +289,15 @@ def record_reference(
     done = 0
     with torch.inference_mode():
         for batch in batches(stream, batch_size, bytes_per_row(model), switch_of(model)):
+            missing = [i for i in batch.numbers if i not in writer.there]
             for number, window, logits in zip(
-                batch.numbers, batch.windows, logits_of(model, batch), strict=True
+                batch.numbers,
+                batch.windows,
+                logits_of(model, batch) if missing else (),
+                strict=bool(missing),
             ):
+                if number not in missing:
+                    continue
                 targets = targets_of(stream, window, logits.device)
                 check_finite(
                     token_nll(logits, targets).cpu().numpy().astype(np.float64), label, [number]

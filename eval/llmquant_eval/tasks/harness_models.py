@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from llmquant_eval.models.endpoint import Endpoint
 from llmquant_eval.models.exported import ExportedAnswers
 from llmquant_eval.scoring.token_stream import prefix_token
+from llmquant_eval.tasks.kept_requests import KeptRequests
 
 _BATCH = 32  # short items: a few thousand tokens at a time
 _NEW_TOKENS = 256
@@ -69,6 +70,18 @@ class LocalModel(HFLM):  # type: ignore[misc]
         )
         return results
 
+    def _model_call(self, *args: Any, **options: Any) -> Any:
+        self._end_batch()
+        return super()._model_call(*args, **options)
+
+    def _model_generate(self, *args: Any, **options: Any) -> Any:
+        self._end_batch()
+        return super()._model_generate(*args, **options)
+
+    def _end_batch(self) -> None:
+        if isinstance(self.cache_hook, KeptRequests):
+            self.cache_hook.end_batch()
+
 
 class ServedLM(TemplateLM):  # type: ignore[misc]
     """A served model, or an ONNX export that answers like one; ``tokenizer`` is the one that the
@@ -108,10 +121,13 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         prompts = [(context + answer)[-self._longest :] for _, context, answer in requests]
         results = []
-        for (_, _, answer), scores in zip(requests, self._endpoint.score_all(prompts), strict=True):
-            results.append(
-                (sum(scores.logprobs[-len(answer) :]), all(scores.greedy[-len(answer) :]))
-            )
+        for (texts, _, answer), scores in zip(
+            requests, self._endpoint.score_all(prompts), strict=True
+        ):
+            result = sum(scores.logprobs[-len(answer) :]), all(scores.greedy[-len(answer) :])
+            if texts is not None:  # None: a window of a longer text
+                self._made("loglikelihood", texts, result)
+            results.append(result)
         return results
 
     def loglikelihood_rolling(
@@ -126,6 +142,7 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
                 [(None, *make_disjoint_window(window)) for window in windows]
             )
             totals.append(sum(value for value, _ in parts))
+            self._made("loglikelihood_rolling", (text,), totals[-1])
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -144,4 +161,11 @@ class ServedLM(TemplateLM):  # type: ignore[misc]
             for mark in filter(None, stop):
                 text = text.split(mark)[0]
             texts.append(text)
+            self._made("generate_until", (prompt, options), text)
         return texts
+
+    def _made(self, kind: str, request: Sequence[Any], answer: Any) -> None:
+        """An export answers one request at a time; a server's answers are kept by its endpoint."""
+        self.cache_hook.add_partial(kind, request, answer)
+        if isinstance(self.cache_hook, KeptRequests):
+            self.cache_hook.end_batch()

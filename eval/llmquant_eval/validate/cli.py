@@ -6,7 +6,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmquant.cli.options import (
@@ -23,7 +22,7 @@ from llmquant_eval.cli_progress import stages
 from llmquant_eval.validate import options
 
 if TYPE_CHECKING:
-    from llmquant_eval.decide.results import ItemResults
+    pass
 
 
 def validate_command(
@@ -80,7 +79,13 @@ def validate_command(
         results = run.results(
             output, restart=restart, text=not no_text, reference=baseline, profile=profile
         )
-    _show(results, output, reference, baseline, as_json)
+    if as_json:
+        sys.stdout.write(results.to_json())
+        return
+    from llmquant_eval.validate.summary import show
+
+    given = None if reference is None or baseline is None else (reference, baseline)
+    show(results, output, given, original=run.engine.original)
 
 
 @contextmanager
@@ -91,18 +96,3 @@ def _kept_when_interrupted() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; answers so far are kept, and the same command resumes\n")
         raise SystemExit(130) from None
-
-
-def _show(
-    results: ItemResults,
-    output: Path,
-    reference: str | None,
-    baseline: ItemResults | None,
-    as_json: bool,
-) -> None:
-    if as_json:
-        sys.stdout.write(results.to_json())
-        return
-    from llmquant_eval.validate.summary import show
-
-    show(results, output, None if reference is None or baseline is None else (reference, baseline))

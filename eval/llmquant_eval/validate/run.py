@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from llmquant import DriftObservation, DriftProfile, make_drift_profile
 from llmquant.errors import LlmquantError
 from llmquant_eval.decide.results import Item, ItemResults
+from llmquant_eval.models.journal import Journal, key_of, opened
 from llmquant_eval.validate.answers import Measured, Task, Unit
 from llmquant_eval.validate.data import Data
 from llmquant_eval.validate.engines.engine import Engine, Generation, TaskError
 from llmquant_eval.validate.examples import Example
-from llmquant_eval.validate.journal import Journal, key_of, opened
 from llmquant_eval.validate.metrics import right
 from llmquant_eval.validate.metrics.metric import Metric
 from llmquant_eval.validate.metrics.own import Scorer

@@ -48,9 +48,19 @@ def mean_of(items: Sequence[Item], metric: str) -> Mean | None:
     return Mean(estimate.mean, error if math.isfinite(error) else None, len(values))
 
 
-def show(results: ItemResults, output: Path, reference: tuple[str, ItemResults] | None) -> None:
-    """Print the table to stdout; ``reference`` is the file of another model's results and what is
-    in it."""
+def show(
+    results: ItemResults,
+    output: Path,
+    reference: tuple[str, ItemResults] | None,
+    *,
+    original: bool,
+) -> None:
+    """Print the table to stdout.
+
+    Args:
+        reference: the file of another model's results and what is in it.
+        original: these are an unquantized model's.
+    """
     from rich.text import Text
 
     console = stdout_console(markup=False)
@@ -72,7 +82,8 @@ def show(results: ItemResults, output: Path, reference: tuple[str, ItemResults] 
     for note in results.notes:
         console.print(f"note: {note}", style="dim")
     console.print(f"wrote {output}. Next:")
-    for command in next_commands(results, output, None if reference is None else reference[0]):
+    given = None if reference is None else reference[0]
+    for command in next_commands(results, output, given, original=original):
         console.print(f"  {command}", soft_wrap=True)
 
 
@@ -91,13 +102,22 @@ def metrics_of(results: ItemResults) -> list[str]:
     return [*(n for n in NAMES if n in names), *(n for n in names if n not in NAMES)]
 
 
-def next_commands(results: ItemResults, output: Path, reference: str | None) -> Iterator[str]:
-    """What decides whether this model may ship."""
-    if reference is None:
-        data = shlex.quote(results.data)
-        yield f"llmquant validate ORIGINAL --data {data} -o original.json  # and this run's options"
+def next_commands(
+    results: ItemResults, output: Path, reference: str | None, *, original: bool
+) -> Iterator[str]:
+    """What decides whether a model may ship: measure the other one of the two, and compare."""
+    data, here = shlex.quote(results.data), shlex.quote(str(output))
+    baseline, candidate = reference and shlex.quote(reference), here
+    if baseline is None and original:
+        baseline, candidate = here, "quantized.json"
+        yield (
+            f"llmquant validate QUANTIZED --data {data} -o {candidate} --reference {baseline}"
+            "  # and this run's options"
+        )
+    elif baseline is None:
+        baseline = "original.json"
+        yield f"llmquant validate ORIGINAL --data {data} -o {baseline}  # and this run's options"
     margins = f" --margin {_LENGTH}={_LENGTH_MARGIN}" if _LENGTH in metrics_of(results) else ""
-    baseline, candidate = shlex.quote(reference or "original.json"), shlex.quote(str(output))
     yield f"llmquant compare {baseline} {candidate} --margin 1%{margins}"
 
 

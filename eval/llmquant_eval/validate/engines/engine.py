@@ -55,6 +55,7 @@ class Engine(Protocol):
         together: tasks that one unit has at most.
         observes: it observes answers for a drift profile, whose tokenizer has this fingerprint;
             None if it does not.
+        original: a model that is known not to be quantized, so that others are compared with it.
     """
 
     label: str
@@ -62,6 +63,7 @@ class Engine(Protocol):
     scores: bool
     together: int
     observes: str | None
+    original: bool
 
     def identity(self) -> Mapping[str, object]:
         """Everything but the tasks that determines what is measured."""

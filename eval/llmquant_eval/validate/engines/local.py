@@ -60,7 +60,10 @@ class LocalEngine:
         self.label, self.together = folder.label, together
         self._path, self._generation = folder.path, generation
         dtype, device, self._kernel = computing
-        llmquant.read_config(folder.path)  # before the tokenizer, which would take the blame
+        # Before the tokenizer, which would take the blame.
+        config = llmquant.read_config(folder.path)
+        packed = getattr(config, "quantization_config", None) is not None
+        self.original = not packed and not llmquant.is_onnx(folder.path)
         self._tokenizer: Any = llmquant.load_tokenizer(folder.path)
         self._prompts = Prompts(self._tokenizer, generation.raw, str(folder.path))
         self._device = llmquant.parse_device(device)

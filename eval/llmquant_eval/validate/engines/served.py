@@ -40,6 +40,7 @@ class ServedEngine:
 
     together = ONE_ITEM
     observes: str | None = None
+    original = False  # a server does not say
 
     def __init__(self, served: ServedModel, generation: Generation, tokenizer: str | None) -> None:
         import llmquant
