@@ -94,7 +94,7 @@ _STACKED = frozenset(
 )
 _OWN_CODE = frozenset(
     {
-        *("falcon", "gpt2", "gpt_bigcode", "nanochat", "modernbert-decoder"),
+        *("falcon", "gpt2", "openai-gpt", "gpt_bigcode", "nanochat", "modernbert-decoder"),
         *("mamba", "mamba2", "falcon_mamba", "xlstm"),
     }
 )

@@ -27,8 +27,6 @@ from llmquant.models.rows.architecture import Architecture, Experts, Stacked
 from llmquant.models.rows.table import ARCHITECTURES, derived
 from llmquant.models.rows.towers import SENSES
 
-_TRANSPOSED = ("openai-gpt", "imagegpt")
-
 
 def find(
     model: nn.Module, model_type: str, placed: Callable[[Architecture], Architecture] = lambda a: a
@@ -62,7 +60,9 @@ def find(
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and any(isinstance(m, nn.Linear) for m in module.modules())
+        and any(
+            isinstance(m, nn.Linear) for part in module for m in part.modules() if m is not part
+        )
     }
     # A list inside another one (experts, branches) is part of a block, even where the outer list
     # does not qualify.
@@ -130,18 +130,13 @@ def refuse_kind(config: Mapping[str, Any], model_type: str) -> None:
     """Refuse what is no text decoder with plain linears.
 
     Raises:
-        ArchitectureError: it also reads images or sound, or keeps its weights transposed.
+        ArchitectureError: it also reads images or sound.
     """
     parts = [part for part in SENSES if config.get(part)]
     if parts and not isinstance(config.get("text_config"), dict):
         raise ArchitectureError(
             f"model type {model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
             "not reach the rest; quantize a text-only checkpoint of the family"
-        )
-    if model_type in _TRANSPOSED:
-        raise ArchitectureError(
-            f"model type {model_type!r} keeps its weights in Conv1D layers, transposed, which layouts for quantized linears do "
-            "not hold; quantize a model with plain linears"
         )
 
 

@@ -88,7 +88,9 @@ def first_inputs(
     return [_inputs_of(model, blocks, ids, walk=walk) for ids in batches]
 
 
-def refuse_walk(model: nn.Module, otherwise: str = "use --method rtn") -> None:
+def refuse_walk(
+    model: nn.Module, otherwise: str = "use --method rtn, without --calibration"
+) -> None:
     """Refuse a model whose blocks do not follow from one another alone.
 
     Args:
@@ -98,13 +100,20 @@ def refuse_walk(model: nn.Module, otherwise: str = "use --method rtn") -> None:
     Raises:
         ArchitectureError: later blocks read what earlier ones computed.
     """
+    if why := why_not_walked(model):
+        raise ArchitectureError(f"{why}; {otherwise}")
+
+
+def why_not_walked(model: nn.Module) -> str | None:
+    """Why a model of transformers' class cannot be calibrated, as far as its config tells."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "num_kv_shared_layers", None):
-        raise ArchitectureError(
-            f"later blocks of this {type(model).__name__} read keys and values of earlier ones (num_kv_shared_layers), so it cannot "
-            f"be calibrated block by block; {otherwise}"
-        )
+    if not getattr(text, "num_kv_shared_layers", None):
+        return None
+    return (
+        f"later blocks of this {type(model).__name__} read keys and values of earlier ones (num_kv_shared_layers), so it cannot "
+        "be calibrated block by block"
+    )
 
 
 def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, *, walk: bool) -> BlockInput:
@@ -132,7 +141,7 @@ def _inputs_of(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, *, walk: bo
         ) from failed
     raise ArchitectureError(
         f"{type(model).__name__} changes the hidden states between its decoder blocks, so it cannot be calibrated block by "
-        "block; use --method rtn"
+        "block; use --method rtn, without --calibration"
     )
 
 
@@ -175,5 +184,5 @@ def run_with(block: nn.Module, parameters: Mapping[str, Tensor], inputs: BlockIn
     them."""
     args, kwargs = inputs.calls[0]
     out = functional_call(block, dict(parameters), (inputs.hidden, *args), kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
+    result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
     return result

@@ -5,8 +5,10 @@ The rule: among :data:`CANDIDATES`, smallest files first, the first whose KL is 
 :data:`CLOSE`; where none is that close, the closest. A class that was not measured gets the first.
 Candidates whose scheme the wanted layout cannot hold, or vLLM's kernels refuse in it, are left out,
 so that the default always runs, and rotations where the model cannot be rotated, or a tied head
-would become a tensor of its own. The numbers are of one model per class: a guess for another one,
-which ``llmquant eval`` replaces by a measurement.
+would become a tensor of its own. A model that cannot be calibrated gets :data:`NEAREST`.
+
+The numbers are of one model per class: a guess for another one, which ``llmquant eval`` replaces by
+a measurement.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError, SpecError
 from llmquant.formats import Format, Scheme, layout_of
 from llmquant.formats.engines import VLLM_AVX512, refusals
+from llmquant.models.block_inputs import why_not_walked
 from llmquant.models.rotation.rotated import rotated
 from llmquant.planning.costs import SizeClass, class_of
 from llmquant.quantization.prepare import prepare
@@ -34,6 +37,9 @@ CANDIDATES = (
     "awq-gptq-w4g32-asym",
 )
 """Four bits by GPTQ, smallest files first, and of equal ones the quickest."""
+
+NEAREST = "rtn-w4g128"
+"""For what cannot be calibrated."""
 
 _UNTIES = "its head shares the embeddings' weights, and a rotation gives it its own: a larger file"
 
@@ -87,6 +93,8 @@ class DefaultRecipe:
     def reason(self) -> str:
         """One sentence."""
         size = f"{self.parameters / 1e6:,.1f} million parameters ({self.size_class.name})"
+        if self.name == NEAREST:
+            return f"{size}; {self.unfit[CANDIDATES[0]]}"
         cost = self.size_class.costs.get(self.name)
         if cost is None:
             return f"{size}, {self.size_class.how}"
@@ -107,7 +115,13 @@ def choose_recipe(model: str | os.PathLike[str], layout: str) -> DefaultRecipe:
     tensors, shared = source.original.tensors, source.model.all_tied_weights_keys
     twice = {name for name, of in shared.items() if tied and of in tensors}
     parameters = sum(math.prod(info.shape) for name, info in tensors.items() if name not in twice)
-    return choose(parameters, layout, tied=tied, unrotatable=_why_not_rotated(source.original))
+    return choose(
+        parameters,
+        layout,
+        tied=tied,
+        unrotatable=_why_not_rotated(source.original),
+        uncalibrated=why_not_walked(source.model),
+    )
 
 
 def _why_not_rotated(reader: CheckpointReader) -> str | None:
@@ -120,19 +134,27 @@ def _why_not_rotated(reader: CheckpointReader) -> str | None:
 
 
 def choose(
-    parameters: int, layout: str, *, tied: bool, unrotatable: str | None = None
+    parameters: int,
+    layout: str,
+    *,
+    tied: bool,
+    unrotatable: str | None = None,
+    uncalibrated: str | None = None,
 ) -> DefaultRecipe:
     """The same for a model of so many parameters.
 
     Args:
         tied: whether its head shares the embeddings' weights.
         unrotatable: why it cannot be rotated; None: it can.
+        uncalibrated: why it cannot be calibrated; None: as far as is known it can.
     """
     size_class = class_of(parameters, tied)
-    recipes = {n: load_recipe(n) for n in dict.fromkeys((*CANDIDATES, *size_class.costs))}
+    recipes = {n: load_recipe(n) for n in dict.fromkeys((*CANDIDATES, NEAREST, *size_class.costs))}
     against = _UNTIES if tied else unrotatable
     schemes = {name: _schemes(recipe) for name, recipe in recipes.items()}
     unfit = {n: against for n, r in recipes.items() if against and r.rotation is not None}
+    if uncalibrated:
+        unfit |= {n: uncalibrated for n, r in recipes.items() if r.needs_text}
     held_by = layout_of(layout)
     unheld = {n: why for n, of in schemes.items() if (why := _why_not_held(held_by, of))}
     answers = {name: refusals(layout, of) for name, of in schemes.items()}
@@ -141,7 +163,8 @@ def choose(
         for engine in (VLLM_AVX512, "transformers")
     )
     out = (refused, unfit, unheld)
-    taken = [n for n in CANDIDATES if not any(n in why for why in out)] or [CANDIDATES[0]]
+    taken = [n for n in CANDIDATES if not any(n in why for why in out)]
+    taken = taken or [NEAREST if uncalibrated else CANDIDATES[0]]
     measured = [name for name in taken if name in size_class.costs]
     close = [name for name in measured if size_class.costs[name].kl <= CLOSE]
     closest = sorted(measured, key=lambda name: size_class.costs[name].kl)

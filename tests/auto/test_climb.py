@@ -260,6 +260,36 @@ def test_a_model_that_cannot_be_rotated_has_the_other_rungs(kind, refused, tmp_p
         assert sizes["rotate-gptq-w4g128"] > sizes["gptq-w4g128"]
 
 
+@pytest.mark.parametrize(("named", "made"), [(True, True), (False, True), (True, False)])
+def test_a_model_that_cannot_be_calibrated_has_the_rung_that_rounds(
+    named, made, tmp_path, monkeypatch
+):
+    whole = llmquant.make_plan
+
+    def plan(model, recipe, *more):
+        if recipe.needs_text or not made:
+            raise llmquant.errors.ArchitectureError("not block by block")
+        return whole(model, recipe, *more)
+
+    monkeypatch.setattr(llmquant, "make_plan", plan)
+    request = AutoRequest(
+        model=str(save("llama", tmp_path / "model")),
+        output=tmp_path / "out",
+        data=("file:x",),
+        bounds=Bounds(kl=0.02),
+        rungs=("gptq-w4g128", "rtn-w4g128") if named else (),
+    )
+    text = {"calibration.source": "file:x", "calibration.nsamples": 8, "calibration.seqlen": 16}
+    if not made:
+        with pytest.raises(llmquant.errors.ArchitectureError, match="not block by block"):
+            make_ladder(request, text)
+        return
+    steps = make_ladder(request, text)
+    assert [step.name for step in steps if step.refused is None] == ["rtn-w4g128"]
+    others = [step for step in steps if step.name != "rtn-w4g128"]
+    assert {step.refused for step in others} == {"cannot be made: not block by block"}
+
+
 def test_every_shipped_rung_has_a_known_stage():
     from llmquant_eval.auto.ladder import LADDER as SHIPPED
     from llmquant_eval.auto.ladder import stage_of

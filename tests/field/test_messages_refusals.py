@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 from eval_kit import llmquant_command
 from tiny_models import EXAMPLE, TOKENIZER
-from transformers import AutoModelForCausalLM, OpenAIGPTConfig, RwkvConfig, T5Config, ViTConfig
+from transformers import AutoModelForCausalLM, RwkvConfig, T5Config, ViTConfig
 
 SMALL = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1}
 CONFIGS: dict[str, Any] = {
-    "openai-gpt": OpenAIGPTConfig(n_embd=64, n_layer=2, n_head=2, n_positions=64, **SMALL),
     "rwkv": RwkvConfig(hidden_size=64, num_hidden_layers=2, **SMALL),
     "t5": T5Config(d_model=64, num_layers=2, num_heads=4, d_ff=96, **SMALL),
     "vit": ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2),
@@ -31,9 +30,8 @@ WRONG_GROUP = re.compile(r"sizes that do: ([0-9, ]+), or -1")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> dict[str, Path]:
     made = {"llama": make_model()}
-    for name in ("openai-gpt", "rwkv"):
-        made[name] = tmp_path_factory.mktemp(name)
-        AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(made[name])
+    made["rwkv"] = tmp_path_factory.mktemp("rwkv")
+    AutoModelForCausalLM.from_config(CONFIGS["rwkv"]).save_pretrained(made["rwkv"])
     for name in ("t5", "vit"):
         made[name] = Path(shutil.copytree(made["llama"], tmp_path_factory.mktemp(name) / name))
         CONFIGS[name].save_pretrained(made[name])
@@ -47,7 +45,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> dict[s
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        pytest.param("openai-gpt", "'openai-gpt' keeps its weights in Conv1D layers", id="Conv1D"),
         pytest.param(
             "rwkv", "'rwkv' keeps weights in 10 three-dimensional tensors", id="no matrix"
         ),

@@ -83,7 +83,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"rope_parameters": _ROPE, "head_dim": 16},
     "bailing_hybrid": {"num_expert_group": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCAB},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": VOCAB,
+        "altup_correct_scale": False,  # its scale is zero in a new model
+    },
     "gemma4_text": {"vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0},
     # A choice of experts that rounding changes is no small error; here both are chosen always.
     "minimax_m2": {"num_local_experts": 2},

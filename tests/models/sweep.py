@@ -210,10 +210,10 @@ weights do, and transformers loads the folder to the same numbers, or the last c
 
 Models that also see (`gemma3`, `qwen2_5_vl`, `qwen3_vl`, `qwen3_vl_moe`, `qwen3_5`, `mistral3`, `smolvlm`, `llama4`) are in `tests/models/test_towers.py`: the text part is
 quantized, all else is carried over byte for byte, and transformers loads the result, but for `qwen3_vl_moe`, whose experts it reads only unquantized.
-Further ones are in `tests/models/test_whole_models.py`: `aya_vision`, `llava`, `llava_next`, `paligemma`, `hyperclovax_vision_v2`, and `gemma4_unified` without eyes. What the text part's own class would do to
+Further ones are in `tests/models/test_whole_models.py`: `aya_vision`, `llava`, `llava_next`, `paligemma`, `hyperclovax_vision_v2`, `gemma3n` and `gemma4_unified` without eyes. What the text part's own class would do to
 the logits (a factor, a cap) is left out where transformers' class of the whole model leaves it out.
 
-A `gemma4_text` whose later blocks read the keys and values of earlier ones (`num_kv_shared_layers`), as the small Gemma 4 models do, is rounded to nearest only.
+A `gemma3n_text` or `gemma4_text` whose later blocks read the keys and values of earlier ones (`num_kv_shared_layers`), as Gemma 3n and the small Gemma 4 models do, is rounded to nearest only.
 
 `PYTHONPATH=tests python tests/models/sweep.py` writes this page; with model types as arguments it runs those alone and
 keeps what `out/models.json` says of the others.

@@ -31,7 +31,17 @@ pytestmark = pytest.mark.skipif(
 )
 # One of each habit: plain, fused and turned matrices, stacked experts, experts and names found by
 # transformers' own table, states beside attention, experts without a gate, a type that is refused.
-FEW = ("gptj", "gpt2", "granitemoe", "hy_v3", "qwen3_next", "nemotron_h", "rwkv")
+FEW = (
+    "gptj",
+    "gpt2",
+    "openai-gpt",
+    "gemma3n_text",
+    "granitemoe",
+    "hy_v3",
+    "qwen3_next",
+    "nemotron_h",
+    "rwkv",
+)
 
 
 def listed() -> list[str]:

@@ -23,6 +23,7 @@ from llmquant.models.block_inputs import first_inputs, run_block
 from llmquant.models.precision import stored_buffers
 from llmquant.planning.allocation.allocate import allocate
 from llmquant.planning.allocation.options import AllocateOptions
+from llmquant.planning.defaults import choose_recipe
 from llmquant.planning.preview import make_plan
 from llmquant.quantization.blocks.materialize import materialized, outer_names
 from llmquant.quantization.blocks.whole_model import whole
@@ -33,7 +34,16 @@ from walk_plans import plan_of
 IDS = torch.randint(10, 4000, (2, 24), generator=torch.Generator().manual_seed(1))
 RTN = Recipe.model_validate({"method": "rtn", "weights": {"bits": 8, "group_size": 16}})
 # Plain, windows, states, a mixture with a bias for its router, one with factors in buffers.
-FEW = ("llama", "gemma2", "nemotron_h", "deepseek_v3", "gemma4_text", "lfm2_moe")
+FEW = (
+    "llama",
+    "gemma2",
+    "nemotron_h",
+    "deepseek_v3",
+    "gemma4_text",
+    "gemma3n_text",
+    "openai-gpt",
+    "lfm2_moe",
+)
 
 
 CALIBRATED = re.findall(r"^\| `([\w-]+)` \| all \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -114,20 +124,28 @@ def test_every_walk_computes_what_the_model_does(kind: str, tmp_path: Path) -> N
     check(kind, tmp_path)
 
 
-def test_blocks_that_read_the_keys_of_earlier_ones_are_rounded_only(tmp_path: Path) -> None:
-    """As in Gemma 4's small models: no block of these can be calibrated without the ones before."""
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n_text"])
+def test_blocks_that_read_the_keys_of_earlier_ones_are_rounded_only(
+    kind: str, tmp_path: Path
+) -> None:
+    """As in Gemma 3n and Gemma 4's small models: no block of these can be calibrated without the
+    ones before."""
     shared = {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     }
-    written("gemma4_text", tmp_path, **shared)
-    with pytest.raises(ArchitectureError, match=r"num_kv_shared_layers.*use --method rtn"):
+    written(kind, tmp_path, **shared)
+    default = choose_recipe(tmp_path, "compressed-tensors")
+    assert (default.name, default.recipe.needs_text) == ("rtn-w4g128", False)
+    assert "read keys and values of earlier ones" in default.reason
+    assert {"gptq-w4g128", "best-w4g128"} <= set(default.unfit)
+    with pytest.raises(ArchitectureError, match=r"num_kv_shared_layers.*without --calibration"):
         walked(tmp_path)
     with pytest.raises(ArchitectureError, match="num_kv_shared_layers"):
         make_plan(tmp_path, Recipe())
     text = {"calibration.source": f"file:{EXAMPLE / 'calibration.txt'}"}
     with pytest.raises(ArchitectureError, match="give --bits with --method rtn"):
         allocate(tmp_path, RTN.updated(text), AllocateOptions(6.0))
-    found = outcome_of("gemma4_text", {"8-bit RTN": {"method": "rtn"}}, **shared)
+    found = outcome_of(kind, {"8-bit RTN": {"method": "rtn"}}, **shared)
     assert (found.works, found.wrong) == (("8-bit RTN",), ())

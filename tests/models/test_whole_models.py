@@ -12,6 +12,7 @@ import pytest
 import torch
 from children import Run
 from safetensors.torch import load_file
+from small_kinds import small
 from test_towers import IDS, QWEN_EYE, SIGLIP, TEXT, differences
 from tiny_models import EXAMPLE, TOKENIZER
 from transformers import (
@@ -135,3 +136,31 @@ def test_a_config_of_a_text_part_and_nothing_else(tmp_path: Path, run: Run) -> N
     assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
     difference, largest = differences(packed)
     assert difference < 1e-4 * largest
+
+
+def test_gemma3n_without_eyes_and_ears(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its eyes are timm's, which is not installed; a layer stands in their place."""
+    from transformers.models.gemma3n import modeling_gemma3n
+
+    text = small("gemma3n_text").to_dict() | {"num_kv_shared_layers": 1}
+    built = modeling_gemma3n.AutoModel.from_config
+
+    def without_senses(config: PreTrainedConfig) -> torch.nn.Module:
+        reads = config.model_type == "gemma3n_text"
+        return built(config) if reads else torch.nn.Linear(4, 4)
+
+    monkeypatch.setattr(modeling_gemma3n.AutoModel, "from_config", without_senses)
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    whole = write("gemma3n", source, text_config=text)
+    assert run("quantize", source, "-o", packed, *RTN).code == 0
+    with torch.no_grad():
+        p = whole(input_ids=IDS).logits.log_softmax(-1)
+        q = load(packed, dtype="float32", kernel="reference")(IDS).logits.log_softmax(-1)
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
+    kept, before = (load_file(f / "model.safetensors") for f in (packed, source))
+    senses = [name for name in before if "vision" in name or "audio" in name]
+    assert senses
+    for name in senses:
+        assert torch.equal(kept[name], before[name])

@@ -165,7 +165,8 @@ def _planned(step: Step, request: AutoRequest) -> Step:
     try:
         plan = llmquant.make_plan(request.model, step.recipe, "auto")
     except (ArchitectureError, LayoutError, SpecError, RecipeError) as e:
-        if isinstance(e, ArchitectureError) and step.recipe.rotation is None:
+        asks_more = step.recipe.needs_text or step.recipe.rotation is not None
+        if isinstance(e, ArchitectureError) and not asks_more:
             raise  # no other rung could be made either
         return replace(step, refused=f"cannot be made: {e}")
     nbytes, bits = _size(plan, step.target)

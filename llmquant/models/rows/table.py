@@ -24,6 +24,13 @@ _DELTA = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z")
 _SCALED = (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"))
 _LLAMA = Architecture("model.layers", "model.norm", (_ATTENTION, _GATED_MLP), _SCALED)
 
+_GPT2 = Architecture(
+    "transformer.h",
+    "transformer.ln_f",
+    (),
+    conv1d=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+)
+
 
 def _mixture(
     experts: Experts, beside: str = "", renamed: tuple[tuple[str, str], ...] = ()
@@ -69,7 +76,8 @@ _DIRECT = "the model's own code reads its weight"
 _GATE = "a gate of one row for each head"
 # Linears that are left alone, by patterns of their names, and why. What reads a weight past its
 # linear does not find a packed one: Mamba's step sizes, and the index over tokens of DeepSeek's
-# sparse attention, where vLLM also merges two unpacked.
+# sparse attention, where vLLM also merges two unpacked. The matrices of Gemma 3n's alternating
+# updates have four rows or columns.
 LEFT_ALONE = {
     "*.dt_proj": _DIRECT,
     "*.indexer.weights_proj": _DIRECT,
@@ -77,6 +85,7 @@ LEFT_ALONE = {
     "*.linear_attn.in_proj_a": _GATE,
     "*.linear_attn.in_proj_b": _GATE,
     "*.linear_attn.in_proj_ba": _GATE,
+    "*.altup.*": "it weighs the few streams of hidden states",
 }
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -109,12 +118,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     # query_key_value is one matrix in the checkpoint.
     "falcon": Architecture("transformer.h", "transformer.ln_f", (), linears=("FalconLinear",)),
     # c_attn is one matrix in the checkpoint.
-    "gpt2": Architecture(
-        "transformer.h",
-        "transformer.ln_f",
-        (),
-        conv1d=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-    ),
+    "gpt2": _GPT2,
+    "openai-gpt": replace(_GPT2, norm=""),  # each block ends with its own
     "mixtral": _mixture(_MIXTRAL, renamed=(("model.layers.*.mlp", "block_sparse_moe"),)),
     "phimoe": _mixture(
         _MIXTRAL,

@@ -279,7 +279,7 @@ def _raw_output(block: nn.Module, inputs: BlockInput) -> Any:
 
 
 def _hidden(raw: Any) -> Tensor:
-    hidden: Tensor = raw[0] if isinstance(raw, tuple) else raw
+    hidden: Tensor = raw[0] if isinstance(raw, (tuple, list)) else raw
     return hidden
 
 

@@ -71,7 +71,7 @@ def stages(
         if names.count(name) != 1:
             raise ArchitectureError(
                 f"{name} was called {names.count(name)} times in one pass through its block, so its inputs cannot be "
-                f"calibrated; --ignore it or use --method rtn"
+                f"calibrated; --ignore it or use --method rtn, without --calibration"
             )
     sets: list[tuple[Tensor, list[str]]] = []
     for name, x in calls:
