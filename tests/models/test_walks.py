@@ -81,7 +81,7 @@ def walked(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     blocks, seen = blocks_of(plan.model, plan.architecture), list[Tensor]()
 
     def note(_module: nn.Module, _args: Any, out: Any) -> None:
-        seen.append(out[0] if isinstance(out, tuple) else out)
+        seen.append(out[0] if isinstance(out, (tuple, list)) else out)
 
     with torch.no_grad():
         with whole(plan):
