@@ -81,7 +81,8 @@ def eval_command(
 ) -> None:
     """Measure what quantization cost.
 
-    Perplexity, divergence from a reference, size, speed and memory.
+    Perplexity, divergence from a reference, size, speed and memory. A run that was stopped is
+    resumed by the same command.
     """
     if suite is not None:
         from llmquant_eval.suite_cli import suite_command

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import heeding_interrupts
 
 import llmquant
 from llmquant_eval.models.kept_answers import PromptScores
@@ -355,7 +356,9 @@ def test_a_command_that_is_killed_resumes(by: signal.Signals, tiny_llama: Path) 
         "--max-windows", "60", "--dtype", "float32", "--json",
     ]  # fmt: skip
     expected = json.loads(subprocess.run(line, check=True, capture_output=True).stdout)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        heeding_interrupts(line), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     limit = time.monotonic() + 120
     while not any(p.stat().st_size > 20_000 for p in unfinished()):
         assert process.poll() is None, "it ended before it was stopped"
