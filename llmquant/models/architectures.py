@@ -59,10 +59,7 @@ def find(
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and any(
-            isinstance(m, nn.Linear) for part in module for m in part.modules() if m is not part
-        )
+        if isinstance(module, nn.ModuleList) and any(map(_has_linears, module))
     }
     # A list inside another one (experts, branches) is part of a block, even where the outer list
     # does not qualify.
@@ -93,10 +90,12 @@ def find(
 
 def _related(blocks: nn.ModuleList) -> bool:
     """Whether modules are of classes of one model's code, all with linears inside."""
-    return len({type(m).__module__ for m in blocks}) == 1 and all(
-        any(isinstance(part, nn.Linear) for part in block.modules() if part is not block)
-        for block in blocks
-    )
+    return len({type(m).__module__ for m in blocks}) == 1 and all(map(_has_linears, blocks))
+
+
+def _has_linears(block: nn.Module) -> bool:
+    """Whether it is made of linears; a linear itself is not."""
+    return any(isinstance(part, nn.Linear) for part in block.modules() if part is not block)
 
 
 def _outside(model: nn.Module, blocks: str) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""What was measured so far, on disk beside the results, so that a run that was killed resumes.
+"""What was measured so far, on disk, so that a run that was killed resumes.
 
 JSON Lines: a key that says everything the value depends on (model, options, prompts), and the
 value. Lines are appended and synced as values come. A key of another model or other options is
 never looked up, so nothing has to be thrown away when a command changes; a line that a kill cut in
-two is measured again. The file is deleted when the results are written.
+two is measured again. The file is deleted when the work is done.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class KeptWork:
         except LlmquantError as e:
             self._journal = None
             if self._tell is not None:
-                self._tell(f"warning: this run cannot be resumed: {e}")
+                self._tell(f"warning: this run cannot be resumed: {_cause(e)}")
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def kept_work(folder: Path, identity: str, tell: Callable[[str], None]) -> Itera
             _forget_old(folder)
             journal = stack.enter_context(opened(path, restart=False))
         except (OSError, LlmquantError) as e:
-            tell(f"note: this run cannot be resumed: {str(e).partition(';')[0]}")
+            tell(f"note: this run cannot be resumed: {_cause(e)}")
             yield KeptWork()
             return
         if len(journal):
@@ -80,6 +80,11 @@ def kept_work(folder: Path, identity: str, tell: Callable[[str], None]) -> Itera
                     f"what was measured is kept in {path}; the same command resumes"
                 ) from e
             raise
+
+
+def _cause(error: Exception) -> str:
+    """Without what to do, which is for those whose results are kept there."""
+    return str(error).partition(";")[0]
 
 
 def _forget_old(folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 A cache is a folder named by the sha256 of what determines it: weights, tokenizer, token ids,
 windows, dtype, kernel, form. Windows lie in safetensors shards whose hashes stand in
-``cache.json``, which is written last and whole: a folder without it is unfinished, and the shards
-that ``shards.json`` lists in it are gone on from. A shard of a finished cache that is missing,
+``cache.json``, which is written last and whole: a folder without it is unfinished, and the next
+run keeps the shards that its ``shards.json`` lists. A shard of a finished cache that is missing,
 short or changed is an error that names it. Nothing is pickled.
 
 A compact form changes the KL by something. So the cache also keeps, at positions spread evenly over

@@ -74,6 +74,7 @@ def validate_command(
     generation = Generation(max_tokens, temperature, seed, raw)
     baseline = None if reference is None else plan.read_reference(reference, read, generation)
     names = plan.Chosen(metric or (), scorer or (), lower_is_better or ())
+    given = None if reference is None or baseline is None else (reference, baseline)
     with _kept_when_interrupted(), stages(quiet or as_json) as (progress, tell):
         run = plan.plan_run(model, read, generation, execution, names, progress, tell)
         results = run.results(
@@ -81,11 +82,10 @@ def validate_command(
         )
     if as_json:
         sys.stdout.write(results.to_json())
-        return
-    from llmquant_eval.validate.summary import show
+    else:
+        from llmquant_eval.validate.summary import show
 
-    given = None if reference is None or baseline is None else (reference, baseline)
-    show(results, output, given, original=run.engine.original)
+        show(results, output, given, original=run.engine.original)
 
 
 @contextmanager
