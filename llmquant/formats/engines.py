@@ -96,6 +96,8 @@ _OWN_CODE = frozenset(
     {
         *("falcon", "gpt2", "openai-gpt", "gpt_bigcode", "nanochat", "modernbert-decoder"),
         *("mamba", "mamba2", "falcon_mamba", "xlstm"),
+        # compressed-tensors unpacks in a forward of the whole, and they have none.
+        *("qwen2_5_omni", "qwen3_omni_moe"),
     }
 )
 _UNSTACKED = "it reads the experts of this model type only stacked and unquantized, and would put random numbers in their place"
@@ -116,6 +118,12 @@ _TRANSFORMERS = (
         lambda s: True,
         "transformers 5.23 initializes every embedding, and fails at a packed one",
         embeddings=True,
+    ),
+    Rule(
+        _CT,
+        lambda s: True,
+        "transformers 5.23 splits matrices of this model type's eye as it reads them, and fails at that beside packed ones",
+        models=frozenset({"qianfan_ocr"}),
     ),
     Rule(_CT, lambda s: s.g_idx, "compressed-tensors 0.18 and later have dropped g_idx"),
     Rule(

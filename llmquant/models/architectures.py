@@ -15,11 +15,10 @@ one, under the names that transformers saves it by (:mod:`llmquant.models.naming
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmquant.errors import ArchitectureError
 from llmquant.models.experts import ExpertList
@@ -41,12 +40,12 @@ def find(
 
     Raises:
         ArchitectureError: the entry does not fit the model, there is no single such list, the model
-            is more than a text decoder, or it holds experts that are not linears: the larger part
-                of it would stay as it is.
+            is more than a text decoder, text does not reach all of its blocks, or it holds experts
+            that are not linears: the larger part of it would stay as it is.
     """
-    config = getattr(model, "config", None)
-    described = config.to_dict() if config is not None else {}
-    refuse_kind(described, model_type)
+    if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
+        refuse_kind(config)
+        _refuse_unreached(config)
     _refuse_experts(model, model_type)
     known = ARCHITECTURES.get(model_type)
     if known is not None:
@@ -125,17 +124,29 @@ def has_matrix(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
-def refuse_kind(config: Mapping[str, Any], model_type: str) -> None:
-    """Refuse what is no text decoder with plain linears.
+def refuse_kind(config: PreTrainedConfig) -> None:
+    """Refuse what is no text decoder with plain linears, nor has one as a part of its own.
 
     Raises:
         ArchitectureError: it also reads images or sound.
     """
-    parts = [part for part in SENSES if config.get(part)]
-    if parts and not isinstance(config.get("text_config"), dict):
+    parts = [part for part in SENSES if getattr(config, part, None)]
+    if parts and config.get_text_config() is config:
         raise ArchitectureError(
-            f"model type {model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
+            f"model type {config.model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
             "not reach the rest; quantize a text-only checkpoint of the family"
+        )
+
+
+def _refuse_unreached(config: PreTrainedConfig) -> None:
+    """Refuse a model with blocks that only run beside an image, as Llama 3.2's vision models have
+    them: no text shows what they compute."""
+    count = getattr(config, "num_hidden_layers", 0)
+    unreached = [str(i) for i in getattr(config, "cross_attention_layers", ()) if i < count]
+    if unreached:
+        raise ArchitectureError(
+            f"text alone does not reach {len(unreached)} of the {count} blocks of model type {config.model_type!r} (cross_attention_layers: "
+            f"{', '.join(unreached)}), so it cannot be quantized block by block; quantize a text-only checkpoint of the family"
         )
 
 

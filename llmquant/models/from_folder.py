@@ -214,21 +214,39 @@ def causal_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedMode
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     tower = tower_of(reader, config)
-    config = config if tower is None else tower.config
-    # A reader may have untied the head from the embeddings that the folder's own config ties it to.
-    config.tie_word_embeddings = reader.config.get(
-        "tie_word_embeddings", getattr(config, "tie_word_embeddings", False)
-    )
+    if tower is None:
+        # A reader may have untied the head from the embeddings that the folder's own config ties
+        # it to.
+        config.tie_word_embeddings = reader.config.get(
+            "tie_word_embeddings", getattr(config, "tie_word_embeddings", False)
+        )
+    text = config if tower is None else tower.config
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
+            causal = None if tower is None else tower.causal
+            model = causal_of(text, causal, dtype=dtype)
     except CONFUSED as e:
         raise ArchitectureError(
             f"{reader.path} is not a causal language model that can be built: {first_line(e)}"
         ) from e
     return model
+
+
+def causal_of(
+    config: PreTrainedConfig, causal: type[PreTrainedModel] | None, **options: Any
+) -> PreTrainedModel:
+    """A causal language model of a text model's config.
+
+    Args:
+        causal: its class where transformers has none.
+        options: of transformers' ``from_config``.
+    """
+    result: PreTrainedModel = (
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        if causal is None
+        else causal._from_config(config, **options)
+    )
+    return result
 
 
 def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel:

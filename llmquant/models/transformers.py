@@ -38,7 +38,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant.checkpoint.packed import PackedCheckpoint
 from llmquant.checkpoint.reader import CheckpointReader
-from llmquant.errors import CheckpointError, FormatError, UsageError
+from llmquant.errors import ArchitectureError, CheckpointError, FormatError, UsageError
 from llmquant.formats import for_config
 from llmquant.kernels import AUTO, KERNELS
 from llmquant.kernels.packed_linear import PackedLinear
@@ -151,7 +151,12 @@ class PackedQuantizer(HfQuantizer):
         packed.require_modules()
         as_in_checkpoint(model, str(reader.config.get("model_type")))
         self._places = places_in_memory(model, packed.tensors, reader.path)
-        self._untie(model)
+        try:
+            self._untie(model)
+        except NotImplementedError as e:  # of Qwen's omni models, which have several embeddings
+            raise ArchitectureError(
+                f"{type(model).__name__} is more than one language model; llmquant.load loads the text part of {reader.path}"
+            ) from e
         embeddings = model.get_input_embeddings()
         if type(embeddings) is not nn.Embedding and embeddings in self._packed_modules(model):
             # Computed buffers are without numbers here, and a scale of the rows is one.

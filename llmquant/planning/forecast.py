@@ -35,10 +35,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from llmquant.checkpoint.companions.confusion import CONFUSED, first_line
+from llmquant.errors import ArchitectureError
 from llmquant.kernels.cpu import Cpu
-from llmquant.models.from_folder import context_length, read_config
+from llmquant.models.from_folder import causal_of, context_length, read_config
+from llmquant.models.reading.tower import text_part
 from llmquant.planning.preview import Plan
 from llmquant.quantization.memory import Work
 from llmquant.recipe import Recipe
@@ -197,23 +201,53 @@ def running_bytes(
 
 
 def cache_bytes(config: PreTrainedConfig, context: int, batch_size: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of ``batch_size`` contexts of so many tokens.
+    """Bytes of the keys and values, or states, of ``batch_size`` contexts of so many tokens.
 
     The model itself is run without weights (on the meta device) and the cache it filled is
-    counted, so sliding windows, shared keys and compressed attention count as they are.
+    counted, so sliding windows, shared keys and compressed attention count as they are. A model
+    that cannot run so is counted as one whose every layer keeps every key and value.
 
     Args:
         dtype: that the model computes in.
+
+    Raises:
+        ArchitectureError: transformers has no causal language model for the config.
     """
+    config = copy.deepcopy(config)
+    text = text_part(config, config.name_or_path or "the model")
+    text_config = config if text is None else text.config
+    causal = None if text is None else text.causal
+    try:
+        with torch.device("meta"):
+            model = causal_of(text_config, causal, dtype=_ANY, attn_implementation="eager")
+    except CONFUSED as e:
+        raise ArchitectureError(
+            f"model type {config.model_type!r} is not a causal language model that can be built: {first_line(e)}"
+        ) from e
+    ids = torch.zeros(batch_size, context, dtype=torch.int64, device="meta")
+    # Without a mask some models look for padding among the ids, and with one others look at that;
+    # there are no values here.
+    for mask in (torch.ones_like(ids), None):
+        try:
+            held = _held(model, ids, mask)
+        except CONFUSED:
+            continue
+        return held * dtype.itemsize
+    return _at_most(text_config) * batch_size * context * dtype.itemsize
+
+
+def _held(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> int:
+    """Numbers in the cache after these ids."""
+    cache = DynamicCache(config=model.config)
     with torch.device("meta"), torch.inference_mode():
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=_ANY, attn_implementation="eager", trust_remote_code=False
-        )
-        cache = DynamicCache(config=model.config)
-        ids = torch.zeros(batch_size, context, dtype=torch.int64)
-        # Without a mask some models look for padding among the ids, which have no values here.
-        mask = torch.ones_like(ids)
         model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
     tensors = (t for layer in cache.layers for t in vars(layer).values())
-    floats = (t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
-    return sum(t.numel() for t in floats) * dtype.itemsize
+    return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
+
+
+def _at_most(config: Any) -> int:
+    """Numbers that a token's keys and values take, as far as the config's usual names tell."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * getattr(config, "num_hidden_layers", 0) * kept * width)

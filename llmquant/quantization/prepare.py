@@ -75,9 +75,8 @@ def prepare(
     """
     given = unquantized(model)
     model_type = str(given.config.get("model_type"))
-    read_config(given.path)  # values that cannot be are no kind of model
     # Of such a model tensors have other names too; that would be the symptom.
-    architectures.refuse_kind(given.config, model_type)
+    architectures.refuse_kind(read_config(given.path))
     layout_of(recipe.format)
     on, precision = parse_device(device), passes_dtype(recipe, dtype)
     make_current(on)

@@ -44,11 +44,11 @@ _VALUES: tuple[tuple[int, tuple[str, ...]], ...] = (
     (1, ("bos_token_id",)),
     (2, ("eos_token_id",)),
 )
-_SMALL: dict[str, Any] = {name: value for value, names in _VALUES for name in names}
-_SPREAD = ("initializer_range", "init_std", "initializer_factor")
+SMALL: dict[str, Any] = {name: value for value, names in _VALUES for name in names}
+SPREAD = ("initializer_range", "init_std", "initializer_factor")
 _DEEPSEEK = {"num_key_value_heads": 4}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_CHANGES: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("deepseek_v3", "deepseek_v32", "axk1", "axk2", "minicpm3", "youtu"),
         _DEEPSEEK,
@@ -106,9 +106,9 @@ def small(kind: str, **changes: Any) -> PreTrainedConfig:
     known = cls().to_dict()
     values = {
         name: value
-        for name, value in _SMALL.items()
+        for name, value in SMALL.items()
         if name in known and (known[name] is not None or name.endswith("token_id"))
     }
-    spread = {name: 1.0 if name.endswith("factor") else 0.06 for name in _SPREAD if name in known}
+    spread = {name: 1.0 if name.endswith("factor") else 0.06 for name in SPREAD if name in known}
     tied = {"tie_word_embeddings": False}
-    return cls(**{**values, **spread, **tied, **_CHANGES.get(kind, {}), **changes})
+    return cls(**{**values, **spread, **tied, **CHANGES.get(kind, {}), **changes})

@@ -336,6 +336,22 @@ def test_a_recipe_is_chosen_by_the_head_that_is_stored(kind: str, tmp_path: Path
     assert ("shares the embeddings' weights" in why) == tied, why
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_advice_counts_keys_and_values_of_the_text_part(
+    kind: str, tmp_path: Path, run: Run
+) -> None:
+    whole = write(kind, tmp_path / "source")
+    told = run("advise", tmp_path / "source", "--context", "10", "--no-measure", "--json")
+    assert told.code == 0, told
+    with torch.no_grad():
+        cache = whole(input_ids=IDS[:1], use_cache=True).past_key_values
+    held = [t for layer in cache.layers for t in vars(layer).values()]
+    floats = sum(t.numel() for t in held if isinstance(t, torch.Tensor) and t.is_floating_point())
+    found = json.loads(told.out)
+    width = 2 if "16" in found["dtype"] else 4
+    assert found["cache_bytes"] == floats * width
+
+
 def test_a_text_part_alone_is_said(tmp_path: Path, run: Run) -> None:
     source = tmp_path / "source"
     write("gemma3", source)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from small_kinds import KINDS, small
-from sweep import EXAMPLE, LARGEST, PAGE, TOKENIZER, outcome_of
+from sweep import EXAMPLE, TEXTS, TOKENIZER, outcome_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -46,7 +46,9 @@ FEW = (
 )
 
 
-CALIBRATED = re.findall(r"^\| `([\w-]+)` \| all \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+CALIBRATED = re.findall(
+    r"^\| `([\w-]+)` \| all \|", TEXTS.page.read_text(encoding="utf-8"), re.MULTILINE
+)
 """Kinds that docs/models.md says are calibrated."""
 
 
@@ -57,7 +59,7 @@ def written(kind: str, folder: Path, **changes: Any) -> PreTrainedModel | None:
         config = small(kind, **changes)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
-        if sum(p.numel() for p in empty.parameters()) > LARGEST:
+        if sum(p.numel() for p in empty.parameters()) > TEXTS.largest:
             return None
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

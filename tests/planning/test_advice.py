@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from children import Run
+from small_kinds import small
 from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -156,6 +157,26 @@ def test_the_cache_is_what_a_run_fills(kind: str) -> None:
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     assert cache_bytes(config, 20, 2, torch.float32) == held
     assert cache_bytes(config, 20, 2, torch.bfloat16) == held // 2
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "lfm2", "nemotron_h", "bamba"])
+def test_the_cache_of_a_model_with_states_is_what_a_run_fills(kind: str) -> None:
+    config = small(kind)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros(2, 20, dtype=torch.int64)
+    model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    held = [t for layer in cache.layers for t in vars(layer).values()]
+    floats = [t for t in held if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    assert cache_bytes(config, 20, 2, torch.float32) == 4 * sum(t.numel() for t in floats)
+
+
+def test_a_cache_that_cannot_be_counted_is_taken_for_a_whole_one() -> None:
+    """MiniMax has a class of its own for its states, and refuses any other."""
+    config = small("minimax")
+    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    whole = 2 * config.num_hidden_layers * width * 2 * 20 * 4
+    assert cache_bytes(config, 20, 2, torch.float32) == whole
 
 
 def test_a_context_beyond_the_model_is_misuse(model: Path) -> None:

@@ -35,27 +35,40 @@ def rename(model: nn.Module, path: str, name: str) -> None:
     if inner and first == leaf:  # the old name is also the first part of the new one
         found = owner.get_submodule(leaf)
         own: Any = type(found)
-        found.__class__ = _itself(own, inner[0])
+        found.__class__ = _itself(own, tuple(inner))
+    _reach(owner, name)
+
+
+def _reach(owner: nn.Module, name: str) -> None:
+    """Make a module that was moved reachable by attributes, where the first of them is an old name
+    that leads elsewhere."""
+    *path, last = name.split(".")
+    holder = seen = owner
+    for part in path:
+        child, seen = holder._modules[part], getattr(seen, part)
+        assert child is not None  # rename() has put it there
+        holder = child
+    if seen is not holder and not hasattr(seen, last):
+        _point(seen, last, holder, last)
 
 
 @cache
-def _itself(kind: Any, name: str) -> type[nn.Module]:
-    """The class with a name for the module itself: ``router.layer`` is found from ``router``, as
+def _itself(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """The class with names for the module itself: ``router.layer`` is found from ``router``, as
     which the model's own code gets the module at the path's end."""
-    return type(
-        kind.__name__, (kind,), {name: property(lambda self: self), "__module__": kind.__module__}
-    )
+    own = dict.fromkeys(names, property(lambda self: self))
+    return type(kind.__name__, (kind,), {**own, "__module__": kind.__module__})
 
 
 def _within(
     module: nn.Module | None, names: list[str], holder: nn.Module | None = None
 ) -> nn.Module | None:
-    """The module at the end of a path of modules that do nothing, of which the first may be
-    there."""
+    """The module at the end of a path of modules that do nothing, or that are there."""
     if not names:
         return module
     holder = holder or nn.Module()
-    holder.add_module(names[0], _within(module, names[1:]))
+    first, *rest = names
+    holder.add_module(first, _within(module, rest, holder._modules.get(first) if rest else None))
     return holder
 
 
@@ -67,7 +80,10 @@ def _reachable(kind: Any, old: str, new: str) -> type[nn.Module]:
     def found(self: nn.Module) -> nn.Module | None:
         module: nn.Module | None = self
         for part in new.split("."):
-            module = module._modules[part] if module is not None else None
+            if module is not None:
+                # By its attribute where it was moved a second time.
+                there = part in module._modules
+                module = module._modules[part] if there else getattr(module, part)
         return module
 
     return type(kind.__name__, (kind,), {old: property(found), "__module__": kind.__module__})
@@ -159,6 +175,11 @@ def _move(model: nn.Module, owner: nn.Module, leaf: str, new: str) -> None:
         holder.register_parameter(last, owner._parameters.pop(leaf))
     else:
         holder.register_buffer(last, owner._buffers.pop(leaf))
+    _point(owner, leaf, holder, last)
+
+
+def _point(owner: nn.Module, leaf: str, holder: nn.Module, last: str) -> None:
+    """Give a module an attribute for what another one holds."""
     owner.__dict__.setdefault(_ELSEWHERE, {})[leaf] = (holder, last)
     kind: Any = type(owner)
     owner.__class__ = _elsewhere(kind, leaf)

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from llmquant.errors import ArchitectureError
 from llmquant.models.architectures import ARCHITECTURES, Architecture, Experts, Stacked
 from llmquant.models.experts import ExpertList, WeighsInputs
-from llmquant.models.naming.conversions import follow_conversions
+from llmquant.models.naming.conversions import follow_conversions, moved_modules
 from llmquant.models.naming.moves import rename, rename_ties
 
 
@@ -49,8 +49,9 @@ def as_in_checkpoint(
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None and not text_is_a_part(model):
         follow_conversions(model)
+    already = moved_modules(model)
     for old, new in moved:
-        rename(model, old, new)
+        rename(model, already.get(old, old), new)
     architecture = None if architecture is None else placed(architecture)
     renamed = architecture.renamed if architecture is not None else ()
     for pattern, name in renamed:

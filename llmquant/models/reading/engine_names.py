@@ -53,7 +53,8 @@ class EngineNames:
             ignored += self.architecture.in_memory(skipped)
         ignored += in_memory(skipped, self.moved)
         if tower is not None:
-            ignored += [p for n in skipped if (p := tower.pattern(n)) is not None]
+            text = [n for n in skipped if n not in self.elsewhere]
+            ignored += [p for n in text if (p := tower.pattern(n)) is not None]
             ignored += tower.patterns(self.elsewhere)
         config = layout.config(schemes, list(dict.fromkeys(ignored)))
         if tower is None:
@@ -82,8 +83,7 @@ def engine_names(fit: Fitted) -> EngineNames:
     tower = fit.tower
     kind = tower.kind if tower else str(fit.reader.config.get("model_type"))
     row = ARCHITECTURES.get(kind)
-    outside = [n for n in fit.leftovers if tower is not None and not tower.holds(n)]
-    elsewhere = [n.rpartition(".")[0] for n in outside]
+    elsewhere = [n.rpartition(".")[0] for n in fit.outside]
     if elsewhere:
         elsewhere += linears_beside(read_config(fit.reader.path))
     return EngineNames(

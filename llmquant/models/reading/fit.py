@@ -8,6 +8,7 @@ the measure: what it loads fits, what it would fill with random numbers does not
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from llmquant.models.reading.embeddings import Matrix, embedding_of, shape_of, w
 from llmquant.models.reading.leftovers import leftover_notes
 from llmquant.models.reading.matrices import turned, unstacked
 from llmquant.models.reading.places import Naming, naming
-from llmquant.models.reading.tower import Tower, senses_of, tower_of
+from llmquant.models.reading.tower import Tower, parts_beside, tower_of
 from llmquant.models.tensor_check import refuse_mismatch
 from llmquant.runtime.finite import some
 
@@ -39,6 +40,7 @@ class Fitted:
         model: on the meta device, its modules named as in the folder.
         packed: the same folder's packed modules; None for an unquantized one.
         leftovers: tensors without a place.
+        outside: those of them that are not the text part's, if the model is more than that.
         notes: what people should know of it.
         tower: where the checkpoint keeps the model, if it is part of one that also sees or hears.
     """
@@ -47,6 +49,7 @@ class Fitted:
     model: PreTrainedModel
     packed: PackedCheckpoint | None
     leftovers: tuple[str, ...]
+    outside: tuple[str, ...]
     notes: tuple[str, ...]
     tower: Tower | None = None
 
@@ -90,12 +93,12 @@ def fitted(
         model.config.tie_word_embeddings = False  # a packed head has no weight to share
     places = _packed_places(model, packed) if packed is not None else {}
     _check_tensors(reader, model, found, places)
-    inside = [n for n in found.leftovers if tower is None or tower.holds(n)]
-    outside = [n for n in found.leftovers if n not in inside]
+    outside = () if tower is None else _outside(tower, model, found.leftovers)
+    inside = [n for n in found.leftovers if n not in outside]
     notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, inside))
     if tower is not None:
         notes = (*notes, _note_on_the_rest(reader, outside))
-    return Fitted(reader, model, packed, found.leftovers, notes, tower)
+    return Fitted(reader, model, packed, found.leftovers, outside, notes, tower)
 
 
 def _row(reader: CheckpointReader, tower: Tower | None) -> Architecture | None:
@@ -199,16 +202,23 @@ def _check_tensors(
             )
 
 
-def _note_on_the_rest(reader: CheckpointReader, outside: list[str]) -> str:
+def _outside(tower: Tower, model: nn.Module, leftovers: Iterable[str]) -> tuple[str, ...]:
+    """Tensors that are in none of the text model's own modules; eyes may lie beside its layers."""
+    own = {f"{tower.base}.{n}." for n, _ in model.get_submodule(tower.base).named_children()}
+    places = (f"{tower.head}.", *own)
+    return tuple(n for n in leftovers if not n.startswith(places))
+
+
+def _note_on_the_rest(reader: CheckpointReader, outside: Collection[str]) -> str:
     """Of a model that also sees: what becomes of all but its text part."""
     if not outside:
         return (
-            f"config.json has {some(senses_of(reader.config))}, and the folder has the text part alone: it is read here, but "
+            f"config.json has {some(parts_beside(read_config(reader.path)))}, and the folder has the text part alone: it is read here, but "
             "whoever loads the whole model has to make up the rest, or fails"
         )
     made = [n for n in outside if reader.info(n).made]
     how = f"byte for byte{f', but {some(made)} as the numbers that they mean' if made else ''}"
-    return f"the text part is quantized; {len(outside)} tensors of the rest ({some(outside)}) are carried over {how}"
+    return f"the text part is quantized; {len(outside)} tensors of the rest ({some(list(outside))}) are carried over {how}"
 
 
 def _naming_notes(found: Naming) -> list[str]:

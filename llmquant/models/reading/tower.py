@@ -8,21 +8,23 @@ numbers.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError
 from llmquant.formats.base import is_expert
 from llmquant.models.architectures import Architecture
+from llmquant.models.naming.causal_class import causal_class
 from llmquant.models.naming.whole import own_logits
 from llmquant.models.rows.table import ARCHITECTURES
-from llmquant.models.rows.towers import FIXED, PLACES, SENSES, TEXT_AS
+from llmquant.models.rows.towers import EMBEDDINGS, FIXED, TEXT_AS
 
 OUTSIDE_TEXT = "not part of the text model"
 _IN_MEMORY = ("model", "lm_head")
@@ -34,25 +36,23 @@ class Tower:
     """Where a checkpoint keeps its text model.
 
     Attributes:
-        config: the text model's, of a type that has a causal class.
+        config: the text model's.
         kind: its row's name in the table of architectures.
         base, head: the checkpoint's names of ``model`` and ``lm_head``.
+        causal: a class for the config where transformers has none.
     """
 
     config: PreTrainedConfig
     kind: str
     base: str
     head: str
+    causal: type[PreTrainedModel] | None = None
 
     @property
     def moved(self) -> tuple[tuple[str, str], ...]:
         """Modules of the text model and the checkpoint's names for them, where they differ."""
         pairs = zip(_IN_MEMORY, (self.base, self.head), strict=True)
         return tuple((old, new) for old, new in pairs if old != new)
-
-    def holds(self, name: str) -> bool:
-        """Whether a tensor of the checkpoint is the text model's."""
-        return self.text_name(name) is not None
 
     def text_name(self, name: str) -> str | None:
         """What the text model calls a tensor of the checkpoint."""
@@ -96,53 +96,139 @@ class Tower:
         before their names, so the first part that is no such prefix has to do: of what is inside
         such a module, or of a linear by itself. A tensor beside the modules has none
         (``model.image_newline``)."""
-        own = ([p for p in name.split(".") if p not in _PREFIXES] for name in modules)
+        before = {*_PREFIXES, *self.base.split(".")}
+        own = ([p for p in name.split(".") if p not in before] for name in modules)
         found = {(parts[0], len(parts) > 1) for parts in own if parts}
         return [
             rf"re:.*{part}\..*" if holds else rf"re:(.*\.)?{part}$" for part, holds in sorted(found)
         ]
 
 
-def senses_of(config: Mapping[str, Any]) -> list[str]:
-    """Which keys of a config describe more than a text model."""
-    return [key for key in SENSES if config.get(key)]
+def parts_beside(config: PreTrainedConfig) -> list[str]:
+    """Which keys of a config describe more than its text model, if that is a part of it."""
+    text = config.get_text_config()
+    if text is config:
+        return []
+    parts = {key: getattr(config, key, None) for key in type(config).sub_configs}
+    return [key for key, part in parts.items() if part is not None and part is not text]
+
+
+def speaker_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The innermost config that has the text model as a part: of Qwen's omni models that of their
+    thinker, of others the whole."""
+    text = config.get_text_config()
+    for key in type(config).sub_configs:
+        part = getattr(config, key, None)
+        if part not in (None, text) and part.get_text_config() is text:
+            return speaker_of(part)
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """What computes the text part of a model that also sees or hears.
+
+    Attributes:
+        config: the text model's.
+        kind: its type, or that of the model that computes the same.
+        causal: a class for the config where transformers has none.
+    """
+
+    config: PreTrainedConfig
+    kind: str
+    causal: type[PreTrainedModel] | None
+
+
+def text_part(config: PreTrainedConfig, path: str | os.PathLike[str]) -> TextPart | None:
+    """The text part of a model; None of a text model.
+
+    Args:
+        config: of the whole.
+        path: of its folder, for errors.
+
+    Raises:
+        ArchitectureError: transformers cannot compute its text part by itself.
+    """
+    if config.is_encoder_decoder or not parts_beside(config):
+        return None
+    speaker = speaker_of(config)
+    text = config.get_text_config()
+    own = text.model_type
+    kind = TEXT_AS.get(own, own)
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = None if known else causal_class(speaker)
+    if not known and causal is None:
+        raise ArchitectureError(
+            f"{path}: the text part of model type {config.model_type!r} is a {own!r}, for which transformers has "
+            "no causal model; quantize a text-only checkpoint of the family"
+        )
+    if kind != own:
+        text = CONFIG_MAPPING[kind].from_dict(_plain(text.to_dict()) | FIXED.get(own, {}))
+    # Not by setting them: a class may allow no value that does nothing.
+    vars(text).update(own_logits(speaker, text) if known else {})
+    return TextPart(text, own if own in ARCHITECTURES else kind, causal)
 
 
 def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None:
     """The text part of a checkpoint; None of a text model.
 
     Raises:
-        ArchitectureError: its text part is of a type that no causal model computes, or is not found
+        ArchitectureError: transformers cannot compute its text part by itself, or it is not found
             among the tensors.
     """
-    if not senses_of(reader.config) or not isinstance(reader.config.get("text_config"), dict):
+    text = text_part(config, reader.path)
+    if text is None:
         return None
-    text = config.get_text_config()
-    own = text.model_type
-    kind = TEXT_AS.get(own, own)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text is config:
+    text.config.tie_word_embeddings = _tied(reader, config)
+    base = _base(reader, text.config)
+    if base is None:
         raise ArchitectureError(
-            f"{reader.path}: the text part of model type {config.model_type!r} is a {own!r}, for which transformers has "
-            "no causal model; quantize a text-only checkpoint of the family"
+            f"{reader.path}: the text part of model type {config.model_type!r} is not among its tensors: none of its modules has "
+            "layers and token embeddings; quantize a text-only checkpoint of the family"
         )
-    if kind != own:
-        text = CONFIG_MAPPING[kind].from_dict(_plain(text.to_dict()) | FIXED.get(own, {}))
-    text.tie_word_embeddings = bool(
-        reader.config.get("tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
-    )
-    text.update(own_logits(config, text))
-    base = next(
-        (b for b, _ in PLACES if any(n.startswith(f"{b}.layers.0.") for n in reader.tensors)), None
-    )
-    if base is not None:
-        heads = [head for place, head in PLACES if place == base]
-        stored = (h for h in heads if f"{h}.weight" in reader)
-        row = own if own in ARCHITECTURES else kind
-        return Tower(text, row, base, next(stored, heads[0]))
-    raise ArchitectureError(
-        f"{reader.path}: the text part of model type {config.model_type!r} is not where checkpoints keep it "
-        f"({', '.join(dict.fromkeys(base for base, _ in PLACES))}); quantize a text-only checkpoint of the family"
-    )
+    return Tower(text.config, text.kind, base, _head(reader, base), text.causal)
+
+
+def _tied(reader: CheckpointReader, config: PreTrainedConfig) -> bool:
+    """Whether head and embeddings are one, as the config around the text part's says."""
+    speaker = speaker_of(config)
+    said = reader.config.get("tie_word_embeddings") if speaker is config else None
+    return bool(getattr(speaker, "tie_word_embeddings", False) if said is None else said)
+
+
+def _base(reader: CheckpointReader, text: PreTrainedConfig) -> str | None:
+    """What a checkpoint calls the module with the text model's layers and token embeddings. Of
+    several, as in models that also speak, the one of the text model's vocabulary; embeddings that
+    are stored as the head alone are in none."""
+    layers: dict[str, set[str]] = {}
+    rows: dict[str, int] = {}
+    embeddings = "|".join(EMBEDDINGS)
+    heads = {f"{n.rpartition('.')[0]}." for n in reader.tensors}
+    for name in reader.tensors:
+        if place := re.match(r"(.+?)\.layers\.(\d+)\.", name):
+            layers.setdefault(place[1], set()).add(place[2])
+        elif place := re.fullmatch(rf"(.+)\.(?:{embeddings})\.\w+", name):
+            shape = reader.info(name).shape
+            rows[place[1]] = max(rows.get(place[1], 0), *shape[:1])
+
+    def fitness(base: str) -> tuple[bool, bool, bool, bool, int]:
+        named = base.rpartition(".")[2] in _PREFIXES
+        headed = f"{base.rpartition('.')[0]}.lm_head.".lstrip(".") in heads
+        fits = rows.get(base, 0) >= text.vocab_size
+        return fits, base in rows, named, headed, len(layers[base])
+
+    best = max(layers, key=fitness, default=None)
+    return best if best is not None and any(fitness(best)[:3]) else None
+
+
+def _head(reader: CheckpointReader, base: str) -> str:
+    """What a checkpoint calls the head: the nearest one, or, if none is stored, where engines look
+    for it."""
+    parts = base.split(".")
+    places = [".".join((*parts[:n], "lm_head")) for n in range(len(parts), -1, -1)]
+    stored = (p for p in places if any(n.startswith(f"{p}.") for n in reader.tensors))
+    beside = places[1] if parts[-2:-1] != ["model"] else "lm_head"
+    return next(stored, beside)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,7 @@ TEXT_AS = {
 }
 # Keys of the named type's config in which such a text model has no choice.
 FIXED: dict[str, dict[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
-# Where checkpoints keep the blocks of the text part, and its head; the first that is there counts.
-PLACES = (
-    ("language_model.model", "language_model.lm_head"),
-    ("model.language_model", "lm_head"),
-    ("model.language_model", "model.lm_head"),
-    ("model.text_model", "lm_head"),
-    ("model", "lm_head"),
-)
 SENSES = ("vision_config", "audio_config")
 """Keys of a config that describes more than a text model."""
+EMBEDDINGS = ("embed_tokens", "embeddings", "word_embeddings", "embed", "wte")
+"""What text models call their token embeddings, which lie beside their blocks."""
