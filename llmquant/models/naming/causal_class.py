@@ -23,7 +23,7 @@ from llmquant.checkpoint.companions.confusion import CONFUSED
 
 _HEAD = r"self\.lm_head\(.+\)"
 _SCALED = r"logits / self\.config\.text_config\.logits_scaling"
-_found: dict[type[PreTrainedConfig], type[PreTrainedModel] | None] = {}
+_found: dict[tuple[type[PreTrainedConfig], str], type[PreTrainedModel] | None] = {}
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -33,7 +33,7 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     Args:
         config: of the model that has the text model as a part.
     """
-    kind = type(config)
+    kind = (type(config), config.get_text_config().model_type)
     if kind not in _found:
         _found[kind] = _made(config)
     return _found[kind]
@@ -57,7 +57,7 @@ def _made(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     head = model.get_output_embeddings()
     if part is None or not isinstance(head, nn.Linear):
         return None
-    return _class_over(type(part), config, head.bias is not None, bool(scaled))
+    return _class_over(part, config, head.bias is not None, bool(scaled))
 
 
 def _text_part(model: PreTrainedModel, text: PreTrainedConfig) -> PreTrainedModel | None:
@@ -68,16 +68,19 @@ def _text_part(model: PreTrainedModel, text: PreTrainedConfig) -> PreTrainedMode
 
 
 def _class_over(
-    part: type[PreTrainedModel], config: PreTrainedConfig, biased: bool, scaled: bool
+    model: PreTrainedModel, config: PreTrainedConfig, biased: bool, scaled: bool
 ) -> type[PreTrainedModel]:
+    part = type(model)
     name = f"{part.__name__}ForCausalLM"
+    own = model.get_input_embeddings()
+    embeddings = next(n for n, m in model.named_modules() if m is own)
     kind: Any = type(
         name,
         (_Headed, part.__bases__[0], GenerationMixin),
         {
             "config_class": type(config.get_text_config()),
             "base_model_prefix": "model",
-            "_tied_weights_keys": {"lm_head.weight": "model.embed_tokens.weight"},
+            "_tied_weights_keys": {"lm_head.weight": f"model.{embeddings}.weight"},
             "__module__": part.__module__,
             "part": part,
             "biased": biased,

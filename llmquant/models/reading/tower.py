@@ -164,8 +164,9 @@ def text_part(config: PreTrainedConfig, path: str | os.PathLike[str]) -> TextPar
         )
     if kind != own:
         text = CONFIG_MAPPING[kind].from_dict(_plain(text.to_dict()) | FIXED.get(own, {}))
-    # Not by setting them: a class may allow no value that does nothing.
-    vars(text).update(own_logits(speaker, text) if known else {})
+    for key, value in own_logits(speaker, text).items() if known else ():
+        # Not by setting it: a class may allow no value that does nothing.
+        vars(text)[text.attribute_map.get(key, key)] = value
     return TextPart(text, own if own in ARCHITECTURES else kind, causal)
 
 
