@@ -11,7 +11,7 @@ resident set of a fresh process that scores one model.
     bench/results/eval_cost.json]
 
 Models: examples/tiny-llama, and a Llama of 0.19 billion random weights made on the fly; both
-rounded to W4 g128. ``TOKENS_PER_BATCH`` in llmquant_eval/scoring.py is chosen from the result.
+rounded to W4 g128. ``TOKENS_PER_BATCH`` of llmquant_eval.scoring.batches is chosen from the result.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ import torch
 
 import llmquant
 from llmquant_eval.report.machine import processor, versions
-from llmquant_eval.scoring import score_models as scoring
+from llmquant_eval.scoring.batches import TOKENS_PER_BATCH
 from llmquant_eval.scoring.protocols import GptqProtocol
+from llmquant_eval.scoring.score_models import score_models
 from llmquant_eval.scoring.token_stream import TokenStream
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +87,7 @@ def seconds(pair: Sequence[Any], cut: TokenStream, batch_size: int, repeats: int
     for _ in range(repeats):
         for i, model in enumerate(pair):
             start = time.perf_counter()
-            scoring.score_models({"model": model}, cut, batch_size=batch_size)
+            score_models({"model": model}, cut, batch_size=batch_size)
             best[i] = min(best[i], time.perf_counter() - start)
     return best
 
@@ -128,7 +129,7 @@ def child(path: Path, window: int) -> None:
     _ = (transformers.AutoModelForCausalLM, llmquant.load)  # imported before the floor is read
     floor = llmquant.resident_bytes()
     model = llmquant.load(path)
-    scoring.score_models({"model": model}, stream(2 * scoring.TOKENS_PER_BATCH, window))
+    score_models({"model": model}, stream(2 * TOKENS_PER_BATCH, window))
     print(json.dumps({"floor": floor, "peak": llmquant.peak_resident_bytes()}))
 
 
@@ -148,7 +149,7 @@ def main() -> None:
         return
     report: dict[str, Any] = {
         "machine": {"processor": processor(), **versions()},
-        "default_tokens_per_batch": scoring.TOKENS_PER_BATCH,
+        "default_tokens_per_batch": TOKENS_PER_BATCH,
         "models": {},
     }
     sizes = [int(n) for n in args.tokens.split(",")]

@@ -18,11 +18,13 @@ import pytest
 from children import heeding_interrupts
 
 import llmquant
+from llmquant_eval.models import resolve
 from llmquant_eval.models.kept_answers import PromptScores
 from llmquant_eval.models.kept_work import kept_work
 from llmquant_eval.report.results import Cost
 from llmquant_eval.report.schema import Report
-from llmquant_eval.run import evaluate as evaluation
+from llmquant_eval.run import cost as cost_of_models
+from llmquant_eval.run import loaded, noise
 from llmquant_eval.run.evaluate import evaluate
 from llmquant_eval.run.request import Request
 
@@ -51,7 +53,7 @@ class Passes:
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     """What runs of this test do; set ``stop`` anew before each."""
     seen = Passes()
-    load = evaluation.load_model
+    load = resolve.load_model
 
     def counted(*args: Any) -> Any:
         model = load(*args)
@@ -62,8 +64,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
         seen.count()
         return COST.model_copy(update={"load_seconds": float(seen.done)})
 
-    monkeypatch.setattr(evaluation, "load_model", counted)
-    monkeypatch.setattr(evaluation, "measure_cost", cost)
+    for module in (loaded, noise):
+        monkeypatch.setattr(module, "load_model", counted)
+    monkeypatch.setattr(cost_of_models, "measure_cost", cost)
     return seen
 
 

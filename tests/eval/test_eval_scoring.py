@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmquant_eval.scoring.perplexity as perplexity_module
 from llmquant.errors import QuantizationError, UsageError
+from llmquant_eval.scoring.batches import batches
 from llmquant_eval.scoring.perplexity import position_chunks, token_nll
 from llmquant_eval.scoring.protocols import (
     GptqProtocol,
@@ -24,7 +25,7 @@ from llmquant_eval.scoring.protocols import (
     TokenWindow,
     WindowProtocol,
 )
-from llmquant_eval.scoring.score_models import batches, score_models
+from llmquant_eval.scoring.score_models import score_models
 from llmquant_eval.scoring.token_stream import TokenStream
 
 VOCABULARY, WINDOW = 50, 16

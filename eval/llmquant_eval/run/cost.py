@@ -8,15 +8,21 @@ repetitions in one process of its own (:mod:`llmquant_eval.speed.process`).
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmquant.errors import LlmquantError, UsageError
+from llmquant_eval.models.kept_work import KeptWork
 from llmquant_eval.models.resolve import max_positions
 from llmquant_eval.report.results import Cost
+from llmquant_eval.run.plan import EvaluationPlan
+from llmquant_eval.run.request import Request
 from llmquant_eval.speed.process import Conditions, RefusedError, measure_apart
 from llmquant_eval.speed.schema import Point
 
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all)."""
 PROMPT_TOKENS = 512
 NEW_TOKENS = 64
 REPEATS = 3
@@ -66,3 +72,20 @@ def measure_cost(path: Path, run: CostRun) -> Cost:
         memory_floor_bytes=times.memory_floor_bytes,
         device_peak_bytes=timing.device_peak_bytes,
     )
+
+
+def costs_of(
+    request: Request, plan: EvaluationPlan, kept: KeptWork, progress: Progress
+) -> dict[str, Cost]:
+    """Of each model of this process, by label."""
+    run = CostRun(plan.dtype, plan.device, request.kernel, request.threads)
+    costs = {}
+    for done, model in enumerate(plan.local):
+        progress("speed and memory", done, len(plan.local))
+        found = kept.get("cost", model.label)
+        cost = measure_cost(model.path, run) if found is None else Cost.model_validate(found)
+        if found is None:
+            kept.add(cost.model_dump(mode="json"), "cost", model.label)
+        costs[model.label] = cost
+    progress("speed and memory", len(plan.local), len(plan.local))
+    return costs

@@ -16,7 +16,6 @@ therefore gives the same figures on a full cache as on an empty one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,41 +25,23 @@ from llmquant.errors import LlmquantError, QuantizationError
 from llmquant_eval.models.endpoint import tell_nobody
 from llmquant_eval.models.exported import ExportedAnswers
 from llmquant_eval.models.kept_work import KeptWork
-from llmquant_eval.models.resolve import (
-    AnyModel,
-    ModelFolder,
-    ServedModel,
-    kernels_used,
-    load_model,
-    other_dtype,
-    vocabulary_size,
-)
+from llmquant_eval.models.resolve import AnyModel, ServedModel
 from llmquant_eval.report.paired import paired_tasks
 from llmquant_eval.report.results import Cost, TaskResult
-from llmquant_eval.report.schema import Missing, NoiseFloor, Report
-from llmquant_eval.run.build_report import Measured, divergence_metrics, make_report, model_result
-from llmquant_eval.run.cost import CostRun, measure_cost
+from llmquant_eval.report.schema import Missing, Report
+from llmquant_eval.run.build_report import Measured, make_report, model_result
+from llmquant_eval.run.cost import Progress, costs_of
+from llmquant_eval.run.loaded import LoadedModels
+from llmquant_eval.run.noise import noise_floor
 from llmquant_eval.run.plan import EvaluationPlan, make_plan
+from llmquant_eval.run.reference import references
 from llmquant_eval.run.request import Request
 from llmquant_eval.run.resume import work_of
 from llmquant_eval.run.unfinished import missing_tasks, missing_windows, unfinished
-from llmquant_eval.scoring.reference_cache import (
-    INDEX,
-    CachedReference,
-    CacheKey,
-    CacheWriter,
-    choose_form,
-    stream_sha256,
-)
-from llmquant_eval.scoring.score_models import Scores, cached_scores, record_reference, score_models
+from llmquant_eval.scoring.reference_cache import CachedReference
+from llmquant_eval.scoring.score_models import Scores, cached_scores, score_models
 from llmquant_eval.scoring.score_served import score_served
 from llmquant_eval.scoring.token_stream import TokenStream
-
-# The noise floor is a scale to read KL by, not a result: a few windows say where it lies.
-NOISE_TOKENS, NOISE_TOKENS_SLOW = 4096, 1024
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
@@ -85,7 +66,7 @@ def evaluate(
     """
     plan = make_plan(request, tell)
     with work_of(request, plan, tell) as kept:
-        costs = _costs(request, plan, kept, progress) if request.cost else {}
+        costs = costs_of(request, plan, kept, progress) if request.cost else {}
         # TF32 keeps 10 bits of a float32 product: the papers' figures, and KL at float32, are taken
         # without it.
         precision = torch.get_float32_matmul_precision()
@@ -94,23 +75,6 @@ def evaluate(
             return _Run(request, plan, costs, kept, progress).report()
         finally:
             torch.set_float32_matmul_precision(precision)
-
-
-def _costs(
-    request: Request, plan: EvaluationPlan, kept: KeptWork, progress: Progress
-) -> dict[str, Cost]:
-    """Of each model of this process, by label."""
-    run = CostRun(plan.dtype, plan.device, request.kernel, request.threads)
-    costs = {}
-    for done, model in enumerate(plan.local):
-        progress("speed and memory", done, len(plan.local))
-        found = kept.get("cost", model.label)
-        cost = measure_cost(model.path, run) if found is None else Cost.model_validate(found)
-        if found is None:
-            kept.add(cost.model_dump(mode="json"), "cost", model.label)
-        costs[model.label] = cost
-    progress("speed and memory", len(plan.local), len(plan.local))
-    return costs
 
 
 class _Run:
@@ -126,16 +90,20 @@ class _Run:
     ) -> None:
         self.request, self.plan, self.costs, self.progress = request, plan, costs, progress
         self.kept = kept
-        self.loaded: dict[str, Any] = {}
-        self.kernels: dict[str, dict[str, int]] = {}
+        self.loaded = LoadedModels(plan, request.kernel)
         self.missing: list[Missing] = []
         self.failed: dict[str, LlmquantError] = {}  # servers, by label
 
     def report(self) -> Report:
         """Measures everything, in the order that the module text gives."""
         plan = self.plan
-        cached = self._caches()
-        floor = self._noise_floor(cached) if plan.streams and self.request.noise_floor else None
+        cached = references(self.request, plan, self.loaded, self._advance)
+        wanted = plan.streams and self.request.noise_floor
+        floor = (
+            noise_floor(self.request, plan, self.loaded, cached[0], self.kept, self._advance)
+            if wanted
+            else None
+        )
         scores = [
             self._score(stream, source) for stream, source in zip(plan.streams, cached, strict=True)
         ]
@@ -150,7 +118,7 @@ class _Run:
         measured = {
             m.label: Measured(
                 [s.get(m.label) for s in scores],
-                self.kernels.get(m.label, {}),
+                self.loaded.kernels.get(m.label, {}),
                 self.costs.get(m.label),
                 tasks.get(m.label, ()),
             )
@@ -169,14 +137,6 @@ class _Run:
             model.endpoint.kept.discard()
         return report
 
-    def _load(self, model: ModelFolder) -> Any:
-        if model.label not in self.loaded:
-            self.loaded[model.label] = load_model(
-                model.path, self.plan.dtype, self.plan.device, self.request.kernel
-            )
-            self.kernels[model.label] = kernels_used(self.loaded[model.label])
-        return self.loaded[model.label]
-
     def _advance(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(stage, done, total)
 
@@ -186,7 +146,7 @@ class _Run:
         scores: dict[str, Scores] = {}
         if side_by_side:
             scores = score_models(
-                {m.label: self._load(m) for m in side_by_side},
+                {m.label: self.loaded.get(m) for m in side_by_side},
                 stream,
                 reference=reference.label if reference is not None and cached is None else None,
                 cached=cached,
@@ -218,88 +178,6 @@ class _Run:
                 self.failed[model.label] = e
         self.missing.append(missing_windows(model, stream, self.failed[model.label]))
 
-    def _caches(self) -> list[CachedReference | None]:
-        """One per stream, None each without ``--cache``: opened where it exists, made where not.
-        The reference is let go afterwards."""
-        reference, caches = self.plan.reference, list[CachedReference | None]()
-        if self.request.cache is None or reference is None:
-            return [None] * len(self.plan.streams)
-        folder = Path(self.request.cache)
-        for stream in self.plan.streams:
-            key = self._key(reference, stream)
-            place = folder / key.name
-            if not (place / INDEX).is_file():
-                model = self._load(reference)
-                writer = CacheWriter(place, key, stream, vocabulary_size(reference.path))
-                stage = f"reference for {stream.protocol.perplexity_id}"
-                record_reference(
-                    model,
-                    stream,
-                    writer,
-                    self.request.batch_size,
-                    self._advance(stage),
-                    reference.label,
-                )
-                writer.finish(self.kernels[reference.label])
-            cached = CachedReference(place)
-            caches.append(cached)
-            self.kernels[reference.label] = cached.kernels
-        self.loaded.pop(reference.label, None)
-        return caches
-
-    def _key(self, reference: ModelFolder, stream: TokenStream) -> CacheKey:
-        form = choose_form(
-            self.request.cache_form, stream.layout.tokens, vocabulary_size(reference.path)
-        )
-        return CacheKey(
-            weights_sha256=self.plan.inspections[reference.label].weights_sha256,
-            tokenizer_sha256=self.plan.tokenizers_sha256[reference.label],
-            ids_sha256=stream_sha256(stream),
-            protocol=stream.protocol.perplexity_id,
-            dtype=self.plan.dtype,
-            device=self.plan.device,
-            kernel=self.request.kernel,
-            form=form.name,
-        )
-
-    def _noise_floor(self, cached: list[CachedReference | None]) -> NoiseFloor | None:
-        """The reference against itself at the other dtype, on the first few windows of the first
-        protocol."""
-        reference = self.plan.reference
-        if reference is None or len(self.plan.local) < 2:
-            return None  # nothing will have a divergence to read by it
-        if (found := self.kept.get("noise floor")) is not None:
-            return NoiseFloor.model_validate(found)
-        whole = self.plan.streams[0]
-        dtype = other_dtype(self.plan.dtype)
-        # bfloat16 where `auto` avoids it would take longer than all the rest.
-        slow = (
-            dtype == "bfloat16"
-            and llmquant.parse_dtype("auto", self.plan.device, stored=dtype).name == "float32"
-        )
-        stream = whole.first(whole.reaching(NOISE_TOKENS_SLOW if slow else NOISE_TOKENS))
-        other = f"{reference.label} in {dtype}"
-        twins = {other: load_model(reference.path, dtype, self.plan.device, "auto")}
-        if cached[0] is None:
-            twins[reference.label] = self._load(reference)
-        scores = score_models(
-            twins,
-            stream,
-            reference=reference.label if cached[0] is None else None,
-            cached=cached[0],
-            batch_size=self.request.batch_size,
-            advance=self._advance("noise floor"),
-            kept=self.kept,
-        )
-        divergence = scores[other].divergence
-        assert divergence is not None  # score_models() compares every model but the reference
-        metrics = divergence_metrics(divergence, stream.protocol)
-        floor = NoiseFloor(
-            other_dtype=dtype, kl_mean=metrics["kl_mean"], top1_agreement=metrics["top1_agreement"]
-        )
-        self.kept.add(floor.model_dump(mode="json"), "noise floor")
-        return floor
-
     def _tasks(self, model: AnyModel) -> list[TaskResult]:
         from llmquant_eval.tasks.harness import run_tasks
         from llmquant_eval.tasks.harness_models import LocalModel, ServedLM
@@ -312,9 +190,9 @@ class _Run:
         if isinstance(model, ServedModel):
             adapter: Any = ServedLM(model.endpoint, tokenizer)
         elif llmquant.is_onnx(model.path):
-            adapter = ServedLM(ExportedAnswers(self._load(model), tokenizer), tokenizer)
+            adapter = ServedLM(ExportedAnswers(self.loaded.get(model), tokenizer), tokenizer)
         else:
-            adapter = LocalModel(self._load(model), tokenizer, self.request.batch_size)
+            adapter = LocalModel(self.loaded.get(model), tokenizer, self.request.batch_size)
         if not isinstance(model, ServedModel):
             keep_requests(adapter, self.kept, model.label)
         results: list[TaskResult] = []

@@ -6,11 +6,6 @@ cached on disk takes the place of the live one window by window. Models are anyt
 ``model(input_ids=[batch, tokens], use_cache=False).logits``: what llmquant.load or transformers
 returns.
 
-Windows are fed longest first, so that those of a batch are nearly equally long; what is missing is
-padded on the right, where a causal model cannot see it; and where a long window would change the
-positions of short ones (:func:`llmquant.longrope_switch`), they share no batch. The batch size
-therefore changes nothing beyond the rounding of a GEMM of another height.
-
 Memory at the peak: the models, and for reference and one candidate ``batch · window · vocabulary``
 logits in the model's dtype, besides float32 chunks of fixed size.
 """
@@ -18,7 +13,7 @@ logits in the model's dtype, besides float32 chunks of fixed size.
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,26 +22,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import llmquant
 from llmquant.errors import UsageError
 from llmquant_eval.models.kept_work import KeptWork
 from llmquant_eval.report.statistics import Floats
+from llmquant_eval.scoring.batches import (
+    Batch,
+    batches,
+    bytes_per_row,
+    logits_of,
+    switch_of,
+    targets_of,
+)
 from llmquant_eval.scoring.divergence import Divergence, LiveWindow, ReferenceWindow
 from llmquant_eval.scoring.perplexity import Perplexity, check_finite, token_nll
-from llmquant_eval.scoring.protocols import TokenWindow
 from llmquant_eval.scoring.token_stream import TokenStream
 from llmquant_eval.scoring.window_layout import WindowLayout
 
 if TYPE_CHECKING:
     from llmquant_eval.scoring.reference_cache import CachedReference, CacheWriter
-
-# Tokens fed at a time when no batch size is given. Packed linears dequantize their weight at every
-# call: with 4096 rows that makes an evaluation 1.15 to 1.26 times as long as the dense model's
-# (bench/results/eval_cost.json).
-TOKENS_PER_BATCH = 4096
-# Logits of one model and batch stay below this, whatever the vocabulary; one window is fed in any
-# case.
-LOGIT_BYTES = 1 << 30
 
 Advance = Callable[[int, int], None]
 """Called with (windows done, windows in all) after each batch."""
@@ -113,72 +106,6 @@ class _Columns:
         )
         errors = np.concatenate(self.cache_errors) if self.cache_errors else np.empty(0)
         return Scores(Perplexity(self.losses, self.layout, label), divergence, errors, cache_form)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Windows by number, and their tokens to feed, int64 ``[windows, longest fed]``, padded with 0
-    on the right."""
-
-    numbers: Sequence[int]
-    windows: Sequence[TokenWindow]
-    fed: Tensor
-
-
-def batches(
-    stream: TokenStream, batch_size: int | None, logit_bytes: int, switch: int | None = None
-) -> Iterator[Batch]:
-    """All windows, longest first; none of more than ``switch`` tokens beside one of fewer.
-
-    ``batch_size`` None takes :data:`TOKENS_PER_BATCH` tokens, fewer where ``logit_bytes`` per token
-    are many.
-    """
-    order = sorted(range(len(stream.windows)), key=lambda i: -stream.windows[i].fed)
-    tokens = min(TOKENS_PER_BATCH, LOGIT_BYTES // logit_bytes)
-    start = 0
-    while start < len(order):
-        longest = stream.windows[order[start]].fed
-        # + 1: the protocols' lengths count the target that is not fed, and 4096 tokens are meant to
-        # be 8 windows of 512.
-        size = batch_size or max(1, tokens // (longest + 1))
-        numbers = order[start : start + size]
-        if switch is not None and longest > switch:
-            numbers = [i for i in numbers if stream.windows[i].fed > switch]
-        windows = [stream.windows[i] for i in numbers]
-        fed = torch.zeros(len(windows), longest, dtype=torch.int64)
-        for row, window in zip(fed, windows, strict=True):
-            row[: window.fed] = stream.ids[window.begin : window.end - 1]
-        yield Batch(numbers, windows, fed)
-        start += len(numbers)
-
-
-def switch_of(*models: Any) -> int | None:
-    """The fewest tokens behind which one of the models turns all positions of a pass."""
-    configs = (c for model in models if (c := getattr(model, "config", None)) is not None)
-    switches = map(llmquant.longrope_switch, configs)
-    return min((s for s in switches if s is not None), default=None)
-
-
-def logits_of(model: Any, batch: Batch) -> list[Tensor]:
-    """Per window of the batch, the logits ``[predictions, vocabulary]`` that its scored tokens are
-    predicted by."""
-    logits: Tensor = model(input_ids=batch.fed.to(model.device), use_cache=False).logits
-    return [
-        row[w.fed - w.predictions : w.fed] for row, w in zip(logits, batch.windows, strict=True)
-    ]
-
-
-def targets_of(stream: TokenStream, window: TokenWindow, device: torch.device) -> Tensor:
-    """int64 ``[predictions]``: the tokens of a window that are scored."""
-    return stream.ids[window.scored : window.end].to(device)
-
-
-def bytes_per_row(model: Any) -> int:
-    """Bytes of the logits of one token, as the model's config has them; what limits a batch."""
-    config = getattr(model, "config", None)
-    vocabulary = 1 if config is None else int(config.get_text_config().vocab_size)
-    itemsize: int = getattr(model, "dtype", torch.float32).itemsize
-    return vocabulary * itemsize
 
 
 def score_models(
