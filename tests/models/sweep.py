@@ -116,7 +116,7 @@ def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     part = getattr(model, "thinker", None)
     with torch.no_grad():
         thinking = part if isinstance(part, PreTrainedModel) else model
-        result: torch.Tensor = thinking(input_ids=ids).logits
+        result: torch.Tensor = thinking(input_ids=ids, use_cache=False).logits
     return result
 
 
