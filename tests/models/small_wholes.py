@@ -42,7 +42,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"global_head_dim": 16},
     "glm5_next_text": {"num_key_value_heads": 4, "qk_rope_head_dim": 0},
     "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
-    "mistral4": {"num_key_value_heads": 4},
     "mistral_large4_text": {"num_key_value_heads": 4},
     "hunyuan_vl_text": {
         "head_dim": 16,
@@ -53,7 +52,6 @@ _OWN: dict[str, dict[str, Any]] = {
         },
     },
     "step3p5": {"sliding_window": 8},
-    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
 }
 
 

@@ -113,14 +113,14 @@ def parts_beside(config: PreTrainedConfig) -> list[str]:
     return [key for key, part in parts.items() if part is not None and part is not text]
 
 
-def speaker_of(config: PreTrainedConfig) -> PreTrainedConfig:
+def owner_of(config: PreTrainedConfig) -> PreTrainedConfig:
     """The innermost config that has the text model as a part: of Qwen's omni models that of their
     thinker, of others the whole."""
     text = config.get_text_config()
     for key in type(config).sub_configs:
         part = getattr(config, key, None)
-        if part not in (None, text) and part.get_text_config() is text:
-            return speaker_of(part)
+        if part is not None and part is not text and part.get_text_config() is text:
+            return owner_of(part)
     return config
 
 
@@ -151,12 +151,12 @@ def text_part(config: PreTrainedConfig, path: str | os.PathLike[str]) -> TextPar
     """
     if config.is_encoder_decoder or not parts_beside(config):
         return None
-    speaker = speaker_of(config)
+    owner = owner_of(config)
     text = config.get_text_config()
     own = text.model_type
     kind = TEXT_AS.get(own, own)
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    causal = None if known else causal_class(speaker)
+    causal = None if known else causal_class(owner)
     if not known and causal is None:
         raise ArchitectureError(
             f"{path}: the text part of model type {config.model_type!r} is a {own!r}, for which transformers has "
@@ -164,7 +164,7 @@ def text_part(config: PreTrainedConfig, path: str | os.PathLike[str]) -> TextPar
         )
     if kind != own:
         text = CONFIG_MAPPING[kind].from_dict(_plain(text.to_dict()) | FIXED.get(own, {}))
-    for key, value in own_logits(speaker, text).items() if known else ():
+    for key, value in own_logits(owner, text).items() if known else ():
         # Not by setting it: a class may allow no value that does nothing.
         vars(text)[text.attribute_map.get(key, key)] = value
     return TextPart(text, own if own in ARCHITECTURES else kind, causal)
@@ -192,9 +192,9 @@ def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None
 
 def _tied(reader: CheckpointReader, config: PreTrainedConfig) -> bool:
     """Whether head and embeddings are one, as the config around the text part's says."""
-    speaker = speaker_of(config)
-    said = reader.config.get("tie_word_embeddings") if speaker is config else None
-    return bool(getattr(speaker, "tie_word_embeddings", False) if said is None else said)
+    owner = owner_of(config)
+    said = reader.config.get("tie_word_embeddings") if owner is config else None
+    return bool(getattr(owner, "tie_word_embeddings", False) if said is None else said)
 
 
 def _base(reader: CheckpointReader, text: PreTrainedConfig) -> str | None:
@@ -215,7 +215,7 @@ def _base(reader: CheckpointReader, text: PreTrainedConfig) -> str | None:
     def fitness(base: str) -> tuple[bool, bool, bool, bool, int]:
         named = base.rpartition(".")[2] in _PREFIXES
         headed = f"{base.rpartition('.')[0]}.lm_head.".lstrip(".") in heads
-        fits = rows.get(base, 0) >= text.vocab_size
+        fits = rows.get(base, 0) >= getattr(text, "vocab_size", 0) > 0
         return fits, base in rows, named, headed, len(layers[base])
 
     best = max(layers, key=fitness, default=None)
