@@ -303,7 +303,7 @@ part is quantized, and all else (eyes, ears, projectors, further prediction head
 random model was built and quantized to 8 bits as in [Models](models.md), and compared, on text, with transformers' own
 class of the whole: the KL divergence is below {LIMIT} nats per token, every tensor outside the text part is as it was, and transformers loads the folder to the same
 numbers with no tensor missing, or the last column says why not. A type that does not work is refused, with the reason.
-Where the whole model's class gives logits otherwise than the text part's own (a factor, a cap), they are those of the whole.
+Where the whole model's class gives logits otherwise than the text part's own (a factor, a cap), they are those of the whole. No checkpoint that anyone published was tried here.
 
 Tensors are named here as transformers {VERSION} saves them, but for {" and ".join(f"`{k}`" for k in PUBLISHED)}, which are as published.
 `tests/models/test_published_wholes.py` has other names and older configs that published models have, and `tests/models/test_towers.py`
