@@ -96,7 +96,8 @@ _OWN_CODE = frozenset(
     {
         *("falcon", "gpt2", "openai-gpt", "gpt_bigcode", "nanochat", "modernbert-decoder"),
         *("mamba", "mamba2", "falcon_mamba", "xlstm"),
-        # compressed-tensors unpacks in a forward of the whole, and they have none.
+        # compressed-tensors unpacks in a forward of the whole, and these have none (the first was
+        # tried, the second is made alike).
         *("qwen2_5_omni", "qwen3_omni_moe"),
     }
 )

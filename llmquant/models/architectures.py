@@ -142,7 +142,8 @@ def _refuse_unreached(config: PreTrainedConfig) -> None:
     """Refuse a model with blocks that only run beside an image, as Llama 3.2's vision models have
     them: no text shows what they compute."""
     count = getattr(config, "num_hidden_layers", 0)
-    unreached = [str(i) for i in getattr(config, "cross_attention_layers", ()) if i < count]
+    layers = getattr(config, "cross_attention_layers", None) or ()
+    unreached = [str(i) for i in layers if i < count]
     if unreached:
         raise ArchitectureError(
             f"text alone does not reach {len(unreached)} of the {count} blocks of model type {config.model_type!r} (cross_attention_layers: "

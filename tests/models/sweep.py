@@ -287,7 +287,7 @@ the original: the KL divergence is below {LIMIT} nats per token, the packed mode
 weights do, and transformers loads the folder to the same numbers, or the last column says why not; after
 `llmquant.register_with_transformers()` it loads every one. A type that does not work is refused, with the reason. No checkpoint that anyone published was tried here.
 
-Models that also see or hear are in [Models that also see or hear](multimodal.md).
+Models that also see or hear have [a page of their own](multimodal.md).
 
 A `gemma3n_text` or `gemma4_text` whose later blocks read the keys and values of earlier ones (`num_kv_shared_layers`), as Gemma 3n and the small Gemma 4 models do, is rounded to nearest only.
 

@@ -119,7 +119,7 @@ def test_a_text_part_without_a_causal_class_generates(kind: str, tmp_path: Path)
 
 
 def test_eyes_beside_the_layers_are_no_part_of_the_text(tmp_path: Path) -> None:
-    """DeepSeek-OCR has them under ``model.``, as its text part's layers are."""
+    """Files of this type have both under ``model.``."""
     assert built("unlimited_ocr", tmp_path, ALL) is None
     outside = fitted(CheckpointReader(tmp_path)).outside
     assert {n.split(".")[1] for n in outside} >= {"sam_model", "vision_model", "projector"}

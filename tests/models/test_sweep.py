@@ -45,9 +45,9 @@ FEW = (
     "nemotron_h",
     "rwkv",
 )
-# One of each habit: a class of its own for the text part, with experts and with layers that text
-# does not reach; a prefix of its own; eyes beside the layers; several speakers; a head in the text
-# part; logits divided by the whole; a type that is refused.
+# One of each habit, in order: experts under a causal class made here; blocks that text does not
+# reach; a prefix of its own; eyes beside the layers; a type with a talker beside it; a head inside
+# the text part; logits that the whole divides; names as published; no text part.
 FEW_WHOLES = (
     "glm4v_moe",
     "mllama",

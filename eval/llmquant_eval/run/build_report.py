@@ -30,7 +30,7 @@ from llmquant_eval.report.schema import (
 )
 from llmquant_eval.report.statistics import Estimate, exponential, scaled
 from llmquant_eval.scoring.breakdowns import breakdowns
-from llmquant_eval.scoring.reference_cache import compact_kl_shift, stream_sha256
+from llmquant_eval.scoring.reference_cache import compact_kl_shift
 
 if TYPE_CHECKING:
     from llmquant_eval.run.plan import EvaluationPlan
@@ -202,7 +202,7 @@ def make_report(
             scored=s.layout.tokens,
             windows=len(s.windows),
             windows_available=s.available,
-            ids_sha256=stream_sha256(s),
+            ids_sha256=s.sha256(),
         )
         for s in plan.streams
     ]

@@ -15,7 +15,6 @@ from llmquant_eval.scoring.reference_cache import (
     CacheKey,
     CacheWriter,
     choose_form,
-    stream_sha256,
 )
 from llmquant_eval.scoring.score_models import Advance, record_reference
 from llmquant_eval.scoring.token_stream import TokenStream
@@ -58,7 +57,7 @@ def _key(
     return CacheKey(
         weights_sha256=plan.inspections[reference.label].weights_sha256,
         tokenizer_sha256=plan.tokenizers_sha256[reference.label],
-        ids_sha256=stream_sha256(stream),
+        ids_sha256=stream.sha256(),
         protocol=stream.protocol.perplexity_id,
         dtype=plan.dtype,
         device=plan.device,

@@ -94,15 +94,6 @@ class CacheKey:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def stream_sha256(stream: TokenStream) -> str:
-    """Hex sha256 over the ids and the windows to be scored."""
-    digest = hashlib.sha256(stream.ids.numpy().tobytes())
-    digest.update(
-        np.array([(w.begin, w.end, w.scored) for w in stream.windows], dtype=np.int64).tobytes()
-    )
-    return digest.hexdigest()
-
-
 def choose_form(asked: str | None, positions: int, vocabulary: int) -> Form:
     """The form asked for; by default the whole vocabulary up to 4 GiB in all, else the 512 most
     likely tokens."""

@@ -20,6 +20,7 @@ windows one after another, each with its BOS: what windows share is in it more t
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,13 @@ class TokenStream:
         """How many windows, at least two, hold so many tokens; all of them if they hold fewer."""
         held = np.cumsum([w.fed + 1 for w in self.windows])
         return min(max(2, int(np.searchsorted(held, tokens)) + 1), len(self.windows))
+
+    def sha256(self) -> str:
+        """In hex, over the ids and the windows to be scored."""
+        digest = hashlib.sha256(self.ids.numpy().tobytes())
+        windows = [(w.begin, w.end, w.scored) for w in self.windows]
+        digest.update(np.array(windows, dtype=np.int64).tobytes())
+        return digest.hexdigest()
 
     def first(self, windows: int) -> TokenStream:
         """The same stream with its first ``windows`` windows alone."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from llmquant.cli.options import (
     DeviceOption,
@@ -20,9 +19,6 @@ from llmquant.cli.options import (
 from llmquant_eval.cli_options import QuietOption, RetryForOption
 from llmquant_eval.cli_progress import stages
 from llmquant_eval.validate import options
-
-if TYPE_CHECKING:
-    pass
 
 
 def validate_command(
@@ -66,15 +62,11 @@ def validate_command(
     plan.check_output(output, data, reference, overwrite=overwrite)
     read = read_data(data, limit, system)
     plan.check_profile(profile, output, read, reference, overwrite=overwrite)
-    # fmt: off
-    execution = plan.Execution(
-        dtype, device, kernel, threads, batch_size, tokenizer, retry_for, profile is not None,
-    )
-    # fmt: on
+    how = (dtype, device, kernel, threads, batch_size, tokenizer, retry_for)
+    execution = plan.Execution(*how, profile is not None)
     generation = Generation(max_tokens, temperature, seed, raw)
     baseline = None if reference is None else plan.read_reference(reference, read, generation)
     names = plan.Chosen(metric or (), scorer or (), lower_is_better or ())
-    given = None if reference is None or baseline is None else (reference, baseline)
     with _kept_when_interrupted(), stages(quiet or as_json) as (progress, tell):
         run = plan.plan_run(model, read, generation, execution, names, progress, tell)
         results = run.results(
@@ -85,6 +77,7 @@ def validate_command(
     else:
         from llmquant_eval.validate.summary import show
 
+        given = None if reference is None or baseline is None else (reference, baseline)
         show(results, output, given, original=run.engine.original)
 
 

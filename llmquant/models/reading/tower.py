@@ -204,7 +204,7 @@ def _base(reader: CheckpointReader, text: PreTrainedConfig) -> str | None:
     layers: dict[str, set[str]] = {}
     rows: dict[str, int] = {}
     embeddings = "|".join(EMBEDDINGS)
-    heads = {f"{n.rpartition('.')[0]}." for n in reader.tensors}
+    heads = {n.partition("lm_head.")[0] for n in reader.tensors if "lm_head." in n}
     for name in reader.tensors:
         if place := re.match(r"(.+?)\.layers\.(\d+)\.", name):
             layers.setdefault(place[1], set()).add(place[2])
@@ -214,7 +214,7 @@ def _base(reader: CheckpointReader, text: PreTrainedConfig) -> str | None:
 
     def fitness(base: str) -> tuple[bool, bool, bool, bool, int]:
         named = base.rpartition(".")[2] in _PREFIXES
-        headed = f"{base.rpartition('.')[0]}.lm_head.".lstrip(".") in heads
+        headed = base.removesuffix(base.rpartition(".")[2]) in heads
         fits = rows.get(base, 0) >= getattr(text, "vocab_size", 0) > 0
         return fits, base in rows, named, headed, len(layers[base])
 

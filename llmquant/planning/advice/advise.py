@@ -83,7 +83,8 @@ class Advice:
     Attributes:
         default: of this model, with its size class.
         dtype: that the model computes in there.
-        cache_bytes: keys and values of all contexts.
+        cache_bytes: keys and values, or states, of all contexts; see
+            :func:`llmquant.planning.forecast.cache_bytes`.
         refused: recipe → why this model cannot have it.
         first: the option to try first; None: nothing fits.
         why: of that.
