@@ -101,6 +101,10 @@ _OWN_CODE = frozenset(
         *("qwen2_5_omni", "qwen3_omni_moe"),
     }
 )
+_JOINED = frozenset(
+    # The last one's packed linears are joined, and so are the two numbers that say their shape.
+    {*("kimi_linear", "olmo_hybrid", "glm5_next", "glm5_next_text"), "minimax_m3_vl"}
+)
 _UNSTACKED = "it reads the experts of this model type only stacked and unquantized, and would put random numbers in their place"
 _TRANSFORMERS = (
     Rule(_ALL, lambda s: True, _UNSTACKED, experts=True, models=_STACKED),
@@ -125,6 +129,12 @@ _TRANSFORMERS = (
         lambda s: True,
         "transformers 5.23 splits matrices of this model type's eye as it reads them, and fails at that beside packed ones",
         models=frozenset({"qianfan_ocr"}),
+    ),
+    Rule(
+        _CT,
+        lambda s: True,
+        "transformers 5.23 joins tensors of this model type as it reads them, and fails at that beside packed ones",
+        models=_JOINED,
     ),
     Rule(_CT, lambda s: s.g_idx, "compressed-tensors 0.18 and later have dropped g_idx"),
     Rule(

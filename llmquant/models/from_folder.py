@@ -259,9 +259,12 @@ def empty_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedModel
     model = causal_model(reader, dtype)
     model.config._name_or_path = str(reader.path)
     tower = tower_of(reader, read_config(reader.path))
+    shapes = {n: i.shape for n, i in reader.tensors.items()}
     if tower is None:
-        as_in_checkpoint(model, str(reader.config.get("model_type")))
+        as_in_checkpoint(model, str(reader.config.get("model_type")), stored=shapes)
     else:
-        as_in_checkpoint(model, tower.kind, tower.moved, tower.placed)
+        named = {tower.text_name(n): shape for n, shape in shapes.items()}
+        inside = {n: shape for n, shape in named.items() if n is not None}
+        as_in_checkpoint(model, tower.kind, tower.moved, tower.placed, inside)
     model.eval()
     return model

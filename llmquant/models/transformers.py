@@ -149,7 +149,8 @@ class PackedQuantizer(HfQuantizer):
             )
         self._packed = packed = PackedCheckpoint(reader, self.quantization_config.stored_config)
         packed.require_modules()
-        as_in_checkpoint(model, str(reader.config.get("model_type")))
+        shapes = {n: i.shape for n, i in reader.tensors.items()}
+        as_in_checkpoint(model, str(reader.config.get("model_type")), stored=shapes)
         self._places = places_in_memory(model, packed.tensors, reader.path)
         try:
             self._untie(model)

@@ -47,6 +47,10 @@ _VALUES: tuple[tuple[int, tuple[str, ...]], ...] = (
 SMALL: dict[str, Any] = {name: value for value, names in _VALUES for name in names}
 SPREAD = ("initializer_range", "init_std", "initializer_factor")
 _DEEPSEEK = {"num_key_value_heads": 4}
+_STATES = {
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 32},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -62,7 +66,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{kind: {"layer_types": ["full_attention", "conv"]} for kind in ("lfm2", "lfm3")},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
     **{
-        kind: {"layer_types": ["linear_attention", "full_attention"]}
+        kind: {"layer_types": ["linear_attention", "full_attention"], **_STATES}
         for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
     },
     "bamba": {"attn_layer_indices": [1]},
@@ -93,9 +97,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": 2},
     "phimoe": {"router_jitter_noise": 0.0, "num_local_experts": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16},
+    "nemotron_h": {
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16},
+        "moe_shared_expert_intermediate_size": 32,
+    },
     "reformer": {"is_decoder": True},
-    "kimi_linear": {"num_experts_per_token": 2},
+    "kimi_linear": {
+        **{"num_experts_per_token": 2, "num_key_value_heads": 4},
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
     "cohere_compass_text": {"layer_types": ["full_attention"] * 2},
 }
 

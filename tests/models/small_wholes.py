@@ -52,6 +52,7 @@ _OWN: dict[str, dict[str, Any]] = {
         },
     },
     "step3p5": {"sliding_window": 8},
+    "minimax_m3_vl_text": {"shared_intermediate_size": 32},
 }
 
 

@@ -4,13 +4,15 @@ conversions: the names are those that it saves, and the model computes what it d
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_kinds import small
-from sweep import built, kl, logits
+from sweep import built, kl, logits, recipe
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,16 +21,18 @@ from llmquant.errors import ArchitectureError
 from llmquant.models.architectures import find
 from llmquant.models.experts import ExpertList
 from llmquant.models.naming.conversions import follow_conversions, in_memory, moved_modules
+from llmquant.models.naming.joined import take_apart
 from llmquant.models.naming.moves import relocate
 from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.quantization.run import quantize
 from llmquant.recipe import Recipe
 
 # A renamed router and shared expert, a tensor of another module, a tensor with another name, a
-# renamed model and experts without a gate, states beside attention, renamed experts.
+# renamed model and experts without a gate, states beside attention, renamed experts, convolutions
+# in parts, and what moves up into the module that holds it.
 KINDS = (
     *("hy_v3", "exaone_moe", "ernie4_5_moe", "flint", "nemotron_h", "qwen3_next", "jamba"),
-    *("minimax", "kolibri1", "laguna"),
+    *("minimax", "kolibri1", "laguna", "olmo_hybrid", "kimi_linear"),
 )
 
 
@@ -122,10 +126,101 @@ def test_experts_that_compute_something_else_stay_stacked_and_are_refused(trait:
     for module in model.modules():
         if hasattr(module, trait):
             setattr(module, trait, not getattr(module, trait))
-    follow_conversions(model)
+    follow_conversions(model, {})
     assert not any(isinstance(m, ExpertList) for m in model.modules())
     with pytest.raises(ArchitectureError, match="stacks its experts' weights"):
         find(model, "jamba")
+
+
+def test_a_module_goes_up_into_the_one_that_holds_it() -> None:
+    model = nn.ModuleDict({"outer": nn.ModuleDict({"inner": Pair(), "c": nn.Linear(2, 2)})})
+    names = {n: n.replace("outer.inner", "outer") for n in model.state_dict()}
+    inner = model["outer"]["inner"]
+    a = inner.a
+    assert relocate(model, names) == {"outer.inner.a": "outer.a", "outer.inner.b": "outer.b"}
+    assert set(model.state_dict()) == set(names.values())
+    assert inner.a is a
+
+
+class Split(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(5, 5, 3, groups=5)
+        self.both = nn.Linear(4, 5)
+
+
+def test_parts_of_a_module_are_one_to_the_models_code() -> None:
+    model, x, y = Split(), torch.randn(2, 5, 8), torch.randn(3, 4)
+    before = model.conv(x), model.both(y)
+    for name, first in (("conv", "q"), ("both", "gate")):
+        take_apart(model, name, {first: 3, f"{first}_rest": 2})
+    assert {n: len(t) for n, t in model.state_dict().items()} == {
+        f"{n}{rest}.{t}": rows
+        for n in ("q", "gate")
+        for rest, rows in (("", 3), ("_rest", 2))
+        for t in ("weight", "bias")
+    }
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(again.conv(x), before[0])
+    torch.testing.assert_close(again.both(y), before[1])
+    assert not model.conv(x).any()
+    assert type(again.gate) is nn.Linear
+    again.gate = nn.Linear(4, 7)
+    assert again.both(y).shape == (3, 9)
+
+
+def test_a_module_stays_whole_where_a_part_has_no_place() -> None:
+    model = Split()
+    take_apart(model, "both", {"conv": 3, "rest": 2})
+    assert set(model.state_dict()) == {
+        f"{m}.{t}" for m in ("conv", "both") for t in ("weight", "bias")
+    }
+
+
+def test_the_widths_of_the_parts_are_those_that_are_stored() -> None:
+    """transformers saves thirds of what it joins; published values are wider than keys."""
+    model = dense("olmo_hybrid")
+    joined = next(m for m in model.modules() if isinstance(m, nn.Conv1d)).weight.clone()
+    rows, place = len(joined), "model.layers.0.linear_attn"
+    widths = {"q": rows // 4, "k": rows // 4, "v": rows // 2}
+    follow_conversions(model, {f"{place}.{n}_conv1d.weight": (w, 1, 4) for n, w in widths.items()})
+    conv = model.get_submodule(f"{place}.conv1d")
+    assert torch.equal(conv.weight, joined)
+    found = model.state_dict()
+    assert {n: len(found[f"{place}.{n}_conv1d.weight"]) for n in widths} == widths
+
+
+@pytest.mark.parametrize("unequal", [(1, 1, 1), (0, 0, 0)])
+def test_parts_that_do_not_add_up_are_left(unequal: tuple[int, ...]) -> None:
+    model = dense("olmo_hybrid")
+    place = "model.layers.0.linear_attn"
+    shapes = {f"{place}.{n}_conv1d.weight": (w, 1, 4) for n, w in zip("qkv", unequal, strict=True)}
+    follow_conversions(model, shapes)
+    assert f"{place}.conv1d.weight" in model.state_dict()
+
+
+def test_a_checkpoint_may_have_other_names_than_transformers_saves(tmp_path: Path) -> None:
+    """Kimi Linear's first block is published with an ``mlp``; saved, it has a ``block_sparse_moe``
+    as the others do."""
+    model = dense("kimi_linear")
+    model.save_pretrained(tmp_path / "saved")
+    published = tmp_path / "published"
+    shutil.copytree(tmp_path / "saved", published)
+    tensors = load_file(published / "model.safetensors")
+    old, new = "layers.0.block_sparse_moe.", "layers.0.mlp."
+    assert any(old in name for name in tensors)
+    save_file({n.replace(old, new): t for n, t in tensors.items()}, published / "model.safetensors")
+    before = logits(load(tmp_path / "saved", dtype="float32"))
+    assert torch.equal(logits(load(published, dtype="float32")), before)
+    quantize(published, tmp_path / "packed", recipe({"method": "rtn"}))
+    assert kl(before, logits(load(tmp_path / "packed", dtype="float32"))) < 1e-3
+    with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert any(new in name for name in names)
+    assert not any(old in name for name in names)
 
 
 def test_fused_layers_and_experts_of_a_derived_row_share_a_scheme() -> None:

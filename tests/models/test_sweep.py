@@ -33,7 +33,8 @@ pytestmark = pytest.mark.skipif(
     reason=f"the page is about the model types of transformers {VERSION}",
 )
 # One of each habit: plain, fused and turned matrices, stacked experts, experts and names found by
-# transformers' own table, states beside attention, experts without a gate, a type that is refused.
+# transformers' own table, states beside attention, experts without a gate, a type that is refused,
+# tensors that a file has in parts.
 FEW = (
     "gptj",
     "gpt2",
@@ -44,10 +45,12 @@ FEW = (
     "qwen3_next",
     "nemotron_h",
     "rwkv",
+    "kimi_linear",
 )
 # One of each habit, in order: experts under a causal class made here; blocks that text does not
 # reach; a prefix of its own; eyes beside the layers; a type with a talker beside it; a head inside
-# the text part; logits that the whole divides; names as published; no text part.
+# the text part; logits that the whole divides; logits that it caps; names as published; names and
+# joined linears that only the whole's conversions tell; no text part.
 FEW_WHOLES = (
     "glm4v_moe",
     "mllama",
@@ -56,7 +59,9 @@ FEW_WHOLES = (
     "qwen3_omni_moe_thinker",
     "hyperclovax_vision_v2",
     "granite_docling",
+    "muse_glimmer",
     "kimi_k25",
+    "minimax_m3_vl",
     "git",
 )
 

@@ -13,6 +13,7 @@ import torch
 from children import Run
 from safetensors.torch import load_file
 from small_kinds import small
+from small_wholes import small_whole
 from test_towers import IDS, QWEN_EYE, SIGLIP, TEXT, differences
 from tiny_models import EXAMPLE, TOKENIZER
 from transformers import (
@@ -21,8 +22,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llmquant import load
+from llmquant.models.naming.causal_class import causal_class, reading_as
 from llmquant.models.reading.tower import Tower
 
 RTN = ("--method", "rtn", "--bits", "8", "--group-size", "16")
@@ -164,3 +168,30 @@ def test_gemma3n_without_eyes_and_ears(
     assert senses
     for name in senses:
         assert torch.equal(kept[name], before[name])
+
+
+def test_a_step_that_the_whole_may_leave_out_is_not_guessed() -> None:
+    config = small_whole("muse_glimmer")
+    found: Any = causal_class(config)
+    cap = "final_logit_softcapping"
+    assert found.steps == (("*", "output_multiplier"), ("/", cap), ("tanh", ""), ("*", cap))
+    vars(config.get_text_config())[cap] = None  # as an earlier transformers would read it
+    assert causal_class(config) is None
+
+
+def test_conversions_of_the_whole_are_its_text_parts_where_a_tensor_calls_for_them() -> None:
+    config = small_whole("minimax_m3_vl")
+    plain: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.get_text_config())]
+    block = "model.layers.1"
+    names = [f"{block}.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"]
+    assert reading_as(plain, config, names) is plain
+    names.append(f"{block}.block_sparse_moe.gate.weight")
+    first: Any = reading_as(plain, config, names)
+    assert issubclass(first, plain)
+    assert reading_as(plain, config, names) is first
+    packed = [*names, f"{block}.block_sparse_moe.experts.3.w2.weight_packed"]
+    model = first._from_config(config.get_text_config())
+    assert len(get_model_conversion_mapping(model, add_legacy=False)) == 1
+    model = reading_as(plain, config, packed)._from_config(config.get_text_config())
+    assert len(get_model_conversion_mapping(model, add_legacy=False)) == 2
+    assert get_model_conversion_mapping(plain._from_config(model.config), add_legacy=False) == []

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import zlib
+from collections.abc import Iterable
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -21,8 +23,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 from llmquant.checkpoint.companions.confusion import CONFUSED
 
+_PLACES = ("model.layers.0.x", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 _HEAD = r"self\.lm_head\(.+\)"
-_SCALED = r"logits / self\.config\.text_config\.logits_scaling"
+_STEP = re.compile(r"logits (?P<how>[*/]) self\.(?:config\.text_config\.)?(?P<key>\w+)")
+_TANH = "torch.tanh(logits)"
+_reading: dict[str, type[PreTrainedModel]] = {}
 _found: dict[tuple[type[PreTrainedConfig], str], type[PreTrainedModel] | None] = {}
 
 
@@ -36,7 +41,11 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     kind = (type(config), config.get_text_config().model_type)
     if kind not in _found:
         _found[kind] = _made(config)
-    return _found[kind]
+    found: Any = _found[kind]
+    text = config.get_text_config()
+    # A step whose number is None is one that the whole leaves out.
+    unclear = found is not None and any(getattr(text, k, 1) is None for _, k in found.steps)
+    return None if unclear else found
 
 
 def _made(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -45,8 +54,8 @@ def _made(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
         return None
     code = inspect.getsource(whole.forward)
     first, *more = re.findall(r"^ +logits = (.+)$", code, re.MULTILINE) or [""]
-    scaled = len(more) == 1 and re.fullmatch(_SCALED, more[0])
-    if not re.fullmatch(_HEAD, first) or (more and not scaled):
+    steps = tuple(step for line in more if (step := _step(line)) is not None)
+    if not re.fullmatch(_HEAD, first) or len(steps) < len(more):
         return None
     try:
         with init_empty_weights(include_buffers=False):
@@ -57,7 +66,23 @@ def _made(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     head = model.get_output_embeddings()
     if part is None or not isinstance(head, nn.Linear):
         return None
-    return _class_over(part, config, head.bias is not None, bool(scaled))
+    text = config.get_text_config()
+    if any(getattr(model, key, None) != getattr(text, key, None) for key in _own(steps, code)):
+        return None
+    return _class_over(part, config, head.bias is not None, steps)
+
+
+def _step(line: str) -> tuple[str, str] | None:
+    """What a line does to the logits: ``*`` or ``/`` and the number's name, or ``tanh``."""
+    if line == _TANH:
+        return ("tanh", "")
+    found = _STEP.fullmatch(line)
+    return (found["how"], found["key"]) if found else None
+
+
+def _own(steps: Iterable[tuple[str, str]], code: str) -> list[str]:
+    """Numbers that the whole model keeps itself; its text config must have them too."""
+    return [key for _, key in steps if key and re.search(rf"self\.{key}\b", code)]
 
 
 def _text_part(model: PreTrainedModel, text: PreTrainedConfig) -> PreTrainedModel | None:
@@ -68,7 +93,10 @@ def _text_part(model: PreTrainedModel, text: PreTrainedConfig) -> PreTrainedMode
 
 
 def _class_over(
-    model: PreTrainedModel, config: PreTrainedConfig, biased: bool, scaled: bool
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    biased: bool,
+    steps: tuple[tuple[str, str], ...],
 ) -> type[PreTrainedModel]:
     part = type(model)
     name = f"{part.__name__}ForCausalLM"
@@ -84,16 +112,53 @@ def _class_over(
             "__module__": part.__module__,
             "part": part,
             "biased": biased,
-            "scaled": scaled,
+            "steps": steps,
         },
     )
-    # How experts are stored is written for the whole model's type.
-    stored = get_checkpoint_conversion_mapping(config.model_type) or []
-    experts: list[Any] = [c for c in stored if isinstance(c, WeightConverter)]
-    if experts and get_checkpoint_conversion_mapping(config.get_text_config().model_type) is None:
-        register_checkpoint_conversion_mapping(name, experts, overwrite=True)
     result: type[PreTrainedModel] = kind
     return result
+
+
+def reading_as(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, names: Iterable[str]
+) -> type[PreTrainedModel]:
+    """The class with transformers' conversions of what is inside the text part, where these are
+    written for the whole model's type alone; else the class itself.
+
+    Args:
+        kind: a causal language model.
+        config: of the model that has the text model as a part.
+        names: a checkpoint's tensors as the text model calls them. Conversions that none of them
+            calls for are left out, since turned round they may be about any name.
+    """
+    if get_checkpoint_conversion_mapping(config.get_text_config().model_type) is not None:
+        return kind
+    inside = _called_for(get_checkpoint_conversion_mapping(config.model_type) or [], names)
+    if not inside:
+        return kind
+    patterns = repr([(type(c).__name__, c.source_patterns, c.target_patterns) for c in inside])
+    name = f"{kind.__name__}As{config.model_type}_{zlib.crc32(patterns.encode()):08x}"
+    if name not in _reading:
+        register_checkpoint_conversion_mapping(name, inside)
+        _reading[name] = type(name, (kind,), {"__module__": kind.__module__})
+    return _reading[name]
+
+
+def _called_for(conversions: Iterable[Any], names: Iterable[str]) -> list[Any]:
+    """Those that tensors of these names are renamed or put together by, but not what tells where
+    the text part is in the whole."""
+    alike = {re.sub(r"\.\d+(?=\.)", ".0", name) for name in names}
+    # A packed module's tensors have names that no conversion knows.
+    current = alike | {f"{name.rpartition('.')[0]}.weight" for name in alike}
+    found = []
+    for conversion in conversions:
+        renamed = {n: conversion.rename_source_key(n) for n in (*_PLACES, *current)}
+        if any(renamed[n][1] for n in _PLACES) or not any(renamed[n][1] for n in current):
+            continue
+        found.append(conversion)
+        if not isinstance(conversion, WeightConverter):
+            current = {renamed[n][0] for n in current}
+    return found
 
 
 class _Headed:
@@ -102,12 +167,13 @@ class _Headed:
     Attributes:
         part: the text part's class.
         biased: the head has a bias.
-        scaled: its output is divided by the config's ``logits_scaling``.
+        steps: what is done to its output, one after the other: ``*`` or ``/`` and a key of the
+            config, or ``tanh``.
     """
 
     part: type[PreTrainedModel]
     biased: bool
-    scaled: bool
+    steps: tuple[tuple[str, str], ...]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -128,6 +194,10 @@ class _Headed:
         last = isinstance(logits_to_keep, int)
         kept: Any = slice(-logits_to_keep, None) if last else logits_to_keep
         logits = self.lm_head(found.last_hidden_state[:, kept])
-        if self.scaled:
-            logits = logits / self.config.logits_scaling
+        for how, key in self.steps:
+            if how == "tanh":
+                logits = logits.tanh()
+            else:
+                number = getattr(self.config, key)
+                logits = logits * number if how == "*" else logits / number
         return CausalLMOutputWithPast(logits=logits, past_key_values=found.past_key_values)

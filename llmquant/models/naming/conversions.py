@@ -1,9 +1,10 @@
 """The checkpoint's names for a model that the table of architectures lacks: those that transformers
-saves it by.
+saves it by, or reads it by where the checkpoint has others.
 
 transformers' table of conversions says of each model type which tensors it renames when it reads a
-file, and which experts it stacks. Turned round, it is asked here what a file calls each tensor, and
-the model is changed to that; what it does to experts is seen in numbers that go through it.
+file, which experts it stacks and which tensors it joins. Turned round, it is asked here what a file
+calls each tensor, and the model is changed to that; what it does to numbers is seen in numbers that
+go through it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
+from llmquant.checkpoint.companions.confusion import CONFUSED
 from llmquant.models.experts import GATED, UNGATED, ExpertList, is_gated
+from llmquant.models.naming.joined import take_apart
 from llmquant.models.naming.moves import relocate, rename_ties
 from llmquant.models.rows.architecture import Stacked
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 _MOVED = "_in_memory"
 _PLAIN = Stacked("gate_up_proj", "down_proj")
@@ -27,11 +37,18 @@ _PLAIN = Stacked("gate_up_proj", "down_proj")
 _PLAIN_TRAITS = {"has_bias": False, "is_transposed": False, "is_concatenated": True}
 
 
-def follow_conversions(model: PreTrainedModel) -> None:
+def follow_conversions(model: PreTrainedModel, stored: Shapes) -> None:
     """Change a model, under transformers' names, to what files call its modules and tensors; does
-    nothing where the two are equal."""
+    nothing where the two are equal.
+
+    Args:
+        model: on the meta device or with numbers.
+        stored: a folder's tensors and their shapes, as far as they are known. They tell how wide
+            the parts of a joined tensor are, and which of several names is meant.
+    """
     if not get_model_conversion_mapping(model, add_legacy=False):
         return
+    _split(model, stored)
     known: dict[object, tuple[str, ...] | None] = {}  # modules that are alike are asked about once
     for path, module in list(model.named_modules()):
         kind = (type(module), *(p.shape for p in module.parameters(recurse=False)))
@@ -41,7 +58,7 @@ def follow_conversions(model: PreTrainedModel) -> None:
         if linears is not None:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, ExpertList(module, linears, _PLAIN))
-    moves = relocate(model, _saved_names(model))
+    moves = relocate(model, _as_stored(model, _saved_names(model), stored))
     model.__dict__[_MOVED] = moves
     rename_ties(model, tuple((old, new.rpartition(".")[2]) for old, new in moves.items()))
 
@@ -76,6 +93,62 @@ def _saved_names(model: PreTrainedModel) -> dict[str, str]:
     saved = revert_weight_conversion(model, dict(marks))
     names = {id(mark): name for name, mark in saved.items()}
     return {name: names[id(mark)] for name, mark in marks.items() if id(mark) in names}
+
+
+def _as_stored(model: PreTrainedModel, saved: dict[str, str], stored: Shapes) -> dict[str, str]:
+    """Tensors in memory → their names in a folder, which may have another one than transformers
+    saves: Kimi Linear's first block has an ``mlp``, and is saved with a ``block_sparse_moe``."""
+    modules = {name.rpartition(".")[0] for name in stored}
+
+    def there(name: str) -> bool:
+        return name in stored or name.rpartition(".")[0] in modules  # the second where it is packed
+
+    missing = {n for n, file in saved.items() if not there(file)}
+    if not stored or not missing:
+        return saved
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [
+        c for c in found if isinstance(c, WeightRenaming) and not isinstance(c, PrefixChange)
+    ]
+    named = dict(saved)
+    for name in sorted({*stored, *(f"{module}.weight" for module in modules)}):
+        place, _ = rename_source_key(name, renamings, [])
+        if place in missing:
+            named[place] = name
+    return named
+
+
+def _split(model: PreTrainedModel, stored: Shapes) -> None:
+    """Take apart modules whose tensors a file has in parts."""
+    named = _saved_names(model)
+    for path, module in list(model.named_modules()):
+        own = dict(module.named_parameters(recurse=False))
+        if not own or any(f"{path}.{leaf}" in named for leaf in own) or _is_plain(module):
+            continue
+        parts = [_parts_of(model, f"{path}.{leaf}", tensor, stored) for leaf, tensor in own.items()]
+        if parts[0] and all(p == parts[0] for p in parts):
+            take_apart(model, path, parts[0])
+
+
+def _parts_of(
+    model: PreTrainedModel, name: str, tensor: Tensor, stored: Shapes
+) -> dict[str, int] | None:
+    """Modules in whose tensors a file has the rows of a tensor, one part after the other, and how
+    many rows each has; None where a file has anything else."""
+    with torch.device("cpu"):
+        rows = torch.arange(float(len(tensor))).view(-1, *[1] * (tensor.ndim - 1))
+        rows = rows.expand(-1, *[2] * (tensor.ndim - 1)).contiguous()
+    try:
+        found = revert_weight_conversion(model, {name: rows})
+    except CONFUSED:  # something that these numbers are too few for
+        return None
+    if len(found) < 2 or not torch.equal(torch.cat(list(found.values())), rows):
+        return None
+    widths = [stored[n][0] if stored.get(n) else len(part) for n, part in found.items()]
+    places = [n.split(".")[-2:] for n in found]
+    if sum(widths) != len(tensor) or any(leaf != name.split(".")[-1] for _, leaf in places):
+        return None
+    return {module: width for (module, _), width in zip(places, widths, strict=True)}
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ that looks it up each time, since modules are replaced by packed ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -121,8 +121,9 @@ def relocate(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     Returns:
         the highest modules that moved, and tensors that moved by themselves: old → new.
     """
-    moves = dict(_highest(model, "", names))
-    taken = {n for n, _ in model.named_modules()} | names.keys()
+    modules = {n for n, _ in model.named_modules()}
+    moves = dict(_highest(model, "", names, modules))
+    taken = modules | names.keys()
     if any(new in taken for new in moves.values()):
         return {}
     owners = {old: model.get_submodule(old.rpartition(".")[0]) for old in moves}
@@ -138,14 +139,18 @@ def relocate(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     return moves
 
 
-def _highest(module: nn.Module, path: str, names: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """The moves that give the tensors inside a module their new names."""
+def _highest(
+    module: nn.Module, path: str, names: Mapping[str, str], taken: Collection[str]
+) -> Iterable[tuple[str, str]]:
+    """The moves that give the tensors inside a module their new names. What goes to the place of a
+    module that holds it goes there in parts."""
     inside = len(path) and len(path) + 1
     wholes = {
         new.removesuffix(f".{old[inside:]}") if new.endswith(f".{old[inside:]}") else ""
         for old, new in names.items()
     }
-    if path and len(wholes) == 1 and "" not in wholes:
+    into = any(path.startswith(f"{new}.") for new in wholes & set(taken))
+    if path and len(wholes) == 1 and "" not in wholes and not into:
         return [(path, new) for new in wholes if new != path]
     children: dict[str, dict[str, str]] = {}
     moves = []
@@ -157,7 +162,7 @@ def _highest(module: nn.Module, path: str, names: Mapping[str, str]) -> Iterable
             moves.append((old, new))
     for child, within in children.items():
         name = f"{path}.{child}".lstrip(".")
-        moves += _highest(module.get_submodule(child), name, within)
+        moves += _highest(module.get_submodule(child), name, within, taken)
     return moves
 
 

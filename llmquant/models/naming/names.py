@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def as_in_checkpoint(
     model_type: str,
     moved: tuple[tuple[str, str], ...] = (),
     placed: Callable[[Architecture], Architecture] = lambda a: a,
+    stored: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Change the model; does nothing for types whose names are equal.
 
@@ -42,13 +43,14 @@ def as_in_checkpoint(
         model_type: of it.
         moved: its modules that the checkpoint keeps elsewhere, and where.
         placed: gives a row of the table the checkpoint's names.
+        stored: the checkpoint's tensors, as the text model calls them, and their shapes.
 
     Raises:
         ArchitectureError: the experts are not stacked as the table's types stack them.
     """
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None and not text_is_a_part(model):
-        follow_conversions(model)
+        follow_conversions(model, stored or {})
     already = moved_modules(model)
     for old, new in moved:
         rename(model, already.get(old, old), new)

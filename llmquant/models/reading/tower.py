@@ -15,13 +15,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from llmquant.checkpoint.reader import CheckpointReader
 from llmquant.errors import ArchitectureError
 from llmquant.formats.base import is_expert
 from llmquant.models.architectures import Architecture
-from llmquant.models.naming.causal_class import causal_class
+from llmquant.models.naming.causal_class import causal_class, reading_as
 from llmquant.models.naming.whole import own_logits
 from llmquant.models.rows.table import ARCHITECTURES
 from llmquant.models.rows.towers import EMBEDDINGS, FIXED, TEXT_AS
@@ -187,7 +190,11 @@ def tower_of(reader: CheckpointReader, config: PreTrainedConfig) -> Tower | None
             f"{reader.path}: the text part of model type {config.model_type!r} is not among its tensors: none of its modules has "
             "layers and token embeddings; quantize a text-only checkpoint of the family"
         )
-    return Tower(text.config, text.kind, base, _head(reader, base), text.causal)
+    tower = Tower(text.config, text.kind, base, _head(reader, base), text.causal)
+    names = [n for n in map(tower.text_name, reader.tensors) if n is not None]
+    plain: Any = text.causal or MODEL_FOR_CAUSAL_LM_MAPPING[type(text.config)]
+    causal = reading_as(plain, owner_of(config), names)
+    return tower if causal is plain else replace(tower, causal=causal)
 
 
 def _tied(reader: CheckpointReader, config: PreTrainedConfig) -> bool:
