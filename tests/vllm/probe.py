@@ -7,8 +7,9 @@ CPU without AVX-512, which it chooses by asking torch what the CPU has. On such 
 the same.
 
 Importing vLLM takes longer than judging a model, so it is imported once. Each job (a line of JSON:
-folder, dtype, prompts, where to put the result and what it printed, and how many seconds it may
-take) runs in a fork, a process of its own, since an engine that failed leaves a process of no use.
+folder, dtype, prompts, whether the model sees, where to put the result and what it printed, and how
+many seconds it may take) runs in a fork, a process of its own, since an engine that failed leaves a
+process of no use.
 The answer is a line with the fork's exit code, negative where a signal ended it.
 """
 
@@ -33,6 +34,7 @@ ENVIRONMENT = {
     # runs here.
     "VLLM_CPU_OMP_THREADS_BIND": "0",
 }
+KEPT: list[Any] = []  # libraries of operators, which are gone with their objects
 
 
 def main() -> None:
@@ -41,12 +43,24 @@ def main() -> None:
         import torch
 
         torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
+    define_operators()
     from vllm import LLM, SamplingParams  # noqa: F401 - for the forks
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         answers.write(f"{forked(json.loads(line))}\n")
         answers.flush()
+
+
+def define_operators() -> None:
+    """Of torchvision, which vLLM's models with eyes import: its build on PyPI is for CUDA, and
+    without that it stops at what these are."""
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    KEPT.append(library)
 
 
 def forked(job: dict[str, Any]) -> int:
@@ -72,7 +86,9 @@ def forked(job: dict[str, Any]) -> int:
 def judge(job: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
 
-    engine = LLM(job["folder"], dtype=job["dtype"], enforce_eager=True, max_model_len=512)
+    # Models with eyes are asked about text; these have no files for images.
+    alone = {"language_model_only": True} if job["sees"] else {}
+    engine = LLM(job["folder"], dtype=job["dtype"], enforce_eager=True, max_model_len=512, **alone)
     asked = SamplingParams(max_tokens=1, prompt_logprobs=20, temperature=0.0)
     results = engine.generate(
         [{"prompt_token_ids": ids} for ids in job["prompts"]], asked, use_tqdm=False

@@ -39,6 +39,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from wholes import WHOLES, random_whole
 
 from llmquant import QuantizeOptions, load, quantize
 from llmquant.checkpoint.detect import quantization_config
@@ -169,6 +170,18 @@ TAKEN = [
     *(
         Row(f"{layout}-gpt_neox", grid(layout=layout), model="gpt_neox")
         for layout in ("compressed-tensors", "gptq", "awq")
+    ),
+    *(
+        Row(f"ct-{kind}", changes, bound, dtype, model=kind, only="avx512")
+        for kind, changes, bound, dtype in (
+            # vLLM refuses float16 for it.
+            ("gemma3", grid(group=32), BOUND_BFLOAT16, "bfloat16"),
+            *(
+                (k, grid(group=32), BOUND, "float16")
+                for k in ("qwen2_5_vl", "qwen3_vl", "mistral3")
+            ),
+            ("llama4", {**grid(group=32), "ignore": ("lm_head", "*.experts.*")}, BOUND, "float16"),
+        )
     ),
     # At float16 this build's int8 kernel aborts ("scale_C: scalar path not implemented"), so int8
     # is compared at bfloat16.
@@ -333,6 +346,15 @@ def of_type(kind: str, **more: Any) -> Callable[[Path], Path]:
     return make
 
 
+def whole(kind: str) -> Callable[[Path], Path]:
+    """Makes a random model that also sees."""
+
+    def make(folder: Path) -> Path:
+        return saved(random_whole(kind), folder)
+
+    return make
+
+
 def saved(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
@@ -360,6 +382,7 @@ MODELS = {
         head_dim=64,
         layer_types=["linear_attention", "full_attention"],
     ),
+    **{kind: whole(kind) for kind in WHOLES},
 }
 
 
@@ -395,13 +418,16 @@ class Judge:
                 text=True,
             )
 
-    def __call__(self, model: Path, dtype: str, prompts: list[list[int]]) -> Judged:
+    def __call__(
+        self, model: Path, dtype: str, prompts: list[list[int]], *, sees: bool = False
+    ) -> Judged:
         result, log = self._folder / "result.json", self._folder / "job.log"
         result.unlink(missing_ok=True)
         job = {
             "folder": str(model),
             "dtype": dtype,
             "prompts": prompts,
+            "sees": sees,
             "result": str(result),
             "log": str(log),
         }
@@ -472,7 +498,7 @@ def test_vllm_computes_our_numbers(
     folder = written(row, tmp_path)
     reasons = table_says(folder, cpu)
     prompts = prompt_ids()
-    judged = judges(cpu)(folder, row.dtype, prompts)
+    judged = judges(cpu)(folder, row.dtype, prompts, sees=row.model in WHOLES)
     if reasons:
         assert cpu == "no-avx512", reasons
         errors = [
