@@ -123,7 +123,12 @@ def _split(model: PreTrainedModel, stored: Shapes) -> None:
     named = _saved_names(model)
     for path, module in list(model.named_modules()):
         own = dict(module.named_parameters(recurse=False))
-        if not own or any(f"{path}.{leaf}" in named for leaf in own) or _is_plain(module):
+        if (
+            not own
+            or module._modules
+            or any(f"{path}.{leaf}" in named for leaf in own)
+            or _is_plain(module)
+        ):
             continue
         parts = [_parts_of(model, f"{path}.{leaf}", tensor, stored) for leaf, tensor in own.items()]
         if parts[0] and all(p == parts[0] for p in parts):

@@ -23,7 +23,7 @@ def take_apart(model: nn.Module, path: str, parts: Mapping[str, int]) -> None:
     """Take a module apart; does nothing where a part's name is taken.
 
     Args:
-        path: the module's.
+        path: the module's; it holds tensors alone.
         parts: modules beside it, and how many rows of its tensors each gets, in order.
     """
     parent, _, leaf = path.rpartition(".")
@@ -32,7 +32,8 @@ def take_apart(model: nn.Module, path: str, parts: Mapping[str, int]) -> None:
         return
     for name in parts:
         part = copy.copy(whole)  # of its class, for who asks; the whole alone is called
-        part.__dict__ = {**whole.__dict__, "_parameters": dict.fromkeys(whole._parameters)}
+        part.__dict__ = {n: v.copy() if isinstance(v, dict) else v for n, v in vars(whole).items()}
+        part._parameters = dict.fromkeys(whole._parameters)
         owner.add_module(name, part)
     for tensor, parameter in list(whole.named_parameters(recurse=False)):
         rows = parameter.detach().split(list(parts.values()))
