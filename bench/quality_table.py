@@ -87,11 +87,14 @@ def _row(tool: str, cells: Sequence[dict[str, Any]]) -> str:
     def mean(name: str) -> float:
         return statistics.fmean(c[name] for c in cells)
 
+    # Seconds of an unknown processor do not go into one mean with those of a known one.
+    timed = [c for c in cells if "processor" in c] or cells
+
     def cost(name: str, unit: float, digits: int) -> str:
-        measured = [c[name] for c in cells if name in c]
+        measured = [c[name] for c in timed if name in c]
         return f"{statistics.fmean(measured) / unit:.{digits}f}" if measured else "–"
 
-    processors = " / ".join(sorted({c.get("processor", "–") for c in cells}))
+    processors = " / ".join(sorted({c.get("processor", "–") for c in timed}))
     kls = [c["kl_mean"] for c in cells]
     spread = f" ({min(kls):.5f} – {max(kls):.5f})" if len(kls) > 1 else ""
     return (
@@ -116,7 +119,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | bits per weight | mean over the quantized linears, scales and zero-points included |
 | CPU s | processor time of the quantizing process on one thread (where it was more, the processor's column says so), with start and imports; other work beside it makes it longer (GPTQ of SmolLM2: 178, and 92 in another run), so it compares tools roughly |
 | GB | its peak resident memory |
-| processor | what the seconds are of, and the most telling of its instruction sets; – where that was not recorded. Seconds of two processors do not compare |
+| processor | what the seconds are of, and the most telling of its instruction sets; – where that was not recorded (of several seeds, those where it was count). Seconds of two processors do not compare |
 
 | tool | what was run |
 |---|---|

@@ -95,6 +95,15 @@ def test_reports_of_one_kind_make_one_ranking_and_the_newest_counts() -> None:
     ]  # two models of one label are told apart
 
 
+def test_a_report_without_speeds_leaves_the_reference_its_own() -> None:
+    a, b = kit.candidate("a", 1.1, 10, 80.0), kit.candidate("b", 1.2, 10)
+    timed = kit.report(a, base=kit.reference(20.0))
+    (board,) = boards(timed, kit.report(b))
+    assert [row.decode_speed for row in board.rows] == [20.0, 80.0, None]
+    (board,) = boards(timed, kit.report(b, base=kit.reference(30.0)))
+    assert board.rows[0].decode_speed == 30.0
+
+
 DIFFERENT: list[Any] = [
     pytest.param(lambda r: {"text": r.text.model_copy(update={"sha256": "f" * 64})}, id="text"),
     pytest.param(lambda r: {"passes": [kit.one_pass(1, 2)]}, id="windows"),

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import llmquant
@@ -171,7 +172,7 @@ def _board(key: BoardKey, entries: Sequence[_Entry]) -> Board:
         identity = (
             ("", row.result.weights_sha256 or row.name) if row.is_reference else _identity(row)
         )
-        if identity not in newest or row.report.created >= newest[identity].report.created:
+        if identity not in newest or _counts(row) >= _counts(newest[identity]):
             newest[identity] = row
     rows = _with_distinct_names(list(newest.values()))
     last = max(entries, key=lambda e: e[0].report.created)
@@ -181,6 +182,12 @@ def _board(key: BoardKey, entries: Sequence[_Entry]) -> Board:
     floor = max(floors, key=lambda r: r.created).noise_floor if floors else None
     board = Board(key, last[1], max(available for _, _, available in entries), tuple(rows), floor)
     return replace(board, rows=tuple(_ranked(board)))
+
+
+def _counts(row: Row) -> tuple[bool, datetime]:
+    """Of two rows of one model the larger counts: the newer, but the reference's losses are the
+    same in every report, so the newest that has its speed."""
+    return row.is_reference and row.result.cost is not None, row.report.created
 
 
 def _identity(row: Row) -> tuple[str, str]:
