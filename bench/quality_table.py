@@ -119,7 +119,7 @@ Every tool quantizes the same model from the same calibration windows; `llmquant
 | bits per weight | mean over the quantized linears, scales and zero-points included |
 | CPU s | processor time of the quantizing process on one thread (where it was more, the processor's column says so), with start and imports; other work beside it makes it longer (GPTQ of SmolLM2: 178, and 92 in another run), so it compares tools roughly |
 | GB | its peak resident memory |
-| processor | what the seconds are of, and the most telling of its instruction sets; – where that was not recorded (of several seeds, those where it was count). Seconds of two processors do not compare |
+| processor | what the seconds are of, and the most telling of its instruction sets; – where that was not recorded. Where only some seeds have one, seconds and memory are theirs. Seconds of two processors do not compare |
 
 | tool | what was run |
 |---|---|

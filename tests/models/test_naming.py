@@ -181,7 +181,7 @@ def test_a_module_stays_whole_where_a_part_has_no_place() -> None:
 
 
 def test_the_widths_of_the_parts_are_those_that_are_stored() -> None:
-    """transformers saves thirds of what it joins; published values are wider than keys."""
+    """transformers saves thirds of what it joins; values may be wider than keys."""
     model = dense("olmo_hybrid")
     joined = next(m for m in model.modules() if isinstance(m, nn.Conv1d)).weight.clone()
     rows, place = len(joined), "model.layers.0.linear_attn"
@@ -203,8 +203,8 @@ def test_parts_that_do_not_add_up_are_left(unequal: tuple[int, ...]) -> None:
 
 
 def test_a_checkpoint_may_have_other_names_than_transformers_saves(tmp_path: Path) -> None:
-    """Kimi Linear's first block is published with an ``mlp``; saved, it has a ``block_sparse_moe``
-    as the others do."""
+    """By transformers' table Kimi Linear's first block has an ``mlp``; saved by it, it has a
+    ``block_sparse_moe`` as the others do."""
     model = dense("kimi_linear")
     model.save_pretrained(tmp_path / "saved")
     published = tmp_path / "published"

@@ -53,8 +53,8 @@ def main() -> None:
 
 
 def define_operators() -> None:
-    """Of torchvision, which vLLM's models with eyes import: its build on PyPI is for CUDA, and
-    without that it stops at what these are."""
+    """vLLM's models with eyes import torchvision. PyPI's build of it is for CUDA; without CUDA its
+    compiled operators are not there, and the import asks for these two."""
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,7 +26,7 @@ _PLACES = ("model.layers.0.x", "model.embed_tokens.weight", "model.norm.weight",
 _HEAD = r"self\.lm_head\(.+\)"
 _STEP = re.compile(r"logits (?P<how>[*/]) self\.(?:config\.text_config\.)?(?P<key>\w+)")
 _TANH = "torch.tanh(logits)"
-_reading: dict[str, type[PreTrainedModel]] = {}
+_reading: dict[tuple[type[PreTrainedModel], str], type[PreTrainedModel]] = {}
 _found: dict[tuple[type[PreTrainedConfig], str], type[PreTrainedModel] | None] = {}
 
 
@@ -137,11 +136,13 @@ def reading_as(
     if not inside:
         return kind
     patterns = repr([(type(c).__name__, c.source_patterns, c.target_patterns) for c in inside])
-    name = f"{kind.__name__}As{config.model_type}_{zlib.crc32(patterns.encode()):08x}"
-    if name not in _reading:
+    known = (kind, patterns)
+    if known not in _reading:
+        # transformers looks conversions up by the class's name.
+        name = f"{kind.__name__}In{type(config).__name__.removesuffix('Config')}{len(_reading)}"
         register_checkpoint_conversion_mapping(name, inside)
-        _reading[name] = type(name, (kind,), {"__module__": kind.__module__})
-    return _reading[name]
+        _reading[known] = type(name, (kind,), {"__module__": kind.__module__})
+    return _reading[known]
 
 
 def _called_for(conversions: Iterable[Any], names: Iterable[str]) -> list[Any]:

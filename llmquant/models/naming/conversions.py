@@ -97,7 +97,8 @@ def _saved_names(model: PreTrainedModel) -> dict[str, str]:
 
 def _as_stored(model: PreTrainedModel, saved: dict[str, str], stored: Shapes) -> dict[str, str]:
     """Tensors in memory → their names in a folder, which may have another one than transformers
-    saves: Kimi Linear's first block has an ``mlp``, and is saved with a ``block_sparse_moe``."""
+    saves: by its table Kimi Linear's first block has an ``mlp``, and it is saved with a
+    ``block_sparse_moe``."""
     modules = {name.rpartition(".")[0] for name in stored}
 
     def there(name: str) -> bool:

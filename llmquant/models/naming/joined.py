@@ -31,7 +31,7 @@ def take_apart(model: nn.Module, path: str, parts: Mapping[str, int]) -> None:
     if any(hasattr(owner, name) for name in parts):
         return
     for name in parts:
-        part = copy.copy(whole)  # of its class, for who asks; the whole alone is called
+        part = copy.copy(whole)  # of its class; of what is no Linear the whole alone is called
         part.__dict__ = {n: v.copy() if isinstance(v, dict) else v for n, v in vars(whole).items()}
         part._parameters = dict.fromkeys(whole._parameters)
         owner.add_module(name, part)
@@ -41,7 +41,11 @@ def take_apart(model: nn.Module, path: str, parts: Mapping[str, int]) -> None:
             rest = nn.Parameter(own.clone(), requires_grad=parameter.requires_grad)
             owner.get_submodule(name).register_parameter(tensor, rest)
     if isinstance(whole, nn.Linear):
-        _as_linears(owner, leaf, whole, parts)
+        for name, out_features in parts.items():
+            owner.get_submodule(name).out_features = out_features  # type: ignore[assignment]
+        del owner._modules[leaf]
+        holder: Any = type(owner)
+        owner.__class__ = _with_side_by_side(holder, leaf, tuple(parts))
         return
     whole.__dict__[_PARTS] = (owner, tuple(parts))
     kind: Any = type(whole)
@@ -51,17 +55,6 @@ def take_apart(model: nn.Module, path: str, parts: Mapping[str, int]) -> None:
         else:
             kind = _put_together(kind, tensor)
     whole.__class__ = kind
-
-
-def _as_linears(owner: nn.Module, leaf: str, whole: nn.Linear, parts: Mapping[str, int]) -> None:
-    del owner._modules[leaf]
-    for name, rows in parts.items():
-        tensors = owner.get_submodule(name)._parameters
-        linear = nn.Linear(whole.in_features, rows, bias=whole.bias is not None, device="meta")
-        linear._parameters.update(tensors)
-        owner._modules[name] = linear
-    kind: Any = type(owner)
-    owner.__class__ = _with_side_by_side(kind, leaf, tuple(parts))
 
 
 @cache
