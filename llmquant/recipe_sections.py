@@ -23,16 +23,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Sized(Strict):
-    """A grid whose group size is the wanted one, or with ``strict_groups`` that one or none."""
-
-    strict_groups: bool = False
+class Fitting(Strict):
+    """A section with a number that is fitted to the model, unless a key ``strict_…`` is true."""
 
     @model_serializer(mode="wrap")
     def _without_false(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Not written where it is off: earlier versions do not know the key, and hashes stay.
         fields: dict[str, Any] = dump(self)
-        return {k: v for k, v in fields.items() if k != "strict_groups" or v}
+        return {k: v for k, v in fields.items() if not k.startswith("strict_") or v}
+
+
+class Sized(Fitting):
+    """A grid whose group size is the wanted one, or with ``strict_groups`` that one or none."""
+
+    strict_groups: bool = False
 
 
 class Weights(Sized):
@@ -260,8 +264,9 @@ class QAT(Strict):
         return self
 
 
-class CalibrationOptions(Strict):
-    """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``.
+class CalibrationOptions(Fitting):
+    """Which text is shown to the model: ``nsamples`` windows of ``seqlen`` tokens of ``source``, or
+    of as many as the model has positions for; with ``strict_seqlen`` such a model is refused.
 
     ``all_experts`` shows every token to every expert of a mixture while statistics are taken, not
     only the routed ones. ``first_token_share``: see :class:`llmquant.stats.InputStats`; 1/64, the
@@ -271,6 +276,7 @@ class CalibrationOptions(Strict):
     source: str | None = None
     nsamples: int = Field(128, ge=1)
     seqlen: int = Field(2048, ge=8)
+    strict_seqlen: bool = False
     packing: Literal["concat", "sample"] = "concat"
     batch_size: int = Field(8, ge=1)
     all_experts: bool | None = None

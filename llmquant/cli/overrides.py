@@ -84,6 +84,8 @@ def recipe_of(options: Mapping[str, Any], default: DefaultRecipe | None = None) 
     }
     if "weights.group_size" in changes:  # asked for by itself: that size or none
         changes["weights.strict_groups"] = True
+    if "calibration.seqlen" in changes:
+        changes["calibration.strict_seqlen"] = True
     include, ignore = options.get("include") or (), options.get("ignore") or ()
     if include:
         changes["include"] = tuple(include)

@@ -40,12 +40,11 @@ def find(
 
     Raises:
         ArchitectureError: the entry does not fit the model, there is no single such list, the model
-            is more than a text decoder, text does not reach all of its blocks, or it holds experts
-            that are not linears: the larger part of it would stay as it is.
+            is more than a text decoder, or it holds experts that are not linears: the larger part
+            of it would stay as it is.
     """
     if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
         refuse_kind(config)
-        _refuse_unreached(config)
     _refuse_experts(model, model_type)
     known = ARCHITECTURES.get(model_type)
     if known is not None:
@@ -135,19 +134,6 @@ def refuse_kind(config: PreTrainedConfig) -> None:
         raise ArchitectureError(
             f"model type {config.model_type!r} is more than a text decoder (its config has {', '.join(parts)}), and calibration does "
             "not reach the rest; quantize a text-only checkpoint of the family"
-        )
-
-
-def _refuse_unreached(config: PreTrainedConfig) -> None:
-    """Refuse a model with blocks that only run beside an image, as Llama 3.2's vision models have
-    them: no text shows what they compute."""
-    count = getattr(config, "num_hidden_layers", 0)
-    layers = getattr(config, "cross_attention_layers", None) or ()
-    unreached = [str(i) for i in layers if i < count]
-    if unreached:
-        raise ArchitectureError(
-            f"text alone does not reach {len(unreached)} of the {count} blocks of model type {config.model_type!r} (cross_attention_layers: "
-            f"{', '.join(unreached)}), so it cannot be quantized block by block; quantize a text-only checkpoint of the family"
         )
 
 

@@ -37,6 +37,7 @@ from llmquant.errors import ArchitectureError, CheckpointError, UnfitModelError
 from llmquant.models.naming.names import as_in_checkpoint
 from llmquant.models.reading.tower import tower_of
 from llmquant.models.tensor_check import check_side_files
+from llmquant.models.unreached import pass_by
 
 _TOKENIZER_PACKAGES = {
     "tokenizer.model": "sentencepiece",
@@ -235,7 +236,7 @@ def causal_model(reader: CheckpointReader, dtype: torch.dtype) -> PreTrainedMode
 def causal_of(
     config: PreTrainedConfig, causal: type[PreTrainedModel] | None, **options: Any
 ) -> PreTrainedModel:
-    """A causal language model of a text model's config.
+    """A causal language model of a text model's config; blocks that text passes by are not in it.
 
     Args:
         causal: its class where transformers has none.
@@ -246,6 +247,7 @@ def causal_of(
         if causal is None
         else causal._from_config(config, **options)
     )
+    pass_by(result)
     return result
 
 

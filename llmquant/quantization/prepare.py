@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from llmquant.checkpoint.detect import unquantized
 from llmquant.checkpoint.manifest import read_manifest
-from llmquant.data.calibration import Calibration, calibrate, check_numbers
+from llmquant.data.calibration import MIN_TOKENS, Calibration, calibrate, check_numbers
 from llmquant.data.sources import read_documents
 from llmquant.errors import CheckpointError, SourceError, UsageError
 from llmquant.formats import layout_of
@@ -82,6 +82,7 @@ def prepare(
     make_current(on)
     use_grouped_sdpa(on)
     fit = fitted(given, precision.dtype)
+    recipe, shorter = _within_context(recipe, context_length(fit.model.config))
     if fit.tower is None:
         architecture = architectures.find(fit.model, model_type)
     else:
@@ -101,9 +102,26 @@ def prepare(
         linears_of(skeleton, placeless(fit)),
         engine_names(fit),
         fit.leftovers,
-        (*fit.notes, *_quantized_before(given.path), *growth(seen, stored, recipe)),
+        (*fit.notes, *shorter, *_quantized_before(given.path), *growth(seen, stored, recipe)),
     )
     return WalkPlan(source, recipe, on, precision, world=world)
+
+
+def _within_context(recipe: Recipe, longest: int | None) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with calibration windows that the model has positions for, and what is said of
+    it. One that means its length is left to :func:`check_calibration`."""
+    wanted = recipe.calibration
+    if wanted.strict_seqlen:
+        return recipe.updated({"calibration.strict_seqlen": False}), ()
+    if not recipe.needs_text and wanted.source is None:
+        return recipe, ()
+    if longest is None or not MIN_TOKENS <= longest < wanted.seqlen:
+        return recipe, ()
+    note = (
+        f"the model has {longest:,} positions, so a calibration window has {longest:,} tokens instead of the recipe's "
+        f"{wanted.seqlen:,}"
+    )
+    return recipe.updated({"calibration.seqlen": longest}), (note,)
 
 
 def passes_dtype(recipe: Recipe, dtype: str) -> ChosenDtype:

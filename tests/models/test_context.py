@@ -75,3 +75,34 @@ def test_beyond_it(run: Run, tmp_path: Path, mpt: Path, command: list[str], told
 def test_keys_and_values_of_a_whole_context_count(mpt: Path) -> None:
     whole, same, half = (llmquant.running_bytes(mpt, 0, n) for n in (None, 64, 32))
     assert whole == same > half
+
+
+def test_a_recipes_windows_fit_it(run: Run, tmp_path: Path, mpt: Path) -> None:
+    """2048 tokens are wanted and 64 there; what the result's recipe says is what was used. A length
+    that is asked for, by an option or the word for it, is refused above."""
+    text, strict = tmp_path / "text.txt", tmp_path / "strict.yaml"
+    text.write_text("a story of a cat " * 100)
+    asked = ("--nsamples", "2", "--calibration", f"file:{text}")
+    told = "the model has 64 positions, so a calibration window has 64 tokens instead of the recipe's 2,048"
+    for command in (("plan", mpt), ("quantize", mpt, "-o", "out")):
+        ended = run(*command, "--recipe", "gptq-w8", *asked)
+        assert ended.code == 0, ended
+        assert told in " ".join(f"{ended.out} {ended.err}".split())
+    assert llmquant.load_recipe("out/recipe.yaml").calibration.seqlen == 64
+    again = run(
+        "quantize",
+        mpt,
+        "-o",
+        "again",
+        "--recipe",
+        "out/recipe.yaml",
+        "--calibration",
+        f"file:{text}",
+    )
+    assert (again.code, told in again.err) == (0, False)
+    assert (Path("again") / "model.safetensors").read_bytes() == (
+        Path("out") / "model.safetensors"
+    ).read_bytes()
+    strict.write_text("method: gptq\nweights: {bits: 8}\ncalibration: {strict_seqlen: true}\n")
+    refused = run("quantize", mpt, "-o", "no", "--recipe", strict, *asked)
+    assert (refused.code, "seqlen=2048 is more than" in refused.err) == (2, True), refused

@@ -87,6 +87,16 @@ def test_every_kind_is_listed_once_and_nothing_is_wrong(family: Family) -> None:
     assert "## Outside the limit" not in family.page.read_text(encoding="utf-8")
 
 
+def test_the_readme_counts_what_works() -> None:
+    readme = (ALL.page.parents[1] / "README.md").read_text(encoding="utf-8")
+    (line,) = [n for n in readme.splitlines() if n.endswith("numbers that it means) |")]
+    named, (more,) = re.findall(r"`(\w+)`", line), re.findall(r"\[(\d+) more\]", line)
+    works = ALL.page.read_text(encoding="utf-8").partition("## Works")[2].partition("## Refused")[0]
+    found = set(map(kind_of, re.findall(r"^\| `.*$", works, re.MULTILINE)))
+    assert set(named) <= found
+    assert int(more) == len(found) - len(named)
+
+
 @pytest.mark.parametrize("kind", FEW)
 def test_the_page_says_what_the_sweep_finds(kind: str) -> None:
     check(outcome_of(kind), TEXTS)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from children import Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_kinds import small
 from small_wholes import small_whole
 from test_towers import IDS, QWEN_EYE, SIGLIP, TEXT, differences
@@ -78,6 +78,56 @@ def test_logits_are_those_of_the_whole_model(name: str, tmp_path: Path, run: Run
     assert made.code == 0, made
     difference, largest = differences(packed)
     assert difference < 1e-4 * largest
+
+
+def test_blocks_that_run_beside_an_image_alone_are_carried_over(tmp_path: Path, run: Run) -> None:
+    """Llama 3.2's vision models: text passes every fifth block by. With an image transformers runs
+    them all, and the packed folder gives what the original does."""
+    source, packed = tmp_path / "source", tmp_path / "packed"
+    eye = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "image_size": 28,
+        "vision_output_dim": 96,
+        "intermediate_layers_indices": [0, 1],
+    }
+    blocks = {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    text = TEXT | blocks | rope | {"num_attention_heads": 4, "pad_token_id": 0}
+    whole = write("mllama", source, text_config=text, vision_config=eye, image_token_index=5)
+    weights = load_file(source / "model.safetensors")
+    for name in weights:
+        if name.endswith("attn_gate") or name.endswith("mlp_gate"):
+            weights[name].fill_(0.7)  # 0 in a new model, which closes these blocks
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    whole = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    tiles = torch.ones(1, 1, 4, dtype=torch.long)
+    image = {
+        "pixel_values": torch.randn(1, 1, 4, 3, 28, 28, generator=torch.Generator().manual_seed(0)),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": tiles,
+        "cross_attention_mask": torch.ones(1, IDS.shape[1], 1, 4, dtype=torch.long),
+    }
+    with torch.no_grad():
+        alone, seen = whole(IDS[:1]).logits, whole(IDS[:1], **image).logits
+    assert (alone - seen).abs().max() > 0.05 * alone.abs().max()
+    torch.testing.assert_close(load(source, dtype="float32")(IDS[:1]).logits, alone)
+
+    made = run("quantize", source, "-o", packed, *RTN)
+    assert made.code == 0, made
+    assert "text does not reach 2 of the blocks" in " ".join(made.err.split())
+    kept = load_file(packed / "model.safetensors")
+    passed = [n for n in weights if re.search(r"layers\.[13]\.|vision_model", n)]
+    assert passed
+    assert all(torch.equal(kept[n], weights[n]) for n in passed)
+    other = AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for wanted, given in ((alone, {}), (seen, image)):
+            found = other(IDS[:1], **given).logits
+            assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 def test_what_transformers_renames_outside_the_text_part_stays_as_it_is(

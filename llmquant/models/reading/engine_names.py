@@ -21,6 +21,7 @@ from llmquant.models.naming.conversions import in_memory, moved_modules
 from llmquant.models.naming.whole import linears_beside
 from llmquant.models.reading.fit import Fitted
 from llmquant.models.reading.tower import Tower
+from llmquant.models.unreached import unreached
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,9 @@ def engine_names(fit: Fitted) -> EngineNames:
     tower = fit.tower
     kind = tower.kind if tower else str(fit.reader.config.get("model_type"))
     row = ARCHITECTURES.get(kind)
-    elsewhere = [n.rpartition(".")[0] for n in fit.outside]
+    # Modules of blocks that text passes by lie among the text part's own and are named one by one.
+    passed = tuple(f"{n}." for n in unreached(fit.model))
+    elsewhere = [n.rpartition(".")[0] for n in fit.outside if not n.startswith(passed)]
     if elsewhere:
         elsewhere += linears_beside(read_config(fit.reader.path))
     return EngineNames(

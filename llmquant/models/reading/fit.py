@@ -26,6 +26,7 @@ from llmquant.models.reading.matrices import turned, unstacked
 from llmquant.models.reading.places import Naming, naming
 from llmquant.models.reading.tower import Tower, parts_beside, tower_of
 from llmquant.models.tensor_check import refuse_mismatch
+from llmquant.models.unreached import unreached
 from llmquant.runtime.finite import some
 
 _CODES = frozenset({"qweight", "weight_packed"})  # beside which a plain weight has no meaning
@@ -97,7 +98,7 @@ def fitted(
     inside = [n for n in found.leftovers if n not in outside]
     notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, inside))
     if tower is not None:
-        notes = (*notes, _note_on_the_rest(reader, outside))
+        notes = (*notes, _note_on_the_rest(reader, outside), *_notes_on_passed(model))
     return Fitted(reader, model, packed, found.leftovers, outside, notes, tower)
 
 
@@ -203,10 +204,12 @@ def _check_tensors(
 
 
 def _outside(tower: Tower, model: nn.Module, leftovers: Iterable[str]) -> tuple[str, ...]:
-    """Tensors that are in none of the text model's own modules; eyes may lie beside its layers."""
+    """Tensors that are in none of the text model's own modules; eyes may lie beside its layers.
+    Blocks that text passes by are not its own."""
     own = {f"{tower.base}.{n}." for n, _ in model.get_submodule(tower.base).named_children()}
     places = (f"{tower.head}.", *own)
-    return tuple(n for n in leftovers if not n.startswith(places))
+    passed = tuple(f"{n}." for n in unreached(model))
+    return tuple(n for n in leftovers if not n.startswith(places) or n.startswith(passed))
 
 
 def _note_on_the_rest(reader: CheckpointReader, outside: Collection[str]) -> str:
@@ -219,6 +222,16 @@ def _note_on_the_rest(reader: CheckpointReader, outside: Collection[str]) -> str
     made = [n for n in outside if reader.info(n).made]
     how = f"byte for byte{f', but {some(made)} as the numbers that they mean' if made else ''}"
     return f"the text part is quantized; {len(outside)} tensors of the rest ({some(list(outside))}) are carried over {how}"
+
+
+def _notes_on_passed(model: PreTrainedModel) -> list[str]:
+    passed = unreached(model)
+    if not passed:
+        return []
+    return [
+        f"text does not reach {len(passed)} of the blocks ({some(list(passed))}), which run beside an image alone: they are part of "
+        "that rest"
+    ]
 
 
 def _naming_notes(found: Naming) -> list[str]:

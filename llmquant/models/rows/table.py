@@ -97,6 +97,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
+    "mllama_text_model": _LLAMA,
     # Already one matrix in the checkpoint: qkv_proj and gate_up_proj.
     "phi3": Architecture("model.layers", "model.norm", ()),
     # The smallest OPT but one has narrower embeddings than blocks.
