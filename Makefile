@@ -68,7 +68,7 @@ vllm-env: .venv-vllm/.installed  ## the real vLLM (CPU build) in an environment 
 	touch $@
 
 test-vllm: setup vllm-env  ## what we write, in the real vLLM
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m vllm
 
 onnx-env: .venv-onnx/.installed  ## ONNX Runtime and onnxruntime-genai in an environment of their own, 1.3 GB
 

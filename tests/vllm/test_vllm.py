@@ -261,7 +261,7 @@ def _vllm_is_there() -> None:
 @pytest.fixture(scope="session")
 def results() -> Iterator[dict[str, Any]]:
     """Collects what was measured, by kind of CPU; LLMQUANT_WRITE_RESULTS=1 keeps it for
-    docs/formats.md.
+    docs/formats.md, of a run in one process (``pytest -m vllm``).
 
     Rows of a kind that was not run here stay as they were measured elsewhere.
     """
