@@ -39,7 +39,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from wholes import WHOLES, random_whole
+from wholes import PROCESSORS, WHOLES, random_whole
 
 from llmquant import QuantizeOptions, load, quantize
 from llmquant.checkpoint.detect import quantization_config
@@ -174,11 +174,13 @@ TAKEN = [
     *(
         Row(f"ct-{kind}", changes, bound, dtype, model=kind, only="avx512")
         for kind, changes, bound, dtype in (
+            # vLLM has no code of its own for it and runs transformers'.
+            ("persimmon", grid(group=32), BOUND, "float16"),
             # vLLM refuses float16 for it.
             ("gemma3", grid(group=32), BOUND_BFLOAT16, "bfloat16"),
             *(
                 (k, grid(group=32), BOUND, "float16")
-                for k in ("qwen2_5_vl", "qwen3_vl", "mistral3")
+                for k in ("qwen2_5_vl", "qwen3_vl", "mistral3", "mllama")
             ),
             ("llama4", {**grid(group=32), "ignore": ("lm_head", "*.experts.*")}, BOUND, "float16"),
         )
@@ -244,6 +246,10 @@ REFUSED = [
     *(Row(f"ct-{kind}", grid(group=32), model=kind) for kind in ("mixtral", "qwen3_moe")),
     # The unquantized ones fail there too.
     *(Row(f"ct-{kind}", grid(group=32), model=kind) for kind in ("lfm2", "qwen3_5_text")),
+    *(
+        Row(f"ct-{kind}", grid(group=32), model=kind, only="avx512")
+        for kind in ("gpt_neo", "biogpt")
+    ),
     Row("gptq-desc_act", {**grid(layout="gptq"), **BY_GROUP}),
 ]
 
@@ -350,7 +356,11 @@ def whole(kind: str) -> Callable[[Path], Path]:
     """Makes a random model that also sees."""
 
     def make(folder: Path) -> Path:
-        return saved(random_whole(kind), folder)
+        saved(random_whole(kind), folder)
+        if kind in PROCESSORS:
+            file = folder / "preprocessor_config.json"
+            file.write_text(json.dumps(PROCESSORS[kind]), encoding="utf-8")
+        return folder
 
     return make
 
@@ -382,6 +392,9 @@ MODELS = {
         head_dim=64,
         layer_types=["linear_attention", "full_attention"],
     ),
+    "persimmon": of_type("persimmon"),
+    "gpt_neo": of_type("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]]),
+    "biogpt": of_type("biogpt"),
     **{kind: whole(kind) for kind in WHOLES},
 }
 

@@ -66,6 +66,31 @@ WHOLES: dict[str, dict[str, Any]] = {
         "vision_config": SIGLIP
         | {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64},
     },
+    "mllama": {
+        "text_config": TEXT
+        | {
+            "num_hidden_layers": 3,
+            "cross_attention_layers": [1],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "vision_config": SIGLIP
+        | {
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "vision_output_dim": 128,
+            "intermediate_layers_indices": [0],
+        },
+        "image_token_index": 5,
+    },
+}
+# Of the processor for images; vLLM asks for this one's also where no image comes.
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "mllama": {
+        "image_processor_type": "MllamaImageProcessor",
+        "processor_class": "MllamaProcessor",
+        "size": {"height": 28, "width": 28},
+        "max_image_tiles": 4,
+    }
 }
 
 

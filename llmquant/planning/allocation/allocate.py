@@ -153,7 +153,7 @@ def allocate(
         for i, damage in measure(plan, left, seen, probe, events.on_progress):
             done.add(i, damage)
     damages = [done.known[i] for i in range(len(items))]
-    return _decide(choices, damages, budget, recipe, options)
+    return _decide(choices, damages, budget, plan.recipe, options)
 
 
 def _facts(plan: WalkPlan, calibration: Calibration, options: AllocateOptions) -> Facts:
