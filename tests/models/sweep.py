@@ -299,7 +299,7 @@ keeps what `out/models.json` says of the others.
 WHOLES_HEAD = f"""# Models that also see or hear
 
 What llmquant makes of every model type for which transformers {VERSION} has a model of text and something else: the text
-part is quantized, and all else (eyes, ears, projectors, further prediction heads) is carried over byte for byte. For each type a small
+part is quantized, and all else (eyes, ears, projectors, further prediction heads, blocks that run beside an image alone) is carried over byte for byte. For each type a small
 random model was built and quantized to 8 bits as in [Models](models.md), and compared, on text, with transformers' own
 class of the whole: the KL divergence is below {LIMIT} nats per token, every tensor outside the text part is as it was, and transformers loads the folder to the same
 numbers with no tensor missing, or the last column says why not. A type that does not work is refused, with the reason.
