@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from transformers import AutoModelForCausalLM
 import llmquant
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests" / "vllm"))
+from probe import job_line  # noqa: E402
+
 PROMPTS = (
     "The river runs through the town and",
     "In 1983 the team represented",
@@ -41,24 +45,34 @@ def prompts_of(folder: Path) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
 
 
+def sees(folder: Path) -> bool:
+    """Whether the model reads images or sound too; it is asked about text."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "vision_config" in config or "audio_config" in config
+
+
 def in_vllm(folders: list[Path], python: str, scratch: Path) -> dict[Path, list[Told] | str]:
     """What vLLM says of each folder; the end of what it printed where it does not run it."""
-    jobs = [
-        {
-            "folder": str(folder), "dtype": "float16", "prompts": prompts_of(folder),
-            "result": str(scratch / f"{i}.json"), "log": str(scratch / f"{i}.log"), "seconds": 600,
-        }
-        for i, folder in enumerate(folders)
-    ]  # fmt: skip
-    lines = "".join(json.dumps(job) + "\n" for job in jobs)
+    ends = [(scratch / f"{i}.json", scratch / f"{i}.log") for i in range(len(folders))]
+    lines = [
+        job_line(
+            folder,
+            "float16",
+            prompts_of(folder),
+            result=result,
+            log=log,
+            seconds=600,
+            sees=sees(folder),
+        )
+        for folder, (result, log) in zip(folders, ends, strict=True)
+    ]
     probe = [python, str(ROOT / "tests" / "vllm" / "probe.py"), "as-it-is"]
     subprocess.run(
-        probe, input=lines, text=True, check=True, stdout=subprocess.DEVNULL,
+        probe, input="".join(lines), text=True, check=True, stdout=subprocess.DEVNULL,
         env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS")},
     )  # fmt: skip
     found: dict[Path, list[Told] | str] = {}
-    for folder, job in zip(folders, jobs, strict=True):
-        result, log = Path(str(job["result"])), Path(str(job["log"]))
+    for folder, (result, log) in zip(folders, ends, strict=True):
         found[folder] = (
             json.loads(result.read_text()) if result.exists() else log.read_text()[-500:]
         )

@@ -18,6 +18,7 @@ from test_towers import IDS, QWEN_EYE, SIGLIP, TEXT, differences
 from tiny_models import EXAMPLE, TOKENIZER
 from transformers import (
     CONFIG_MAPPING,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
@@ -124,9 +125,15 @@ def test_blocks_that_run_beside_an_image_alone_are_carried_over(tmp_path: Path, 
     assert passed
     assert all(torch.equal(kept[n], weights[n]) for n in passed)
     other = AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32).eval()
+    text_alone = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
+    assert type(text_alone).__name__ == "MllamaForCausalLM"  # which calls its blocks otherwise
     with torch.no_grad():
-        for wanted, given in ((alone, {}), (seen, image)):
-            found = other(IDS[:1], **given).logits
+        for model, wanted, given in (
+            (other, alone, {}),
+            (other, seen, image),
+            (text_alone, alone, {}),
+        ):
+            found = model(IDS[:1], **given).logits
             assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 

@@ -72,6 +72,22 @@ def add_torchvision() -> None:
     KEPT.append(library)
 
 
+def job_line(
+    folder: Path,
+    dtype: str,
+    prompts: list[list[int]],
+    *,
+    result: Path,
+    log: Path,
+    seconds: int,
+    sees: bool = False,
+) -> str:
+    """A job, as this script reads it."""
+    job = {"folder": str(folder), "dtype": dtype, "prompts": prompts, "sees": sees}
+    ends = {"result": str(result), "log": str(log), "seconds": seconds}
+    return json.dumps(job | ends) + "\n"
+
+
 def forked(job: dict[str, Any]) -> int:
     child = os.fork()
     if child == 0:

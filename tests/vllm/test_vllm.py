@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from probe import ENVIRONMENT
+from probe import ENVIRONMENT, job_line
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -436,17 +436,10 @@ class Judge:
     ) -> Judged:
         result, log = self._folder / "result.json", self._folder / "job.log"
         result.unlink(missing_ok=True)
-        job = {
-            "folder": str(model),
-            "dtype": dtype,
-            "prompts": prompts,
-            "sees": sees,
-            "result": str(result),
-            "log": str(log),
-        }
+        job = job_line(model, dtype, prompts, sees=sees, result=result, log=log, seconds=SECONDS)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({**job, "seconds": SECONDS}) + "\n")
+        self._process.stdin.write(job)
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, self._errors.read_text(errors="replace")[-2000:]

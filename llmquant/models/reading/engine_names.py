@@ -55,7 +55,7 @@ class EngineNames:
         ignored += in_memory(skipped, self.moved)
         if tower is not None:
             text = [n for n in skipped if n not in self.elsewhere]
-            ignored += [p for n in text if (p := tower.pattern(n)) is not None]
+            ignored += _also(tower, text)
             ignored += tower.patterns(self.elsewhere)
         config = layout.config(schemes, list(dict.fromkeys(ignored)))
         if tower is None:
@@ -74,9 +74,11 @@ class EngineNames:
 
 
 def _also(tower: Tower, targets: list[str]) -> list[str]:
-    """Targets, and patterns for engines' names of those that are modules of the text part."""
+    """Targets, and engines' names of those that are modules of the text part: patterns, and what
+    the text model alone calls them."""
     patterns = [pattern for t in targets if (pattern := tower.pattern(t)) is not None]
-    return list(dict.fromkeys((*targets, *patterns)))
+    alone = [name for t in targets if (name := tower.alone(t)) is not None]
+    return list(dict.fromkeys((*targets, *alone, *patterns)))
 
 
 def engine_names(fit: Fitted) -> EngineNames:

@@ -64,6 +64,12 @@ class Tower:
                 return f"{old}{name.removeprefix(new)}"
         return None
 
+    def alone(self, module: str) -> str | None:
+        """What the text model by itself calls a module of the checkpoint: transformers' class of
+        the text model reads some whole folders too (Llama 3.2 Vision)."""
+        inside = self.text_name(f"{module}.")
+        return None if inside is None else inside.removesuffix(".")
+
     def placed(self, architecture: Architecture) -> Architecture:
         """A row of the table under the checkpoint's names."""
         name = self._stored
@@ -85,11 +91,11 @@ class Tower:
     def pattern(self, module: str) -> str | None:
         """A regular expression for what engines call a module of the text model; None of any
         other. All of them have a ``language_model`` or ``text_model``, in a place of their own."""
-        inside = self.text_name(f"{module}.")
+        inside = self.alone(module)
         if inside is None:
             return None
-        rest = inside.removesuffix(".").removeprefix("model.")
-        place = "" if rest == inside.removesuffix(".") else r"(language|text)_model\.(model\.)?"
+        rest = inside.removeprefix("model.")
+        place = "" if rest == inside else r"(language|text)_model\.(model\.)?"
         pattern = f"re:.*{place}{re.escape(rest)}$"
         # transformers takes a group for the experts' if a pattern of it has that word.
         return pattern if is_expert(module) else pattern.replace("experts", "exper[t]s")
