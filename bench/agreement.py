@@ -22,6 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmquant
+from llmquant.models.from_folder import read_config
+from llmquant.models.reading.tower import parts_beside
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "vllm"))
@@ -45,12 +47,6 @@ def prompts_of(folder: Path) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
 
 
-def sees(folder: Path) -> bool:
-    """Whether the model reads images or sound too; it is asked about text."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return "vision_config" in config or "audio_config" in config
-
-
 def in_vllm(folders: list[Path], python: str, scratch: Path) -> dict[Path, list[Told] | str]:
     """What vLLM says of each folder; the end of what it printed where it does not run it."""
     ends = [(scratch / f"{i}.json", scratch / f"{i}.log") for i in range(len(folders))]
@@ -62,7 +58,7 @@ def in_vllm(folders: list[Path], python: str, scratch: Path) -> dict[Path, list[
             result=result,
             log=log,
             seconds=600,
-            sees=sees(folder),
+            sees=bool(parts_beside(read_config(folder))),
         )
         for folder, (result, log) in zip(folders, ends, strict=True)
     ]

@@ -19,7 +19,15 @@ from operator import itemgetter
 
 from llmquant.formats import Scheme
 from llmquant.formats.base import is_embedding, is_expert
-from llmquant.formats.rules import NOTHING, Beside, Rule
+from llmquant.formats.rules import (
+    JOINED,
+    NOT_IN_VLLM,
+    NOTHING,
+    OWN_CODE,
+    STACKED,
+    Beside,
+    Rule,
+)
 from llmquant.runtime.processor import Processor, this_processor
 
 VLLM_AVX512 = "vllm (CPU with AVX-512)"
@@ -34,20 +42,12 @@ def _weights_only(scheme: Scheme) -> bool:
     return scheme.activations == "none"
 
 
-# What 0.32 said of their configs, and of the last two when it loaded them. Others that it has no
-# code for it runs by transformers'; seven such types were tried and gave equal numbers.
-_NOT_IN_VLLM = frozenset(
-    {
-        *("codegen", "gpt_neo", "gpt_neox_japanese", "mpt", "mvp", "openai-gpt", "prophetnet"),
-        *("trocr", "xglm", "biogpt", "diffllama"),
-    }
-)
 _VLLM_CPU = (
     Rule(
         _ALL,
         lambda s: True,
         "vLLM 0.32 has no model of this type and cannot run transformers' own, unquantized or not",
-        models=_NOT_IN_VLLM,
+        models=NOT_IN_VLLM,
     ),
     Rule(
         _ALL,
@@ -100,34 +100,15 @@ _VLLM_CPU = (
     ),
 )
 
-_STACKED = frozenset(
-    {
-        *("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
-        *("gpt_oss", "aria_text", "nemotron_h", "qwen3_vl_moe"),
-    }
-)
-_OWN_CODE = frozenset(
-    {
-        *("falcon", "gpt2", "openai-gpt", "gpt_bigcode", "nanochat", "modernbert-decoder"),
-        *("mamba", "mamba2", "falcon_mamba", "xlstm"),
-        # compressed-tensors unpacks in a forward of the whole, and these have none (the first was
-        # tried, the second is made alike).
-        *("qwen2_5_omni", "qwen3_omni_moe"),
-    }
-)
-_JOINED = frozenset(
-    # The last one's packed linears are joined, and so are the two numbers that say their shape.
-    {*("kimi_linear", "olmo_hybrid", "glm5_next", "glm5_next_text"), "minimax_m3_vl"}
-)
 _UNSTACKED = "it reads the experts of this model type only stacked and unquantized, and would put random numbers in their place"
 _TRANSFORMERS = (
-    Rule(_ALL, lambda s: True, _UNSTACKED, experts=True, models=_STACKED),
-    Rule(_ALL, lambda s: True, _UNSTACKED, plain_experts=True, models=_STACKED),
+    Rule(_ALL, lambda s: True, _UNSTACKED, experts=True, models=STACKED),
+    Rule(_ALL, lambda s: True, _UNSTACKED, plain_experts=True, models=STACKED),
     Rule(
         _ALL,
         lambda s: True,
         "its own code for this model type does not find the weights of packed linears",
-        models=_OWN_CODE,
+        models=OWN_CODE,
     ),
     Rule(
         _GPTQ | {"awq", "auto-round"}, lambda s: True, "it asks for the compiled gptqmodel package"
@@ -148,7 +129,7 @@ _TRANSFORMERS = (
         _CT,
         lambda s: True,
         "transformers 5.23 joins tensors of this model type as it reads them, and fails at that beside packed ones",
-        models=_JOINED,
+        models=JOINED,
     ),
     Rule(_CT, lambda s: s.g_idx, "compressed-tensors 0.18 and later have dropped g_idx"),
     Rule(

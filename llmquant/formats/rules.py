@@ -55,6 +55,34 @@ class Rule:
         )
 
 
+# Model types that an engine treats otherwise than others.
+STACKED = frozenset(
+    {
+        *("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
+        *("gpt_oss", "aria_text", "nemotron_h", "qwen3_vl_moe"),
+    }
+)
+OWN_CODE = frozenset(
+    {
+        *("falcon", "gpt2", "openai-gpt", "gpt_bigcode", "nanochat", "modernbert-decoder"),
+        *("mamba", "mamba2", "falcon_mamba", "xlstm"),
+        # compressed-tensors unpacks in a forward of the whole, and these have none (the first was
+        # tried, the second is made alike).
+        *("qwen2_5_omni", "qwen3_omni_moe"),
+    }
+)
+JOINED = frozenset(
+    # The last one's packed linears are joined, and so are the two numbers that say their shape.
+    {*("kimi_linear", "olmo_hybrid", "glm5_next", "glm5_next_text"), "minimax_m3_vl"}
+)
+# vLLM 0.32 said so of their configs, and of the last two as it loaded them. Other types that it has
+# no code for it runs by transformers'; seven of these were tried, and gave llmquant's numbers.
+NOT_IN_VLLM = frozenset(
+    {
+        *("codegen", "gpt_neo", "gpt_neox_japanese", "mpt", "mvp", "openai-gpt", "prophetnet"),
+        *("trocr", "xglm", "biogpt", "diffllama"),
+    }
+)
 # Keys that only configs of models with states have (Mamba, gated delta rule, short convolutions …).
 _STATES = frozenset(
     {

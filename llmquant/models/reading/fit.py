@@ -98,7 +98,7 @@ def fitted(
     inside = [n for n in found.leftovers if n not in outside]
     notes = (*reader.notes, *_naming_notes(found), *leftover_notes(reader, model, inside))
     if tower is not None:
-        notes = (*notes, _note_on_the_rest(reader, outside), *_notes_on_passed(model))
+        notes = (*notes, _note_on_the_rest(reader, outside), *_notes_on_unreached(model))
     return Fitted(reader, model, packed, found.leftovers, outside, notes, tower)
 
 
@@ -224,13 +224,13 @@ def _note_on_the_rest(reader: CheckpointReader, outside: Collection[str]) -> str
     return f"the text part is quantized; {len(outside)} tensors of the rest ({some(list(outside))}) are carried over {how}"
 
 
-def _notes_on_passed(model: PreTrainedModel) -> list[str]:
+def _notes_on_unreached(model: PreTrainedModel) -> list[str]:
     passed = unreached(model)
     if not passed:
         return []
     return [
-        f"text does not reach {len(passed)} of the blocks ({some(list(passed))}), which run beside an image alone: they are part of "
-        "that rest"
+        f"text does not reach {len(passed)} of the blocks ({some(list(passed))}), which run only beside an image; they are carried "
+        "over too"
     ]
 
 
